@@ -117,12 +117,14 @@ def _subtracted(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 
 def _matrix_update(name: str, delta: torch.Tensor, sketch_rank: int) -> Update:
     """The record of one difference: all singular values up to a shorter side of EXACT_SIDE, else the leading ones."""
-    energy = float(delta.double().square().sum()) if delta.numel() < 2**22 else _energy(delta)
     if min(delta.shape) <= EXACT_SIDE:
-        values = _exact_values(delta)
+        tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
+        values: Floats = torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R.double()).numpy()
         energy = float(np.sum(values**2))
     else:
         values = _sketched_values(delta, sketch_rank)
+        blocks = delta.split(max(1, 2**22 // delta.shape[1]))  # in float64, a block of rows at a time
+        energy = float(sum(float(block.double().square().sum()) for block in blocks))
     return Update(
         name=name.removesuffix(".weight"),
         kind="matrix",
@@ -135,14 +137,6 @@ def _matrix_update(name: str, delta: torch.Tensor, sketch_rank: int) -> Update:
     )
 
 
-def _exact_values(delta: torch.Tensor) -> Floats:
-    """All singular values, by the R of a QR decomposition of the taller orientation."""
-    tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
-    triangle = torch.linalg.qr(tall, mode="r").R.double()
-    values: Floats = torch.linalg.svdvals(triangle).numpy()
-    return values
-
-
 def _sketched_values(delta: torch.Tensor, rank: int) -> Floats:
     """The leading singular values of `delta` [d, k]; the small matrix QᵀΔ is decomposed in float64."""
     width = min(rank + OVERSAMPLING, *delta.shape)
@@ -153,13 +147,6 @@ def _sketched_values(delta: torch.Tensor, rank: int) -> Floats:
         basis = torch.linalg.qr(delta @ basis).Q
     values: Floats = torch.linalg.svdvals((basis.T @ delta).double())[:rank].numpy()
     return values
-
-
-def _energy(delta: torch.Tensor) -> float:
-    """‖Δ‖²_F in float64, a block of rows at a time."""
-    rows = max(1, 2**22 // delta.shape[1])
-    blocks = (delta[start : start + rows] for start in range(0, len(delta), rows))
-    return float(sum(float(block.double().square().sum()) for block in blocks))
 
 
 def inspect_gradient(model: str, data: Path, settings: SelectSettings, sketch_rank: int) -> Inspection:

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-import torch
-
 from rightrank.adapters.rewrite import RankChoice, write_resized
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
@@ -51,7 +49,8 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
     Raises:
         DataError: rows that can't be used, or fewer than two that the adapter was not trained on.
     """
-    source, started = _data_of_run(adapter) if train is None else (None, None)
+    started = _run_of(adapter) if train is None else None
+    source = None if started is None else _existing(started.settings.get("data"))
     trained = _trained_on(train, data, settings) if train is not None else _trained_in(source, started, settings)
     if trained is None and None not in read_rows(data):
         splits = load_data(data, _all(settings, sum(len(list(rows)) for rows in read_rows(data).values())))
@@ -117,11 +116,8 @@ def _trained_in(source: Path | None, started: RunStarted | None, settings: Selec
     return load_data(source, settings.model_copy(update=make_settings(values).model_dump(include=set(values))))
 
 
-def _data_of_run(adapter: AdapterFolder) -> tuple[Path | None, RunStarted | None]:
-    """`(the data of the run that holds the adapter, if they still exist; its start)`."""
-    started = _run_of(adapter)
-    source = None if started is None else started.settings.get("data")
-    return (Path(source) if isinstance(source, str) and Path(source).exists() else None), started
+def _existing(place: object) -> Path | None:
+    return Path(place) if isinstance(place, str) and Path(place).exists() else None
 
 
 def _run_of(adapter: AdapterFolder) -> RunStarted | None:
@@ -195,7 +191,10 @@ def resize_by_data(
     curve = truncation_curve(adapter, runtime, candidates, working)
     answer = curve.answer
     chosen = open_adapter(working / answer.trial_id)
-    write_adapter(out, chosen.config, {key: _in_dtype(adapter, chosen, key, candidates.dtype) for key in chosen.keys})
+    tensors = {key: chosen.tensor(key) for key in chosen.keys}
+    if candidates.dtype is None:  # as in the adapter: training works in the dtype of the base
+        tensors |= {key: tensors[key].to(adapter.tensor(key).dtype) for key in tensors if key in adapter.keys}
+    write_adapter(out, chosen.config, tensors)
     resized = curve.written[answer.rank]
     notes = [*resized.notes, *curve.gathered.notices]
     if curve.gathered.moments:
@@ -216,14 +215,6 @@ def resize_by_data(
             "notes": notes,
         }
     )
-
-
-def _in_dtype(adapter: AdapterFolder, chosen: AdapterFolder, key: str, dtype: DtypeName | None) -> torch.Tensor:
-    """A tensor of the chosen candidate in `dtype`, or in the original dtype: training works in that of the base."""
-    tensor = chosen.tensor(key)
-    if dtype is not None or key not in adapter.keys:
-        return tensor
-    return tensor.to(adapter.tensor(key).dtype)
 
 
 def truncation_curve(

@@ -271,17 +271,18 @@ def document(
     adapter = records.adapters[-1] if records.adapters else None
     finished = records.finished()
     chosen = next((one for one in finished if adapter is not None and one.trial_id == adapter.answer.trial_id), None)
-    return {
-        "metric": records.started.metric,
-        "higher_is_better": records.started.higher_is_better,
-        "goal": goal,
-        **found,
-        "adapter_sentence": adapter and adapter.answer.sentence,
-        "cost": {"trainings": trainings(records), "trainings_to_adapter": adapter and adapter.trainings},
-        "adapter_making": chosen and making_of(chosen, finished).sentence(),
-        "adapter_preference": chosen and preference_sentence(chosen),
-        "handed_over": adapter and adapter.handed_over.model_dump(mode="json"),
-        "guard": adapter and adapter.guard and adapter.guard.model_dump(mode="json"),
-        "adapter_answer": adapter and adapter.answer.model_dump(mode="json"),
-        "training_rank_estimate": estimate and estimate.model_dump(mode="json"),
-    }
+    started = records.started
+    return (
+        {"metric": started.metric, "higher_is_better": started.higher_is_better, "goal": goal}
+        | found
+        | {
+            "adapter_sentence": adapter and adapter.answer.sentence,
+            "cost": {"trainings": trainings(records), "trainings_to_adapter": adapter and adapter.trainings},
+            "adapter_making": chosen and making_of(chosen, finished).sentence(),
+            "adapter_preference": chosen and preference_sentence(chosen),
+            "handed_over": adapter and adapter.handed_over.model_dump(mode="json"),
+            "guard": adapter and adapter.guard and adapter.guard.model_dump(mode="json"),
+            "adapter_answer": adapter and adapter.answer.model_dump(mode="json"),
+            "training_rank_estimate": estimate and estimate.model_dump(mode="json"),
+        }
+    )

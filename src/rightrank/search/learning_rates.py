@@ -84,7 +84,8 @@ def _climb_one_way(
     place = best + step
     while 0 <= place < count:
         yield [arm(place)]
-        if _is_better(trials, arm(place), arm(best)):
+        loss, best_loss = trials.loss(arm(place)), trials.loss(arm(best))
+        if loss is not None and (best_loss is None or loss < best_loss):
             best = place
         elif trials.finished(arm(place)) is not None or (step > 0 and trials.diverged(arm(place))):
             break
@@ -113,12 +114,6 @@ def early_step(space: Space, part: float) -> int:
 def early_arm(space: Space, rank: int, learning_rate: float, part: float) -> Arm:
     """A training that stops after `part` of its steps."""
     return space.arm(rank, learning_rate).model_copy(update={"stop_at": early_step(space, part)})
-
-
-def _is_better(trials: Trials, arm: Arm, other: Arm) -> bool:
-    """Whether `arm` ended with a lower loss. An arm without a result is worse than any."""
-    loss, other_loss = trials.loss(arm), trials.loss(other)
-    return loss is not None and (other_loss is None or loss < other_loss)
 
 
 LOOK = 0.125  # of a training; earlier looks name a wrong learning rate

@@ -49,7 +49,11 @@ def _promising_neighbours(trials: Trials, rank: int, learning_rate: float) -> Se
     behind = {lr: _deficit_at_top(trials, lr, learning_rate) for lr in neighbours}
     if rank in trials.ranks():
         limit = MAX_DEFICIT_AT_TOP * space.margin_at(trials.best_loss(space.top))
-        fails_by_far = _fails_by_far(trials, rank)
+        reference = trials.reference()
+        fails_by_far = reference is not None and not is_within(
+            trials.excess(rank, reference).mean,
+            MAX_RECOVERABLE_EXCESS * space.margin_at(trials.best_loss(reference)),
+        )
         is_slow = _is_undertrained(trials, rank, learning_rate)
         neighbours = [
             lr
@@ -58,15 +62,6 @@ def _promising_neighbours(trials: Trials, rank: int, learning_rate: float) -> Se
             or (lr > learning_rate and is_slow and not _lost_at_top(trials, lr))
         ]
     return sorted(neighbours, key=lambda lr: (behind[lr], lr))
-
-
-def _fails_by_far(trials: Trials, rank: int) -> bool:
-    """Whether the rank's excess is more than a neighbouring learning rate can make up for."""
-    reference = trials.reference()
-    if reference is None:
-        return False
-    limit = MAX_RECOVERABLE_EXCESS * trials.space.margin_at(trials.best_loss(reference))
-    return trials.excess(rank, reference).mean > limit
 
 
 def _is_undertrained(trials: Trials, rank: int, learning_rate: float) -> bool:
