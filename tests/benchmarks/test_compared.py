@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
-from benchmarks.compared import calibration
+from benchmarks.compared import calibration, zeros_and_ones
 
 
 def test_the_stored_error_is_at_most_five_percent() -> None:
@@ -23,3 +23,11 @@ def test_a_pair_at_the_margin_is_rarely_called_not_worse() -> None:
     assert found["not_worse"] <= 0.08
     assert found["worse"] <= 0.08
     assert found["cannot_tell"] >= 0.85
+
+
+def test_the_stored_error_of_zeros_and_ones_is_at_most_five_percent() -> None:
+    summary = json.loads(zeros_and_ones.OUT.read_text(encoding="utf-8"))["summary"]
+    assert summary["score test"]["false_not_worse"] <= 0.05
+    assert summary["score test"]["false_not_worse_highest"] <= 0.07
+    stored = zeros_and_ones.shares("score test", 36, 0.1, 0.0)
+    assert max(stored) <= 0.07

@@ -77,23 +77,6 @@ def test_the_binary_bound_inverts_the_score_test(worse: int, better: int) -> Non
     assert (bound - (worse - better) / examples) / error == pytest.approx(stats.norm.ppf(0.95), rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("examples", "worse", "better"), [(36, 0.111, 0.0), (50, 0.1, 0.05), (200, 0.03, 0.01), (400, 0.1, 0.08)]
-)
-def test_binary_bounds_of_two_files_err_in_one_of_twenty(examples: int, worse: float, better: float) -> None:
-    """At a margin of the true difference, `not worse` and `worse` are both errors: Monte Carlo over pairs."""
-    generator = np.random.default_rng(examples)
-    margin, rounds = worse - better, 4000
-    drawn = generator.multinomial(examples, [worse, better, 1 - worse - better], size=rounds)
-    pairs, counts = np.unique(drawn[:, :2], axis=0, return_counts=True)
-    errors = {True: 0, False: 0, None: 0}
-    for (up, down), count in zip(pairs.tolist(), counts.tolist(), strict=True):
-        sums = np.concatenate([np.ones(up), -np.ones(down), np.zeros(examples - up - down)])
-        errors[bounds_of_files(sums, np.ones(examples), 1.0).is_enough(margin)] += count
-    assert errors[True] / rounds <= 0.07
-    assert errors[False] / rounds <= 0.07
-
-
 def test_bounds_of_files_follow_the_kurtosis_and_widen_with_skewness_alone() -> None:
     scores = np.random.default_rng(0).exponential(1, 80) - 1
     found = estimate_of_files(scores, np.ones(80))
