@@ -61,7 +61,7 @@ def span_of(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 1.0) -> floa
     if kind in ("token_loss", "loss", "perplexity"):
         return 0.0
     largest = float(np.max(np.abs(np.divide(sums, weights))))
-    return (100.0 if largest > 1.5 else 1.0) if kind == "accuracy" else largest or 1.0
+    return (100.0 if is_percent([largest]) else 1.0) if kind == "accuracy" else largest or 1.0
 
 
 def default_margin(kind: MetricKind, reference: float, values: list[float]) -> float:
