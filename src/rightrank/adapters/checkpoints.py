@@ -145,7 +145,7 @@ def _sketched_values(delta: torch.Tensor, rank: int) -> Floats:
     for _ in range(POWER_ITERATIONS):
         basis = torch.linalg.qr(delta.T @ basis).Q
         basis = torch.linalg.qr(delta @ basis).Q
-    values: Floats = torch.linalg.svdvals((basis.T @ delta).double())[:rank].numpy()
+    values: Floats = torch.linalg.svd((basis.T @ delta).double(), full_matrices=False).S[:rank].numpy()
     return values
 
 
