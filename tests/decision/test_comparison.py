@@ -10,7 +10,7 @@ from rightrank.decision.comparison import Bounds, bounds_of, bounds_of_files, ex
 from rightrank.decision.intervals import binary_bound, estimate, estimate_of_files
 from rightrank.decision.rule import decide
 from rightrank.decision.table import table_of
-from rightrank.report.tables import evidence_lines
+from rightrank.report.answer import evidence_table
 from rightrank.schema.trials import TrialFinished
 from tests.decision.tables import bare
 from tests.tiny import UNMEASURED
@@ -34,8 +34,8 @@ def test_the_tolerance_is_of_the_margin_and_not_of_one() -> None:
 def test_a_difference_at_the_margin_has_one_word_on_a_page() -> None:
     decision = decide(bare({4: 0.745, 8: 0.75, 16: 0.75}, metric="accuracy", higher=True), 0.005)
     assert decision.rank == 4
-    (line,) = [line for line in evidence_lines(decision) if line.split()[:1] == ["4"]]
-    assert "perhaps" in line
+    (row,) = [row for row in evidence_table(decision) if row[0] == "4"]
+    assert "perhaps" in row
 
 
 @pytest.mark.parametrize("examples", [13, 30, 200])

@@ -97,7 +97,7 @@ def _predicted_rank(trials: Trials, second: int) -> int:
     margin = space.margin_at(trials.best_loss(space.top))
     if not math.isfinite(b):  # the second rank gave no result
         return space.above(second) or space.top
-    return next(rank for rank in space.ranks if b * (rank**-DECAY - space.top**-DECAY) <= margin)
+    return next(rank for rank in space.ranks if is_within(b * (rank**-DECAY - space.top**-DECAY), margin))
 
 
 class Grid(Strategy):
