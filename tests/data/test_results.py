@@ -321,6 +321,11 @@ def test_a_column_for_each_rank(tmp_path: Path, text: str) -> None:
     assert "one column a rank" in decide(path, higher_is_better=False).understood
 
 
+def test_metrics_at_a_place_are_no_ranks(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match="no column for the rank among step, recall_r1, recall_r5"):
+        decide(write(tmp_path, "step,recall_r1,recall_r5\n1,0.5,0.7\n"), higher_is_better=True)
+
+
 def test_columns_without_names_are_no_ranks() -> None:
     with pytest.raises(ResultsError, match="no column for the rank among 0, 1, 2"):
         decide(pandas.DataFrame([[4, 2.05, 0], [16, 2.001, 0]]), higher_is_better=False)

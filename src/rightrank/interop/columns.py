@@ -50,6 +50,8 @@ _NAMED = {
     "lr": re.compile(r"(?:^|[^a-z])(?:lr|learning[-_]?rate)[-_=]?(\d+(?:\.\d+)?(?:e-?\d+)?)", re.IGNORECASE),
     "seed": re.compile(r"(?:^|[^a-z])seed[-_=]?(\d+)", re.IGNORECASE),
 }
+# A column of one training: `4`, `r4_loss`, `eval_loss_rank_4`, `lora-r4 - eval/loss`; not `recall_r5`.
+_WIDE = re.compile(r"\s*\d+\s*$|r[-_=]?\d|.*(rank|lora|.* - )", re.IGNORECASE)
 _CHART_EXTRA = re.compile(r"(__(MIN|MAX)| - _step)$")  # of W&B's chart export: the band of a line, and its own steps
 
 
@@ -99,7 +101,7 @@ def long_rows(rows: list[Row], mapping: Mapping[str, str]) -> list[Row]:
     names = names_of(rows)
     if "rank" in mapping or set(map(plain, names)) & set(SYNONYMS["rank"]):
         return rows
-    wide = {name: _wide(name) for name in names if "rank" in settings_of_name(name) or name.strip().isdigit()}
+    wide = {name: _wide(name) for name in names if _WIDE.match(name) and "rank" in _wide(name)[0]}
     ranks = {settings["rank"] for settings, _ in wide.values()}
     if len(ranks) < 2 or ranks == set(map(str, range(len(names)))):  # the numbers of columns without names
         return rows

@@ -43,7 +43,6 @@ class Recipe:
     model: str
     data: str
     form: str
-    classes: Sequence[str] | None
     adapter: Path
     r: int
     lora_alpha: float
@@ -72,11 +71,8 @@ class Recipe:
     trained_alpha: float  # PEFT's lora_alpha at the rank that was trained
     beta: float = 0.1  # of preference pairs
     guard: str = ""  # how the adapter does on the guard's data, in a sentence
-
-    shape: str | None = None  # how rows of other columns became the form: see `io.shapes`
-    columns: Mapping[str, str] = field(
-        default_factory=dict
-    )  # of the form that have another name in the file → that name
+    shape: str | None = None  # how rows of other columns became the form: see `data.forms`
+    columns: Mapping[str, str] = field(default_factory=dict)  # a column of the form → its other name in the file
     use_dora: bool = False
     target_parameters: tuple[str, ...] = ()
     peft_options: Mapping[str, Any] = field(default_factory=dict)  # further fields of LoraConfig
@@ -99,18 +95,9 @@ class Recipe:
         return int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
 
     @property
-    def is_preference(self) -> bool:
-        return self.form == "preference"
-
-    @property
     def highest_rank(self) -> int:
         """The largest rank of any module."""
         return max([self.r, *self.rank_pattern.values()])
-
-    @property
-    def has_local_model(self) -> bool:
-        """Whether the base is a local folder or file, not a name on the hub."""
-        return Path(self.model).exists()
 
     @property
     def is_made_smaller(self) -> bool:
@@ -178,7 +165,6 @@ def recipe_of(
         form=started.data.form,
         shape=started.data.shape,
         columns=started.data.renamed,
-        classes=started.data.classes,
         adapter=adapter,
         module_names=_module_names(adapter),
         learning_rate=making.learning_rate,

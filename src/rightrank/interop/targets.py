@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -94,7 +95,7 @@ def _peft(recipe: Recipe) -> Written:
 
 def _trl(recipe: Recipe) -> Written:
     """A config of TRL's command line: `trl sft --config trl_sft.yaml`, or `trl dpo` for preference pairs."""
-    job = "dpo" if recipe.is_preference else "sft"
+    job = "dpo" if recipe.form == "preference" else "sft"
     values: dict[str, Any] = {
         "model_name_or_path": recipe.model,
         "datasets": [{"path": _loader(recipe.data), "data_files": recipe.data}],
@@ -114,7 +115,7 @@ def _trl(recipe: Recipe) -> Written:
         use_dora=recipe.use_dora,
         lora_target_parameters=list(recipe.target_parameters),
     )
-    if recipe.is_preference:
+    if recipe.form == "preference":
         values |= {"beta": recipe.beta, "loss_type": ["sigmoid"]}
     notes = _lacking(recipe, "TRL's command line", ("use_dora", "target_parameters")) + _column_notes(recipe, "TRL")
     if recipe.form == "classification":
@@ -172,7 +173,7 @@ def _axolotl(recipe: Recipe) -> Written:
     notes = _lacking(recipe, "axolotl", has)
     if recipe.form == "classification":
         notes.append("axolotl trains no classification head on this data")
-    if recipe.is_preference:
+    if recipe.form == "preference":
         values |= {"rl": "dpo", "rl_beta": recipe.beta}
         notes.append(f"axolotl: {STRINGS}; for messages, set the data set's type to `chat_template.default`")
     return Written({"axolotl.yaml": _yaml(values)}, "axolotl train axolotl.yaml", notes)
@@ -203,7 +204,7 @@ def _llamafactory(recipe: Recipe) -> Written:
         loraplus_lr_ratio=recipe.loraplus_lr_ratio,
     )
     notes = _lacking(recipe, "LLaMA-Factory", ("use_dora", "loraplus_lr_ratio"))
-    if recipe.is_preference:
+    if recipe.form == "preference":
         values |= {"pref_beta": recipe.beta, "pref_loss": "sigmoid"}
         notes.append(
             f"LLaMA-Factory: {STRINGS}; for messages, set `formatting` to `sharegpt`, with one message an answer"
@@ -254,7 +255,7 @@ learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_st
 
 def _ms_swift(recipe: Recipe) -> Written:
     """A command of ms-swift."""
-    job = ["rlhf", "--rlhf_type", "dpo", "--beta", str(recipe.beta)] if recipe.is_preference else ["sft"]
+    job = ["rlhf", "--rlhf_type", "dpo", "--beta", str(recipe.beta)] if recipe.form == "preference" else ["sft"]
     arguments = ["swift", *job, "--model", recipe.model, "--dataset", recipe.data, "--tuner_type", "lora"]
     arguments += ["--lora_rank", str(recipe.r), "--lora_alpha", str(recipe.alpha)]
     arguments += ["--lora_dropout", str(recipe.lora_dropout), "--use_rslora", str(recipe.use_rslora).lower()]
@@ -270,7 +271,9 @@ def _ms_swift(recipe: Recipe) -> Written:
         if name not in ("bf16", "fp16"):
             arguments += [f"--{name}", str(value)]
     notes = _lacking(recipe, "ms-swift's command line", ("use_dora", "loraplus_lr_ratio"))
-    columns = "`messages` and `rejected_response`" if recipe.is_preference else "`messages` or `query` and `response`"
+    columns = (
+        "`messages` and `rejected_response`" if recipe.form == "preference" else "`messages` or `query` and `response`"
+    )
     notes.append(f"ms-swift reads {columns}; rename the columns of your data to match")
     return Written({"ms_swift.sh": _script(arguments)}, "sh ms_swift.sh", notes)
 
@@ -339,7 +342,7 @@ def _llama_cpp(recipe: Recipe) -> Written:
         "exec llama-server -m base.gguf --lora adapter.gguf",
     ]
     notes = _serving_notes(recipe, "GGUF holds one alpha, and llama.cpp uses alpha / rank")
-    if not recipe.has_local_model:
+    if not Path(recipe.model).exists():
         notes.append("the converter reads the base from a folder: replace the model's name with its folder")
     return Written({"llama_cpp.sh": "\n".join(lines) + "\n"}, "LLAMA_CPP=… sh llama_cpp.sh", notes)
 
@@ -352,7 +355,7 @@ def _ollama(recipe: Recipe) -> Written:
         "Ollama reads safetensors adapters of Llama, Mistral and Gemma models; for others convert with --to llama.cpp and "
         "put adapter.gguf into the Modelfile"
     )
-    if not recipe.has_local_model:
+    if not Path(recipe.model).exists():
         notes.append("FROM needs a model folder, a GGUF file or Ollama's name of the same base")
     return Written({"Modelfile": "\n".join(lines) + "\n"}, f"ollama create {SERVED_NAME} -f Modelfile", notes)
 
