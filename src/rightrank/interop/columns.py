@@ -193,19 +193,16 @@ def _value_column(
         raise ResultsError(
             f"{where}: no column {metric!r} and no column `value`{did_you_mean(metric, names)}; there are {listed(names)}"
         )
-    column = _first(VALUES, by_plain) or _any_metric(names)
+    column = _first(VALUES, by_plain)
+    if column is None:  # the only one that is named like a metric
+        like = [name for name in names if direction_of(name) is not None and "train" not in name.lower()]
+        column = like[0] if len(like) == 1 else None
     if column is None:
         trained = " (a training loss does not measure held-out data)" if "train_loss" in by_plain else ""
         raise ResultsError(
             f"{where}: no column for the held-out value among {listed(names)}{trained}; name it with --metric COLUMN"
         )
     return column, "value" if plain(column) == "value" else column
-
-
-def _any_metric(names: Sequence[str]) -> str | None:
-    """The column named like a metric that is not a training metric; None if there are several."""
-    like = [name for name in names if direction_of(name) is not None and "train" not in name.lower()]
-    return like[0] if len(like) == 1 else None
 
 
 def _first(candidates: Iterable[str], by_plain: Mapping[str, str]) -> str | None:

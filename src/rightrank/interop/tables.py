@@ -437,7 +437,11 @@ def _note_details(training: _Training, row: Row, columns: Columns) -> None:
     if std is not None and std < 0:
         raise ResultsError(f"{row.where}: std {std:g} is not allowed: a standard deviation is 0 or above")
     if std is not None:
-        training.details |= {"std": std, "std_seeds": _seed_count(row, columns.get("std_seeds"))}
+        column = columns.get("std_seeds")
+        seeds = _positive(row, column) or 1.0
+        if not seeds.is_integer():
+            raise ResultsError(f"{row.where}: {column} {seeds:g} is not allowed: give a whole number from 1")
+        training.details |= {"std": std, "std_seeds": int(seeds)}
     for name in ("train_value", "seconds", *columns.others):
         column = columns.get(name) if name in SYNONYMS else name
         number = None if column is None else _number(row, column, strict=False)
@@ -458,7 +462,12 @@ def _results_of(trainings: Mapping[Key, _Training], columns: Columns) -> Iterato
         weights: list[float] = []
         if training.by_example:
             examples = examples or sorted(training.by_example)
-            _require_same_examples(training, rank, examples)
+            odd = sorted(set(training.by_example) ^ set(examples))
+            if odd:
+                raise ResultsError(
+                    f"{training.where}: rank {rank} is scored on other examples than the rank before ({len(odd)} differ, "
+                    f"such as {odd[0]}); score every training on the same examples"
+                )
             values = [training.by_example[name][0] for name in examples]
             weights = [training.by_example[name][1] for name in examples]
             tokens = tokens or weights
@@ -481,15 +490,6 @@ def _results_of(trainings: Mapping[Key, _Training], columns: Columns) -> Iterato
             points=[(step, training.by_step[step][0]) for step in steps] if any(steps) else [],
             others=training.others,
             **training.details,
-        )
-
-
-def _require_same_examples(training: _Training, rank: int, examples: list[str]) -> None:
-    odd = sorted(set(training.by_example) ^ set(examples))
-    if odd:
-        raise ResultsError(
-            f"{training.where}: rank {rank} is scored on other examples than the rank before ({len(odd)} differ, such as "
-            f"{odd[0]}); score every training on the same examples"
         )
 
 
@@ -536,14 +536,6 @@ def _positive(row: Row, column: str | None) -> float | None:
     if number is not None and number <= 0:
         raise ResultsError(f"{row.where}: {column} {number:g} is not allowed: give a number above 0")
     return number
-
-
-def _seed_count(row: Row, column: str | None) -> int:
-    """The number of seeds behind a stated deviation, 1 by default."""
-    number = _positive(row, column) or 1.0
-    if number != int(number):
-        raise ResultsError(f"{row.where}: {column} {number:g} is not allowed: give a whole number from 1")
-    return int(number)
 
 
 def _integer(row: Row, column: str, name: str, allowed: str) -> int:

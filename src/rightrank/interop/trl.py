@@ -119,15 +119,10 @@ def _greedy(model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int)
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    ids = [_until_end(row, tokenizer) for row in written[:, encoded["input_ids"].shape[1] :].tolist()]
+    end, rows = tokenizer.eos_token_id, written[:, encoded["input_ids"].shape[1] :].tolist()
+    ids = [row[: row.index(end) + 1] if end in row else row for row in rows]
     answers = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [[{"role": "assistant", "content": text}] for text in answers] if chat else answers, ids
-
-
-def _until_end(ids: list[int], tokenizer: Any) -> list[int]:
-    """The tokens up to the end token, without padding."""
-    end = tokenizer.eos_token_id
-    return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 Rows: TypeAlias = Any  # a `datasets.Dataset`, or a list of rows
@@ -277,7 +272,8 @@ class DPOTrain(TrainWithTRL):
         sides = zip(*pairs, strict=True)
         batches = [padded_batches(one, tokenizer.pad_token_id, self.eval_batch_size) for one in sides]
         trained = [_log_likelihoods(model, one) for one in batches]
-        with _base_of(model):
+        without_adapter = model.disable_adapter() if hasattr(model, "disable_adapter") else torch.no_grad()
+        with without_adapter:
             base = [_log_likelihoods(model, one) for one in batches]
         margins = [
             self.args.beta * ((good - good_base) - (bad - bad_base))
@@ -288,11 +284,6 @@ class DPOTrain(TrainWithTRL):
             "reward_accuracy": [float(margin > 0) for margin in margins],
             "reward_margin": margins,
         }
-
-
-def _base_of(model: Any) -> Any:
-    """A context in which the adapter is off; the model itself where it has none."""
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else torch.no_grad()
 
 
 def _log_likelihoods(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[float]:
