@@ -26,7 +26,8 @@ import torch
 from tests.tiny import WORDS, make_tokenizer, sentences, tiny_llama_config, write_jsonl
 
 from benchmarks.machine import machine
-from rightrank import make_settings, select_rank
+from rightrank import select_rank
+from rightrank.schema.settings import make_settings
 
 HERE = Path(__file__).parent
 Kind = Literal["random", "shuffled", "true"]

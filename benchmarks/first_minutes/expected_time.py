@@ -20,10 +20,11 @@ from tests.watch import Watch
 
 from benchmarks.machine import machine, machine_text
 from benchmarks.results import store
-from rightrank import make_settings, select_rank
+from rightrank import select_rank
 from rightrank.demo import DEMO_SETTINGS
 from rightrank.report.format import duration
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
+from rightrank.schema.settings import make_settings
 
 HERE = Path(__file__).parent
 CASES: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.fuzz import seeds
 from rightrank.api.adapters import inspect
 from rightrank.api.deciding import decide
-from rightrank.api.run_folder import status
+from rightrank.api.runs import status
 from rightrank.cli.options import gather
 from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data

@@ -8,34 +8,36 @@ print(selected.decision.rank, selected.adapter)
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.adapters.resize import ResizeOptions
     from rightrank.api.adapters import compare, inspect, resize
     from rightrank.api.deciding import decide
     from rightrank.api.runs import export, write_report
     from rightrank.api.selecting import preflight, select_rank, select_rank_with
-    from rightrank.runs.returns import Decided, Selected
+    from rightrank.runs.returns import Selected
     from rightrank.schema.decision import Decision
-    from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
-    from rightrank.schema.results import AdapterComparison, Inspection, Plan, Preflight, Resized
-    from rightrank.schema.settings import SelectSettings, make_settings
+    from rightrank.schema.plan_settings import PlanSettings
+    from rightrank.schema.settings import SelectSettings
     from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
 
+_VALUES = {  # the others are functions of `rightrank.api`
+    "Decision": "schema.decision",
+    "EvalPoint": "schema.trials",
+    "PlanSettings": "schema.plan_settings",
+    "SelectSettings": "schema.settings",
+    "Selected": "runs.returns",
+    "TrialResult": "schema.trials",
+    "TrialTask": "schema.trials",
+}
+
 __all__ = [
-    "AdapterComparison",
-    "Decided",
     "Decision",
     "EvalPoint",
-    "Inspection",
-    "Plan",
     "PlanSettings",
-    "Preflight",
-    "ResizeOptions",
-    "Resized",
     "SelectSettings",
     "Selected",
     "TrialResult",
@@ -45,8 +47,6 @@ __all__ = [
     "decide",
     "export",
     "inspect",
-    "make_plan_settings",
-    "make_settings",
     "preflight",
     "resize",
     "select_rank",
@@ -58,9 +58,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the public names on first use, `import rightrank` alone costs nothing; and the functions of plug-ins."""
     if name in __all__:
-        from rightrank import api
-
-        return getattr(api, name)
+        return getattr(import_module(f"rightrank.{_VALUES.get(name, 'api')}"), name)
     if not name.startswith("_"):
         from rightrank.runs import plugins
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from rightrank import compare, make_settings, resize
+from rightrank import compare, resize
 from rightrank.cli import main
 from rightrank.schema.errors import ModelError
 from rightrank.schema.events import Listener
+from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.loop import run_trial
 from rightrank.train.trial import TrialFolders

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rightrank import ResizeOptions, make_settings, resize, select_rank
+from rightrank import resize, select_rank
 from rightrank.adapters.held_out import Recovery, capped, measure, scored_data
 from rightrank.adapters.rewrite import RankChoice, write_resized
 from rightrank.cli import main
@@ -17,6 +17,7 @@ from rightrank.data.splits import load_data
 from rightrank.models.adapter_files import open_adapter, save_adapter
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import Listener
+from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime
 from rightrank.train.covariances import gather_moments, moment_tokens, unseen_first
@@ -72,8 +73,9 @@ def test_the_rank_is_the_smallest_truncation_that_holds_against_the_adapter(
 def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_file: Path, tmp_path: Path) -> None:
     """The folder holds what the writer makes of the gathered moments, and not the plain SVD."""
     settings = make_settings({"seq_len": 32, "eval_items": 12, "batch_size": 4, "margin": 10.0, "device": "cpu"})
-    options = ResizeOptions(settings=settings, ranks=(2,), train=completion_file)
-    found = resize(trained, tmp_path / "small", data=completion_file, options=options)
+    found = resize(
+        trained, tmp_path / "small", data=completion_file, settings=settings, ranks=(2,), train=completion_file
+    )
     assert any("K-FAC over" in note for note in found.notes)
     adapter = open_adapter(trained)
     runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache"))
@@ -96,8 +98,7 @@ def test_the_reported_value_is_that_of_the_written_folder(
 ) -> None:
     """Loaded anew through PEFT, the written adapter gives the held-out loss that decided."""
     settings = make_settings({"seq_len": 32, "eval_items": 12, "margin": 0.05})
-    options = ResizeOptions(settings=settings, train=completion_file)
-    resized = resize(trained, tmp_path / "small", data=completion_file, options=options)
+    resized = resize(trained, tmp_path / "small", data=completion_file, settings=settings, train=completion_file)
     adapter = open_adapter(tmp_path / "small")
     splits = scored_data(adapter, completion_file, completion_file, settings).splits
     runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache", splits=splits))
@@ -114,8 +115,8 @@ def test_a_file_without_splits_is_scored_whole_and_the_number_is_stated(trained:
     """Each half of it by the truncation whose moments come from the other half."""
     held_out = write_completions(tmp_path / "held_out.jsonl", count=30, seed=7)
     notices: list[str] = []
-    options = ResizeOptions(settings=make_settings({"seq_len": 32}), ranks=(2,), notice=notices.append)
-    resized = resize(trained, tmp_path / "out", data=held_out, options=options)
+    settings = make_settings({"seq_len": 32})
+    resized = resize(trained, tmp_path / "out", data=held_out, settings=settings, ranks=(2,), notice=notices.append)
     assert resized.scored_examples == 30
     assert notices[0] in resized.notes
     assert notices[0].startswith("scored on 30 examples of ")

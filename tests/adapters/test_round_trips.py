@@ -99,9 +99,8 @@ def test_the_dtype_of_the_file_is_kept_or_chosen(bases: Any, tmp_path: Path) -> 
     adapter = make_adapter(bases("plain"), tmp_path / "adapter", "bfloat16")
     resize(adapter, tmp_path / "kept", rank=2)
     assert {value.dtype for value in tensors_of(tmp_path / "kept").values()} == {torch.bfloat16}
-    from rightrank import ResizeOptions
 
-    resized = resize(adapter, tmp_path / "wide", rank=8, options=ResizeOptions(dtype="float32"))
+    resized = resize(adapter, tmp_path / "wide", rank=8, dtype="float32")
     assert {value.dtype for value in tensors_of(tmp_path / "wide").values()} == {torch.float32}
     assert resized.relative_delta_error < 1e-7
 

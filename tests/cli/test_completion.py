@@ -46,7 +46,7 @@ def test_ctrl_c_in_watch_does_not_say_that_the_training_stopped(
 
     monkeypatch.setattr("rightrank.api.status", interrupted)
     run = journal_of(tmp_path / "run")
-    shown = CliRunner().invoke(cli, ["watch", str(run)])
+    shown = CliRunner().invoke(cli, ["status", str(run), "--watch"])
     assert shown.exit_code == 130
     assert f"stopped watching; the selection in {run} is not affected" in shown.output
 

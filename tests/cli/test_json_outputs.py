@@ -214,6 +214,6 @@ def test_events_are_objects_while_the_answer_is_one(folder: Path, capsys: pytest
 
 def test_every_command_with_json_is_tried_both_ways() -> None:
     with_json = {name for name, command in COMMANDS.items() if any("--json" in p.opts for p in command.params)}
-    assert set(COMMANDS) - with_json == {"watch", "completion"}
+    assert set(COMMANDS) - with_json == {"completion"}
     assert {command.split()[0] for command in FINE} | {"demo"} == with_json
     assert {command.split()[0] for command in FAILING} == with_json

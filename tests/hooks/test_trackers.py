@@ -206,7 +206,7 @@ def test_a_trainer_of_ones_own_reports_too(tmp_path: Path) -> None:
 
 def test_an_optuna_study_opens_and_decides(records: Records) -> None:
     optuna = pytest.importorskip("optuna")
-    from rightrank.api.run_folder import export
+    from rightrank.api.runs import export
 
     exported = export("run", "optuna")
     path = exported.folder / "study.db"
@@ -246,7 +246,7 @@ def test_a_selection_that_reports_decides_the_same_from_there(
 def test_the_dashboard_opens_on_the_study(records: Records) -> None:
     dashboard = pytest.importorskip("optuna_dashboard")
     optuna = pytest.importorskip("optuna")
-    from rightrank.api.run_folder import export
+    from rightrank.api.runs import export
 
     path = export("run", "optuna").folder / "study.db"
     application = dashboard.wsgi(optuna.storages.RDBStorage(f"sqlite:///{path}"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rightrank.api.run_folder import export
+from rightrank.api.runs import export
 from rightrank.interop.exports import push_to_hub
 from rightrank.schema.errors import RunError, RunFolderError, SettingsError
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from rightrank import Selected
-from rightrank.api.run_folder import status, write_report
+from rightrank.api.runs import status, write_report
 from rightrank.cli import cli
 from rightrank.decision.adapter import making_of
 from rightrank.decision.run import Records, decide_run, decision_so_far

@@ -1,4 +1,4 @@
-"""The views of a run: progress lines, the JSON log, `status` and `watch`, completion, and the length of `--help`."""
+"""The views of a run: progress lines, the JSON log, `status`, completion, and the length of `--help`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from filelock import FileLock
 from rich.console import Console
 
-from rightrank.api.run_folder import status
+from rightrank.api.runs import status
 from rightrank.cli import cli
 from rightrank.decision.run import decide_run
 from rightrank.hooks.event_log import JsonLog, ProgressFile
@@ -72,12 +72,12 @@ def test_status_and_watch_on_the_command_line(tmp_path: Path) -> None:
     assert f"resume: rightrank select --out {run}" in shown.output
     answer = json.loads(CliRunner().invoke(cli, ["status", str(run), "--json"]).stdout)
     assert answer["trials_ended"] == 9
-    watched = CliRunner().invoke(cli, ["watch", str(run)])
+    watched = CliRunner().invoke(cli, ["status", str(run), "--watch"])
     assert watched.exit_code == 0
     assert "answer: Training rank: " in watched.output
 
 
-@pytest.mark.parametrize("command", ["status", "watch", "report"])
+@pytest.mark.parametrize("command", ["status", "report"])
 def test_a_folder_without_a_run_is_one_line(tmp_path: Path, command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "rightrank", command, str(tmp_path)], capture_output=True, text=True, check=False

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rightrank import EvalPoint, TrialResult, TrialTask, select_rank_with
-from rightrank.api.run_folder import status
+from rightrank.api.runs import status
 from rightrank.decision.run import Records
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import AllTrialsFailedError

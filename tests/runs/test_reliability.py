@@ -312,7 +312,7 @@ def test_out_of_memory_anywhere_is_one_line(
     def short(_run: Path) -> Path:
         raise error
 
-    monkeypatch.setattr("rightrank.api.run_folder.write_report", short)
+    monkeypatch.setattr("rightrank.api.runs.write_report", short)
     status, out, err = run(["report", "run"], capsys)
     assert (status, out) == (1, "")
     assert err.startswith("rightrank: out of memory; finished trials are kept")
@@ -323,7 +323,7 @@ def test_another_error_is_not_called_out_of_memory(work: Path, monkeypatch: pyte
     def wrong(_run: Path) -> Path:
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr("rightrank.api.run_folder.write_report", wrong)
+    monkeypatch.setattr("rightrank.api.runs.write_report", wrong)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         main(["report", "run"])
 

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from peft import AutoPeftModelForCausalLM
 
-from rightrank.adapters.resize import ResizeOptions
 from rightrank.api.adapters import resize
-from rightrank.api.run_folder import export, status, write_report
+from rightrank.api.runs import export, status, write_report
 from rightrank.api.selecting import select_rank
 from rightrank.cli import main
 from rightrank.runs.journal import Journal
@@ -99,8 +98,8 @@ def test_resize_gives_the_same_answer_from_the_same_adapter_and_data(
 ) -> None:
     (recorded_answer,) = recorded(answered)
     answer = recorded_answer.answer
-    options = ResizeOptions(settings=settings_for("adapter"))
-    found = resize(answered / "trials" / answer.trained_id, tmp_path / "small", data=completion_file, options=options)
+    settings, trained = settings_for("adapter"), answered / "trials" / answer.trained_id
+    found = resize(trained, tmp_path / "small", data=completion_file, settings=settings)
     assert found.answer is not None
     assert (found.rank, found.answer.margin) == (answer.rank, answer.margin)
     mine = [(one.rank, one.difference, one.difference_high) for one in found.answer.candidates]

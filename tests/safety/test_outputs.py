@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.api.run_folder import export
+from rightrank.api.runs import export
 from rightrank.interop.targets import LOOPBACK
 from rightrank.report.html import render_report
 from rightrank.schema.errors import MAX_MESSAGE_CHARACTERS, DataError, RightrankError, one_line

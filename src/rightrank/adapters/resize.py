@@ -60,13 +60,6 @@ class ResizeOptions:
     notice: Callable[[str], None] = lambda _: None  # receives each line for a person
 
 
-def require_data_for(options: Mapping[str, object], data: Path | None) -> None:
-    """Refuse options that have no effect without data: those that are not None, 0 or empty."""
-    given = [name for name, value in options.items() if value]
-    if given and data is None:
-        raise SettingsError(f"{given[0]} goes with --data FILE, which was not given; give both, or leave it out")
-
-
 def resize_adapter(path: Path, out: Path, rule: ResizeRule, options: ResizeOptions) -> Resized:
     """Write the adapter in `path` at other ranks to `out`.
 

@@ -1,38 +1,27 @@
 """The Python API: one function for each verb, records in and records out, nothing printed.
 
-The command line is a thin layer over it. Every function imports what it needs when it is called, so that importing
-this package costs nothing.
+The command line is a thin layer over it. A name is imported on first use, so that importing this package costs nothing.
 """
 
 from __future__ import annotations
 
-from rightrank.adapters.resize import ResizeOptions
-from rightrank.api.adapters import compare, inspect, inspect_gradient, resize, resize_together
-from rightrank.api.deciding import decide
-from rightrank.api.runs import doctor, export, repair, status, write_report, write_side_by_side
-from rightrank.api.selecting import begun_as, preflight, select_rank, select_rank_with
-from rightrank.runs.returns import Decided, Selected
-from rightrank.schema.decision import Decision
-from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
-from rightrank.schema.results import AdapterComparison, Inspection, Plan, Preflight, Resized
-from rightrank.schema.settings import SelectSettings, make_settings
-from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rightrank.api.adapters import compare, inspect, inspect_gradient, resize, resize_together
+    from rightrank.api.deciding import decide
+    from rightrank.api.runs import begun_as, doctor, export, repair, status, write_report, write_side_by_side
+    from rightrank.api.selecting import preflight, select_rank, select_rank_with
+
+_PLACES = {
+    "adapters": ("compare", "inspect", "inspect_gradient", "resize", "resize_together"),
+    "deciding": ("decide",),
+    "runs": ("begun_as", "doctor", "export", "repair", "status", "write_report", "write_side_by_side"),
+    "selecting": ("preflight", "select_rank", "select_rank_with"),
+}
 
 __all__ = [
-    "AdapterComparison",
-    "Decided",
-    "Decision",
-    "EvalPoint",
-    "Inspection",
-    "Plan",
-    "PlanSettings",
-    "Preflight",
-    "ResizeOptions",
-    "Resized",
-    "SelectSettings",
-    "Selected",
-    "TrialResult",
-    "TrialTask",
     "begun_as",
     "compare",
     "decide",
@@ -40,8 +29,6 @@ __all__ = [
     "export",
     "inspect",
     "inspect_gradient",
-    "make_plan_settings",
-    "make_settings",
     "preflight",
     "repair",
     "resize",
@@ -52,3 +39,10 @@ __all__ = [
     "write_report",
     "write_side_by_side",
 ]
+
+
+def __getattr__(name: str) -> object:
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"rightrank.api.{place}"), name)
+    raise AttributeError(f"module 'rightrank.api' has no attribute {name!r}")

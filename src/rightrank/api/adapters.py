@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rightrank.adapters.resize import ResizeOptions, ResizeRule
 from rightrank.models.adapter_files import require_adapter_folder, require_side
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import (
@@ -14,7 +14,10 @@ from rightrank.schema.results import (
     Resized,
     ResizedTogether,
 )
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import DtypeName, SelectSettings, make_settings
+
+if TYPE_CHECKING:
+    from rightrank.plugins.fleet.fleet import Fleet
 
 
 def inspect(
@@ -70,24 +73,63 @@ def resize(
     energy: float | None = None,
     noise: bool = False,
     data: str | Path | None = None,
-    options: ResizeOptions | None = None,
+    margin: float | None = None,
+    train: str | Path | None = None,
+    ranks: Sequence[int] | None = None,
+    recover_steps: int = 0,
+    learning_rate: float | None = None,
+    base: str | None = None,
+    uniform: bool = False,
+    dtype: DtypeName | None = None,
+    settings: SelectSettings | None = None,
+    on_rank: Callable[[int, float], None] = lambda _rank, _value: None,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> Resized:
     """Write the adapter at another rank to `out`, and report the truncation error.
 
-    Exactly one of `rank`, `energy`, `noise` and `data` chooses the rank; with `data` it is the smallest whose held-out
-    loss is not worse by `options.settings.margin`.
+    Args:
+        adapter: a PEFT adapter folder, or a LoRA file of kohya or diffusers.
+        out: the folder or file to write, which must not exist.
+        rank: one rank for all modules; above the present one it pads. Exactly one of `rank`, `energy`, `noise` and `data`
+            chooses the rank.
+        energy: for each module the fewest singular values with this fraction of its energy.
+        noise: for each module the singular values above the optimal hard threshold.
+        data: held-out rows; the smallest rank whose loss on them is not worse by the margin.
+        margin: with data: how much worse is still enough; None for the metric's default.
+        train: with data: what the adapter was trained on. These rows are not scored.
+        ranks: with data: those to measure; None for the powers of two.
+        recover_steps: with data: training steps after each truncation, at `learning_rate`.
+        base: with data: the base model; None for the one that the adapter names.
+        uniform: with energy or noise: one rank for all modules, the largest needed.
+        dtype: of the written tensors; None for theirs.
+        settings: with data: how models and rows are read; see `SelectSettings`.
+        on_rank: receives each measured rank and its held-out value.
+        notice: receives each line for a person.
 
     Raises:
         InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
         RunError: recovery started and could not finish.
     """
-    rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
-    rule.require_one()
     _require_adapters([adapter])
 
-    from rightrank.adapters.resize import resize_adapter
+    from rightrank.adapters.resize import ResizeOptions, ResizeRule, resize_adapter
 
-    return resize_adapter(Path(adapter), Path(out), rule, options or ResizeOptions())
+    given = {} if settings is None else settings.model_dump(include=settings.model_fields_set)
+    options = ResizeOptions(
+        dtype,
+        uniform,
+        base,
+        make_settings(given if margin is None else given | {"margin": margin}),
+        ranks,
+        recover_steps,
+        learning_rate,
+        on_rank,
+        None if train is None else Path(train),
+        notice,
+    )
+    rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
+    rule.require_one()
+    return resize_adapter(Path(adapter), Path(out), rule, options)
 
 
 def resize_together(
@@ -97,7 +139,7 @@ def resize_together(
     rank: int | None = None,
     energy: float | None = None,
     noise: bool = False,
-    options: ResizeOptions | None = None,
+    dtype: DtypeName | None = None,
 ) -> ResizedTogether:
     """Write several adapters at one common rank, each to a folder of its own name under `out`.
 
@@ -106,13 +148,14 @@ def resize_together(
     Raises:
         InputError: one of the adapters can't be used, or two have the same name; nothing was written.
     """
-    rule = ResizeRule(rank, energy, noise)
-    rule.require_one()
     _require_adapters(adapters)
 
+    from rightrank.adapters.resize import ResizeOptions, ResizeRule
     from rightrank.adapters.resize import resize_together as resize_all
 
-    return resize_all([Path(adapter) for adapter in adapters], Path(out), rule, options or ResizeOptions())
+    rule = ResizeRule(rank, energy, noise)
+    rule.require_one()
+    return resize_all([Path(adapter) for adapter in adapters], Path(out), rule, ResizeOptions(dtype))
 
 
 def compare(

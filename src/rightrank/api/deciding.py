@@ -1,12 +1,34 @@
-"""Plan before any training, and decide on trainings that have finished."""
+"""`decide`: from results that exist, a table or a run folder, to a decision."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rightrank.data.rows import Row
+from rightrank.decision import rule
+from rightrank.decision.run import Records, comparable, decide_on, metrics_of, records_of
+from rightrank.decision.table import table_of_results
+from rightrank.interop.tables import TableOptions, flat, raw_rows, results_of_rows, rows_of_mappings
+from rightrank.report.sentences import next_commands
+from rightrank.runs.folder import RunFolder
+from rightrank.runs.plugins import decide_rows
 from rightrank.runs.returns import Decided
+from rightrank.schema.errors import ResultsError
+from rightrank.schema.settings import settings_difference
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What to decide; see `decide` for each field."""
+
+    metric: str | None
+    higher_is_better: bool | None
+    margin: float | None
+    columns: Mapping[str, str]
+    horizon_steps: int | None
 
 
 def decide(
@@ -33,6 +55,100 @@ def decide(
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    from rightrank.api.tables import Question, decide_results
+    return _decide(results, _Question(metric, higher_is_better, margin, columns or {}, horizon_steps))
 
-    return decide_results(results, Question(metric, higher_is_better, margin, columns or {}, horizon_steps))
+
+def _decide(results: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]], question: _Question) -> Decided:
+    if isinstance(results, str | Path):
+        folder = RunFolder(Path(results))
+        if folder.journal.path.is_file():
+            return _decide_run(folder, question)
+        return _decide_table(str(results), raw_rows(Path(results)), question)
+    listed: Any = results if hasattr(results, "columns") else list(results)  # a data frame as it is
+    paths = [Path(one) for one in listed if isinstance(one, str | Path)] if isinstance(listed, list) else []
+    return _decide_several(paths, question) if paths else _decide_table("results", rows_of_mappings(listed), question)
+
+
+def _decide_table(where: str, rows: list[Row], question: _Question) -> Decided:
+    decided = decide_rows(rows, question.margin)
+    if decided is not None:
+        return Decided(*decided)
+    options = TableOptions(question.metric, question.higher_is_better, question.columns, question.margin)
+    read = results_of_rows(flat(rows), options, where)
+    decision = rule.decide(table_of_results(read), question.margin, horizon_steps=question.horizon_steps)
+    return Decided(decision, read.understood)
+
+
+def _decide_several(paths: Sequence[Path], question: _Question) -> Decided:
+    if len(paths) == 1:
+        return _decide(paths[0], question)
+    folders = [RunFolder(path) for path in paths]
+    others = [folder.path for folder in folders if not folder.journal.path.is_file()]
+    if len(others) == len(paths):
+        return _decide_table(f"{paths[0]} and {len(paths) - 1} more", raw_rows(*paths), question)
+    if others:
+        raise ResultsError(
+            f"{others[0]}: no run folder; give folders of `rightrank select`, or files of results, not both"
+        )
+    return _decide_runs(folders, question)
+
+
+def _decide_run(folder: RunFolder, question: _Question) -> Decided:
+    """Decide on a run folder, at the run's own metric and margin unless the question gives others."""
+    records = records_of(folder.journal.read(), str(folder.path))
+    started = records.started
+    direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
+    metric = question.metric or started.metric
+    known = metrics_of(records)
+    if metric not in known or (started.data.form == "own" and metric != started.metric):
+        raise ResultsError(f"{folder.path}: the run has no metric {metric!r}; it has {', '.join(known)}")
+    ranks = {outcome.rank for outcome in records.finished() if outcome.rank > 0 and outcome.arm.is_direct}
+    if records.adapters and len(ranks) < 2:
+        raise ResultsError(
+            f"{folder.path}: one rank was trained, so the rank to train at is open (rightrank select with --goal training-rank "
+            f"continues the run); the adapter: {records.adapters[-1].answer.sentence}"
+        )
+    outcomes, margin = direct, question.margin
+    if metric == started.metric:
+        outcomes = comparable(records)
+        own = started.settings.get("margin")
+        margin = own if margin is None and isinstance(own, int | float) else margin
+    decision = decide_on(
+        records, outcomes, metric, margin, higher=question.higher_is_better, horizon_steps=question.horizon_steps
+    )
+    adapter = records.adapters[-1].answer.sentence if records.adapters else None
+    commands = next_commands(started, decision, str(folder.path), question.margin) if metric == started.metric else []
+    return Decided(decision, [f"{len(direct)} trainings of a run folder"], adapter, commands)
+
+
+def _decide_runs(folders: Sequence[RunFolder], question: _Question) -> Decided:
+    """Decide on several runs of one model and one data set: trainings of the same arm count once."""
+    read = [records_of(folder.journal.read_settled(), str(folder.path)) for folder in folders]
+    first, where = read[0].started, folders[0].path
+    for folder, records in zip(folders[1:], read[1:], strict=True):
+        changed = settings_difference(first.settings, records.started.settings)
+        if records.started.evaluation_items != first.evaluation_items:
+            changed.append("the examples that trainings are evaluated on")
+        if changed:
+            raise ResultsError(
+                f"{folder.path}: differs from {where} ({'; '.join(changed)}); join runs of one model and data"
+            )
+    outcomes = {
+        outcome.arm: outcome for records in reversed(read) for outcome in records.outcomes if outcome.arm.is_direct
+    }
+    joined = Records(first, list(outcomes.values()), [], [])
+    metric, margin = question.metric or first.metric, question.margin
+    if metric not in metrics_of(joined):
+        raise ResultsError(f"{where}: the runs have no metric {metric!r}; they have {', '.join(metrics_of(joined))}")
+    own = first.settings.get("margin") if metric == first.metric else None
+    margin = own if margin is None and isinstance(own, int | float) else margin
+    decision = decide_on(
+        joined,
+        comparable(joined),
+        metric,
+        margin,
+        higher=question.higher_is_better,
+        horizon_steps=question.horizon_steps,
+    )
+    counted = sum(outcome.rank > 0 for outcome in outcomes.values())
+    return Decided(decision, [f"{counted} trainings of {len(folders)} run folders"])

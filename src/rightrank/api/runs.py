@@ -1,17 +1,30 @@
-"""Verbs on a run folder, and the look at this machine."""
+"""Verbs on a run folder: report, export, repair, status; and the look at this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rightrank.runs.machine import Doctor
+from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent, write_text
+from rightrank.decision.run import Records, decision_so_far, last_decided, records_of
+from rightrank.hooks import report as views
+from rightrank.hooks.event_log import PROGRESS_FILE
+from rightrank.interop import exports
+from rightrank.interop.exports import STUDY, Exported, require_export, write_export, write_study
+from rightrank.interop.recipe import recipe_of
+from rightrank.report.status import RunStatus, is_fresh, run_status
+from rightrank.runs.folder import RunFolder
+from rightrank.runs.journal import Repaired
+from rightrank.schema.decision import Decision
+from rightrank.schema.errors import RunFolderError
+from rightrank.schema.events import JournalRecord
+from rightrank.schema.settings import Goal
+from rightrank.schema.trials import TrialFinished
 
 if TYPE_CHECKING:
-    from rightrank.interop.exports import Exported
-    from rightrank.report.status import RunStatus
-    from rightrank.runs.journal import Repaired
+    from rightrank.runs.machine import Doctor
 
 
 def write_report(run: str | Path) -> Path:
@@ -20,9 +33,13 @@ def write_report(run: str | Path) -> Path:
     Raises:
         RunFolderError: no run there.
     """
-    from rightrank.api import run_folder as runs
-
-    return runs.write_report(run)
+    folder, journal, records = _opened(run, settled=False)
+    goal = _goal(records)
+    decision = None if goal == "adapter" else _decision(journal, records)
+    with report_disk_errors(folder.path):
+        views.write_report(folder, records, decision, goal)
+        views.write_all_figures(folder, records, decision)
+    return folder.report
 
 
 def write_side_by_side(runs: Sequence[str | Path], out: str | Path) -> Path:
@@ -31,9 +48,53 @@ def write_side_by_side(runs: Sequence[str | Path], out: str | Path) -> Path:
     Raises:
         RunFolderError: no run in one of the folders.
     """
-    from rightrank.api import run_folder as verbs
+    from rightrank.report.html import ShownRun, render_side_by_side
 
-    return verbs.write_side_by_side(runs, out)
+    shown = []
+    for run in runs:
+        _, journal, records = _opened(run, settled=True)
+        goal = _goal(records)
+        decision = None if goal == "adapter" else _decision(journal, records)
+        shown.append(ShownRun(str(run), records, decision, goal))
+    place = Path(out)
+    with report_disk_errors(place.parent):
+        write_text(place, render_side_by_side(shown))
+    return place
+
+
+def begun_as(run: str | Path) -> dict[str, object]:
+    """Return the model, the data and the settings of a run, with which `select_rank` resumes or continues it.
+
+    Raises:
+        RunFolderError: no run there, or one of another version that has settings this one does not know.
+    """
+    folder, _, records = _opened(run, settled=True)
+    started = records.started
+    for name in ("model", "data"):
+        value = started.settings.get(name)
+        if not isinstance(value, str) or value.startswith("in memory"):
+            raise RunFolderError(
+                f"{folder.path}: its {name} was in memory; call select_rank with it to continue the run"
+            )
+    return dict(started.settings)
+
+
+def _opened(run: str | Path, *, settled: bool) -> tuple[RunFolder, list[JournalRecord], Records]:
+    """A run to read; `settled` where its process may still be writing."""
+    folder = RunFolder.existing(run)
+    journal = folder.journal.read_settled() if settled else folder.journal.read()
+    return folder, journal, records_of(journal, str(folder.path))
+
+
+def _decision(journal: Sequence[JournalRecord], records: Records) -> Decision | None:
+    """The decision of the run, or the one so far."""
+    decided = last_decided(journal)
+    return decision_so_far(records) if decided is None else decided.decision
+
+
+def _goal(records: Records) -> Goal:
+    """The goal of the last `select`; an own trainer's run without one asked for the training rank."""
+    return "adapter" if records.started.settings.get("goal") == "adapter" else "training-rank"
 
 
 def export(
@@ -56,9 +117,36 @@ def export(
         ModelError: an adapter that can't be padded.
         RunError: the hub could not be reached or refused; the files are written all the same.
     """
-    from rightrank.api import run_folder as runs
+    require_export(to, pad, push_to_hub)
+    folder, journal, records = _opened(run, settled=False)
+    if to == STUDY:
+        with report_disk_errors(folder.path):
+            return write_study(records, _decision(journal, records), _place(folder, STUDY, out))
+    recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
+    if records.adapters and records.adapters[-1].guard:
+        recipe = replace(recipe, guard=records.adapters[-1].guard.sentence)
+    with report_disk_errors(folder.path):
+        exported = write_export(to, recipe, _place(folder, to, out), pad)
+    if push_to_hub is None:
+        return exported
+    return replace(exported, hub=exports.push_to_hub(exported.folder, push_to_hub))
 
-    return runs.export(run, to, out, pad=pad, push_to_hub=push_to_hub)
+
+def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:
+    """The trial whose adapter is in `adapter/`: by the answer to the first question, or where nothing was saved by the decision."""
+    decided = last_decided(journal)
+    if records.adapters:
+        chosen = records.adapters[-1].answer.trial_id
+    elif decided is not None and decided.adapter_trial_id is not None:
+        chosen = decided.adapter_trial_id
+    else:
+        raise RunFolderError(f"{folder.path}: no adapter yet; run `rightrank select` again, then export")
+    trial = next((trial for trial in records.finished() if trial.trial_id == chosen), None)
+    if trial is None:
+        raise RunFolderError(
+            f"{folder.path}: the journal lacks the trial {chosen} of the adapter; run `rightrank repair`"
+        )
+    return trial
 
 
 def repair(run: str | Path) -> Repaired:
@@ -67,9 +155,17 @@ def repair(run: str | Path) -> Repaired:
     Raises:
         RunFolderError: no run there, a process at work in it, or a run whose start is damaged.
     """
-    from rightrank.api import run_folder as runs
+    folder = RunFolder.existing(run)
+    with folder.locked(), report_disk_errors(folder.path):
+        return folder.journal.repair()
 
-    return runs.repair(run)
+
+def _place(folder: RunFolder, to: str, out: str | Path | None) -> Path:
+    """The folder of an export: a folder that the user names must not exist, the run's own is replaced."""
+    if out is None:
+        return folder.path / "exports" / to
+    require_absent(Path(out))
+    return Path(out)
 
 
 def status(run: str | Path) -> RunStatus:
@@ -78,9 +174,17 @@ def status(run: str | Path) -> RunStatus:
     Raises:
         RunFolderError: no run there.
     """
-    from rightrank.api import run_folder as runs
+    folder, journal, records = _opened(run, settled=True)
+    progress = _progress_of(folder.path)
+    return run_status(str(run), journal, records, _goal(records), folder.is_locked(), progress)
 
-    return runs.status(run)
+
+def _progress_of(folder: Path) -> dict[str, object] | None:
+    try:
+        progress: dict[str, object] = read_json_object(folder / PROGRESS_FILE)
+    except UnreadableError:
+        return None  # no process runs, or it has just ended
+    return progress if "progress" in progress and is_fresh(progress) else None
 
 
 def doctor() -> Doctor:

@@ -88,17 +88,6 @@ def _views(progress: bool, opened: ExitStack) -> list[Hook]:
     return [opened.enter_context(make_view(Console(stderr=True), quiet=False))]
 
 
-def begun_as(run: str | Path) -> dict[str, object]:
-    """Return the model, the data and the settings of a run, with which `select_rank` resumes or continues it.
-
-    Raises:
-        RunFolderError: no run there, or one of another version that has settings this one does not know.
-    """
-    from rightrank.api.run_folder import begun_as as read
-
-    return read(run)
-
-
 def preflight(
     model: str | PreTrainedModel,
     data: str | Path | Rows | Mapping[str, Rows],

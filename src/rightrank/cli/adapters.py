@@ -124,40 +124,40 @@ def resize(
     Several adapters are written at one common rank, each to a folder in OUT.
     """
     from rightrank import api
-    from rightrank.adapters.resize import require_data_for
 
     *sources, out = adapters
     if not sources:
         raise SettingsError(f"got one folder, {out}; give the adapter and the folder to write: ADAPTER OUT")
-    needing: dict[str, object] = {
-        "--margin": margin,
-        "--ranks": ranks,
-        "--recover": recover,
-        "--base": base,
-        "--set": assignments,
-    }
-    needing["--train"] = train
-    require_data_for(needing, data)
+    needing = {"--margin": margin, "--ranks": ranks, "--recover": recover, "--base": base, "--set": assignments}
+    alone = next((option for option, value in (needing | {"--train": train}).items() if value), None)
+    if alone is not None and data is None:
+        raise SettingsError(f"{alone} goes with --data FILE, which was not given; give both, or leave it out")
     lap = _lap_timer()
-    options = api.ResizeOptions(
-        dtype,
-        uniform,
-        base,
-        make_settings(gather(None, assignments, {"margin": margin})),
-        whole_numbers(ranks, "--ranks"),
-        recover,
-        learning_rate,
-        train=train,
-        notice=lambda line: click.echo(line, err=True),
-        on_rank=lambda at, value: click.echo(f"rank {at}: held-out {value:.4f}  ({lap():.0f} s)", err=True),
-    )
-    if len(sources) == 1:
-        resized = api.resize(sources[0], out, rank=rank, energy=energy, noise=noise, data=data, options=options)
-        _print_record(resized, as_json)
+    if len(sources) > 1:
+        if data is not None:
+            raise SettingsError("--data measures one adapter on its own data: resize each alone, then all with --rank")
+        together = api.resize_together(sources, out, rank=rank, energy=energy, noise=noise, dtype=dtype)
+        _print_record(together, as_json)
         return
-    if data is not None:
-        raise SettingsError("--data measures one adapter on its own data: resize each alone, then all with --rank")
-    _print_record(api.resize_together(sources, out, rank=rank, energy=energy, noise=noise, options=options), as_json)
+    resized = api.resize(
+        sources[0],
+        out,
+        rank=rank,
+        energy=energy,
+        noise=noise,
+        data=data,
+        train=train,
+        ranks=whole_numbers(ranks, "--ranks"),
+        recover_steps=recover,
+        learning_rate=learning_rate,
+        base=base,
+        uniform=uniform,
+        dtype=dtype,
+        settings=make_settings(gather(None, assignments, {"margin": margin})),
+        on_rank=lambda at, value: click.echo(f"rank {at}: held-out {value:.4f}  ({lap():.0f} s)", err=True),
+        notice=lambda line: click.echo(line, err=True),
+    )
+    _print_record(resized, as_json)
 
 
 def _lap_timer() -> Callable[[], float]:

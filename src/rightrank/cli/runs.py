@@ -1,4 +1,4 @@
-"""`status`, `watch`, `doctor` and `completion`."""
+"""Commands on a run folder, and what there is on this machine."""
 
 from __future__ import annotations
 
@@ -16,33 +16,36 @@ from rightrank.schema.errors import SettingsError
 SHELLS = ("bash", "zsh", "fish")
 
 
-@click.command(short_help="Show where a run stands.", epilog="Example: rightrank status run")
+@click.command(short_help="Show where a run stands.", epilog="Example: rightrank status run --watch")
 @click.argument("run", type=click.Path(path_type=Path))
+@click.option("--watch", is_flag=True, help="Follow the run until it is done or no process works on it.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.1),
+    default=2.0,
+    show_default=True,
+    help="With --watch: seconds between updates.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the status as one JSON object.")
-def status(run: Path, as_json: bool) -> None:
+def status(run: Path, watch: bool, interval: float, as_json: bool) -> None:
     """Report where RUN stands, from another terminal or after its end. Nothing in the folder is written."""
     from rightrank import api
     from rightrank.report.status import status_lines
 
+    if watch and as_json:
+        raise SettingsError("--watch and --json were both given: give one of them")
+    if watch:
+        try:
+            _follow(run, interval)
+        except KeyboardInterrupt:
+            click.echo(f"\nstopped watching; the selection in {run} is not affected", err=True)
+            raise click.exceptions.Exit(130) from None
+        return
     found = api.status(run)
     if as_json:
         click.echo(found.model_dump_json())
     else:
         click.echo(status_lines(found, shutil.get_terminal_size().columns, colour=False))
-
-
-@click.command(short_help="Follow a run from another terminal.", epilog="Example: rightrank watch run --interval 5")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between updates."
-)
-def watch(run: Path, interval: float) -> None:
-    """Follow RUN from another terminal until it is done or no process works on it."""
-    try:
-        _follow(run, interval)
-    except KeyboardInterrupt:
-        click.echo(f"\nstopped watching; the selection in {run} is not affected", err=True)
-        raise click.exceptions.Exit(130) from None
 
 
 def _follow(run: Path, interval: float) -> None:

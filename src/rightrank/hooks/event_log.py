@@ -77,7 +77,7 @@ def _fields(event: Record) -> dict[str, Any]:
 
 
 class ProgressFile(Hook):
-    """`progress.json` in a run folder while a selection runs: what `status` and `watch` read from another terminal."""
+    """`progress.json` in a run folder while a selection runs: what `status` reads from another terminal."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / PROGRESS_FILE

@@ -1,4 +1,4 @@
-"""The state of a run, for `rightrank status` and `rightrank watch`."""
+"""The state of a run, for `rightrank status`."""
 
 from __future__ import annotations
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rightrank import make_settings, select_rank
+from rightrank import select_rank
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Event, StepDone
+from rightrank.schema.settings import make_settings
 from tests.plugins.cluster.runs import STEPS, require_same
 from tests.tiny import small_settings
 from tests.watch import Watch

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from rightrank import make_settings, select_rank
+from rightrank import select_rank
 from rightrank.plugins.cluster import factory as pool_factory
 from rightrank.plugins.cluster.messages import Setup, Stop, Task, WorkerLost, WorkerMessage
 from rightrank.plugins.cluster.worker import Worker
 from rightrank.runs.folder import RunFolder, Store, run_store
 from rightrank.schema.errors import MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Listener
+from rightrank.schema.settings import make_settings
 from tests.plugins.cluster.runs import decision_of, values_of
 from tests.tiny import small_settings
 

@@ -13,13 +13,14 @@ from typing import Any
 import psutil
 import pytest
 
-from rightrank import make_settings, select_rank
+from rightrank import select_rank
 from rightrank.plugins.cluster.messages import WORKER_MESSAGE, Ready, Setup, Stop
 from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.ray_cluster import connected, resources
 from rightrank.plugins.cluster.worker import serve, versions
 from rightrank.schema.errors import InputError, MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Event, StepDone
+from rightrank.schema.settings import make_settings
 from tests.plugins.cluster.runs import STEPS, decision_of, values_of
 from tests.tiny import small_settings
 from tests.watch import Watch

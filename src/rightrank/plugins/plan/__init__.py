@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from pydantic import BaseModel
-
 from rightrank.runs.plugins import MemoryPlan, Plugin
 from rightrank.schema.keywords import PlanKeywords, SelectKeywords
 from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
 from rightrank.schema.results import Plan
 from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.table import Settings
 
 if TYPE_CHECKING:
     import click
@@ -110,5 +109,5 @@ def plan_selection(
     return plan_data(Request(model, tokenizer, data, settings), price_per_hour, calibrate)
 
 
-def _given(settings: BaseModel | None) -> dict[str, Any]:
+def _given(settings: Settings | None) -> dict[str, Any]:
     return {} if settings is None else settings.model_dump(include=settings.model_fields_set)
