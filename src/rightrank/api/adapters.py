@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rightrank.models.adapter_files import require_adapter_folder, require_side
 from rightrank.schema.errors import SettingsError
@@ -15,9 +14,6 @@ from rightrank.schema.results import (
     ResizedTogether,
 )
 from rightrank.schema.settings import DtypeName, SelectSettings, make_settings
-
-if TYPE_CHECKING:
-    from rightrank.plugins.fleet.fleet import Fleet
 
 
 def inspect(

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Literal, Unpack
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Hooks
 from rightrank.runs.returns import Selected
+from rightrank.schema.configs import settings_of_configs
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.keywords import SelectKeywords
 from rightrank.schema.results import Preflight
 from rightrank.schema.settings import Goal, ProfileName, SelectSettings, make_settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from rightrank.runs.calls import EvaluateFunction, TrainFunction
     from rightrank.runs.own_trainer import Judgements
@@ -32,6 +34,8 @@ def select_rank(
     settings: SelectSettings | None = None,
     callbacks: Sequence[Hook] = (),
     progress: bool = False,
+    peft_config: LoraConfig | None = None,
+    args: TrainingArguments | None = None,
     **keywords: Unpack[SelectKeywords],
 ) -> Selected:
     """Train a range of ranks on `data`, decide which is enough, and hand over its adapter.
@@ -45,7 +49,10 @@ def select_rank(
         settings: see `SelectSettings`; None for the defaults.
         callbacks: what watches the selection or takes part in it; see `rightrank.hooks.Hook`.
         progress: show the progress on stderr, or in the cell of a notebook.
-        keywords: the command's options by name, such as `ranks=(4, 16, 64), margin=0.01`; they override `settings`.
+        peft_config: the adapter that you train now. Its values override `settings`; the ranks replace `r`, and what a selection
+            cannot honour is refused by its name.
+        args: the training that you run now, of transformers or TRL (`SFTConfig`); as `peft_config`.
+        keywords: the command's options by name, such as `ranks=(4, 16, 64), margin=0.01`; they override all others.
 
     Raises:
         InputError: model, data, settings or folder can't be used; nothing was started.
@@ -58,7 +65,7 @@ def select_rank(
     from rightrank.runs.folder import RunFolder
     from rightrank.runs.request import require_request, require_same_scalars
 
-    settings = _overridden(settings, keywords)
+    settings = _overridden(settings, keywords, peft_config, args)
     require_request(model, data, settings)
     folder = RunFolder(Path(out))
     with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
@@ -116,9 +123,14 @@ def preflight(
     return prepare_only(Request(model, tokenizer, data, settings), price_per_hour)
 
 
-def _overridden(settings: SelectSettings | None, keywords: SelectKeywords) -> SelectSettings:
+def _overridden(
+    settings: SelectSettings | None,
+    keywords: SelectKeywords,
+    peft_config: LoraConfig | None = None,
+    args: TrainingArguments | None = None,
+) -> SelectSettings:
     given = {} if settings is None else settings.model_dump(include=settings.model_fields_set)
-    return make_settings(given | dict(keywords))
+    return make_settings(given | settings_of_configs(peft_config, args) | dict(keywords))
 
 
 def select_rank_with(

@@ -530,7 +530,9 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
         option=True,
     )
     load_in_8bit: bool = setting(False, MACHINE, "the same in 8 bits")
-    gradient_checkpointing: bool = setting(False, MACHINE, "recompute activations block by block")
+    gradient_checkpointing: bool = setting(
+        False, MACHINE, "recompute activations block by block", also=("activation_checkpointing",)
+    )
     cache_prefix: bool = setting(True, MACHINE, "compute the frozen layers below the adapters once")
     adapters_per_pass: int | None = setting(
         None,

@@ -1,0 +1,114 @@
+"""Settings from what people already have: PEFT's `LoraConfig`, and the `TrainingArguments` of transformers or TRL.
+
+The values are those of the training that the two describe. The ranks of the selection replace `r`. What a selection cannot honour is
+refused by its name; what only says how a trainer logs, saves and evaluates is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from rightrank.schema.errors import SettingsError, quoted
+from rightrank.schema.peft_options import PEFT_OPTIONS, REFUSED
+from rightrank.schema.settings import SelectSettings
+from rightrank.schema.table import is_list, names_elsewhere
+
+REPLACED = {"r", "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}
+REPLACED |= {"inference_mode", "runtime_config", "megatron_core"}  # by the ranks, the base and the form of the data
+OWN_RULES = {"warmup_steps", "bf16", "fp16", "use_cpu", "dataset_text_field", "max_steps", "num_train_epochs"}
+LOGS_AND_SAVES = (  # beginnings of names
+    *("output_dir", "logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "run_name", "project", "trackio_"),
+    *("do_", "disable_tqdm", "dataloader_", "load_best_model", "metric_for_best", "greater_is_better", "skip_memory"),
+    *("remove_unused", "dataset_num_proc", "resume_from", "local_rank", "ddp_timeout", "include_", "prediction_loss"),
+)
+
+
+def settings_of_configs(peft_config: Any = None, args: Any = None) -> dict[str, Any]:
+    """The settings that `LoraConfig` and `TrainingArguments` state, by name; either may be None.
+
+    Raises:
+        SettingsError: a value that a selection cannot honour; the message names it.
+    """
+    values = {} if peft_config is None else dict(_of_adapter(peft_config))
+    return values if args is None else values | dict(_of_training(args))
+
+
+def _of_adapter(config: Any) -> Iterator[tuple[str, Any]]:
+    default = type(config)()
+    for name, value in _fields(config):
+        changed = value != getattr(default, name)
+        if name in REPLACED or value is None:
+            continue
+        if name == "use_rslora":
+            yield "scaling", "alpha/sqrt(r)" if value else "alpha/r"
+        elif name == "init_lora_weights":
+            if value not in (True, "gaussian"):
+                raise _refused("peft_config", name, value)
+            yield name, "default" if value is True else value
+        elif name == "target_modules" and isinstance(value, str) and value != "all-linear":
+            raise SettingsError(
+                f"peft_config: target_modules {quoted(value)} is a pattern; give a list of names or 'all-linear'"
+            )
+        elif name in SelectSettings.model_fields:
+            yield name, _plain(name, value)
+        elif changed and (name in PEFT_OPTIONS or name in REFUSED):
+            yield name, value
+        elif changed:
+            raise _refused("peft_config", name, value)
+
+
+def _of_training(args: Any) -> Iterator[tuple[str, Any]]:
+    with warnings.catch_warnings(action="ignore"):  # of its own defaults
+        default = type(args)(use_cpu=True, bf16=False)  # which every machine takes
+    meant = names_elsewhere(SelectSettings)
+    yield from _by_own_rules(args)
+    for name, value in _fields(args):
+        setting = name if name in SelectSettings.model_fields else meant.get(name)
+        if name in OWN_RULES or name.startswith(LOGS_AND_SAVES) or value is None:
+            continue
+        if setting is not None:
+            yield setting, _plain(setting, value)
+        elif value != getattr(default, name):
+            raise _refused("args", name, value)
+
+
+def _by_own_rules(args: Any) -> Iterator[tuple[str, Any]]:
+    """The fields that say a setting in another unit, or several in one."""
+    if args.max_steps > 0:
+        yield "max_steps", args.max_steps
+    else:
+        yield "num_train_epochs", args.num_train_epochs
+    warmup = args.warmup_steps
+    if warmup >= 1 and args.max_steps <= 0:
+        raise SettingsError(
+            f"args: warmup_steps {warmup:g} needs max_steps; give both, or a share of the steps below 1"
+        )
+    yield "warmup_ratio", warmup / args.max_steps if warmup >= 1 else float(warmup)
+    for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if getattr(args, name):
+            yield "dtype", dtype
+    if args.use_cpu:
+        yield "device", "cpu"
+    if getattr(args, "dataset_text_field", "text") != "text":
+        yield "columns", [f"text={args.dataset_text_field}"]
+
+
+def _fields(config: Any) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(config):
+        yield field.name, getattr(config, field.name)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value as the setting takes it: one for a list, a set in order, an enumeration's text."""
+    if isinstance(value, set):
+        return sorted(value)
+    if is_list(SelectSettings.model_types[name]) and not isinstance(value, list | tuple):
+        return [value]
+    return getattr(value, "value", value)
+
+
+def _refused(where: str, name: str, value: Any) -> SettingsError:
+    return SettingsError(f"{where}: a selection cannot honour {name}={quoted(value)}; leave it out")
