@@ -51,6 +51,7 @@ FEW = {"test_fraction": 0.35, "validation_fraction": 0.35}  # of 1,200 rows
 GRIDS: dict[str, dict[str, object]] = {
     "newsgroups": COMMON | LONG | SHORT_TEXTS | MINILM | HIGH | {"metric": "accuracy"},
     "tweets": COMMON | LONG | SHORT_TEXTS | MINILM_L3 | LOW,
+    "reuters": COMMON | LONG | SHORT_TEXTS | MINILM_L3 | HIGH | {"layers_to_transform": (1, 2)},
     "senses_few": COMMON | LONG | SHORT_TEXTS | MINILM | LOW | FEW | {"dtype": "bfloat16"},
     "packages": COMMON | LONG | SHORT_TEXTS | SMOLLM2 | HIGHEST,
     "dialogue": COMMON | LONG | SHORT_TEXTS | SMOLLM2 | HIGHEST,

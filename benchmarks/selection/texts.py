@@ -7,6 +7,7 @@
     python -m benchmarks.selection.texts senses wordnet/usr/share/wordnet --out senses.jsonl
     python -m benchmarks.selection.texts movies hutto_ICWSM_2014 --out movies.jsonl
     python -m benchmarks.selection.texts newsgroups DATASETS --out newsgroups.jsonl
+    python -m benchmarks.selection.texts reuters DATASETS --out reuters.jsonl
     python -m benchmarks.selection.texts tweets DATASETS --out tweets.jsonl
     python -m benchmarks.selection.texts dialogue DATASETS --out dialogue.jsonl
 
@@ -21,6 +22,7 @@ import csv
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +34,7 @@ SENSES = {  # WordNet's lexicographer files of nouns, by number: the eight kinds
 }  # fmt: skip
 TAB_HEADER = 3  # lines before the rows of a `.tab` file
 MIN_LINE, MAX_LINE = 12, 80  # characters of a line
+REUTERS_WORDS, REUTERS_ROWS = 16, 50  # of an article; the fewest articles of a topic
 NEWS_WORDS = 60  # of a message, from its subject on
 NEUTRAL = 0.5  # mean ratings closer to zero than this are left out
 
@@ -85,6 +88,15 @@ def newsgroups(datasets: Path) -> Iterator[Row]:
             yield {"text": " ".join(row[1].split()[:NEWS_WORDS]), "label": row[0]}
 
 
+def reuters(datasets: Path) -> Iterator[Row]:
+    """From the first words of an agency report, its topic; rare topics are left out."""
+    rows = [row for row in _tab_rows(datasets / "reuters-r52-train.tab") if len(row) == 2 and row[1].strip()]
+    counts = Counter(row[0] for row in rows)
+    for topic, text in rows:
+        if counts[topic] >= REUTERS_ROWS:
+            yield {"text": " ".join(text.split()[:REUTERS_WORDS]), "label": topic}
+
+
 def tweets(datasets: Path) -> Iterator[Row]:
     """From a tweet of 2016 that is no retweet, without its links, which of two candidates wrote it."""
     for row in _tab_rows(datasets / "election-tweets-2016.tab"):
@@ -114,6 +126,7 @@ TEXTS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "senses": senses,
     "movies": movies,
     "newsgroups": newsgroups,
+    "reuters": reuters,
     "tweets": tweets,
     "dialogue": dialogue,
 }

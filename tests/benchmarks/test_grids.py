@@ -86,10 +86,14 @@ def test_reviews_near_zero_are_left_out(tmp_path: Path) -> None:
     assert [row["label"] for row in texts.movies(tmp_path)] == ["negative", "positive"]
 
 
-def test_newsgroups_tweets_and_dialogue(tmp_path: Path) -> None:
+def test_newsgroups_reports_tweets_and_dialogue(tmp_path: Path) -> None:
     header = "\n".join("\t".join([part] * 12) for part in ("name", "string", "meta")) + "\n\n"
     (tmp_path / "20newsgroups-train.tab").write_text("Category\tText\nd\tstring\nclass\t\n\nsci.space\tthe moon\n")
     assert list(texts.newsgroups(tmp_path)) == [{"text": "the moon", "label": "sci.space"}]
+    (tmp_path / "reuters-r52-train.tab").write_text(
+        "Category\tText\nd\tstring\nclass\t\n" + 50 * "gold\tGold rose.\n" + "tin\tTin.\n"
+    )
+    assert list(texts.reuters(tmp_path)) == 50 * [{"text": "Gold rose.", "label": "gold"}]
     tweet = "False\t\ten\t\t\t\t\tAnn\t\tVote. https://t.co/x\t\t\n"
     (tmp_path / "election-tweets-2016.tab").write_text(header + tweet + tweet.replace("False", "True"))
     assert list(texts.tweets(tmp_path)) == [{"text": "Vote.", "label": "Ann"}]
