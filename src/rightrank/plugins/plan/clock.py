@@ -16,7 +16,7 @@ from rightrank.plugins.plan.selection import SelectionPlan
 from rightrank.report.format import quantity
 from rightrank.runs.prepare import Prepared, Request, prepare
 from rightrank.schema.errors import ModelError
-from rightrank.schema.plan_settings import TRAININGS_OF_SELECT, PlanSettings
+from rightrank.schema.plan_settings import TRAININGS_OF_SELECT
 from rightrank.schema.results import Plan, SelectionCost
 from rightrank.schema.trials import Arm
 from rightrank.search.protocol import Strategy
@@ -151,8 +151,10 @@ def plan_data(request: Request, price_per_hour: float | None = None, measure: bo
             raise ModelError(
                 f"{request.model_name}: this architecture can't be planned; `select` runs it without a plan"
             )
-        config, settings = prepared.runtime.model.config, _with_trainings(planned.estimator.settings, prepared)
-        settings = settings.model_copy(update={"price_per_hour": price_per_hour})
+        config = prepared.runtime.model.config
+        given = {name: getattr(prepared.settings, name) for name in TRAININGS_OF_SELECT}
+        given |= {"max_steps": prepared.steps, "price_per_hour": price_per_hour}
+        settings = planned.estimator.settings.model_copy(update=given)
         calibration = calibrate(config, settings) if measure else planned.calibration
         clock = planned.clock(prepared, measure=not measure)
         if clock.basis is not None:
@@ -164,9 +166,3 @@ def plan_data(request: Request, price_per_hour: float | None = None, measure: bo
         cost = clock.cost_at(strategy_of(prepared), speed)
         plan = plan_config(config, request.model_name, settings, calibration, selection=cost)
     return plan.model_copy(update={"notes": [*notes, *plan.notes], "data": prepared.started.data})
-
-
-def _with_trainings(settings: PlanSettings, prepared: Prepared) -> PlanSettings:
-    """The plan's settings with those of the selection's trainings."""
-    given = {name: getattr(prepared.settings, name) for name in TRAININGS_OF_SELECT}
-    return settings.model_copy(update=given | {"max_steps": prepared.steps})

@@ -277,13 +277,8 @@ class Estimator:
         ]
         if settings.device == "cuda":
             residents.append(Resident(CUBLAS_BYTES, "workspace"))
-        block_bytes = self._block_bytes() if settings.sharding != "none" else 0
-        return sharded(residents, optimizer, settings, block_bytes)
-
-    def _block_bytes(self) -> int:
-        """Bytes of the largest block's weights."""
-        sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in self._blocks or ()]
-        return max(sizes, default=0)
+        blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in self._blocks or ()]
+        return sharded(residents, optimizer, settings, max(blocks, default=0))
 
     def _sizes(self, rank: int, training: bool) -> tuple[StepTrace, list[int]]:
         """The step's events, and the bytes of each allocation at `rank`."""

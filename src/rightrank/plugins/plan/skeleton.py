@@ -234,12 +234,8 @@ def _require_patterns(model: Any, rank_pattern: Mapping[str, int]) -> None:
     for key, rank in rank_pattern.items():
         if rank < 1:
             raise ModelError(f"rank_pattern: got {key}: {rank}; give integers from 1")
-        if not _matches_any(key, names):
+        if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
             raise ModelError(f"rank_pattern: no module matches {key!r}; keys are ends of module names, or patterns")
-
-
-def _matches_any(key: str, names: list[str]) -> bool:
-    return any(re.match(rf"(.*\.)?({key})$", name) for name in names)
 
 
 @contextmanager

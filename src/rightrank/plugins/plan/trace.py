@@ -152,7 +152,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
         packet = _IN_PLACE.get(func._overloadpacket, func._overloadpacket)
         formula = flop_registry.get(packet)
         if formula is not None:
-            self._count_flops(int(formula(*args, **keywords, out_val=out)))
+            count = int(formula(*args, **keywords, out_val=out))
+            self.trace.flops[self.segment] = self.trace.flops.get(self.segment, 0) + count
         return out
 
     def gradient_storages(self, parameters: Iterable[torch.Tensor]) -> frozenset[int]:
@@ -199,9 +200,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
     def _origin(self, func: Any, has_vocabulary: bool) -> Origin:
         module = self._modules[-1] if self._modules else ""
         return Origin(func.__name__, module, self.phase, has_vocabulary)
-
-    def _count_flops(self, count: int) -> None:
-        self.trace.flops[self.segment] = self.trace.flops.get(self.segment, 0) + count
 
 
 STEPS = 3  # the first creates the optimizer's states; after two more the reserved bytes no longer grow
@@ -267,7 +265,8 @@ def simulate_peak(
     name = FIRST_NAME
     for resident in residents:
         allocator.allocate(name := name + 1, resident.size)
-    living = _never_freed(trace)
+    ended = {-event for event in trace.events if event < 0}
+    never_freed = [event for event in trace.events if event > 0 and event not in ended]
     best, where = 0, 0
     for step in range(STEPS):
         best, where = 0, -1
@@ -288,7 +287,7 @@ def simulate_peak(
                 best, where = allocator.allocated, len(trace.events)
             for offset in range(len(stage)):
                 allocator.free(name + 1 + offset)
-        for number in living:
+        for number in never_freed:
             allocator.free(number)
     return _described(residents, trace, sizes, optimizer, (best, allocator.peak_reserved, where))
 
@@ -300,11 +299,6 @@ def corrected(peak: Peak, step_factor: float) -> Peak:
     components = peak.components | {"correction": difference}
     reserved = max(peak.reserved_bytes + difference, peak.peak_bytes + difference)
     return replace(peak, peak_bytes=peak.peak_bytes + difference, reserved_bytes=reserved, components=components)
-
-
-def _never_freed(trace: StepTrace) -> list[int]:
-    ended = {-event for event in trace.events if event < 0}
-    return [event for event in trace.events if event > 0 and event not in ended]
 
 
 def _described(
