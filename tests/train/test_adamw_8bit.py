@@ -83,7 +83,7 @@ def test_the_plan_of_a_selection_has_its_bytes() -> None:
         for optim in ("adamw_torch", "adamw_8bit")
     ]
     assert [one.optim for one in settings] == ["adamw_fused", "adamw_8bit"]
-    assert settings[0] == settings[1].model_copy(update={"optimizer": "adamw_fused"})
+    assert settings[0] == settings[1].model_copy(update={"optim": "adamw_fused"})
 
 
 class _Counting(torch.optim.SGD):
