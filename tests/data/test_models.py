@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rightrank.demo import demo_model_file
-from rightrank.models.base_models import ModelSource, find_model
+from rightrank.models.places import ModelSource, find_model
 from rightrank.schema.errors import ModelError
 
 

@@ -17,8 +17,8 @@ from rightrank.decision.comparison import bounds_of_files, examples_needed
 from rightrank.decision.intervals import estimate_of_files
 from rightrank.decision.metrics import default_margin
 from rightrank.decision.table import Cell, ScoreTable, minus, table_of
-from rightrank.models.adapter_files import BASE, CONFIG_FILE, require_side
 from rightrank.models.base_models import load_base
+from rightrank.models.places import BASE, CONFIG_FILE, require_side
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.schema.settings import PAIR_MARGIN, SelectSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rightrank.models.adapter_files import require_adapter_folder, require_side
+from rightrank.models.places import require_adapter_folder, require_side
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import (
     AdapterComparison,

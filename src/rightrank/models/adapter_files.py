@@ -24,6 +24,7 @@ from rightrank.models.kinds import stored_kind
 from rightrank.models.kinds.base import AdapterKind, Layout, StoredPair
 from rightrank.models.kinds.other import MAGNITUDE
 from rightrank.models.lora_files import FACTOR, config_of_file, file_keys, is_a, updated_header, write_file
+from rightrank.models.places import CONFIG_FILE, require_adapter_folder
 from rightrank.models.ranks import lora_scaling, pattern_matches, pattern_value
 from rightrank.models.weights import read_header
 from rightrank.schema.arrays import Floats
@@ -31,9 +32,7 @@ from rightrank.schema.errors import ModelError, RunFolderError
 from rightrank.schema.results import ModuleKind
 from rightrank.schema.settings import FileFormat
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-BASE = "base"  # the side of a comparison that is the base model alone
 PREFIX = "base_model.model."
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 MAX_CONFIG_BYTES = 16 * 2**20  # bytes
@@ -192,44 +191,6 @@ class AdapterFolder:
             )
         values[np.abs(values) < MIN_VALUE] = 0.0
         return values
-
-
-def require_adapter_folder(path: Path) -> None:
-    """Refuse a path that is no folder with an adapter's configuration.
-
-    Raises:
-        ModelError: the message names the adapter of a run folder, and the way to compare whole models.
-    """
-    if not path.exists():
-        raise ModelError(f"{path}: no such folder; give an adapter folder, one that PEFT's save_pretrained wrote")
-    if not path.is_dir():
-        raise ModelError(f"{path}: a file; give the adapter's folder, the one that holds {CONFIG_FILE}")
-    if (path / CONFIG_FILE).exists():
-        return
-    hint = "give a folder that PEFT's save_pretrained wrote"
-    if (path / "config.json").exists():
-        hint = "it is a whole model: compare two with --base A --finetuned B"
-    raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {_adapter_in(path) or hint}")
-
-
-def require_side(side: str) -> None:
-    """Refuse what `compare` can't read: neither an adapter folder, nor a model folder, nor `base`.
-
-    Raises:
-        ModelError: the message names the adapter of a run folder.
-    """
-    if side == BASE:
-        return
-    folder = Path(side)
-    if not (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
-        hint = _adapter_in(folder) or "give one, or 'base'"
-        raise ModelError(f"{side}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json); {hint}")
-
-
-def _adapter_in(folder: Path) -> str:
-    """What to give in place of a run folder; empty for another folder."""
-    inner = folder / "adapter"
-    return f"give {inner}, the adapter in it" if (inner / CONFIG_FILE).is_file() else ""
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -15,15 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.run import settled_start
-from rightrank.models.base_models import (
-    DTYPES,
-    LoadedModel,
-    adopt_model,
-    find_device,
-    find_model,
-    load_base,
-    resolve_dtype,
-)
+from rightrank.models.base_models import DTYPES, LoadedModel, adopt_model, find_device, load_base, resolve_dtype
+from rightrank.models.places import find_model
 from rightrank.runs.plugins import MemoryPlan, memory_plan
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, RunStarted

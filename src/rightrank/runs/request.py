@@ -8,7 +8,7 @@ from pathlib import Path
 from rightrank.data.files import require_optimizer_extra
 from rightrank.data.rows import require_rows
 from rightrank.hooks.trackers import require_trackers
-from rightrank.models.base_models import require_model
+from rightrank.models.places import require_model
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunStarted

@@ -14,8 +14,9 @@ from peft import PeftModel
 
 from rightrank.data.files import read_json_object
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.models.adapter_files import CONFIG_FILE, AdapterFolder
+from rightrank.models.adapter_files import AdapterFolder
 from rightrank.models.base_models import LoadedModel, load_base
+from rightrank.models.places import CONFIG_FILE
 from rightrank.schema.errors import ModelError, RunError, SettingsError, first_line
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished

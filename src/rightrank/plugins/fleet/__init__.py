@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rightrank.models.adapter_files import require_adapter_folder
+from rightrank.models.places import require_adapter_folder
 from rightrank.runs.plugins import Plugin
 from rightrank.schema.settings import SelectSettings, make_settings
 

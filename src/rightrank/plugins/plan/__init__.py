@@ -66,7 +66,7 @@ def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack
     Raises:
         InputError: the model, its modules, a rank or a length can't be used.
     """
-    from rightrank.models.base_models import require_model
+    from rightrank.models.places import require_model
 
     settings = make_plan_settings(_given(settings) | keywords)
     require_model(model)  # before what brings torch

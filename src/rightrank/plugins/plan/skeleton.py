@@ -18,7 +18,8 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rightrank.models.base_models import DTYPES, LOADING_ERRORS, quiet_third_parties, require_model
+from rightrank.models.base_models import DTYPES, LOADING_ERRORS, quiet_third_parties
+from rightrank.models.places import require_model
 from rightrank.plugins.plan.quantised import quantise
 from rightrank.schema.errors import ModelError, first_line
 from rightrank.schema.plan_settings import PlanSettings
