@@ -123,7 +123,8 @@ def _matrix_update(name: str, delta: torch.Tensor, sketch_rank: int) -> Update:
         energy = float(np.sum(values**2))
     else:
         values = _sketched_values(delta, sketch_rank)
-        blocks = delta.split(max(1, 2**22 // delta.shape[1]))  # in float64, a block of rows at a time
+        rows = max(1, 2**22 // delta.shape[1])  # at a time, in float64
+        blocks = (delta[start : start + rows] for start in range(0, len(delta), rows))
         energy = float(sum(float(block.double().square().sum()) for block in blocks))
     return Update(
         name=name.removesuffix(".weight"),
