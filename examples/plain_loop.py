@@ -42,7 +42,7 @@ def train(task: TrialTask) -> TrialResult:
 
 if __name__ == "__main__":
     selected = select_rank_with(
-        train, arguments.out, ranks=(1, 4, 16), learning_rates=(1e-3, 3e-3), steps=arguments.steps
+        train, arguments.out, ranks=(1, 4, 16), learning_rates=(1e-3, 3e-3), max_steps=arguments.steps
     )
     print(selected.decision.sentence)
-    print("adapter:", selected.adapter)
+    print("adapter:", selected.adapter and selected.adapter.path)

@@ -156,9 +156,9 @@ def main() -> None:
         learning_rates=LEARNING_RATES,
         seeds=SEEDS,
         lora_alpha=alpha,
-        steps=arguments.steps,
+        max_steps=arguments.steps,
         strategy="upward",
-        where="threads",
+        executor="threads",
         workers=4,
     )
     print(selected.decision.sentence)

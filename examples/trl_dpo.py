@@ -28,6 +28,6 @@ if __name__ == "__main__":
         test=rows[count : 2 * count],
     )
     selected = select_rank_with(
-        train, arguments.out, ranks=(1, 4, 16), learning_rates=(1e-4, 1e-3), steps=arguments.steps
+        train, arguments.out, ranks=(1, 4, 16), learning_rates=(1e-4, 1e-3), max_steps=arguments.steps
     )
     print(selected.decision.sentence)

@@ -34,6 +34,6 @@ if __name__ == "__main__":
         test=rows[count : 2 * count],
         reward_funcs=reward,
     )
-    given = {"ranks": (1, 4, 16), "learning_rates": (1e-5, 3e-5, 1e-4), "steps": arguments.steps}
+    given = {"ranks": (1, 4, 16), "learning_rates": (1e-5, 3e-5, 1e-4), "max_steps": arguments.steps}
     selected = select_rank_with(train, arguments.out, profile="rl", **given)
     print(selected.decision.sentence)

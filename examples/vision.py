@@ -69,7 +69,7 @@ if __name__ == "__main__":
         arguments.out,
         ranks=(1, 4, 16),
         learning_rates=(1e-3, 1e-2),
-        steps=arguments.steps,
+        max_steps=arguments.steps,
         metric="accuracy",
         margin=0.02,
     )

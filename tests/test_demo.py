@@ -51,7 +51,7 @@ def test_the_demo_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     from peft import AutoPeftModelForCausalLM
 
-    model = AutoPeftModelForCausalLM.from_pretrained(selected.adapter)
+    model = AutoPeftModelForCausalLM.from_pretrained(selected.adapter.path)
     assert model.peft_config["default"].layers_to_transform == [28, 29]
     config = json.loads((tmp_path / "base_model" / "config.json").read_text())
     assert "quantization_config" not in config

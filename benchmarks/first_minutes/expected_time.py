@@ -57,7 +57,7 @@ def measured(model: Path, data: Path, changes: Mapping[str, Any]) -> dict[str, A
         settings = make_settings(given | {"samples": 0} | dict(changes))
         selected = select_rank(str(model), data, Path(folder) / "run", settings=settings, callbacks=[watching])
     seconds = time.perf_counter() - begun[0]  # to the end, views and the test split included
-    ran = selected.trainings
+    ran = selected.cost["trainings"]
     return {
         "line": next(line for line in lines if line.startswith("time: about")),
         "stated_seconds": stated[0],

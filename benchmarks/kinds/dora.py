@@ -73,7 +73,7 @@ def main(folder: Path) -> None:
         selected = select_rank(str(model), data, folder / name, settings=settings, callbacks=[observer])
         assert selected.decision is not None
         decisions[name] = {"rank": selected.decision.rank, "verdict": selected.decision.verdict}
-        decisions[name] |= {"adapter_rank": selected.adapter_rank}
+        decisions[name] |= {"adapter_rank": selected.adapter.rank}
     rows = compared(best_by_rank(folder / "lora"), best_by_rank(folder / "dora"))
     result = {"machine": machine(), "settings": SETTINGS, "selected": decisions, "ranks": rows}
     (Path(__file__).parent / "dora.json").write_text(json.dumps(result, indent=1) + "\n")

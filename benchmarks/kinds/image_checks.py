@@ -145,13 +145,13 @@ def _resized(train: TrainOnImages, adapter: Path, out: Path) -> str:
 def _selected(train: TrainOnImages, out: Path) -> str:
     """A selection truncates the adapter of the top, and hands one over; a U-Net's is loaded by diffusers."""
     selected = select_rank_with(
-        train, out, evaluate=train.evaluate, ranks=(1, RANK), learning_rates=(1e-2,), steps=STEPS, metric="loss",
+        train, out, evaluate=train.evaluate, ranks=(1, RANK), learning_rates=(1e-2,), max_steps=STEPS, metric="loss",
         strategy="grid", margin=0.5,
     )  # fmt: skip
     assert selected.adapter is not None
     if isinstance(train, TextToImageTrain):
-        expected = unet_output(PeftModel.from_pretrained(make_unet(), str(selected.adapter)).eval())
-        write_lora_file(selected.adapter, out / "file.safetensors", "diffusers")
+        expected = unet_output(PeftModel.from_pretrained(make_unet(), str(selected.adapter.path)).eval())
+        write_lora_file(selected.adapter.path, out / "file.safetensors", "diffusers")
         loaded = make_unet()
         loaded.load_lora_adapter(str(out), weight_name="file.safetensors", prefix="unet")
         assert torch.allclose(unet_output(loaded), expected, atol=1e-6)

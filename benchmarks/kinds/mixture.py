@@ -88,10 +88,10 @@ def main(folder: Path) -> None:
         found[name] = {
             "rank": selected.decision.rank,
             "verdict": selected.decision.verdict,
-            "adapter_rank": selected.adapter_rank,
+            "adapter_rank": selected.adapter.rank,
             "losses": {rank: trials[rank].value for rank in sorted(trials)},
             "parameters": {rank: trials[rank].trainable_parameters for rank in sorted(trials)},
-            "flags": flags_of_experts(selected.adapter),
+            "flags": flags_of_experts(selected.adapter.path),
         }
     (Path(__file__).parent / "mixture.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Timer
@@ -21,13 +21,15 @@ from tests.watch import Watch
 from benchmarks.scale.measure import STUB, setup_in
 from benchmarks.scale.simulated import TOKEN
 from benchmarks.scale.stub_worker import StubRayWorker
+from rightrank.hooks.report import Report
 from rightrank.plugins.cluster.pool import Crew, Pool, PoolOptions
 from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.ray_cluster import RayCrew
 from rightrank.plugins.cluster.worker import versions
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Hooks
-from rightrank.runs.loop import Selection
+from rightrank.runs.hook import Hooks, Run
+from rightrank.runs.returns import Selected
+from rightrank.runs.run import decide, loop
 from rightrank.schema.events import DataSummary, Event, RunStarted
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
@@ -194,16 +196,20 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
     run_folder, until = RunFolder(folder), time.monotonic() + LIMIT_SECONDS
     observer = Watch(on_event=listen, notice=place.notices.append, should_stop=lambda: time.monotonic() > until)
     with run_folder.locked():
-        selection = Selection(run_folder, started, make_strategy(settings, STEPS), Hooks([observer]))
+        report, strategy = Report(), make_strategy(settings, STEPS)
+        hooks = Hooks([observer, report])
+        run = Run(run_folder, hooks, started, settings, STEPS, strategy, nullcontext, run_folder.journal.read())
+        hooks.on_prepared(run)
         crew = _crew_at(place)
-        pool = Pool(crew, PoolOptions(WORKERS, versions(), TOKEN, hang_seconds=hang_seconds), selection.listener)
+        pool = Pool(crew, PoolOptions(WORKERS, versions(), TOKEN, hang_seconds=hang_seconds), run)
         if isinstance(crew, ProcessCrew):
             place.busy = lambda: [crew.process_id(name) for name in pool.busy()]
         try:
-            decision = selection.run(pool)
+            run.begin()
+            loop(run, pool)
         finally:
             pool.close()
-        selection.write_views(decision)
+        report.on_end(run, Selected(decide(run), folder, None, None, run_folder.report, {}))
 
 
 def driven_elsewhere(place: Place, after: int) -> int:

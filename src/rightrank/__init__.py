@@ -3,7 +3,7 @@
 from rightrank import select_rank
 
 selected = select_rank(model="path/to/model", data="data.jsonl", out="run", ranks=(4, 16, 64))
-print(selected.decision.rank, selected.adapter)
+print(selected.decision.rank, selected.adapter.path)
 """
 
 from __future__ import annotations

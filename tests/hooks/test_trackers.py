@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from rightrank.hooks.trackers import Trackers, require_trackers
 from rightrank.runs.journal import Journal
 from rightrank.runs.returns import Decided
 from rightrank.schema.errors import MissingExtraError, SettingsError
+from rightrank.schema.events import DecisionRecorded
 from rightrank.schema.trials import TrialResult, TrialTask
 from tests.commands import run, select_arguments
 from tests.report.runs import journal_of
@@ -36,10 +38,11 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
 def log_all(records: Records, name: str) -> list[str]:
     """Tell one tracker of all; what it complained about."""
     notices: list[str] = []
-    trackers = Trackers([name], Path("run"), records.started, notices.append)
+    trackers = Trackers([name], Path("run"))
+    trackers.on_prepared(SimpleNamespace(started=records.started, notice=notices.append))  # type: ignore[arg-type]
     for outcome in records.outcomes:
         trackers.on_event(outcome)
-    trackers.decided(decide_run(records))
+    trackers.on_event(DecisionRecorded(decision=decide_run(records), adapter_trial_id=None))
     return notices
 
 

@@ -36,7 +36,7 @@ def selected(model_folder: Path, completion_file: Path, tmp_path_factory: pytest
 
 def test_the_card_names_licence_and_base(selected: Selected) -> None:
     assert selected.adapter is not None
-    card = ModelCard.load(selected.adapter / "README.md")  # the hub's own reader
+    card = ModelCard.load(selected.adapter.path / "README.md")  # the hub's own reader
     values = card.data.to_dict()
     assert values["license"] == "other"
     assert values["license_name"] == "some-licence"

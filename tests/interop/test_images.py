@@ -107,11 +107,11 @@ def test_convolutions_of_a_resnet_are_counted_inspected_and_truncated(
 def test_a_selection_of_a_unet_hands_over_what_diffusers_loads(pipeline: Path, tmp_path: Path) -> None:
     train = text_to_image(pipeline)
     selected = select_rank_with(
-        train, tmp_path / "run", evaluate=train.evaluate, ranks=(1, 4), learning_rates=(1e-2,), steps=3,
+        train, tmp_path / "run", evaluate=train.evaluate, ranks=(1, 4), learning_rates=(1e-2,), max_steps=3,
         metric="loss", strategy="grid", margin=0.5,
     )  # fmt: skip
     assert selected.adapter is not None
-    unet = PeftModel.from_pretrained(make_unet(), str(selected.adapter)).eval()
+    unet = PeftModel.from_pretrained(make_unet(), str(selected.adapter.path)).eval()
     expected = unet_output(unet)
     exported = export(tmp_path / "run", "diffusers")
     assert exported.files == ["load_lora.py", "pytorch_lora_weights.safetensors"]

@@ -46,7 +46,7 @@ def recipe(selected: Selected) -> Recipe:
     chosen = selected.answers["adapter_answer"]["trial_id"]
     trial = next(record for record in finished if record.trial_id == chosen)
     assert selected.adapter is not None
-    return recipe_of(started, trial, selected.adapter, finished)
+    return recipe_of(started, trial, selected.adapter.path, finished)
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +150,11 @@ def test_a_server_is_given_the_padded_adapter(selected: Selected, model_folder: 
     script = next(path for path in exported.folder.iterdir() if path.is_file()).read_text(encoding="utf-8")
     assert str(padded) in script
     assert not any("--pad" in note for note in exported.notes)
-    rank = selected.adapter_rank
+    rank = selected.adapter.rank
     assert rank is not None
     expected = served_rank(rank) if target == "vllm" else rank
     found = []
-    for folder in (selected.adapter, padded):
+    for folder in (selected.adapter.path, padded):
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(model_folder)), str(folder)).eval()
         with torch.no_grad():
             found.append(model(input_ids=torch.arange(4, 40).reshape(2, 18)).logits)
@@ -310,15 +310,15 @@ def test_a_folder_without_a_run_or_an_adapter_is_refused(selected: Selected, tmp
 def test_the_report_shows_the_adapter_s_spectrum(selected: Selected) -> None:
     assert selected.adapter is not None
     rows = list(csv.DictReader((selected.run / "figures" / "spectrum.csv").read_text().splitlines()))
-    found = inspect(selected.adapter)
-    assert len(rows) == selected.adapter_rank
+    found = inspect(selected.adapter.path)
+    assert len(rows) == selected.adapter.rank
     largest = max(module.singular_values[0] for module in found.modules)
     assert float(rows[0]["largest"]) == pytest.approx(largest)
 
 
 def test_the_report_is_written_again_from_the_journal_and_the_adapter(selected: Selected, tmp_path: Path) -> None:
     assert selected.adapter is not None
-    shutil.copytree(selected.adapter, tmp_path / "adapter")
+    shutil.copytree(selected.adapter.path, tmp_path / "adapter")
     (tmp_path / "journal.jsonl").write_bytes((selected.run / "journal.jsonl").read_bytes())
     first = selected.report.read_text(encoding="utf-8").replace(str(selected.run), str(tmp_path))
     assert write_report(tmp_path).read_text(encoding="utf-8") == first

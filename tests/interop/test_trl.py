@@ -98,7 +98,7 @@ def test_a_run_that_collapses_ends_there_and_has_no_result(model_folder: Path, t
     train = grpo(model_folder, FirstAnswers(), looks=4, validation=PROMPTS[:8], test=PROMPTS[:8])
     with pytest.raises(AllTrialsFailedError, match="the held-out value fell from 1 at step 0 to"):
         select_rank_with(
-            train, tmp_path / "run", profile="rl", ranks=(1, 2), learning_rates=(0.3,), steps=40, seeds=(0,)
+            train, tmp_path / "run", profile="rl", ranks=(1, 2), learning_rates=(0.3,), max_steps=40, seeds=(0,)
         )  # fmt: skip
     journal = Journal(tmp_path / "run" / "journal.jsonl").read()
     collapsed = [record for record in journal if isinstance(record, TrialCollapsed)]

@@ -14,12 +14,12 @@ from rightrank.api.runs import status, write_report
 from rightrank.cli import cli
 from rightrank.decision.adapter import making_of
 from rightrank.decision.run import Records, decide_run, decision_so_far
-from rightrank.hooks.report import answers
 from rightrank.report.adapters import MAX_MARGINS, adapter_figure, candidate_table, compared
 from rightrank.report.figure import Figure
 from rightrank.report.html import render_report
 from rightrank.report.sentences import cost_of
 from rightrank.runs.journal import Journal
+from rightrank.runs.returns import answers
 from rightrank.schema.events import RunContinued
 from rightrank.search.strategies import training_rank_estimate
 from tests.report.elements import Elements
@@ -179,7 +179,7 @@ def test_a_notebook_shows_both(tmp_path: Path) -> None:
     records = answered_run(direct=(4, 16))
     made = decision_so_far(records)
     selected = Selected(
-        made, tmp_path, None, tmp_path, answers(records, made, "training-rank"), adapters=compared(records)
+        made, tmp_path, None, None, tmp_path, answers(records, made, "training-rank"), adapters=compared(records)
     )
     html = selected._repr_html_()
     assert "<strong>Adapter: rank 8</strong>" in html

@@ -10,7 +10,7 @@ import pytest
 from rightrank.cli.options import hours
 from rightrank.hooks.progress import Countdown, Progress
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import Event, RunResumed, SelectionPlanned, StepDone
+from rightrank.schema.events import Event, SelectionPlanned, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFinished, TrialOutcome, TrialStarted
 from tests.report.runs import made_up_run
 
@@ -62,17 +62,24 @@ def events(trials: Sequence[Trial], adapters_per_pass: int) -> Iterator[tuple[fl
             yield left, ended(trial)
 
 
-def progress_of(count: int, **settings: object) -> Progress:
+def progress_of(count: int, outcomes: Sequence[TrialOutcome] = (), **settings: object) -> Progress:
     progress = Progress()
-    progress.event(planned(count, 2.0 * count, **settings))
+    progress.event(planned(count, 2.0 * count, outcomes, **settings))
     return progress
 
 
-def planned(expected: float, most: float, **settings: object) -> SelectionPlanned:
+def planned(
+    expected: float, most: float, outcomes: Sequence[TrialOutcome] = (), **settings: object
+) -> SelectionPlanned:
     started = made_up_run().started
     started = started.model_copy(update={"settings": started.settings | settings})
     return SelectionPlanned(
-        started=started, expected_trials=9, steps=20, expected_trainings=expected, trainings_at_most=most
+        started=started,
+        expected_trials=9,
+        steps=20,
+        expected_trainings=expected,
+        trainings_at_most=most,
+        outcomes=list(outcomes),
     )
 
 
@@ -108,8 +115,7 @@ def test_the_start_of_a_shared_pass_is_not_the_time_of_one_arm_times_all() -> No
 
 def test_a_resumed_run_counts_what_is_done(tmp_path: object) -> None:
     trials = arms(6)
-    progress = progress_of(6, ranks=[1, 8])
-    progress.event(RunResumed(outcomes=[ended(trial) for trial in trials[:4]]))
+    progress = progress_of(6, [ended(trial) for trial in trials[:4]], ranks=[1, 8])
     whole = 20 * STEP_SECONDS + EVAL_SECONDS
     assert progress.remaining_seconds() == pytest.approx(2 * whole)
     progress.event(started(trials[4]))
@@ -124,9 +130,7 @@ def test_a_continued_training_counts_by_itself() -> None:
     """Stopped at step 5 of 20 and continued: the second arm costs 15 steps, its seconds cover 20."""
     short = Trial(trial_id="short", arm=arms(1)[0].arm.model_copy(update={"stop_at": 5}))
     rest = Trial(trial_id="rest", arm=arms(1)[0].arm.model_copy(update={"continue_from": "short"}))
-    progress = progress_of(2, ranks=[1])
-    outcomes: list[TrialOutcome] = [ended(short), ended(rest)]
-    progress.event(RunResumed(outcomes=outcomes))
+    progress = progress_of(2, [ended(short), ended(rest)], ranks=[1])
     own = [5 * STEP_SECONDS + EVAL_SECONDS, 15 * STEP_SECONDS]
     assert progress.remaining_seconds() == pytest.approx(sum(own))  # one training has ended, and one is to come
 
@@ -198,8 +202,7 @@ def test_a_higher_rank_in_a_continued_run_adds_its_trainings_to_those_that_ended
 
     def position(ranks: list[int]) -> str:
         progress = Progress()
-        progress.event(planned(4.0, 6.0, ranks=ranks))
-        progress.event(RunResumed(outcomes=[ended(trial) for trial in trials[:3]]))
+        progress.event(planned(4.0, 6.0, [ended(trial) for trial in trials[:3]], ranks=ranks))
         return progress.progress_line()
 
     assert position([1, 2, 4]).startswith("3.0 of about 4.0 trainings")

@@ -46,7 +46,7 @@ def test_one_model_and_data_have_one_run(model_folder: Path, completion_file: Pa
     direct = [trial for trial in finished if trial.truncate_from is None and len(trial.pass_ranks or []) < 2]
     assert direct
     assert all(trial.predicted_peak_bytes == peaks[trial.rank] for trial in direct)
-    assert selected.trainings > 0
+    assert selected.cost["trainings"] > 0
 
 
 def test_the_command_takes_the_names_of_both(

@@ -16,7 +16,7 @@ def test_questions_and_answers_without_a_test_split(model_folder: Path, tmp_path
     data = write_jsonl(tmp_path / "data.jsonl", [*rows, rows[0]])
     settings = small_settings(max_steps=2, ranks=(1, 2), test_fraction=0.0, goal="adapter", eval_items=8)
     selected = select_rank(str(model_folder), data, tmp_path / "run", settings=settings)
-    assert selected.adapter.exists()
+    assert selected.adapter.path.exists()
     records = Journal(tmp_path / "run" / "journal.jsonl").read()
     assert not [record for record in records if isinstance(record, TestEvaluated)]
     started = next(record for record in records if isinstance(record, RunStarted))

@@ -10,9 +10,9 @@ import pytest
 from rightrank.api.selecting import select_rank
 from rightrank.cli import main
 from rightrank.decision.run import records_of
+from rightrank.hooks.extend import extended
 from rightrank.runs.journal import Journal
 from rightrank.runs.returns import Selected
-from rightrank.runs.run import extended
 from rightrank.schema.decision import Decision, NextRun
 from rightrank.schema.settings import SelectSettings, make_settings
 from tests.tiny import sentences, small_settings, write_jsonl
@@ -21,7 +21,7 @@ from tests.watch import Watch
 
 def decided(verdict: str, flags: list[str], runs: list[NextRun]) -> Selected:
     decision = Decision.model_construct(verdict=verdict, flags=flags, next_runs=runs)
-    return Selected(decision, Path("run"), None, Path("report.html"), {})
+    return Selected(decision, Path("run"), None, None, Path("report.html"), {})
 
 
 UP = NextRun(action="rank", ranks=[32], learning_rates=[1e-3, 3e-4], sentence="Train rank 32.")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rightrank import TrialTask, select_rank, select_rank_with
+from rightrank.hooks.judged import JudgedBy
 from rightrank.schema.errors import ResultsError
 from tests.commands import run
 from tests.tiny import small_settings
@@ -106,8 +107,12 @@ def oracle(folders: Mapping[int, Path]) -> list[dict[str, object]]:
 
 
 def test_judgements_decide_on_a_custom_trainers_run(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"ranks": (1, 4, 16), "learning_rates": (1e-3,), "judgements": oracle}
-    found = select_rank_with(train, tmp_path / "run", judged_margin=0.1, **given)
+    given: dict[str, Any] = {
+        "ranks": (1, 4, 16),
+        "learning_rates": (1e-3,),
+        "callbacks": [JudgedBy(oracle, margin=0.1)],
+    }
+    found = select_rank_with(train, tmp_path / "run", **given)
     assert (found.decision.rank, found.decision.metric, found.decision.verdict) == (4, "win_rate", "saturated")
     assert all(one.trial_ids for one in found.decision.ranks)
     assert json.loads((tmp_path / "run" / "decision.json").read_text())["rank"] == 4
@@ -116,4 +121,4 @@ def test_judgements_decide_on_a_custom_trainers_run(tmp_path: Path) -> None:
 def test_judgements_of_a_rank_that_was_not_trained_are_refused(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "rank_a": 8, "rank_b": 16, "outcome": "a"}]
     with pytest.raises(ResultsError, match="rank_a is 8, which was not trained; there are 4, 16"):
-        select_rank_with(train, tmp_path / "run", ranks=(4, 16), learning_rates=(1e-3,), judgements=rows)
+        select_rank_with(train, tmp_path / "run", ranks=(4, 16), learning_rates=(1e-3,), callbacks=[JudgedBy(rows)])

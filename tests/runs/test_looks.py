@@ -64,7 +64,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Records:
     return run(reporting, tmp_path_factory.mktemp("here") / "run")
 
 
-@pytest.mark.parametrize("where", [{"where": "threads", "workers": 2}, {"where": "process", "workers": 2}])
+@pytest.mark.parametrize("where", [{"executor": "threads", "workers": 2}, {"executor": "processes", "workers": 2}])
 def test_reports_are_the_same_wherever_the_trainer_runs(here: Records, tmp_path: Path, where: dict[str, Any]) -> None:
     there = run(reporting, tmp_path / "run", **where)
     assert points_of(there) == points_of(here)
@@ -132,10 +132,10 @@ def test_a_step_that_is_reported_again_replaces_it_and_all_later_ones(tmp_path: 
 
 def test_an_observer_receives_every_look(tmp_path: Path) -> None:
     events: list[Any] = []
-    run(reporting, tmp_path / "run", where="threads", workers=2, callbacks=[Watch(on_event=events.append)])
+    run(reporting, tmp_path / "run", executor="threads", workers=2, callbacks=[Watch(on_event=events.append)])
     assert [type(event) for event in events].count(TrialLook) == 6
     first = next(place for place, event in enumerate(events) if isinstance(event, TrialLook))
-    assert isinstance(events[0], TrialStarted)
+    assert isinstance(events[2], TrialStarted)  # after RunStarted and SelectionPlanned
     assert first < next(place for place, event in enumerate(events) if isinstance(event, TrialFinished))
 
 
@@ -156,7 +156,7 @@ def test_threads_call_the_function_beside_each_other(tmp_path: Path, workers: in
         return result(task)
 
     select_rank_with(
-        train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward", where="threads", workers=workers
+        train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward", executor="threads", workers=workers
     )  # fmt: skip
     assert most[0] == workers
 

@@ -56,7 +56,7 @@ def test_a_run_that_collapsed_is_an_outcome_and_never_handed_over(tmp_path: Path
     assert selected.decision.learning_rate == LOW
     assert {"collapsed", "unstable"} <= set(selected.decision.flags)
     assert selected.adapter is not None
-    assert (selected.adapter / "adapter.bin").read_text() == f"1 {LOW}"
+    assert (selected.adapter.path / "adapter.bin").read_text() == f"1 {LOW}"
     report = selected.report.read_text(encoding="utf-8")
     assert "collapsed: the held-out value fell from" in report
     assert "2 of them collapsed" in report
@@ -78,7 +78,7 @@ def test_the_smallest_rank_is_the_answer_where_no_difference_can_be_shown(tmp_pa
     assert "take rank 1, the smallest" in decision.sentence
     assert any("the 3 given show differences from about" in line for line in notices)
     assert decide(selected.run).decision.verdict == "no_difference"
-    assert selected.training_rank == 1
+    assert selected.training.rank == 1
 
 
 def test_a_larger_rank_that_is_better_is_the_answer(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_larger_rank_that_is_better_is_the_answer(tmp_path: Path) -> None:
     assert selected.decision is not None
     assert (selected.decision.rank, selected.decision.verdict) == (4, "saturated")
     assert selected.adapter is not None
-    assert (selected.adapter / "adapter.bin").read_text() == f"4 {LOW}"
+    assert (selected.adapter.path / "adapter.bin").read_text() == f"4 {LOW}"
 
 
 def test_the_profile_is_a_set_of_defaults(tmp_path: Path) -> None:

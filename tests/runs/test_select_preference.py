@@ -92,7 +92,9 @@ def test_only_named_metrics_stand_beside_the_decision(selected: Selected) -> Non
 def test_two_adapters_are_compared_pair_by_pair(selected: Selected, pair_file: Path, model_folder: Path) -> None:
     assert selected.adapter is not None
     settings = small_settings(metrics=("reward_accuracy",))
-    found = compare(selected.adapter, selected.adapter, model=str(model_folder), data=pair_file, settings=settings)
+    found = compare(
+        selected.adapter.path, selected.adapter.path, model=str(model_folder), data=pair_file, settings=settings
+    )
     by_metric = {one.metric: one for one in found.comparisons}
     assert by_metric["loss"].difference == 0
     assert by_metric["loss"].margin == 0.02

@@ -107,8 +107,8 @@ def test_what_train_saved_is_handed_over(tmp_path: Path) -> None:
 
     selected = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
     assert selected.adapter is not None
-    assert (selected.adapter / "weights.bin").read_text() == str(selected.decision.fallback_rank)
-    assert "Made with rightrank" in (selected.adapter / "README.md").read_text()
+    assert (selected.adapter.path / "weights.bin").read_text() == str(selected.decision.fallback_rank)
+    assert "Made with rightrank" in (selected.adapter.path / "README.md").read_text()
 
 
 def test_it_resumes_and_runs_again_only_what_failed(tmp_path: Path) -> None:
@@ -206,7 +206,13 @@ def test_scores_of_other_items_are_refused(tmp_path: Path) -> None:
 )
 def test_in_a_process_of_its_own_a_trial_may_hang_or_die(tmp_path: Path, train: Any, reason: str) -> None:
     selected = select_rank_with(
-        train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1, where="process", timeout_seconds=12
+        train,
+        tmp_path / "run",
+        ranks=RANKS,
+        learning_rates=(1e-3,),
+        margin=0.1,
+        executor="processes",
+        timeout_seconds=12,
     )
     assert {evidence.rank for evidence in selected.decision.ranks} == {1, 4}
     assert reason in selected.report.read_text(encoding="utf-8")
@@ -215,7 +221,7 @@ def test_in_a_process_of_its_own_a_trial_may_hang_or_die(tmp_path: Path, train: 
 def test_several_calls_at_once_come_to_the_same_decision(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"ranks": RANKS, "learning_rates": RATES, "metric": "reward", "margin": 0.005}
     alone = select_rank_with(paired, tmp_path / "alone", **asked).decision
-    several = select_rank_with(paired, tmp_path / "several", where="process", workers=3, **asked).decision
+    several = select_rank_with(paired, tmp_path / "several", executor="processes", workers=3, **asked).decision
     measured = {"next_run", "next_runs"}  # they say what the next run would take
     assert several.model_dump(exclude=measured) == alone.model_dump(exclude=measured)
 
@@ -230,7 +236,7 @@ def test_strategies_that_ask_for_less_ask_for_whole_trainings(tmp_path: Path, st
 
     selected = select_rank_with(
         train, tmp_path / "run", ranks=(1, 2, 4, 8, 16), learning_rates=RATES, metric="reward", margin=0.005,
-        strategy=strategy, steps=10,
+        strategy=strategy, max_steps=10,
     )  # fmt: skip
     assert selected.decision.rank == 4
     assert {task.steps for task in calls} == {10}
@@ -242,12 +248,12 @@ def test_strategies_that_ask_for_less_ask_for_whole_trainings(tmp_path: Path, st
     [
         ({"ranks": (0,)}, "rank 0 is not allowed"),
         ({"strategy": "gird"}, "did you mean 'grid'"),
-        ({"timeout_seconds": 5}, 'timeout_seconds needs where="process"'),
-        ({"where": "moon"}, "where: got 'moon'"),
-        ({"where": "process"}, "can't be sent to another process"),
+        ({"timeout_seconds": 5}, 'timeout_seconds needs executor="processes"'),
+        ({"executor": "moon"}, "executor: got 'moon'"),
+        ({"executor": "processes"}, "can't be sent to another process"),
         ({"train": 3}, "train: got a int"),
-        ({"workers": 2}, "workers: got 2 with where='here'"),
-        ({"workers": 0, "where": "process"}, "workers: got 0"),
+        ({"workers": 2}, "workers: got 2 with executor='local'"),
+        ({"workers": 0, "executor": "processes"}, "workers: got 0"),
     ],
 )
 def test_bad_arguments_start_nothing(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -300,9 +306,9 @@ def test_with_evaluate_the_adapter_is_truncated_and_handed_over(tmp_path: Path) 
     assert (handed_over["rank"], handed_over["how"], handed_over["trained_rank"]) == (4, "truncated", 8)
     assert selected.answers["rank"] is None
     assert selected.adapter is not None
-    assert json.loads((selected.adapter / "adapter_config.json").read_text())["r"] == 4
+    assert json.loads((selected.adapter.path / "adapter_config.json").read_text())["r"] == 4
     assert (selected.run / handed_over["reference_adapter"] / "adapter_config.json").is_file()
-    assert (selected.adapter_rank, selected.training_rank) == (4, None)
+    assert (selected.adapter.rank, selected.training) == (4, None)
 
 
 def test_the_adapter_goal_needs_evaluate(tmp_path: Path) -> None:
@@ -336,7 +342,7 @@ def test_a_script_without_a_guard_is_refused_before_processes_start(tmp_path: Pa
     script.write_text(
         "from rightrank import select_rank_with\n"
         "def train(task):\n    return {'loss': 1 / task.rank}\n"
-        "select_rank_with(train, 'run', ranks=(1, 4), where='process')\n"
+        "select_rank_with(train, 'run', ranks=(1, 4), executor='processes')\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
     assert done.stderr.splitlines()[-1].endswith('put the call below `if __name__ == "__main__":`')

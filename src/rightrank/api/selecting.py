@@ -14,15 +14,15 @@ from rightrank.schema.configs import settings_of_configs
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.keywords import SelectKeywords
 from rightrank.schema.results import Preflight
-from rightrank.schema.settings import Goal, ProfileName, SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings, make_settings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from rightrank.runs.calls import EvaluateFunction, TrainFunction
-    from rightrank.runs.own_trainer import Judgements
-    from rightrank.runs.prepare import Rows
+    from rightrank.runs.own_trainer import TrainerSettings
+    from rightrank.runs.request import Rows
 
 
 def select_rank(
@@ -62,22 +62,29 @@ def select_rank(
     """
     from rightrank.data.files import report_disk_errors
     from rightrank.hooks.interrupts import Interrupts
+    from rightrank.hooks.trackers import Trackers
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.request import require_request, require_same_scalars
+    from rightrank.runs.request import Request, check, check_folder
 
-    settings = _overridden(settings, keywords, peft_config, args)
-    require_request(model, data, settings)
-    folder = RunFolder(Path(out))
+    request = Request(model, tokenizer, data, _overridden(settings, keywords, peft_config, args))
+    check(request)
+    trackers, folder = Trackers(request.settings.report_to, Path(out)), RunFolder(Path(out))
     with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
-        hooks = Hooks([*_views(progress, opened), *plugins.hooks(), *callbacks])
-        stop = opened.enter_context(Interrupts(hooks.notice))
-        require_same_scalars(folder, settings)
+        check_folder(folder, request.settings)
+        views = _views(progress, opened)
+        stop = opened.enter_context(Interrupts(Hooks([*views, *callbacks]).notice))
         # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.
-        from rightrank.runs.prepare import Request
+        from rightrank.hooks.certificate import Certificate
+        from rightrank.hooks.extend import select_extended
+        from rightrank.hooks.guard import Guard
+        from rightrank.hooks.outlook import Outlook
+        from rightrank.hooks.report import Report
         from rightrank.runs.run import select
 
+        certificate = [Certificate()] if request.settings.certify else []
+        hooks = [*views, stop, Outlook(), Guard(), trackers, *certificate, Report(), *plugins.hooks(), *callbacks]
         try:
-            return select(Request(model, tokenizer, data, settings), folder, Hooks([hooks, stop]))
+            return (select_extended if request.settings.extends else select)(request, folder, hooks)
         except InterruptedRun as stopped:
             if not stop.requested:
                 raise
@@ -113,14 +120,15 @@ def preflight(
     Raises:
         InputError: model, data or settings can't be used.
     """
-    from rightrank.runs.request import require_request
+    from rightrank.hooks.trackers import require_trackers
+    from rightrank.runs.request import Request, check
 
-    settings = _overridden(settings, keywords)
-    require_request(model, data, settings)  # before what brings torch
-    from rightrank.hooks.outlook import preflight as prepare_only
-    from rightrank.runs.prepare import Request
+    request = Request(model, tokenizer, data, _overridden(settings, keywords))
+    check(request)  # before what brings torch
+    require_trackers(request.settings.report_to)
+    from rightrank.hooks.preflight import preflight as prepare_only
 
-    return prepare_only(Request(model, tokenizer, data, settings), price_per_hour)
+    return prepare_only(request, price_per_hour)
 
 
 def _overridden(
@@ -137,28 +145,15 @@ def select_rank_with(
     train: TrainFunction,
     out: str | Path,
     *,
-    profile: ProfileName | None = None,
-    evaluate: EvaluateFunction | None = None,
-    goal: Goal = "training-rank",
     ranks: Sequence[int] | int = (1, 4, 16, 64),
     learning_rates: Sequence[float] | float = (3e-4, 1e-3, 3e-3),
     seeds: Sequence[int] | int | None = None,
-    lora_alpha: float = 32.0,
-    steps: int = 0,
     metric: str | None = None,
-    higher_is_better: bool | None = None,
     margin: float | None = None,
-    strategy: str | None = None,
-    with_base: bool = False,
-    where: Literal["here", "threads", "process", "ray"] = "here",
-    workers: int = 1,
-    timeout_seconds: float | None = None,
-    version: str = "",
-    report_to: Sequence[str] = (),
-    judgements: Judgements | None = None,
-    judged_margin: float | None = None,
-    progress: bool = False,
+    evaluate: EvaluateFunction | None = None,
+    executor: Literal["local", "threads", "processes", "ray"] = "local",
     callbacks: Sequence[Hook] = (),
+    **settings: Unpack[TrainerSettings],
 ) -> Selected:
     """Find the rank with your own training function: DPO, RL, diffusion, vision, any script.
 
@@ -168,33 +163,18 @@ def select_rank_with(
             resolves far smaller differences. `task.report(step, value, item_scores)` reports values along the way. All
             randomness must come from `task.seed`, so that ranks differ in nothing else.
         out: the run folder. A second call with the same arguments resumes; trials that failed run again.
-        profile: "rl" for reinforcement learning: strategy "upward", metric "reward", seeds 0, 1 and 2, a margin of 0.02 where
-            none is given; a training whose held-out value falls far below its own best has collapsed and has no result; the
-            smallest rank is the answer where no difference between ranks can be shown.
+        seeds: None for seed 0, or those of the profile.
+        metric: the name of the metric that decides; None for "loss", or that of the profile.
+        margin: how much worse than the best is still enough; None for the metric's default, or that of the profile.
         evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it the adapter that
             `train` saved for the largest rank is truncated to every lower rank, and the smallest that loses nothing is
             handed over (the first question).
-        goal: "adapter" stops there and needs `evaluate`; "training-rank" continues to the rank to train at.
-        steps: passed to `train` in the task; 0 leaves the length to it.
-        seeds: None for seed 0, or those of the profile.
-        metric: the name of the metric that decides; None for "loss", or that of the profile.
-        higher_is_better: None for that of a metric with a known name (`accuracy`, `f1`, `reward`, `loss`, `error`, …); any
-            other metric needs it.
-        margin: how much worse than the best is still enough; None for the metric's default, or that of the profile.
-        strategy: None for "grid", or that of the profile.
-        with_base: also call `train` with rank 0, to evaluate the base without training.
-        where: "here"; "threads" of this process, for functions that wait for a service; or each call in a new process,
-            on this machine ("process") or on a Ray cluster ("ray": the one that RAY_ADDRESS names, or one on this machine;
+        executor: "local"; "threads" of this process, for functions that wait for a service; or each call in a new process,
+            on this machine ("processes") or on a Ray cluster ("ray": the one that RAY_ADDRESS names, or one on this machine;
             `out` must be on a disk that its nodes share).
-        workers: concurrent calls; above 1 only with "threads", "process" or "ray".
-        timeout_seconds: end a training that takes longer; needs `where="process"`.
-        version: change this when `train` changes, so that old trials are not reused.
-        report_to: trackers that log every trial: trackio, wandb, mlflow, tensorboard.
-        judgements: rows `prompt, rank_a, rank_b, outcome[, judge]` that decide in place of the metric: mappings, a file, or a function
-            that is called once all trainings have ended, with the folder of each rank's best adapter, and returns the mappings.
-        judged_margin: with judgements: how far below 1/2 a win rate may be; None for .05.
-        progress: show the progress on stderr, or in the output of a notebook's cell.
         callbacks: what watches the selection or takes part in it; see `rightrank.hooks.Hook`.
+        settings: see `TrainerSettings`: goal, profile, strategy, lora_alpha, max_steps, higher_is_better, with_base, workers,
+            timeout_seconds, version, report_to, progress.
 
     Raises:
         SettingsError: an argument that is not allowed, a metric without a known direction, or a function that
@@ -204,34 +184,18 @@ def select_rank_with(
         AllTrialsFailedError: fewer than two ranks ended with a result.
         InterruptedRun: `should_stop` of a callback returned True.
     """
-    from rightrank.hooks.trackers import require_trackers
-    from rightrank.runs import own_trainer as custom
+    from rightrank.data.files import report_disk_errors
+    from rightrank.hooks.report import Report
+    from rightrank.hooks.trackers import Trackers
     from rightrank.runs.folder import RunFolder
+    from rightrank.runs.own_trainer import open_own_run, own_request
+    from rightrank.runs.run import complete
 
-    chosen: dict[str, object] = {
-        "goal": goal,
-        "ranks": ranks,
-        "learning_rates": learning_rates,
-        "seeds": seeds,
-        "lora_alpha": lora_alpha,
-        "margin": margin,
-        "strategy": strategy or None,
-    }
-    settings = custom.settings_of(chosen, profile)
-    metric, higher = custom.metric_of(metric, higher_is_better, profile)
-    request = custom.CustomRequest(
-        settings=settings,
-        steps=steps,
-        metric=metric,
-        higher_is_better=higher,
-        with_base=with_base,
-        version=version,
-        report_to=require_trackers(report_to),
-        profile=profile,
-        judgements=judgements,
-        judged_margin=judged_margin,
-    )
-    trainer = custom.make_trainer(train, goal, where, timeout_seconds, workers, evaluate)
-    with ExitStack() as opened:
-        hooks = Hooks([*_views(progress, opened), *plugins.hooks(), *callbacks])
-        return custom.select_custom(request, trainer, RunFolder(Path(out)), hooks)
+    compared = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds, "margin": margin}
+    request = own_request(train, evaluate, executor, metric, compared, settings)
+    trackers, folder = Trackers(settings.get("report_to", ()), Path(out)), RunFolder(Path(out))
+    with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
+        views = _views(settings.get("progress", False), opened)
+        return complete(
+            open_own_run(request, folder, Hooks([*views, trackers, Report(), *plugins.hooks(), *callbacks]))
+        )

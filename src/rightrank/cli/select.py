@@ -87,12 +87,10 @@ def select(
 
 def _print_selected(selected: Selected, as_json: bool) -> None:
     """Print the answer; a fault in its text is one line, as the run is complete by then."""
-    from rightrank.report.faults import ViewFaults
+    from rightrank.runs.hook import FailingAs
 
-    faults = ViewFaults()
-    with faults.kept("the text of the answer"):
+    with FailingAs("the text of the answer"):
         (_print_json if as_json else _print_answer)(selected)
-    faults.require_none(selected.run)
 
 
 def _dry_run(model: str, data: Path, values: dict[str, Any], price_per_hour: float | None, as_json: bool) -> None:
@@ -160,7 +158,7 @@ def _print_json(selected: Selected) -> None:
             | {
                 "next_command": selected.next_command,
                 "run": str(selected.run),
-                "adapter": str(selected.adapter),
+                "adapter": str(selected.adapter and selected.adapter.path),
                 "report": str(selected.report),
             }
             | {"sweep": [row.model_dump() for row in selected.sweep]}
@@ -182,8 +180,8 @@ def _print_answer(selected: Selected) -> None:
         from rightrank.report.tables import sweep_text
 
         click.echo("\nOther settings, each at its best learning rate:\n" + sweep_text(selected.sweep))
-    rank = "" if selected.adapter_rank is None else f"  (rank {selected.adapter_rank})"
-    click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter}{rank}")
+    assert selected.adapter is not None
+    click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter.path}  (rank {selected.adapter.rank})")
 
 
 def _print_guard(found: Mapping[str, Any] | None) -> None:

@@ -5,55 +5,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from rightrank.runs.loop import Selection
-from rightrank.schema.decision import Decision
-from rightrank.schema.events import Certified, Event, Listener, StepDone
+from rightrank.runs.hook import Hook, Run
+from rightrank.runs.returns import Selected
+from rightrank.schema.events import Event, Listener, StepDone
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.certify import certify
-from rightrank.train.runtime import Runtime
 
 
-def certify_selection(
-    selection: Selection, runtime: Runtime, decision: Decision | None, listener: Listener
-) -> Certified:
-    """Train one arm again, alone, and journal how far it is from its trial.
+class Certificate(Hook):
+    """Trains one arm again, alone, and journals how far it is from its trial. A run that has a certificate keeps it.
 
     The arm is the one handed over. If that one was truncated from another adapter, it is the arm that shared its
-    passes with the most others. A run that has a certificate keeps it.
+    passes with the most others.
     """
-    records, folder = selection.records, selection.folder
-    if records.certificates:
-        return records.certificates[-1]
-    handed_over = records.adapters[-1].answer.trial_id if records.adapters else None
-    whole = [trial for trial in records.finished() if trial.rank > 0 and trial.stop_at is None]
-    candidates = [trial for trial in whole if trial.truncate_from is None]
-    fullest = max(candidates, key=lambda one: (one.adapters_per_pass, one.steps))
-    trial = next((one for one in candidates if one.trial_id == handed_over), fullest)
-    scratch = folder.cache / "certify"
-    adapter = folder.finished_adapter(trial.trial_id)
-    certificate = certify(runtime, trial, adapter, scratch, _StepsOnly(listener), seed_difference(candidates))
-    folder.journal.append(certificate)
-    records.certificates.append(certificate)
-    selection.write_views(decision)
-    folder.drop_working_files()
-    return certificate
+
+    def on_end(self, run: Run, _selected: Selected) -> None:
+        records, prepared = run.records, run.prepared
+        assert prepared is not None
+        if not records.certificates:
+            handed_over = records.adapters[-1].answer.trial_id
+            whole = [trial for trial in records.finished() if trial.rank > 0 and trial.stop_at is None]
+            trained = [trial for trial in whole if trial.truncate_from is None]
+            fullest = max(trained, key=lambda one: (one.adapters_per_pass, one.steps))
+            trial = next((one for one in trained if one.trial_id == handed_over), fullest)
+            adapter, scratch = run.folder.finished_adapter(trial.trial_id), run.folder.cache / "certify"
+            run.on_event(certify(prepared.runtime, trial, adapter, scratch, _StepsOnly(run), _seed_difference(trained)))
+        run.notice(records.certificates[-1].sentence())
 
 
 class _StepsOnly(Listener):
     """Passes on the steps of the certificate's training, which is no trial of the run."""
 
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
+    def __init__(self, run: Run) -> None:
+        self._run = run
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, StepDone):
-            self._listener.on_event(event)
+            self._run.on_event(event)
 
     def should_stop(self) -> bool:
-        return self._listener.should_stop()
+        return self._run.should_stop()
 
 
-def seed_difference(trials: Sequence[TrialFinished]) -> float | None:
+def _seed_difference(trials: Sequence[TrialFinished]) -> float | None:
     """The mean absolute difference of the held-out value between two seeds of one rank and learning rate.
 
     None if no cell has two seeds.

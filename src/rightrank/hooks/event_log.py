@@ -14,7 +14,7 @@ from typing import Any, Self, TextIO
 from rightrank.data.files import write_text
 from rightrank.hooks.progress import Progress
 from rightrank.runs.hook import Hook
-from rightrank.schema.events import Event, Notice, Preparing, RunResumed, SelectionPlanned, StepDone, TimeExpected
+from rightrank.schema.events import Event, Notice, Preparing, SelectionPlanned, StepDone, TimeExpected
 from rightrank.schema.trials import OUTCOMES, Record, TrialLook, TrialStarted
 
 PROGRESS_FILE = "progress.json"
@@ -33,6 +33,8 @@ LONG_FIELDS = {
 class JsonLog(Hook):
     """Writes every event as one JSON object a line, and steps at most once a second."""
 
+    ends_run = False
+
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._last_step = 0.0
@@ -44,10 +46,10 @@ class JsonLog(Hook):
                 self._write("plan", expected_trials=event.expected_trials, steps=event.steps, data=data)
                 self._write("cost", expected_trainings=event.expected_trainings)
                 self._write("cost_limit", trainings_at_most=event.trainings_at_most)
+                if event.outcomes:
+                    self._write("resumed", trials_ended=len(event.outcomes))
             case TimeExpected():
                 self._write("time", expected_seconds=event.expected_seconds)
-            case RunResumed():
-                self._write("resumed", trials_ended=len(event.outcomes))
             case StepDone() | Preparing():
                 self._write_step(event)
             case _ if isinstance(event, LOGGED_WHOLE):
@@ -78,6 +80,8 @@ def _fields(event: Record) -> dict[str, Any]:
 
 class ProgressFile(Hook):
     """`progress.json` in a run folder while a selection runs: what `status` reads from another terminal."""
+
+    ends_run = False
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / PROGRESS_FILE

@@ -14,7 +14,8 @@ from rightrank.decision.guard import GUARD_MARGIN, guarded
 from rightrank.decision.metrics import default_margin
 from rightrank.decision.run import question_of
 from rightrank.models.base_models import LoadedModel
-from rightrank.runs.loop import Selection
+from rightrank.runs.hook import Hook, Run
+from rightrank.runs.prepare import Prepared
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, InputError
 from rightrank.schema.events import GuardAnswer, GuardEvaluated
@@ -34,13 +35,31 @@ class GuardData:
     settings: SelectSettings
 
 
-def load_guards(settings: SelectSettings, loaded: LoadedModel, classes: Sequence[str] | None) -> list[GuardData]:
-    """Read every guard file; at most `eval_items` examples of each are used.
+class Guard(Hook):
+    """Lets an adapter be handed over that is no worse than the base on every guard file; at most `eval_items` examples of each count."""
 
-    Raises:
-        InputError: a file can't be read, has a form that the base of this run can't be scored on, or other labels.
-    """
-    return [_load(file, settings, loaded, classes) for file in settings.guard]
+    def __init__(self) -> None:
+        self._guards: list[GuardData] = []
+
+    def on_prepared(self, run: Run) -> None:
+        prepared = _prepared(run)
+        loaded, classes = prepared.runtime.loaded, run.started.data.classes
+        self._guards = [_load(file, run.settings, loaded, classes) for file in run.settings.guard]
+
+    def on_adapter(self, answer: AdapterAnswer, run: Run) -> tuple[AdapterAnswer, GuardAnswer] | None:
+        """The answer among the adapters that keep the guard."""
+        if not self._guards:
+            return None
+        records = run.records
+        evaluated = [one for place, guard in enumerate(self._guards) for one in _measured(run, guard, place)]
+        before = records.adapters[-1].guard if records.adapters else None
+        margin = _margin(self._guards[0].settings, evaluated)
+        return guarded(answer, records.plain(), question_of(records), evaluated, margin, before)
+
+
+def _prepared(run: Run) -> Prepared:
+    assert run.prepared is not None
+    return run.prepared
 
 
 def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Sequence[str] | None) -> GuardData:
@@ -65,30 +84,22 @@ def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Seq
     return GuardData(file, splits.fingerprint, encode(splits, loaded, own), own)
 
 
-def measure_guards(selection: Selection, runtime: Runtime, guards: Sequence[GuardData]) -> list[GuardEvaluated]:
-    """The losses of the base and of every finished adapter on every guard file; what the journal has is not computed again."""
-    records = selection.records
-    known = {(one.trial_id, one.file): one for one in records.guards}
-    found = []
-    for place, guard in enumerate(guards):
-        missing = [
-            trial
-            for trial in records.finished()
-            if trial.stop_at is None and not _is_current(known.get((trial.trial_id, guard.file)), guard)
-        ]
-        if missing:
-            cache = selection.folder.cache / f"guard{place}"
-            cache.mkdir(parents=True, exist_ok=True)
-            own = Runtime(runtime.loaded, guard.encoded, guard.settings, 1, cache)
-        for trial in missing:
-            adapter: AbstractContextManager[Any] = (
-                nullcontext()
-                if trial.rank == 0
-                else adapter_attached(own, selection.folder.finished_adapter(trial.trial_id))
-            )
-            with adapter:
-                scores = own.evaluate("selection")
-            record = GuardEvaluated(
+def _measured(run: Run, guard: GuardData, place: int) -> list[GuardEvaluated]:
+    """The losses of the base and of every finished adapter on a guard file; what the journal has is not computed again."""
+    runtime = _prepared(run).runtime
+    known = _current(run, guard)
+    whole = [trial for trial in run.records.finished() if trial.stop_at is None and trial.trial_id not in known]
+    if whole:
+        cache = run.folder.cache / f"guard{place}"
+        cache.mkdir(parents=True, exist_ok=True)
+        own = Runtime(runtime.loaded, guard.encoded, guard.settings, 1, cache)
+    for trial in whole:
+        base: AbstractContextManager[Any] = nullcontext()
+        adapter = base if trial.rank == 0 else adapter_attached(own, run.folder.finished_adapter(trial.trial_id))
+        with adapter:
+            scores = own.evaluate("selection")
+        run.on_event(
+            GuardEvaluated(
                 file=guard.file,
                 fingerprint=guard.fingerprint,
                 trial_id=trial.trial_id,
@@ -96,28 +107,14 @@ def measure_guards(selection: Selection, runtime: Runtime, guards: Sequence[Guar
                 item_losses=scores.losses,
                 item_tokens=scores.tokens,
             )
-            selection.folder.journal.append(record)
-            records.guards.append(record)
-            known[trial.trial_id, guard.file] = record
-        found += [one for (_, file), one in known.items() if file == guard.file and _is_current(one, guard)]
-    return found
+        )
+    return list(_current(run, guard).values())
 
 
-def _is_current(known: GuardEvaluated | None, guard: GuardData) -> bool:
-    return known is not None and known.fingerprint == guard.fingerprint
-
-
-def apply_guards(
-    selection: Selection, runtime: Runtime, guards: Sequence[GuardData], answer: AdapterAnswer
-) -> tuple[AdapterAnswer, GuardAnswer | None]:
-    """The answer among the adapters that keep the guard; unchanged without a guard."""
-    if not guards:
-        return answer, None
-    records = selection.records
-    evaluated = measure_guards(selection, runtime, guards)
-    before = records.adapters[-1].guard if records.adapters else None
-    margin = _margin(guards[0].settings, evaluated)
-    return guarded(answer, records.plain(), question_of(records), evaluated, margin, before)
+def _current(run: Run, guard: GuardData) -> dict[str, GuardEvaluated]:
+    """By trial, what the journal has on the guard's examples as they are now."""
+    found = [one for one in run.records.guards if (one.file, one.fingerprint) == (guard.file, guard.fingerprint)]
+    return {one.trial_id: one for one in found}
 
 
 def _margin(settings: SelectSettings, evaluated: Sequence[GuardEvaluated]) -> float:

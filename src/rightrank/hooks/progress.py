@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from rightrank.report.format import duration, size
-from rightrank.schema.events import Event, Preparing, RunResumed, SelectionPlanned, StepDone, TimeExpected
+from rightrank.schema.events import Event, Preparing, SelectionPlanned, StepDone, TimeExpected
 from rightrank.schema.trials import (
     ArmFields,
     TrialCollapsed,
@@ -104,11 +104,10 @@ class Progress:
         match event:
             case SelectionPlanned():
                 self._plan(event)
+                self._resume(event.outcomes)
             case TimeExpected() if self._expected:
                 self._first_pace = event.expected_seconds / self._expected
                 self._is_announced = True
-            case RunResumed():
-                self._resume(event.outcomes)
             case Preparing():
                 self._preparing = event
             case TrialStarted():

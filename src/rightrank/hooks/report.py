@@ -1,36 +1,103 @@
-"""The views of a run: decision.json, the report and the figures, each computed from the records and replaced whole."""
+"""The views of a run: decision.json, the report, the figures and the adapter's card, each computed from the records, replaced whole."""
 
 from __future__ import annotations
 
+import shutil
+import time
 from pathlib import Path
-from typing import Any
 
-from rightrank.data.files import write_text
-from rightrank.decision.run import Records, document
+from rightrank.data.files import replacing, write_text
+from rightrank.decision.adapter import compared_adapters, making_of
+from rightrank.decision.run import Records, decision_so_far, question_of
+from rightrank.report.adapters import candidate_table, figure_of
+from rightrank.report.card import CURVE, PICTURE, AdapterCardFacts, model_card
 from rightrank.report.figure import AnyFigure, Figure
 from rightrank.report.figures import figures_of
 from rightrank.report.html import render_report
+from rightrank.report.sentences import test_rows
 from rightrank.report.spectra import spectrum_figure
 from rightrank.report.svg import write_figures
 from rightrank.report.tables import sweep_map
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.decision import Decision, TrainingRankEstimate
+from rightrank.runs.hook import Hook, Run
+from rightrank.runs.returns import Selected, answers
+from rightrank.schema.decision import Decision
 from rightrank.schema.errors import InputError
+from rightrank.schema.events import AdapterRecorded, Event, RunStopped
 from rightrank.schema.settings import Goal
+from rightrank.schema.trials import OUTCOMES
 from rightrank.search.strategies import training_rank_estimate
 from rightrank.search.sweep import sweep_rows
 
+MAX_SHARE = 0.05  # of the wall time, for writing the report while trials run
 
-def write_views(folder: RunFolder, records: Records, decision: Decision | None, goal: Goal) -> None:
+
+class Report(Hook):
+    """Keeps the report, the figures, decision.json and the adapter's card up to date."""
+
+    ends_run = False
+
+    def __init__(self) -> None:
+        self._run: Run | None = None
+        self._next = 0.0  # by the monotonic clock
+
+    def on_prepared(self, run: Run) -> None:
+        self._run = run
+
+    def on_event(self, event: Event) -> None:
+        run = self._run
+        if run is None:
+            return
+        if isinstance(event, AdapterRecorded):
+            _write_card(run, event, None)
+            _write_views(run, None)
+        if isinstance(event, RunStopped) or (isinstance(event, OUTCOMES) and time.monotonic() >= self._next):
+            started = time.monotonic()
+            _write_views(run, _decision_so_far(run))
+            ended = time.monotonic()  # with many trials it takes longer, so the next one waits in proportion
+            self._next = ended + (ended - started) / MAX_SHARE
+
+    def on_end(self, run: Run, selected: Selected) -> None:
+        write_figures(run.folder.figures, figures_of(run.records, selected.decided))
+        if selected.adapter is not None:
+            _write_card(run, run.records.adapters[-1], selected.decided)
+        _write_views(run, selected.decided)
+        write_figures(run.folder.figures, further_figures(run.records, run.folder.adapter))
+
+
+def _decision_so_far(run: Run) -> Decision | None:
+    return decision_so_far(run.records, run.evidence) if run.settings.goal == "training-rank" else None
+
+
+def _write_views(run: Run, decision: Decision | None) -> None:
     """Write decision.json, once either question has an answer, and the report."""
-    if decision is not None or records.adapters:
-        folder.write_decision(answers(records, decision, goal))
-    write_report(folder, records, decision, goal)
+    goal = run.settings.goal
+    if decision is not None or run.records.adapters:
+        run.folder.write_decision(answers(run.records, decision, goal))
+    write_report(run.folder, run.records, decision, goal)
 
 
-def answers(records: Records, decision: Decision | None, goal: Goal) -> dict[str, Any]:
-    """Both answers as one JSON object; with goal "adapter", an estimate in place of the second."""
-    return document(records, decision, goal, _estimate(records, goal))
+def _write_card(run: Run, recorded: AdapterRecorded, decision: Decision | None) -> None:
+    """Write the adapter's card, with its figures, into `adapter/`."""
+    records, folder, answer = run.records, run.folder, recorded.answer
+    metric = records.started.metric
+    adapters = compared_adapters(answer, records.plain(), question_of(records))
+    write_figures(folder.figures, [figure_of(answer, adapters, metric, records.started.higher_is_better)])
+    chosen = run.finished(answer.trial_id)
+    facts = AdapterCardFacts(
+        sentence=answer.sentence,
+        making=making_of(chosen, records.finished()),
+        handed_over=recorded.handed_over,
+        margin=answer.margin,
+        candidates=candidate_table(answer, metric),
+        guard=recorded.guard,
+    )
+    card = model_card(records.started, chosen, decision, test_rows(records), facts)
+    for name in (PICTURE, CURVE):
+        if (folder.figures / name).exists():
+            with replacing(folder.adapter / name) as temporary:
+                shutil.copy2(folder.figures / name, temporary)
+    write_text(folder.adapter / "README.md", card)
 
 
 def write_report(folder: RunFolder, records: Records, decision: Decision | None, goal: Goal) -> None:
@@ -41,15 +108,11 @@ def write_report(folder: RunFolder, records: Records, decision: Decision | None,
         decision,
         further,
         goal=goal,
-        estimate=_estimate(records, goal),
+        estimate=training_rank_estimate(records) if goal == "adapter" else None,
         run=str(folder.path),
         exports=sorted(path.name for path in exports.iterdir() if path.is_dir()) if exports.is_dir() else (),
     )
     write_text(folder.report, page)
-
-
-def _estimate(records: Records, goal: Goal) -> TrainingRankEstimate | None:
-    return training_rank_estimate(records) if goal == "adapter" else None
 
 
 def write_all_figures(folder: RunFolder, records: Records, decision: Decision | None) -> None:

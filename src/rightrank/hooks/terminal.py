@@ -17,7 +17,7 @@ from rightrank.hooks.progress import Progress
 from rightrank.report.format import quantity
 from rightrank.report.terminal_figures import MAX_CURVE_WIDTH, terminal_curve
 from rightrank.runs.hook import Hook
-from rightrank.schema.events import DataSummary, Event, Notice, RunResumed, RunStarted, SelectionPlanned
+from rightrank.schema.events import DataSummary, Event, Notice, RunStarted, SelectionPlanned
 from rightrank.schema.trials import OUTCOMES, split_name
 
 PLAIN_SECONDS = 15.0  # between progress lines
@@ -26,6 +26,8 @@ NOTEBOOK_SECONDS = 0.5  # between updates of a cell
 
 class View(Hook):
     """Shows a running selection, as a context manager; `say` gets lines that come from elsewhere."""
+
+    ends_run = False
 
     def __init__(self) -> None:
         self._progress = Progress()
@@ -45,7 +47,7 @@ class View(Hook):
         lines = lines_of(event) if line is None else [line]
         for one in lines:
             self.say(one)
-        if not isinstance(event, Notice | SelectionPlanned | RunResumed):
+        if not isinstance(event, Notice | SelectionPlanned):
             self._redraw()
 
     def say(self, text: str) -> None:
@@ -144,9 +146,9 @@ def lines_of(event: Event) -> list[str]:
         case Notice():
             return [event.text]
         case SelectionPlanned():
-            return [plan_line(event.started, event.steps)]
-        case RunResumed():  # each stage and truncation is a trial
-            return [f"resuming the run: {quantity(len(event.outcomes), 'trial')} ended before"]
+            ended = quantity(len(event.outcomes), "trial")  # each stage and truncation is one
+            resumed = [f"resuming the run: {ended} ended before"] if event.outcomes else []
+            return [plan_line(event.started, event.steps), *resumed]
     return []
 
 

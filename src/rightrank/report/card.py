@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rightrank.data.files import replacing_folder
 from rightrank.decision.adapter import Making
 from rightrank.models.weights import licence_of
 from rightrank.report.answer import evidence_table
@@ -27,18 +24,6 @@ class AdapterCardFacts:
     margin: float
     candidates: list[list[str]]  # the adapters that were compared, a heading first
     guard: GuardAnswer | None = None
-
-
-def hand_over(trial_adapter: Path, target: Path, figures: Path, card: str | None) -> None:
-    """Copy the trial's adapter to `target`, with its card, if there is one, and the card's figures. `target` is replaced."""
-    with replacing_folder(target) as temporary:
-        for path in sorted(path for path in trial_adapter.iterdir() if path.is_file()):
-            shutil.copy2(path, temporary / path.name)
-        for name in (PICTURE, CURVE):
-            if (figures / name).exists():
-                shutil.copy2(figures / name, temporary / name)
-        if card is not None:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def model_card(

@@ -1,24 +1,53 @@
-"""The door for whatever watches a selection or takes part in it; the core knows no hook by name."""
+"""The two ends of a selection's door: `Run`, through which whatever happens is kept and told, and `Hook`, which watches or takes part.
+
+The core knows no hook by name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rightrank.schema.errors import RightrankError, RunError, first_line
-from rightrank.schema.events import Event, Listener, Notice
+from rightrank.decision.run import Records, settled_start
+from rightrank.runs.folder import RunFolder
+from rightrank.runs.request import made_with_others
+from rightrank.schema.errors import RightrankError, RunError, RunFolderError, first_line
+from rightrank.schema.events import (
+    AdapterRecorded,
+    Certified,
+    Event,
+    GuardAnswer,
+    GuardEvaluated,
+    Journaled,
+    JournalRecord,
+    Listener,
+    Notice,
+    RunContinued,
+    RunStarted,
+    Sample,
+    SelectionPlanned,
+    TestEvaluated,
+)
+from rightrank.schema.settings import CONTINUABLE, SelectSettings, settings_difference
+from rightrank.schema.trials import OUTCOMES, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.search.history import History
+from rightrank.search.protocol import Strategy
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # these bring torch, which a hook may not need
+    from rightrank.runs.executor import Executor
     from rightrank.runs.prepare import Prepared
     from rightrank.runs.returns import Selected
+    from rightrank.schema.decision import AdapterAnswer, Decision
 
 
 class Hook(Listener):
     """Something that watches a selection or takes part in it. A base class: every method does nothing.
 
-    All methods run on the thread that calls `select_rank`, in the order of `callbacks`. A hook that raises ends the selection with
-    one line that names it; what has finished is kept, and the same call resumes.
+    All methods run on the thread that calls `select_rank`, one hook after the other in the order of `callbacks`. A hook that
+    raises ends the selection with one line that names it; what has finished is kept, and the same call resumes.
 
     Example::
 
@@ -29,16 +58,20 @@ class Hook(Listener):
         select_rank(model, data, "run", callbacks=[Deadline()])
     """
 
-    @property
-    def name(self) -> str:
-        """What an error of this hook is reported under."""
-        return type(self).__name__
+    ends_run = True
+    """Whether a fault ends the selection at once. Else it goes on without the hook, and ends with the line once all else is done."""
 
-    def on_prepared(self, prepared: Prepared) -> None:
-        """Called once, with data and base loaded and nothing trained."""
+    def on_prepared(self, run: Run) -> None:
+        """Called once, with data and base loaded and nothing written; an `InputError` refuses the selection."""
 
-    def on_end(self, selected: Selected) -> None:
-        """Called last, with the adapter in place."""
+    def on_adapter(self, answer: AdapterAnswer, run: Run) -> tuple[AdapterAnswer, GuardAnswer] | None:
+        """Called before an adapter is handed over. May return another one in its place, with the evidence."""
+
+    def on_decision(self, decision: Decision, run: Run) -> Decision | None:
+        """Called with the decision on the training rank. May return another one in its place."""
+
+    def on_end(self, run: Run, selected: Selected) -> None:
+        """Called last, with the adapter in place and the decision in the journal."""
 
 
 class Hooks(Hook):
@@ -46,52 +79,210 @@ class Hooks(Hook):
 
     def __init__(self, hooks: Sequence[Hook] = ()) -> None:
         self._hooks = list(hooks)
+        self._faults: dict[Hook, HookError] = {}
 
     def notice(self, text: str) -> None:
-        """Send a line for a person."""
+        """Tell a line for a person."""
         self.on_event(Notice(text=text))
 
-    def on_prepared(self, prepared: Prepared) -> None:
-        for hook in self._hooks:
-            with failing_as(hook.name):
-                hook.on_prepared(prepared)
+    def on_prepared(self, run: Run) -> None:
+        self._each(lambda hook: hook.on_prepared(run))
 
     def on_event(self, event: Event) -> None:
-        for hook in self._hooks:
-            with failing_as(hook.name):
-                hook.on_event(event)
-
-    def on_end(self, selected: Selected) -> None:
-        for hook in self._hooks:
-            with failing_as(hook.name):
-                hook.on_end(selected)
+        self._each(lambda hook: hook.on_event(event))
 
     def should_stop(self) -> bool:
+        asked: list[bool] = []
+        self._each(lambda hook: asked.append(hook.should_stop()))
+        return any(asked)
+
+    def guarded(self, answer: AdapterAnswer, run: Run) -> tuple[AdapterAnswer, GuardAnswer | None]:
+        """The answer that the hooks agree to, with the evidence of the last one that changed it or vouched for it."""
+        found: list[tuple[AdapterAnswer, GuardAnswer | None]] = [(answer, None)]
+        self._each(lambda hook: found.append(hook.on_adapter(found[-1][0], run) or found[-1]))
+        return found[-1]
+
+    def decided(self, decision: Decision, run: Run) -> Decision:
+        found = [decision]
+        self._each(lambda hook: found.append(hook.on_decision(found[-1], run) or found[-1]))
+        return found[-1]
+
+    def on_end(self, run: Run, selected: Selected) -> None:
+        """Tell every hook.
+
+        Raises:
+            HookError: a hook that does not end a run by itself had a fault.
+        """
+        self._each(lambda hook: hook.on_end(run, selected))
+        for fault in self._faults.values():
+            raise fault
+
+    def _each(self, call: Callable[[Hook], object]) -> None:
         for hook in self._hooks:
-            with failing_as(hook.name):
-                if hook.should_stop():
-                    return True
-        return False
+            if hook in self._faults:
+                continue
+            try:
+                with FailingAs(type(hook).__name__):
+                    call(hook)
+            except HookError as fault:
+                if hook.ends_run:
+                    raise
+                self._faults[hook] = fault
 
 
-@contextmanager
-def failing_as(name: str) -> Iterator[None]:
-    """Report a fault of the block in one line that names it. Errors that are reported in one line already pass.
+class HookError(RunError):
+    """A hook, or another part without which a run is complete, has a fault."""
+
+
+class FailingAs:
+    """A block whose fault is reported in one line that names it. Errors that are reported in one line already pass.
 
     Raises:
-        RunError: the block raised another exception.
+        HookError: the block raised another exception.
     """
-    try:
-        yield
-    except (RightrankError, OSError):
-        raise
-    except Exception as error:
-        raise RunError(
-            f"{name} failed ({described(error)}); what has finished is kept, and the same call resumes"
-        ) from error
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _at: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception) or isinstance(error, RightrankError | OSError):
+            return
+        kept = "what has finished is kept, and the same call resumes"
+        raise HookError(f"{self._name} failed ({described(error)}); {kept}") from error
 
 
 def described(error: BaseException) -> str:
     """`KeyError: 'x'`, or the type alone where the error has no message."""
     kind, text = type(error).__name__, first_line(error)
     return kind if text == kind else f"{kind}: {text}"
+
+
+@dataclass(eq=False)
+class Run(Listener):
+    """A selection in its folder.
+
+    A folder with a journal is resumed: trials that have ended are not run again, except those that failed for another
+    reason than memory.
+
+    Raises:
+        RunFolderError: the folder was made with another model, other data or other settings.
+    """
+
+    folder: RunFolder
+    hooks: Hooks
+    started: RunStarted
+    settings: SelectSettings  # with the settled ranks
+    steps: int  # optimizer steps of a whole training; 0: a custom trainer's own number
+    strategy: Strategy
+    executor: Callable[[Run], AbstractContextManager[Executor]]
+    journal: Sequence[JournalRecord] = ()  # as it was before
+    notes: Sequence[str] = ()  # of the preparation, for a person
+    prepared: Prepared | None = None  # None: a custom trainer has model and data
+    advice: str = "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # if every trial fails
+    records: Records = field(init=False)  # of the journal, as it is now
+
+    def __post_init__(self) -> None:
+        if self.journal:
+            _require_same_run(self.folder, self.journal[0], self.started)
+        self.records = Records.of(self.started, self.journal)
+        # The cause of a failure may have been removed since; a device's memory does not grow.
+        self.records.outcomes = [one for one in self.records.outcomes if not _may_succeed_now(one)]
+
+    def begin(self) -> None:
+        """Journal the start, or the settings with which the run goes on, and tell what is to come."""
+        for line in self.notes:
+            self.notice(line)
+        record = _continued(self.journal, self.started) if self.journal else self.started
+        if record is not None:
+            self.on_event(record)
+        self.folder.write_config(self.started.settings)
+        cost = self.strategy.cost()
+        self.on_event(
+            SelectionPlanned(
+                started=self.started,
+                expected_trials=self.strategy.expected_arms(),
+                steps=self.steps,
+                expected_trainings=cost.expected,
+                trainings_at_most=cost.maximum,
+                outcomes=list(self.records.outcomes),
+            )
+        )
+
+    def on_event(self, event: Event) -> None:
+        """Keep the event in the journal, if it is a record, and pass it on to the hooks."""
+        if isinstance(event, Journaled):
+            self.record(event)
+        self.hooks.on_event(event)
+
+    def record(self, record: JournalRecord) -> None:
+        """Keep a record in the journal."""
+        self.folder.journal.append(record)
+        self._keep(record)
+
+    def notice(self, text: str) -> None:
+        """Tell a line for a person."""
+        self.on_event(Notice(text=text))
+
+    def should_stop(self) -> bool:
+        return self.hooks.should_stop()
+
+    @property
+    def history(self) -> History:
+        return History.of(self.records.outcomes)
+
+    @property
+    def evidence(self) -> list[TrialOutcome]:
+        """The outcomes that the strategy compares ranks by."""
+        return self.strategy.evidence(self.history)
+
+    def finished(self, trial_id: str) -> TrialFinished:
+        """The finished trial of that id."""
+        return next(trial for trial in self.records.finished() if trial.trial_id == trial_id)
+
+    def _keep(self, record: JournalRecord) -> None:
+        records = self.records
+        match record:
+            case TestEvaluated():
+                records.tests.append(record)
+            case Sample():
+                records.samples.append(record)
+            case Certified():
+                records.certificates.append(record)
+            case AdapterRecorded():
+                records.adapters.append(record)
+            case GuardEvaluated():
+                records.guards.append(record)
+            case _ if isinstance(record, OUTCOMES):
+                ended = {one.trial_id: one for one in records.outcomes} | {record.trial_id: record}
+                records.outcomes = list(ended.values())
+
+
+def _may_succeed_now(outcome: TrialOutcome) -> bool:
+    return isinstance(outcome, TrialFailed) and outcome.error != "out_of_memory"
+
+
+def _continued(journal: Sequence[JournalRecord], started: RunStarted) -> RunContinued | None:
+    """The settings with which a run is continued, where they are not those that it had last."""
+    before = settled_start(journal).settings
+    names = [name for name in (*CONTINUABLE, "goal") if name in started.settings and name in before]
+    changed = {name: started.settings[name] for name in names if started.settings[name] != before[name]}
+    if "eval_items" in changed:
+        return RunContinued(settings=changed, evaluation_items=started.evaluation_items, data=started.data)
+    return RunContinued(settings=changed) if changed else None
+
+
+def _require_same_run(folder: RunFolder, first: JournalRecord, started: RunStarted) -> None:
+    """Refuse a folder that was made with another model, other data or other settings, and name them."""
+    if not isinstance(first, RunStarted):
+        raise RunFolderError(f"{folder.journal.path}: the first line is not the start of a run; give another --out")
+    if first.fingerprint == started.fingerprint:
+        return
+    changed = settings_difference(first.settings, started.settings)
+    if not changed:
+        changed = ["the data, the model's files or the trainer have changed since"]
+    raise made_with_others(folder, changed)

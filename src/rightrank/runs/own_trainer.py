@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypedDict
 
-from rightrank.data.files import report_disk_errors
-from rightrank.decision.run import best_trial
 from rightrank.decision.verdicts import DROP_IN_MARGINS
-from rightrank.hooks.report import answers
 from rightrank.runs.calls import (
     Call,
     CustomExecutor,
@@ -23,182 +20,156 @@ from rightrank.runs.calls import (
     call_in_process,
     call_inline,
 )
-from rightrank.runs.finish import hand_over_saved
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Hooks
-from rightrank.runs.loop import LoopOptions, Selection
-from rightrank.runs.plugins import calls, decide_rows
-from rightrank.runs.returns import Selected
-from rightrank.runs.start import open_selection
-from rightrank.schema.decision import Decision
-from rightrank.schema.errors import ResultsError, SettingsError
-from rightrank.schema.events import DataSummary, RunStarted
+from rightrank.runs.hook import Hooks, Run
+from rightrank.runs.plugins import calls
+from rightrank.schema.errors import SettingsError, did_you_mean
+from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.metrics import direction, unknown_direction
-from rightrank.schema.settings import Goal, SelectSettings, make_settings, profile_named, with_identity_of
+from rightrank.schema.settings import (
+    Goal,
+    Profile,
+    ProfileName,
+    SelectSettings,
+    make_settings,
+    profile_named,
+    with_identity_of,
+)
 from rightrank.schema.trials import content_hash
 from rightrank.search.space import space_of
 from rightrank.search.strategies import make_strategy, strategy_in
 from rightrank.search.upward import Upward
 from rightrank.version import __version__
 
-JudgementRows: TypeAlias = Iterable[Mapping[str, object]]
-Judgements: TypeAlias = JudgementRows | str | Path | Callable[[Mapping[int, Path]], JudgementRows]
+
+class TrainerSettings(TypedDict, total=False):
+    """What `select_rank_with` takes beside its own parameters."""
+
+    goal: Goal
+    """"adapter" stops at the smallest adapter and needs `evaluate`; "training-rank" continues to the rank to train at."""
+    profile: ProfileName | None
+    """"rl" for reinforcement learning: strategy "upward", metric "reward", seeds 0, 1 and 2, a margin of 0.02 where none is given; a
+    training whose held-out value falls far below its own best has collapsed and has no result; the smallest rank is the answer
+    where no difference between ranks can be shown."""
+    strategy: str | None
+    """None for "grid", or that of the profile."""
+    lora_alpha: float
+    max_steps: int
+    """Passed to `train` in the task, as `steps`; 0 leaves the length to it."""
+    higher_is_better: bool | None
+    """None for that of a metric with a known name (`accuracy`, `f1`, `reward`, `loss`, …); any other metric needs it."""
+    with_base: bool
+    """Also call `train` with rank 0, to evaluate the base without training."""
+    workers: int
+    """Concurrent calls; above 1 only with executor "threads", "processes" or "ray"."""
+    timeout_seconds: float | None
+    """End a training that takes longer; needs executor "processes"."""
+    version: str
+    """Change this when `train` changes, so that old trials are not reused."""
+    report_to: Sequence[str]
+    """Trackers that log every trial: trackio, wandb, mlflow, tensorboard."""
+    progress: bool
+    """Show the progress on stderr, or in the output of a notebook's cell."""
 
 
 @dataclass(frozen=True, slots=True)
-class CustomRequest:
+class OwnRequest:
     """A selection with a custom trainer, its arguments checked."""
 
     settings: SelectSettings
-    steps: int
     metric: str
     higher_is_better: bool
-    with_base: bool
-    version: str
-    report_to: tuple[str, ...]
-    profile: str | None = None
-    judgements: Judgements | None = None  # that decide in place of the metric
-    judged_margin: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Trainer:
-    """The function, how it is called, and how many calls run at a time."""
-
     train: TrainFunction
     call: Call
-    workers: int
-    evaluate: Call | None = None  # of an adapter in a task's folder; None: the first question is not asked
+    evaluate: Call | None  # of an adapter in a task's folder; None: the first question is not asked
+    given: TrainerSettings
+
+    @property
+    def steps(self) -> int:
+        return self.given.get("max_steps", 0)
+
+    @property
+    def collapse_drop(self) -> float | None:
+        """The fall of the held-out value that counts as a collapse; None where the profile does not judge it."""
+        margin = self.settings.margin
+        judges = profile_named(self.given.get("profile")).judges_collapse
+        return DROP_IN_MARGINS * margin if judges and margin is not None else None
 
 
-def select_custom(request: CustomRequest, trainer: Trainer, folder: RunFolder, hooks: Hooks) -> Selected:
-    """Run the selection, and hand over what the trainer saved."""
-    with folder.locked(), report_disk_errors(folder.path):
-        started = _run_started(request, trainer.train, folder)
-        space = replace(
-            space_of(request.settings, request.steps),
-            stages=False,
-            evaluates_base=request.with_base,
-            truncates=trainer.evaluate is not None,
-            higher_is_better=request.higher_is_better,
-        )
-        strategy = strategy_in(request.settings.strategy, space)
-        options = LoopOptions(request.settings.goal, "give another range of learning rates, and a new out")
-        selection, trackers = open_selection(
-            folder, started, request.steps, strategy, options, request.report_to, hooks
-        )
-        executor = CustomExecutor(
-            trainer.call,
-            Measure(request.metric, request.higher_is_better, collapse_drop(request)),
-            selection.records.finished(),
-            folder.trial_adapter,
-            selection.listener,
-            trainer.workers,
-            trainer.evaluate,
-        )
-        decision = selection.run(executor)
-        if request.judgements is not None and (decision is not None or request.settings.goal == "adapter"):
-            decision = judged_decision(selection, decision, request.judgements, request.judged_margin)
-        adapter = hand_over_saved(selection, decision)
-        if decision is not None:
-            trackers.decided(decision)
-        found: dict[str, Any] = {}
-        with selection.faults.kept("the answer"):
-            found = answers(selection.records, decision, request.settings.goal)
-        selection.faults.require_none(folder.path)
-        selected = Selected(decision, folder.path, adapter, folder.report, found)
-        hooks.on_end(selected)
-        return selected
-
-
-def judged_decision(
-    selection: Selection, decision: Decision | None, judgements: Judgements, margin: float | None
-) -> Decision:
-    """The decision on judgements, with the trials of each rank's best learning rate as in the metric's decision.
-
-    Raises:
-        SettingsError: the goal is the adapter, which the metric decides.
-        ResultsError: rows that can't be used, or that name a rank that was not trained.
-    """
-    if decision is None:
-        raise SettingsError("judgements decide on the rank to train at: give goal 'training-rank'")
-    records = selection.records
-    ranks = [one.rank for one in decision.ranks if one.rank > 0]
-    if callable(judgements):
-        best = {rank: best_trial(records, decision, rank).trial_id for rank in ranks}
-        judgements = list(judgements({rank: selection.folder.trial_adapter(trial) for rank, trial in best.items()}))
-    decided = decide_rows(judgements, margin, ranks)
-    if decided is None:
-        raise ResultsError("judgements: no row has rank_a and rank_b; give prompt, rank_a, rank_b and outcome")
-    judged, _ = decided
-    own = {one.rank: one for one in decision.ranks}
-    kept = [
-        one.model_copy(update={"trial_ids": own[one.rank].trial_ids, "learning_rate": own[one.rank].learning_rate})
-        for one in judged.ranks
-    ]
-    return judged.model_copy(update={"ranks": kept, "learning_rate": own[judged.fallback_rank].learning_rate})
-
-
-def collapse_drop(request: CustomRequest) -> float | None:
-    """The fall of the held-out value that counts as a collapse; None where the profile does not judge it."""
-    margin = request.settings.margin
-    if not profile_named(request.profile).judges_collapse or margin is None:
-        return None
-    return DROP_IN_MARGINS * margin
-
-
-def make_trainer(
+def own_request(
     train: TrainFunction,
-    goal: Goal,
-    where: str,
-    timeout_seconds: float | None,
-    workers: int,
     evaluate: EvaluateFunction | None,
-) -> Trainer:
-    """The trainer of a function, its arguments checked.
+    executor: str,
+    metric: str | None,
+    compared: Mapping[str, object],
+    given: TrainerSettings,
+) -> OwnRequest:
+    """Check the arguments; the profile gives what is None.
+
+    Args:
+        compared: ranks, learning_rates, seeds and margin.
 
     Raises:
-        SettingsError: an argument that is not allowed, or a function that can't be sent to a process.
+        SettingsError: an argument that is not allowed, a metric without a known direction, or a function that can't be sent to
+            a process.
     """
-    if goal == "adapter" and evaluate is None:
-        raise SettingsError(
-            "goal 'adapter' needs evaluate=, a function of an adapter folder and a TrialTask that returns held-out scores; "
-            "give it, or goal 'training-rank'"
-        )
-    if not callable(train):
-        raise SettingsError(f"train: got a {type(train).__name__}; give a function of one TrialTask")
-    if timeout_seconds is not None and (where != "process" or timeout_seconds <= 0):
-        raise SettingsError('timeout_seconds needs where="process" and a number above 0: other calls can\'t be ended')
-    elsewhere: dict[str, Callable[[TrainFunction], Call]] = calls()
-    if where not in ("here", "threads", "process", *elsewhere):
-        raise SettingsError(f'where: got {where!r}; give "here", "threads", "process" or "ray"')
-    if workers < 1 or (workers > 1 and where == "here"):
-        raise SettingsError(
-            f'workers: got {workers} with where={where!r}; give 1, or more with "threads", "process" or "ray"'
-        )
-    if evaluate is not None and not callable(evaluate):
-        raise SettingsError(
-            f"evaluate: got a {type(evaluate).__name__}; give a function of an adapter folder and a TrialTask"
-        )
-
-    def call_of(function: TrainFunction) -> Call:
-        if where in elsewhere:
-            return elsewhere[where](function)
-        return call_in_process(function, timeout_seconds) if where == "process" else call_inline(function)
-
+    for name in given:
+        if name not in TrainerSettings.__annotations__:
+            allowed = TrainerSettings.__annotations__
+            raise SettingsError(f"{name} is no setting{did_you_mean(name, allowed)}; there are: {', '.join(allowed)}")
+    profile = profile_named(given.get("profile"))
+    settings = _settings(profile, compared, given)
+    metric = profile.metric if metric is None else metric
+    higher = given.get("higher_is_better")
+    higher = direction(metric) if higher is None else higher
+    if higher is None:
+        raise SettingsError(f"{unknown_direction(metric)}; pass higher_is_better=True or False")
+    _require_functions(train, evaluate, settings.goal)
+    call_of = _caller(executor, given.get("workers", 1), given.get("timeout_seconds"))
     evaluation = None if evaluate is None else call_of(FolderEvaluation(evaluate))
-    return Trainer(train, call_of(train), workers, evaluation)
+    return OwnRequest(settings, metric, higher, train, call_of(train), evaluation, given)
 
 
-def settings_of(values: dict[str, object], profile: str | None) -> SelectSettings:
-    """The settings of a selection with a custom trainer; the profile gives those that are None.
+def open_own_run(request: OwnRequest, folder: RunFolder, hooks: Hooks) -> Run:
+    """A run whose trials the user's function trains; the journal is read, and nothing is written."""
+    journal = folder.journal.read(hooks.notice)
+    space = replace(
+        space_of(request.settings, request.steps),
+        stages=False,
+        evaluates_base=request.given.get("with_base", False),
+        truncates=request.evaluate is not None,
+        higher_is_better=request.higher_is_better,
+    )
+    return Run(
+        folder,
+        hooks,
+        _run_started(request, journal),
+        request.settings,
+        request.steps,
+        strategy_in(request.settings.strategy, space),
+        lambda run: nullcontext(_executor(request, run)),
+        journal,
+        advice="give another range of learning rates, and a new out",
+    )
 
-    Raises:
-        SettingsError: a value that is not allowed, an unknown strategy, or one that does not serve the goal.
-    """
-    defaults = profile_named(profile)
-    own = {"seeds": defaults.seeds, "margin": defaults.margin, "strategy": defaults.strategy}
-    settings = make_settings(values | {name: value for name, value in own.items() if values[name] is None})
+
+def _executor(request: OwnRequest, run: Run) -> CustomExecutor:
+    return CustomExecutor(
+        request.call,
+        Measure(request.metric, request.higher_is_better, request.collapse_drop),
+        run.records.finished(),
+        run.folder.trial_adapter,
+        run,
+        request.given.get("workers", 1),
+        request.evaluate,
+    )
+
+
+def _settings(profile: Profile, compared: Mapping[str, object], given: TrainerSettings) -> SelectSettings:
+    values = {**compared, "strategy": given.get("strategy") or None}
+    values |= {name: getattr(profile, name) for name in ("seeds", "margin", "strategy") if values[name] is None}
+    goal, alpha = given.get("goal", "training-rank"), given.get("lora_alpha", 32.0)
+    settings = make_settings(values | {"goal": goal, "lora_alpha": alpha})
     make_strategy(settings, 1)  # refuses an unknown name first
     if settings.goal == "adapter" and settings.strategy == Upward.name:
         raise SettingsError(
@@ -208,36 +179,57 @@ def settings_of(values: dict[str, object], profile: str | None) -> SelectSetting
     return settings
 
 
-def metric_of(metric: str | None, higher_is_better: bool | None, profile: str | None) -> tuple[str, bool]:
-    """The metric, None for that of the profile, and whether higher is better, None for what its name implies.
+def _require_functions(train: object, evaluate: object, goal: Goal) -> None:
+    if goal == "adapter" and evaluate is None:
+        raise SettingsError(
+            "goal 'adapter' needs evaluate=, a function of an adapter folder and a TrialTask that returns held-out scores; "
+            "give it, or goal 'training-rank'"
+        )
+    if not callable(train):
+        raise SettingsError(f"train: got a {type(train).__name__}; give a function of one TrialTask")
+    if evaluate is not None and not callable(evaluate):
+        raise SettingsError(
+            f"evaluate: got a {type(evaluate).__name__}; give a function of an adapter folder and a TrialTask"
+        )
 
-    Raises:
-        SettingsError: no direction was given, and the name implies none.
-    """
-    metric = profile_named(profile).metric if metric is None else metric
-    higher = direction(metric) if higher_is_better is None else higher_is_better
-    if higher is None:
-        raise SettingsError(f"{unknown_direction(metric)}; pass higher_is_better=True or False")
-    return metric, higher
+
+def _caller(executor: str, workers: int, timeout_seconds: float | None) -> Callable[[TrainFunction], Call]:
+    """How a function is called by the executor of that name."""
+    if timeout_seconds is not None and (executor != "processes" or timeout_seconds <= 0):
+        raise SettingsError(
+            'timeout_seconds needs executor="processes" and a number above 0: other calls can\'t be ended'
+        )
+    elsewhere: dict[str, Callable[[TrainFunction], Call]] = calls()
+    if executor not in ("local", "threads", "processes", *elsewhere):
+        raise SettingsError(f'executor: got {executor!r}; give "local", "threads", "processes" or "ray"')
+    if workers < 1 or (workers > 1 and executor == "local"):
+        raise SettingsError(
+            f'workers: got {workers} with executor={executor!r}; give 1, or more with "threads", "processes" or "ray"'
+        )
+    if executor in elsewhere:
+        return elsewhere[executor]
+    if executor == "processes":
+        return lambda function: call_in_process(function, timeout_seconds)
+    return call_inline
 
 
-def _run_started(request: CustomRequest, train: TrainFunction, folder: RunFolder) -> RunStarted:
+def _run_started(request: OwnRequest, journal: Sequence[JournalRecord]) -> RunStarted:
+    train, profile = request.train, request.given.get("profile")
     name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
     kept = ("strategy", "ranks", "learning_rates", "seeds", "lora_alpha", "margin")
     values = {
         "model": None,
         "data": None,
         "trainer": name,
-        "version": request.version,
+        "version": request.given.get("version", ""),
         "steps": request.steps,
         "metric": request.metric,
         "higher_is_better": request.higher_is_better,
         **request.settings.model_dump(mode="json", include=set(kept)),
     }
-    if request.profile is not None:
-        values["profile"] = request.profile
-    first = next(iter(folder.journal.read()), None)
-    begun = first.settings if isinstance(first, RunStarted) else {}
+    if profile is not None:
+        values["profile"] = profile
+    begun = journal[0].settings if journal and isinstance(journal[0], RunStarted) else {}
     return RunStarted(
         rightrank_version=__version__,
         fingerprint=content_hash({"settings": with_identity_of(values, begun)}),

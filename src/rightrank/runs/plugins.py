@@ -81,7 +81,7 @@ class Plugin:
         return {}
 
     def calls(self) -> Mapping[str, Callable[..., Any]]:
-        """By a value of `where` of `select_rank_with`: turns a training function into one that runs elsewhere."""
+        """By a value of `executor` of `select_rank_with`: turns a training function into one that runs elsewhere."""
         return {}
 
     def exports(self) -> Mapping[str, Callable[..., Any]]:

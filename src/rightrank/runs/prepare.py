@@ -6,11 +6,11 @@ Preparing the same request again, here or in another process, gives an equal run
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TypeAlias
 
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import DataSplits, load_data
@@ -18,10 +18,13 @@ from rightrank.decision.run import settled_start
 from rightrank.models.base_models import DTYPES, LoadedModel, adopt_model, find_device, load_base, resolve_dtype
 from rightrank.models.places import find_model
 from rightrank.runs.plugins import MemoryPlan, memory_plan
+from rightrank.runs.request import Request
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings, settings_of_identity, with_identity_of
 from rightrank.schema.trials import content_hash
+from rightrank.search.protocol import Strategy
+from rightrank.search.strategies import make_strategy
 from rightrank.train.distributed import sharded
 from rightrank.train.metrics import require_scorers
 from rightrank.train.optimizer import require_optimizer
@@ -29,35 +32,12 @@ from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import EncodedData, encode
 from rightrank.version import __version__
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Rows: TypeAlias = Iterable[Mapping[str, object]]  # a `datasets.Dataset` is one
 Notice: TypeAlias = Callable[[str], None]
 
 METRICS_OF_FORMS = (  # kind of metric, the form of data that it needs, and that form's columns
     ("classes", "classification", "`text` and `label`"),
     ("pairs", "preference", "`prompt`, `chosen` and `rejected`"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    model: str | PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    data: str | Path | Rows | Mapping[str, Rows]
-    settings: SelectSettings
-    begun: Mapping[str, Any] | None = None  # if it resumes a run: the settings that the run began with
-
-    @property
-    def model_name(self) -> str:
-        return self.model if isinstance(self.model, str) else f"in memory ({type(self.model).__name__})"
-
-    @property
-    def data_name(self) -> str:
-        if not isinstance(self.data, str | Path):
-            return f"in memory ({type(self.data).__name__})"
-        return str(self.data).encode("utf-8", "backslashreplace").decode()  # a file's name may hold what JSON can't
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +89,32 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
     steps = settings.training_steps(len(sources.encoded.splits["train"]))
     runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache)
     return Prepared(runtime, settings, steps, _started(request, sources, settings, steps), planned)
+
+
+def strategy_of(prepared: Prepared, name: str | None = None) -> Strategy:
+    """The strategy of the settings, or the one named, for this selection's steps and data."""
+    settings = prepared.settings if name is None else prepared.settings.model_copy(update={"strategy": name})
+    return make_strategy(
+        settings,
+        prepared.steps,
+        token_loss=prepared.is_token_loss,
+        unseen_steps=prepared.unseen_steps,
+        truncates=_truncates(prepared),
+    )
+
+
+def _truncates(prepared: Prepared) -> bool:
+    """Whether adapters can be truncated, which the first question needs.
+
+    Raises:
+        SettingsError: goal `adapter` with adapters that can't be.
+    """
+    reason = prepared.runtime.arm_targets.why_not_truncated
+    if reason is not None and prepared.settings.goal == "adapter":
+        raise SettingsError(
+            f"goal 'adapter' needs adapters that can be truncated ({reason}); give goal 'training-rank'"
+        )
+    return reason is None
 
 
 def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:

@@ -1,23 +1,76 @@
-"""What refuses a selection at once, before torch is imported and before anything is loaded."""
+"""What is asked of a selection, and what refuses it at once, before torch is imported and before anything is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.data.files import require_optimizer_extra
 from rightrank.data.rows import require_rows
-from rightrank.hooks.trackers import require_trackers
 from rightrank.models.places import require_model
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.errors import RunFolderError
+from rightrank.runs.plugins import executors
+from rightrank.schema.errors import RunFolderError, SettingsError
 from rightrank.schema.events import RunStarted
 from rightrank.schema.settings import SCALARS, SelectSettings
 from rightrank.search.strategies import make_strategy
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def require_same_scalars(folder: RunFolder, settings: SelectSettings) -> None:
-    """Refuse a run folder that was begun with another value of a scalar setting that is given, before torch is imported.
+Rows: TypeAlias = Iterable[Mapping[str, object]]  # a `datasets.Dataset` is one
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    model: str | PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    data: str | Path | Rows | Mapping[str, Rows]
+    settings: SelectSettings
+    begun: Mapping[str, Any] | None = None  # if it resumes a run: the settings that the run began with
+
+    @property
+    def model_name(self) -> str:
+        return self.model if isinstance(self.model, str) else f"in memory ({type(self.model).__name__})"
+
+    @property
+    def data_name(self) -> str:
+        if not isinstance(self.data, str | Path):
+            return f"in memory ({type(self.data).__name__})"
+        return str(self.data).encode("utf-8", "backslashreplace").decode()  # a file's name may hold what JSON can't
+
+
+def check(request: Request) -> None:
+    """Refuse what can't work.
+
+    Raises:
+        SettingsError: an unknown strategy, one that can't work within its budget, or workers for what is in memory.
+        DataError: a data file that is missing or of a type that is not read.
+        ModelError: a model folder that is missing or holds no model, or a name that the hub does not know.
+        MissingExtraError: an optimizer that is not installed.
+    """
+    settings = request.settings
+    make_strategy(settings, settings.max_steps or 1)
+    require_optimizer_extra(settings)
+    for source in (request.data, settings.validation or None):
+        if isinstance(source, str | Path):
+            require_rows(Path(source))
+    if isinstance(request.model, str):
+        require_model(request.model)
+    if settings.executor != "local" and settings.executor not in executors():
+        raise SettingsError(f"executor {settings.executor!r} needs the plug-in cluster, which is not there")
+    for what, given in (("model", request.model), ("data", request.data)):
+        if settings.executor != "local" and not isinstance(given, str | Path):
+            raise SettingsError(
+                f"executor {settings.executor!r}: the {what} is in memory, which workers can't read; "
+                "give a path or a name, or executor 'local'"
+            )
+
+
+def check_folder(folder: RunFolder, settings: SelectSettings) -> None:
+    """Refuse a folder whose run began with another value of a scalar setting that is given.
 
     All other differences show once model and data are read.
 
@@ -44,26 +97,3 @@ def made_with_others(folder: RunFolder, changed: Sequence[str]) -> RunFolderErro
     return RunFolderError(
         f"{folder.path}: made with other settings ({'; '.join(changed)}); give the same settings to resume, or another --out"
     )
-
-
-def require_request(model: object, data: object, settings: SelectSettings) -> None:
-    """Refuse a name that does not exist.
-
-    Args:
-        model: a folder, file or hub name; a model in memory is not looked at.
-        data: a path or hub name; rows in memory are not looked at.
-
-    Raises:
-        SettingsError: an unknown strategy, or one that can't work within its budget.
-        DataError: a data file that is missing or of a type that is not read.
-        ModelError: a model folder that is missing or holds no model, or a name that the hub does not know.
-        MissingExtraError: a tracker or an optimizer that is not installed.
-    """
-    make_strategy(settings, settings.max_steps or 1)
-    require_trackers(settings.report_to)
-    require_optimizer_extra(settings)
-    for source in (data, settings.validation or None):
-        if isinstance(source, str | Path):
-            require_rows(Path(source))
-    if isinstance(model, str):
-        require_model(model)

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rightrank.decision.run import Records
 from rightrank.models.adapter_files import restore_adapter
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.hook import Run
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.metrics import measure
 from rightrank.train.runtime import Runtime
 
 
-def rescore(folder: RunFolder, records: Records, runtime: Runtime, notice: Callable[[str], None]) -> None:
+def rescore(run: Run) -> None:
     """Score every trial again that was scored on fewer examples, and journal it as the trial's outcome.
 
     Training that stopped early keeps its score: it has no adapter, and is compared with others of its stage alone.
     """
+    if run.prepared is None:
+        return
+    records, folder = run.records, run.folder
     count = len(records.started.evaluation_items)
     stale = [trial for trial in records.finished() if trial.item_losses and len(trial.item_losses) < count]
     stale = [trial for trial in stale if trial.rank == 0 or folder.trial_adapter(trial.trial_id).is_dir()]
     if not stale:
         return
-    notice(f"scoring {len(stale)} adapters on {count:,} validation examples, in place of {len(stale[0].item_losses):,}")
+    before = len(stale[0].item_losses)
+    run.notice(f"scoring {len(stale)} adapters on {count:,} validation examples, in place of {before:,}")
     records.adapters.clear()  # the first question is answered again, on all examples
     for trial in stale:
-        again = _rescored(folder, runtime, trial, records.started.metric)
-        folder.journal.append(again)
-        records.outcomes = [again if one.trial_id == trial.trial_id else one for one in records.outcomes]
+        run.record(_rescored(folder, run.prepared.runtime, trial, records.started.metric))
 
 
 def _rescored(folder: RunFolder, runtime: Runtime, trial: TrialFinished, metric: str) -> TrialFinished:

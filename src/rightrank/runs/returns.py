@@ -7,9 +7,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rightrank.decision.run import Records, document
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, HandedOver, SweepRow
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.events import Sample
+from rightrank.schema.settings import Goal
+from rightrank.search.strategies import training_rank_estimate
+
+
+def answers(records: Records, decision: Decision | None, goal: Goal) -> dict[str, Any]:
+    """Both answers as one JSON object; with goal "adapter", an estimate in place of the second."""
+    return document(records, decision, goal, training_rank_estimate(records) if goal == "adapter" else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to one of the two questions."""
+
+    rank: int | None  # None: undecided, or no rank is better than the base
+    sentence: str
+    path: Path | None  # of an adapter of that rank; of the fallback rank where there is none. None: nothing was saved
+
 
 if TYPE_CHECKING:
     from rightrank.report.answer import AnswerView
@@ -21,12 +39,14 @@ class Selected:
 
     decided: Decision | None  # of the training rank; None with goal "adapter"
     run: Path
-    adapter: Path | None  # the answer to the first question; None if a custom trainer saved none
+    adapter: (
+        Answer | None
+    )  # the smallest adapter that loses nothing, in `adapter/`; None if a custom trainer saved none
+    training: Answer | None  # the rank to train at; None with goal "adapter"
     report: Path
     answers: Mapping[str, Any]  # both answers, as in decision.json
     samples: list[Sample] = field(default_factory=list)
     sweep: list[SweepRow] = field(default_factory=list)
-    trainings: float = 0.0  # the cost in whole trainings: optimizer steps of all trials over those of one training
     next_commands: Sequence[
         str | None
     ] = ()  # each next run as a command that can be pasted, where one continues this run
@@ -52,39 +72,35 @@ class Selected:
         """
         if self.decided is None:
             raise ResultsError(
-                f"{self.run}: goal 'adapter' has no decision on the training rank; see adapter_rank and answers, or select "
+                f"{self.run}: goal 'adapter' has no decision on the training rank; see adapter and answers, or select "
                 "again with goal 'training-rank'"
             )
         return self.decided
 
     @property
-    def adapter_rank(self) -> int | None:
-        """The rank of the adapter that is handed over; None without one."""
-        return None if self.handed_over is None else self.handed_over.rank
-
-    @property
-    def training_rank(self) -> int | None:
-        """The rank to train at; None if that is undecided or was not requested."""
-        return None if self.decided is None else self.decided.rank
+    def cost(self) -> Mapping[str, float | None]:
+        """`trainings`: optimizer steps of all trials over those of one training; `trainings_to_adapter`: up to the first answer."""
+        found: Mapping[str, float | None] = self.answers["cost"]
+        return found
 
     def __repr__(self) -> str:
         """The ranks and where they are, on one line; `print` shows the answers."""
         verdict = None if self.decided is None else self.decided.verdict
-        return (
-            f"Selected(adapter_rank={self.adapter_rank}, training_rank={self.training_rank}, verdict={verdict!r}, "
-            f"run={str(self.run)!r})"
-        )
+        adapter, training = (None if one is None else one.rank for one in (self.adapter, self.training))
+        return f"Selected(adapter={adapter}, training={training}, verdict={verdict!r}, run={str(self.run)!r})"
 
     def __str__(self) -> str:
         """Both answers in a few lines; the fields hold the rest."""
         from rightrank.report.answer import labelled
 
-        view, rank = self.view, "" if self.adapter_rank is None else f"  (rank {self.adapter_rank})"
+        view = self.view
         rows = [("run", str(self.run)), ("adapter", view.adapter)]
         if self.decided is not None:
             rows += [("training rank", view.training_rank), ("verdict", view.verdict), *view.safe_rows()]
             rows += view.next_rows()[: 2 if any(self.next_commands[:1]) else 1]
-        rows += [("folder", f"{self.adapter or ''}{rank}"), ("report", str(self.report))]
+        if self.adapter is not None:  # a custom trainer may save none
+            rows.append(("folder", f"{self.adapter.path}  (rank {self.adapter.rank})"))
+        rows.append(("report", str(self.report)))
         return "\n".join(labelled([row for row in rows if row[1]], 15))
 
     @property

@@ -1,78 +1,159 @@
-"""One selection from start to hand-over."""
+"""The whole job on one page: open, loop, finish.
+
+A strategy requests arms, an executor runs them, and whatever happens goes through `Run.on_event` to the journal and the hooks.
+The journal is the only state, so a run that was killed resumes where it stopped.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
-from rightrank.runs.finish import finalize, finalize_adapter
-from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Hooks
+from rightrank.decision.run import decide_run
+from rightrank.report.format import size
+from rightrank.runs.executor import Executor
+from rightrank.runs.finish import answer_early, finish
+from rightrank.runs.folder import RunFolder, run_store
+from rightrank.runs.hook import FailingAs, Hook, Hooks, Run
 from rightrank.runs.places import executor_of
-from rightrank.runs.prepare import Bases, Request
+from rightrank.runs.prepare import Bases, prepare, resuming, strategy_of
+from rightrank.runs.request import Request
+from rightrank.runs.rescoring import rescore
 from rightrank.runs.returns import Selected
-from rightrank.runs.start import PreparedSelection, prepare_selection
-from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.decision import Decision
+from rightrank.schema.errors import AllTrialsFailedError, DeviceMemoryError, InterruptedRun, ResultsError
+from rightrank.schema.events import RunStopped
+from rightrank.schema.trials import (
+    Trial,
+    TrialCollapsed,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialOutcome,
+    trial_id,
+)
 
-MAX_EXTENSIONS = 3
+MAX_FAILED_AT_START = 3  # trials that fail before any finishes: then the cause is no single arm
 
 
-def select(request: Request, folder: RunFolder, hooks: Hooks) -> Selected:
-    """Load, plan, train, decide and hand over; an unfinished run in `folder` is resumed.
+def select(request: Request, folder: RunFolder, hooks: Sequence[Hook] = ()) -> Selected:
+    """Load, train, decide and hand over; an unfinished run in `folder` is resumed."""
+    return complete(open_run(request, folder, Hooks(hooks)))
 
-    Where the settings ask for it, the run continues with the next rank or learning rate as long as the answer is rising or at
-    the edge, and memory and budget allow.
+
+def open_run(request: Request, folder: RunFolder, hooks: Hooks, bases: Bases | None = None) -> Run:
+    """Data and base loaded, the journal read; nothing is written.
+
+    `bases` holds the base models that other selections have loaded.
+
+    Raises:
+        InputError: model, data, settings or folder can't be used.
     """
-    bases: Bases = {}
-    prepared = prepare_selection(request, folder, hooks, bases)
-    selected = run_selection(prepared)
-    for _ in range(MAX_EXTENSIONS if request.settings.extends else 0):
-        settings = prepared.prepared.settings
-        further = extended(settings, selected)
-        if further is None:
-            break
-        before = selected.trainings
-        prepared = prepare_selection(replace(request, settings=further), folder, hooks, bases)
-        if set(prepared.prepared.settings.ranks) == set(settings.ranks) and further.ranks != settings.ranks:
-            break  # the next rank does not fit the memory
-        hooks.notice(f"extending: {selected.decision.sentence} {_what(settings, further)}")
-        selected = run_selection(prepared)
-        if selected.trainings == before:
-            break  # the budget is spent
-    hooks.on_end(selected)
-    return selected
+    journal = folder.journal.read(hooks.notice)
+    resumed, notes = resuming(request, journal), list[str]()
+    prepared = prepare(resumed, folder.cache, notes.append, bases)
+    if request.settings.store:
+        folder.store = run_store(request.settings.store, prepared.started.fingerprint)
+    return Run(
+        folder,
+        hooks,
+        prepared.started,
+        prepared.settings,
+        prepared.steps,
+        strategy_of(prepared),
+        lambda run: executor_of(resumed, prepared, run),
+        journal,
+        notes,
+        prepared,
+    )
 
 
-def extended(settings: SelectSettings, selected: Selected) -> SelectSettings | None:
-    """The settings with the rank above, or the learning rate beyond the edge; None where the answer asks for neither."""
-    decision = selected.decided
-    if decision is None or not (decision.verdict == "rising" or "lr_edge" in decision.flags):
-        return None
-    wanted = next((run for run in decision.next_runs if run.action in ("rank", "rates")), None)
-    if wanted is None:
-        return None
-    if wanted.action == "rank":
-        further = settings.model_copy(update={"ranks": tuple(sorted({*settings.ranks, *wanted.ranks}))})
-    else:
-        rates = tuple(sorted({*settings.learning_rates, *wanted.learning_rates}))
-        further = settings.model_copy(update={"learning_rates": rates})
-    return None if further == settings else further
+def complete(run: Run) -> Selected:
+    """Train what the strategy requests, decide, and hand over; what an interrupted run has done is not done again.
+
+    Raises:
+        AllTrialsFailedError: fewer than two ranks ended with a result, or the first trials all failed.
+        DeviceMemoryError: every trial ran out of memory.
+        InterruptedRun: a hook asked to stop; the journal holds what has finished.
+        HookError: a hook has a fault.
+    """
+    run.hooks.on_prepared(run)
+    run.begin()
+    rescore(run)
+    try:
+        with run.executor(run) as executor:
+            loop(run, executor)
+        decision = decide(run) if run.settings.goal == "training-rank" else None
+    except (AllTrialsFailedError, DeviceMemoryError, InterruptedRun) as stopped:
+        run.on_event(RunStopped(reason=str(stopped)))
+        raise
+    return finish(run, decision)
 
 
-def _what(before: SelectSettings, after: SelectSettings) -> str:
-    ranks = sorted(set(after.ranks) - set(before.ranks))
-    rates = sorted(set(after.learning_rates) - set(before.learning_rates))
-    return f"Adding rank {ranks[0]}." if ranks else f"Adding learning rate {rates[0]:.3g}."
+def loop(run: Run, executor: Executor) -> None:
+    """Run every arm that the strategy requests; between two rounds the first question is answered, as soon as it can be."""
+    told = 0
+    while True:
+        answer_early(run)
+        fingerprint = run.started.fingerprint
+        trials = [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in run.strategy.ask(run.history)]
+        notes = run.strategy.notes(run.history)
+        for line in notes[told:]:
+            run.notice(line)
+        told = max(told, len(notes))
+        if not trials:
+            return
+        for outcome in executor.run(trials, _base_loss(run)):
+            run.on_event(_with_plan(run, outcome))
+            _require_some_success(run)
+            if outcome.rank == 0:
+                break  # trials are judged against the base's loss, which is known now
 
 
-def run_selection(prepared: PreparedSelection) -> Selected:
-    """Train what the strategy requests, decide, and hand over."""
-    selection = prepared.selection
+def decide(run: Run) -> Decision:
+    """The decision on the trials that the strategy takes as evidence."""
+    trained = [outcome for outcome in run.records.outcomes if outcome.rank > 0]
+    reasons = [outcome.reason for outcome in trained if not isinstance(outcome, TrialFinished)]
+    first = f" (the first: {reasons[0]})" if reasons else ""
+    if len(reasons) == len(trained):
+        memory = all(isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory" for outcome in trained)
+        error = DeviceMemoryError if memory and trained else AllTrialsFailedError
+        raise error(f"none of {len(reasons)} trials ended with a result{first}; {run.advice}")
+    try:
+        with FailingAs("the decision"):
+            decision = decide_run(run.records, run.evidence)
+    except ResultsError:
+        raise AllTrialsFailedError(
+            f"fewer than two ranks have a whole training: there is nothing to compare{first}; "
+            f"{run.advice}, or a larger budget"
+        ) from None
+    return run.hooks.decided(decision, run)
 
-    def on_adapter(answer: AdapterAnswer) -> None:
-        # While workers have the base, the test split can't be read: it is at the end.
-        finalize_adapter(prepared, answer, reads_test_split=prepared.request.settings.executor == "local")
 
-    with executor_of(prepared.request, prepared.prepared, selection) as executor:
-        decision = selection.run(executor, on_adapter)
-    return finalize(prepared, decision)
+def _base_loss(run: Run) -> float | None:
+    """The base's held-out loss, once it has been evaluated."""
+    return next((trial.metrics.get("loss") for trial in run.records.finished() if trial.rank == 0), None)
+
+
+def _require_some_success(run: Run) -> None:
+    failed = [outcome for outcome in run.records.outcomes if isinstance(outcome, TrialFailed)]
+    if len(failed) >= MAX_FAILED_AT_START and not run.records.finished():
+        raise AllTrialsFailedError(f"the first {len(failed)} trials failed (the first: {failed[0].reason})")
+
+
+def _with_plan(run: Run, outcome: TrialOutcome) -> TrialOutcome:
+    """The outcome with the peak memory that was planned for it, where there is a plan."""
+    planned = run.prepared and run.prepared.planned
+    if (
+        not planned
+        or outcome.rank == 0
+        or outcome.arm.steps == 0
+        or isinstance(outcome, TrialCollapsed | TrialDiverged)
+    ):
+        return outcome
+    if isinstance(outcome, TrialFinished):
+        predicted = planned.peak_of(outcome.pass_ranks or [outcome.rank])
+        return outcome.model_copy(update={"predicted_peak_bytes": predicted})
+    predicted = planned.peak_of([outcome.rank])
+    if predicted is None or outcome.error != "out_of_memory":
+        return outcome
+    return outcome.model_copy(update={"reason": f"{outcome.reason}; the plan said {size(predicted)}"})

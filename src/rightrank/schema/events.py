@@ -228,7 +228,7 @@ class DecisionRecorded(Record):
     adapter_trial_id: str | None
 
 
-JournalRecord: TypeAlias = Annotated[
+Journaled: TypeAlias = (
     RunStarted
     | TrialStarted
     | TrialLook
@@ -242,9 +242,9 @@ JournalRecord: TypeAlias = Annotated[
     | Certified
     | RunContinued
     | AdapterRecorded
-    | DecisionRecorded,
-    Field(discriminator="type"),
-]
+    | DecisionRecorded
+)
+JournalRecord: TypeAlias = Annotated[Journaled, Field(discriminator="type")]
 
 
 JOURNAL_RECORD: TypeAdapter[JournalRecord] = TypeAdapter(JournalRecord)
@@ -258,6 +258,7 @@ class SelectionPlanned(Record):
     steps: Whole  # optimizer steps of a whole training; 0: a custom trainer's own number
     expected_trainings: float  # whole trainings
     trainings_at_most: float
+    outcomes: list[TrialOutcome] = Field(default_factory=list)  # of the trials that ended before this process began
 
 
 class TimeExpected(Record):
@@ -266,10 +267,10 @@ class TimeExpected(Record):
     expected_seconds: float
 
 
-class RunResumed(Record):
-    """The outcomes of the trials that ended before this process began; sent once, if there are any."""
+class RunStopped(Record):
+    """The selection ends without an answer; the journal holds what has finished."""
 
-    outcomes: list[TrialOutcome]
+    reason: str
 
 
 class Notice(Record):
@@ -297,7 +298,7 @@ class Preparing(Record):
     seconds: float
 
 
-Event: TypeAlias = JournalRecord | SelectionPlanned | TimeExpected | RunResumed | Notice | StepDone | Preparing
+Event: TypeAlias = Journaled | SelectionPlanned | TimeExpected | RunStopped | Notice | StepDone | Preparing
 
 
 class Listener:

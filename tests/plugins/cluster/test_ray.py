@@ -96,7 +96,7 @@ def test_a_custom_trainer_runs_on_ray(cluster: Any, tmp_path: Path, monkeypatch:
 
     try:
         selected = select_rank_with(
-            train, tmp_path / "run", ranks=(1, 2, 4, 8), learning_rates=(1e-3,), margin=0.1, where="ray", workers=2
+            train, tmp_path / "run", ranks=(1, 2, 4, 8), learning_rates=(1e-3,), margin=0.1, executor="ray", workers=2
         )
     finally:
         ray.shutdown()

@@ -16,8 +16,9 @@ from rightrank.plugins.cluster.pool import Crew, Pool, PoolOptions
 from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.worker import versions
 from rightrank.runs.folder import Store
-from rightrank.runs.loop import Selection
-from rightrank.runs.prepare import Prepared, Request
+from rightrank.runs.hook import Run
+from rightrank.runs.prepare import Prepared
+from rightrank.runs.request import Request
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.runtime import Runtime
@@ -26,7 +27,7 @@ MAX_TASK_TRIALS = 16  # the worker measures how many of them to train in one pas
 
 
 @contextmanager
-def worker_executor(request: Request, prepared: Prepared, selection: Selection) -> Iterator[Pool]:
+def worker_executor(request: Request, prepared: Prepared, run: Run) -> Iterator[Pool]:
     """The executor of workers in processes or on Ray. They start on demand and run as long as the block.
 
     Raises:
@@ -34,7 +35,7 @@ def worker_executor(request: Request, prepared: Prepared, selection: Selection) 
         MissingExtraError: the executor's package is not installed.
         RunError: the cluster or the store does not answer.
     """
-    settings, folder, token = request.settings, selection.folder.path, secrets.token_hex(16)
+    settings, folder, token = request.settings, run.folder.path, secrets.token_hex(16)
     plan, on_cuda = prepared.planned, prepared.runtime.loaded.device.type == "cuda"
     needed = None if plan is None else max(plan.needed_bytes[rank] for rank in plan.ranks)
     with _offloaded_base(prepared.runtime), _probe(settings.store, folder, token) as probe:
@@ -52,7 +53,7 @@ def worker_executor(request: Request, prepared: Prepared, selection: Selection) 
         crew, workers = _crew(settings, setup, needed, on_cuda)
         task_trials = settings.adapters_per_pass or (MAX_TASK_TRIALS if on_cuda else 1)
         options = PoolOptions(workers, versions(), token, task_trials, settings.hang_seconds)
-        pool = Pool(crew, options, selection.listener)
+        pool = Pool(crew, options, run)
         try:
             yield pool
         finally:

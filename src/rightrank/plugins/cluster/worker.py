@@ -168,7 +168,8 @@ def _prepared(setup: Setup, cache: Path) -> Prepared:
     Raises:
         RunError: its fingerprint is not the driver's.
     """
-    from rightrank.runs.prepare import Request, prepare
+    from rightrank.runs.prepare import prepare
+    from rightrank.runs.request import Request
     from rightrank.schema.settings import make_settings
 
     prepared = prepare(Request(setup.model, None, setup.data, make_settings(setup.settings), setup.begun), cache)

@@ -23,7 +23,8 @@ from rightrank.plugins.judge.judgements import judgements_of, rows_of
 from rightrank.plugins.judge.page import judge_page
 from rightrank.plugins.judge.win_rate import decide_judged
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.prepare import Request, prepare
+from rightrank.runs.prepare import prepare
+from rightrank.runs.request import Request
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import DataError, ResultsError, RunError, RunFolderError, SettingsError
 from rightrank.schema.events import JournalRecord

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rightrank.models.base_models import LoadedModel
-    from rightrank.runs.prepare import Rows
+    from rightrank.runs.request import Rows
+    from rightrank.schema.table import Settings
     from rightrank.train.tokens import EncodedData
 
 
@@ -99,14 +100,13 @@ def plan_selection(
     Raises:
         InputError: model, data or settings can't be used, or the architecture can't be planned.
     """
-    from rightrank.runs.request import require_request
+    from rightrank.runs.request import Request, check
 
-    settings = make_settings(_given(settings) | dict(keywords))
-    require_request(model, data, settings)  # before what brings torch
+    request = Request(model, tokenizer, data, make_settings(_given(settings) | dict(keywords)))
+    check(request)  # before what brings torch
     from rightrank.plugins.plan.clock import plan_data
-    from rightrank.runs.prepare import Request
 
-    return plan_data(Request(model, tokenizer, data, settings), price_per_hour, calibrate)
+    return plan_data(request, price_per_hour, calibrate)
 
 
 def _given(settings: Settings | None) -> dict[str, Any]:

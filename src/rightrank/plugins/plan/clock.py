@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rightrank.data.token_store import longest_sequence
-from rightrank.hooks.outlook import strategy_of
 from rightrank.plugins.plan.calibrate import calibrate
 from rightrank.plugins.plan.duration import PlannedTrainings, Speed, Workload, flops_of, prefix_flops, selection_cost
 from rightrank.plugins.plan.planner import plan_config, speed_of
 from rightrank.plugins.plan.selection import SelectionPlan
 from rightrank.report.format import quantity
-from rightrank.runs.prepare import Prepared, Request, prepare
+from rightrank.runs.prepare import Prepared, prepare, strategy_of
+from rightrank.runs.request import Request
 from rightrank.schema.errors import ModelError
 from rightrank.schema.plan_settings import TRAININGS_OF_SELECT
 from rightrank.schema.results import Plan, SelectionCost

@@ -1,0 +1,58 @@
+"""`--extend`: the run goes on with the next rank or learning rate, as long as the answer rises or lies at the edge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rightrank.runs.folder import RunFolder
+from rightrank.runs.hook import Hook, Hooks
+from rightrank.runs.prepare import Bases
+from rightrank.runs.request import Request
+from rightrank.runs.returns import Selected
+from rightrank.runs.run import complete, open_run
+from rightrank.schema.settings import SelectSettings
+
+MAX_EXTENSIONS = 3
+
+
+def select_extended(request: Request, folder: RunFolder, hooks: Sequence[Hook]) -> Selected:
+    """As `runs.run.select`, and again with further settings as long as the answer asks for them, and memory and budget allow."""
+    told, bases = Hooks(hooks), Bases()
+    run = open_run(request, folder, told, bases)
+    selected = complete(run)
+    for _ in range(MAX_EXTENSIONS):
+        settings, before = run.settings, selected.cost["trainings"]
+        further = extended(settings, selected)
+        if further is None:
+            break
+        run = open_run(replace(request, settings=further), folder, told, bases)
+        if set(run.settings.ranks) == set(settings.ranks) and further.ranks != settings.ranks:
+            break  # the next rank does not fit the memory
+        run.notes = [*run.notes, f"extending: {selected.decision.sentence} {_what(settings, further)}"]
+        selected = complete(run)
+        if selected.cost["trainings"] == before:
+            break  # the budget is spent
+    return selected
+
+
+def extended(settings: SelectSettings, selected: Selected) -> SelectSettings | None:
+    """The settings with the rank above, or the learning rate beyond the edge; None where the answer asks for neither."""
+    decision = selected.decided
+    if decision is None or not (decision.verdict == "rising" or "lr_edge" in decision.flags):
+        return None
+    wanted = next((run for run in decision.next_runs if run.action in ("rank", "rates")), None)
+    if wanted is None:
+        return None
+    if wanted.action == "rank":
+        further = settings.model_copy(update={"ranks": tuple(sorted({*settings.ranks, *wanted.ranks}))})
+    else:
+        rates = tuple(sorted({*settings.learning_rates, *wanted.learning_rates}))
+        further = settings.model_copy(update={"learning_rates": rates})
+    return None if further == settings else further
+
+
+def _what(before: SelectSettings, after: SelectSettings) -> str:
+    ranks = sorted(set(after.ranks) - set(before.ranks))
+    rates = sorted(set(after.learning_rates) - set(before.learning_rates))
+    return f"Adding rank {ranks[0]}." if ranks else f"Adding learning rate {rates[0]:.3g}."

@@ -1,0 +1,239 @@
+"""The preflight: what a selection will do, what it costs, and what its data can settle, before any training."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rightrank.decision.comparison import CONFIDENCE, is_within
+from rightrank.decision.intervals import normal_quantile
+from rightrank.decision.metrics import TOKEN_LOSS_MARGIN, default_margin, kind_of
+from rightrank.decision.precision import NoiseKind, Precision, base_spread, expected_precision, rounded_up
+from rightrank.hooks.terminal import left_out
+from rightrank.models.kinds.experts import expert_rank
+from rightrank.runs.plugins import Clock
+from rightrank.runs.prepare import Prepared, prepare, strategy_of
+from rightrank.runs.request import Request
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, PreflightStrategy, SelectionCost
+from rightrank.schema.trials import split_name
+from rightrank.search.protocol import Strategy
+from rightrank.search.space import MIN_RECOVERY_PART, recovery_steps
+from rightrank.search.strategies import STRATEGIES
+from rightrank.train.runtime import Runtime
+
+MAX_PROBED = 128  # validation examples whose base losses are read before the start
+
+
+def preflight(request: Request, price_per_hour: float | None = None) -> Preflight:
+    """Prepare the selection in a temporary folder, and say what it will do.
+
+    Raises:
+        InputError: as a selection raises it before its first training.
+    """
+    notes: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
+        prepared = prepare(request, Path(folder) / "cache", notes.append)
+        strategy = strategy_of(prepared)
+        clock = clock_of(prepared, measure=True)
+        found = preflight_of(prepared, strategy, clock, price_per_hour)
+        if clock is not None and clock.basis is not None:
+            notes.append(f"time: measured on this device: {clock.basis}, then discarded")
+        return found.model_copy(update={"notes": [*notes, *kind_lines(prepared), *adapter_lines(prepared)]})
+
+
+def clock_of(prepared: Prepared, measure: bool) -> Clock | None:
+    """What gives times for this selection; None where no plug-in has one. `measure` takes a few real steps first."""
+    return None if prepared.planned is None else prepared.planned.clock(prepared, measure)
+
+
+def preflight_of(
+    prepared: Prepared, strategy: Strategy, clock: Clock | None, price_per_hour: float | None = None
+) -> Preflight:
+    """The preflight of a prepared selection; `clock` gives its time."""
+    settings, data = prepared.settings, prepared.started.data
+    base = _base_losses(prepared.runtime)
+    margin = _margin(prepared, base)
+    precision = _precision(prepared, base)
+    return Preflight(
+        metric=settings.metric_name,
+        margin=margin,
+        goal=settings.goal,
+        form=data.form,
+        splits={split_name(name): split for name, split in data.splits.items()},
+        splits_given=data.splits_given,
+        left_out=left_out(data),
+        longest=prepared.runtime.data.longest,
+        seq_len=settings.seq_len,
+        ranks=_ranks(prepared),
+        memory_bytes=prepared.planned.memory_bytes if prepared.planned else None,
+        cost=_cost(prepared, strategy, clock, price_per_hour),
+        seeds=len(settings.seeds),
+        expected_half_width=precision and precision.half_width,
+        undecided_below_margin=precision and precision.undecided_below_margin,
+        cures=[] if precision is None or margin is None else cures(precision, margin),
+    )
+
+
+def cures(precision: Precision, margin: float) -> list[str]:
+    """What would settle the answer at `margin`; empty where the margin is wide enough."""
+    if is_within(precision.undecided_below_margin, margin):
+        return []
+    found = []
+    examples = precision.examples_needed(margin)
+    if examples is not None:
+        found.append(
+            f"about {examples:,} validation examples in place of {precision.examples:,} (--eval-items, more data)"
+        )
+    seeds = precision.seeds_needed(margin) if precision.seeds > 1 else None
+    if seeds is not None:
+        found.append(f"{seeds} seeds in place of {precision.seeds} (--seeds)")
+    found.append(f"a margin of {rounded_up(precision.undecided_below_margin):g} or more (--margin)")
+    return found
+
+
+def _ranks(prepared: Prepared) -> list[PreflightRank]:
+    planned = prepared.planned
+    if planned is None:
+        return [
+            PreflightRank(rank=rank, peak_bytes=None, needed_bytes=None, fits=None) for rank in prepared.settings.ranks
+        ]
+    return [
+        PreflightRank(
+            rank=rank,
+            peak_bytes=planned.peak_bytes[rank],
+            needed_bytes=planned.needed_bytes[rank],
+            fits=None if planned.memory_bytes is None else rank in planned.ranks,
+        )
+        for rank in sorted(planned.peak_bytes)
+    ]
+
+
+def _cost(prepared: Prepared, strategy: Strategy, clock: Clock | None, price_per_hour: float | None) -> PreflightCost:
+    rows = []
+    for name in STRATEGIES:
+        try:
+            one = strategy if name == strategy.name else strategy_of(prepared, name)
+        except SettingsError:
+            continue  # the budget of the settings is too small for this one
+        rows.append(_strategy_cost(one, None if clock is None else clock.cost(one), price_per_hour))
+    chosen = next(row for row in rows if row.strategy == strategy.name)
+    return PreflightCost(**chosen.model_dump(), steps=prepared.steps, strategies=rows)
+
+
+def _strategy_cost(strategy: Strategy, cost: SelectionCost | None, price_per_hour: float | None) -> PreflightStrategy:
+    trainings = strategy.cost()
+    seconds = None if cost is None else cost.expected.seconds
+    return PreflightStrategy(
+        strategy=strategy.name,
+        trainings=trainings.expected,
+        trainings_at_most=trainings.maximum,
+        trainings_to_adapter=trainings.to_adapter,
+        seconds=seconds,
+        seconds_at_most=None if cost is None else cost.most.seconds,
+        price=None if seconds is None or price_per_hour is None else seconds / 3600 * price_per_hour,
+    )
+
+
+def _base_losses(runtime: Runtime) -> tuple[list[float], list[int]] | None:
+    """The base's losses on some validation examples; None for a base that is sharded over processes."""
+    if runtime.settings.shard_base:
+        return None
+    return runtime.first_losses("selection", MAX_PROBED)
+
+
+def _noise_kind(prepared: Prepared) -> NoiseKind:
+    if prepared.settings.metric_name != "loss":
+        return "scores"
+    return "tokens" if prepared.is_token_loss else "classes"
+
+
+def _precision(prepared: Prepared, base: tuple[Sequence[float], Sequence[int]] | None) -> Precision | None:
+    """None for a loss of tokens whose base was not read."""
+    kind, settings = _noise_kind(prepared), prepared.settings
+    if kind == "tokens" and base is None:
+        return None
+    spread = base_spread(*base) if base is not None else 0.0
+    seeds = len(settings.seeds) if settings.goal == "training-rank" else 1  # an adapter file has no seed
+    return expected_precision(kind, spread, len(prepared.runtime.examples("selection")), seeds, prepared.steps)
+
+
+def _margin(prepared: Prepared, base: tuple[Sequence[float], Sequence[int]] | None) -> float | None:
+    settings, started = prepared.settings, prepared.started
+    if settings.margin is not None:
+        return settings.margin
+    kind = kind_of(started.metric, started.higher_is_better)
+    kind = "loss" if kind == "token_loss" and not prepared.is_token_loss else kind
+    if kind in ("token_loss", "accuracy"):
+        return default_margin(kind, 0.0, [0.0])
+    if started.metric != "loss" or base is None:
+        return None
+    value = sum(base[0]) / sum(base[1])
+    return default_margin(kind, value, [value])
+
+
+# Nats, of one example's difference between an adapter truncated to a quarter of its rank and the adapter itself: rank 64 to
+# 16 on SmolLM2 and two texts (docs/explanation/science.md).
+TYPICAL_DEVIATION = 0.02
+
+
+def kind_lines(prepared: Prepared) -> list[str]:
+    """What the kind of the adapters changes: the forward pass, and the ranks of experts."""
+    targets, settings = prepared.runtime.arm_targets, prepared.settings
+    lines = [] if targets.why_alone is None else [targets.why_alone]
+    shares = sorted({module.share for module in targets.shared.modules if module.share > 1})
+    for share in shares:
+        ranks = ", ".join(f"{rank} → {expert_rank(rank, share)}" for rank in settings.ranks)
+        lines.append(
+            f"divide_rank_by_experts: an expert's rank is the adapter's over {share} experts, at least 1: {ranks}"
+        )
+    left_out = ",".join(targets.shared.left_out)
+    if left_out:
+        lines.append(
+            f"all-linear adapts modules alone; PEFT's also adapts the parameters {left_out}: for adapters on them, which "
+            f"train alone, --set target_parameters={left_out}"
+        )
+    return lines
+
+
+def adapter_lines(prepared: Prepared) -> list[str]:
+    """What the first question's answer can rest on; a line each."""
+    reason = prepared.runtime.arm_targets.why_not_truncated
+    if reason is not None:
+        return [f"no adapter is truncated ({reason}): the rank to train at is sought from trainings alone"]
+    return [
+        f"top rank {max(prepared.settings.ranks)}: trained once, then truncated to lower ranks for the adapter",
+        *_recovery_lines(prepared),
+        *_margin_lines(prepared),
+    ]
+
+
+def _recovery_lines(prepared: Prepared) -> list[str]:
+    """Says so where no training example is left for recovery."""
+    steps, unseen = prepared.steps, prepared.unseen_steps
+    if recovery_steps(steps, unseen):
+        return []
+    needed = math.ceil(MIN_RECOVERY_PART * steps)
+    return [
+        f"no recovery after truncation: it takes training examples that no training sees, for {needed} steps or more, and "
+        f"there are {unseen} steps of them; the adapter is sought among plain truncations (a lower --max-steps leaves more)"
+    ]
+
+
+def _margin_lines(prepared: Prepared) -> list[str]:
+    """Says so where the margin is below what the validation examples can show."""
+    settings = prepared.settings
+    if settings.metric_name != "loss" or not prepared.is_token_loss:
+        return []
+    margin = TOKEN_LOSS_MARGIN if settings.margin is None else settings.margin
+    examples = prepared.started.data.splits["selection"].items
+    reach = normal_quantile(CONFIDENCE) * TYPICAL_DEVIATION
+    if reach / math.sqrt(examples) < margin:
+        return []
+    return [
+        f"margin {margin:g} is likely below what {examples} validation examples can show of an adapter: about "
+        f"{math.ceil((reach / margin) ** 2):,} are needed (an estimate: a truncation to a quarter of the top rank typically "
+        f"differs by {TYPICAL_DEVIATION:g} nats from example to example); give more data and --eval-items, or a wider --margin"
+    ]

@@ -1,0 +1,134 @@
+"""A user's hook: the order of what it receives, its faults, its wish to stop, and a run that is resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank import Selected, TrialTask, select_rank_with
+from rightrank.hooks import Hook
+from rightrank.runs.hook import Run
+from rightrank.runs.journal import Journal
+from rightrank.schema.decision import AdapterAnswer, Decision
+from rightrank.schema.errors import DataError, InterruptedRun, RunError
+from rightrank.schema.events import Event, SelectionPlanned
+from rightrank.schema.trials import TrialFinished
+
+RANKS = (1, 4, 16)
+
+
+def train(task: TrialTask) -> dict[str, float]:
+    (task.folder / "weights.txt").write_text("saved")
+    return {"loss": 1 + 1 / task.rank}
+
+
+def select(out: Path, *hooks: Hook) -> Selected:
+    return select_rank_with(train, out, ranks=RANKS, learning_rates=(1e-3,), callbacks=hooks)
+
+
+class Seen(Hook):
+    """Notes every call."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.events: list[Event] = []
+
+    def on_prepared(self, run: Run) -> None:
+        assert not run.folder.journal.path.exists()
+        self.calls.append("prepared")
+
+    def on_event(self, event: Event) -> None:
+        self.calls.append(type(event).__name__)
+        self.events.append(event)
+
+    def on_adapter(self, answer: AdapterAnswer, run: Run) -> None:
+        self.calls.append("adapter")
+
+    def on_decision(self, decision: Decision, run: Run) -> None:
+        self.calls.append("decision")
+
+    def on_end(self, run: Run, selected: Selected) -> None:
+        assert (run.folder.adapter / "weights.txt").exists()
+        self.calls.append("end")
+
+
+class Raising(Hook):
+    def __init__(self, after: int, error: Exception) -> None:
+        self._left, self._error = after, error
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, TrialFinished):
+            self._left -= 1
+            if self._left == 0:
+                raise self._error
+
+
+def finished(out: Path) -> list[int]:
+    return [record.rank for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
+
+
+def test_events_come_in_the_order_of_the_run(tmp_path: Path) -> None:
+    seen = Seen()
+    select(tmp_path / "run", seen)
+    trials = ["TrialStarted", "TrialFinished"] * len(RANKS)
+    end = ["decision", "adapter", "AdapterRecorded", "DecisionRecorded", "end"]
+    assert seen.calls == ["prepared", "RunStarted", "SelectionPlanned", *trials, *end]
+    journal = Journal(tmp_path / "run" / "journal.jsonl").read()
+    assert journal == [event for event in seen.events if not isinstance(event, SelectionPlanned)]
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), StopIteration(), ZeroDivisionError("division by zero")])
+def test_a_hook_that_raises_ends_the_run_and_loses_nothing(tmp_path: Path, error: Exception) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(
+        RunError, match=r"^Raising failed \(.*\); what has finished is kept, and the same call resumes$"
+    ):
+        select(run, Raising(2, error))
+    assert len(finished(run)) == 2
+    select(run)
+    assert sorted(finished(run)) == [1, 4, 16]
+
+
+def test_a_hook_that_a_run_can_do_without_is_left_out_until_the_end(tmp_path: Path) -> None:
+    run, hook = tmp_path / "run", Raising(1, KeyError("x"))
+    hook.ends_run = False
+    with pytest.raises(RunError, match=r"^Raising failed \(KeyError: 'x'\)"):
+        select(run, hook)
+    assert sorted(finished(run)) == [1, 4, 16]
+    assert (run / "adapter" / "weights.txt").exists()
+    assert json.loads((run / "decision.json").read_text())["rank"] == 16
+
+
+def test_an_error_of_input_passes_as_it_is(tmp_path: Path) -> None:
+    class Refusing(Hook):
+        def on_prepared(self, run: Run) -> None:
+            raise DataError("not this one")
+
+    with pytest.raises(DataError, match=r"^not this one$"):
+        select(tmp_path / "run", Refusing())
+    assert not (tmp_path / "run" / "journal.jsonl").exists()
+
+
+def test_it_stops_the_run_which_then_resumes_with_what_has_ended(tmp_path: Path) -> None:
+    class Stopping(Hook):
+        def should_stop(self) -> bool:
+            return len(finished(run)) == 2
+
+    run, seen = tmp_path / "run", Seen()
+    with pytest.raises(InterruptedRun, match="stopped after 2 trials"):
+        select(run, seen, Stopping())
+    assert seen.calls[-1] == "RunStopped"
+    ended = finished(run)
+
+    class Resumed(Hook):
+        def on_event(self, event: Event) -> None:
+            if isinstance(event, SelectionPlanned):
+                found.extend(outcome.rank for outcome in event.outcomes)
+
+    found: list[int] = []
+    resumed: Any = select(run, Resumed())
+    assert found == ended
+    assert resumed.decision == select(tmp_path / "whole").decision
