@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from rightrank.data.files import UnreadableError, hub_errors, kind_of, parse_yaml, read_json_object, read_text
 from rightrank.schema.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch  # a licence is read without it
 
 INDEX_FILE = "model.safetensors.index.json"
 
