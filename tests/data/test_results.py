@@ -9,7 +9,6 @@ import pandas
 import pytest
 
 from rightrank.api.deciding import decide
-from rightrank.interop.columns import plain
 from rightrank.report.answer import certainty_rows, evidence_table
 from rightrank.schema.errors import ResultsError
 
@@ -20,22 +19,6 @@ def write(folder: Path, text: str, name: str = "runs.csv") -> Path:
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
-
-
-@pytest.mark.parametrize(
-    ("column", "meant"),
-    [
-        ("config.lora_r", "lora_r"),
-        ("params/lora.r", "r"),
-        ("eval/loss", "eval_loss"),
-        ("Eval Loss", "eval_loss"),
-        ("config.peft_config.default.r", "r"),
-        ("params_lora_r", "lora_r"),
-        ("user_attrs_seed", "seed"),
-    ],
-)
-def test_column_names_are_brought_to_plain_ones(column: str, meant: str) -> None:
-    assert plain(column) == meant
 
 
 def test_numbers_that_left_a_float_s_normal_ones_are_nothing(tmp_path: Path) -> None:
@@ -58,12 +41,13 @@ def test_a_rank_that_no_adapter_has_is_refused(tmp_path: Path) -> None:
     "text",
     [
         GOOD,
+        "peft_config.default.r,Eval Loss\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n",
         "lora_r,eval_loss,train_loss\n1,2.3,1\n4,2.05,1\n16,2.001,1\n64,2.0,1\n",
         "Name,State,config.lora.r,eval/loss\na,finished,1,2.3\nb,finished,4,2.05\nc,finished,16,2.001\nd,finished,64,2.0\n",
         "run_id,params.lora_rank,metrics.eval_loss\na,1,2.3\nb,4,2.05\nc,16,2.001\nd,64,2.0\n",
         'run_id,peft_params,eval_loss\n1,"{""r"": 1}",2.3\n2,"{""r"": 4}",2.05\n3,"{""r"": 16}",2.001\n4,"{""r"": 64}",2.0\n',
     ],
-    ids=["plain", "peft", "wandb", "mlflow", "json cell"],
+    ids=["plain", "words", "peft", "wandb", "mlflow", "json cell"],
 )
 def test_near_names_are_understood(tmp_path: Path, text: str) -> None:
     decided = decide(write(tmp_path, text), margin=0.005, higher_is_better=False)
