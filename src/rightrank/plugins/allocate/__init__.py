@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rightrank.runs.plugins import Plugin
-from rightrank.schema.results import Allocation, AllocationTrial
-from rightrank.schema.settings import SelectSettings, make_settings
 
 if TYPE_CHECKING:
     import click
+
+    from rightrank.schema.results import Allocation, AllocationTrial
+    from rightrank.schema.settings import SelectSettings
 
 
 class Allocate(Plugin):
@@ -66,6 +67,7 @@ def allocate(
     """
     from rightrank.plugins.allocate.proposal import AllocateOptions
     from rightrank.plugins.allocate.proposal import allocate as allocate_ranks
+    from rightrank.schema.settings import make_settings
 
     options = AllocateOptions(
         rank,

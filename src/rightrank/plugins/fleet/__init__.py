@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rightrank.models.places import require_adapter_folder
 from rightrank.runs.plugins import Plugin
-from rightrank.schema.settings import SelectSettings, make_settings
 
 if TYPE_CHECKING:
     import click
 
     from rightrank.plugins.fleet.common_rank import Fleet
+    from rightrank.schema.settings import SelectSettings
 
 
 class FleetPlugin(Plugin):
@@ -65,6 +64,9 @@ def fleet(
         InputError: an adapter of another base, data that can't be used, adapters without a common module; nothing was written.
         RunError: recovery diverged.
     """
+    from rightrank.models.places import require_adapter_folder
+    from rightrank.schema.settings import make_settings
+
     for adapter in map(Path, adapters):
         if not adapter.is_file():
             require_adapter_folder(adapter)  # before what brings torch

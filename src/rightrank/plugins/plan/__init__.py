@@ -12,11 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from rightrank.runs.plugins import MemoryPlan, Plugin
-from rightrank.schema.keywords import PlanKeywords, SelectKeywords
-from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
-from rightrank.schema.results import Plan
-from rightrank.schema.settings import SelectSettings, make_settings
-from rightrank.schema.table import Settings
 
 if TYPE_CHECKING:
     import click
@@ -24,6 +19,10 @@ if TYPE_CHECKING:
 
     from rightrank.models.base_models import LoadedModel
     from rightrank.runs.request import Rows
+    from rightrank.schema.keywords import PlanKeywords, SelectKeywords
+    from rightrank.schema.plan_settings import PlanSettings
+    from rightrank.schema.results import Plan
+    from rightrank.schema.settings import SelectSettings
     from rightrank.schema.table import Settings
     from rightrank.train.tokens import EncodedData
 
@@ -68,6 +67,7 @@ def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack
         InputError: the model, its modules, a rank or a length can't be used.
     """
     from rightrank.models.places import require_model
+    from rightrank.schema.plan_settings import make_plan_settings
 
     settings = make_plan_settings(_given(settings) | keywords)
     require_model(model)  # before what brings torch
@@ -101,6 +101,7 @@ def plan_selection(
         InputError: model, data or settings can't be used, or the architecture can't be planned.
     """
     from rightrank.runs.request import Request, check
+    from rightrank.schema.settings import make_settings
 
     request = Request(model, tokenizer, data, make_settings(_given(settings) | dict(keywords)))
     check(request)  # before what brings torch
