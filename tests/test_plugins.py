@@ -36,7 +36,7 @@ for module in pkgutil.walk_packages(rightrank.__path__, "rightrank."):
 if __name__ == "__main__":
     small = dict(ranks=(1, 4), learning_rates=(1e-2,), max_steps=4, batch_size=4, seq_len=32, eval_items=8, device="cpu")
     selected = rightrank.select_rank(*sys.argv[1:], goal="adapter", **small)
-    print(selected.adapter_rank)
+    print(selected.adapter.rank)
 """
 
 
@@ -143,7 +143,7 @@ def test_a_plug_in_adds_an_export_and_a_call(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setitem(plugins._loaded(), "added", Added())
     selected = rightrank.select_rank_with(
-        lambda task: {"loss": 1 / task.rank}, tmp_path / "run", ranks=(1, 4), learning_rates=(1e-3,), where="twice"
+        lambda task: {"loss": 1 / task.rank}, tmp_path / "run", ranks=(1, 4), learning_rates=(1e-3,), executor="twice"
     )
     assert [evidence.value for evidence in selected.decision.ranks] == [2.0, 0.5]
     with pytest.raises(SettingsError, match=r"allowed: peft, .*, note, optuna"):

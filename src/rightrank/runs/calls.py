@@ -100,7 +100,7 @@ def _require_guard() -> None:
         return
     if "__name__" not in Path(file).read_text(encoding="utf-8", errors="replace"):
         raise SettingsError(
-            f'where="process" starts processes that import {Path(file).name}: put the call below `if __name__ == "__main__":`'
+            f'executor="processes" starts processes that import {Path(file).name}: put the call below `if __name__ == "__main__":`'
         )
 
 
