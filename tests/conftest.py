@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ def traced_once() -> Iterator[None]:
     trace, known = Estimator._full_trace, {}
 
     def remembered(self: Estimator, rank: int, training: bool) -> Any:
-        key = self._config.to_json_string(), self.settings.model_dump_json(), rank, training
+        key = self._config.to_json_string(), json.dumps(self.settings.model_dump(mode="json")), rank, training
         if key not in known:
             known[key] = trace(self, rank, training)
         return known[key]

@@ -36,7 +36,7 @@ def test_one_model_and_data_have_one_run(model_folder: Path, completion_file: Pa
     finished = [record for record in records if isinstance(record, TrialFinished) and record.rank > 0]
     assert {name: planned.settings[name] for name in SAME_NAMES} == {n: started.settings[n] for n in SAME_NAMES}
     assert planned.settings["ranks"] == started.settings["ranks"] == [row.rank for row in before.ranks]
-    assert planned.settings["steps"] == announced[0].steps == before.cost.steps
+    assert planned.settings["max_steps"] == announced[0].steps == before.cost.steps
     assert planned.settings["seq_len"] == before.longest <= started.settings["seq_len"]
     assert planned.data == started.data
     assert planned.selection is not None
@@ -57,7 +57,11 @@ def test_the_command_takes_the_names_of_both(
     status, out, _ = run([*command, "--json"], capsys)
     found = json.loads(out)
     assert status == 0
-    assert (found["settings"]["steps"], found["settings"]["packed"], found["settings"]["loss"]) == (8, True, "chunked")
+    assert (found["settings"]["max_steps"], found["settings"]["packed"], found["settings"]["loss"]) == (
+        8,
+        True,
+        "chunked",
+    )
     assert found["ranks"][0]["select_peak_bytes"] is None  # the plan is of `select` already
     status, out, _ = run(command, capsys)
     assert status == 0

@@ -16,7 +16,6 @@ from rightrank.plugins.cluster.messages import Setup, Stop, Task, WorkerLost, Wo
 from rightrank.plugins.cluster.worker import Worker
 from rightrank.runs.folder import RunFolder, Store, run_store
 from rightrank.schema.errors import MissingExtraError, RunError, SettingsError
-from rightrank.schema.events import Listener
 from rightrank.schema.settings import make_settings
 from tests.plugins.cluster.runs import decision_of, values_of
 from tests.tiny import small_settings
@@ -179,4 +178,4 @@ def test_a_missing_store_ends_the_run_before_it_starts(
     (tmp_path / "share").write_text("a file where a folder should be")
     settings = small_settings(executor="processes", workers=1, store=f"file://{tmp_path}/share/runs")
     with pytest.raises(RunError, match=r"can't write \.share-\w+ to the store file://.*"):
-        select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[Listener()])
+        select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings)
