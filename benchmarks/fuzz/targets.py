@@ -125,7 +125,7 @@ def read_settings(data: bytes, folder: Path) -> None:
     path.write_bytes(data)
     values = gather(path, (), {})
     _refusable(lambda: make_plan_settings(values))
-    make_settings(values).model_dump_json()
+    make_settings(values).model_dump(mode="json")
 
 
 def _refusable(read: Callable[[], object]) -> None:

@@ -58,7 +58,7 @@ def test_shown_commands_parse(page: Path) -> None:
     """Each names a command, options and values that exist; nothing runs."""
     for arguments in shown_commands(page):
         name, *rest = arguments
-        if name.startswith("-"):
+        if name.startswith("-") or name == "chat-test":  # the plug-in that a page builds
             continue
         assert name in COMMANDS, arguments
         with click.Context(cli) as parent, suppress(click.MissingParameter):  # a command that is only named

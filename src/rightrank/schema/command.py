@@ -52,7 +52,7 @@ def _can_be_joined(values: tuple[Any, ...], row: Setting) -> bool:
     texts = list(map(_text, values))
     if not row.split:
         return bool(texts and row.option)
-    return bool(texts) and not any(not text or text != text.strip() or "," in text for text in texts)
+    return bool(texts) and not any(not text or text != text.strip() or "," in text or text[0] == "[" for text in texts)
 
 
 def _pair(option: str, text: str) -> list[str]:

@@ -205,8 +205,9 @@ def _read(kind: type[Settings], name: str, value: Any) -> Any:
     if not is_list(hint):
         return value
     if isinstance(value, str):
-        if value.startswith("["):
-            return _json(value)
+        whole = _json(value) if value.startswith("[") else None
+        if isinstance(whole, list):
+            return whole
         return [part.strip() for part in value.split(",") if part.strip()] if row.split else [value]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
 

@@ -114,7 +114,7 @@ def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys
         (("--set", "rank_patern=x"), "did you mean 'rank_pattern'"),
         (("--layers-to-transform", "9"), "layers_to_transform: got 9"),
         (("--strategy", "brackt", "--max-steps", "9"), "did you mean 'bracket'"),
-        (("--strategy", "bracket"), "give steps"),
+        (("--strategy", "bracket"), "give max_steps"),
         (("--ranks", "4", "--strategy", "bracket", "--max-steps", "9"), "a comparison needs two or more"),
         (("--adapters-per-pass", "2", "--use-dora"), "leave out use_dora"),
         (("--set", "num_labels=3", "--loss", "chunked"), "give loss 'full'"),
