@@ -1,4 +1,4 @@
-"""`--extend`: the run goes on with the next rank or learning rate, as long as the answer rises or lies at the edge."""
+"""`--extend`: the run continues with the next rank or learning rate, as long as the answer rises or lies at the edge."""
 
 from __future__ import annotations
 

@@ -397,7 +397,7 @@ def _script(arguments: list[str]) -> str:
 
 
 def _data_entry(recipe: Recipe, known: Mapping[str, dict[str, Any]], prompted: dict[str, Any]) -> dict[str, Any]:
-    """What a trainer is told of the data, `prompted` for prompts and completions."""
+    """What a trainer reads of the data, `prompted` for prompts and completions."""
     if recipe.shape is not None and recipe.shape in known:
         return known[recipe.shape]
     return prompted if recipe.form == "prompt_completion" else known.get(recipe.form, known["text"])

@@ -59,7 +59,7 @@ class Hook(Listener):
     """
 
     ends_run = True
-    """Whether a fault ends the selection at once. Else it goes on without the hook, and ends with the line once all else is done."""
+    """Whether a fault ends the selection at once. Else it continues without the hook, and ends with the line once all else is done."""
 
     def on_prepared(self, run: Run) -> None:
         """Called once, with data and base loaded and nothing written; an `InputError` refuses the selection."""
@@ -194,7 +194,7 @@ class Run(Listener):
         self.records.outcomes = [one for one in self.records.outcomes if not _may_succeed_now(one)]
 
     def begin(self) -> None:
-        """Journal the start, or the settings with which the run goes on, and tell what is to come."""
+        """Journal the start, or the settings with which the run continues, and tell what is to come."""
         for line in self.notes:
             self.notice(line)
         record = _continued(self.journal, self.started) if self.journal else self.started

@@ -76,7 +76,7 @@ class ArmTraining:
         self._truncation: Literal["svd", "kfac"] | None = None
         arm, config = trial.arm, runtime.arm_targets.config(trial.arm)
         truncated = self._truncated(config)
-        first = 0 if arm.truncate_from is None else runtime.steps  # recovery goes on where a whole training ends
+        first = 0 if arm.truncate_from is None else runtime.steps  # recovery continues where a whole training ends
         plan = runtime.batch_plan(arm.seed, first + arm.steps)[first:]
         named = multi_lora.add(self.adapter, arm, config, runtime.first_rows(arm))
         schedule = arm_schedule(runtime.settings, arm)
