@@ -32,8 +32,9 @@ def train_plainly(task: TrialTask) -> Mapping[str, float]:
 decision: Decision = select_rank_with(train, "run", ranks=(1, 4), metric="reward").decision
 rank: int | None = decision.rank
 values: list[float] = [evidence.value for evidence in select_rank_with(train_plainly, "other").decision.ranks]
-adapter: Path | None = select_rank("model", "data.jsonl", "run", settings=SelectSettings(ranks=[1, 4])).adapter
-adapter = select_rank(model="model", data="data.jsonl", out="run", ranks=(1, 4), margin=0.01, memory_bytes="24GiB").adapter
+first = select_rank("model", "data.jsonl", "run", settings=SelectSettings(ranks=[1, 4])).adapter
+adapter: Path | None = None if first is None else first.path
+cost: float | None = select_rank("model", "data.jsonl", "run", ranks=(1, 4), margin=0.01, memory_bytes="24GiB").cost["trainings"]
 files: list[str] = export("run", "peft").files
 reveal_type(select_rank)
 reveal_type(select_rank_with)

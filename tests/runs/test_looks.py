@@ -174,7 +174,7 @@ def bad_in_every_way(task: TrialTask) -> TrialResult:
     return result(task)
 
 
-@pytest.mark.parametrize("where", [{}, {"where": "process"}])
+@pytest.mark.parametrize("where", [{}, {"executor": "processes"}])
 def test_a_bad_look_ends_its_trial_and_no_other(tmp_path: Path, where: dict[str, Any]) -> None:
     ranks = (1, 2, 4, 8, 16, 32)
     select_rank_with(
