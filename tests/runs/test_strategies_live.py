@@ -37,7 +37,7 @@ def test_a_strategy_trains_in_stages_and_resumes(
     assert any(f"strategy {strategy}: about" in notice for notice in notices)
     assert any(trial.stop_at for trial in finished(tmp_path / "whole"))
     assert any(trial.truncate_from for trial in finished(tmp_path / "whole"))
-    assert (whole.adapter / "adapter_model.safetensors").exists()
+    assert (whole.adapter.path / "adapter_model.safetensors").exists()
     assert not (tmp_path / "whole" / "checkpoints").exists()
 
     ended = 0
