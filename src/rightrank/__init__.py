@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rightrank.api.deciding import decide
     from rightrank.api.runs import export, write_report
     from rightrank.api.selecting import preflight, select_rank, select_rank_with
+    from rightrank.interop.smallest import SmallestAdapter
     from rightrank.runs.returns import Selected
     from rightrank.schema.decision import Decision
     from rightrank.schema.plan_settings import PlanSettings
@@ -30,6 +31,7 @@ _VALUES = {  # the others are functions of `rightrank.api`
     "PlanSettings": "schema.plan_settings",
     "SelectSettings": "schema.settings",
     "Selected": "runs.returns",
+    "SmallestAdapter": "interop.smallest",
     "TrialResult": "schema.trials",
     "TrialTask": "schema.trials",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "PlanSettings",
     "SelectSettings",
     "Selected",
+    "SmallestAdapter",
     "TrialResult",
     "TrialTask",
     "__version__",

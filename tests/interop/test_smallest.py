@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+from rightrank import SmallestAdapter
 from rightrank.adapters.live import LiveAdapter, batch_scores, scores, smallest_adapter
-from rightrank.interop.smallest import SmallestAdapter
 from rightrank.schema.errors import DataError, ModelError
 
 pytestmark = pytest.mark.trains
