@@ -30,7 +30,7 @@ GIB = 2**30
 RUN: dict[str, Any] = {  # 2,000 examples of 512 tokens once, in batches of 8
     "strategy": "bracket",
     "ranks": (1, 4, 16, 64),
-    "steps": 250,
+    "max_steps": 250,
     "batch_size": 8,
     "seq_len": 512,
     "dtype": "bfloat16",
@@ -89,7 +89,7 @@ def page(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield "**Calculated, not measured.** `python -m benchmarks.plan.hours` writes this page.\n"
     yield (
         f"Both answers by `bracket`, ranks {', '.join(map(str, RUN['ranks']))}, all linear modules, 2,000 examples of {RUN['seq_len']} "
-        f"tokens once ({RUN['steps']} steps of {RUN['batch_size']}), bfloat16. Hours are the plan's operations over the vendor's peak times "
+        f"tokens once ({RUN['max_steps']} steps of {RUN['batch_size']}), bfloat16. Hours are the plan's operations over the vendor's peak times "
         "an assumed utilisation, below; half of it doubles every number. A dash: the highest rank does not fit.\n"
     )
     yield from table(models)

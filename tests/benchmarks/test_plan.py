@@ -16,7 +16,7 @@ from rightrank.report.format import duration
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.trains
 
-AXES = ("ranks", "batch_size", "seq_len", "gradient_checkpointing", "dtype", "load_in_4bit", "arms")
+AXES = ("ranks", "batch_size", "seq_len", "gradient_checkpointing", "dtype", "load_in_4bit", "adapters_per_pass")
 
 
 @pytest.mark.filterwarnings("ignore")

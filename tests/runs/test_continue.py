@@ -111,7 +111,7 @@ def test_runs_of_one_model_and_data_are_joined(
     another = select_rank(str(model_folder), completion_file, tmp_path / "longer", settings=longer).run
     with pytest.raises(ResultsError, match=r"differs from .*max_steps"):
         decide([begun, another])
-    with pytest.raises(ResultsError, match="no run folder; several results are joined"):
+    with pytest.raises(ResultsError, match="no run folder; give folders of"):
         decide([begun, completion_file])
 
 

@@ -231,7 +231,7 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_resume(
 
 
 def _work_on_and_on() -> None:
-    with stopping.listening(lambda _: None) as stop:
+    with stopping.Interrupts(lambda _: None, of_process=True) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
         time.sleep(30)
