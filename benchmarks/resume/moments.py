@@ -88,9 +88,9 @@ def watch_phases(moments: Moments) -> None:
     """Wrap what a selection calls, in every module that names it."""
     from rightrank.data.files import write_text
     from rightrank.models.adapter_files import save_adapter
-    from rightrank.report.card import hand_over
     from rightrank.report.html import render_report
     from rightrank.report.svg import write_figures
+    from rightrank.runs.finish import hand_over
     from rightrank.runs.journal import Journal
     from rightrank.train import loop
     from rightrank.train.checkpoints import save_checkpoint

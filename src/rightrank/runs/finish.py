@@ -38,7 +38,7 @@ def answer_early(run: Run) -> None:
     if run.settings.executor == "local":  # while workers have the base, nothing is evaluated here
         answer, guard = run.hooks.guarded(answer, run)
         _read_test_split(run, run.prepared.runtime, [answer.trial_id, answer.reference_id])
-    _hand_over(run, answer, guard)
+    hand_over(run, answer, guard)
     run.notice(f"adapter: {answer.sentence} It is in {run.folder.adapter}.")
     for note in answer.notes:
         run.notice(note)
@@ -54,7 +54,7 @@ def finish(run: Run, decision: Decision | None) -> Selected:
     if run.prepared is not None:
         _read_test_split(run, run.prepared.runtime, _compared_trials(records, answer, decision))
         _write_samples(run, run.prepared.runtime, run.finished(answer.trial_id))
-    saved = _hand_over(run, answer, guard)
+    saved = hand_over(run, answer, guard)
     if decision is not None:
         run.on_event(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
     with FailingAs("the answer"):
@@ -138,7 +138,7 @@ def _write_samples(run: Run, runtime: Runtime, chosen: TrialFinished) -> None:
         )
 
 
-def _hand_over(run: Run, answer: AdapterAnswer, guard: GuardAnswer | None) -> bool:
+def hand_over(run: Run, answer: AdapterAnswer, guard: GuardAnswer | None) -> bool:
     """Make `adapter/` the answer to the first question, and record it. False where a custom trainer saved nothing.
 
     The recorded cost is that of the trials so far, or of the first answer.
