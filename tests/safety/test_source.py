@@ -13,7 +13,7 @@ PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "she
 # Only between own processes and never from a file: it checks whether a function can be sent to another process.
 MAY_PICKLE = {"runs/calls.py"}
 # A task file of lm-evaluation-harness runs what it names, by the user's own `--metric`; reading its name runs nothing.
-RUN_BY_THE_USER = {("train/generation.py", "yaml.load", "Loader")}
+RUN_BY_THE_USER = {("train/metrics.py", "yaml.load", "Loader")}
 # Data sets of the hub, by a name that the user gives. A script of a data set runs only with `trust_remote_code`, which is not given.
 BY_NAME = {"data/rows.py": "datasets.load_dataset"}
 FORBIDDEN_CALLS = {
