@@ -94,10 +94,7 @@ def smallest_adapter(live: LiveAdapter, working: Path) -> LiveAnswer:
     with as_it_came(live.model, live.name):
         moments, notes = gather(live)
         trials = _walk(live, adapter, moments, working)
-    criterion = Criterion(
-        live.metric, live.metric == "accuracy", live.margin, token_loss=trials[0].item_correct is None
-    )
-    answer = adapter_answer(trials, criterion) or trained_answer(trials[0], criterion)
+    answer = _answer(trials, live) or trained_answer(trials[0], _criterion(trials, live))
     count = len(trials[0].item_losses)
     return LiveAnswer(answer, working / answer.trial_id, count, time.monotonic() - started, notes)
 
@@ -151,11 +148,17 @@ def _walk(
 
 def _holds(trials: Sequence[TrialFinished], live: LiveAdapter) -> bool:
     """Whether the last truncation is the answer so far."""
-    criterion = Criterion(
-        live.metric, live.metric == "accuracy", live.margin, token_loss=trials[0].item_correct is None
-    )
-    answer = adapter_answer(trials, criterion)
+    answer = _answer(trials, live)
     return answer is not None and answer.trial_id == trials[-1].trial_id
+
+
+def _answer(trials: Sequence[TrialFinished], live: LiveAdapter) -> AdapterAnswer | None:
+    return adapter_answer(trials, _criterion(trials, live))
+
+
+def _criterion(trials: Sequence[TrialFinished], live: LiveAdapter) -> Criterion:
+    is_token_loss = trials[0].item_correct is None
+    return Criterion(live.metric, live.metric == "accuracy", live.margin, token_loss=is_token_loss)
 
 
 def put_in_place(model: Any, name: str, adapter: AdapterFolder) -> None:
