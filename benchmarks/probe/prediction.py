@@ -122,7 +122,7 @@ def run_tasks(runs: list[Path]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "run": run.name,
-                "decided": decision.fallback_rank,
+                "decided": decision.rank_at_hand,
                 "energy 0.99": float(np.median([module.energy_rank["0.99"] for module in modules])),
                 "effective rank": float(np.median([module.effective_rank for module in modules])),
                 "noise_rank": float(np.median([module.noise_rank for module in modules])),
@@ -156,8 +156,8 @@ def main() -> None:
         row: dict[str, Any] = {"task": number, **figures(b, a)}
         for share in SHARES:
             margin = max(share * gain, 1e-9)
-            row[f"decided {share:g}"] = decide(table_of(trials, "loss", False), margin).fallback_rank
-            row[f"truncation {share:g}"] = decide(table_of(truncations, "loss", False), margin).fallback_rank
+            row[f"decided {share:g}"] = decide(table_of(trials, "loss", False), margin).rank_at_hand
+            row[f"truncation {share:g}"] = decide(table_of(truncations, "loss", False), margin).rank_at_hand
         rows.append(row)
     result: dict[str, Any] = {}
     for share in SHARES:

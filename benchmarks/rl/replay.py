@@ -146,7 +146,7 @@ def replay(grid: Grid, learning_rates: Sequence[float], seeds: Sequence[int], ma
         decision = decide(table, margin, smallest_if_alike=True)
     except ResultsError:
         return Replayed(None, len(outcomes), collapsed, None)
-    chosen = next(one for one in decision.ranks if one.rank == decision.fallback_rank)
+    chosen = next(one for one in decision.ranks if one.rank == decision.rank_at_hand)
     cells = [one for one in outcomes if isinstance(one, TrialFinished) and one.trial_id in chosen.trial_ids]
     best = max(cells, key=lambda one: (one.value, -one.seed))
     handed_over = grid[best.rank, best.learning_rate, seeds[best.seed]]
@@ -171,7 +171,7 @@ def study(grid: Grid, sizes: Sequence[int], draws: int = 200, margin: float = MA
     leaders = [early_leader(grid, subset, order[0]) for subset, order in cases]
     regrets = [_regret(grid, subset, one.handed_over.value) for subset, one in decided if one.handed_over]
     verdicts = [one.decision.verdict for _, one in decided if one.decision]
-    chosen = [one.decision.fallback_rank for _, one in decided if one.decision]
+    chosen = [one.decision.rank_at_hand for _, one in decided if one.decision]
     whole = [len(ranks) * len(subset) * len(seeds) for subset, _ in found]
     return {
         "runs": len(grid),

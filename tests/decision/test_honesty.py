@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from benchmarks.decide.simulated import MARGIN, RANKS, World, draw_table, truth
 
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.intervals import estimate
 from rightrank.decision.rule import decide
 from rightrank.decision.table import Cell, ScoreTable, table_of
+from rightrank.report.answer import answer_view, evidence_table
 from rightrank.schema.decision import Decision
 from rightrank.schema.trials import TrialDiverged, TrialFinished
 from tests.decision.tables import bare, scored
@@ -215,3 +217,48 @@ def test_trainings_of_unequal_length_are_flagged() -> None:
     run = next(run for run in decision.next_runs if run.action == "steps")
     assert (run.ranks, run.steps, run.trials) == ([16], 400, 1)
     assert "unequal_length" not in decide(bare({1: 3.0, 4: 2.25, 16: 2.06})).flags  # no length is stated
+
+
+def test_what_came_out_best_is_not_called_enough() -> None:
+    """Nothing passed, or a higher rank may be better: `fallback_rank` is None, and `best_so_far` stands beside it."""
+    open_below = decide(scored({1: 2.3, 4: 2.006, 64: 2.0}, items=60, noise=0.03), 0.01)
+    lucky = decide(scored({1: 2.0, 4: 2.002, 16: 2.001}, items=30, noise=0.1, seeds=(0, 1)), 0.005)
+    rising = decide(scored({1: 2.4, 4: 2.2, 16: 2.0}), 0.01)
+    for found in (open_below, lucky, rising):
+        assert (found.fallback_rank, found.best_so_far) == (None, found.reference_rank)
+    assert (rising.rank, rising.rank_at_hand) == (16, 16)
+    passed = decide(scored({1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}, noise=0.03), 0.01)
+    assert (passed.rank, passed.fallback_rank, passed.best_so_far) == (None, 16, None)
+    stated = decide(bare(SATURATED, std=0.0003), 0.005)
+    assert (stated.rank, stated.fallback_rank) == (16, 16)
+    assert decide(bare(SATURATED), 0.005).fallback_rank is None  # a reading shows nothing
+
+
+@pytest.mark.parametrize("losses", [{1: 2.3, 4: 2.006, 64: 2.0}, {1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}])
+def test_every_page_says_whether_a_rank_is_shown(losses: dict[int, float]) -> None:
+    found = decide(scored(losses, items=60 if len(losses) == 3 else 400, noise=0.03), 0.01)
+    page = " ".join(text for _, text in answer_view(found).rank_rows())
+    rows = {row[0]: row[5] for row in evidence_table(found)}
+    if found.fallback_rank is None:
+        assert f"No rank is shown to be enough; rank {found.best_so_far} came out best so far" in page
+        assert "safe choice" not in page
+    else:
+        assert f"rank {found.fallback_rank} is the safe choice" in page
+    assert rows[str(found.reference_rank)] == ("best so far" if found.fallback_rank is None else "yes")
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_a_rank_that_is_called_enough_is_seldom_worse_than_the_margin(seeds: int) -> None:
+    """Seed noise of twice the margin: what came out best is worse than the margin in one table of ten or more."""
+    generator = np.random.default_rng(24)
+    shown, best, tables = 0, 0, 40
+    for shape in ("power", "u_shaped", "rising"):
+        world = World(shape, seeds, 200, "heavy", seed_rank=2 * MARGIN)  # type: ignore[arg-type]
+        for _ in range(tables):
+            losses = truth(world, generator)
+            decision = decide(draw_table(world, losses, generator), MARGIN)
+            worse = {rank: bool(loss - losses.min() > MARGIN) for rank, loss in zip(RANKS, losses, strict=True)}
+            shown += decision.fallback_rank is not None and worse[decision.fallback_rank]
+            best += worse[decision.rank_at_hand]
+    assert shown <= 0.05 * 3 * tables
+    assert best >= 0.05 * 3 * tables

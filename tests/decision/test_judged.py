@@ -34,6 +34,7 @@ def rows(rates: dict[int, float], prompts: int = 300, judges: int = 1, reference
 def test_a_rank_that_wins_often_enough_is_enough() -> None:
     found = decide(rows({4: 0.5, 1: 0.2}), margin=0.1).decision
     assert (found.rank, found.verdict, found.metric, found.reference_rank) == (4, "saturated", "win_rate", 16)
+    assert (found.fallback_rank, found.best_so_far) == (4, None)
     assert {one.rank: one.value for one in found.ranks} == pytest.approx({1: 0.2, 4: 0.5, 16: 0.5})
     assert {one.rank: one.non_inferior for one in found.ranks} == {1: False, 4: True, 16: True}
     four = next(one for one in found.ranks if one.rank == 4)
@@ -50,7 +51,7 @@ def test_verdicts(rates: dict[int, float], rank: int, verdict: str) -> None:
 
 def test_too_few_judgements_cannot_tell_and_say_how_many_would() -> None:
     found = decide(rows({4: 0.5}, prompts=40), margin=0.05).decision
-    assert (found.rank, found.fallback_rank, found.verdict) == (None, 16, "undecided")
+    assert (found.rank, found.fallback_rank, found.best_so_far, found.verdict) == (None, None, 16, "undecided")
     assert found.sentence.startswith("Cannot tell")
     (run_,) = found.next_runs
     needed = ((1.645 + 0.842) * 0.5 / 0.05) ** 2  # 618 prompts, for four of five cases

@@ -44,8 +44,8 @@ def test_it_takes_the_place_of_undecided(
     plain = decide(table(levels, noise), 0.02)
     if verdict == "no_difference":
         assert (plain.verdict, plain.rank) == ("undecided", None)
-        assert found.model_dump(exclude={"verdict", "rank", "fallback_rank", "learning_rate", "sentence"}) == (
-            plain.model_dump(exclude={"verdict", "rank", "fallback_rank", "learning_rate", "sentence"})
+        assert found.model_dump(exclude={"verdict", "rank", "learning_rate", "sentence"}) == (
+            plain.model_dump(exclude={"verdict", "rank", "learning_rate", "sentence"})
         )
     else:
         assert found == plain

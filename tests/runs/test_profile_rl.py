@@ -71,7 +71,7 @@ def test_the_smallest_rank_is_the_answer_where_no_difference_can_be_shown(tmp_pa
     selected, notices = run(tmp_path / "run", lambda task: reinforce(task, noise=0.06))
     decision = selected.decision
     assert decision is not None
-    assert (decision.verdict, decision.rank, decision.fallback_rank) == ("no_difference", 1, 1)
+    assert (decision.verdict, decision.rank, decision.fallback_rank) == ("no_difference", 1, None)
     assert decision.sentence.startswith(
         "No difference between ranks 1 and 4 can be shown at this noise (seed standard "
     )

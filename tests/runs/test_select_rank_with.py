@@ -107,7 +107,7 @@ def test_what_train_saved_is_handed_over(tmp_path: Path) -> None:
 
     selected = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
     assert selected.adapter is not None
-    assert (selected.adapter.path / "weights.bin").read_text() == str(selected.decision.fallback_rank)
+    assert (selected.adapter.path / "weights.bin").read_text() == str(selected.decision.rank_at_hand)
     assert "Made with rightrank" in (selected.adapter.path / "README.md").read_text()
 
 

@@ -25,7 +25,7 @@ from rightrank.decision.metrics import default_margin
 from rightrank.decision.next_run import next_runs
 from rightrank.decision.sentences import basis_note, conflict_sentence, sentence_of
 from rightrank.decision.table import ScoreTable
-from rightrank.decision.verdicts import flags_of, horizon_note, smallest_alike, verdict_of
+from rightrank.decision.verdicts import flags_of, horizon_note, shown_rank, smallest_alike, verdict_of
 from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
 
@@ -67,9 +67,12 @@ def decide(
     alike = smallest_alike(found) if smallest_if_alike and verdict == "undecided" else None
     if alike is not None:
         verdict, chosen = "no_difference", alike
+    rank, fallback = None if verdict in ("no_gain", "undecided") else chosen, shown_rank(found)
+    at_hand = next((one for one in (rank, fallback) if one is not None), found.reference.rank)
     return Decision(
-        rank=None if verdict in ("no_gain", "undecided") else chosen,
-        fallback_rank=chosen,
+        rank=rank,
+        fallback_rank=fallback,
+        best_so_far=found.reference.rank if fallback is None else None,
         verdict=verdict,
         flags=flags,
         sentence=sentence_of(found, margin, verdict, unit),
@@ -79,7 +82,7 @@ def decide(
         margin=margin,
         reference_rank=evidence.reference.rank,
         confidence=None if found.is_indication or evidence.basis == "values" else CONFIDENCE,
-        learning_rate=evidence.contenders[chosen].learning_rate or None,
+        learning_rate=evidence.contenders[at_hand].learning_rate or None,
         staircase=staircase(found, unit),
         ranks=[_record(found, found.by_rank[rank], unit) for rank in sorted(found.by_rank)],
         basis=evidence.basis,

@@ -91,12 +91,22 @@ def smallest_alike(found: Comparison) -> int | None:
 
 
 def possible_rival(found: Comparison) -> int | None:
+    """The rank that leaves the answer undecided since it may be better (`better_above`); None in a point reading."""
+    return None if found.evidence.is_point_reading else better_above(found)
+
+
+def shown_rank(found: Comparison) -> int | None:
+    """The smallest rank whose comparison with the reference passed; None without one, or if a higher rank may be better."""
+    reference = found.reference.rank
+    smallest = walk_down(found.by_rank, reference, lambda rank: found.by_rank[rank].non_inferior is True)
+    return None if smallest == reference or better_above(found) is not None else smallest
+
+
+def better_above(found: Comparison) -> int | None:
     """The rank above the reference that may be better than it by more than the margin; None if there is none.
 
     It guards against a low rank that came out best by luck.
     """
-    if found.evidence.is_point_reading:
-        return None
     lows = {rank: found.by_rank[rank].low for rank in found.ranks if rank > found.reference.rank}
     return min(
         (rank for rank in lows if not is_within(-lows[rank], found.margin)), key=lambda rank: lows[rank], default=None

@@ -51,4 +51,4 @@ class JudgedBy(Hook):
             one.model_copy(update={"trial_ids": own[one.rank].trial_ids, "learning_rate": own[one.rank].learning_rate})
             for one in judged.ranks
         ]
-        return judged.model_copy(update={"ranks": kept, "learning_rate": own[judged.fallback_rank].learning_rate})
+        return judged.model_copy(update={"ranks": kept, "learning_rate": own[judged.rank_at_hand].learning_rate})

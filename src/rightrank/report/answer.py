@@ -40,7 +40,7 @@ class AnswerView:
     training_rank: str  # the second; before its answer, what is missing
     estimate: str  # of the second, where it was not asked
     verdict: str  # with the flags in brackets
-    safe_choice: str  # what to take until an undecided answer is decided
+    safe_choice: str  # what is shown to be enough until an undecided answer is decided
     metrics: tuple[str, ...]  # what further metrics say
     next_runs: tuple[tuple[str, str | None], ...]  # each with its command, where one can be pasted
 
@@ -85,13 +85,21 @@ def answer_view(
         training_rank=decision.sentence if decision is not None else _missing(answers),
         estimate=(answers.get("training_rank_estimate") or {}).get("sentence", ""),
         verdict="" if decision is None else _verdict(decision),
-        safe_choice=""
-        if decision is None or decision.verdict != "undecided"
-        else f"Until this is decided, rank {decision.fallback_rank} is the safe choice at the margin of {decision.margin:g}.",
+        safe_choice="" if decision is None or decision.verdict != "undecided" else _safe_choice(decision),
         metrics=() if decision is None else tuple(map(_metric_text, decision.other_metrics)),
         next_runs=()
         if decision is None
         else tuple((run.sentence, command) for run, command in zip_longest(decision.next_runs, commands)),
+    )
+
+
+def _safe_choice(decision: Decision) -> str:
+    if decision.fallback_rank is None:
+        return f"No rank is shown to be enough; rank {decision.best_so_far} came out best so far, and is shown to be nothing."
+    if decision.confidence is None:
+        return f"Rank {decision.fallback_rank} is the smallest that one seed indicates to be enough at the margin of {decision.margin:g}."
+    return (
+        f"Until this is decided, rank {decision.fallback_rank} is the safe choice at the margin of {decision.margin:g}."
     )
 
 
@@ -162,10 +170,12 @@ def _evidence_row(evidence: RankEvidence, decision: Decision, with_learning_rate
 
 def _enough(evidence: RankEvidence, decision: Decision) -> str:
     """`yes`, `no` or `inconclusive`; of one number a rank, which shows nothing, what the values suggest."""
-    if decision.basis not in ("std", "values") or evidence.non_inferior is False:
-        return ENOUGH[evidence.non_inferior]
-    if evidence.rank == decision.reference_rank:
+    is_reading = decision.basis in ("std", "values")
+    nothing_shown = decision.rank is None and decision.fallback_rank is None
+    if evidence.rank == decision.reference_rank and (is_reading or nothing_shown):
         return "best so far"
+    if not is_reading or evidence.non_inferior is False:
+        return ENOUGH[evidence.non_inferior]
     return "perhaps" if is_within(evidence.difference or 0.0, decision.margin) else "unlikely"
 
 

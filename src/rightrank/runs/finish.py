@@ -78,7 +78,7 @@ def finish(run: Run, decision: Decision | None) -> Selected:
 def _training(run: Run, decision: Decision | None) -> Answer | None:
     if decision is None:
         return None
-    path = run.folder.trial_adapter(best_trial(run.records, decision, decision.fallback_rank).trial_id)
+    path = run.folder.trial_adapter(best_trial(run.records, decision, decision.rank_at_hand).trial_id)
     has_files = path.is_dir() and any(path.iterdir())
     return Answer(decision.rank, decision.sentence, path if has_files else None)
 
@@ -88,7 +88,7 @@ def _compared_trials(records: Records, answer: AdapterAnswer, decision: Decision
     yield next(trial.trial_id for trial in records.finished() if trial.rank == 0)
     yield from (answer.trial_id, answer.reference_id)
     if decision is not None:
-        for rank in (decision.fallback_rank, decision.reference_rank):
+        for rank in (decision.rank_at_hand, decision.reference_rank):
             yield best_trial(records, decision, rank).trial_id
 
 
@@ -173,7 +173,7 @@ def final_answer(records: Records, decision: Decision | None) -> AdapterAnswer:
     if known is not None:
         return improved_by_training(known, plain, question) or known
     if decision is not None:
-        ranks = (decision.fallback_rank, decision.reference_rank)
+        ranks = (decision.rank_at_hand, decision.reference_rank)
         chosen, reference = (best_trial(records, decision, rank) for rank in ranks)
         return trained_answer(chosen, question, reference)
     direct = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]

@@ -26,7 +26,7 @@ class Answer:
 
     rank: int | None  # None: undecided, or no rank is better than the base
     sentence: str
-    path: Path | None  # of an adapter of that rank; of the fallback rank where there is none. None: nothing was saved
+    path: Path | None  # of an adapter of that rank; where there is none, of `rank_at_hand`. None: nothing was saved
 
 
 if TYPE_CHECKING:

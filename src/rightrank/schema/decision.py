@@ -162,8 +162,18 @@ class Decision(Record):
 
         return DataFrame([evidence.model_dump() for evidence in self.ranks]).set_index("rank")
 
+    @property
+    def rank_at_hand(self) -> int:
+        """The rank to take if one must be taken now: the answer, else the one shown to be enough, else the best so far."""
+        named = (self.rank, self.fallback_rank, self.best_so_far)
+        return next((rank for rank in named if rank is not None), self.reference_rank)
+
     rank: Whole | None  # None: the evidence names no rank
-    fallback_rank: Whole  # the smallest rank shown to be enough; its adapter is the result if `rank` is None
+    # the smallest rank whose comparison with the reference passed, where no higher rank may be better; None: no rank did
+    fallback_rank: Whole | None
+    best_so_far: Whole | None = (
+        None  # without a `fallback_rank`, the rank that came out best: it is shown to be nothing
+    )
     verdict: Verdict
     flags: list[str]
     sentence: str  # for a person

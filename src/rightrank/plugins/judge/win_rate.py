@@ -114,11 +114,14 @@ def decide_judged(
         raise ResultsError(f"no rank has {MIN_JUDGEMENTS} judgements against rank {top}: judge more pairs with it")
     chosen, failing = _walk(judged, top, margin)
     verdict = _verdict(judged, chosen, failing, top, margin)
+    may_be_better = any(one.low < -margin for one in judged.values() if one.rank > top)
+    fallback = None if chosen == top or may_be_better else chosen
     judges = {one.judge for one in judgements}
     runs = [_next_run(judged[failing], margin, len(judges))] if failing and verdict == "undecided" else []
     return Decision(
         rank=None if verdict == "undecided" else chosen,
-        fallback_rank=chosen,
+        fallback_rank=fallback,
+        best_so_far=top if fallback is None else None,
         verdict=verdict,
         flags=["one_judge"] if len(judges) == 1 else [],
         sentence=_sentence(verdict, chosen, top, judged, margin, failing),
