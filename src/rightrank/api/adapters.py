@@ -14,6 +14,7 @@ from rightrank.schema.results import (
     ResizedTogether,
 )
 from rightrank.schema.settings import DtypeName, SelectSettings, make_settings
+from rightrank.schema.table import given_values
 
 
 def inspect(
@@ -110,7 +111,7 @@ def resize(
 
     from rightrank.adapters.resize import ResizeOptions, ResizeRule, resize_adapter
 
-    given = {} if settings is None else settings.model_dump(include=settings.model_fields_set)
+    given = given_values(settings)
     options = ResizeOptions(
         dtype,
         uniform,

@@ -15,6 +15,7 @@ from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.keywords import SelectKeywords
 from rightrank.schema.results import Preflight
 from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.table import given_values
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -137,8 +138,7 @@ def _overridden(
     peft_config: LoraConfig | None = None,
     args: TrainingArguments | None = None,
 ) -> SelectSettings:
-    given = {} if settings is None else settings.model_dump(include=settings.model_fields_set)
-    return make_settings(given | settings_of_configs(peft_config, args) | dict(keywords))
+    return make_settings(given_values(settings) | settings_of_configs(peft_config, args) | dict(keywords))
 
 
 def select_rank_with(

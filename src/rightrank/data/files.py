@@ -172,11 +172,6 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
         raise RunError(f"{folder}: can't write there ({error.strerror}); {advice}") from None
 
 
-def cache_folder() -> Path:
-    """The user's cache folder of `rightrank`, where the packages of Hugging Face would have it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rightrank"
-
-
 MAX_TEXT_BYTES = 64 * 2**20  # of a file that is read at once
 # What libraries raise, beside errors of their own, for damaged or unknown files.
 LIBRARY_ERRORS = (

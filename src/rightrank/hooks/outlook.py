@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rightrank.hooks.preflight import adapter_lines, clock_of, kind_lines, preflight_of
 from rightrank.report.format import duration
-from rightrank.report.tables import labels_line, memory_lines, precision_lines, selection_lines, took_line
+from rightrank.report.tables import labels_line, memory_lines, precision_lines, took_line
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.prepare import Prepared
 from rightrank.runs.returns import Selected
@@ -46,12 +46,11 @@ class Outlook(Hook):
     def _announce(self, run: Run, prepared: Prepared) -> None:
         # A trial that has ended gives its time.
         ended = any(trial.rank > 0 for trial in run.records.finished())
-        clock = clock_of(prepared, measure=prepared.steps >= MIN_STEPS and not ended)
-        self._cost = cost = None if clock is None else clock.cost(run.strategy)
-        measured = None if clock is None else clock.basis
-        lines = selection_lines(cost) if cost and not measured else [cost_line(run.strategy, prepared.steps)]
-        if cost is not None and measured is not None:
-            lines.append(time_line(cost, measured, prepared.settings.budget_hours))
+        clock = clock_of(prepared) if prepared.steps >= MIN_STEPS and not ended else None
+        lines = [cost_line(run.strategy, prepared.steps)]
+        if clock is not None:
+            self._cost = cost = clock.cost(run.strategy)
+            lines.append(time_line(cost, clock.basis, prepared.settings.budget_hours))
             run.on_event(TimeExpected(expected_seconds=cost.expected.seconds or 0.0))
         found = preflight_of(prepared, run.strategy, clock)
         lines = [labels_line(found), *memory_lines(found), *lines, *precision_lines(found)]

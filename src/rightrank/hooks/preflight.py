@@ -37,16 +37,16 @@ def preflight(request: Request, price_per_hour: float | None = None) -> Prefligh
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         prepared = prepare(request, Path(folder) / "cache", notes.append)
         strategy = strategy_of(prepared)
-        clock = clock_of(prepared, measure=True)
+        clock = clock_of(prepared)
         found = preflight_of(prepared, strategy, clock, price_per_hour)
-        if clock is not None and clock.basis is not None:
+        if clock is not None:
             notes.append(f"time: measured on this device: {clock.basis}, then discarded")
         return found.model_copy(update={"notes": [*notes, *kind_lines(prepared), *adapter_lines(prepared)]})
 
 
-def clock_of(prepared: Prepared, measure: bool) -> Clock | None:
-    """What gives times for this selection; None where no plug-in has one. `measure` takes a few real steps first."""
-    return None if prepared.planned is None else prepared.planned.clock(prepared, measure)
+def clock_of(prepared: Prepared) -> Clock | None:
+    """What gives times for this selection, by a few real steps; None where no plug-in can."""
+    return None if prepared.planned is None else prepared.planned.clock(prepared)
 
 
 def preflight_of(

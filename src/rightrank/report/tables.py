@@ -156,7 +156,7 @@ def selection_lines(cost: SelectionCost) -> list[str]:
     )
     lines.append(f"  one complete training with its evaluations: {each}")
     if cost.expected.seconds is None:
-        lines.append("  --calibrate on this device adds seconds")
+        lines.append("  a plan with DATA measures seconds on this device")
     return lines
 
 

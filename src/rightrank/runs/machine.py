@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from rightrank.data.files import cache_folder
 from rightrank.report.format import size, visible
 from rightrank.schema.trials import Record, Whole
 from rightrank.version import __version__
@@ -139,7 +138,6 @@ def _places() -> Iterator[DoctorPlace]:
     for purpose, path in (
         ("run folders (the present folder)", Path.cwd()),
         ("temporary files", Path(tempfile.gettempdir())),
-        ("calibration", cache_folder()),
         ("models of the hub", Path(hub)),
     ):
         there = next((one for one in (path, *path.parents) if one.exists()), path)

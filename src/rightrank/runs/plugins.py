@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rightrank.schema.errors import one_line
 
@@ -126,54 +128,31 @@ class Plugin:
         return None
 
 
-class MemoryPlan(Protocol):
+@dataclass(frozen=True, slots=True)
+class MemoryPlan(ABC):
     """What each rank of a selection needs, and the ranks that fit."""
 
-    @property
-    def peak_bytes(self) -> Mapping[int, int]:
-        """Allocated by tensors at the peak, by rank."""
-        ...
+    peak_bytes: Mapping[int, int]  # allocated by tensors at the peak, by rank
+    needed_bytes: Mapping[int, int]  # with what the process and the allocator hold besides
+    memory_bytes: int | None  # what there is; None: unknown, and every rank is kept
+    ranks: tuple[int, ...]  # those that fit, or all
+    max_adapters_per_pass: int | None  # of the highest rank, that fit; None: unknown, or one alone is asked for
 
-    @property
-    def needed_bytes(self) -> Mapping[int, int]:
-        """With what the process and the allocator hold besides, by rank."""
-        ...
-
-    @property
-    def memory_bytes(self) -> int | None:
-        """What there is; None: unknown, and every rank is kept."""
-        ...
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """Those that fit, or all."""
-        ...
-
-    @property
-    def max_adapters_per_pass(self) -> int | None:
-        """That fit in one pass; None: unknown, or one alone is asked for."""
-        ...
-
+    @abstractmethod
     def peak_of(self, ranks: Sequence[int]) -> int | None:
         """Bytes of tensors at the peak of these ranks in one pass; None where one of them was not planned."""
-        ...
 
-    def clock(self, prepared: Any, measure: bool) -> Clock:
-        """The time of the trainings of a prepared selection: of a few real steps if `measure`, else by a stored calibration."""
-        ...
+    @abstractmethod
+    def clock(self, prepared: Any) -> Clock | None:
+        """The time of the trainings of a prepared selection, by a few real steps; None where it can't be measured."""
 
 
-class Clock(Protocol):
+@dataclass(frozen=True, slots=True)
+class Clock:
     """The time that the selections of a prepared request take on this device."""
 
-    @property
-    def basis(self) -> str | None:
-        """The steps and examples that were measured; None where none were."""
-        ...
-
-    def cost(self, strategy: Strategy) -> SelectionCost | None:
-        """The time of a whole selection; None where this device has neither a measurement nor a calibration."""
-        ...
+    basis: str  # the steps and examples that were measured
+    cost: Callable[[Strategy], SelectionCost]  # of a whole selection
 
 
 def commands() -> list[click.Command]:

@@ -74,4 +74,3 @@ class PlanKeywords(TypedDict, total=False):
     gradient_checkpointing: bool
     load_in_4bit: bool
     load_in_8bit: bool
-    calibrate: bool

@@ -150,7 +150,6 @@ class PlanSettings(PeftFields):
     trainings: float | None = setting(None, BUDGET, "how many trainings, where no strategy says so", gt=0)
     budget_trainings: float | None = _as_select("budget_trainings")
     price_per_hour: float | None = setting(None, BUDGET, "price of an hour of this device", option=True, ge=0)
-    calibrate: bool = setting(False, MACHINE, "run a few real steps first, for the seconds per step", option=True)
 
     def _require_consistent(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:

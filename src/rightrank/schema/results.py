@@ -145,7 +145,7 @@ class PreflightStrategy(Record):
     trainings: float  # expected
     trainings_at_most: float
     trainings_to_adapter: float  # expected, until the first question is answered
-    seconds: float | None  # None: this device is not calibrated (`rightrank plan --calibrate`)
+    seconds: float | None  # None: not measured
     seconds_at_most: float | None
     price: float | None  # None: no price per hour was given
 

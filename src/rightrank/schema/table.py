@@ -157,6 +157,11 @@ class Settings:
         return f"{type(self).__name__}({', '.join(given)})"
 
 
+def given_values(settings: Settings | None) -> dict[str, Any]:
+    """The values that were given, by name."""
+    return {} if settings is None else settings.model_dump(include=settings.model_fields_set)
+
+
 def is_list(hint: Any) -> bool:
     """Whether a setting of this type takes several values."""
     return any(get_origin(part) is tuple for part in (hint, *get_args(hint)))

@@ -166,29 +166,6 @@ def test_a_starting_range_has_its_reasons(config_folder: Path, capsys: pytest.Ca
     assert answer["suggested_ranks"] == [1, 4, 16, 32]
 
 
-def test_calibrated_plans_know_seconds(
-    config_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    of_selection = ("--strategy", "grid", "--max-steps", "100", "--price-per-hour", "2")
-    arguments = (str(config_folder), "--ranks", "2,4", "--device", "cpu", "--dtype", "float32", *QUICK, *of_selection)
-    before = plan_json(capsys, *arguments)
-    assert before["ranks"][0]["seconds_per_step"] is None
-    assert before["sources"]["context_bytes"] == "assumed"
-    assert before["selection"]["expected"]["seconds"] is None
-    measured = plan_json(capsys, *arguments, "--calibrate")
-    assert measured["ranks"][1]["seconds_per_step"] > measured["ranks"][0]["seconds_per_step"] > 0
-    assert measured["sources"]["seconds_per_step"] == measured["sources"]["peak_bytes"] == "measured"
-    assert measured["sources"]["context_bytes"] == "measured"
-    kept = plan_json(capsys, *arguments)
-    assert kept["ranks"] == measured["ranks"]
-    assert kept["ranks"][0]["peak_bytes"] == sum(kept["ranks"][0]["components"].values())
-    extent = kept["selection"]["expected"]
-    assert extent["trainings"] == 2 * 3
-    assert extent["price"] == pytest.approx(extent["seconds"] / 3600 * 2)
-    assert sum(row["seconds"] for row in kept["selection"]["ranks"]) * 3 < extent["seconds"]  # and evaluations once
-
-
 def test_a_selection_is_its_strategy_s_trainings_and_evaluations(
     config_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,5 +199,5 @@ def test_text_shows_time_and_error(config_folder: Path, capsys: pytest.CaptureFi
     assert status == 0
     assert "selection by bracket: about" in out
     assert "at most" in out
-    assert "--calibrate on this device adds seconds" in out
+    assert "a plan with DATA measures seconds on this device" in out
     assert "±5%: assumed: not measured on a GPU" in out

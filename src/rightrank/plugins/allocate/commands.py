@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+import rightrank
 from rightrank.cli.options import comma, gather, whole_numbers
 
 
@@ -46,10 +47,9 @@ def allocate(
     The pattern comes from the trained ADAPTER and DATA. It must beat the uniform rank at equal parameters, and the same
     ranks shuffled over the modules.
     """
-    from rightrank.plugins.allocate import allocate as find_allocate
     from rightrank.schema.settings import make_settings
 
-    allocation = find_allocate(
+    allocation = rightrank.allocate(
         adapter,
         data,
         rank=rank,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+import rightrank
 from rightrank.cli.options import comma, gather, whole_numbers
 from rightrank.schema.errors import SettingsError
 
@@ -101,12 +102,11 @@ def fleet(
     as_json: bool,
 ) -> None:
     """Find the smallest rank that all ADAPTERs can be truncated to without losing more than the margin, and write them."""
-    from rightrank.plugins.fleet import fleet as run_fleet
     from rightrank.schema.settings import make_settings
 
     if weights is not None and not merge:
         raise SettingsError("--weights goes with --merge, which was not given; give both, or leave it out")
-    found = run_fleet(
+    found = rightrank.fleet(
         adapters,
         out,
         model=model,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+import rightrank
 from rightrank.cli.options import comma, whole_numbers
 
 
@@ -40,9 +41,7 @@ def judge(
 
     Without --command and --collect, RUN/judging/judge.html is a page to click through.
     """
-    from rightrank.plugins.judge import judge as run_judge
-
-    found = run_judge(
+    found = rightrank.judge(
         run,
         prompts=prompts,
         ranks=whole_numbers(ranks, "--ranks"),

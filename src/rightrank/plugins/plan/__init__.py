@@ -2,7 +2,7 @@
 
 skeleton (the model without weights) → step, trace and kernels (what the real step allocates on the device) → stack (the
 whole depth from a few blocks) → estimate (every rank from two traces) → allocator (the peak) → planner (the plan), and
-selection and clock (the plan and the time of a `select`, which leaves out the ranks that don't fit).
+selection (the plan and the time of a `select`, which leaves out the ranks that don't fit).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from rightrank.runs.plugins import MemoryPlan, Plugin
+from rightrank.schema.table import given_values
 
 if TYPE_CHECKING:
     import click
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from rightrank.schema.plan_settings import PlanSettings
     from rightrank.schema.results import Plan
     from rightrank.schema.settings import SelectSettings
-    from rightrank.schema.table import Settings
     from rightrank.train.tokens import EncodedData
 
 
@@ -69,7 +69,7 @@ def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack
     from rightrank.models.places import require_model
     from rightrank.schema.plan_settings import make_plan_settings
 
-    settings = make_plan_settings(_given(settings) | keywords)
+    settings = make_plan_settings(given_values(settings) | keywords)
     require_model(model)  # before what brings torch
     from rightrank.models.base_models import device_memory
     from rightrank.plugins.plan.planner import make_plan
@@ -86,7 +86,6 @@ def plan_selection(
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: SelectSettings | None = None,
     price_per_hour: float | None = None,
-    calibrate: bool = False,
     **keywords: Unpack[SelectKeywords],
 ) -> Plan:
     """Plan `select_rank` with the same arguments: memory and time of its ranks, steps and lengths; nothing is trained.
@@ -94,8 +93,6 @@ def plan_selection(
     Args:
         model: as in `select_rank`, and so are `data`, `tokenizer`, `settings` and `keywords`.
         price_per_hour: of this device, for the price.
-        calibrate: take the seconds of a calibration, and store it for plans without data; a few steps of this selection
-            are measured otherwise.
 
     Raises:
         InputError: model, data or settings can't be used, or the architecture can't be planned.
@@ -103,12 +100,8 @@ def plan_selection(
     from rightrank.runs.request import Request, check
     from rightrank.schema.settings import make_settings
 
-    request = Request(model, tokenizer, data, make_settings(_given(settings) | dict(keywords)))
+    request = Request(model, tokenizer, data, make_settings(given_values(settings) | dict(keywords)))
     check(request)  # before what brings torch
-    from rightrank.plugins.plan.clock import plan_data
+    from rightrank.plugins.plan.selection import plan_data
 
-    return plan_data(request, price_per_hour, calibrate)
-
-
-def _given(settings: Settings | None) -> dict[str, Any]:
-    return {} if settings is None else settings.model_dump(include=settings.model_fields_set)
+    return plan_data(request, price_per_hour)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import rightrank
 from rightrank.cli.options import SettingsCommand, announce, folders, garbage_kept, gather, setting_options
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
@@ -58,9 +59,8 @@ def plan(
 
 def _plan_of_step(model: str, values: dict[str, Any]) -> Plan:
     with garbage_kept():
-        from rightrank.plugins.plan import plan as plan_step
-
-        return plan_step(model, settings=make_plan_settings(values))
+        answer: Plan = rightrank.plan(model, settings=make_plan_settings(values))
+    return answer
 
 
 def _plan_of_select(model: str, data: Path, values: dict[str, Any]) -> Plan:
@@ -69,11 +69,10 @@ def _plan_of_select(model: str, data: Path, values: dict[str, Any]) -> Plan:
     Raises:
         SettingsError: an option of a step that `select` can't run.
     """
-    from rightrank.plugins.plan import plan_selection
     from rightrank.schema.settings import make_settings
 
     if values.pop("loss", "chunked") != "chunked":
         raise SettingsError("--loss: `rightrank select` takes the loss in chunks; leave out DATA or --loss")
-    price, calibrate = values.pop("price_per_hour", None), bool(values.pop("calibrate", False))
-    settings = make_settings(values)
-    return plan_selection(model, data, settings=settings, price_per_hour=price, calibrate=calibrate)
+    price, settings = values.pop("price_per_hour", None), make_settings(values)
+    answer: Plan = rightrank.plan_selection(model, data, settings=settings, price_per_hour=price)
+    return answer

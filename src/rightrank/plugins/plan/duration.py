@@ -6,7 +6,7 @@
 A strategy gives the whole trainings that it expects and its maximum (`strategies.protocol.CostEstimate`). `extra` counts
 the evaluations of arms that are stopped early or truncated from another. Each run also evaluates the base, three times
 the test split (base, chosen, reference), and computes the frozen blocks below the adapters once (`prefix`). Preference
-pairs take one more pass over every example, for the log-probabilities under the base (`reference`). The traces count operations; a calibration of this device gives seconds. Not counted: loading, checkpoints, samples, the report.
+pairs take one more pass over every example, for the log-probabilities under the base (`reference`). The traces count operations; a few real steps give seconds. Not counted: loading, checkpoints, samples, the report.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from rightrank.plugins.plan.trace import (
     Peak,
     Resident,
     StepTrace,
-    corrected,
     optimizer_memory,
     simulate_peak,
 )
@@ -140,11 +139,9 @@ class RankEstimate:
 class Estimator:
     """One model and one way to train it. The base is built once, and each trace is made once."""
 
-    def __init__(self, config: Any, settings: PlanSettings, step_factor: float | None = None) -> None:
-        """`step_factor`: measured over traced bytes of the step (see `Calibration`); None: not measured."""
+    def __init__(self, config: Any, settings: PlanSettings) -> None:
         self._config = config
         self.settings = settings
-        self.step_factor = step_factor
         self._ends = (min(settings.ranks), max(settings.ranks))
         base = build_base(config, settings)
         self.base_parameters = count_parameters(base)
@@ -167,7 +164,7 @@ class Estimator:
         """The same model under other settings; whatever the changes do not affect is shared."""
         settings = self.settings.model_copy(update=changes)
         if not STEP_ONLY.issuperset(changes) or min(settings.ranks) != self._ends[0]:
-            return Estimator(self._config, settings, self.step_factor)
+            return Estimator(self._config, settings)
         other = copy.copy(self)
         other.settings = settings
         other._ends = (min(settings.ranks), max(settings.ranks))
@@ -182,8 +179,7 @@ class Estimator:
             try:
                 training = self._peak_of(rank, True)
                 evaluation = None if self.settings.eval_batch_size is None else self._peak_of(rank, False)
-                source: Source = "traced" if self.step_factor is None else "measured"
-                return RankEstimate(rank, parts, training, evaluation, self.flops(rank), source)
+                return RankEstimate(rank, parts, training, evaluation, self.flops(rank), "traced")
             except MultiLoraError as error:
                 raise SettingsError(
                     f"arms: adapters on this model cannot share a pass ({error}); give arms 1"
@@ -260,8 +256,7 @@ class Estimator:
     def _peak_of(self, rank: int, training: bool) -> Peak:
         trace, sizes = self._sizes(rank, training)
         residents, optimizer = self._residents(rank)
-        peak = simulate_peak(residents, trace, sizes, optimizer, self.settings.device)
-        return peak if self.step_factor is None else corrected(peak, self.step_factor)
+        return simulate_peak(residents, trace, sizes, optimizer, self.settings.device)
 
     def _residents(self, rank: int) -> tuple[list[Resident], OptimizerMemory]:
         """The tensors that one device holds before the step, and its optimizer's memory."""

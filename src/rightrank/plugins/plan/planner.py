@@ -16,13 +16,23 @@ from rightrank.plugins.plan.budget import (
     starting_range,
     total,
 )
-from rightrank.plugins.plan.calibrate import FORMULA, Calibration, calibrate, errors_of, peak_error, stored_calibration
 from rightrank.plugins.plan.duration import Speed, planned_trainings, selection_cost, workload_of
 from rightrank.plugins.plan.estimate import Estimator, RankEstimate
 from rightrank.plugins.plan.skeleton import read_config, require_rank
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.plan_settings import PlanSettings, loop_of_select
-from rightrank.schema.results import Plan, RankPlan, SelectionCost, Source
+from rightrank.schema.results import Error, Plan, RankPlan, SelectionCost, Source
+
+TRACED_ON_CPU = Error(
+    share=0.01, basis="0.06% at worst in 76 cases against torch's profiler, several adapters per pass among them"
+)
+TRACED_ON_CUDA = Error(
+    share=0.05, basis="assumed: not measured on a GPU; 1.4% at worst against three published peaks, not a blind test"
+)
+QUANTISED_ON_CUDA = Error(share=0.1, basis="assumed: the workspace inside bitsandbytes' kernels is by rule")
+SHARDED = Error(share=0.1, basis="by rule; 0.5% at worst against two processes on a CPU, one small model")
+FORMULA = Error(share=1.15, basis="by rule; −53% to +40% in 76 traced cases that were measured on a CPU")
+EXACT = Error(share=0.0, basis="counted")
 
 
 def make_plan(model: str, settings: PlanSettings) -> Plan:
@@ -34,21 +44,19 @@ def make_plan(model: str, settings: PlanSettings) -> Plan:
 
     Raises:
         ModelError: the model, its modules or a rank cannot be used.
-        SettingsError: a length above the model's positions, or a device that cannot be calibrated.
+        SettingsError: a length above the model's positions.
     """
     config = read_config(model, settings.trust_remote_code, settings.num_labels is not None)
-    _require_length(config, settings)
-    calibration = calibrate(config, settings) if settings.calibrate else stored_calibration(config, settings)
-    return plan_config(config, model, settings, calibration)
+    return plan_config(config, model, settings)
 
 
 def plan_config(
     config: Any,
     name: str,
     settings: PlanSettings,
-    calibration: Calibration | None = None,
     prices: bool = True,
     selection: SelectionCost | None = None,
+    speed: Speed | None = None,
 ) -> Plan:
     """The plan for a configuration in memory.
 
@@ -56,22 +64,21 @@ def plan_config(
         config: of the model.
         name: of the model.
         settings: see `PlanSettings`.
-        calibration: of the device.
         prices: adds the cost of each axis, and each rank's peak in `select`.
         selection: the cost of the selection, where it is known; None to count it from `settings`.
+        speed: of the device, where it was measured.
     """
     begun = time.perf_counter()
     _require_length(config, settings)
-    settings = with_measured_process(settings, calibration)
     planned = planned_trainings(settings) if selection is None else None
-    estimator = Estimator(config, settings, None if calibration is None else calibration.step_factor)
+    estimator = Estimator(config, settings)
     if "ranks" not in settings.model_fields_set:  # default ranks: leave out those above the limit of a matrix
         limit = estimator.rank_limit
         settings = settings.model_copy(update={"ranks": tuple(r for r in settings.ranks if r <= limit)})
         estimator = estimator.variant(ranks=settings.ranks)
     require_rank(estimator.skeleton, settings)
     estimates = [estimator.estimate(rank) for rank in settings.ranks]
-    speed = speed_of(calibration, settings)
+    speed = speed or Speed(price_per_hour=settings.price_per_hour)
     in_select = _as_select(estimator) if prices else None
     rows = [_rank_plan(estimate, settings, speed, in_select) for estimate in estimates]
     fitting = [row.rank for row in rows if row.fits]
@@ -90,9 +97,9 @@ def plan_config(
         context_bytes=context_bytes(settings),
         activations=last.peak.activations,
         selection=selection if planned is None else selection_cost(estimator, planned, workload_of(settings), speed),
-        sources=_sources(settings, first, calibration),
-        errors=errors_of(settings, first.source),
-        notes=_notes(estimator, settings, calibration),
+        sources=_sources(settings, first, speed),
+        errors={"exact": EXACT, first.source: _peak_error(settings, first.source)},
+        notes=_notes(estimator, settings),
         seconds=0.0,
         settings=settings.model_dump(mode="json"),
     )
@@ -139,19 +146,6 @@ def largest_rank(estimator: Estimator, estimates: Sequence[RankEstimate]) -> int
     return low
 
 
-def speed_of(calibration: Calibration | None, settings: PlanSettings) -> Speed:
-    if calibration is None:
-        return Speed(price_per_hour=settings.price_per_hour)
-    return Speed(calibration.seconds_per_flop, calibration.seconds_per_forward_flop, settings.price_per_hour)
-
-
-def with_measured_process(settings: PlanSettings, calibration: Calibration | None) -> PlanSettings:
-    """The settings with the measured bytes of the process, where none are given."""
-    if calibration is None or calibration.process_bytes is None or settings.context_bytes is not None:
-        return settings
-    return settings.model_copy(update={"context_bytes": calibration.process_bytes})
-
-
 def _as_select(estimator: Estimator) -> Estimator | None:
     """The same model and step in the training loop of `select`; None where the plan is of that loop, or of none it has."""
     settings = estimator.settings
@@ -171,7 +165,7 @@ def _rank_plan(
     peak = estimate.peak
     memory = settings.memory_bytes
     need = needed(peak.reserved_bytes, settings)
-    error = peak_error(settings, estimate.source).share
+    error = _peak_error(settings, estimate.source).share
     return RankPlan(
         rank=estimate.rank,
         trainable_parameters=estimate.inventory.trainable_parameters,
@@ -194,6 +188,17 @@ def _rank_plan(
     )
 
 
+def _peak_error(settings: PlanSettings, source: Source) -> Error:
+    """The error bound of the peak: the largest of those it rests on."""
+    on_cuda = settings.device == "cuda"
+    bases = [FORMULA if source == "formula" else TRACED_ON_CUDA if on_cuda else TRACED_ON_CPU]
+    if source != "formula" and on_cuda and (settings.load_in_4bit or settings.load_in_8bit):
+        bases.append(QUANTISED_ON_CUDA)
+    if settings.sharding != "none":
+        bases.append(SHARDED)
+    return max(bases, key=lambda error: error.share)
+
+
 def _require_length(config: Any, settings: PlanSettings) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and settings.seq_len > positions:
@@ -202,7 +207,7 @@ def _require_length(config: Any, settings: PlanSettings) -> None:
         raise ModelError("the configuration names no layers (num_hidden_layers)")
 
 
-def _sources(settings: PlanSettings, estimate: RankEstimate, calibration: Calibration | None) -> dict[str, Source]:
+def _sources(settings: PlanSettings, estimate: RankEstimate, speed: Speed) -> dict[str, Source]:
     counted: Source = "formula" if estimate.source == "formula" else "traced"
     on_cpu = settings.device == "cpu"
     sources: dict[str, Source] = {
@@ -224,22 +229,17 @@ def _sources(settings: PlanSettings, estimate: RankEstimate, calibration: Calibr
         sources["quantisation"] = counted if on_cpu else "formula"
     if settings.optim in ("adamw_8bit", "paged_adamw_8bit"):
         sources["optimizer"] = "exact" if settings.optim == "adamw_8bit" else "formula"
-    if calibration is not None:
+    if speed.seconds_per_flop is not None:
         sources["seconds_per_step"] = "measured"
     return sources
 
 
-def _notes(estimator: Estimator, settings: PlanSettings, calibration: Calibration | None) -> list[str]:
+def _notes(estimator: Estimator, settings: PlanSettings) -> list[str]:
     notes = []
     if estimator.untraceable is not None:
         notes.append(
             f"the step cannot be traced ({estimator.untraceable}), so the peak comes from a formula and may be off by a "
             f"factor of {1 + FORMULA.share:.2f} either way"
-        )
-    if calibration is not None:
-        notes.append(
-            f"on this device four groups of blocks took {calibration.step_factor:.1%} of the traced bytes (without "
-            "weights, adapter and optimizer); the peaks are scaled by it"
         )
     if settings.optim == "paged_adamw_8bit" and settings.device == "cpu":
         notes.append("bitsandbytes has no paged states on a CPU; they are planned as those of adamw_8bit")

@@ -1,65 +1,65 @@
-"""The plan of a selection: the memory of each rank in the training loop of `select`, and the ranks that fit."""
+"""The plan of a selection: the memory of each rank in the training loop of `select`, the ranks that fit, and the time on this
+device, from operations at the speed of a few real steps."""
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from rightrank.data.token_store import EncodedExample
+from rightrank.data.token_store import EncodedExample, longest_sequence
 from rightrank.models.base_models import LoadedModel, device_memory
 from rightrank.plugins.plan.budget import MAX_RANK, cheapest_changes, context_bytes, needed, rank_fits, starting_range
-from rightrank.plugins.plan.calibrate import Calibration, stored_calibration
+from rightrank.plugins.plan.duration import PlannedTrainings, Speed, Workload, flops_of, prefix_flops, selection_cost
 from rightrank.plugins.plan.estimate import Estimator
-from rightrank.plugins.plan.planner import largest_rank, with_measured_process
+from rightrank.plugins.plan.planner import largest_rank, plan_config
 from rightrank.plugins.plan.skeleton import is_known
-from rightrank.schema.errors import SettingsError
-from rightrank.schema.plan_settings import STEP_OF_SELECT, PlanSettings, loop_of_select, make_plan_settings
+from rightrank.report.format import quantity
+from rightrank.runs.plugins import Clock, MemoryPlan
+from rightrank.runs.prepare import Prepared, prepare, strategy_of
+from rightrank.runs.request import Request
+from rightrank.schema.errors import ModelError, SettingsError
+from rightrank.schema.plan_settings import (
+    STEP_OF_SELECT,
+    TRAININGS_OF_SELECT,
+    PlanSettings,
+    loop_of_select,
+    make_plan_settings,
+)
+from rightrank.schema.results import Plan, SelectionCost
 from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import Arm
 from rightrank.schema.variants import widest_rank
+from rightrank.search.protocol import Strategy
 from rightrank.train.batches import collate
 from rightrank.train.loss import logits_loss
-from rightrank.train.pace import MAX_ADAPTERS_PER_PASS
-from rightrank.train.tokens import EncodedData
-
-if TYPE_CHECKING:
-    from rightrank.plugins.plan.clock import SelectionClock
-    from rightrank.runs.prepare import Prepared
+from rightrank.train.pace import MAX_ADAPTERS_PER_PASS, measure_pace
+from rightrank.train.tokens import EncodedData, label_count
 
 PROBED_EXAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class SelectionPlan:
+class SelectionPlan(MemoryPlan):
     """Predicted peaks by rank, and the ranks that fit."""
 
     estimator: Estimator
-    calibration: Calibration | None  # of this device; None: not measured
-    peak_bytes: dict[int, int]  # allocated by tensors, by rank
-    needed_bytes: dict[int, int]  # with segments, process and headroom
-    memory_bytes: int | None  # None: unknown, and every rank is kept
-    ranks: tuple[int, ...]  # those that fit, or all
-    max_adapters_per_pass: int | None = None  # of the highest rank, that fit; None: unknown, or one alone is asked for
-
-    def left_out(self) -> tuple[int, ...]:
-        return tuple(rank for rank in self.needed_bytes if rank not in self.ranks)
 
     def notice(self) -> str | None:
         """One line for the user: the ranks left out, and why; None where all fit."""
-        left_out = self.left_out()
+        left_out = [rank for rank in self.needed_bytes if rank not in self.ranks]
         if not left_out or self.memory_bytes is None:
             return None
         wanted = ", ".join(f"{rank} ({_gib(self.needed_bytes[rank])})" for rank in left_out)
         return f"left out, since they need more than the {_gib(self.memory_bytes)} available: ranks {wanted}"
 
     def peak_of(self, ranks: Sequence[int]) -> int | None:
-        """Bytes of tensors at the peak of these ranks in one pass; None where one of them was not planned.
-
-        Each arm adds its own share: the traced peak of two arms of its rank, less that of one.
-        """
+        """Each arm adds its own share: the traced peak of two arms of its rank, less that of one."""
         if not set(ranks) <= self.peak_bytes.keys():
             return None
         if len(ranks) == 1:
@@ -69,16 +69,16 @@ class SelectionPlan:
         first = ranks[0]
         return self.peak_bytes[first] - shares[first] + sum(shares[rank] for rank in ranks)
 
-    @property
-    def is_timed(self) -> bool:
-        """Whether this device is calibrated and the step is traced, so that operations give seconds."""
-        return self.calibration is not None and self.estimator.untraceable is None
+    def clock(self, prepared: Prepared) -> Clock | None:
+        measured = _measured_speed(self.estimator, prepared)
+        if measured is None:
+            return None
+        speed, basis = measured
+        return Clock(basis, lambda strategy: self.cost(prepared, strategy, speed))
 
-    def clock(self, prepared: Prepared, measure: bool) -> SelectionClock:
-        """The time of the prepared selection; see `rightrank.runs.plugins.MemoryPlan`."""
-        from rightrank.plugins.plan.clock import SelectionClock, measured_speed  # it prices this plan
-
-        return SelectionClock(self, prepared, measured_speed(self, prepared) if measure else None)
+    def cost(self, prepared: Prepared, strategy: Strategy, speed: Speed) -> SelectionCost:
+        fitting = self.estimator.variant(ranks=self.ranks)
+        return selection_cost(fitting, PlannedTrainings.of(strategy), _workload(prepared), speed)
 
 
 def plan_loaded(
@@ -136,10 +136,8 @@ def plan_selection(
         SettingsError: fewer ranks fit than a comparison needs; the message names what to change.
     """
     plan_settings = _plan_settings(config, settings, longest, device, num_labels, sequences)
-    calibration = stored_calibration(config, plan_settings)
-    plan_settings = with_measured_process(plan_settings, calibration)
     memory = plan_settings.memory_bytes
-    estimator = Estimator(config, plan_settings, None if calibration is None else calibration.step_factor)
+    estimator = Estimator(config, plan_settings)
     held = {rank: widest_rank(settings, rank) for rank in settings.ranks}
     peaks = {rank: estimator.estimate(rank).peak for rank in sorted({*held, *held.values()})}
     needs = {rank: needed(peaks[held[rank]].reserved_bytes, plan_settings) for rank in held}
@@ -150,9 +148,7 @@ def plan_selection(
     wanted = settings.adapters_per_pass or (MAX_ADAPTERS_PER_PASS if plan_settings.device == "cuda" else 1)
     if memory is not None and wanted > 1:
         adapters = _max_adapters(estimator, held[max(fitting)], wanted)
-    return SelectionPlan(
-        estimator, calibration, {rank: peaks[rank].peak_bytes for rank in held}, needs, memory, fitting, adapters
-    )
+    return SelectionPlan({rank: peaks[rank].peak_bytes for rank in held}, needs, memory, fitting, adapters, estimator)
 
 
 def _max_adapters(estimator: Estimator, rank: int, wanted: int) -> int:
@@ -210,9 +206,7 @@ def ranks_for_data(
     """
     one = settings.model_copy(update={"ranks": (1,)})
     plan_settings = _plan_settings(config, one, longest, device, None)
-    calibration = stored_calibration(config, plan_settings)
-    plan_settings = with_measured_process(plan_settings, calibration)
-    estimator = Estimator(config, plan_settings, None if calibration is None else calibration.step_factor)
+    estimator = Estimator(config, plan_settings)
     top = min(estimator.rank_limit, MAX_RANK)
     fitting = None
     if plan_settings.memory_bytes is not None:
@@ -238,3 +232,102 @@ def _refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
+
+
+def plan_data(request: Request, price_per_hour: float | None = None) -> Plan:
+    """The plan of `select` with the same request: its ranks, steps, lengths, splits and trainings.
+
+    Args:
+        request: as for the selection.
+        price_per_hour: of this device.
+
+    Raises:
+        InputError: as a selection raises it before its first training.
+        ModelError: an architecture that can't be planned.
+    """
+    notes: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
+        prepared = prepare(request, Path(folder) / "cache", notes.append)
+        planned = prepared.planned
+        if not isinstance(planned, SelectionPlan):
+            raise ModelError(
+                f"{request.model_name}: this architecture can't be planned; `select` runs it without a plan"
+            )
+        given = {name: getattr(prepared.settings, name) for name in TRAININGS_OF_SELECT}
+        given |= {"max_steps": prepared.steps, "price_per_hour": price_per_hour}
+        settings = planned.estimator.settings.model_copy(update=given)
+        speed, measured = Speed(), _measured_speed(planned.estimator, prepared)
+        if measured is not None:
+            speed, basis = measured
+            notes.append(f"time: measured on this device: {basis}, then discarded")
+        speed = replace(speed, price_per_hour=price_per_hour)
+        cost = planned.cost(prepared, strategy_of(prepared), speed)
+        plan = plan_config(prepared.runtime.model.config, request.model_name, settings, selection=cost, speed=speed)
+    return plan.model_copy(update={"notes": [*notes, *plan.notes], "data": prepared.started.data})
+
+
+def _measured_speed(estimator: Estimator, prepared: Prepared) -> tuple[Speed, str] | None:
+    """`(seconds per operation of this run, the steps and examples that they come from)`.
+
+    None where trainings run in other processes, operations can't be counted, or memory runs out.
+    """
+    settings = prepared.settings
+    if settings.executor != "local" or estimator.untraceable is not None:
+        return None
+    rank = max(settings.ranks)
+    arm = Arm(
+        rank=rank,
+        learning_rate=min(settings.learning_rates),
+        lora_alpha=settings.lora_alpha,
+        seed=settings.seeds[0],
+        steps=prepared.steps,
+    )
+    pace = measure_pace(prepared.runtime, arm)
+    if pace is None:
+        return None
+    work = _workload(prepared, pace.batches, pace.evaluated)
+    flops, filled = flops_of(estimator, rank, work), prefix_flops(estimator) * work.filled * pace.filled
+    speed = Speed(
+        pace.train_seconds / flops.training,
+        pace.eval_seconds / flops.evaluation,
+        # None: no block is computed once, or beside a reference
+        seconds_per_prefix_flop=pace.fill_seconds / filled if filled and not work.reference else None,
+    )
+    steps, examples = quantity(len(pace.batches), "step"), quantity(len(pace.evaluated), "validation example")
+    return speed, f"{steps} of rank {pace.rank} and {examples}"
+
+
+def _workload(
+    prepared: Prepared, batches: Sequence[Sequence[int]] | None = None, evaluated: Sequence[int] | None = None
+) -> Workload:
+    """The work of one training, counted over all its batches.
+
+    Args:
+        prepared: the selection.
+        batches: training examples of each step; None for those of a whole training.
+        evaluated: validation examples; None for all.
+    """
+    data, settings = prepared.runtime.data, prepared.settings
+    train = data.splits["train"]
+    batches = prepared.runtime.batch_plan(settings.seeds[0]) if batches is None else batches
+    size = settings.batch_size
+    micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
+    used = [train[index] for rows in micro for index in rows]
+    if prepared.runtime.fast_paths.sequence_packing:
+        computed = sum(example.length for example in used)
+    else:
+        padded = sum(len(rows) * longest_sequence([train[index] for index in rows]) for rows in micro)
+        computed = padded * data.sequences_per_example
+    labels = sum(label_count(example) for example in used)
+    trained = len({index for rows in micro for index in rows})
+    held_out = len(data.splits["selection"]) if evaluated is None else len(evaluated)
+    return Workload(
+        steps=len(batches),
+        examples=trained * data.sequences_per_example,
+        eval_examples=held_out * data.sequences_per_example,
+        eval_points=settings.eval_points,
+        passes=settings.gradient_accumulation_steps,
+        filled=computed / (len(used) * data.sequences_per_example * data.longest),
+        labelled=1.0 if data.is_classification else labels / computed,
+        reference=trained / held_out + 2 if data.is_preference else 0.0,
+    )

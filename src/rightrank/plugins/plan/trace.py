@@ -24,7 +24,7 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -203,7 +203,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
 
 
 STEPS = 3  # the first creates the optimizer's states; after two more the reserved bytes no longer grow
-PERSISTENT = ("weights", "adapter", "optimizer")  # components that a calibration does not correct: they are exact
 FIRST_NAME = 2**40  # of allocations that are not in the trace
 
 
@@ -290,15 +289,6 @@ def simulate_peak(
         for number in never_freed:
             allocator.free(number)
     return _described(residents, trace, sizes, optimizer, (best, allocator.peak_reserved, where))
-
-
-def corrected(peak: Peak, step_factor: float) -> Peak:
-    """The peak with the bytes of the step itself (without PERSISTENT components) times `step_factor`."""
-    persistent = sum(peak.components.get(name, 0) for name in PERSISTENT)
-    difference = round((step_factor - 1) * (peak.peak_bytes - persistent))
-    components = peak.components | {"correction": difference}
-    reserved = max(peak.reserved_bytes + difference, peak.peak_bytes + difference)
-    return replace(peak, peak_bytes=peak.peak_bytes + difference, reserved_bytes=reserved, components=components)
 
 
 def _described(
