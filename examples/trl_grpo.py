@@ -13,7 +13,7 @@ from trl import GRPOConfig
 
 from rightrank import select_rank_with
 from rightrank.interop.trl import GRPOTrain
-from rightrank.train.scores import token_f1
+from rightrank.train.metrics import token_f1
 
 
 def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine.common import machine, make_runtime
+from rightrank.hooks.certificate import certify
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.certify import certify
 from rightrank.train.loop import train_trials
 from rightrank.train.trial import TrialFolders
 

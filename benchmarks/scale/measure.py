@@ -27,9 +27,9 @@ from benchmarks.scale.simulate import lower_bound
 from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew
 from benchmarks.scale.stub_worker import StubRayWorker
 from rightrank.plugins.cluster.messages import Setup
+from rightrank.plugins.cluster.on_ray import RayCrew
 from rightrank.plugins.cluster.pool import Crew, Pool, PoolOptions
 from rightrank.plugins.cluster.processes import ProcessCrew
-from rightrank.plugins.cluster.ray_cluster import RayCrew
 from rightrank.plugins.cluster.worker import versions
 from rightrank.schema.trials import Arm, Trial
 

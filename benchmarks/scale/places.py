@@ -22,9 +22,9 @@ from benchmarks.scale.measure import STUB, setup_in
 from benchmarks.scale.simulated import TOKEN
 from benchmarks.scale.stub_worker import StubRayWorker
 from rightrank.hooks.report import Report
+from rightrank.plugins.cluster.on_ray import RayCrew
 from rightrank.plugins.cluster.pool import Crew, Pool, PoolOptions
 from rightrank.plugins.cluster.processes import ProcessCrew
-from rightrank.plugins.cluster.ray_cluster import RayCrew
 from rightrank.plugins.cluster.worker import versions
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hooks, Run

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.scale.simulated import result_of, step_of
 from rightrank.plugins.cluster.messages import Setup, Step, WorkerMessage
-from rightrank.plugins.cluster.ray_cluster import RayWorker
+from rightrank.plugins.cluster.on_ray import RayWorker
 from rightrank.plugins.cluster.worker import Worker, main
 from rightrank.runs.executor import Executor
 from rightrank.schema.trials import Trial, TrialOutcome, TrialStarted

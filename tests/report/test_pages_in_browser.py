@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rightrank.plugins.judge.page import judge_page
+from rightrank.plugins.judge.pairs import judge_page
 from tests.report.chromium import CHROMIUM, FLAGS, sync_api
 
 pytestmark = [

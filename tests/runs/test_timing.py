@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rightrank.api.selecting import preflight, select_rank
-from rightrank.hooks import outlook
-from rightrank.hooks.outlook import time_line
+from rightrank.hooks import preflight as planned
+from rightrank.hooks.preflight import time_line
 from rightrank.hooks.progress import Progress
 from rightrank.plugins.plan.duration import Speed
 from rightrank.runs.journal import Journal
@@ -53,7 +53,7 @@ def outcomes(selected: Selected) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def measured_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlook, "MIN_STEPS", 1)
+    monkeypatch.setattr(planned, "MIN_STEPS", 1)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_measured_steps_change_no_result(
     )
     assert log.position("time: about") < log.seen.index(0) < log.seen.index(4)  # before the base and before rank 4
     assert any(isinstance(one, float) and one > 0 for one in log.seen[: log.seen.index(0)])  # on_time
-    monkeypatch.setattr(outlook, "clock_of", lambda *_, **__: None)
+    monkeypatch.setattr(planned, "clock_of", lambda *_, **__: None)
     without = select_rank(str(model_folder), completion_file, tmp_path / "without", settings=settings)
     assert outcomes(with_time) == outcomes(without)
     for one in sorted((tmp_path / "with").rglob("adapter_model.safetensors")):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rightrank.train.attention import FUSED, float32_attention, wants_float32
+from rightrank.train.batches import FUSED, float32_attention, wants_float32
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
 

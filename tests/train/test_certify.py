@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from rightrank.api.selecting import select_rank
+from rightrank.hooks.certificate import certify
 from rightrank.runs.journal import Journal
 from rightrank.schema.events import Certified, Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.certify import certify
 from rightrank.train.loop import run_trial
 from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime

@@ -14,7 +14,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import prepare_model
 from rightrank.schema.trials import Arm
-from rightrank.train import attention as sequence_packing
+from rightrank.train import batches as sequence_packing
 from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode

@@ -78,7 +78,7 @@ def select_rank(
         from rightrank.hooks.certificate import Certificate
         from rightrank.hooks.extend import select_extended
         from rightrank.hooks.guard import Guard
-        from rightrank.hooks.outlook import Outlook
+        from rightrank.hooks.preflight import Outlook
         from rightrank.hooks.report import Report
         from rightrank.runs.run import select
 

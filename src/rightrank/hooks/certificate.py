@@ -1,15 +1,25 @@
-"""The certificate of a selection: one arm trained again, alone."""
+"""The certificate of a selection: one arm trained again, alone.
+
+The certificate: one arm of the run is trained again, alone, and compared with its result in the run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.returns import Selected
-from rightrank.schema.events import Event, Listener, StepDone
-from rightrank.schema.trials import TrialFinished
-from rightrank.train.certify import certify
+from rightrank.schema.errors import RunError
+from rightrank.schema.events import Certified, Event, Listener, StepDone
+from rightrank.schema.trials import Trial, TrialFinished
+from rightrank.train.loop import run_trial
+from rightrank.train.runtime import Runtime
+from rightrank.train.trial import TrialFolders
 
 
 class Certificate(Hook):
@@ -57,3 +67,75 @@ def _seed_difference(trials: Sequence[TrialFinished]) -> float | None:
         cells.setdefault((trial.rank, trial.learning_rate, trial.steps), []).append(trial.value)
     pairs = [abs(a - b) for values in cells.values() for a, b in combinations(values, 2)]
     return sum(pairs) / len(pairs) if pairs else None
+
+
+STEP_BOUND = 1e-5  # relative, of the loss of one step from the same state, float32
+RUN_BOUND = 1e-3  # relative, of losses and adapter over a whole training, float32
+MAX_SEED_SHARE = 0.1  # below float32: of the difference between two seeds
+
+
+def certify(
+    runtime: Runtime,
+    trial: TrialFinished,
+    adapter: Path,
+    scratch: Path,
+    listener: Listener,
+    seed_difference: float | None,
+) -> Certified:
+    """Train the arm of `trial` again, alone and from its start, and return the differences.
+
+    Args:
+        adapter: the folder of its trained adapter.
+        seed_difference: the difference of the held-out value between two seeds of one rank and learning rate; None if
+            the run has one seed. It sets the bound for a model that is not in float32.
+
+    Raises:
+        RunError: the repeated training ended without a result.
+        InterruptedRun: the listener asked to stop; a checkpoint was written.
+    """
+    arm = trial.arm.model_copy(update={"continue_from": None})
+    folders = TrialFolders(scratch / f"{trial.trial_id}.safetensors", scratch / trial.trial_id)
+    again = run_trial(runtime, Trial(trial_id=trial.trial_id, arm=arm), None, folders, listener)
+    if not isinstance(again, TrialFinished):
+        raise RunError(f"{arm.label()} ended without a result when trained again alone: {again.reason}")
+    step, run = _largest_differences(trial.train_losses, again.train_losses)
+    tensors = _tensor_difference(
+        load_file(adapter / "adapter_model.safetensors"), load_file(folders.adapter / "adapter_model.safetensors")
+    )
+    value = abs(trial.value - again.value)
+    exact = next(runtime.model.parameters()).dtype == torch.float32
+    exact_enough = step <= STEP_BOUND and run <= RUN_BOUND and tensors <= RUN_BOUND
+    within_noise = None if seed_difference is None else value <= MAX_SEED_SHARE * seed_difference
+    return Certified(
+        trial_id=trial.trial_id,
+        rank=trial.rank,
+        adapters_per_pass=trial.adapters_per_pass,
+        steps=len(trial.train_losses),
+        first_step_difference=step,
+        loss_difference=run,
+        adapter_difference=tensors,
+        value_difference=value,
+        seed_difference=seed_difference,
+        exact=exact,
+        passed=exact_enough if exact else within_noise,
+    )
+
+
+def _largest_differences(one: list[float], other: list[float]) -> tuple[float, float]:
+    """The difference `(at the first step, at the worst step)`, relative to `other`."""
+    assert len(one) == len(other)
+    differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in zip(one, other, strict=True)]
+    return (differences[0], max(differences)) if differences else (0.0, 0.0)
+
+
+def _tensor_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+    """‖one − other‖ / ‖other‖ over all A, over all B and over any other tensors; the largest of the three."""
+    assert one.keys() == other.keys()
+    found = 0.0
+    for part in ("_A", "_B", ""):
+        names = [name for name in one if (part in name if part else "_A" not in name and "_B" not in name)]
+        norm = sum(float(other[name].double().square().sum()) for name in names)
+        difference = sum(float((one[name].double() - other[name].double()).square().sum()) for name in names)
+        if norm > 0:
+            found = max(found, (difference / norm) ** 0.5)
+    return found

@@ -2,22 +2,24 @@
 
 A strategy requests arms, an executor runs them, and whatever happens goes through `Run.on_event` to the journal and the hooks.
 The journal is the only state, so a run that was killed resumes where it stopped.
+
+The choice of an executor: this process, or workers that a plug-in has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rightrank.decision.run import decide_run
 from rightrank.report.format import size
-from rightrank.runs.executor import Executor
-from rightrank.runs.finish import answer_early, finish
+from rightrank.runs.executor import Executor, LocalExecutor
+from rightrank.runs.finish import answer_early, finish, rescore
 from rightrank.runs.folder import RunFolder, run_store
 from rightrank.runs.hook import FailingAs, Hook, Hooks, Run
-from rightrank.runs.places import executor_of
-from rightrank.runs.prepare import Bases, prepare, resuming, strategy_of
+from rightrank.runs.plugins import executors
+from rightrank.runs.prepare import Bases, Prepared, prepare, resuming, strategy_of
 from rightrank.runs.request import Request
-from rightrank.runs.rescoring import rescore
 from rightrank.runs.returns import Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import AllTrialsFailedError, DeviceMemoryError, InterruptedRun, ResultsError
@@ -157,3 +159,19 @@ def _with_plan(run: Run, outcome: TrialOutcome) -> TrialOutcome:
     if predicted is None or outcome.error != "out_of_memory":
         return outcome
     return outcome.model_copy(update={"reason": f"{outcome.reason}; the plan said {size(predicted)}"})
+
+
+@contextmanager
+def executor_of(request: Request, prepared: Prepared, run: Run) -> Iterator[Executor]:
+    """The executor that the settings name; workers run as long as the block.
+
+    Raises:
+        InputError: the settings don't fit the executor.
+        RunError: no worker could start.
+    """
+    if request.settings.executor == "local":
+        largest = prepared.planned.max_adapters_per_pass if prepared.planned else None
+        yield LocalExecutor(prepared.runtime, run.folder, run, largest)
+        return
+    with executors()[request.settings.executor](request, prepared, run) as executor:
+        yield executor

@@ -1,9 +1,9 @@
 """Faster ways to compute the same losses. Each is used only after a check on real data finds the losses unchanged.
 
-- Sequence packing: no padding (`attention.py`).
+- Sequence packing: no padding (`batches.py`).
 - Label rows: the last block's position-wise layers run only where a label follows.
 - Frozen prefix: the blocks below the first adapter run once per example (`prefix.py`).
-- Attention in float32 on a CPU whose model is in 16 bits (`attention.py`). It needs no check: it rounds less.
+- Attention in float32 on a CPU whose model is in 16 bits (`batches.py`). It needs no check: it rounds less.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from rightrank.data.token_store import EncodedExample, lengths_of
-from rightrank.models.kinds.routing import Routing
+from rightrank.models.kinds.base import Routing
 from rightrank.schema.errors import is_out_of_memory
 from rightrank.schema.trials import SplitName
-from rightrank.train.attention import FUSED, float32_attention, packed, packed_attention
-from rightrank.train.batches import Batch
+from rightrank.train.batches import FUSED, Batch, float32_attention, packed, packed_attention
 from rightrank.train.loss import Objective, head_loss
 from rightrank.train.prefix import FrozenPrefix, find_blocks
 from rightrank.train.tokens import IGNORED

@@ -17,8 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
 from rightrank.models.kinds import kind_of
-from rightrank.models.kinds.base import CurrentRouting, salt_of
-from rightrank.models.kinds.routing import Routing
+from rightrank.models.kinds.base import CurrentRouting, Routing, salt_of
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.adapter import ADAPTER, initialise, seeded, trained_biases, unwrapped, wrapped

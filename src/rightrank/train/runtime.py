@@ -14,21 +14,36 @@ import torch
 
 from rightrank.data.token_store import EncodedExample, lengths_of
 from rightrank.models.base_models import LoadedModel
-from rightrank.models.kinds.routing import Routing
+from rightrank.models.kinds.base import Routing
 from rightrank.schema.errors import InterruptedRun, ModelError
 from rightrank.schema.events import Preparing
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
 from rightrank.train.adapter import EVA_BATCHES, attached, input_directions
-from rightrank.train.attention import wants_float32
-from rightrank.train.batches import Batch, batch_plan, batch_plan_by_length, collate, length_sorted_batches
+from rightrank.train.batches import (
+    Batch,
+    batch_plan,
+    batch_plan_by_length,
+    collate,
+    length_sorted_batches,
+    wants_float32,
+)
 from rightrank.train.device import gradient_checkpointing_on, training_is
 from rightrank.train.distributed import my_share, require_shares
 from rightrank.train.evaluation import Scores, score_batches
 from rightrank.train.fast_paths import FastPaths, can_pack_sequences, find_last_block, packing_probe, prefix_agrees
-from rightrank.train.loss import BatchLoss, Likelihood, Objective, Scale, make_likelihood, sees_later_tokens
+from rightrank.train.loss import (
+    BatchLoss,
+    Likelihood,
+    Objective,
+    PreferenceLoss,
+    Reference,
+    Scale,
+    adapters_off,
+    make_likelihood,
+    sees_later_tokens,
+)
 from rightrank.train.multi_lora import ArmBatch, MultiLora, concatenated
-from rightrank.train.preference import PreferenceLoss, Reference, adapters_off
 from rightrank.train.prefix import FrozenPrefix, find_blocks, prefix_depth
 from rightrank.train.targets import ArmTargets
 from rightrank.train.tokens import EncodedData

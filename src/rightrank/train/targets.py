@@ -16,8 +16,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.base import AdapterKind
-from rightrank.models.kinds.experts import WRAPPED, expert_rank
 from rightrank.models.kinds.linear import Linear
+from rightrank.models.kinds.other import WRAPPED, expert_rank
 from rightrank.models.ranks import rank_of_equal_parameters
 from rightrank.schema.errors import ModelError, did_you_mean, first_line
 from rightrank.schema.plan_settings import PlanSettings

@@ -15,8 +15,8 @@ import pytest
 
 from rightrank import select_rank
 from rightrank.plugins.cluster.messages import WORKER_MESSAGE, Ready, Setup, Stop
+from rightrank.plugins.cluster.on_ray import connected, resources
 from rightrank.plugins.cluster.processes import ProcessCrew
-from rightrank.plugins.cluster.ray_cluster import connected, resources
 from rightrank.plugins.cluster.worker import serve, versions
 from rightrank.schema.errors import InputError, MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Event, StepDone

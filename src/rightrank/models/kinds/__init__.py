@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rightrank.models.kinds.base import AdapterKind, StoredPair
-from rightrank.models.kinds.experts import Experts
 from rightrank.models.kinds.linear import Linear
-from rightrank.models.kinds.other import Convolution, Dora, Embedding, Other
+from rightrank.models.kinds.other import Convolution, Dora, Embedding, Experts, Other
 
 KINDS: tuple[AdapterKind, ...] = (Experts(), Dora(), Embedding(), Convolution(), Linear(), Other())
 """The first that claims a module or a pair describes it; the last claims any module."""

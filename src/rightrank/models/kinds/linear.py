@@ -27,8 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rightrank.models.kinds.base import AdapterKind, CurrentRouting, Forward, StoredPair
-from rightrank.models.kinds.routing import Part, Routing
+from rightrank.models.kinds.base import AdapterKind, CurrentRouting, Forward, Part, Routing, StoredPair
 
 
 class Linear(AdapterKind):

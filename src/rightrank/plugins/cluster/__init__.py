@@ -33,6 +33,6 @@ def _workers(*selection: Any) -> AbstractContextManager[Any]:
 
 
 def _on_ray(train: Any) -> Callable[..., Any]:
-    from rightrank.plugins.cluster.ray_calls import call_on_ray
+    from rightrank.plugins.cluster.on_ray import call_on_ray
 
     return call_on_ray(train)

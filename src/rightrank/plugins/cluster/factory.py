@@ -97,7 +97,7 @@ def _crew(settings: SelectSettings, setup: Setup, needed: int | None, on_cuda: b
     """The crew and its maximum number of workers; `needed` is a worker's planned memory, None where there is no plan."""
     size = settings.devices_per_arm
     if settings.executor == "ray":
-        from rightrank.plugins.cluster.ray_cluster import RayCrew
+        from rightrank.plugins.cluster.on_ray import RayCrew
 
         crew = RayCrew(setup, settings.ray_address, needed, on_cuda, size=size)
         return crew, settings.workers or crew.room()

@@ -17,7 +17,7 @@ import torch
 
 from rightrank.models.base_models import DTYPES
 from rightrank.models.ranks import safetensors_bytes
-from rightrank.plugins.plan.quantised import count_parameters
+from rightrank.plugins.plan.device import count_parameters
 from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, adapt, build_base
 from rightrank.plugins.plan.stack import TRACED_GROUPS, deepen, find_reduction, reduced_config, same_kinds
 from rightrank.plugins.plan.step import Groups, blocks_of, sharded, trace_step

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rightrank.models.base_models import DTYPES, LOADING_ERRORS, quiet_third_parties
 from rightrank.models.places import require_model
-from rightrank.plugins.plan.quantised import quantise
+from rightrank.plugins.plan.device import quantise
 from rightrank.schema.errors import ModelError, first_line
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.train.targets import (

@@ -13,9 +13,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
 from rightrank.models.base_models import DTYPES
-from rightrank.models.kinds.routing import Routing
-from rightrank.plugins.plan.kernels import DeviceKernels
-from rightrank.plugins.plan.quantised import mark_adapted
+from rightrank.models.kinds.base import Routing
+from rightrank.plugins.plan.device import DeviceKernels, mark_adapted
 from rightrank.plugins.plan.skeleton import Skeleton
 from rightrank.plugins.plan.trace import OptimizerMemory, Resident, StepTrace, Tracer
 from rightrank.schema.plan_settings import PlanSettings

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rightrank.plugins.plan.allocator import CachingAllocator
-from rightrank.plugins.plan.kernels import DeviceKind, scratch_bytes
+from rightrank.plugins.plan.device import DeviceKind, scratch_bytes
 from rightrank.schema.plan_settings import OptimizerName
 from rightrank.schema.results import Components
 
