@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import random
@@ -16,8 +17,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from rightrank import SmallestAdapter
-from rightrank.adapters.live import LiveAdapter, batch_scores, scores, smallest_adapter
+from rightrank.adapters.live import LiveAdapter, smallest_adapter
+from rightrank.adapters.live_scores import HeldOut, PairLoss, batch_scores
 from rightrank.schema.errors import DataError, ModelError
+from rightrank.train.evaluation import Scores
 
 pytestmark = pytest.mark.trains
 Rows = list[dict[str, list[int]]]
@@ -62,6 +65,10 @@ def trained(folder: Path, rows: Rows, out: Path, callbacks: Sequence[Any], **cha
     trainer = Trainer(model, arguments, collator, Listed(rows[:140]), Listed(rows[140:]), callbacks=list(callbacks))
     trainer.train()
     return trainer, model
+
+
+def scored(model: Any, batches: Sequence[Any]) -> Scores:
+    return HeldOut(model, batches, "default", PairLoss()).scores()
 
 
 def losses_by_peft(folder: Path, adapter: Path, rows: Rows) -> list[float]:
@@ -118,6 +125,8 @@ def test_the_model_is_given_back_as_it_came(model_folder: Path, rows: Rows, tmp_
     hooks = [len(module._forward_hooks) for module in model.modules()]
     needs = [parameter.requires_grad for parameter in model.parameters()]
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    configs, active = copy.deepcopy(model.peft_config), copy.deepcopy(model.active_adapter)
+    layers = [copy.copy(vars(module)) for module in model.modules()]
     smallest_adapter(LiveAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     assert {name for name, value in model.named_parameters() if value.grad is not None} == set(gradients)
@@ -129,14 +138,17 @@ def test_the_model_is_given_back_as_it_came(model_folder: Path, rows: Rows, tmp_
     assert [parameter.requires_grad for parameter in model.parameters()] == needs
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == states[1:]
+    assert {name: vars(one) for name, one in model.peft_config.items()} == {n: vars(one) for n, one in configs.items()}
+    assert model.active_adapter == active
+    assert [vars(module) for module in model.modules()] == layers  # nothing is replaced, added or taken away
 
 
 def test_examples_packed_in_one_row_have_their_own_losses(model_folder: Path, rows: Rows) -> None:
     model = peft_model(model_folder).eval()
-    alone = scores(model, [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:3]])
+    alone = scored(model, [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:3]])
     joined = {key: torch.tensor([[token for row in rows[:3] for token in row[key]]]) for key in ("input_ids", "labels")}
     joined["position_ids"] = torch.tensor([[index for row in rows[:3] for index in range(len(row["labels"]))]])
-    packed = scores(model, [joined])
+    packed = scored(model, [joined])
     assert packed.tokens == alone.tokens
     assert packed.losses[0] == pytest.approx(alone.losses[0], abs=1e-4)  # the first sees nothing before it
 

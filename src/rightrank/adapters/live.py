@@ -1,26 +1,27 @@
 """The smallest adapter of a model that another program trained: its truncations, scored with the model as it is in memory.
 
 The walk is that of `resize --data`: the adapter is saved, truncated by the same code, and each truncation is put in the place of the trained
-factors for one evaluation. The model is given back as it came: parameters, modes, gradients, hooks and random states.
+factors for one evaluation. The model is given back as it came: parameters, modes, gradients, hooks, configurations and random states.
+Where several processes train it, all of them call `smallest_adapter` with the same data and get the same answer.
 """
 
 from __future__ import annotations
 
-import inspect
 import random
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rightrank.adapters.held_out import capped
+from rightrank.adapters.live_scores import Batch, HeldOut, PairLoss, active_adapter, batch_scores
 from rightrank.adapters.resize import candidate_ranks
 from rightrank.adapters.rewrite import write_resized
 from rightrank.decision.adapter import Criterion, adapter_answer, trained_answer
@@ -29,17 +30,11 @@ from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.truncation import Moments
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import ModelError
+from rightrank.schema.errors import ModelError, NotFiniteError
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter import lora_modules
 from rightrank.train.adapter_runtime import finished_trial
 from rightrank.train.covariances import MOMENT_TOKENS, MomentSums, rank_space
-from rightrank.train.evaluation import Scores
-
-Batch = Mapping[str, Any]  # as the trainer's collator makes it: tensors with `labels`
-
-CHUNK = 4096  # positions whose logits are in float32 at a time
-NOT_FOR_THE_MODEL = ("labels", "num_items_in_batch")  # labels stay outside: fused losses return no logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +49,8 @@ class LiveAdapter:
         ranks: candidates; None for the powers of two below the adapter's rank.
         name: the adapter's name in PEFT.
         metric: `loss`, or `accuracy` of a classifier.
+        pair_loss: of preference pairs.
+        moment_tokens: how many tokens of `train` are read at most.
     """
 
     model: Any
@@ -63,6 +60,8 @@ class LiveAdapter:
     ranks: Sequence[int] | None = None
     name: str = "default"
     metric: str = "loss"
+    pair_loss: PairLoss = field(default_factory=PairLoss)
+    moment_tokens: int = MOMENT_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +73,7 @@ class LiveAnswer:
     examples: int
     seconds: float
     notes: tuple[str, ...] = ()
+    value: float = 0.0  # of the adapter as it was trained, on the held-out examples
 
 
 def smallest_adapter(live: LiveAdapter, working: Path) -> LiveAnswer:
@@ -85,6 +85,7 @@ def smallest_adapter(live: LiveAdapter, working: Path) -> LiveAnswer:
 
     Raises:
         ModelError: the adapter cannot be truncated.
+        NotFiniteError: a held-out loss is NaN or infinite.
     """
     require_truncatable(live.model, live.name)
     started = time.monotonic()
@@ -96,31 +97,53 @@ def smallest_adapter(live: LiveAdapter, working: Path) -> LiveAnswer:
         trials = _walk(live, adapter, moments, working)
     answer = _answer(trials, live) or trained_answer(trials[0], _criterion(trials, live))
     count = len(trials[0].item_losses)
-    return LiveAnswer(answer, working / answer.trial_id, count, time.monotonic() - started, notes)
+    value = trials[0].metrics[live.metric]
+    return LiveAnswer(answer, working / answer.trial_id, count, time.monotonic() - started, notes, value)
 
 
 def require_truncatable(model: Any, name: str) -> None:
     """Refuse what no truncation can be made of.
 
     Raises:
-        ModelError: no PEFT model, no adapter of that name, another kind than LoRA of linear layers, or rank 1.
+        ModelError: no PEFT model, no adapter of that name, another kind than LoRA of linear layers, a merged one, or rank 1.
     """
     config = getattr(model, "peft_config", {}).get(name)
     if config is None:
         raise ModelError(
             f"the model has no PEFT adapter {name!r}; give a model that PEFT has wrapped, or the adapter's name"
         )
-    modules = lora_modules(model)
-    odd = [
-        module for module, layer in modules.items() if name in layer.lora_A and not isinstance(kind_of(layer), Linear)
-    ]
+    modules = {module: layer for module, layer in lora_modules(model).items() if name in layer.lora_A}
+    odd = [module for module, layer in modules.items() if not isinstance(kind_of(layer), Linear)]
     if not modules or odd or config.use_dora:
         what = odd[0] if odd else config.peft_type
         raise ModelError(
             f"{what}: only LoRA of linear layers is truncated in memory; save it and use rightrank resize --data"
         )
+    if any(layer.merged for layer in modules.values()):
+        raise ModelError(f"the adapter {name!r} is merged into the base; call unmerge_adapter() before the measurement")
     if config.r < 2:
         raise ModelError("the adapter has rank 1: there is no lower rank")
+
+
+def trained_adapter(model: Any) -> str:
+    """The name of the adapter that trains: of several active ones, the one whose factors have gradients.
+
+    Raises:
+        ModelError: several adapters train.
+    """
+    active = getattr(model, "active_adapters", None)
+    names = [active] if isinstance(active, str) else list(active if isinstance(active, list) else ["default"])
+    if len(names) == 1:
+        return names[0]
+    layers = lora_modules(model).values()
+    training = [
+        name for name in names if any(name in one.lora_A and one.lora_A[name].weight.requires_grad for one in layers)
+    ]
+    if len(training) != 1:
+        raise ModelError(
+            f"the adapters {', '.join(training or names)} train together; one adapter is truncated at a time"
+        )
+    return training[0]
 
 
 def _walk(
@@ -129,6 +152,7 @@ def _walk(
     """The adapter and its truncations, downward until one does not hold."""
     ranks = sorted(candidate_ranks(adapter, live.ranks), reverse=True)
     top = f"r{ranks[0]}"
+    held_out = HeldOut(live.model, live.held_out, live.name, live.pair_loss)
     trials: list[TrialFinished] = []
     for rank in ranks:
         folder = working / f"r{rank}"
@@ -138,9 +162,10 @@ def _walk(
             write_resized(adapter, folder, capped(adapter, rank, moments), None, moments)
             put_in_place(live.model, live.name, open_adapter(folder))
         parent = None if folder.name == top else top
-        trials.append(
-            finished_trial(folder.name, rank, scores(live.model, live.held_out), live.metric, truncate_from=parent)
-        )
+        scores = held_out.scores()
+        if not np.isfinite(scores.losses).all():
+            raise NotFiniteError(f"rank {rank}: a held-out loss is NaN or infinite; the training may have diverged")
+        trials.append(finished_trial(folder.name, rank, scores, live.metric, truncate_from=parent))
         if parent and not _holds(trials, live):
             break
     return trials
@@ -157,7 +182,7 @@ def _answer(trials: Sequence[TrialFinished], live: LiveAdapter) -> AdapterAnswer
 
 
 def _criterion(trials: Sequence[TrialFinished], live: LiveAdapter) -> Criterion:
-    is_token_loss = trials[0].item_correct is None
+    is_token_loss = trials[0].item_correct is None and "completion_mask" not in live.held_out[0]
     return Criterion(live.metric, live.metric == "accuracy", live.margin, token_loss=is_token_loss)
 
 
@@ -167,13 +192,17 @@ def put_in_place(model: Any, name: str, adapter: AdapterFolder) -> None:
     The live module multiplies by its own scale s, the folder's by s': B takes s'/s.
     """
     layers = lora_modules(model)
-    with torch.no_grad():
-        for module in adapter.modules:
-            layer = layers[module.name]
-            b, a = (torch.from_numpy(part) for part in adapter.factors(module))
-            ratio = module.scaling / layer.scaling[name]
-            for weight, part in ((layer.lora_B[name].weight, b * ratio), (layer.lora_A[name].weight, a)):
-                weight.zero_()[: part.shape[0], : part.shape[1]].copy_(part)
+    for module in adapter.modules:
+        layer = layers[module.name]
+        b, a = (torch.from_numpy(part) for part in adapter.factors(module))
+        ratio = module.scaling / layer.scaling[name]
+        for weight, part in ((layer.lora_B[name].weight, b * ratio), (layer.lora_A[name].weight, a)):
+            whole = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+            whole[: part.shape[0], : part.shape[1]].copy_(part)
+            if isinstance(weight, DTensor):
+                whole = distribute_tensor(whole, weight.device_mesh, weight.placements)
+            with torch.no_grad():
+                weight.copy_(whole)
 
 
 @contextmanager
@@ -181,23 +210,22 @@ def as_it_came(model: Any, name: str) -> Iterator[None]:
     """In the block the model evaluates with the adapter `name`; afterwards it is as before, to the bit."""
     weights = {id(one): (one, one.detach().clone()) for one in _adapter_weights(model, name)}
     modes = [(module, module.training) for module in model.modules()]
-    active = list(model.active_adapters) if hasattr(model, "active_adapters") else [name]
-    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
-        if active != [name]:
-            model.set_adapter(name)
+        for parameter, _, _ in parameters:
+            parameter.grad = None
         model.eval()
-        yield
+        with active_adapter(model, name):
+            yield
     finally:
-        if active != [name]:
-            model.base_model.set_adapter(active)
         with torch.no_grad():
-            for parameter, value in weights.values():
-                parameter.copy_(value)
-        for parameter, required in needs:
+            for weight, value in weights.values():
+                weight.copy_(value)
+        for parameter, required, gradient in parameters:
             parameter.requires_grad_(required)
+            parameter.grad = gradient
         for module, training in modes:
             module.training = training
         torch.set_rng_state(states[0])
@@ -217,81 +245,23 @@ def _adapter_weights(model: Any, name: str) -> list[torch.Tensor]:
 
 
 def gather(live: LiveAdapter) -> tuple[dict[str, Moments], tuple[str, ...]]:
-    """`(second moments by module, notes)` of about `MOMENT_TOKENS` tokens of training examples."""
+    """`(second moments by module, notes)` of about `moment_tokens` tokens of training examples."""
     if not live.train:
         return {}, ("truncated by singular values: no training examples were given for second moments",)
     sums, read, labels = MomentSums(), 0, 0
     names = [name for name, layer in lora_modules(live.model).items() if live.name in layer.lora_A]
     with rank_space(live.model, names, sums.add, live.name):
         for batch in live.train:
-            if read >= MOMENT_TOKENS:
+            if read >= live.moment_tokens:
                 break
-            found = batch_scores(live.model, batch)
+            found = batch_scores(live.model, batch, live.pair_loss)
             torch.autograd.backward(found.losses.sum())
             read += batch["input_ids"].numel()
             labels += int(found.tokens.sum())
-    if not sums.pairs:
-        return {}, ("truncated by singular values: the model's layers do not call PEFT's modules (fused kernels)",)
-    return sums.moments(labels), ()
-
-
-@dataclass(frozen=True, slots=True)
-class BatchScores:
-    """Of each example: losses [n] in nats, summed over its labels; tokens [n]; correct [n] of a classifier."""
-
-    losses: torch.Tensor
-    tokens: torch.Tensor
-    correct: torch.Tensor | None = None
-
-
-def scores(model: Any, batches: Sequence[Batch]) -> Scores:
-    """The scores of every example, without gradients."""
-    with torch.no_grad():
-        found = [batch_scores(model, batch) for batch in batches]
-    losses = torch.cat([one.losses for one in found]).double().tolist()
-    tokens = torch.cat([one.tokens for one in found]).tolist()
-    correct = [one.correct for one in found if one.correct is not None]
-    return Scores(losses, tokens, {"accuracy": torch.cat(correct).double().tolist()} if correct else {})
-
-
-def batch_scores(model: Any, batch: Batch) -> BatchScores:
-    """Scores of one batch from its logits: the labels are not passed to the model, whose fused loss would return none."""
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
-    labels = inputs["labels"]
-    passed: dict[str, Any] = {key: value for key, value in inputs.items() if key not in NOT_FOR_THE_MODEL}
-    if "use_cache" in inspect.signature(model.get_base_model().forward).parameters:
-        passed["use_cache"] = False
-    logits = model(**passed).logits
-    if logits.dim() == 2:
-        losses = cross_entropy(logits.float(), labels, reduction="none")
-        return BatchScores(losses, torch.ones_like(labels), logits.argmax(-1) == labels)
-    return _by_segment(token_losses(logits[:, :-1], labels[:, 1:]), labels[:, 1:], inputs.get("position_ids"))
-
-
-def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Loss of every position [rows, length]; 0 without a label. Logits are in float32 for `CHUNK` positions at a time."""
-    flat, targets = logits.flatten(0, 1), labels.flatten()
-    parts = [
-        cross_entropy(
-            flat[start : start + CHUNK].float(), targets[start : start + CHUNK], reduction="none", ignore_index=-100
+    missing = len(names) - len(sums.pairs)
+    if missing:
+        return (sums.moments(labels) if sums.pairs else {}), (
+            f"{missing} of {len(names)} modules truncated by singular values: the model computes their layers without calling PEFT's "
+            "modules (fused kernels), so that no second moments arrive",
         )
-        for start in range(0, len(targets), CHUNK)
-    ]
-    return torch.cat(parts).view(labels.shape)
-
-
-def _by_segment(losses: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None) -> BatchScores:
-    """Sums by example. Examples that are packed into one row begin where `position_ids` is 0."""
-    rows = len(labels)
-    starts = torch.zeros_like(labels, dtype=torch.bool)
-    starts[:, :1].fill_(True)
-    if positions is not None:
-        starts |= positions[:, 1:].expand(rows, -1) == 0
-    number = starts.flatten().cumsum(0) - 1
-    count = int(number[-1]) + 1
-    labelled = labels.flatten() != -100
-    sums = losses.new_zeros(count).index_add(0, number, losses.flatten())
-    tokens = torch.zeros(count, dtype=torch.long, device=labels.device).index_add(0, number, labelled.long())
-    kept = tokens > 0
-    return BatchScores(sums[kept], tokens[kept])
+    return sums.moments(labels), ()

@@ -8,25 +8,40 @@ What cannot work is refused before the first step. At the end nothing raises: wh
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
-from rightrank.adapters.live import Batch, LiveAdapter, LiveAnswer, require_truncatable, smallest_adapter
+from rightrank.adapters.live import (
+    LiveAdapter,
+    LiveAnswer,
+    as_it_came,
+    require_truncatable,
+    smallest_adapter,
+    trained_adapter,
+)
+from rightrank.adapters.live_scores import PAIR_LOSSES, Batch, PairLoss, batch_scores, upper_share
 from rightrank.data.files import replacing_folder, write_text
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, RightrankError, SettingsError, first_line
+from rightrank.train.covariances import MOMENT_TOKENS
 
 log = logging.getLogger("rightrank")
 
 MIN_EXAMPLES = 30
-MOMENT_BATCHES = 64  # of training examples that are collated for second moments, at most
+FEWEST, MOST = 100, 1000  # examples that are scored where nothing else is asked for
+MAX_SHARE = 0.1  # of the training's time, which the end may take where FEWEST examples allow it
+MOMENT_SHARE = 0.02  # of the training's tokens, for second moments
+COMPARED_ROWS = 100_000  # of the training set, in the search for held-out rows
 # What a measurement in someone else's process can end in; all else ends the process anyway.
 FAILURES = (RightrankError, RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError)
 
@@ -37,10 +52,11 @@ class SmallestAdapter(TrainerCallback):
     Args:
         eval_dataset: Held-out rows as the trainer has them, tokenized: `trainer.eval_dataset`. None: what the trainer evaluates on, where it
             evaluates before the end.
-        margin: How much worse is still enough, nats a token; None for the default, 0.005.
+        margin: How much worse is still enough, in nats a token; None for the default: 0.005, half a point of accuracy, or 1% of the loss of
+            preference pairs.
         ranks: Candidates; None for the powers of two below the adapter's rank.
         metric: `loss`, or `accuracy` of a classifier.
-        max_examples: Held-out examples to score at most.
+        max_examples: Held-out examples to score at most. None: as many as a tenth of the training's time allows, from 100 to 1000.
         every_evaluation: Also look for the smallest rank at each evaluation of the training.
 
     Attributes:
@@ -48,9 +64,9 @@ class SmallestAdapter(TrainerCallback):
         curve: `(step, smallest rank that holds)` of each evaluation.
 
     Raises at the training's begin:
-        DataError: no held-out rows, fewer than two, or rows that are not tokenized.
+        DataError: no held-out rows, fewer than two that are not in the training set, or rows that give no loss by example.
         ModelError: an adapter that cannot be truncated.
-        SettingsError: another metric.
+        SettingsError: another metric, or a loss without a value by example.
     """
 
     def __init__(
@@ -60,7 +76,7 @@ class SmallestAdapter(TrainerCallback):
         margin: float | None = None,
         ranks: Sequence[int] | None = None,
         metric: str = "loss",
-        max_examples: int = 1000,
+        max_examples: int | None = None,
         every_evaluation: bool = False,
     ) -> None:
         self._rows = eval_dataset
@@ -69,126 +85,257 @@ class SmallestAdapter(TrainerCallback):
         self._metric = metric
         self._max_examples = max_examples
         self._every_evaluation = every_evaluation
-        self.curve: list[tuple[int, int]] = []
         self._loaders: Mapping[str, Any] = {}
+        self._handler: CallbackHandler | None = None
+        self._held_out: Sequence[Mapping[str, Any]] = ()
+        self._first_step = 0
+        self._values: list[tuple[int, float]] = []  # of the trained adapter at each evaluation
+        self.curve: list[tuple[int, int]] = []
         self.result: LiveAnswer | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what cannot work at the end."""
+        """Refuse what cannot work at the end, by scoring two examples."""
+        if state.is_hyper_param_search:
+            return  # a search ends many trainings, and none of them is the one to hand over
+        self._loaders, self._first_step = kwargs, state.global_step
+        self._handler = _first_of_callbacks(self)
         if self._metric not in ("loss", "accuracy"):
             raise SettingsError(f"metric {self._metric!r}: the end of a training is measured by loss or accuracy")
-        require_truncatable(kwargs["model"], _adapter_name(kwargs["model"]))
-        self._loaders = kwargs
-        rows = self._held_out()
-        if len(rows) < MIN_EXAMPLES:
-            log.warning("rightrank: %d held-out examples can show little; give some hundred", len(rows))
-        example = _like(rows[0], _keys(kwargs["train_dataloader"]))
-        if "input_ids" not in example:
+        model = kwargs["model"]
+        name = trained_adapter(model)
+        require_truncatable(model, name)
+        self._held_out = self._rows_to_score()
+        with as_it_came(model, name):
+            self._require_scores(model, args)
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir or ".")
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # a folder that can't be written fails here
+
+    def _rows_to_score(self) -> Sequence[Mapping[str, Any]]:
+        """The held-out rows, without those of the training set.
+
+        Raises:
+            DataError: none were given, and the trainer has not evaluated yet; or fewer than two are left.
+        """
+        rows = self._rows if self._rows is not None else getattr(self._loaders.get("eval_dataloader"), "dataset", None)
+        if isinstance(rows, Mapping):
+            raise DataError(f"SmallestAdapter: {len(rows)} held-out sets ({', '.join(rows)}); give one of them")
+        found = [] if rows is None else _first(rows, self._max_examples or MOST)
+        if len(found) < 2:
+            raise DataError("SmallestAdapter has no held-out rows: give SmallestAdapter(trainer.eval_dataset)")
+        train = self._loaders["train_dataloader"].dataset
+        columns = _columns(train)
+        if not columns & set(found[0]):
             raise DataError(
-                f"SmallestAdapter: the held-out rows have {', '.join(sorted(rows[0]))}, and no input_ids; give trainer.eval_dataset, "
-                "which the trainer has tokenized"
+                f"SmallestAdapter: the held-out rows have {', '.join(sorted(found[0]))}, and the training rows {', '.join(sorted(columns))}; "
+                "give trainer.eval_dataset, which the trainer has tokenized"
             )
-        folder = _output(args)
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # a folder that can't be written fails here
+        seen = {_content(row) for row in _first(train, COMPARED_ROWS)} if hasattr(train, "__len__") else set()
+        unseen = [row for row in found if _content(row) not in seen]
+        if len(unseen) < len(found):
+            log.warning(
+                "rightrank: %d of %d held-out rows are in the training set; they are left out",
+                len(found) - len(unseen),
+                len(found),
+            )
+        if len(unseen) < 2:
+            raise DataError(
+                "SmallestAdapter: the held-out rows are in the training set; give rows that it does not hold"
+            )
+        if len(unseen) < MIN_EXAMPLES:
+            log.warning("rightrank: %d held-out examples can show little; give some hundred", len(unseen))
+        return unseen
+
+    def _require_scores(self, model: Any, args: TrainingArguments) -> None:
+        """Score two examples in the way of the end.
+
+        Raises:
+            DataError: the collator's batches give no loss by example.
+            SettingsError: the metric has no value by example.
+        """
+        loader = self._loaders["train_dataloader"]
+        try:
+            batch = _batches(self._held_out[:2], loader, 2)[0]
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"SmallestAdapter: the trainer's collator does not take the held-out rows ({first_line(error)}); give "
+                "trainer.eval_dataset, which the trainer has tokenized"
+            ) from None
+        pair_loss = _pair_loss(args, batch)
+        found = batch_scores(model, batch, pair_loss)
+        if self._metric == "accuracy" and found.correct is None:
+            raise SettingsError("metric 'accuracy': only a classifier's rows are right or wrong; leave the metric out")
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add a point to `curve`, where that was asked for."""
-        if not self._every_evaluation or not state.is_world_process_zero:
+        if not self._every_evaluation or not self._held_out or state.is_hyper_param_search:
             return
         try:
             with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
-                answer = self._walk(kwargs["model"], args, Path(working)).answer
+                found = smallest_adapter(self._live(kwargs["model"], args, state), Path(working))
         except FAILURES as error:
             log.warning("rightrank: step %d: no rank was looked for: %s", state.global_step, first_line(error))
             return
+        answer = found.answer
         self.curve.append((state.global_step, answer.rank))
-        state.log_history.append({"step": state.global_step, "rightrank/rank": answer.rank})
-        top = " The top may be too small: half of its rank loses more than the margin." if _is_tight(answer) else ""
-        log.warning("step %d: rank %d of %d holds.%s", state.global_step, answer.rank, answer.trained_rank, top)
+        self._values.append((state.global_step, found.value))
+        if not state.is_world_process_zero:
+            return
+        self._report(args, state, control, {"rightrank/rank": answer.rank})
+        log.warning(
+            "step %d: rank %d of %d holds.%s",
+            state.global_step,
+            answer.rank,
+            answer.trained_rank,
+            "".join(f" {one}" for one in _warnings(answer, self._values, self._metric)),
+        )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure, write `<output_dir>/rightrank/`, and log the sentence."""
-        if not state.is_world_process_zero or state.trial_name is not None:
-            return  # of several processes the first measures; a search for hyperparameters ends many trainings
-        out = _output(args) / "rightrank"
+        if not self._held_out or state.is_hyper_param_search:
+            return
+        out = Path(args.output_dir or ".") / "rightrank"
         try:
             with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
-                self.result = self._walk(kwargs["model"], args, Path(working))
-                _write(self.result, out)
+                self.result = smallest_adapter(self._live(kwargs["model"], args, state), Path(working))
+                if state.is_world_process_zero:
+                    _write(self.result, out)
         except FAILURES as error:
             log.warning("rightrank: no smaller adapter was looked for: %s", first_line(error))
             return
+        if not state.is_world_process_zero:
+            return
         answer = self.result.answer
-        logged: dict[str, float] = {"step": state.global_step, "rightrank/rank": answer.rank}
+        logged: dict[str, float] = {"rightrank/rank": answer.rank}
         if answer.difference_high is not None:
             logged["rightrank/difference_high"] = answer.difference_high
-        state.log_history.append(logged)
+        self._report(args, state, control, logged)
         log.warning("%s %s", answer.sentence, out / "adapter")
 
-    def _walk(self, model: Any, args: TrainingArguments, working: Path) -> LiveAnswer:
-        loader, size = self._loaders["train_dataloader"], args.per_device_eval_batch_size
-        live = LiveAdapter(
+    def _live(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
+        loader = self._loaders["train_dataloader"]
+        size = min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+        steps = state.global_step - self._first_step
+        trained = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        name = trained_adapter(model)
+        train_rows = _first(loader.dataset, MOMENT_TOKENS)
+        # In evaluation mode no activation is recomputed, so a row at a time stays below the memory of checkpointed training.
+        train = _batches(train_rows[: 64 * size], loader, 1 if args.gradient_checkpointing else size)
+        tokens = trained * _tokens(train) / max(1, min(len(train_rows), 64 * size))
+        moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_SHARE * tokens)))
+        rows = self._held_out
+        if self._max_examples is None:
+            passes = len(self._ranks) + 1 if self._ranks else model.peft_config[name].r.bit_length()
+            upper = upper_share(model, name)
+            sample = _batches(rows[:MIN_EXAMPLES], loader, size)
+            budget = (MAX_SHARE * tokens - moment_tokens) * (1 + upper)
+            each = _tokens(sample) / min(len(rows), MIN_EXAMPLES) * (1 + (passes - 1) * upper)
+            rows = rows[: max(FEWEST, int(budget / each))]
+        held_out = _batches(rows, loader, size)
+        return LiveAdapter(
             model=model,
-            held_out=_batches(self._held_out(), loader, size),
-            train=_batches(_first(loader.dataset, MOMENT_BATCHES * size), loader, size),
+            held_out=held_out,
+            train=train,
             margin=self._margin,
             ranks=self._ranks,
-            name=_adapter_name(model),
+            name=name,
             metric=self._metric,
+            pair_loss=_pair_loss(args, held_out[0]),
+            moment_tokens=moment_tokens,
         )
-        return smallest_adapter(live, working)
 
-    def _held_out(self) -> Sequence[Mapping[str, Any]]:
-        """The rows to score, at most `max_examples`.
-
-        Raises:
-            DataError: none were given, and the trainer has not evaluated yet.
-        """
-        loader = self._loaders.get("eval_dataloader")
-        rows = self._rows if self._rows is not None else getattr(loader, "dataset", None)
-        if rows is None or len(rows) < 2:
-            raise DataError("SmallestAdapter has no held-out rows: give SmallestAdapter(trainer.eval_dataset)")
-        return _first(rows, self._max_examples)
+    def _report(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, values: dict[str, float]
+    ) -> None:
+        """As `Trainer.log`: to the trainer's history and to its trackers."""
+        logs = values | ({} if state.epoch is None else {"epoch": state.epoch})
+        state.log_history.append(logs | {"step": state.global_step})
+        if self._handler is not None:
+            self._handler.on_log(args, state, control, logs)
 
 
-def _output(args: TrainingArguments) -> Path:
-    return Path(args.output_dir or ".")
+def _first_of_callbacks(callback: TrainerCallback) -> CallbackHandler | None:
+    """The handler that calls this callback, with the callback moved to its front: trackers end their runs at the training's end.
+
+    transformers gives a callback no trainer, so the handler is found in the frames that call; None where something else calls.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            handler.callbacks.remove(callback)
+            handler.callbacks.insert(0, callback)
+            return handler
+        frame = frame.f_back
+    return None
 
 
-def _adapter_name(model: Any) -> str:
-    active = getattr(model, "active_adapter", "default")
-    return active if isinstance(active, str) else active[0]
+def _pair_loss(args: TrainingArguments, batch: Batch) -> PairLoss:
+    """TRL's loss of preference pairs.
+
+    Raises:
+        SettingsError: one that has no value by pair here.
+    """
+    given: Any = args
+    if "completion_mask" not in batch or not hasattr(args, "beta"):
+        return PairLoss()
+    names = [given.loss_type] if isinstance(given.loss_type, str) else list(given.loss_type)
+    others = [name for name in ("ld_alpha", "use_weighting", "sync_ref_model") if getattr(args, name, None)]
+    others += (
+        [] if str(getattr(given, "f_divergence_type", "reverse_kl")).endswith("reverse_kl") else ["f_divergence_type"]
+    )
+    if others or len(names) != 1 or names[0] not in PAIR_LOSSES:
+        what = others[0] if others else f"loss_type {'+'.join(map(str, names))}"
+        raise SettingsError(
+            f"{what}: pairs are measured by the losses {', '.join(PAIR_LOSSES)}, without further terms; save the adapter "
+            "and use rightrank resize --data"
+        )
+    return PairLoss(given.beta, names[0])
 
 
 def _first(rows: Any, count: int) -> list[Mapping[str, Any]]:
-    return [rows[index] for index in range(min(len(rows), count))]
+    if hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
+        return [rows[index] for index in range(min(len(rows), count))]
+    return list(islice(iter(rows), count))
 
 
-def _keys(loader: Any) -> set[str]:
+def _columns(rows: Any) -> set[str]:
     """The columns that reach the collator in training."""
-    return set(loader.dataset[0])
+    return set(next(iter(_first(rows, 1)), ()))
 
 
-def _like(row: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key in keys}
+def _content(row: Mapping[str, Any]) -> int:
+    """A hash of what makes two rows the same example: their token ids."""
+    names = sorted(key for key in row if key.endswith("_ids") and key not in ("token_type_ids", "position_ids"))
+    values = [row[name] for name in names] or [str(row[name]) for name in sorted(row)]
+    return hash(tuple(tuple(one.tolist() if hasattr(one, "tolist") else one) for one in values))
+
+
+def _tokens(batches: Sequence[Batch]) -> int:
+    return sum(batch["input_ids"].numel() for batch in batches)
 
 
 def _batches(rows: Sequence[Mapping[str, Any]], loader: Any, size: int) -> list[Batch]:
     """Batches by the trainer's own collator, in the order of the rows."""
-    keys = _keys(loader)
-    kept = [_like(row, keys) for row in rows]
+    columns = _columns(loader.dataset)
+    kept = [{key: value for key, value in row.items() if key in columns} for row in rows]
     return [loader.collate_fn(kept[start : start + size]) for start in range(0, len(kept), size)]
 
 
-def _is_tight(answer: AdapterAnswer) -> bool:
-    """Whether the first rank below the top fails already."""
+def _warnings(answer: AdapterAnswer, values: Sequence[tuple[int, float]], metric: str) -> Iterator[str]:
+    """What the measurements so far say of the training."""
     lower = [one for one in answer.candidates if one.rank < answer.trained_rank]
-    return bool(lower) and not max(lower, key=lambda one: one.rank).holds
+    if lower and not max(lower, key=lambda one: one.rank).holds:
+        yield f"The top may be too small: at rank {max(one.rank for one in lower)} it loses more than the margin."
+    sign = -1 if metric == "accuracy" else 1
+    best = min(values, key=lambda one: sign * one[1])
+    if sign * (values[-1][1] - best[1]) > answer.margin:
+        yield f"The top overfits: its held-out {metric} was best at step {best[0]}, {best[1]:.4f}; it is {values[-1][1]:.4f} now."
 
 
 def _write(found: LiveAnswer, out: Path) -> None:

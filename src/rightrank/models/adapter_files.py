@@ -6,6 +6,7 @@ Files of kohya and diffusers (`lora_files.py`) are read as the same adapters.
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 from rightrank.data.files import UnreadableError, read_json_object, replacing_folder, require_absent
 from rightrank.models.kinds import stored_kind
@@ -375,13 +377,27 @@ def write_adapter(out: Path, config: Mapping[str, Any], tensors: Mapping[str, to
 def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "default") -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`; `base_name` is an absolute path or a hub name."""
     config = peft_model.peft_config[adapter]
-    config.base_model_name_or_path = base_name
+    sharded = {
+        name: one
+        for name, one in peft_model.named_parameters()
+        if isinstance(one, DTensor) and ("lora_" in name or one.requires_grad)
+    }
+    whole = {name: one.full_tensor().detach().cpu() for name, one in sharded.items()} or None
+    peft_model.peft_config[adapter] = copy.deepcopy(config)  # PEFT writes into the one that it saves
+    peft_model.peft_config[adapter].base_model_name_or_path = base_name
     with replacing_folder(folder) as temporary, warnings.catch_warnings():
         # PEFT takes the biases of lora_bias for factors of a wrong shape.
         warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape: \S+lora_B\.bias")
-        peft_model.save_pretrained(
-            str(temporary), safe_serialization=True, selected_adapters=[adapter], save_embedding_layers=False
-        )
+        try:
+            peft_model.save_pretrained(
+                str(temporary),
+                safe_serialization=True,
+                selected_adapters=[adapter],
+                save_embedding_layers=False,
+                state_dict=whole,
+            )
+        finally:
+            peft_model.peft_config[adapter] = config
         if adapter != "default":  # PEFT saves a named adapter in a subfolder
             for path in list((temporary / adapter).iterdir()):
                 path.replace(temporary / path.name)

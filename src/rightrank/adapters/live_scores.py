@@ -1,0 +1,381 @@
+"""Scores of the examples in another trainer's batches: of language, of labels, and of preference pairs.
+
+A batch is what the trainer's own collator makes. Its form shows in its tensors: `completion_mask` for TRL's preference pairs, one label a
+row for classification, else one label a token. Labels never reach the model, since fused losses return no logits when they get them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from rightrank.schema.errors import DataError
+from rightrank.train.adapter import lora_modules
+from rightrank.train.distributed import all_reduce, process_index, world_size
+from rightrank.train.evaluation import Scores
+from rightrank.train.preference import adapters_off
+from rightrank.train.prefix import find_blocks, prefix_depth
+
+Batch = Mapping[str, Any]  # as the trainer's collator makes it
+PairLossName: TypeAlias = Literal["sigmoid", "hinge", "ipo"]
+PAIR_LOSSES: tuple[PairLossName, ...] = get_args(PairLossName)
+
+CHUNK = 1024  # positions whose logits exist at a time: 0.5 GB in float32 for a vocabulary of 128,256
+KEPT_BYTES = 2**30  # hidden states that are kept between passes, at most
+ROUNDING = 1e-5  # relative: what a kept hidden state may change in a loss
+# Labels stay outside: fused losses return no logits when they get them.
+NOT_FOR_THE_MODEL = ("labels", "num_items_in_batch", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+
+
+@dataclass(frozen=True, slots=True)
+class PairLoss:
+    """The loss of a preference pair as TRL's `DPOTrainer` computes it, for the losses that belong to one pair."""
+
+    beta: float = 0.1
+    name: PairLossName = "sigmoid"
+
+    def __call__(self, ratios: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """[n], from the log ratios to the reference [2n] and the lengths of the completions [2n]; chosen first."""
+        if self.name == "ipo":
+            chosen, rejected = (ratios / lengths.clamp(min=1)).chunk(2)
+            return (chosen - rejected - 1 / (2 * self.beta)) ** 2
+        chosen, rejected = ratios.chunk(2)
+        margins = self.beta * (chosen - rejected)
+        return torch.relu(1 - margins) if self.name == "hinge" else -F.logsigmoid(margins)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchScores:
+    """Of each example: losses [n] in nats, summed over its labels; tokens [n]; correct [n] of a classifier."""
+
+    losses: torch.Tensor
+    tokens: torch.Tensor
+    correct: torch.Tensor | None = None
+
+
+class HeldOut:
+    """Batches that one model scores again and again, with other LoRA factors each time.
+
+    What no factor changes is computed once: the hidden states below the first adapted block, and the reference of pairs. With several
+    processes each scores its share of the batches; where the model is sharded all of them call it equally often.
+    """
+
+    def __init__(self, model: Any, batches: Sequence[Batch], name: str, pair_loss: PairLoss) -> None:
+        self._model = model
+        self._batches = batches[process_index() :: world_size()]
+        self._in_step = (
+            batches[0] if len(self._batches) < -(-len(batches) // world_size()) and is_sharded(model) else None
+        )
+        self._pair_loss = pair_loss
+        self._references: dict[int, torch.Tensor] = {}
+        self._lower = None if is_sharded(model) else lower_blocks(model, name)
+        self._is_checked = False
+
+    @torch.no_grad()
+    def scores(self) -> Scores:
+        """The scores of every example of all processes, in one order."""
+        found = [self._one(number, batch) for number, batch in enumerate(self._batches)]
+        if self._in_step is not None:
+            batch_scores(self._model, self._in_step, self._pair_loss)
+        return _gathered(found)
+
+    def _one(self, number: int, batch: Batch) -> BatchScores:
+        if "completion_mask" in batch and number not in self._references:
+            with self._serving(number):
+                self._references[number] = reference(self._model, batch)
+        is_first = number == 0 and self._lower is not None and not self._is_checked
+        with self._serving(number):
+            found = self._computed(number, batch)
+        if is_first:
+            self._check(number, batch)
+        return found
+
+    def _check(self, number: int, batch: Batch) -> None:
+        """Drop the kept states if the model's lower blocks do more than to pass them on."""
+        self._is_checked = True
+        whole = self._computed(number, batch).losses
+        with self._serving(number):
+            again = self._computed(number, batch).losses
+        if not torch.allclose(again, whole, rtol=ROUNDING, atol=ROUNDING):
+            self._lower = None
+
+    def _serving(self, number: int) -> AbstractContextManager[None]:
+        return nullcontext() if self._lower is None else self._lower.serving(number)
+
+    def _computed(self, number: int, batch: Batch) -> BatchScores:
+        return batch_scores(self._model, batch, self._pair_loss, self._references.get(number))
+
+
+def _gathered(found: Sequence[BatchScores]) -> Scores:
+    """The examples of this process between zeros in the places of the others', summed over processes."""
+    mine = torch.cat([one.losses for one in found]).double().cpu() if found else torch.zeros(0, dtype=torch.float64)
+    tokens = torch.cat([one.tokens for one in found]).double().cpu() if found else mine
+    correct = [one.correct for one in found if one.correct is not None]
+    columns = [mine, tokens, *([torch.cat(correct).double().cpu()] if correct else [])]
+    if world_size() > 1:
+        columns = _over_processes(columns)
+    losses, counts, *metrics = (column.tolist() for column in columns)
+    return Scores(losses, [round(count) for count in counts], {"accuracy": metrics[0]} if metrics else {})
+
+
+def _over_processes(columns: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    device = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+    counts = torch.zeros(world_size(), 2, dtype=torch.float64, device=device)
+    counts[process_index()] = torch.tensor([len(columns[0]), len(columns)], dtype=torch.float64)
+    all_reduce([counts])
+    width = int(counts[:, 1].max())  # a process without batches knows no metric
+    begin, total = int(counts[: process_index(), 0].sum()), int(counts[:, 0].sum())
+    whole = torch.zeros(width, total, dtype=torch.float64, device=device)
+    for row, column in zip(whole, columns, strict=False):
+        row[begin : begin + len(column)] = column.to(device)
+    all_reduce([whole])
+    return list(whole.cpu())
+
+
+def batch_scores(
+    model: Any, batch: Batch, pair_loss: PairLoss = PairLoss(), reference_logps: torch.Tensor | None = None
+) -> BatchScores:
+    """Scores of one batch.
+
+    Args:
+        model: PEFT's model.
+        batch: What the trainer's collator makes.
+        pair_loss: The loss of preference pairs.
+        reference_logps: [2n] of the pairs, where they are known.
+
+    Raises:
+        DataError: labels of another form than one class a row or one token a position.
+    """
+    if "completion_mask" in batch:
+        return _pair_scores(model, batch, pair_loss, reference_logps)
+    base = model.get_base_model()
+    tensors = _on_device(model, batch)
+    labels = tensors.get("labels")
+    if labels is None or labels.is_floating_point() or labels.dim() > 2:
+        raise DataError(
+            "the batches have no labels of classes or tokens; a regression, several labels a row, or a loss of one's own has no scores here"
+        )
+    if labels.dim() == 1 or labels.shape[1] == 1:
+        labels = labels.flatten()
+        logits = model(**_passed(model, tensors)).logits
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        return BatchScores(losses, torch.ones_like(labels), logits.argmax(-1) == labels)
+    if base.config.is_encoder_decoder or not base.can_generate():
+        raise DataError(
+            f"{type(base).__name__}: examples are scored of causal language models and of classifiers of whole rows; save the adapter "
+            "and use rightrank resize --data"
+        )
+    positions = tensors.get("position_ids")
+    starts = _starts(labels, positions)
+    labels = labels.masked_fill(starts, -100)  # no example predicts the first token of the next one
+    losses = token_losses(model, _passed(model, tensors), labels[:, 1:])
+    return _by_segment(losses, labels[:, 1:], starts[:, 1:])
+
+
+def _pair_scores(model: Any, batch: Batch, pair_loss: PairLoss, known: torch.Tensor | None) -> BatchScores:
+    before = reference(model, batch) if known is None else known
+    logps = _completion_logps(model, batch)
+    losses = pair_loss(logps - before.to(logps), batch["completion_mask"].sum(1).to(logps.device))
+    return BatchScores(losses, torch.ones(len(losses), dtype=torch.long, device=losses.device))
+
+
+@torch.no_grad()
+def reference(model: Any, batch: Batch) -> torch.Tensor:
+    """[2n] log-probabilities of the completions under the reference: precomputed, of the adapter `ref`, or of the base."""
+    if "ref_chosen_logps" in batch:
+        return torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+    with active_adapter(model, "ref") if "ref" in model.peft_config else adapters_off(model):
+        return _completion_logps(model, batch)
+
+
+def _completion_logps(model: Any, batch: Batch) -> torch.Tensor:
+    tensors = _on_device(model, batch)
+    labels = tensors["input_ids"].masked_fill(tensors["completion_mask"] == 0, -100)[:, 1:]
+    return -token_losses(model, _passed(model, tensors), labels).sum(1)
+
+
+def _on_device(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+def _passed(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    passed: dict[str, Any] = {key: value for key, value in tensors.items() if key not in NOT_FOR_THE_MODEL}
+    if "use_cache" in inspect.signature(model.get_base_model().forward).parameters:
+        passed["use_cache"] = False
+    return passed
+
+
+def token_losses(model: Any, passed: Mapping[str, Any], labels: torch.Tensor) -> torch.Tensor:
+    """Loss of every position [rows, length - 1]; 0 without a label.
+
+    The output head sees `CHUNK` positions at a time: its pre-hook computes the losses from its input, and the model's own call of the head
+    gets one position. Where the model changes the logits after the head (a soft cap, a scale), where the head is adapted or never called,
+    and in a backward pass of a sharded model, the losses come from whole logits.
+    """
+    head = model.get_base_model().get_output_embeddings()
+    if head is None or isinstance(head, BaseTunerLayer) or (torch.is_grad_enabled() and is_sharded(model)):
+        return _from_logits(model(**passed).logits[:, :-1], labels)
+    found: list[torch.Tensor] = []
+
+    def before(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden = inputs[0]
+        found.append(module.forward(hidden[:1, :1]).detach())
+        found.append(_in_chunks(module, hidden[:, : labels.shape[1]], labels))
+        return hidden[:, :1], *inputs[1:]
+
+    handle = head.register_forward_pre_hook(before)
+    try:
+        logits = model(**passed).logits
+    finally:
+        handle.remove()
+    if not found:  # the head's weight is used without the module
+        return _from_logits(logits[:, :-1], labels)
+    if not torch.allclose(found[0].float(), logits[:1, :1].detach().float(), rtol=1e-3, atol=1e-4):
+        return _from_logits(model(**passed).logits[:, :-1], labels)
+    return found[1]
+
+
+def _in_chunks(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    flat, targets = hidden.flatten(0, 1), labels.flatten()
+
+    def losses(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head.forward(rows).float(), wanted, reduction="none", ignore_index=-100)
+
+    keeps_graph = torch.is_grad_enabled()
+    parts = []
+    for start in range(0, len(targets), CHUNK):
+        chunk = flat[start : start + CHUNK], targets[start : start + CHUNK]
+        parts.append(
+            checkpoint(losses, *chunk, use_reentrant=False, preserve_rng_state=False) if keeps_graph else losses(*chunk)
+        )
+    return torch.cat(parts).view(labels.shape)
+
+
+def _from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Losses [rows, length] from whole logits; in float32 for `CHUNK` positions at a time."""
+    flat, targets = logits.flatten(0, 1), labels.flatten()
+    parts = [
+        F.cross_entropy(
+            flat[start : start + CHUNK].float(), targets[start : start + CHUNK], reduction="none", ignore_index=-100
+        )
+        for start in range(0, len(targets), CHUNK)
+    ]
+    return torch.cat(parts).view(labels.shape)
+
+
+def _starts(labels: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """[rows, length]: where an example begins. Examples that are packed into one row begin where `position_ids` is 0.
+
+    Of left-padded rows the padding has position 0 too, or 1: it holds no label and makes no example.
+    """
+    starts = torch.zeros_like(labels, dtype=torch.bool)
+    starts[:, 0] = True
+    if positions is not None and positions.dim() == 2:
+        starts |= positions.expand(len(labels), -1) == 0
+    return starts
+
+
+def _by_segment(losses: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor) -> BatchScores:
+    """Sums by example; the first position of a row begins one as well."""
+    starts = starts.clone()
+    starts[:, 0] = True
+    number = starts.flatten().cumsum(0) - 1
+    count = int(number[-1]) + 1
+    labelled = labels.flatten() != -100
+    sums = losses.new_zeros(count).index_add(0, number, losses.flatten())
+    tokens = torch.zeros(count, dtype=torch.long, device=labels.device).index_add(0, number, labelled.long())
+    kept = tokens > 0
+    return BatchScores(sums[kept], tokens[kept])
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether a process holds parts of the parameters: FSDP2's `DTensor`s, or DeepSpeed's empty parameters."""
+    return any(isinstance(one, DTensor) or hasattr(one, "ds_id") for one in model.parameters())
+
+
+@contextmanager
+def active_adapter(model: Any, name: str) -> Iterator[None]:
+    """In the block the model computes with the adapter `name`; no parameter and no configuration changes."""
+    layers: list[Any] = [one for one in model.modules() if isinstance(one, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [name], False
+    try:
+        yield
+    finally:
+        for layer, active, disabled in before:
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def lower_blocks(model: Any, name: str) -> LowerBlocks | None:
+    """The blocks below the first one that the adapter `name` changes; None where there are none, or where others have replaced or hooked
+    their passes."""
+    found = find_blocks(model.get_base_model())
+    if found is None:
+        return None
+    adapted = [one for one, layer in lora_modules(model).items() if name in layer.lora_A]
+    depth = prefix_depth(found[0], adapted, len(found[1]))
+    blocks = list(found[1])[:depth]
+    if not blocks or any("forward" in vars(one) or one._forward_pre_hooks or one._forward_hooks for one in blocks):
+        return None
+    return LowerBlocks(blocks)
+
+
+def upper_share(model: Any, name: str) -> float:
+    """The share of a pass, by parameters, that the adapter `name` changes: from the first adapted block on."""
+    found, lower = find_blocks(model.get_base_model()), lower_blocks(model, name)
+    if found is None or lower is None:
+        return 1.0
+    head = model.get_base_model().get_output_embeddings()
+    whole = _size(found[1]) + (0 if head is None else _size(head))
+    return 1 - sum(map(_size, lower.blocks)) / whole
+
+
+def _size(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+class LowerBlocks:
+    """The output of the last of some blocks, kept for each batch number."""
+
+    def __init__(self, blocks: Sequence[Any]) -> None:
+        self.blocks = blocks
+        self.kept: dict[int, Any] = {}
+        self._bytes = 0
+
+    @contextmanager
+    def serving(self, number: int) -> Iterator[None]:
+        """In the block, a model's pass over batch `number` takes the kept output, or keeps it."""
+        handle = self.blocks[-1].register_forward_hook(lambda *found: self._keep(number, found[2]))
+        if (output := self.kept.get(number)) is not None:
+            handle.remove()
+            device = next(self.blocks[-1].parameters()).device
+            moved = (output[0].to(device),) if isinstance(output, tuple) else output.to(device)
+            for block in self.blocks:
+                block.forward = lambda *_, **__: moved
+        try:
+            yield
+        finally:
+            handle.remove()
+            for block in self.blocks:
+                vars(block).pop("forward", None)
+
+    def _keep(self, number: int, output: Any) -> None:
+        if isinstance(output, tuple) and len(output) > 1:
+            return  # with attention weights, say
+        hidden = output[0] if isinstance(output, tuple) else output
+        self._bytes += hidden.numel() * hidden.element_size()
+        if self._bytes <= KEPT_BYTES:
+            kept = hidden.detach().cpu()
+            self.kept[number] = (kept,) if isinstance(output, tuple) else kept
