@@ -1,9 +1,11 @@
-"""`SmallestAdapter` at the end of a real TRL training: the rank found, its loss on unseen examples by plain PEFT, and what the end cost.
+"""`SmallestAdapter` at the end of a real training: the rank found, its loss on unseen examples by plain PEFT, and what the end cost.
 
-python -m benchmarks.in_training.measure --rank 32 --steps 400 --work FOLDER
+python -m benchmarks.in_training.measure --task language --model FOLDER --data rows.jsonl --rank 32 --work FOLDER
 
-SmolLM2-135M-Instruct learns to write docstrings of the standard library: LoRA on all linear layers of the last two blocks. Three splits: training,
-held-out examples for the callback, unseen ones for the check, which loads both adapters with PEFT and uses nothing of the package.
+Three tasks, each with its usual trainer: `language` (TRL's SFTTrainer, rows of prompt and completion), `pairs` (TRL's DPOTrainer, rows of
+prompt, chosen and rejected) and `classes` (transformers' Trainer, rows of text and label). LoRA on all linear layers of the last blocks.
+Three splits: training, held-out examples for the callback, unseen ones for the check, which loads both adapters with PEFT and uses nothing
+of the package. The base, the trained adapter and the unseen rows stay in the work folder.
 """
 
 from __future__ import annotations
@@ -11,130 +13,268 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
+from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, SFTTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.machine import machine
-from rightrank.demo import prepare_docstrings, prepare_model_folder
-from rightrank.interop.smallest import SmallestAdapter
+from rightrank import SmallestAdapter
 
 HERE = Path(__file__).parent
-HELD_OUT, UNSEEN, LENGTH = 300, 300, 128
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BETA = 0.1
+Row = dict[str, Any]
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "query", "key", "value", "dense"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--margin", type=float, default=0.005)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--task", choices=tuple(TRAINERS), required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--blocks", type=int, default=2, help="how many of the last blocks are adapted")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--held-out", type=int, default=400)
+    parser.add_argument("--unseen", type=int, default=500)
+    parser.add_argument("--margin", type=float)
+    parser.add_argument("--metric", default="loss")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     given = parser.parse_args()
-    model = prepare_model_folder(given.work / "base_model", print)
-    rows = [
-        json.loads(line) for line in prepare_docstrings(given.work / "docstrings.jsonl").read_text("utf-8").splitlines()
-    ]
+    rows = [json.loads(line) for line in given.data.read_text(encoding="utf-8").splitlines()]
     random.Random(0).shuffle(rows)
-    found = trained(model, rows, given)
-    check = rows[HELD_OUT : HELD_OUT + UNSEEN]
-    losses = [by_peft(model, given.work / name, check) for name in ("trained", "outputs/rightrank/adapter")]
-    found["unseen"] = paired(*losses)
+    found = trained(rows, given)
+    unseen = rows[given.held_out : given.held_out + given.unseen]
+    score = SCORES[given.task](given, rows)
+    sides = [score(given.work / name, unseen) for name in ("outputs/rightrank/trained", "outputs/rightrank/adapter")]
+    found["unseen"] = paired(*sides)
+    with given.results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(found | {"machine": machine()}) + "\n")
     print(json.dumps(found, indent=1))
-    stored = HERE / "results.jsonl"
-    with stored.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"machine": machine(), **found}) + "\n")
 
 
-def trained(model: Path, rows: list[dict[str, str]], given: argparse.Namespace) -> dict[str, Any]:
-    """Train with TRL; what the callback found and took."""
+def trained(rows: Sequence[Row], given: argparse.Namespace) -> dict[str, Any]:
+    """Train; what the callback found and took."""
     torch.manual_seed(given.seed)
-    pairs = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
-    settings = SFTConfig(
-        output_dir=str(given.work / "outputs"),
-        max_steps=given.steps,
-        learning_rate=given.learning_rate,
-        per_device_train_batch_size=8,
-        per_device_eval_batch_size=8,
-        max_length=LENGTH,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        seed=given.seed,
-    )
-    trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        args=settings,
-        train_dataset=Dataset.from_list(pairs[HELD_OUT + UNSEEN :]),
-        eval_dataset=Dataset.from_list(pairs[:HELD_OUT]),
-        processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=LoraConfig(
-            r=given.rank,
-            lora_alpha=32,
-            target_modules=LINEAR,
-            layers_to_transform=[28, 29],
-            task_type="CAUSAL_LM",
-        ),
-    )
-    callback = SmallestAdapter(trainer.eval_dataset, margin=given.margin)
+    train, held_out = list(rows[given.held_out + given.unseen :]), list(rows[: given.held_out])
+    trainer = TRAINERS[given.task](train, held_out, given)
+    callback = SmallestAdapter(trainer.eval_dataset, margin=given.margin, metric=given.metric)
     trainer.add_callback(callback)
-    started = time.monotonic()
     trainer.train()
-    whole = time.monotonic() - started
-    trainer.model.save_pretrained(given.work / "trained")
     assert callback.result is not None
-    answer, seconds = callback.result.answer, callback.result.seconds
+    answer = callback.result.answer
+    document = json.loads((given.work / "outputs" / "rightrank" / "decision.json").read_text(encoding="utf-8"))
     return {
-        "trainer": "TRL SFTTrainer",
-        "task": "docstrings",
+        "trainer": f"{'TRL' if given.task != 'classes' else 'transformers'} {type(trainer).__name__}",
+        "task": given.task,
+        "data": given.data.stem,
+        "data_sha256": sha256(given.data.read_bytes()).hexdigest(),
+        "model": json.loads((given.model / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+        or given.model.name,
         "trained_rank": given.rank,
+        "blocks": given.blocks,
         "steps": given.steps,
+        "batch_size": given.batch_size,
+        "learning_rate": given.learning_rate,
         "seed": given.seed,
-        "margin": given.margin,
+        "metric": given.metric,
+        "margin": answer.margin,
         "rank": answer.rank,
         "difference": answer.difference,
         "difference_high": answer.difference_high,
-        "candidates": {one.rank: [one.difference, one.difference_high] for one in answer.candidates},
-        "training_seconds": whole - seconds,
-        "end_seconds": seconds,
-        "end_share": seconds / (whole - seconds),
+        "candidates": {one.rank: [one.value, one.difference, one.difference_high] for one in answer.candidates},
+        "notes": document["notes"],
+        "cost": document["cost"],
     }
 
 
-@torch.no_grad()
-def by_peft(model: Path, adapter: Path, rows: list[dict[str, str]]) -> list[tuple[float, int]]:
-    """`(summed loss, tokens)` of each row's completion, one by one."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter).eval()
-    found = []
-    for row in rows:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        ids = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"][:LENGTH]
-        labels = torch.tensor([[-100] * min(len(prompt), len(ids)) + ids[len(prompt) :]])
-        tokens = int((labels[:, 1:] != -100).sum())
-        if tokens:
-            loss = float(loaded(input_ids=torch.tensor([ids]), labels=labels).loss)
-            found.append((loss * tokens, tokens))
-    return found
+def _lora(given: argparse.Namespace, base: Any, task: str) -> LoraConfig:
+    count = base.config.num_hidden_layers
+    last = list(range(count - given.blocks, count))
+    return LoraConfig(
+        r=given.rank, lora_alpha=32, target_modules=LINEAR, layers_to_transform=last, task_type=task
+    )  # fmt: skip
 
 
-def paired(before: list[tuple[float, int]], after: list[tuple[float, int]]) -> dict[str, float]:
-    """The mean difference a token, after minus before, and 1.645 standard errors of it over examples."""
-    weights = torch.tensor([tokens for _, tokens in before], dtype=torch.float64)
+def _settings(given: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "output_dir": str(given.work / "outputs"),
+        "max_steps": given.steps,
+        "learning_rate": given.learning_rate,
+        "per_device_train_batch_size": given.batch_size,
+        "per_device_eval_batch_size": given.batch_size,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "seed": given.seed,
+        "logging_steps": 50,
+    }
+
+
+def language_trainer(train: list[Row], held_out: list[Row], given: argparse.Namespace) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    return SFTTrainer(
+        base,
+        args=SFTConfig(**_settings(given), max_length=given.length),
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(held_out),
+        processing_class=AutoTokenizer.from_pretrained(given.model),
+        peft_config=_lora(given, base, "CAUSAL_LM"),
+    )
+
+
+def pair_trainer(train: list[Row], held_out: list[Row], given: argparse.Namespace) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    return DPOTrainer(
+        base,
+        args=DPOConfig(**_settings(given), max_length=given.length, beta=BETA),
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(held_out),
+        processing_class=AutoTokenizer.from_pretrained(given.model),
+        peft_config=_lora(given, base, "CAUSAL_LM"),
+    )
+
+
+def class_trainer(train: list[Row], held_out: list[Row], given: argparse.Namespace) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    classes = sorted({row["label"] for row in train})
+    base = AutoModelForSequenceClassification.from_pretrained(given.model, num_labels=len(classes))
+
+    def encoded(rows: list[Row]) -> list[Row]:
+        known = [row for row in rows if row["label"] in classes]
+        return [
+            {**tokenizer(row["text"], truncation=True, max_length=given.length), "label": classes.index(row["label"])}
+            for row in known
+        ]
+
+    from peft import get_peft_model
+
+    model: Any = get_peft_model(base, _lora(given, base, "SEQ_CLS"))
+    arguments = TrainingArguments(**_settings(given))
+    return Trainer(model, arguments, DataCollatorWithPadding(tokenizer), encoded(train), encoded(held_out))  # type: ignore[arg-type]
+
+
+TRAINERS: dict[str, Callable[[list[Row], list[Row], argparse.Namespace], Any]] = {
+    "language": language_trainer,
+    "pairs": pair_trainer,
+    "classes": class_trainer,
+}
+
+Score = Callable[[Path, Sequence[Row]], list[tuple[float, float]]]  # (score times weight, weight) of each row
+
+
+def language_score(given: argparse.Namespace, _: Sequence[Row]) -> Score:
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+
+    @torch.no_grad()
+    def score(adapter: Path, rows: Sequence[Row]) -> list[tuple[float, float]]:
+        base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+        loaded = PeftModel.from_pretrained(base, adapter).eval()
+        found = []
+        for row in rows:
+            logps, tokens = _logps(loaded, tokenizer, row["prompt"], row["completion"], given.length)
+            if tokens:
+                found.append((-logps, float(tokens)))
+        return found
+
+    return score
+
+
+def pair_score(given: argparse.Namespace, _: Sequence[Row]) -> Score:
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+
+    @torch.no_grad()
+    def score(adapter: Path, rows: Sequence[Row]) -> list[tuple[float, float]]:
+        base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+        loaded = PeftModel.from_pretrained(base, adapter).eval()
+
+        def ratio(row: Row) -> float:
+            chosen, rejected = (
+                _logps(loaded, tokenizer, row["prompt"], row[side], given.length)[0] for side in ("chosen", "rejected")
+            )
+            return chosen - rejected
+
+        found = []
+        for row in rows:
+            with loaded.disable_adapter():
+                reference = ratio(row)
+            found.append((float(-F.logsigmoid(torch.tensor(BETA * (ratio(row) - reference)))), 1.0))
+        return found
+
+    return score
+
+
+def _logps(model: Any, tokenizer: Any, prompt: str, answer: str, length: int) -> tuple[float, int]:
+    begin = len(tokenizer(prompt)["input_ids"])
+    ids = tokenizer(prompt + answer + tokenizer.eos_token)["input_ids"][:length]
+    labels = torch.tensor([[-100] * min(begin, len(ids)) + ids[begin:]])
+    tokens = int((labels[:, 1:] != -100).sum())
+    return (-float(model(input_ids=torch.tensor([ids]), labels=labels).loss) * tokens if tokens else 0.0), tokens
+
+
+def class_score(given: argparse.Namespace, rows: Sequence[Row]) -> Score:
+    classes = sorted({row["label"] for row in rows[given.held_out + given.unseen :]})
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+
+    @torch.no_grad()
+    def score(adapter: Path, unseen: Sequence[Row]) -> list[tuple[float, float]]:
+        base = AutoModelForSequenceClassification.from_pretrained(given.model, num_labels=len(classes))
+        loaded = PeftModel.from_pretrained(base, adapter).eval()
+        found = []
+        for row in unseen:
+            logits = loaded(
+                **tokenizer(row["text"], truncation=True, max_length=given.length, return_tensors="pt")
+            ).logits
+            label = torch.tensor([classes.index(row["label"])])
+            loss, wrong = float(F.cross_entropy(logits, label)), float(logits.argmax(-1) != label)
+            found.append((wrong if given.metric == "accuracy" else loss, 1.0))
+        return found
+
+    return score
+
+
+SCORES: dict[str, Callable[[argparse.Namespace, Sequence[Row]], Score]] = {
+    "language": language_score,
+    "pairs": pair_score,
+    "classes": class_score,
+}
+
+
+def paired(before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """The mean difference, after minus before, with its two-sided 95% interval over examples."""
+    weights = torch.tensor([weight for _, weight in before], dtype=torch.float64)
     difference = torch.tensor([b[0] - a[0] for a, b in zip(before, after, strict=True)], dtype=torch.float64)
     mean = float(difference.sum() / weights.sum())
     error = float(((difference - weights * mean) / weights.mean()).std()) / len(weights) ** 0.5
-    return {"difference": mean, "high": mean + 1.645 * error, "examples": len(weights)}
+    value = sum(score for score, _ in before) / float(weights.sum())
+    return {
+        "value": value,
+        "difference": mean,
+        "low": mean - 1.96 * error,
+        "high": mean + 1.96 * error,
+        "examples": len(weights),
+    }
 
 
 if __name__ == "__main__":

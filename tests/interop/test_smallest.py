@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import random
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +18,34 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from rightrank import SmallestAdapter
-from rightrank.adapters.live import LiveAdapter, smallest_adapter
+from rightrank.adapters.held_out import Candidates, truncation_curve
+from rightrank.adapters.live import LiveAdapter, smallest_adapter, trained_adapter
+from rightrank.adapters.live_files import measure_again
 from rightrank.adapters.live_scores import HeldOut, PairLoss, batch_scores
-from rightrank.schema.errors import DataError, ModelError
+from rightrank.adapters.resize import candidate_ranks
+from rightrank.interop.smallest import training_warnings
+from rightrank.models.adapter_files import open_adapter
+from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
+from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.schema.trials import SplitName
+from rightrank.train.covariances import micro_batches, moment_tokens, unseen_first
 from rightrank.train.evaluation import Scores
+from tests.helpers import make_runtime
+from tests.tiny import small_settings, write_pairs
 
 pytestmark = pytest.mark.trains
 Rows = list[dict[str, list[int]]]
@@ -96,14 +121,57 @@ def test_the_end_of_a_training_has_the_smallest_adapter(
     assert document["adapter_sentence"] == answer.sentence
     assert answer.sentence in caplog.text
     assert trainer.state.log_history[-1]["rightrank/rank"] == answer.rank
-    assert f"truncated from rank {answer.trained_rank}" in (folder / "adapter" / "README.md").read_text(
-        encoding="utf-8"
+    card = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert f"truncated by K-FAC from rank {answer.trained_rank}" in card
+    assert document["cost"]["examples"] == 60
+    assert (
+        0
+        < document["cost"]["share"]
+        == pytest.approx(document["cost"]["seconds"] / document["cost"]["training_seconds"], rel=0.1)
     )
+    assert "of the training's time; peak memory" in caplog.text
+    assert document["checkpoint"] == "last (step 60)"
+    assert "--ranks" in document["training_rank_estimate"]["command"]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert answer.sentence in page
+    assert "<svg" in page
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "decision.json", "report.html", "trained"]
     model.save_pretrained(tmp_path / "trained")
     before = losses_by_peft(model_folder, tmp_path / "trained", rows[140:])
     after = losses_by_peft(model_folder, folder / "adapter", rows[140:])
     tokens = sum(sum(label != -100 for label in row["labels"][1:]) for row in rows[140:])
     assert (sum(after) - sum(before)) / tokens == pytest.approx(answer.difference, abs=1e-4)
+
+
+def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
+    model_folder: Path, completion_file: Path, rows: Rows, tmp_path: Path
+) -> None:
+    """The same examples and the same training rows for second moments: every candidate's value and bound agree."""
+    _, model = trained(model_folder, rows, tmp_path / "out", [])
+    model.save_pretrained(tmp_path / "trained")
+    adapter = open_adapter(tmp_path / "trained")
+    runtime = make_runtime(model_folder, completion_file, small_settings(margin=0.1), tmp_path / "cache")
+    curve = truncation_curve(adapter, runtime, Candidates(candidate_ranks(adapter)), tmp_path / "folder")
+    steps = runtime.settings.training_steps(len(runtime.examples("train")))
+    order = unseen_first(runtime, runtime.settings.seeds[0], steps)
+    read = [index for part in micro_batches(runtime, order, moment_tokens(runtime, steps)) for index in part]
+
+    def batches(split: SplitName, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        examples = [runtime.examples(split)[index] for index in indices]
+        return [
+            {"input_ids": torch.tensor([list(one.input_ids)]), "labels": torch.tensor([list(one.labels)])}
+            for one in examples
+        ]
+
+    held_out = batches("selection", range(len(runtime.examples("selection"))))
+    live = LiveAdapter(model, held_out, batches("train", read), margin=0.1, moment_tokens=10**9)
+    found = smallest_adapter(live, tmp_path / "live").answer
+    assert (found.rank, found.trained_rank) == (curve.answer.rank, curve.answer.trained_rank)
+    assert found.difference_high == pytest.approx(curve.answer.difference_high, abs=1e-4)
+    by_rank = {one.rank: one for one in curve.answer.candidates}
+    for one in found.candidates:
+        assert one.value == pytest.approx(by_rank[one.rank].value, abs=1e-4)
+        assert one.difference == pytest.approx(by_rank[one.rank].difference, abs=1e-4)
 
 
 def test_a_training_with_it_is_the_same_to_the_bit(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
@@ -160,12 +228,20 @@ def test_examples_packed_in_one_row_have_their_own_losses(model_folder: Path, ro
         ({"r": 1}, "rows", ModelError),
         ({}, None, DataError),
         ({}, "texts", DataError),
+        ({}, "several", DataError),
+        ({}, "trained on", DataError),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(
     changes: dict[str, Any], data: str | None, error: type[Exception], model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    held_out = {"rows": rows[140:], "texts": [{"text": "a"}] * 40, None: None}[data]
+    held_out = {
+        "rows": rows[140:],
+        "texts": [{"text": "a"}] * 40,
+        "several": {"one": rows[140:], "two": rows[140:]},
+        "trained on": rows[:16],
+        None: None,
+    }[data]
     arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
     collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model_folder), padding=True)
     callback = SmallestAdapter(held_out)
@@ -185,9 +261,401 @@ def test_what_fails_at_the_end_is_one_line(
     with caplog.at_level(logging.WARNING, "rightrank"):
         trainer, _ = trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]))], max_steps=2)
     assert trainer.state.global_step == 2
-    assert [record.getMessage() for record in caplog.records if record.name == "rightrank"] == [
-        "rightrank: no smaller adapter was looked for: [Errno 28] No space left on device"
-    ]
+    last = [record.getMessage() for record in caplog.records if record.name == "rightrank"][-1]
+    assert last.startswith(
+        "rightrank: no smaller adapter was looked for: [Errno 28] No space left on device; to measure again: python"
+    )
+    assert "\n" not in last
+
+
+class Recorded(TrainerCallback):
+    """A tracker that ends its run where the training ends."""
+
+    def __init__(self) -> None:
+        self.logged: dict[str, float] = {}
+        self.is_open = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        assert self.is_open
+        self.logged |= logs
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.is_open = False
+
+
+def test_the_answer_reaches_the_trackers(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    tracker, callback = Recorded(), SmallestAdapter(Listed(rows[140:]), margin=0.1)
+    trained(model_folder, rows, tmp_path, [tracker, callback], max_steps=8)
+    assert callback.result is not None
+    assert tracker.logged["rightrank/rank"] == callback.result.answer.rank
+    assert tracker.logged["rightrank/difference_high"] == callback.result.answer.difference_high
+
+
+def test_a_measurement_that_was_cut_off_is_made_again(
+    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The command that is printed first, in a fresh process, from the folder."""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "rightrank"):
+        patch.setattr("rightrank.interop.smallest.smallest_adapter", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(model_folder, rows, tmp_path / "cut", [SmallestAdapter(Listed(rows[140:]), margin=0.1)])
+    line = next(record.getMessage() for record in caplog.records if "to measure again: " in record.getMessage())
+    command = shlex.split(line.split("to measure again: ")[1])
+    weights = tmp_path / "cut" / "rightrank" / "measure" / "trained" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[: len(before) // 2])
+    broken = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, check=False)
+    assert broken.returncode == 2
+    assert broken.stderr.count("\n") == 1
+    weights.write_bytes(before)
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
+    trained(model_folder, rows, tmp_path / "whole", [callback])
+    assert callback.result is not None
+    found = json.loads((tmp_path / "cut" / "rightrank" / "decision.json").read_text(encoding="utf-8"))["answer"]
+    assert found["rank"] == callback.result.answer.rank
+    assert found["difference_high"] == pytest.approx(callback.result.answer.difference_high, abs=1e-5)
+    assert not (tmp_path / "cut" / "rightrank" / "measure").exists()
+
+
+def test_another_base_is_refused_in_a_fresh_process(
+    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    monkeypatch.setattr("rightrank.interop.smallest.smallest_adapter", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trained(base, rows, tmp_path / "out", [SmallestAdapter(Listed(rows[140:]))], max_steps=1)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 300}), encoding="utf-8")
+    with pytest.raises(ModelError, match="vocab_size is 300, and in the training it was"):
+        measure_again(tmp_path / "out" / "rightrank")
+
+
+def test_a_full_disk_is_one_line(
+    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rightrank.interop.smallest.keep", full)
+    with caplog.at_level(logging.WARNING, "rightrank"):
+        trainer, _ = trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]))], max_steps=2)
+    lines = [record.getMessage() for record in caplog.records if record.name == "rightrank"]
+    assert lines == ["rightrank: no smaller adapter was looked for: [Errno 28] No space left on device"]
+    assert trainer.state.global_step == 2
+
+
+def test_rows_of_the_training_set_are_counted_and_left_out(
+    model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = SmallestAdapter(Listed(rows[130:165]), margin=0.1)
+    with caplog.at_level(logging.WARNING, "rightrank"):
+        trained(model_folder, rows, tmp_path, [callback], max_steps=2)
+    assert "10 of 35 held-out rows are in the training set; they are left out" in caplog.text
+    assert "25 held-out examples can show little" in caplog.text
+    assert callback.result is not None
+    assert callback.result.examples == 25
+    assert "10 of 35" in (tmp_path / "rightrank" / "decision.json").read_text(encoding="utf-8")
+
+
+def test_the_best_checkpoint_is_measured_where_the_trainer_loads_it(
+    model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    callback = SmallestAdapter(Listed(rows[140:]), margin=0.1, every_evaluation=True)
+    changes = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 10, "max_steps": 40}
+    # At this rate the last step is not the best one.
+    _, model = trained(
+        model_folder,
+        rows,
+        tmp_path,
+        [callback],
+        **changes,
+        load_best_model_at_end=True,
+        learning_rate=0.3,
+        lr_scheduler_type="constant",
+    )
+    document = json.loads((tmp_path / "rightrank" / "decision.json").read_text(encoding="utf-8"))
+    assert document["checkpoint"].startswith("best (step ")
+    assert callback.result is not None
+    batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
+    assert callback.result.value == pytest.approx(scored(model.eval(), batches).loss, rel=1e-4)
+    assert [point["step"] for point in document["curve"]] == [10, 20, 30, 40]
+
+
+def test_a_search_for_hyperparameters_is_not_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """Neither a trial that ends nor one that Optuna prunes, which ends in the same event."""
+    optuna = pytest.importorskip("optuna")
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, eval_strategy="steps", eval_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model_folder), padding=True)
+    callback = SmallestAdapter(Listed(rows[140:]))
+    trainer = Trainer(
+        args=arguments, data_collator=collator, train_dataset=Listed(rows[:16]), eval_dataset=Listed(rows[140:160]),
+        model_init=lambda _=None: peft_model(model_folder), callbacks=[callback],
+    )  # fmt: skip
+    study = {"pruner": optuna.pruners.ThresholdPruner(upper=0.0, n_warmup_steps=1), "direction": "minimize"}
+    with contextlib.suppress(ValueError):  # every trial was pruned, and Optuna has no best one
+        trainer.hyperparameter_search(
+            lambda trial: {"seed": trial.suggest_int("seed", 0, 1)}, n_trials=1, backend="optuna", **study
+        )
+    assert callback.result is None
+    assert not (tmp_path / "rightrank").exists()
+
+
+def test_a_resumed_training_is_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    _, whole = trained(model_folder, rows, tmp_path, [], max_steps=8, save_strategy="steps", save_steps=4)
+    callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=8, learning_rate=1e-2, per_device_train_batch_size=8, seed=0, save_strategy="no", report_to=[],
+        disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model_folder), padding=True)
+    trainer = Trainer(
+        peft_model(model_folder), arguments, collator, Listed(rows[:140]), Listed(rows[140:]), callbacks=[callback]
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert callback.result is not None
+    batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
+    assert callback.result.value == pytest.approx(scored(whole.eval(), batches).loss, rel=1e-4)
+
+
+def test_of_several_adapters_the_trained_one_is_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    model = peft_model(model_folder)
+    batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
+    alone = smallest_adapter(LiveAdapter(model, batches, margin=1.0), tmp_path / "alone")
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    assert trained_adapter(model) == "default"
+    beside = smallest_adapter(LiveAdapter(model, batches, margin=1.0), tmp_path / "beside")
+    assert beside.answer.candidates == alone.answer.candidates
+    model.set_adapter("other")
+    assert trained_adapter(model) == "other"
+    with_other_active = smallest_adapter(LiveAdapter(model, batches, margin=1.0), tmp_path / "active")
+    assert with_other_active.answer.candidates == alone.answer.candidates
+    assert model.active_adapter == "other"
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ModelError, match="one adapter is truncated at a time"):
+        trained_adapter(model)
+    model.base_model.set_adapter("default")
+    model.merge_adapter()
+    with pytest.raises(ModelError, match="is merged into the base"):
+        smallest_adapter(LiveAdapter(model, batches), tmp_path / "merged")
+
+
+def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
+    model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    """A fused kernel reads the factors and never calls PEFT's module."""
+    model = peft_model(model_folder)
+    mlp = model.base_model.model.model.layers[0].mlp
+
+    def fused(hidden: torch.Tensor) -> torch.Tensor:
+        def linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            return x @ layer.base_layer.weight.T + layer.scaling["default"] * (x @ a.T) @ b.T
+
+        return linear(mlp.down_proj, mlp.act_fn(linear(mlp.gate_proj, hidden)) * linear(mlp.up_proj, hidden))
+
+    batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
+    mlp.forward = fused
+    found = smallest_adapter(LiveAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
+    assert found.notes == (
+        "3 of 21 modules truncated by singular values: the model computes their layers without calling PEFT's modules (fused kernels), "
+        "so that no second moments arrive",
+    )
+    assert found.answer.rank == 1
+
+
+def test_the_head_sees_few_positions_at_a_time(model_folder: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels never reach the model, and no tensor of logits has more than CHUNK positions; the losses are the model's own."""
+    monkeypatch.setattr("rightrank.adapters.live_scores.CHUNK", 8)
+    model = peft_model(model_folder).eval()
+    head = model.get_base_model().get_output_embeddings()
+    seen: list[int] = []
+    head.forward = lambda hidden: (
+        seen.append(hidden.shape[:-1].numel()) or torch.nn.functional.linear(hidden, head.weight)
+    )
+    found = scored(model, [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:3]])
+    assert max(seen) <= 8
+    del head.forward
+    for number, row in enumerate(rows[:3]):
+        whole = model(**{key: torch.tensor([value]) for key, value in row.items()}).loss.detach()
+        assert found.losses[number] / found.tokens[number] == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_logits_that_the_model_changes_after_the_head_are_scored_whole(rows: Rows) -> None:
+    config = transformers.Gemma2Config(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, final_logit_softcapping=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = get_peft_model(
+        transformers.Gemma2ForCausalLM(config), LoraConfig(r=4, target_modules="all-linear")
+    ).eval()
+    row = {key: torch.tensor([value]) for key, value in rows[0].items()}
+    found = scored(model, [row])
+    assert found.losses[0] / found.tokens[0] == pytest.approx(float(model(**row).loss.detach()), rel=1e-4)
+
+
+def test_blocks_below_the_adapter_are_computed_once(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """And the answer is the same as where they are computed each time."""
+    model = peft_model(
+        model_folder, target_modules=["q_proj", "down_proj"], layers_to_transform=[2], init_lora_weights=False
+    )
+    batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
+    calls: list[int] = []
+    handle = model.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    kept = smallest_adapter(LiveAdapter(model, batches, margin=10.0), tmp_path / "kept")
+    assert len(calls) == len(batches) + 1  # the first is checked
+    handle.remove()
+    handle = model.base_model.model.model.layers[0].register_forward_hook(lambda *_: None)  # then nothing is kept
+    whole = smallest_adapter(LiveAdapter(model, batches, margin=10.0), tmp_path / "whole")
+    for one, other in zip(kept.answer.candidates, whole.answer.candidates, strict=True):
+        assert one.value == pytest.approx(other.value, abs=1e-6)
+    assert len(kept.answer.candidates) == 5
+
+
+def test_the_training_says_that_the_top_is_too_small_or_overfits() -> None:
+    def candidate(rank: int, high: float) -> AdapterCandidate:
+        return AdapterCandidate(
+            rank=rank, how="truncated" if rank < 16 else "trained", trial_id=f"r{rank}", value=1.0 + high, difference=high,
+            difference_low=high, difference_high=high, holds=high <= 0.005,
+        )  # fmt: skip
+
+    def answer(high: float) -> AdapterAnswer:
+        return AdapterAnswer(
+            rank=16, how="trained", trial_id="r16", trained_rank=16, trained_id="r16", reference_id="r16", reference_how="trained",
+            extra_steps_difference=None, difference=0.0, difference_high=0.0, margin=0.005, sentence="",
+            candidates=[candidate(16, 0.0), candidate(8, high)],
+        )  # fmt: skip
+
+    assert list(training_warnings(answer(0.001), [(1, 2.0), (2, 1.9)], "loss")) == []
+    (small,) = training_warnings(answer(0.01), [(1, 2.0), (2, 1.9)], "loss")
+    assert small == "The top may be too small: at rank 8 it loses more than the margin."
+    (overfits,) = training_warnings(answer(0.001), [(1, 1.9), (2, 2.0)], "loss")
+    assert overfits == "The top overfits: its held-out loss was best at step 1, 1.9000; it is 2.0000 now."
+
+
+def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_path: Path) -> None:
+    """By accuracy and by loss, with the trainer's own collator; the head is trained whole, and stays."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = [json.loads(line) for line in class_file.read_text(encoding="utf-8").splitlines()]
+    encoded = [{**tokenizer(row["text"]), "label": int(row["label"] == "cat")} for row in rows]
+    callbacks = [SmallestAdapter(encoded[200:], metric=metric, margin=0.05) for metric in ("accuracy", "loss")]
+    base = AutoModelForSequenceClassification.from_pretrained(
+        model_folder, num_labels=2, pad_token_id=tokenizer.pad_token_id
+    )
+    model: Any = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=60, learning_rate=1e-2, per_device_train_batch_size=8, save_strategy="no",
+        report_to=[], disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    collator = DataCollatorWithPadding(tokenizer)
+    trainer = Trainer(model, arguments, collator, encoded[:200], encoded[200:], callbacks=list(callbacks))
+    trainer.train()
+    by_accuracy, by_loss = callbacks
+    assert by_accuracy.result is not None
+    assert by_loss.result is not None
+    assert by_loss.result.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
+    model.save_pretrained(tmp_path / "trained")
+    folder = tmp_path / "out" / "rightrank" / "adapter"
+    values = [class_losses(model_folder, one, encoded[200:], collator) for one in (tmp_path / "trained", folder)]
+    assert values[1] - values[0] == pytest.approx(by_loss.result.answer.difference, abs=1e-4)
+
+
+def class_losses(folder: Path, adapter: Path, rows: Sequence[Any], collator: Any) -> float:
+    torch.manual_seed(5)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=2, pad_token_id=collator.tokenizer.pad_token_id
+    )
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    with torch.no_grad():
+        return sum(float(model(**collator([row])).loss) for row in rows) / len(rows)
+
+
+def test_a_metric_without_examples_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="only a classifier's rows are right or wrong"):
+        trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]), metric="accuracy")])
+    with pytest.raises(SettingsError, match="measured by loss or accuracy"):
+        trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]), metric="rouge")])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "changes", [{}, {"precompute_ref_log_probs": True, "loss_type": "ipo"}, {"loss_type": "hinge", "beta": 0.5}]
+)
+def test_the_end_of_a_preference_training(changes: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
+    """The loss of pairs is TRL's, with its reference; the adapter's difference is the callback's."""
+    trainer, held_out = dpo_trainer(model_folder, tmp_path, max_steps=30, **changes)
+    callback = SmallestAdapter(held_out, margin=5.0 if "ipo" in trainer.args.loss_type else 0.05)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.result is not None
+    assert callback.result.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-3)
+    assert callback.result.answer.rank < 16
+    live, found = trainer.model, tmp_path / "out" / "rightrank" / "adapter"
+    batches = [trainer.data_collator([row]) for row in held_out]
+    before = [float(one.losses) for one in (batch_scores(live.eval(), b, callback_pair_loss(trainer)) for b in batches)]
+    other = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), found
+    ).eval()
+    after = [float(one.losses) for one in (batch_scores(other, b, callback_pair_loss(trainer)) for b in batches)]
+    assert (sum(after) - sum(before)) / len(before) == pytest.approx(callback.result.answer.difference, abs=1e-4)
+
+
+def callback_pair_loss(trainer: Any) -> PairLoss:
+    return PairLoss(trainer.args.beta, trainer.args.loss_type[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_of_pairs_without_a_value_by_pair_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    trainer, held_out = dpo_trainer(model_folder, tmp_path, max_steps=1, loss_type="aot")
+    trainer.add_callback(SmallestAdapter(held_out))
+    with pytest.raises(SettingsError, match="loss_type aot: pairs are measured by the losses sigmoid, hinge, ipo"):
+        trainer.train()
+
+
+def dpo_trainer(model_folder: Path, folder: Path, **changes: Any) -> tuple[Any, Any]:
+    datasets = pytest.importorskip("datasets")
+    trl = pytest.importorskip("trl")
+    pairs = datasets.load_dataset("json", data_files=str(write_pairs(folder / "pairs.jsonl")), split="train")
+    parts = pairs.train_test_split(60, seed=0)
+    settings: dict[str, Any] = {
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 8,
+        "save_strategy": "no",
+        "report_to": [],
+    }
+    settings |= {"disable_tqdm": True, "use_cpu": True, "bf16": False, "max_length": 64}
+    trainer = trl.DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
+        args=trl.DPOConfig(output_dir=str(folder / "out"), **settings | changes),
+        train_dataset=parts["train"],
+        eval_dataset=parts["test"],
+        processing_class=AutoTokenizer.from_pretrained(model_folder),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+    )
+    return trainer, trainer.eval_dataset
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_padding_free_rows_of_trl_have_their_own_losses(model_folder: Path, rows: Rows) -> None:
+    """Several rows in one, as TRL's collator joins them: each keeps its loss."""
+    collators = pytest.importorskip("trl.trainer.sft_trainer")
+    model = peft_model(model_folder).eval()
+    alone = scored(model, [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:4]])
+    collator = collators.DataCollatorForLanguageModeling(pad_token_id=1, padding_free=True)
+    joined = {key: value for key, value in collator([dict(row) for row in rows[:4]]).items() if torch.is_tensor(value)}
+    kept = {key: joined[key] for key in ("input_ids", "labels", "position_ids")}
+    packed = scored(model, [kept])
+    assert packed.tokens == alone.tokens
+    assert packed.losses == pytest.approx(alone.losses, rel=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -21,7 +21,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rightrank.adapters.held_out import capped
-from rightrank.adapters.live_scores import Batch, HeldOut, PairLoss, active_adapter, batch_scores
+from rightrank.adapters.live_scores import Batch, HeldOut, PairLoss, active_adapter, batch_scores, is_partitioned
 from rightrank.adapters.resize import candidate_ranks
 from rightrank.adapters.rewrite import write_resized
 from rightrank.decision.adapter import Criterion, adapter_answer, trained_answer
@@ -88,6 +88,10 @@ def smallest_adapter(live: LiveAdapter, working: Path) -> LiveAnswer:
         NotFiniteError: a held-out loss is NaN or infinite.
     """
     require_truncatable(live.model, live.name)
+    if is_partitioned(live.model):
+        raise ModelError(
+            "ZeRO-3 holds parts of each parameter, which no truncation can be written into; measure in a fresh process"
+        )
     started = time.monotonic()
     base = str(live.model.peft_config[live.name].base_model_name_or_path or "")
     save_adapter(live.model, working / "trained", base, live.name)

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -301,7 +302,24 @@ def _by_segment(losses: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor
 
 def is_sharded(model: Any) -> bool:
     """Whether a process holds parts of the parameters: FSDP2's `DTensor`s, or DeepSpeed's empty parameters."""
-    return any(isinstance(one, DTensor) or hasattr(one, "ds_id") for one in model.parameters())
+    return is_partitioned(model) or any(isinstance(one, DTensor) for one in model.parameters())
+
+
+def is_partitioned(model: Any) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds the parameters, which are then empty outside a pass."""
+    return any(hasattr(one, "ds_id") for one in model.parameters())
+
+
+@contextmanager
+def gathered(model: Any) -> Iterator[None]:
+    """In the block the trained parameters of ZeRO-3 are whole; nothing happens for other models."""
+    parts = [
+        one
+        for name, one in model.named_parameters()
+        if hasattr(one, "ds_id") and ("lora_" in name or one.requires_grad)
+    ]
+    with import_module("deepspeed").zero.GatheredParameters(parts) if parts else nullcontext():
+        yield
 
 
 @contextmanager

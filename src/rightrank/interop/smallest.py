@@ -9,10 +9,11 @@ What cannot work is refused before the first step. At the end nothing raises: wh
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -29,11 +30,21 @@ from rightrank.adapters.live import (
     smallest_adapter,
     trained_adapter,
 )
-from rightrank.adapters.live_scores import PAIR_LOSSES, Batch, PairLoss, batch_scores, upper_share
-from rightrank.data.files import replacing_folder, write_text
+from rightrank.adapters.live_files import (
+    MEASURE,
+    Training,
+    command_to_measure,
+    keep,
+    measure_again,
+    next_training,
+    peak_bytes,
+    write_answer,
+)
+from rightrank.adapters.live_scores import PAIR_LOSSES, Batch, PairLoss, batch_scores, is_sharded, upper_share
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import DataError, RightrankError, SettingsError, first_line
+from rightrank.schema.errors import DataError, RightrankError, RunError, SettingsError, first_line
 from rightrank.train.covariances import MOMENT_TOKENS
+from rightrank.train.distributed import broadcast, process_index
 
 log = logging.getLogger("rightrank")
 
@@ -89,6 +100,8 @@ class SmallestAdapter(TrainerCallback):
         self._handler: CallbackHandler | None = None
         self._held_out: Sequence[Mapping[str, Any]] = ()
         self._first_step = 0
+        self._started = time.monotonic()
+        self._shared = ""  # a line on rows that are held out and trained on
         self._values: list[tuple[int, float]] = []  # of the trained adapter at each evaluation
         self.curve: list[tuple[int, int]] = []
         self.result: LiveAnswer | None = None
@@ -99,7 +112,7 @@ class SmallestAdapter(TrainerCallback):
         """Refuse what cannot work at the end, by scoring two examples."""
         if state.is_hyper_param_search:
             return  # a search ends many trainings, and none of them is the one to hand over
-        self._loaders, self._first_step = kwargs, state.global_step
+        self._loaders, self._first_step, self._shared = kwargs, state.global_step, ""
         self._handler = _first_of_callbacks(self)
         if self._metric not in ("loss", "accuracy"):
             raise SettingsError(f"metric {self._metric!r}: the end of a training is measured by loss or accuracy")
@@ -109,6 +122,7 @@ class SmallestAdapter(TrainerCallback):
         self._held_out = self._rows_to_score()
         with as_it_came(model, name):
             self._require_scores(model, args)
+        self._started = time.monotonic()
         if state.is_world_process_zero:
             folder = Path(args.output_dir or ".")
             folder.mkdir(parents=True, exist_ok=True)
@@ -136,11 +150,10 @@ class SmallestAdapter(TrainerCallback):
         seen = {_content(row) for row in _first(train, COMPARED_ROWS)} if hasattr(train, "__len__") else set()
         unseen = [row for row in found if _content(row) not in seen]
         if len(unseen) < len(found):
-            log.warning(
-                "rightrank: %d of %d held-out rows are in the training set; they are left out",
-                len(found) - len(unseen),
-                len(found),
+            self._shared = (
+                f"{len(found) - len(unseen)} of {len(found)} held-out rows are in the training set; they are left out"
             )
+            log.warning("rightrank: %s", self._shared)
         if len(unseen) < 2:
             raise DataError(
                 "SmallestAdapter: the held-out rows are in the training set; give rows that it does not hold"
@@ -190,7 +203,7 @@ class SmallestAdapter(TrainerCallback):
             state.global_step,
             answer.rank,
             answer.trained_rank,
-            "".join(f" {one}" for one in _warnings(answer, self._values, self._metric)),
+            "".join(f" {one}" for one in training_warnings(answer, self._values, self._metric)),
         )
 
     def on_train_end(
@@ -200,22 +213,53 @@ class SmallestAdapter(TrainerCallback):
         if not self._held_out or state.is_hyper_param_search:
             return
         out = Path(args.output_dir or ".") / "rightrank"
+        again = ""
         try:
+            live = self._live(kwargs["model"], args, state)
+            training = self._training(live, args, state)
+            _keep(live, out, training)
+            again = f"; to measure again: {command_to_measure(out)}"
+            if state.is_world_process_zero:
+                log.warning("rightrank: measuring truncations on %d batches%s", len(live.held_out), again)
             with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
-                self.result = smallest_adapter(self._live(kwargs["model"], args, state), Path(working))
+                self.result = smallest_adapter(live, Path(working))
                 if state.is_world_process_zero:
-                    _write(self.result, out)
+                    write_answer(self.result, out, training)
+                    shutil.rmtree(out / MEASURE)
         except FAILURES as error:
-            log.warning("rightrank: no smaller adapter was looked for: %s", first_line(error))
+            log.warning("rightrank: no smaller adapter was looked for: %s%s", first_line(error), again)
             return
-        if not state.is_world_process_zero:
-            return
+        if state.is_world_process_zero:
+            self._say(args, state, control, training, out)
+
+    def _say(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, training: Training, out: Path
+    ) -> None:
+        assert self.result is not None
         answer = self.result.answer
         logged: dict[str, float] = {"rightrank/rank": answer.rank}
         if answer.difference_high is not None:
             logged["rightrank/difference_high"] = answer.difference_high
         self._report(args, state, control, logged)
+        for note in [*training.notes, *answer.notes, *self.result.notes]:
+            log.warning("rightrank: %s", note)
+        log.warning("%s %s", next_training(answer, training.base)[0], training.cost_sentence(self.result))
         log.warning("%s %s", answer.sentence, out / "adapter")
+
+    def _training(self, live: LiveAdapter, args: TrainingArguments, state: TrainerState) -> Training:
+        config = live.model.peft_config[live.name]
+        base = str(config.base_model_name_or_path or live.model.get_base_model().config.name_or_path or "")
+        is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        checkpoint = f"best (step {state.best_global_step})" if is_best else f"last (step {state.global_step})"
+        notes = [self._shared] if self._shared else []
+        ranks = dict(self.curve)
+        if self.curve and state.best_global_step in ranks and ranks[state.best_global_step] != self.curve[-1][1]:
+            best = state.best_global_step
+            notes.append(
+                f"checkpoint_matters: rank {ranks[best]} holds at the best step ({best}), rank {self.curve[-1][1]} at step {self.curve[-1][0]}"
+            )
+        seconds = time.monotonic() - self._started
+        return Training(seconds, peak_bytes(), checkpoint, base, self._metric, self.curve, notes)
 
     def _live(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
         loader = self._loaders["train_dataloader"]
@@ -257,6 +301,25 @@ class SmallestAdapter(TrainerCallback):
         state.log_history.append(logs | {"step": state.global_step})
         if self._handler is not None:
             self._handler.on_log(args, state, control, logs)
+
+
+def _keep(live: LiveAdapter, out: Path, training: Training) -> None:
+    """`keep` in the first process; all of several processes raise where it fails, since none may wait for the others.
+
+    Raises:
+        RunError: it failed.
+    """
+    failure = ""
+    try:
+        if process_index() == 0:
+            keep(live, out, training)
+        elif is_sharded(live.model):  # every process takes part in putting the parts together
+            with tempfile.TemporaryDirectory() as unused:
+                keep(live, Path(unused), training)
+    except FAILURES as error:
+        failure = first_line(error)
+    if failure := broadcast(0, failure):
+        raise RunError(failure)
 
 
 def _first_of_callbacks(callback: TrainerCallback) -> CallbackHandler | None:
@@ -327,7 +390,7 @@ def _batches(rows: Sequence[Mapping[str, Any]], loader: Any, size: int) -> list[
     return [loader.collate_fn(kept[start : start + size]) for start in range(0, len(kept), size)]
 
 
-def _warnings(answer: AdapterAnswer, values: Sequence[tuple[int, float]], metric: str) -> Iterator[str]:
+def training_warnings(answer: AdapterAnswer, values: Sequence[tuple[int, float]], metric: str) -> Iterator[str]:
     """What the measurements so far say of the training."""
     lower = [one for one in answer.candidates if one.rank < answer.trained_rank]
     if lower and not max(lower, key=lambda one: one.rank).holds:
@@ -338,41 +401,17 @@ def _warnings(answer: AdapterAnswer, values: Sequence[tuple[int, float]], metric
         yield f"The top overfits: its held-out {metric} was best at step {best[0]}, {best[1]:.4f}; it is {values[-1][1]:.4f} now."
 
 
-def _write(found: LiveAnswer, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing_folder(out / "adapter") as adapter:
-        shutil.copytree(found.folder, adapter, dirs_exist_ok=True)
-        write_text(adapter / "README.md", _card(found))
-    write_text(out / "decision.json", json.dumps(_document(found), indent=2) + "\n")
+def main(arguments: Sequence[str]) -> int:
+    """`python -m rightrank.interop.smallest OUTPUT_DIR/rightrank`: measure again what an end left there."""
+    try:
+        if len(arguments) != 1:
+            raise SettingsError("give one folder: the rightrank folder in the training's output folder")
+        sys.stdout.write(measure_again(Path(arguments[0])) + "\n")
+    except RightrankError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_status
+    return 0
 
 
-def _document(found: LiveAnswer) -> dict[str, Any]:
-    answer = found.answer
-    return {
-        "adapter_sentence": answer.sentence,
-        "handed_over": {
-            "rank": answer.rank,
-            "how": answer.how,
-            "trained_rank": answer.trained_rank,
-            "difference": answer.difference,
-            "difference_high": answer.difference_high,
-        },
-        "cost": {"seconds": found.seconds, "examples": found.examples},
-        "notes": [*answer.notes, *found.notes],
-        "answer": answer.model_dump(mode="json"),
-    }
-
-
-def _card(found: LiveAnswer) -> str:
-    answer = found.answer
-    made = f"truncated from rank {answer.trained_rank}" if answer.rank < answer.trained_rank else "as it was trained"
-    rows = "\n".join(
-        f"| {one.rank} | {one.difference:+.4f} | {'' if one.difference_high is None else f'{one.difference_high:+.4f}'} |"
-        for one in answer.candidates
-    )
-    return (
-        f"# LoRA adapter of rank {answer.rank}, {made}\n\n{answer.sentence}\n\n"
-        f"| rank | difference | 95% upper bound |\n| --- | --- | --- |\n{rows}\n\n"
-        f"Held-out loss, nats a token, against rank {answer.trained_rank}, on {found.examples} examples that were scored in the training's "
-        "own process by rightrank.\n"
-    )
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -116,6 +116,12 @@ def render_report(
     )
 
 
+def adapter_page(sentence: str, texts: Sequence[str], figures: Sequence[Figure], rows: Sequence[Sequence[str]]) -> str:
+    """The page of one adapter's truncations: the answer, its figures, a table whose first row is the heading, and further sentences."""
+    template = _environment().get_template("adapter.html")
+    return template.render(sentence=sentence, texts=texts, figures=figures, rows=rows, style=_asset("report.css"))
+
+
 @dataclass(frozen=True, slots=True)
 class ShownRun:
     """A run to show: its records, its decision if it has one, and its goal."""

@@ -78,9 +78,7 @@ def training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
     answer = records.adapters[-1].answer if records.adapters else None
     if answer is None or records.started.data.form == "own":
         return None
-    holding = _smallest_holding_truncation(answer)
-    low = holding if holding > MAX_DIRECT_RANK else max(1, holding // 2)
-    high = min(answer.trained_rank, 2 * holding)
+    low, high = probable_ranks(answer)
     where = f"{low}" if low == high else f"{low} to {high}"
     ranks = _settings(records).ranks
     compared = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
@@ -93,10 +91,16 @@ def training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
     further = "" if compared == ranks else f" --ranks {','.join(map(str, compared))}"
     sentence = (
         f"An estimate, not evidence: the rank to train at probably is {where}, since the smallest truncation that loses at "
-        f"most the margin has rank {holding}. To show it takes {takes}: run the same command with "
+        f"most the margin has rank {_smallest_holding_truncation(answer)}. To show it takes {takes}: run the same command with "
         f"--goal training-rank{further}."
     )
     return TrainingRankEstimate(low=low, high=high, trainings=trainings, sentence=sentence)
+
+
+def probable_ranks(answer: AdapterAnswer) -> tuple[int, int]:
+    """Where the training rank probably lies, lowest and highest, by the smallest truncation that holds."""
+    holding = _smallest_holding_truncation(answer)
+    return holding if holding > MAX_DIRECT_RANK else max(1, holding // 2), min(answer.trained_rank, 2 * holding)
 
 
 def _smallest_holding_truncation(answer: AdapterAnswer) -> int:

@@ -1,0 +1,288 @@
+"""What the end of a training leaves on disk: `adapter/` with its card, `decision.json`, `report.html`; and, until these are there, what a
+fresh process needs to measure again.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shlex
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from rightrank.adapters.live import LiveAdapter, LiveAnswer, smallest_adapter
+from rightrank.adapters.live_scores import Batch, PairLoss, gathered
+from rightrank.data.files import read_json_object, replacing_folder, write_text
+from rightrank.models.adapter_files import open_adapter, save_adapter
+from rightrank.report.adapters import candidate_table, figure_of
+from rightrank.report.figure import Axis, Figure, Series
+from rightrank.report.html import adapter_page
+from rightrank.schema.decision import AdapterAnswer, HandedOver
+from rightrank.schema.errors import ModelError, RightrankError, first_line
+from rightrank.search.strategies import probable_ranks
+from rightrank.train.targets import without_peft_noise
+
+MEASURE, TRAINED = "measure", "trained"  # folders
+# Of a configuration: what programs change in it without changing the model.
+VOLATILE = (
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "quantization_config", "bos_token_id",
+    "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "num_labels", "tie_word_embeddings",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What is known of the training whose end is measured."""
+
+    seconds: float | None = None  # without the end; None: not known
+    peak_bytes: int = 0  # before the end; 0: not known
+    checkpoint: str = "last"  # which weights were measured
+    base: str = ""  # the base model's name or folder
+    metric: str = "loss"
+    curve: Sequence[tuple[int, int]] = ()  # (step, smallest rank that holds)
+    notes: Sequence[str] = ()
+
+    def cost(self, found: LiveAnswer) -> dict[str, Any]:
+        """Seconds and memory of the end against the training."""
+        peak = peak_bytes()
+        return {
+            "seconds": round(found.seconds, 2),
+            "training_seconds": None if self.seconds is None else round(self.seconds, 2),
+            "share": None if not self.seconds else round(found.seconds / self.seconds, 4),
+            "peak_bytes": peak,
+            "training_peak_bytes": self.peak_bytes,
+            "examples": found.examples,
+        }
+
+    def cost_sentence(self, found: LiveAnswer) -> str:
+        share = f", {found.seconds / self.seconds:.1%} of the training's time" if self.seconds else ""
+        more = peak_bytes() - self.peak_bytes if self.peak_bytes else 0
+        memory = (
+            f"peak memory {more / 2**20:.0f} MiB above the training's"
+            if more > 0
+            else "peak memory not above the training's"
+        )
+        known = f"; {memory}" if self.peak_bytes else ""
+        return f"Measured on {found.examples} held-out examples in {found.seconds:.1f} s{share}{known}."
+
+
+def peak_bytes() -> int:
+    """The most memory so far: allocated on the GPU, or the process's on a machine without one."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def next_training(answer: AdapterAnswer, base: str) -> tuple[str, str]:
+    """`(an estimate of the rank to train at, in a sentence; the command that would prove it)`."""
+    low, high = probable_ranks(answer)
+    where = f"{low}" if low == high else f"{low} to {high}"
+    ranks = ",".join(map(str, sorted({max(1, low // 2), low, high, answer.trained_rank})))
+    command = shlex.join(["rightrank", "select", base or "MODEL", "data.jsonl", "--out", "run", "--ranks", ranks])
+    return (
+        f"An estimate, not evidence: the rank to train at next time probably is {where}. This would prove it: {command}",
+        command,
+    )
+
+
+def write_answer(found: LiveAnswer, out: Path, training: Training) -> None:
+    """Write `adapter/`, `trained/`, `decision.json` and `report.html` to `out`; each replaces an older one whole."""
+    for name, source in ((TRAINED, found.folder.parent / TRAINED), ("adapter", found.folder)):
+        with replacing_folder(out / name) as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
+            if name == "adapter":
+                (temporary / "README.md").write_text(_card(found, training), encoding="utf-8")
+    write_text(out / "decision.json", json.dumps(_document(found, out, training), indent=2) + "\n")
+    write_text(out / "report.html", _report(found, training))
+
+
+def _document(found: LiveAnswer, out: Path, training: Training) -> dict[str, Any]:
+    answer = found.answer
+    estimate, command = next_training(answer, training.base)
+    handed_over = HandedOver(
+        rank=answer.rank,
+        max_module_rank=open_adapter(out / "adapter").rank,
+        how=answer.how,
+        trained_rank=answer.trained_rank,
+        reference_adapter=TRAINED,
+        difference=answer.difference,
+        difference_high=answer.difference_high,
+        test_difference=None,
+        test_difference_high=None,
+    )
+    return {
+        "adapter_sentence": answer.sentence,
+        "handed_over": handed_over.model_dump(mode="json"),
+        "checkpoint": training.checkpoint,
+        "cost": training.cost(found),
+        "training_rank_estimate": {"sentence": estimate, "command": command},
+        "curve": [{"step": step, "rank": rank} for step, rank in training.curve],
+        "flags": ["checkpoint_matters"]
+        if any(note.startswith("checkpoint_matters") for note in training.notes)
+        else [],
+        "notes": [*training.notes, *answer.notes, *found.notes],
+        "answer": answer.model_dump(mode="json"),
+    }
+
+
+def _card(found: LiveAnswer, training: Training) -> str:
+    answer = found.answer
+    how = "truncated by singular values" if any("singular" in note for note in found.notes) else "truncated by K-FAC"
+    made = f"{how} from rank {answer.trained_rank}" if answer.rank < answer.trained_rank else "as it was trained"
+    heading, *rows = candidate_table(answer, training.metric)
+    lines = [heading, ["---"] * len(heading), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    notes = "".join(f"- {note}\n" for note in [*training.notes, *answer.notes, *found.notes])
+    base = f"base_model: {training.base}\n" if training.base else ""
+    return (
+        f"---\n{base}library_name: peft\n---\n\n# LoRA adapter of rank {answer.rank}, {made}\n\n{answer.sentence}\n\n{table}\n\n"
+        f"Made by rightrank at the end of the training, from the {training.checkpoint} weights, in the training's own process. "
+        f"{training.cost_sentence(found)}\n\n{notes}"
+    )
+
+
+def _report(found: LiveAnswer, training: Training) -> str:
+    answer = found.answer
+    figures = [figure_of(answer, answer.candidates, training.metric, training.metric == "accuracy")]
+    figures += [curve_figure(training.curve, answer.trained_rank)] if training.curve else []
+    estimate, _ = next_training(answer, training.base)
+    texts = [*training.notes, *answer.notes, *found.notes, estimate, training.cost_sentence(found)]
+    return adapter_page(answer.sentence, texts, figures, candidate_table(answer, training.metric))
+
+
+def curve_figure(curve: Sequence[tuple[int, int]], trained_rank: int) -> Figure:
+    """The smallest rank that holds, over the steps of the training."""
+    steps, ranks = tuple(step for step, _ in curve), tuple(rank for _, rank in curve)
+    return Figure(
+        name="smallest_rank",
+        title="Smallest rank that holds, over the steps",
+        alt="; ".join(f"step {step}: rank {rank}" for step, rank in curve),
+        x=Axis("step", ticks=steps if len(steps) < 8 else ()),
+        y=Axis("smallest rank that holds", "log2", tuple(sorted({*ranks, trained_rank}))),
+        series=(Series("smallest rank that holds", steps, ranks, kind="line"),),
+        columns=("step", "rank"),
+        rows=tuple(curve),
+    )
+
+
+def command_to_measure(out: Path) -> str:
+    return shlex.join(["python", "-m", "rightrank.interop.smallest", str(out)])
+
+
+def keep(live: LiveAdapter, out: Path, training: Training) -> None:
+    """Write what a fresh process needs to measure: the trained adapter, the batches, and what was asked."""
+    base = live.model.get_base_model()
+    with replacing_folder(out / MEASURE) as folder:
+        with gathered(live.model):
+            save_adapter(live.model, folder / TRAINED, training.base, live.name)
+        base.config.save_pretrained(folder / "base")
+        tensors = {
+            f"{split}.{number}.{key}": value.detach().cpu().contiguous().clone()
+            for split, batches in (("held_out", live.held_out), ("train", live.train))
+            for number, batch in enumerate(batches)
+            for key, value in batch.items()
+            if isinstance(value, torch.Tensor)
+        }
+        save_file(tensors, folder / "batches.safetensors")
+        asked = {
+            "base": training.base,
+            "base_class": type(base).__name__,
+            "dtype": str(next(iter(base.parameters())).dtype).removeprefix("torch."),
+            "margin": live.margin,
+            "ranks": None if live.ranks is None else list(live.ranks),
+            "metric": live.metric,
+            "beta": live.pair_loss.beta,
+            "pair_loss": live.pair_loss.name,
+            "moment_tokens": live.moment_tokens,
+            "seconds": training.seconds,
+            "checkpoint": training.checkpoint,
+            "curve": [list(point) for point in training.curve],
+            "notes": list(training.notes),
+        }
+        (folder / "measure.json").write_text(json.dumps(asked, indent=2), encoding="utf-8")
+
+
+def measure_again(out: Path) -> str:
+    """Measure from the folder that `keep` left in `out`, write the answer there, and return its sentences.
+
+    Raises:
+        ModelError: the folder is not whole, or the base cannot be loaded or is another one.
+        RunFolderError: `out` cannot be written.
+    """
+    folder = out / MEASURE
+    if not (folder / "measure.json").is_file():
+        raise ModelError(
+            f"{out}: there is no {MEASURE}/measure.json; the measurement ended, or the training did not reach its end"
+        )
+    asked = read_json_object(folder / "measure.json")
+    adapter = open_adapter(folder / TRAINED)
+    base = _base(folder, asked)
+    with without_peft_noise():
+        model: Any = PeftModel.from_pretrained(base, str(adapter.path))
+    batches = _read_batches(folder / "batches.safetensors")
+    live = LiveAdapter(
+        model=model,
+        held_out=batches["held_out"],
+        train=batches.get("train", ()),
+        margin=asked["margin"],
+        ranks=asked["ranks"],
+        metric=asked["metric"],
+        pair_loss=PairLoss(asked["beta"], asked["pair_loss"]),
+        moment_tokens=asked["moment_tokens"],
+    )
+    curve = [(step, rank) for step, rank in asked["curve"]]
+    training = Training(asked["seconds"], 0, asked["checkpoint"], asked["base"], asked["metric"], curve, asked["notes"])
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
+        found = smallest_adapter(live, Path(working))
+        write_answer(found, out, training)
+    shutil.rmtree(folder)
+    return f"{found.answer.sentence} {out / 'adapter'}\n{training.cost_sentence(found)}"
+
+
+def _base(folder: Path, asked: Mapping[str, Any]) -> Any:
+    name = asked["base"]
+    if not name:
+        raise ModelError("the base model has no name that it could be loaded by; the training made it in memory")
+    config = transformers.AutoConfig.from_pretrained(folder / "base")
+    try:
+        own = transformers.AutoConfig.from_pretrained(name)
+        _require_same_base(name, config.to_dict(), own.to_dict())
+        base_class = getattr(import_module("transformers"), asked["base_class"])
+        return base_class.from_pretrained(name, config=config, dtype=getattr(torch, asked["dtype"]))
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        if isinstance(error, RightrankError):
+            raise
+        raise ModelError(f"{name}: the base model cannot be loaded ({first_line(error)})") from None
+
+
+def _require_same_base(name: str, trained: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Refuse a base whose configuration or vocabulary is not that of the training.
+
+    Raises:
+        ModelError: with the first field that differs.
+    """
+    for key in sorted(trained.keys() & found.keys() - set(VOLATILE)):
+        if trained[key] != found[key]:
+            raise ModelError(
+                f"{name}: {key} is {found[key]!r}, and in the training it was {trained[key]!r}; this is not the base that was trained on"
+            )
+
+
+def _read_batches(file: Path) -> dict[str, list[Batch]]:
+    if not file.is_file():
+        raise ModelError(f"{file}: missing; the training did not reach its end")
+    found: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+    for name, tensor in load_file(file).items():
+        split, number, key = name.split(".", 2)
+        found.setdefault(split, {}).setdefault(int(number), {})[key] = tensor
+    return {split: [batches[number] for number in sorted(batches)] for split, batches in found.items()}

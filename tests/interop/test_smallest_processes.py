@@ -1,0 +1,107 @@
+"""`SmallestAdapter` where two processes (gloo, on a CPU) share a training: under DDP and under FSDP2."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from rightrank import SmallestAdapter
+from rightrank.adapters.live_scores import HeldOut, PairLoss
+
+pytestmark = pytest.mark.trains
+WAYS = ("ddp", "fsdp2")
+
+
+def process(number: int, port: int, way: str, model: Path, rows: list[Any], out: Path) -> None:
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    arguments = TrainingArguments(
+        output_dir=str(out), max_steps=12, learning_rate=1e-2, per_device_train_batch_size=4, save_strategy="no", report_to=[],
+        disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, ddp_backend="gloo",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    peft_model: Any = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model), padding=True)
+    callback = SmallestAdapter(rows[140:], margin=0.1)
+    if way == "ddp":
+        Trainer(peft_model, arguments, collator, rows[:140], callbacks=[callback]).train()  # type: ignore[arg-type]
+    else:
+        train_sharded(peft_model, arguments, DataLoader(rows[:140], 4, collate_fn=collator), callback)  # type: ignore[arg-type]
+    assert callback.result is not None
+    weights = {name: one for name, one in peft_model.named_parameters() if "lora_" in name}
+    assert any(isinstance(one, DTensor) for one in weights.values()) == (way == "fsdp2")
+    whole = {name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in weights.items()}
+    assert all(one.grad is None for one in weights.values())
+    (out / f"{number}.json").write_text(callback.result.answer.model_dump_json())
+    if number == 0:
+        torch.save({name: one.detach().cpu() for name, one in whole.items()}, out / "after.pt")
+    torch.distributed.destroy_process_group()
+
+
+def train_sharded(model: Any, arguments: TrainingArguments, loader: Any, callback: SmallestAdapter) -> None:
+    """As accelerate shards a model by FSDP2, which it does not on a CPU."""
+    for block in model.base_model.model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    state, control = TrainerState(is_world_process_zero=torch.distributed.get_rank() == 0), TrainerControl()
+    given = {"model": model, "train_dataloader": loader, "eval_dataloader": None}
+    callback.on_train_begin(arguments, state, control, **given)
+    for batch in islice(loader, 12):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state.global_step += 1
+    callback.on_train_end(arguments, state, control, **given)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_give_one_answer(way: str, model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    """Both have the same answer; it is that of the adapter that was saved; and the factors are those that were trained."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = []
+    for line in completion_file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
+        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    multiprocessing.spawn(process, args=(port, way, model_folder, rows, tmp_path), nprocs=2)
+    answers = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
+    assert answers[0] == answers[1]
+    batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
+    values = {}
+    for name in ("trained", "adapter"):
+        base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        loaded: Any = PeftModel.from_pretrained(base, tmp_path / "rightrank" / name).eval()
+        values[name] = HeldOut(loaded, batches, "default", PairLoss()).scores().loss
+        if name == "trained":
+            after = torch.load(tmp_path / "after.pt", weights_only=True)
+            assert after.keys() == {one for one, _ in loaded.named_parameters() if "lora_" in one}
+            assert all(torch.equal(value, after[one]) for one, value in loaded.named_parameters() if one in after)
+    assert values["adapter"] - values["trained"] == pytest.approx(answers[0]["difference"], abs=1e-4)
+    assert answers[0]["rank"] < 16
