@@ -366,7 +366,7 @@ def test_rows_of_the_training_set_are_counted_and_left_out(
 def test_the_best_checkpoint_is_measured_where_the_trainer_loads_it(
     model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    callback = SmallestAdapter(Listed(rows[140:]), margin=0.1, every_evaluation=True)
+    callback = SmallestAdapter(Listed(rows[140:]), margin=0.1, every_evaluation=True, checkpoint="best")
     changes = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 10, "max_steps": 40}
     # At this rate the last step is not the best one.
     _, model = trained(
@@ -584,6 +584,8 @@ def test_a_metric_without_examples_is_refused(model_folder: Path, rows: Rows, tm
         trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]), metric="accuracy")])
     with pytest.raises(SettingsError, match="measured by loss or accuracy"):
         trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]), metric="rouge")])
+    with pytest.raises(SettingsError, match=r"checkpoint 'best'.*set load_best_model_at_end=True"):
+        trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]), checkpoint="best")])
 
 
 @pytest.mark.filterwarnings("ignore")

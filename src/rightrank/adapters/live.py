@@ -18,10 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rightrank.adapters.held_out import capped
-from rightrank.adapters.live_scores import Batch, HeldOut, PairLoss, active_adapter, batch_scores, is_partitioned
+from rightrank.adapters.live_scores import (
+    Batch,
+    HeldOut,
+    PairLoss,
+    active_adapter,
+    batch_scores,
+    is_partitioned,
+    together,
+)
 from rightrank.adapters.resize import candidate_ranks
 from rightrank.adapters.rewrite import write_resized
 from rightrank.decision.adapter import Criterion, adapter_answer, trained_answer
@@ -94,7 +103,8 @@ def smallest_adapter(live: LiveAdapter, working: Path) -> LiveAnswer:
         )
     started = time.monotonic()
     base = str(live.model.peft_config[live.name].base_model_name_or_path or "")
-    save_adapter(live.model, working / "trained", base, live.name)
+    with together():
+        save_adapter(live.model, working / "trained", base, live.name)
     adapter = open_adapter(working / "trained")
     with as_it_came(live.model, live.name):
         moments, notes = gather(live)
@@ -127,6 +137,10 @@ def require_truncatable(model: Any, name: str) -> None:
         raise ModelError(f"the adapter {name!r} is merged into the base; call unmerge_adapter() before the measurement")
     if config.r < 2:
         raise ModelError("the adapter has rank 1: there is no lower rank")
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ModelError(
+            "FSDP1 holds the factors in flat parameters; shard by FSDP2 (fsdp_version 2), or use rightrank resize --data"
+        )
 
 
 def trained_adapter(model: Any) -> str:
@@ -160,10 +174,12 @@ def _walk(
     trials: list[TrialFinished] = []
     for rank in ranks:
         folder = working / f"r{rank}"
-        if rank == adapter.rank:
-            shutil.copytree(adapter.path, folder)
-        else:
-            write_resized(adapter, folder, capped(adapter, rank, moments), None, moments)
+        with together():
+            if rank == adapter.rank:
+                shutil.copytree(adapter.path, folder)
+            else:
+                write_resized(adapter, folder, capped(adapter, rank, moments), None, moments)
+        if rank < adapter.rank:
             put_in_place(live.model, live.name, open_adapter(folder))
         parent = None if folder.name == top else top
         scores = held_out.scores()

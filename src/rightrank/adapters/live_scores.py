@@ -20,7 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from rightrank.schema.errors import DataError
+from rightrank.schema.errors import DataError, RightrankError, RunError
 from rightrank.train.adapter import lora_modules
 from rightrank.train.distributed import all_reduce, process_index, world_size
 from rightrank.train.evaluation import Scores
@@ -30,6 +30,9 @@ from rightrank.train.prefix import find_blocks, prefix_depth
 Batch = Mapping[str, Any]  # as the trainer's collator makes it
 PairLossName: TypeAlias = Literal["sigmoid", "hinge", "ipo"]
 PAIR_LOSSES: tuple[PairLossName, ...] = get_args(PairLossName)
+
+# What a measurement in someone else's process can end in; all else ends the process anyway.
+FAILURES = (RightrankError, RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError)
 
 CHUNK = 1024  # positions whose logits exist at a time: 0.5 GB in float32 for a vocabulary of 128,256
 KEPT_BYTES = 2**30  # hidden states that are kept between passes, at most
@@ -85,9 +88,10 @@ class HeldOut:
     @torch.no_grad()
     def scores(self) -> Scores:
         """The scores of every example of all processes, in one order."""
-        found = [self._one(number, batch) for number, batch in enumerate(self._batches)]
-        if self._in_step is not None:
-            batch_scores(self._model, self._in_step, self._pair_loss)
+        with together():
+            found = [self._one(number, batch) for number, batch in enumerate(self._batches)]
+            if self._in_step is not None:
+                batch_scores(self._model, self._in_step, self._pair_loss)
         return _gathered(found)
 
     def _one(self, number: int, batch: Batch) -> BatchScores:
@@ -129,8 +133,33 @@ def _gathered(found: Sequence[BatchScores]) -> Scores:
     return Scores(losses, [round(count) for count in counts], {"accuracy": metrics[0]} if metrics else {})
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """Where one of several processes fails in the block all of them raise: none may wait for the others.
+
+    Raises:
+        RunError: another process failed.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except FAILURES as error:
+        failure = error
+    if world_size() > 1:
+        flag = torch.tensor([float(failure is not None)], device=_collective_device())
+        all_reduce([flag])
+        if failure is None and float(flag):
+            raise RunError("another process of the training could not go on")
+    if failure is not None:
+        raise failure
+
+
+def _collective_device() -> torch.device:
+    return torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+
+
 def _over_processes(columns: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    device = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+    device = _collective_device()
     counts = torch.zeros(world_size(), 2, dtype=torch.float64, device=device)
     counts[process_index()] = torch.tensor([len(columns[0]), len(columns)], dtype=torch.float64)
     all_reduce([counts])
@@ -248,7 +277,7 @@ def token_losses(model: Any, passed: Mapping[str, Any], labels: torch.Tensor) ->
 
 
 def _in_chunks(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    flat, targets = hidden.flatten(0, 1), labels.flatten()
+    flat, targets = hidden.flatten(0, 1), labels.flatten().to(hidden.device)
 
     def losses(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(head.forward(rows).float(), wanted, reduction="none", ignore_index=-100)
@@ -260,19 +289,19 @@ def _in_chunks(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.T
         parts.append(
             checkpoint(losses, *chunk, use_reentrant=False, preserve_rng_state=False) if keeps_graph else losses(*chunk)
         )
-    return torch.cat(parts).view(labels.shape)
+    return torch.cat(parts).view(labels.shape).to(labels.device)
 
 
 def _from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Losses [rows, length] from whole logits; in float32 for `CHUNK` positions at a time."""
-    flat, targets = logits.flatten(0, 1), labels.flatten()
+    flat, targets = logits.flatten(0, 1), labels.flatten().to(logits.device)
     parts = [
         F.cross_entropy(
             flat[start : start + CHUNK].float(), targets[start : start + CHUNK], reduction="none", ignore_index=-100
         )
         for start in range(0, len(targets), CHUNK)
     ]
-    return torch.cat(parts).view(labels.shape)
+    return torch.cat(parts).view(labels.shape).to(labels.device)
 
 
 def _starts(labels: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:

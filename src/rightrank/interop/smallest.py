@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -40,11 +40,20 @@ from rightrank.adapters.live_files import (
     peak_bytes,
     write_answer,
 )
-from rightrank.adapters.live_scores import PAIR_LOSSES, Batch, PairLoss, batch_scores, is_sharded, upper_share
+from rightrank.adapters.live_scores import (
+    FAILURES,
+    PAIR_LOSSES,
+    Batch,
+    PairLoss,
+    batch_scores,
+    is_sharded,
+    together,
+    upper_share,
+)
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import DataError, RightrankError, RunError, SettingsError, first_line
+from rightrank.schema.errors import DataError, RightrankError, SettingsError, first_line
 from rightrank.train.covariances import MOMENT_TOKENS
-from rightrank.train.distributed import broadcast, process_index
+from rightrank.train.distributed import process_index
 
 log = logging.getLogger("rightrank")
 
@@ -53,8 +62,6 @@ FEWEST, MOST = 100, 1000  # examples that are scored where nothing else is asked
 MAX_SHARE = 0.1  # of the training's time, which the end may take where FEWEST examples allow it
 MOMENT_SHARE = 0.02  # of the training's tokens, for second moments
 COMPARED_ROWS = 100_000  # of the training set, in the search for held-out rows
-# What a measurement in someone else's process can end in; all else ends the process anyway.
-FAILURES = (RightrankError, RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError)
 
 
 class SmallestAdapter(TrainerCallback):
@@ -69,6 +76,7 @@ class SmallestAdapter(TrainerCallback):
         metric: `loss`, or `accuracy` of a classifier.
         max_examples: Held-out examples to score at most. None: as many as a tenth of the training's time allows, from 100 to 1000.
         every_evaluation: Also look for the smallest rank at each evaluation of the training.
+        checkpoint: What must be measured, `last` or `best`; None for what the trainer ends with, which `load_best_model_at_end` says.
 
     Attributes:
         result: The answer after `train()`; None before, and where it failed.
@@ -89,6 +97,7 @@ class SmallestAdapter(TrainerCallback):
         metric: str = "loss",
         max_examples: int | None = None,
         every_evaluation: bool = False,
+        checkpoint: Literal["last", "best"] | None = None,
     ) -> None:
         self._rows = eval_dataset
         self._margin = margin
@@ -96,6 +105,7 @@ class SmallestAdapter(TrainerCallback):
         self._metric = metric
         self._max_examples = max_examples
         self._every_evaluation = every_evaluation
+        self._checkpoint = checkpoint
         self._loaders: Mapping[str, Any] = {}
         self._handler: CallbackHandler | None = None
         self._held_out: Sequence[Mapping[str, Any]] = ()
@@ -113,9 +123,15 @@ class SmallestAdapter(TrainerCallback):
         if state.is_hyper_param_search:
             return  # a search ends many trainings, and none of them is the one to hand over
         self._loaders, self._first_step, self._shared = kwargs, state.global_step, ""
+        self.curve, self._values, self.result = [], [], None
         self._handler = _first_of_callbacks(self)
         if self._metric not in ("loss", "accuracy"):
             raise SettingsError(f"metric {self._metric!r}: the end of a training is measured by loss or accuracy")
+        if self._checkpoint is not None and (self._checkpoint == "best") != args.load_best_model_at_end:
+            raise SettingsError(
+                f"checkpoint {self._checkpoint!r}: what the trainer ends with is measured; set load_best_model_at_end="
+                f"{self._checkpoint == 'best'} in its arguments"
+            )
         model = kwargs["model"]
         name = trained_adapter(model)
         require_truncatable(model, name)
@@ -262,6 +278,10 @@ class SmallestAdapter(TrainerCallback):
         return Training(seconds, peak_bytes(), checkpoint, base, self._metric, self.curve, notes)
 
     def _live(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
+        with as_it_came(model, trained_adapter(model)):  # a collator may draw random numbers
+            return self._collated(model, args, state)
+
+    def _collated(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
         loader = self._loaders["train_dataloader"]
         size = min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
         steps = state.global_step - self._first_step
@@ -309,17 +329,12 @@ def _keep(live: LiveAdapter, out: Path, training: Training) -> None:
     Raises:
         RunError: it failed.
     """
-    failure = ""
-    try:
+    with together():
         if process_index() == 0:
             keep(live, out, training)
         elif is_sharded(live.model):  # every process takes part in putting the parts together
             with tempfile.TemporaryDirectory() as unused:
                 keep(live, Path(unused), training)
-    except FAILURES as error:
-        failure = first_line(error)
-    if failure := broadcast(0, failure):
-        raise RunError(failure)
 
 
 def _first_of_callbacks(callback: TrainerCallback) -> CallbackHandler | None:
