@@ -149,7 +149,7 @@ def together() -> Iterator[None]:
         flag = torch.tensor([float(failure is not None)], device=_collective_device())
         all_reduce([flag])
         if failure is None and float(flag):
-            raise RunError("another process of the training could not go on")
+            raise RunError("another process of the training failed")
     if failure is not None:
         raise failure
 
