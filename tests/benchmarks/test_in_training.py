@@ -41,4 +41,3 @@ def test_the_case_of_gsm8k_runs(model_folder: Path, tmp_path: Path) -> None:
     for how in ("svd", "kfac"):
         assert [one["rank"] for one in found[how]["candidates"]] == [8, 4, 2]
         assert all(0 <= one["accuracy"] <= 1 for one in found[how]["candidates"])
-
