@@ -150,7 +150,7 @@ def test_metrics_of_classes(
     status, out, err = select(model_folder, class_file, tmp_path / "run", capsys, *more)
     assert status == 0, err
     answer = json.loads(out)
-    assert (answer["metric"], answer["basis"], answer["margin"]) == ("macro_f1", "values", 0.005)
+    assert (answer["metric"], answer["basis"], answer["margin"]) == ("macro_f1", "items", 0.005)
     for trial in finished(tmp_path / "run"):
         lines = (tmp_path / "run" / "answers" / f"{trial.trial_id}.jsonl").read_text().splitlines()
         right = [json.loads(line)["completion"] == json.loads(line)["expected"] for line in lines]

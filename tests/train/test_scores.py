@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rightrank.train.scores import exact_match, macro_f1, rouge_l, rouge_n, token_f1
+from rightrank.decision.comparison import bounds_of_files
+from rightrank.train.score_worker import _shares
+from rightrank.train.scores import exact_match, macro_f1, macro_f1_shares, rouge_l, rouge_n, token_f1
 
 
 @pytest.mark.parametrize(
@@ -74,3 +77,48 @@ TEXTS = [
     ("Ünïcode words héré", "unicode words here"),
     ("a b c d e f g", "g f e d c b a"),
 ]
+
+
+def _classified(count: int, seed: int, share: float = 0.6) -> tuple[list[str], list[str], list[str]]:
+    """Imbalanced labels, and two classifiers that agree on about half of their errors."""
+    generator = random.Random(seed)
+    expected = generator.choices("abcdef", weights=[40, 25, 15, 10, 6, 4], k=count)
+    ours, theirs = [], []
+    for label in expected:
+        guesses = generator.choices("abcdef", k=2)
+        first, second = generator.random() < share, generator.random() < share
+        ours.append(label if first else guesses[0])
+        theirs.append(ours[-1] if generator.random() < 0.5 else label if second else guesses[1])
+    return expected, ours, theirs
+
+
+def test_the_shares_of_macro_f1_have_its_mean_and_leave_one_out_values() -> None:
+    expected, ours, _ = _classified(60, 0)
+    whole, found = macro_f1(expected, ours), macro_f1_shares(expected, ours)
+    assert np.mean(found) == pytest.approx(whole)
+    without = [macro_f1(expected[:i] + expected[i + 1 :], ours[:i] + ours[i + 1 :]) for i in range(60)]
+    assert np.diff(found) == pytest.approx(-59 * np.diff(without))
+    assert macro_f1_shares(["a"], ["a"]) == [1.0]
+
+
+@pytest.mark.parametrize("count", [102, 300])
+def test_the_bounds_of_macro_f1_are_those_of_a_paired_bootstrap_of_the_predictions(count: int) -> None:
+    expected, ours, theirs = map(np.array, _classified(count, count))
+    differences = np.array(macro_f1_shares(theirs, expected)) - np.array(macro_f1_shares(ours, expected))
+    found = bounds_of_files(differences, np.ones(count), 1.0)
+    generator = np.random.default_rng(0)
+    drawn = []
+    for _ in range(1000):
+        rows = generator.integers(0, count, count)
+        drawn.append(macro_f1(expected[rows], theirs[rows]) - macro_f1(expected[rows], ours[rows]))
+    low, high = found.mean - 1.645 * np.std(drawn), found.mean + 1.645 * np.std(drawn)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.15 * (high - found.mean))
+
+
+def test_a_jackknife_of_groups_has_the_standard_error_of_one_of_examples() -> None:
+    expected, ours, _ = map(np.array, _classified(400, 3))
+    whole = macro_f1(expected, ours)
+    grouped = _shares(whole, 400, lambda kept: macro_f1(expected[list(kept)], ours[list(kept)]))
+    assert np.mean(grouped) == pytest.approx(whole)
+    assert np.std(grouped) == pytest.approx(np.std(macro_f1_shares(expected, ours)), rel=0.25)
+    assert _shares(whole, 5, lambda kept: whole) == whole

@@ -18,6 +18,7 @@ from rightrank.decision.intervals import estimate_of_files
 from rightrank.decision.metrics import default_margin
 from rightrank.decision.table import Cell, ScoreTable, minus, table_of
 from rightrank.models.base_models import load_base
+from rightrank.models.labels import shared_labels
 from rightrank.models.places import BASE, CONFIG_FILE, require_side
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
@@ -58,7 +59,7 @@ def _read_sides(
     sides: tuple[str, str], model: str, data: Path, settings: SelectSettings, cache: Path
 ) -> tuple[TrialFinished, TrialFinished]:
     """The scores of A and B on all examples of `data`, in one order."""
-    splits, settings = _load_all(data, settings)
+    splits, settings = _load_all(data, settings, shared_labels(sides))
     base: Runtime | None = None
     read = []
     for number, side in enumerate(sides):
@@ -72,14 +73,14 @@ def _read_sides(
     return read[0], read[1]
 
 
-def _load_all(data: Path, settings: SelectSettings) -> tuple[DataSplits, SelectSettings]:
+def _load_all(data: Path, settings: SelectSettings, classes: Sequence[str] | None) -> tuple[DataSplits, SelectSettings]:
     """All rows of `data` as held-out examples, and settings that evaluate all of them.
 
     A folder with given splits gives its test split, or its validation split if it has no test split.
     """
     listed = held_out_fields(data)
     every = settings.model_copy(update={"eval_items": max(2, len(listed)), "ranks": (1,), "cache_prefix": False})
-    return load_data({"train": listed, "validation": listed, "test": listed}, every), every
+    return load_data({"train": listed, "validation": listed, "test": listed}, every, classes=classes), every
 
 
 def _runtime(model: str, splits: DataSplits, settings: SelectSettings, cache: Path) -> Runtime:

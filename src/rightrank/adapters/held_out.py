@@ -19,6 +19,7 @@ from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.adapter import Criterion, adapter_answer, trained_answer
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter, write_adapter
+from rightrank.models.labels import labels_of_side
 from rightrank.models.ranks import max_module_rank
 from rightrank.models.truncation import Moments, components, ranks_within
 from rightrank.runs.journal import Journal
@@ -50,10 +51,16 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
         DataError: rows that can't be used, or fewer than two that the adapter was not trained on.
     """
     started = _run_of(adapter) if train is None else None
+    classes = None if adapter.is_file else labels_of_side(str(adapter.path))
     source = None if started is None else _existing(started.settings.get("data"))
-    trained = _trained_on(train, data, settings) if train is not None else _trained_in(source, started, settings)
+    trained = (
+        _trained_on(train, data, settings, classes)
+        if train is not None
+        else _trained_in(source, started, settings, classes)
+    )
     if trained is None and None not in read_rows(data):
-        splits = load_data(data, _all(settings, sum(len(list(rows)) for rows in read_rows(data).values())))
+        every = _all(settings, sum(len(list(rows)) for rows in read_rows(data).values()))
+        splits = load_data(data, every, classes=classes)
         scored = _at_most(splits.examples["selection"], settings)
         return ScoredData(_with(splits, scored), False, _note(data, scored, "its validation split"))
     if trained is not None and source is not None and data.exists() and source.resolve() == data.resolve():
@@ -61,7 +68,7 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
         return ScoredData(
             _with(trained, scored), False, _note(data, scored, "the validation split of the adapter's run")
         )
-    whole = _whole(data, settings)
+    whole = _whole(data, settings, classes)
     if trained is None:
         scored = _at_most(whole.examples["selection"], settings)
         unknown = "if the adapter was trained on some of them, name its training data with --train"
@@ -98,22 +105,27 @@ def _ids(examples: Sequence[Example]) -> set[str]:
     return {example.item_id for example in examples}
 
 
-def _trained_on(train: Path, data: Path, settings: SelectSettings) -> DataSplits:
+def _trained_on(train: Path, data: Path, settings: SelectSettings, classes: Sequence[str] | None) -> DataSplits:
     """The training examples in the file `train`.
 
     Where training data and scored data are one file without splits, `select`'s training split of it.
     """
     if train.exists() and data.exists() and train.resolve() == data.resolve():
-        return load_data(train, settings)
-    return load_data(train, settings) if None not in read_rows(train) else _whole(train, settings)
+        return load_data(train, settings, classes=classes)
+    if None not in read_rows(train):
+        return load_data(train, settings, classes=classes)
+    return _whole(train, settings, classes)
 
 
-def _trained_in(source: Path | None, started: RunStarted | None, settings: SelectSettings) -> DataSplits | None:
+def _trained_in(
+    source: Path | None, started: RunStarted | None, settings: SelectSettings, classes: Sequence[str] | None
+) -> DataSplits | None:
     """The splits that a run made of its data; None where they are not known."""
     if started is None or source is None:
         return None
     values = {name: started.settings[name] for name in OF_SPLITS if name in started.settings}
-    return load_data(source, settings.model_copy(update=make_settings(values).model_dump(include=set(values))))
+    of_run = settings.model_copy(update=make_settings(values).model_dump(include=set(values)))
+    return load_data(source, of_run, classes=classes)
 
 
 def _existing(place: object) -> Path | None:
@@ -130,12 +142,12 @@ def _run_of(adapter: AdapterFolder) -> RunStarted | None:
     return None
 
 
-def _whole(data: Path, settings: SelectSettings) -> DataSplits:
+def _whole(data: Path, settings: SelectSettings, classes: Sequence[str] | None) -> DataSplits:
     """Every row of `data` in the train split and in the validation split; of given splits, the held-out ones."""
     found = read_rows(data)
     kept = [found[split] for split in ("selection", "test") if split in found] or list(found.values())
     listed = [row.fields for row in chain.from_iterable(kept)]
-    return load_data({"train": listed, "validation": listed}, _all(settings, len(listed)))
+    return load_data({"train": listed, "validation": listed}, _all(settings, len(listed)), classes=classes)
 
 
 def _all(settings: SelectSettings, count: int) -> SelectSettings:
@@ -194,7 +206,7 @@ def resize_by_data(
     tensors = {key: chosen.tensor(key) for key in chosen.keys}
     if candidates.dtype is None:  # as in the adapter: training works in the dtype of the base
         tensors |= {key: tensors[key].to(adapter.tensor(key).dtype) for key in tensors if key in adapter.keys}
-    write_adapter(out, chosen.config, tensors)
+    write_adapter(out, chosen.config, tensors, adapter.path)
     resized = curve.written[answer.rank]
     notes = [*resized.notes, *curve.gathered.notices]
     if curve.gathered.moments:

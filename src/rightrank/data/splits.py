@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import chain
@@ -24,6 +26,36 @@ from rightrank.schema.errors import DataError
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName, split_name
 
+LABEL_NAMES = {  # columns that look like the label of a classification
+    *(
+        "target",
+        "targets",
+        "labels",
+        "label_text",
+        "label_name",
+        "class",
+        "class_name",
+        "category",
+        "categories",
+        "sentiment",
+    ),
+    *(
+        "emotion",
+        "topic",
+        "intent",
+        "stance",
+        "rating",
+        "stars",
+        "toxic",
+        "toxicity",
+        "spam",
+        "is_spam",
+        "gold_label",
+        "y",
+    ),
+}
+MAX_SHOWN_CLASSES = 8
+_NUMBER = re.compile(r"-?\d+", re.ASCII)
 HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
 SPLITS: tuple[SplitName, ...] = ("train", *HELD_OUT)
 FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # the first form whose columns all exist is used
@@ -46,7 +78,9 @@ class DataSplits:
     splits_given: bool
     duplicates_across_splits: int
     fingerprint: str
-    classes: list[str] | None  # classification: the labels, sorted
+    classes: list[str] | None  # classification: the labels in the order of the logits
+    class_counts: Mapping[str, int] = field(default_factory=dict)  # classification: training examples by label
+    label_like: str | None = None  # text: a column that is not read and has a name of labels
     unreadable: int = 0  # rows left out because of lone surrogates, which no tokenizer accepts
     control_characters: int = 0  # examples with control characters; they are kept
     rows: int = 0  # that were read
@@ -58,12 +92,16 @@ class DataSplits:
 
 
 def load_data(
-    source: Path | Any, settings: SelectSettings, folder: Path | None = None, begun_items: int | None = None
+    source: Path | Any,
+    settings: SelectSettings,
+    folder: Path | None = None,
+    begun_items: int | None = None,
+    classes: Sequence[str] | None = None,
 ) -> DataSplits:
     """Read `source` (a path, an in-memory `datasets` object or an iterable of mappings) and split it.
 
     `begun_items` is the number of held-out examples with which a run began that now evaluates more: the fingerprint stays that
-    of the run, and so does the test split.
+    of the run, and so does the test split. `classes` are those of a classifier that exists; data need not have all of them.
 
     Reading streams: the texts of training examples go to an unnamed temporary file in `folder`.
 
@@ -74,7 +112,7 @@ def load_data(
     name = str(source) if isinstance(source, Path) else "the data"
     if settings.validation:
         rows = _with_validation(rows, Path(settings.validation), name)
-    form, columns, shape, rows = _detect_form(rows, name, settings.columns)
+    form, columns, shape, rows, unused = _detect_form(rows, name, settings.columns)
     read = _Reading(form, columns, settings, folder)
     read.add_all(rows)
     examples: dict[SplitName, Sequence[Example]] = {"train": read.train}
@@ -96,7 +134,9 @@ def load_data(
         duplicates_across_splits=len(np.intersect1d(train, validation))
         + len(np.intersect1d(np.union1d(train, validation), test)),
         fingerprint=_fingerprint(read.train, begun),
-        classes=_classes(read.labels, examples, name) if form == "classification" else None,
+        classes=_classes(read.labels, examples, name, classes) if form == "classification" else None,
+        class_counts=dict(read.labels),
+        label_like=_label_like(unused) if form == "text" else None,
         unreadable=read.unreadable,
         control_characters=read.control_characters + sum(has_control(example.content) for example in evaluated),
         rows=read.rows,
@@ -116,7 +156,7 @@ class _Reading:
         self.held_out: dict[SplitName, _SmallestHashes] = {
             split: _SmallestHashes(settings.eval_items) for split in HELD_OUT
         }
-        self.labels: set[str] = set()  # classification: of the training examples
+        self.labels: Counter[str] = Counter()  # classification: of the training examples
         self.unreadable = 0
         self.equal_pairs = 0
         self.control_characters = 0  # in training examples
@@ -150,7 +190,7 @@ class _Reading:
         self.train.append(example)
         self.control_characters += has_control(example.content)
         if self._form == "classification":
-            self.labels.add(str(example.content["label"]))
+            self.labels[str(example.content["label"])] += 1
 
 
 class _SmallestHashes:
@@ -194,8 +234,8 @@ def _with_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
 
 def _detect_form(
     rows: RowsBySplit, name: str, named: Sequence[str]
-) -> tuple[DataForm, tuple[str, ...], Shape | None, RowsBySplit]:
-    """The form of the first row with its columns, how rows get them, and all rows with these columns."""
+) -> tuple[DataForm, tuple[str, ...], Shape | None, RowsBySplit, set[str]]:
+    """The form of the first row with its columns, how rows get them, all rows with these columns, and columns that nobody named."""
     first: Row | None = None
     begun: RowsBySplit = {}
     for split, found in rows.items():
@@ -211,7 +251,8 @@ def _detect_form(
         begun = {split: map(shape, found) for split, found in begun.items()}
     for form, columns in FORMS:
         if all(column in changed.fields for column in columns):
-            return form, columns, shape, begun
+            unused = set() if named else {*map(str, first.fields)} - {*columns}
+            return form, columns, shape, begun, unused
     allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for _, columns in FORMS)
     found_columns = ", ".join(f"`{column}`" for column in first.fields) or "none"
     raise DataError(
@@ -220,8 +261,12 @@ def _detect_form(
 
 
 def _named(first: Row, known: Set[str]) -> str:
-    """How `--columns` may name the columns of a row: two of text as prompt and completion, the only one as text."""
-    texts = [column for column, value in first.fields.items() if isinstance(value, str)]
+    """How `--columns` may name a row's columns: text and label, or two of text as prompt and completion, the only one as text."""
+    label = next((column for column in first.fields if column.strip().lower() in {"label", *LABEL_NAMES}), None)
+    texts = [column for column, value in first.fields.items() if isinstance(value, str) and column != label]
+    if texts and label is not None:
+        longest = max(texts, key=lambda column: len(first.fields[column]))
+        return f"text={longest}" + ("" if label == "label" else f",label={label}")
     if not texts or known & first.fields.keys():
         return "prompt=question,completion=answer"
     return f"prompt={texts[0]},completion={texts[1]}" if len(texts) > 1 else f"text={texts[0]}"
@@ -271,7 +316,16 @@ def _check_sizes(
             )
 
 
-def _classes(found: set[str], examples: Mapping[SplitName, Sequence[Example]], name: str) -> list[str]:
+def _classes(
+    found: Mapping[str, int],
+    examples: Mapping[SplitName, Sequence[Example]],
+    name: str,
+    given: Sequence[str] | None = None,
+) -> list[str]:
+    """The classes given, or the labels in train: numbers by size, names by the alphabet."""
+    if given is not None:
+        _require_known(examples, given)
+        return list(given)
     if len(found) < 2:
         raise DataError(f"{name}: one class only ({next(iter(found))!r}); give two or more labels in train")
     for split in HELD_OUT:
@@ -280,7 +334,22 @@ def _classes(found: set[str], examples: Mapping[SplitName, Sequence[Example]], n
                 raise DataError(
                     f"{example.where}: label {example.content['label']!r} of the {split_name(split)} split does not occur in train; add examples of it to train"
                 )
-    return sorted(found)
+    return sorted(found, key=int) if all(map(_NUMBER.fullmatch, found)) else sorted(found)
+
+
+def _require_known(examples: Mapping[SplitName, Sequence[Example]], classes: Sequence[str]) -> None:
+    known = set(classes)
+    for example in chain.from_iterable(examples.values()):
+        if str(example.content["label"]) not in known:
+            shown = ", ".join(classes[:MAX_SHOWN_CLASSES]) + (", …" if len(classes) > MAX_SHOWN_CLASSES else "")
+            raise DataError(
+                f"{example.where}: label {example.content['label']!r} is none of the classifier's {len(classes)} ({shown}); "
+                "give its labels, or name them in classifier.json beside the adapter"
+            )
+
+
+def _label_like(unused: Set[str]) -> str | None:
+    return next((column for column in sorted(unused) if column.strip().lower() in LABEL_NAMES), None)
 
 
 def _unit_interval(key: str) -> float:

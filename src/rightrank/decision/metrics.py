@@ -60,8 +60,11 @@ def span_of(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 1.0) -> floa
     """
     if kind in ("token_loss", "loss", "perplexity"):
         return 0.0
-    largest = float(np.max(np.abs(np.divide(sums, weights))))
-    return (100.0 if is_percent([largest]) else 1.0) if kind == "accuracy" else largest or 1.0
+    scores = np.abs(np.divide(sums, weights))
+    if kind != "accuracy":
+        return float(np.max(scores)) or 1.0
+    # shares of a metric that is no mean of examples exceed 1 one by one, but not on average
+    return 100.0 if is_percent([float(np.mean(scores))]) or (np.isin(scores, (0, 100)).all() and scores.any()) else 1.0
 
 
 def default_margin(kind: MetricKind, reference: float, values: list[float]) -> float:

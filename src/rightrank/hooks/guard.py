@@ -68,7 +68,7 @@ def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Seq
         listed = held_out_fields(Path(file))
         if len(listed) < MIN_ROWS:
             raise DataError(f"{len(listed)} rows; give {MIN_ROWS} or more")
-        splits = load_data({"train": listed, "validation": listed, "test": listed}, own)
+        splits = load_data({"train": listed, "validation": listed, "test": listed}, own, classes=classes)
     except InputError as error:
         raise type(error)(f"guard {error}" if str(file) in str(error) else f"guard {file}: {error}") from None
     if splits.form == "preference" or (splits.form == "classification") != (classes is not None):
@@ -76,10 +76,6 @@ def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Seq
         raise DataError(
             f"guard {file}: the data has the form {splits.form!r}, and this run trains on {task}: give guard data that the same "
             "model can be scored on"
-        )
-    if classes is not None and splits.classes != list(classes):
-        raise DataError(
-            f"guard {file}: labels {splits.classes}, and the data of the run has {list(classes)}: give the same"
         )
     return GuardData(file, splits.fingerprint, encode(splits, loaded, own), own)
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from rightrank.interop.recipe import Recipe
+from rightrank.models.labels import loading_lines
 from rightrank.models.ranks import served_rank
 from rightrank.schema.settings import FileFormat
 
@@ -83,13 +84,14 @@ def _peft(recipe: Recipe) -> Written:
         **recipe.kind,
     )
     lines = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
-    kind = "AutoPeftModelForSequenceClassification" if recipe.task_type == "SEQ_CLS" else "AutoPeftModelForCausalLM"
     code = f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{lines})\nlearning_rate = {recipe.learning_rate!r}\n"
     if recipe.loraplus_lr_ratio is not None:
         code += f"loraplus_lr_ratio = {recipe.loraplus_lr_ratio!r}  # of peft.optimizers.create_loraplus_optimizer\n"
     if recipe.optim != "adamw_torch":
         code += f"optim = {recipe.optim!r}  # of transformers.TrainingArguments\n"
-    command = f"python -c \"from peft import {kind}; {kind}.from_pretrained('.')\""
+    lines_of = ["from peft import AutoPeftModelForCausalLM", "AutoPeftModelForCausalLM.from_pretrained('.')"]
+    loading = loading_lines(".") if recipe.task_type == "SEQ_CLS" else lines_of
+    command = f'python -c "{"; ".join(loading)}"'
     return Written({"lora_config.py": code}, command, with_adapter=True)
 
 

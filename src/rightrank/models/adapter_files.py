@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from rightrank.data.files import UnreadableError, read_json_object, replacing_fo
 from rightrank.models.kinds import stored_kind
 from rightrank.models.kinds.base import AdapterKind, Layout, StoredPair
 from rightrank.models.kinds.other import MAGNITUDE
+from rightrank.models.labels import CLASSIFIER_FILE, write_classifier
 from rightrank.models.lora_files import FACTOR, config_of_file, file_keys, is_a, updated_header, write_file
 from rightrank.models.places import CONFIG_FILE, require_adapter_folder
 from rightrank.models.ranks import lora_scaling, pattern_matches, pattern_value
@@ -334,7 +336,7 @@ def write_like(
         RunFolderError: `out` exists, or can't be written.
     """
     if not adapter.is_file:
-        write_adapter(out, config, tensors)
+        write_adapter(out, config, tensors, adapter.path)
         return
     _, metadata = read_header(adapter.path)
     write_file(out, tensors, updated_header(metadata, config))
@@ -356,8 +358,13 @@ def write_lora_file(folder: Path, out: Path, to: FileFormat, prefix: str = "unet
     write_file(out, *file_keys(adapter.config, tensors, to, prefix))
 
 
-def write_adapter(out: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+def write_adapter(
+    out: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], source: Path | None = None
+) -> None:
     """Write a new adapter folder, whole or not at all.
+
+    Args:
+        source: the adapter that it comes from, whose labels it keeps.
 
     Raises:
         RunFolderError: `out` exists, or can't be written.
@@ -370,12 +377,14 @@ def write_adapter(out: Path, config: Mapping[str, Any], tensors: Mapping[str, to
             )
             text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
             (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+            if source is not None and (source / CLASSIFIER_FILE).is_file():
+                shutil.copy2(source / CLASSIFIER_FILE, temporary)
     except OSError as error:
         raise RunFolderError(f"{out}: can't write there ({error.strerror or error}); give a writable folder") from None
 
 
 def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "default") -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`; `base_name` is an absolute path or a hub name."""
+    """Write configuration and weights, and a classifier's labels; `base_name` is an absolute path or a hub name."""
     config = peft_model.peft_config[adapter]
     sharded = {
         name: one
@@ -402,6 +411,8 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
             for path in list((temporary / adapter).iterdir()):
                 path.replace(temporary / path.name)
             (temporary / adapter).rmdir()
+        if config.task_type == "SEQ_CLS":
+            write_classifier(temporary, peft_model.config)
         readme = temporary / "README.md"  # PEFT's empty template; the final adapter gets a model card of its own
         readme.unlink(missing_ok=True)
 
@@ -435,7 +446,7 @@ def write_padded(source: Path, out: Path, rank: int) -> None:
         tensors[module.a_key] = torch.cat([a, a.new_zeros(more, *a.shape[1:])], dim=0)
         tensors[module.b_key] = torch.cat([b, b.new_zeros(b.shape[0], more, *b.shape[2:])], dim=1)
     changes = {"r": rank, "lora_alpha": alpha, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    write_adapter(out, dict(adapter.config) | changes, tensors)
+    write_adapter(out, dict(adapter.config) | changes, tensors, source)
 
 
 def _require_plain(adapter: AdapterFolder, rank: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.decision.adapter import Making
+from rightrank.models.labels import loading_lines
 from rightrank.models.weights import licence_of
 from rightrank.report.answer import evidence_table
 from rightrank.schema.decision import Decision, HandedOver
@@ -50,6 +51,7 @@ def model_card(
         tests=tests,
         classification=started.data.form == "classification",
         licence=licence_of(started.settings.get("model")),
+        loading="\n".join(loading_lines("this/folder")),
         picture=PICTURE,
         curve=CURVE,
     )

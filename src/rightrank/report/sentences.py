@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from rightrank.decision.run import Records, trainings
+from rightrank.models.labels import loading_lines
 from rightrank.report.format import duration, metric_unit, quantity, size
 from rightrank.schema.decision import Decision, HandedOver, NextRun
 from rightrank.schema.events import RunStarted, TestEvaluated
@@ -102,15 +103,17 @@ def use_it(handed_over: HandedOver, records: Records) -> UseIt | None:
         return None
     scaling: Any = settings.get("scaling", "alpha/r")
     alpha, _ = peft_scaling(scaling, trained.lora_alpha, trained.rank)  # a truncation keeps its parent's alpha
-    classes = records.started.data.classes
-    kind, labels = ("CausalLM", "") if classes is None else ("SequenceClassification", f", num_labels={len(classes)}")
-    code = (
-        "from peft import PeftModel\n"
-        f"from transformers import AutoModelFor{kind}, AutoTokenizer\n\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({model!r})\n"
-        f"base = AutoModelFor{kind}.from_pretrained({model!r}{labels})\n"
-        'model = PeftModel.from_pretrained(base, "adapter")  # beside this report'
-    )
+    name = f"tokenizer = AutoTokenizer.from_pretrained({model!r})"
+    if records.started.data.classes is not None:
+        imports, *loading = loading_lines("adapter")
+        code = "\n".join([imports, "from transformers import AutoTokenizer", *loading[:1], "", name, *loading[1:]])
+    else:
+        code = (
+            "from peft import PeftModel\n"
+            f"from transformers import AutoModelForCausalLM, AutoTokenizer\n\n{name}\n"
+            f"base = AutoModelForCausalLM.from_pretrained({model!r})\n"
+            'model = PeftModel.from_pretrained(base, "adapter")  # beside this report'
+        )
     return UseIt(handed_over.rank, f"{alpha:g}", f"{trained.learning_rate:g}", code)
 
 

@@ -96,7 +96,9 @@ class DataSummary(Record):
     splits: dict[str, SplitSummary]
     splits_given: bool
     duplicates_across_splits: Whole
-    classes: list[str] | None = None
+    classes: list[str] | None = None  # in the order of the logits
+    class_counts: dict[str, Whole] = Field(default_factory=dict)  # classification: training examples by label
+    label_like: str | None = None  # text: a column that is not read and has a name of labels
     unreadable: Whole = 0  # rows left out because of lone surrogates, which no tokenizer accepts
     control_characters: Whole = 0  # examples with control characters; they are kept
     rows: Whole = 0  # that were read

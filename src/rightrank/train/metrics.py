@@ -20,7 +20,7 @@ from rightrank.train.distributed import broadcast, process_index
 from rightrank.train.generation import answers
 from rightrank.train.runtime import Runtime
 from rightrank.train.scorers import ModelAnswer, Scored, ScorerLimits, require_scorer, score, write_answers
-from rightrank.train.scores import exact_match, macro_f1, rouge_l, rouge_n, token_f1
+from rightrank.train.scores import exact_match, macro_f1, macro_f1_shares, rouge_l, rouge_n, token_f1
 
 METRIC_TIMEOUT_SECONDS = 600.0  # of a function or program that computes a metric
 MEAN_TOLERANCE = 1e-9  # relative, between a metric and the mean of its examples' scores
@@ -113,7 +113,8 @@ def _score(runtime: Runtime, spec: MetricSpec, answered: Sequence[ModelAnswer]) 
         text_score = TEXT_SCORES[spec.name]
         return Scored.of_examples([text_score(answer.expected, answer.completion) for answer in answered])
     if spec.name == "macro_f1":
-        return Scored(macro_f1([a.expected for a in answered], [a.completion for a in answered]), None)
+        sides = [a.expected for a in answered], [a.completion for a in answered]
+        return Scored(macro_f1(*sides), macro_f1_shares(*sides))
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         path = Path(folder) / "answers.jsonl"
         write_answers(answered, path)

@@ -16,7 +16,7 @@ from rightrank.data.token_store import EncodedExample, lengths_of
 from rightrank.models.base_models import LoadedModel
 from rightrank.models.kinds.base import Routing
 from rightrank.schema.errors import InterruptedRun, ModelError
-from rightrank.schema.events import Preparing
+from rightrank.schema.events import DataSummary, Preparing
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
 from rightrank.train.adapter import EVA_BATCHES, attached, input_directions
@@ -77,7 +77,7 @@ class Runtime:
         elif sees_later_tokens(self.model, probe.input_ids[0][probe.attention_mask[0].bool()]):
             raise ModelError(
                 f"{loaded.name}: it sees the tokens that follow, so a label is visible where it is predicted, as in BERT; "
-                "give a causal model, or `text` and `label` to train a classifier"
+                f"give a causal model, or {_classifier_data(data.summary)} to train a classifier"
             )
         self._likelihood = make_likelihood(self.model, probe, data.is_classification)
         require_shares(settings.batch_size)
@@ -308,3 +308,8 @@ class Runtime:
             self.fast_paths.prefix.expect(split, indices)
         if self._reference is not None:
             self._reference.expect(split, indices)
+
+
+def _classifier_data(data: DataSummary) -> str:
+    """The data that train a classifier, or the option that makes one of these."""
+    return "`text` and `label`" if data.label_like is None else f"--columns label={data.label_like}"

@@ -10,11 +10,13 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+MIN_GROUPS, MAX_GROUPS = 10, 50  # of the jackknife
 NO_EXTRA = "it needs an extra: pip install 'rightrank[evaluate]'"
 MEAN_TOLERANCE = 1e-9  # relative, between a metric of all examples and the mean over single ones
 
@@ -108,7 +110,7 @@ def plain(value: Any) -> object:
 
 
 def _evaluate(target: str, key: str | None, answers: list[dict[str, str]] | None) -> object:
-    """The metric on all examples; as a list with one score per example if the metric is their mean."""
+    """The metric as a list of its examples' scores, or of their shares where it is no mean; one number where neither exists."""
     try:
         import evaluate
     except ImportError:
@@ -118,16 +120,36 @@ def _evaluate(target: str, key: str | None, answers: list[dict[str, str]] | None
         return None
     predictions = _converted(metric, "predictions", [answer["completion"] for answer in answers], answers)
     references = _converted(metric, "references", [answer["expected"] for answer in answers], answers)
-    whole = _one(metric.compute(predictions=predictions, references=references), key)
+
+    def compute(kept: Sequence[int]) -> float:
+        found = metric.compute(predictions=[predictions[i] for i in kept], references=[references[i] for i in kept])
+        return _one(found, key)
+
+    every = range(len(answers))
+    whole = compute(every)
     try:
-        alone = [
-            _one(metric.compute(predictions=[ours], references=[theirs]), key)
-            for ours, theirs in zip(predictions, references, strict=True)
-        ]
+        alone = [compute([place]) for place in every]
+        if abs(sum(alone) / len(alone) - whole) <= MEAN_TOLERANCE * max(1.0, abs(whole)):
+            return alone
     except Exception:  # noqa: BLE001 - third-party code that may not support a single example
+        pass
+    try:
+        return _shares(whole, len(answers), compute)
+    except Exception:  # noqa: BLE001 - third-party code that may not support a part of the examples
         return whole
-    is_mean = abs(sum(alone) / len(alone) - whole) <= MEAN_TOLERANCE * max(1.0, abs(whole))
-    return alone if is_mean else whole
+
+
+def _shares(whole: float, count: int, compute: Callable[[Sequence[int]], float]) -> object:
+    """The examples' shares by a jackknife that leaves out a group at a time; with few examples, one at a time."""
+    groups = min(count, MAX_GROUPS)
+    if groups < MIN_GROUPS:
+        return whole
+    without = [compute([place for place in range(count) if place % groups != group]) for group in range(groups)]
+    mean = sum(without) / groups
+    spread = (groups - 1) * math.sqrt(count / groups)  # the mean over examples then varies as the metric does
+    found = [spread * (mean - without[place % groups]) for place in range(count)]
+    centre = sum(found) / count
+    return [whole + one - centre for one in found]
 
 
 def _converted(metric: Any, side: str, texts: list[str], answers: list[dict[str, str]]) -> list[Any]:

@@ -43,7 +43,7 @@ class ModelAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A metric's value, and the examples' scores if the value is their mean."""
+    """A metric's value, and scores of the examples whose mean it is: their own, or their shares (`scores.shares`)."""
 
     value: float
     examples: list[float] | None

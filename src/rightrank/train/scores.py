@@ -46,10 +46,44 @@ def rouge_n(expected: str, written: str, n: int) -> float:
 
 def macro_f1(expected: Sequence[str], predicted: Sequence[str]) -> float:
     """The mean F1 over the classes that occur on either side, as `average="macro"` in scikit-learn."""
-    classes = sorted({*expected, *predicted})
+    return _macro_f1(Counter(zip(expected, predicted, strict=True)))
+
+
+def macro_f1_shares(expected: Sequence[str], predicted: Sequence[str]) -> list[float]:
+    """Each example's share of the macro F1, whose mean is the macro F1: jackknife pseudo-values (`shares`).
+
+    The examples of one cell of the confusion matrix have the same share, so that few matrices are scored.
+    """
     pairs = Counter(zip(expected, predicted, strict=True))
-    counts = [(pairs[name, name], predicted.count(name), expected.count(name)) for name in classes]
-    return sum(_f1(common, ours, theirs) for common, ours, theirs in counts) / len(classes)
+    whole, count = _macro_f1(pairs), pairs.total()
+    if count < 2:
+        return [whole]
+    without = {pair: _macro_f1(pairs - Counter([pair])) for pair in pairs}
+    return shares(whole, [without[pair] for pair in zip(expected, predicted, strict=True)])
+
+
+def shares(whole: float, without: Sequence[float]) -> list[float]:
+    """Pseudo-values of the jackknife (Tukey 1958) about the metric itself, for one that is no mean over examples.
+
+    Their paired differences have the standard error that a paired bootstrap of the examples has, with which a test compares
+    them, so that such a metric gets bounds as any other.
+
+    Args:
+        without: [examples] the metric without each.
+    """
+    mean = sum(without) / len(without)
+    return [whole + (len(without) - 1) * (mean - one) for one in without]
+
+
+def _macro_f1(pairs: Counter[tuple[str, str]]) -> float:
+    """Of the counts of (expected, predicted)."""
+    theirs: Counter[str] = Counter()
+    ours: Counter[str] = Counter()
+    for (expected, predicted), count in pairs.items():
+        theirs[expected] += count
+        ours[predicted] += count
+    classes = sorted({*theirs, *ours})
+    return sum(_f1(pairs[name, name], ours[name], theirs[name]) for name in classes) / len(classes)
 
 
 def _ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:

@@ -319,13 +319,13 @@ def _written(
             write_padded(folder, target, padded)
         else:
             source = open_adapter(folder)
-            write_adapter(target, source.config, {key: source.tensor(key) for key in source.keys})
+            write_adapter(target, source.config, {key: source.tensor(key) for key in source.keys}, folder)
         return resized
 
     def sums(target: Path) -> None:
         if merged is not None:
             source = open_adapter(merged[1])
-            write_adapter(target / MERGED, source.config, {key: source.tensor(key) for key in source.keys})
+            write_adapter(target / MERGED, source.config, {key: source.tensor(key) for key in source.keys}, merged[1])
 
     written = write_together([one.adapter for one in measured], request.out, write, sums)
     slots = _slots([one.adapter for one in measured], served)

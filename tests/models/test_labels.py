@@ -1,0 +1,188 @@
+"""Classifiers: labels and their order go from the data into the adapter's folder, and from there into every later use."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rightrank import compare, export, resize, select_rank
+from rightrank.data.splits import load_data
+from rightrank.models.labels import adopted_labels, labels_of_side
+from rightrank.runs.prepare import label_lines
+from rightrank.runs.returns import Selected
+from rightrank.schema.errors import DataError, ModelError
+from rightrank.schema.events import DataSummary
+from rightrank.schema.settings import make_settings
+from tests.tiny import save_tiny_llama, small_settings, write_jsonl
+
+LABELS = ["news", "art", "sport", "law"]  # not in the order of the alphabet
+WORDS = {"news": "the cat sat", "art": "red house", "sport": "run far", "law": "blue sea"}
+
+
+def _rows(count: int, seed: int, labels: list[str] = LABELS) -> list[dict[str, Any]]:
+    generator = random.Random(seed)
+    chosen = generator.choices(labels, weights=[6, 3, 2, 1][: len(labels)], k=count)
+    return [{"text": f"{WORDS[label]} by noon {generator.randint(0, 9**6)}", "label": label} for label in chosen]
+
+
+@pytest.fixture(scope="module")
+def selected(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
+    """A classifier of four labels."""
+    folder = tmp_path_factory.mktemp("classifier")
+    (folder / "data").mkdir()
+    write_jsonl(folder / "data" / "train.jsonl", _rows(160, 0))
+    write_jsonl(folder / "data" / "validation.jsonl", _rows(48, 1))
+    settings = small_settings(
+        goal="adapter",
+        strategy="bracket",
+        metric="accuracy",
+        metrics=("macro_f1",),
+        ranks=(2, 4),
+        max_steps=20,
+        eval_items=48,
+    )
+    return select_rank(str(model_folder), folder / "data", folder / "run", settings=settings)
+
+
+ACCURACY = """
+import torch
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(model.base_model.config.name_or_path or model.config._name_or_path)
+rows = [json.loads(line) for line in open({data!r}, encoding="utf-8")]
+batch = tokenizer([row["text"] for row in rows], return_tensors="pt", padding=True, truncation=True, max_length=32)
+batch.pop("token_type_ids", None)
+with torch.no_grad():
+    logits = model.eval()(**batch).logits
+named = [model.config.id2label[number] for number in logits.argmax(-1).tolist()]
+print(sum(name == row["label"] for name, row in zip(named, rows)) / len(rows))
+"""
+
+
+def _accuracy(selected: Selected) -> float:
+    """As the journal has it, of the adapter that was handed over."""
+    name = Path(str(selected.answers["adapter_answer"]["trial_id"])).name
+    lines = map(json.loads, (selected.run / "journal.jsonl").read_text(encoding="utf-8").splitlines())
+    found = next(line for line in lines if line["type"] == "trial_finished" and line["trial_id"] == name)
+    return float(found["metrics"]["accuracy"])
+
+
+def test_the_card_s_lines_load_the_classifier_in_a_fresh_python(selected: Selected) -> None:
+    assert selected.adapter is not None
+    folder = selected.adapter.path
+    code = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    data = str(selected.run.parent / "data" / "validation.jsonl")
+    script = code.replace("this/folder", str(folder)) + ACCURACY.format(data=data)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(_accuracy(selected), abs=1e-9)
+    assert "0 art, 1 law, 2 news, 3 sport" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_export_s_command_loads_it(selected: Selected) -> None:
+    exported = export(selected.run, "peft")
+    command = [sys.executable, *shlex.split(exported.command)[1:]]
+    done = subprocess.run(command, cwd=exported.folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    stored = json.loads((exported.folder / "classifier.json").read_text(encoding="utf-8"))
+    assert stored["id2label"] == {"0": "art", "1": "law", "2": "news", "3": "sport"}
+    assert stored["label2id"] == {"art": 0, "law": 1, "news": 2, "sport": 3}
+    assert stored["num_labels"] == 4
+
+
+def test_rows_with_some_of_the_classes_are_compared_by_the_adapter_s(selected: Selected, tmp_path: Path) -> None:
+    assert selected.adapter is not None
+    rows = [row for row in _rows(60, 5) if row["label"] in ("sport", "news")]
+    some = write_jsonl(tmp_path / "some.jsonl", rows)
+    adapter, by_accuracy = selected.adapter.path, make_settings({"metric": "accuracy", "metrics": ("macro_f1",)})
+    model = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    found = compare(adapter, adapter, model=model, data=some, settings=by_accuracy)
+    assert [one.metric for one in found.comparisons] == ["accuracy", "macro_f1"]  # neither is refused
+    assert found.comparisons[1].difference_high > 0  # the examples agree: no bound of zero width
+    assert found.examples == len({row["text"] for row in rows})
+    smaller = resize(adapter, tmp_path / "smaller", rank=1)
+    assert smaller.rank == 1
+    assert labels_of_side(str(tmp_path / "smaller")) == sorted(LABELS)
+    alone = write_jsonl(tmp_path / "new.jsonl", [*rows, {"text": "the sea", "label": "weather"}])
+    with pytest.raises(DataError, match="'weather' is none of the classifier's 4"):
+        compare(adapter, adapter, model=model, data=alone, settings=by_accuracy)
+
+
+def test_labels_in_another_order_are_not_compared(selected: Selected, tmp_path: Path) -> None:
+    assert selected.adapter is not None
+    other = tmp_path / "other"
+    shutil.copytree(selected.adapter.path, other)
+    stored = json.loads((other / "classifier.json").read_text(encoding="utf-8"))
+    stored["id2label"] = {"0": "law", "1": "art", "2": "news", "3": "sport"}
+    (other / "classifier.json").write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(ModelError, match="with the same labels in the same order"):
+        compare(selected.adapter.path, other, model="unused", data=tmp_path / "unused.jsonl")
+    (other / "classifier.json").unlink()  # as PEFT alone writes it: the rows of the head are numbered
+    assert labels_of_side(str(other)) == ["0", "1", "2", "3"]
+
+
+def test_numbers_are_classes_in_the_order_of_numbers() -> None:
+    rows = [{"text": f"row {number} {copy}", "label": number} for number in range(12) for copy in range(20)]
+    assert load_data(rows, small_settings()).classes == [str(number) for number in range(12)]
+
+
+def test_a_column_that_looks_like_a_label_is_named(tmp_path: Path) -> None:
+    rows = [f"{number},some text {number},{number % 3}" for number in range(120)]
+    file = tmp_path / "rows.csv"
+    file.write_text("\n".join(["id,text,target", *rows]), encoding="utf-8")
+    assert load_data(file, small_settings()).label_like == "target"
+    assert load_data(file, small_settings(columns=("text=text",))).label_like is None
+    split = load_data(file, small_settings(columns=("label=target",)))
+    assert split.form == "classification"
+    assert split.classes == ["0", "1", "2"]
+
+
+def test_unknown_columns_are_named_as_text_and_label() -> None:
+    rows = [{"sentence": "a long sentence", "target": 1}, {"review": "a long review", "label": "good"}]
+    for row, named in zip(rows, ("text=sentence,label=target", "text=review"), strict=True):
+        with pytest.raises(DataError, match=f"--columns {named}$"):
+            load_data([row] * 40, small_settings())
+
+
+def test_the_classes_are_counted_before_the_start() -> None:
+    fields: dict[str, Any] = {"splits": {}, "splits_given": False, "duplicates_across_splits": 0}
+    even = DataSummary(form="classification", classes=["a", "b"], class_counts={"a": 50, "b": 40}, **fields)
+    assert label_lines(even) == ["classes: 2; training examples: a 50, b 40"]
+    odd = DataSummary(form="classification", classes=["a", "b"], class_counts={"a": 90, "b": 10}, **fields)
+    assert label_lines(odd) == [
+        "classes: 2; training examples: a 90, b 10; imbalanced: always a is right in 90%, and macro_f1 counts every class alike"
+    ]
+    text = DataSummary(form="text", label_like="target", **fields)
+    assert "--columns label=target, else --columns text=text" in label_lines(text)[0]
+
+
+def test_an_encoder_is_refused_for_text_with_the_option_that_makes_a_classifier(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    folder = save_tiny_llama(tmp_path / "model")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=400, max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    rows = [{"id": number, "text": f"some text {number}", "target": number % 3} for number in range(120)]
+    with pytest.raises(ModelError, match="or --columns label=target to train a classifier"):
+        select_rank(str(folder), rows, tmp_path / "run", settings=small_settings())
+
+
+def test_a_model_in_memory_keeps_the_order_of_its_labels() -> None:
+    from transformers import LlamaConfig
+
+    named = LlamaConfig(id2label={0: "pos", 1: "neg"}, label2id={"pos": 0, "neg": 1})
+    assert adopted_labels(named, ["neg", "pos"]) == ["pos", "neg"]
+    assert adopted_labels(named, ["0", "1"]) == ["0", "1"]
+    with pytest.raises(ModelError, match="its labels are pos, neg, and those of the data bad, good"):
+        adopted_labels(named, ["bad", "good"])
+    unnamed = LlamaConfig(num_labels=3)
+    assert adopted_labels(unnamed, ["a", "b", "c"]) == ["a", "b", "c"]
+    assert unnamed.id2label == {0: "a", 1: "b", 2: "c"}
