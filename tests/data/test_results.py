@@ -321,6 +321,17 @@ def test_the_named_index_of_a_data_frame_is_a_column() -> None:
     assert by_rank(pandas.DataFrame({rank: [loss] for rank, loss in LOSSES.items()}), higher_is_better=False) == LOSSES
 
 
+def test_names_alone_say_the_ranks(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "run,eval_loss\nlora-r4-seed0,2.05\nlora-r16-seed0,2.001\nlora-r64-seed0,2.0\nlora-r128-seed0,n/a\n"
+    )
+    assert by_rank(path) == LOSSES
+    assert "rank from the names of the trainings" in decide(path).understood
+    assert by_rank(pandas.DataFrame({"eval_loss": LOSSES.values()}, index=[f"r{rank}" for rank in LOSSES])) == LOSSES
+    with pytest.raises(ResultsError, match="no column for the rank among run, eval_loss"):
+        decide(write(tmp_path, "run,eval_loss\nlora-r4-seed0,2.05\nbaseline,2.0\n"))
+
+
 def test_several_files_say_their_rank_by_name(tmp_path: Path) -> None:
     rows = {rank: "".join(f'{{"item": {n}, "loss": {loss + n}}}\n' for n in range(30)) for rank, loss in LOSSES.items()}
     paths = [write(tmp_path, text, f"r{rank}-seed0.jsonl") for rank, text in rows.items()]

@@ -82,8 +82,11 @@ def direction_of(column: str) -> bool | None:
     return direction(plain(column)) if known is None else known
 
 
+BLANKS = ("", "-", "–", "—", "none", "null", "n/a")
+
+
 def is_blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and value.strip() in ("", "-", "None", "null", "N/A"))
+    return value is None or (isinstance(value, str) and value.strip().lower() in BLANKS)
 
 
 def settings_of_name(name: str) -> dict[str, str]:
@@ -94,6 +97,20 @@ def settings_of_name(name: str) -> dict[str, str]:
 
 def names_of(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.fields))
+
+
+def rows_of_names(rows: list[Row], mapping: Mapping[str, str]) -> list[Row]:
+    """Rows whose rank is in their name alone (`lora-r16-seed0`), with what the names say as columns; others as they are."""
+    names = names_of(rows)
+    if "rank" in mapping or set(map(plain, names)) & set(SYNONYMS["rank"]):
+        return rows
+    for name in names:
+        told = [settings_of_name(str(row.fields.get(name) or "")) for row in rows]
+        if len({settings.get("rank") for settings in told} - {None}) > 1 and all(
+            "rank" in settings for settings in told
+        ):
+            return [Row({**settings, **row.fields}, row.where) for settings, row in zip(told, rows, strict=True)]
+    return rows
 
 
 def long_rows(rows: list[Row], mapping: Mapping[str, str]) -> list[Row]:

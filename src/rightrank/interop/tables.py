@@ -24,6 +24,7 @@ from rightrank.interop.columns import (
     long_rows,
     names_of,
     plain,
+    rows_of_names,
     settings_of_name,
 )
 from rightrank.interop.importers import import_rows
@@ -122,12 +123,13 @@ def _file_rows(path: Path, named: bool) -> list[Row]:
 
 
 def rows_of_mappings(mappings: Any) -> list[Row]:
-    """Rows of a table in memory: mappings, or a data frame, whose named index is a column.
+    """Rows of a table in memory: mappings, or a data frame, whose index is a column if it has a name, or names as entries.
 
     Raises:
         ResultsError: an entry that is not a mapping, or no entries.
     """
-    if any(name is not None for name in getattr(getattr(mappings, "index", None), "names", ())):
+    index = getattr(mappings, "index", None)
+    if any(name is not None for name in getattr(index, "names", ())) or getattr(index, "inferred_type", "") == "string":
         mappings = mappings.reset_index()
     rows = []
     for number, fields in enumerate(records_of_frame(mappings), start=1):
@@ -169,8 +171,10 @@ def results_of_rows(rows: list[Row], asked: TableOptions, where: str) -> Results
     Raises:
         ResultsError: rows that can't be compared; the message names file and row.
     """
-    given, rows = rows, long_rows(rows, asked.mapping)
-    notes = ["one column a rank"] if rows is not given else []
+    named = rows_of_names(rows, asked.mapping)
+    notes = ["rank from the names of the trainings"] if named is not rows else []
+    rows = long_rows(named, asked.mapping)
+    notes += ["one column a rank"] if rows is not named else []
     columns = identify_columns(rows, asked.metric, asked.mapping, where)
     rows, metric = _one_metric(rows, columns, asked.metric, where)
     rows, columns, has_percent = _plain_cells(rows, columns, where)
