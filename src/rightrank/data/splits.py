@@ -27,33 +27,9 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName, split_name
 
 LABEL_NAMES = {  # columns that look like the label of a classification
-    *(
-        "target",
-        "targets",
-        "labels",
-        "label_text",
-        "label_name",
-        "class",
-        "class_name",
-        "category",
-        "categories",
-        "sentiment",
-    ),
-    *(
-        "emotion",
-        "topic",
-        "intent",
-        "stance",
-        "rating",
-        "stars",
-        "toxic",
-        "toxicity",
-        "spam",
-        "is_spam",
-        "gold_label",
-        "y",
-    ),
-}
+    "target", "targets", "labels", "label_text", "label_name", "class", "class_name", "category", "categories", "sentiment", "emotion",
+    "topic", "intent", "stance", "rating", "stars", "toxic", "toxicity", "spam", "is_spam", "gold_label", "y",
+}  # fmt: skip
 MAX_SHOWN_CLASSES = 8
 _NUMBER = re.compile(r"-?\d+", re.ASCII)
 HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
