@@ -167,11 +167,10 @@ def worlds() -> dict[str, World]:
         "many ranks": World("slow", ranks=(1, 2, 4, 8, 16, 32, 64, 128, 256), items=60, seeds=(0, 1), margin=0.02),
     }
     generator = np.random.default_rng(2024)
-    drawn = {f"drawn {number}": _drawn(generator, number) for number in range(48)}
-    return named | drawn
+    return named | {f"drawn {number}": drawn(generator, number) for number in range(48)}
 
 
-def _drawn(generator: np.random.Generator, number: int) -> World:
+def drawn(generator: np.random.Generator, number: int) -> World:
     names = list(CURVES)
     metric = METRICS[int(generator.integers(len(METRICS)))]
     items = int(generator.choice([0, 0, 25, 60]))

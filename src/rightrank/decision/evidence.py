@@ -20,7 +20,7 @@ from functools import cached_property
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, descending, is_within, walk_down
+from rightrank.decision.comparison import CONFIDENCE, Bounds, descending, is_within, walk_down
 from rightrank.decision.curve import fit_power
 from rightrank.decision.intervals import Estimate, seed_parts, winners_gap
 from rightrank.decision.metrics import MetricKind
@@ -348,20 +348,18 @@ def _compared(contender: Contender, evidence: Evidence, margin: float) -> Compar
         zero = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1, 0.0, 0.0)
         return Compared(contender, mean, zero, 0.0, 0.0, None, True, True, 0.0)
     difference, gap = evidence.difference(contender), evidence.reference_gap
-    low, high = difference.bound(1 - CONFIDENCE) - gap, difference.bound(CONFIDENCE)
-    is_refuted = difference.probability_below(margin + gap) < 1 - CONFIDENCE  # by the bound without its skewness
-    shown = None if evidence.basis == "values" else True if is_within(high, margin) else False if is_refuted else None
-    decides = difference.mean if evidence.is_point_reading else high
+    bounds = Bounds(difference.mean, difference.bound(1 - CONFIDENCE) - gap, difference.bound(CONFIDENCE))
+    decides = bounds.mean if evidence.is_point_reading else bounds.high
     further = difference.of_a_further_seed() if evidence.prior is not None and contender.rank > 0 else None
     return Compared(
         contender,
         mean,
         difference,
-        low,
-        high,
+        bounds.low,
+        bounds.high,
         further,
         is_within(decides, margin),
-        shown,
+        None if evidence.basis == "values" else bounds.is_enough(margin),
         max(decides, 0.0),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from rightrank.decision.comparison import is_within, walk_down
 from rightrank.decision.curve import (
     CurveForm,
     PowerLaw,
@@ -17,6 +18,7 @@ from rightrank.decision.curve import (
 )
 from rightrank.decision.evidence import Comparison, Evidence, Unit
 from rightrank.decision.intervals import two_sided
+from rightrank.decision.verdicts import shown_rank
 from rightrank.schema.arrays import Floats
 from rightrank.schema.decision import CurveFit, FittedPoint
 
@@ -30,7 +32,8 @@ MAX_DIMINISHING_RANK = 2.0**20  # a larger rank of diminishing returns is not re
 def fit_curve(found: Comparison, unit: Unit) -> CurveFit | None:
     """The fit with its intervals; None below `MIN_RANKS` ranks.
 
-    The decision's evidence comes before the fit: no fitted curve is within the margin at a rank that was refuted.
+    The decision's evidence comes before the fit: `r_margin` lies above every rank that is measured to be worse than the margin and not
+    above one that is measured to be within it, and its interval holds no rank that was refuted and none above one shown to be enough.
     """
     evidence, margin = found.evidence, found.margin
     contenders = [evidence.contenders[rank] for rank in sorted(evidence.contenders)]
@@ -46,8 +49,7 @@ def fit_curve(found: Comparison, unit: Unit) -> CurveFit | None:
     grid = np.geomspace(ranks[0], ranks[-1], GRID_POINTS)
     law = fit_power(ranks, draws, deviations)
     meets = margin_ranks(grid, predict(form, ranks, draws, deviations, grid), margin)
-    meets = np.maximum(meets, _smallest_possible_rank(found))
-    lows, highs = np.quantile(meets[1:], two_sided(0.95))
+    r_margin, lows, highs = _within_evidence(float(meets[0]), meets[1:], found)
     gain = law.b * ranks[-1] ** -law.c
     doubling = gain * (1 - 2.0**-law.c)
     come_low, come_high = np.quantile(gain[1:], two_sided(0.95))
@@ -58,9 +60,9 @@ def fit_curve(found: Comparison, unit: Unit) -> CurveFit | None:
         prediction_error={name: unit.difference(error) for name, error in errors.items()},
         **_parameters(law, unit),
         points=_points(form, ranks, draws, deviations, unit),
-        r_margin=float(meets[0]),
-        r_margin_low=float(lows),
-        r_margin_high=float(highs),
+        r_margin=r_margin,
+        r_margin_low=lows,
+        r_margin_high=highs,
         diminishing_rank=diminishing if power_like and diminishing < MAX_DIMINISHING_RANK else None,
         next_doubling_gain=unit.difference(float(doubling[0])) if power_like else 0.0,
         gain_to_come=unit.difference(float(gain[0])) if power_like else 0.0,
@@ -69,11 +71,17 @@ def fit_curve(found: Comparison, unit: Unit) -> CurveFit | None:
     )
 
 
-def _smallest_possible_rank(found: Comparison) -> float:
-    """The smallest rank that may be enough: one above the largest that is shown not to be, below the reference."""
-    below = [rank for rank in found.ranks if rank < found.reference.rank]
-    refuted = [rank for rank in below if found.by_rank[rank].non_inferior is False]
-    return float(max(refuted, default=0) + 1)
+def _within_evidence(fitted: float, draws: Floats, found: Comparison) -> tuple[float, float, float]:
+    """Where the curve meets the margin, with its 95% interval from draws, as far as the measured ranks leave it open."""
+    reference = found.reference.rank
+    measured = walk_down(
+        found.ranks, reference, lambda rank: is_within(found.by_rank[rank].difference.mean, found.margin)
+    )
+    below = max((rank for rank in found.ranks if rank < measured), default=0)
+    refuted = max((rank for rank in found.ranks if rank < reference and found.is_worse(rank)), default=0)
+    meets = min(max(fitted, below + 1.0), float(measured))
+    low, high = (float(end) for end in np.quantile(draws, two_sided(0.95)))
+    return meets, min(max(low, refuted + 1.0), meets), max(min(high, float(shown_rank(found) or high)), meets)
 
 
 def _noise(evidence: Evidence, widened: Floats) -> Floats:

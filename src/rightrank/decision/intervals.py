@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.special import ndtri, stdtr, stdtrit
+from scipy.special import ndtri, stdtrit
 
 from rightrank.schema.arrays import Floats
 
@@ -85,12 +85,6 @@ class Estimate:
         if self.kurtosis is not None and shift * reach < 0:
             return reach
         return reach + shift
-
-    def probability_below(self, value: float) -> float:
-        """The probability that the true mean is below `value`; 0 or 1 where nothing varies."""
-        if self.standard_error == 0:
-            return float(self.mean < value)
-        return float(stdtr(self.degrees, (value - self.mean) / self.standard_error))
 
     def with_seeds(self, variance: float, degrees: float) -> Estimate:
         """The same mean with another seed variance, such as a pooled or a published one."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from rightrank.decision.comparison import MAX_EXAMPLE_GROWTH, MAX_SEEDS, examples_needed, seeds_needed, settles
 from rightrank.decision.evidence import Comparison, Evidence
 from rightrank.decision.intervals import Estimate
-from rightrank.decision.verdicts import inconclusive_rank, lengths, possible_rival, underpowered
+from rightrank.decision.verdicts import inconclusive_rank, lengths, possible_rival, shown_rank, underpowered
 from rightrank.schema.decision import NextRun, Verdict
 
 MIN_SEEDS = 2  # with which the noise over seeds is measured
@@ -85,9 +85,10 @@ def _more_of_both(found: Comparison, rank: int, difference: Estimate) -> NextRun
                 f"examples (now {difference.examples:,}) to settle it ({{cost}})."
             )
             return _train_seeds(found.evidence, ranks, seeds, trials, sentence, examples)
+    at_hand = shown_rank(found) or found.reference.rank
     examples_too = f" with {MAX_EXAMPLE_GROWTH} times the examples" if difference.examples else ""
-    sentence = f"Not even {MAX_SEEDS} seeds{examples_too} would settle {_name(rank)} at this noise: take rank {found.chosen}, or choose another margin."
-    return NextRun(action="none", ranks=[found.chosen], sentence=sentence)
+    sentence = f"Not even {MAX_SEEDS} seeds{examples_too} would settle {_name(rank)} at this noise: take rank {at_hand}, or choose another margin."
+    return NextRun(action="none", ranks=[at_hand], sentence=sentence)
 
 
 def _further_seeds(found: Comparison, undecided: int | None = None) -> NextRun:

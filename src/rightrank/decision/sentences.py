@@ -9,7 +9,7 @@ from rightrank.decision.comparison import is_within
 from rightrank.decision.evidence import Comparison, Evidence, Unit
 from rightrank.decision.metrics import published_noise
 from rightrank.decision.seeds import needed_seeds
-from rightrank.decision.verdicts import inconclusive_rank, possible_rival
+from rightrank.decision.verdicts import inconclusive_rank, possible_rival, shown_rank
 from rightrank.schema.decision import RankEvidence, Verdict
 
 
@@ -47,11 +47,11 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
                 f"while training results still improve{caution}."
             )
         case "flat":
-            worst = max(found.ranks, key=lambda rank: found.by_rank[rank].difference.mean)
-            if not is_within(found.by_rank[worst].difference.mean, found.margin):
+            apart = max(found.ranks, key=lambda rank: abs(found.by_rank[rank].difference.mean))
+            if not is_within(abs(found.by_rank[apart].difference.mean), found.margin):
                 return (
-                    f"Rank {chosen} {verb} enough: the smallest tried, it is within {within} of the best ({reference}); rank {worst} "
-                    f"looks {number(unit.difference(found.by_rank[worst].difference.mean))} worse, and is not shown to be{caution}."
+                    f"Rank {chosen} {verb} enough: the smallest tried, it is within {within} of the best ({reference}); rank {apart} "
+                    f"looks {_compared(found, apart, unit)}, and is not shown to be{caution}."
                 )
             return (
                 f"Rank hardly matters here: rank {chosen}, the smallest tried, is within {within} of the best "
@@ -69,8 +69,16 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
                 start = f"Rank {chosen} {verb} enough: it is within {within} of the best (rank {reference})"
             if found.next_lower is None:
                 return f"{start}, and the smallest tried{caution}."
-            worse = number(unit.difference(found.by_rank[found.next_lower].difference.mean))
-            return f"{start}, and the next lower rank ({found.next_lower}) is {worse} worse{caution}."
+            next_lower = f"{start}, and the next lower rank ({found.next_lower}) is"
+            if not found.is_worse(found.next_lower):
+                return f"{next_lower} inconclusive at {_compared(found, found.next_lower, unit)}{caution}."
+            return f"{next_lower} {_compared(found, found.next_lower, unit)}{caution}."
+
+
+def _compared(found: Comparison, rank: int, unit: Unit) -> str:
+    """`0.014 worse`, `0.002 better`: the rank's mean beside the reference's."""
+    difference = unit.difference(found.by_rank[rank].difference.mean)
+    return f"{number(abs(difference))} {'better' if difference < 0 else 'worse'}"
 
 
 def _caution(found: Comparison) -> str:
@@ -100,7 +108,7 @@ def _no_difference(found: Comparison, within: str, unit: Unit) -> str:
 
 
 def _undecided(found: Comparison, within: str, unit: Unit) -> str:
-    compared, chosen, reference = found.by_rank, found.chosen, found.reference.rank
+    compared, reference = found.by_rank, found.reference.rank
     inconclusive = inconclusive_rank(found)
     if inconclusive is None:
         rival = possible_rival(found)
@@ -111,17 +119,17 @@ def _undecided(found: Comparison, within: str, unit: Unit) -> str:
             f"more than the margin of {within}."
         )
     low, high = (number(unit.difference(value)) for value in (compared[inconclusive].low, compared[inconclusive].high))
-    difference = unit.difference(compared[inconclusive].difference.mean)
-    worse = f"{number(abs(difference))} {'better' if difference < 0 else 'worse'}"
+    worse = _compared(found, inconclusive, unit)
     if inconclusive == 0:
         return (
             f"Undecided whether there is any gain: the base is {worse} than the best adapter (bounds {low} to {high}), "
             f"and the margin is {within}."
         )
-    if chosen == reference:
-        shown = f"rank {chosen} is the best so far"
+    smallest = shown_rank(found)
+    if smallest is None:
+        shown = f"rank {reference} is the best so far"
     else:
-        shown = f"rank {chosen} is within {within} of the best (rank {reference})"
+        shown = f"rank {smallest} is within {within} of the best (rank {reference})"
     return f"Undecided: {shown}, and rank {inconclusive} is inconclusive at {worse} (bounds {low} to {high})."
 
 

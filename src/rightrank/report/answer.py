@@ -169,11 +169,17 @@ def _evidence_row(evidence: RankEvidence, decision: Decision, with_learning_rate
 
 
 def _enough(evidence: RankEvidence, decision: Decision) -> str:
-    """`yes`, `no` or `inconclusive`; of one number a rank, which shows nothing, what the values suggest."""
+    """`yes`, `no` or `inconclusive`; of one number a rank, which shows nothing, what the values suggest.
+
+    A rank below one that failed, or beside a higher one that may be better, is inconclusive, whatever its own bound.
+    """
     is_reading = decision.basis in ("std", "values")
     nothing_shown = decision.rank is None and decision.fallback_rank is None
     if evidence.rank == decision.reference_rank and (is_reading or nothing_shown):
         return "best so far"
+    answer = decision.rank if decision.rank is not None else decision.fallback_rank
+    if evidence.non_inferior and not is_reading and evidence.rank > 0 and (answer is None or evidence.rank < answer):
+        return ENOUGH[None]
     if not is_reading or evidence.non_inferior is False:
         return ENOUGH[evidence.non_inferior]
     return "perhaps" if is_within(evidence.difference or 0.0, decision.margin) else "unlikely"
@@ -207,8 +213,8 @@ def _curve_text(decision: Decision, curve: CurveFit) -> str:
 def _horizon_text(horizon: HorizonNote) -> str:
     """From which evaluation on the values pick the same rank."""
     if horizon.holds_from == horizon.steps:
-        return f"Only the last evaluation, at step {horizon.steps}, gives this answer"
-    return f"The evaluations give the same answer from step {horizon.holds_from} to {horizon.steps}"
+        return f"By values alone, the last evaluation, at step {horizon.steps}, picks another rank than the one before"
+    return f"By values alone, the evaluations pick the same rank from step {horizon.holds_from} to {horizon.steps}"
 
 
 def _optimism_text(decision: Decision) -> str:

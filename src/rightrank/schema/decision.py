@@ -102,7 +102,7 @@ class CurveFit(Record):
     c: float
     prediction_error: dict[str, float]  # by form: mean absolute error at a rank that was left out of the fit
     points: list[FittedPoint]  # from the lowest to the highest rank, for plotting
-    r_margin: float  # the rank where the curve comes within the margin of its best, above every refuted rank
+    r_margin: float  # the rank where the curve comes within the margin of its best, as far as the measured ranks leave it open
     r_margin_low: float
     r_margin_high: float
     diminishing_rank: float | None  # beyond it, doubling the rank gains less than the margin
