@@ -41,6 +41,7 @@ from rightrank.schema.arrays import Floats
 from rightrank.schema.decision import Basis, StaircaseStep
 
 MIN_CURVE_RANKS = 4  # one more than the power law has parameters
+ALIKE = 2.0  # standard errors of its difference, up to which a rank is taken to be as good as the best
 MAX_EXPONENT = 100.0  # keeps the bound of a perplexity finite
 
 
@@ -121,10 +122,17 @@ class Evidence:
     def reference_gap(self) -> float:
         """The winner's curse of the reference as the best of all ranks: differences from it look larger than they are.
 
-        The test of "enough" is conservative by this amount. It is taken out before a rank is called not enough.
+        The test of "enough" is conservative by this amount. It is taken out before a rank is called not enough. Shown means are more spread
+        than the true ones, and so the gap at them is too small: ranks within `ALIKE` standard errors of the best are taken to be as good as
+        it (the recentring of Hansen 2005, "A Test for Superior Predictive Ability", JBES 23). benchmarks/decide/printed.py measures what
+        this leaves of the error.
         """
-        means = np.array([self.contenders[rank].fair_loss for rank in sorted(self.contenders)])
-        return winners_gap(means, self.covariance)
+        contenders = [self.contenders[rank] for rank in sorted(self.contenders)]
+        found = [self.difference(contender) for contender in contenders]
+        means = np.array([contender.fair_loss for contender in contenders]) - self.reference.fair_loss
+        means[means <= ALIKE * np.array([estimate.standard_error for estimate in found])] = 0.0
+        others = [one.degrees for one, contender in zip(found, contenders, strict=True) if contender is not self.reference]
+        return winners_gap(means, self.covariance, float(np.median(others)))
 
     def is_at_edge(self, rank: int) -> bool:
         """Whether the rank's best learning rate is the lowest or the highest of several that were tried."""

@@ -212,7 +212,7 @@ def seed_parts(means: Floats) -> tuple[float, float]:
     return common, float((rest**2).sum()) / ((ranks - 1) * (seeds - 1))
 
 
-def winners_gap(means: Floats, covariance: Floats) -> float:
+def winners_gap(means: Floats, covariance: Floats, degrees: float = MAX_DEGREES) -> float:
     """The winner's curse: how much better, on average, the best of several noisy means looks than it is.
 
     With shown means m and noise ε ~ N(0, Σ), the bias of the pick is estimated by the parametric bootstrap as
@@ -228,11 +228,14 @@ def winners_gap(means: Floats, covariance: Floats) -> float:
     Args:
         means: [n], oriented so that lower is better.
         covariance: [n, n] of their noise.
+        degrees: with which the covariance is known. The noise is a multivariate t below `MAX_DEGREES`.
     """
     if len(means) < 2:
         return 0.0
     generator = np.random.default_rng(0x5EED)
     noise = generator.multivariate_normal(np.zeros(len(means)), covariance, size=BOOTSTRAP_DRAWS, method="eigh")
+    if degrees < MAX_DEGREES:
+        noise /= np.sqrt(generator.chisquare(degrees, size=BOOTSTRAP_DRAWS) / degrees)[:, None]
     picks = np.argmin(means + noise, axis=1)
     return max(0.0, -float(noise[np.arange(BOOTSTRAP_DRAWS), picks].mean()))
 

@@ -1,0 +1,229 @@
+"""Do the bounds that are printed cover? They are of differences from the rank that came out best, after a search.
+
+    python -m benchmarks.decide.printed              # prints the table, writes printed.json
+    python -m benchmarks.decide.printed --tables 5   # a short form, stores nothing
+
+The rank and its learning rate are chosen on the same noise that the bounds are of, so both the reference and the other ranks look
+better than they are. Simulated tables: four shapes of curve over ranks 1 to 64, one or three learning rates a rank (the search keeps the
+best), 1 to 5 seeds, one number a training or scores by example, seed noise of a training from a quarter of the margin to four times it,
+and rare large differences: one training in twenty, or one example in a hundred, is far off.
+
+`before` is the correction for the best rank at the means as they are shown; `after` is the decision's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.decide.simulated import MARGIN, Floats, Shape
+from benchmarks.machine import machine
+from rightrank.decision.comparison import is_within, walk_down
+from rightrank.decision.evidence import Comparison, Evidence, compare
+from rightrank.decision.intervals import winners_gap
+from rightrank.decision.table import Cell, ScoreTable
+from rightrank.decision.verdicts import shown_rank, verdict_of
+
+OUT = Path(__file__).with_name("printed.json")
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+SHAPES: tuple[Shape, ...] = ("power", "flat", "u_shaped", "rising")
+NOISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of one training over seeds, in margins
+EXAMPLES = 200
+SEED = 2411
+METHODS = ("before", "after")
+
+
+@dataclass(frozen=True)
+class Design:
+    """What tables are drawn from. Deviations in nats a token."""
+
+    shape: Shape
+    seeds: int
+    noise: float  # of one training over seeds, in margins
+    learning_rates: int = 1
+    examples: int = 0  # 0: one number a training
+    rare: bool = False  # large differences of few trainings, or of few examples
+    spread: float = 0.03  # of an example's taste for a rank, and again for a training
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of the tables of one design, by one method. Bounds are of every rank but the one that came out best."""
+
+    upper: float  # upper bounds that hold
+    lower: float
+    refuted: float  # ranks that are called worse than the margin
+    refuted_wrongly: float
+    decided: float  # tables in which a rank is named
+    false: float  # and is worse than the margin
+    too_large: float  # or more than twice the right one
+    false_fallback: float  # a `fallback_rank` is worse than the margin
+
+
+class Before(Evidence):
+    """The evidence with the winner's curse of the best rank at the means as they are shown."""
+
+    @cached_property
+    def reference_gap(self) -> float:
+        means = np.array([self.contenders[rank].fair_loss for rank in sorted(self.contenders)])
+        return winners_gap(means, self.covariance)
+
+
+def true_losses(design: Design, generator: np.random.Generator) -> Floats:
+    """[ranks, learning rates] true means; the best learning rate of a rank differs from rank to rank."""
+    ranks = np.array(RANKS, dtype=np.float64)
+    enough, exponent = 2.0 ** generator.uniform(0.5, 5.0), generator.uniform(0.38, 0.8)
+    curve = np.full(len(ranks), 2.0)
+    if design.shape in ("power", "u_shaped"):
+        curve = 2.0 + MARGIN * (ranks / enough) ** -exponent
+    if design.shape == "u_shaped":
+        curve = curve + MARGIN * generator.uniform(0.05, 0.4) * np.maximum(0.0, np.log2(ranks / enough)) ** 2
+    if design.shape == "rising":
+        curve = 2.0 + MARGIN * generator.uniform(0.5, 3.0) * (6 - np.log2(ranks))
+    scale = MARGIN * generator.choice([0.3, 1.5])
+    behind = np.abs(scale * generator.standard_normal((len(ranks), design.learning_rates)))
+    losses: Floats = curve[:, None] + behind - behind.min(axis=1, keepdims=True)
+    return losses
+
+
+def draw_table(design: Design, losses: Floats, generator: np.random.Generator) -> ScoreTable:
+    """One table: the same seeds and examples for every rank and learning rate."""
+    ranks, rates = losses.shape
+    trained = design.noise * MARGIN * generator.standard_normal((ranks, rates, design.seeds))
+    if design.rare and not design.examples:
+        trained = trained * np.where(generator.random(trained.shape) < 0.05, 4.0, 0.7)
+    means = losses[:, :, None] + 0.5 * design.noise * MARGIN * generator.standard_normal(design.seeds) + trained
+    weights = np.ones(1)
+    sums = means[..., None]
+    if design.examples:
+        weights = generator.integers(5, 60, size=design.examples).astype(np.float64)
+        own = generator.standard_normal((ranks, design.examples))
+        if design.rare:
+            far = 8 * np.abs(generator.standard_normal(own.shape)) - 0.08 * np.sqrt(2 / np.pi)
+            own = np.where(generator.random(own.shape) < 0.01, far, 0.3 * own - 0.08 * np.sqrt(2 / np.pi))
+        rest = generator.standard_normal((*means.shape, design.examples))
+        level = 0.6 * generator.standard_normal(design.examples)
+        sums = (sums + level + design.spread * (own[:, None, None, :] + rest)) * weights
+    cells = {
+        (rank, learning_rate(rate), seed): Cell(
+            f"{rank}-{rate}-{seed}",
+            float(sums[place, rate, seed].sum() / weights.sum()),
+            sums[place, rate, seed],
+            weights,
+        )
+        for place, rank in enumerate(RANKS)
+        for rate in range(rates)
+        for seed in range(design.seeds)
+    }
+    return ScoreTable("loss", False, cells)
+
+
+def learning_rate(place: int) -> float:
+    return float(10.0 ** -(place + 2))
+
+
+def study(design: Design, tables: int, seed: int) -> dict[str, Shares]:
+    """The shares of both methods on the same tables."""
+    generator = np.random.default_rng(seed)
+    rows: dict[str, list[list[float]]] = {method: [] for method in METHODS}
+    for _ in range(tables):
+        losses = true_losses(design, generator)
+        table = draw_table(design, losses, generator)
+        for method, evidence in (("before", Before(table)), ("after", Evidence(table))):
+            rows[method].append(_row(compare(evidence, MARGIN), losses))
+    return {method: Shares(*np.mean(found, axis=0).tolist()) for method, found in rows.items()}
+
+
+def _row(found: Comparison, losses: Floats) -> list[float]:
+    rates = {rank: one.learning_rate for rank, one in found.evidence.contenders.items()}
+    places = {learning_rate(place): place for place in range(losses.shape[1])}
+    true = {rank: float(losses[place, places[rates[rank]]]) for place, rank in enumerate(RANKS)}
+    reference, best = found.reference.rank, losses.min(axis=1)
+    others = [(found.by_rank[rank], true[rank] - true[reference]) for rank in RANKS if rank != reference]
+    excess = {rank: loss - float(best.min()) for rank, loss in true.items()}
+    behind = dict(zip(RANKS, best - best.min(), strict=True))
+    right = walk_down(RANKS, RANKS[int(np.argmin(best))], lambda rank: is_within(float(behind[rank]), MARGIN))
+    named = None if verdict_of(found) == "undecided" else found.chosen
+    fallback = shown_rank(found)
+    return [
+        float(np.mean([difference <= one.high for one, difference in others])),
+        float(np.mean([difference >= one.low for one, difference in others])),
+        float(np.mean([one.non_inferior is False for one, _ in others])),
+        float(np.mean([one.non_inferior is False and difference <= MARGIN for one, difference in others])),
+        float(named is not None),
+        float(named is not None and excess[named] > MARGIN),
+        float(named is not None and named > 2 * right),
+        float(fallback is not None and excess[fallback] > MARGIN),
+    ]
+
+
+def designs() -> list[Design]:
+    """With two seeds or more; then one seed, where the noise over seeds is left out, as the bounds leave it out."""
+    kinds = list(product((0, EXAMPLES), (False, True), (1, 3), SHAPES))
+    several = [
+        Design(shape, seeds, noise, rates, examples, rare)
+        for seeds, noise, (examples, rare, rates, shape) in product((2, 3, 5), NOISES, kinds)
+    ]
+    return several + [
+        Design(shape, 1, 0.0, rates, examples, rare) for examples, rare, rates, shape in kinds if examples
+    ]
+
+
+def summary(found: Sequence[tuple[Design, dict[str, Shares]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Means over designs, each with its own weight: by noise, by number of seeds, and of all with two seeds or more."""
+    several = [(design, shares) for design, shares in found if design.seeds > 1]
+    groups = {"two seeds or more": several}
+    groups |= {f"seed noise {noise:g}": [one for one in several if one[0].noise == noise] for noise in NOISES}
+    groups |= {f"{seeds} seeds": [one for one in several if one[0].seeds == seeds] for seeds in (2, 3, 5)}
+    groups |= {
+        "several learning rates": [one for one in several if one[0].learning_rates > 1],
+        "rare large differences": [one for one in several if one[0].rare],
+        "one seed": [one for one in found if one[0].seeds == 1],
+    }
+    return {name: {method: _means(group, method) for method in METHODS} for name, group in groups.items() if group}
+
+
+def _means(group: Sequence[tuple[Design, dict[str, Shares]]], method: str) -> dict[str, float]:
+    names = list(Shares.__dataclass_fields__)
+    values = np.array([[getattr(shares[method], name) for name in names] for _, shares in group])
+    means = dict(zip(names, values.mean(axis=0).tolist(), strict=True))
+    lowest = {
+        f"{name}, 5th percentile of designs": float(np.quantile(values[:, names.index(name)], 0.05))
+        for name in names[:2]
+    }
+    return {name: round(value, 4) for name, value in {**means, **lowest}.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", type=int, default=40)
+    asked = parser.parse_args()
+    begun = time.perf_counter()
+    found = [(design, study(design, asked.tables, SEED + place)) for place, design in enumerate(designs())]
+    totals = summary(found)
+    for name, by_method in totals.items():
+        for method, shares in by_method.items():
+            print(f"{name:24} {method:7}", " ".join(f"{key} {value:.3f}" for key, value in shares.items()))
+    if asked.tables < parser.get_default("tables"):
+        return
+    result = {
+        "machine": machine(),
+        "seed": SEED,
+        "tables": asked.tables,
+        "designs": len(found),
+        "seconds": round(time.perf_counter() - begun),
+        "summary": totals,
+    }
+    OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
