@@ -16,6 +16,7 @@ from rightrank.report.sentences import next_commands
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import decide_rows
 from rightrank.runs.returns import Decided
+from rightrank.schema.decision import Checkpoint
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.settings import settings_difference
 
@@ -29,6 +30,7 @@ class _Question:
     margin: float | None
     columns: Mapping[str, str]
     horizon_steps: int | None
+    checkpoint: Checkpoint
 
 
 def decide(
@@ -39,6 +41,7 @@ def decide(
     margin: float | None = None,
     columns: Mapping[str, str] | None = None,
     horizon_steps: int | None = None,
+    checkpoint: Checkpoint = "last",
 ) -> Decided:
     """Decide on trainings that have finished, whoever ran them.
 
@@ -51,11 +54,12 @@ def decide(
         margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
         columns: canonical name → column, where a column has an unusual name.
         horizon_steps: the length of training to answer for.
+        checkpoint: which evaluation of each training is compared, where there are several: the last or the best.
 
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    return _decide(results, _Question(metric, higher_is_better, margin, columns or {}, horizon_steps))
+    return _decide(results, _Question(metric, higher_is_better, margin, columns or {}, horizon_steps, checkpoint))
 
 
 def _decide(results: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]], question: _Question) -> Decided:
@@ -75,7 +79,9 @@ def _decide_table(where: str, rows: list[Row], question: _Question) -> Decided:
         return Decided(*decided)
     options = TableOptions(question.metric, question.higher_is_better, question.columns, question.margin)
     read = results_of_rows(flat(rows), options, where)
-    decision = rule.decide(table_of_results(read), question.margin, horizon_steps=question.horizon_steps)
+    decision = rule.decide(
+        table_of_results(read), question.margin, horizon_steps=question.horizon_steps, checkpoint=question.checkpoint
+    )
     return Decided(decision, read.understood)
 
 
@@ -114,7 +120,13 @@ def _decide_run(folder: RunFolder, question: _Question) -> Decided:
         own = started.settings.get("margin")
         margin = own if margin is None and isinstance(own, int | float) else margin
     decision = decide_on(
-        records, outcomes, metric, margin, higher=question.higher_is_better, horizon_steps=question.horizon_steps
+        records,
+        outcomes,
+        metric,
+        margin,
+        higher=question.higher_is_better,
+        horizon_steps=question.horizon_steps,
+        checkpoint=question.checkpoint,
     )
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
     commands = next_commands(started, decision, str(folder.path), question.margin) if metric == started.metric else []
@@ -149,6 +161,7 @@ def _decide_runs(folders: Sequence[RunFolder], question: _Question) -> Decided:
         margin,
         higher=question.higher_is_better,
         horizon_steps=question.horizon_steps,
+        checkpoint=question.checkpoint,
     )
     counted = sum(outcome.rank > 0 for outcome in outcomes.values())
     return Decided(decision, [f"{counted} trainings of {len(folders)} run folders"])

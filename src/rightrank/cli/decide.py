@@ -6,10 +6,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from rightrank.cli.options import comma
+
+if TYPE_CHECKING:
+    from rightrank.schema.decision import Checkpoint
 
 
 def _mapping(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, str]:
@@ -43,6 +47,13 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
     help="Columns of other names, such as rank=lora_r,value=eval_loss.",
 )
 @click.option("--horizon", "horizon_steps", type=click.IntRange(min=1), help="Training length in steps to answer for.")
+@click.option(
+    "--checkpoint",
+    type=click.Choice(["last", "best"]),
+    default="last",
+    show_default=True,
+    help="Which evaluation of each training counts, where there are several.",
+)
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve to this .svg file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 def decide(
@@ -52,6 +63,7 @@ def decide(
     margin: float | None,
     columns: dict[str, str],
     horizon_steps: int | None,
+    checkpoint: Checkpoint,
     plot_file: Path | None,
     as_json: bool,
 ) -> None:
@@ -70,6 +82,7 @@ def decide(
         margin=margin,
         columns=columns,
         horizon_steps=horizon_steps,
+        checkpoint=checkpoint,
     )
     if plot_file is not None:
         from rightrank.report.figures import rank_figure

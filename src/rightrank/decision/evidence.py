@@ -131,7 +131,9 @@ class Evidence:
         found = [self.difference(contender) for contender in contenders]
         means = np.array([contender.fair_loss for contender in contenders]) - self.reference.fair_loss
         means[means <= ALIKE * np.array([estimate.standard_error for estimate in found])] = 0.0
-        others = [one.degrees for one, contender in zip(found, contenders, strict=True) if contender is not self.reference]
+        others = [
+            one.degrees for one, contender in zip(found, contenders, strict=True) if contender is not self.reference
+        ]
         return winners_gap(means, self.covariance, float(np.median(others)))
 
     def is_at_edge(self, rank: int) -> bool:

@@ -24,9 +24,9 @@ from rightrank.decision.intervals import two_sided
 from rightrank.decision.metrics import default_margin
 from rightrank.decision.next_run import next_runs
 from rightrank.decision.sentences import basis_note, conflict_sentence, sentence_of
-from rightrank.decision.table import ScoreTable
-from rightrank.decision.verdicts import flags_of, horizon_note, shown_rank, smallest_alike, verdict_of
-from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
+from rightrank.decision.table import ScoreTable, at_checkpoint
+from rightrank.decision.verdicts import checkpoint_note, flags_of, horizon_note, shown_rank, smallest_alike, verdict_of
+from rightrank.schema.decision import Checkpoint, Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
 
 
@@ -38,6 +38,7 @@ def decide(
     horizon_steps: int | None = None,
     others: Sequence[ScoreTable] = (),
     smallest_if_alike: bool = False,
+    checkpoint: Checkpoint = "last",
 ) -> Decision:
     """The decision that a table supports.
 
@@ -46,6 +47,7 @@ def decide(
         token_loss: whether a loss is per token (its default margin is then 0.005 nats).
         horizon_steps: the length of the training that the answer is for, if longer than the trials.
         others: the same trials by other metrics, each compared at its default margin.
+        checkpoint: which evaluation of each training is compared, where a table has those during the training.
         smallest_if_alike: answer an undecided comparison with the smallest rank that is not shown to be worse (`no_difference`).
 
     Raises:
@@ -53,14 +55,16 @@ def decide(
     """
     if table.kind == "token_loss" and not token_loss:
         table = replace(table, kind="loss")
+    given, table = table, at_checkpoint(table, checkpoint)
     evidence, unit, margin = _prepared(table, margin)
+    checkpoints = checkpoint_note(given, checkpoint, unit.oriented_margin(margin))
     found = compare(evidence, unit.oriented_margin(margin))
     chosen = found.chosen
     verdict, curve, horizon = verdict_of(found), fit_curve(found, unit), horizon_note(evidence, chosen, margin)
     beside = [
         answer for answer in (_beside(found.by_rank, other, token_loss) for other in others) if answer is not None
     ]
-    flags = flags_of(found, verdict, curve, horizon, horizon_steps, [answer.metric for answer in beside])
+    flags = flags_of(found, verdict, curve, horizon, horizon_steps, [answer.metric for answer in beside], checkpoints)
     if any(answer.conflict for answer in beside) and "metric_conflict" not in flags:
         flags.append("metric_conflict")
     runs = next_runs(found, verdict, flags)
@@ -91,6 +95,7 @@ def decide(
         curve=curve,
         winner_gap=unit.difference(max(one.contender.gap for one in found.by_rank.values())),
         horizon=horizon,
+        checkpoint=checkpoints,
         other_metrics=beside,
     )
 

@@ -11,7 +11,7 @@ from rightrank.decision.metrics import REPORTED_ONLY
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of
 from rightrank.decision.verdicts import without_collapsing
-from rightrank.schema.decision import Decision, TrainingRankEstimate
+from rightrank.schema.decision import Checkpoint, Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import (
     AdapterRecorded,
@@ -137,6 +137,7 @@ def decide_on(
     *,
     higher: bool | None = None,
     horizon_steps: int | None = None,
+    checkpoint: Checkpoint = "last",
 ) -> Decision:
     """The decision by one of the run's metrics, with the answers by the others.
 
@@ -153,6 +154,7 @@ def decide_on(
         float(margin) if isinstance(margin, int | float) else None,
         token_loss=is_token_loss(records),
         horizon_steps=horizon_steps,
+        checkpoint=checkpoint,
         others=others if records.started.data.form != "own" else (),
         smallest_if_alike=isinstance(profile, str) and PROFILES.get(profile, PLAIN).smallest_if_alike,
     )

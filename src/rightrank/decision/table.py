@@ -13,7 +13,7 @@ from rightrank.decision.intervals import Estimate, estimate
 from rightrank.decision.metrics import MetricKind, kind_of, span_of
 from rightrank.decision.seeds import adjusted_means, best_learning_rate
 from rightrank.schema.arrays import Floats
-from rightrank.schema.decision import Result, ResultsTable
+from rightrank.schema.decision import Checkpoint, Result, ResultsTable
 from rightrank.schema.trials import MetricName, TrialCollapsed, TrialFailed, TrialFinished, TrialOutcome
 
 
@@ -183,6 +183,32 @@ def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_be
         points=tuple(result.points),
         others=result.others,
     )
+
+
+def at_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:
+    """The table with each training at its last evaluation, as it is, or at its best, the earliest of equal ones.
+
+    Scores by example are of the last evaluation alone: where another one is the best, every training counts by its value.
+    """
+    if checkpoint == "last":
+        return table
+    best = {key: _at_best(cell, table) for key, cell in table.cells.items()}
+    if all(best[key] is cell for key, cell in table.cells.items()):
+        return table
+    bare = {
+        key: replace(cell, sums=_oriented([cell.value], table.kind, table.higher_is_better), weights=np.ones(1))
+        for key, cell in best.items()
+    }
+    return replace(table, cells=bare)
+
+
+def _at_best(cell: Cell, table: ScoreTable) -> Cell:
+    sign = -1.0 if table.higher_is_better else 1.0
+    step, value = min(cell.points, key=lambda point: (sign * point[1], point[0]), default=(0, cell.value))
+    if sign * value >= sign * cell.value:
+        return cell
+    earlier = tuple(point for point in cell.points if point[0] <= step)
+    return replace(cell, value=value, steps=step, points=earlier, train_value=None, deviation=None, others={})
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ import numpy as np
 from rightrank.decision.comparison import is_within, walk_down
 from rightrank.decision.evidence import Comparison, Evidence
 from rightrank.decision.metrics import default_margin, kind_of, published_deviation
-from rightrank.decision.table import Contender
-from rightrank.schema.decision import CurveFit, HorizonNote, Verdict
+from rightrank.decision.table import Contender, ScoreTable, at_checkpoint
+from rightrank.schema.decision import Checkpoint, CheckpointNote, CurveFit, HorizonNote, Verdict
 from rightrank.schema.metrics import direction
 from rightrank.schema.trials import EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 
@@ -145,6 +145,7 @@ def flags_of(
     horizon: HorizonNote | None,
     horizon_steps: int | None,
     compared_others: Collection[str] = (),
+    checkpoints: CheckpointNote | None = None,
 ) -> list[str]:
     """The flags in a fixed order. Each has an entry in docs/reference/decision.md.
 
@@ -168,6 +169,7 @@ def flags_of(
         "winner_gap": max(evidence.contenders[rank].gap for rank in answer) > found.margin / 2,
         "metric_conflict": _conflicts(evidence, found.chosen, compared_others),
         "may_be_capacity_limited": _gap_still_grows(found, horizon),
+        "checkpoint_matters": checkpoints is not None and checkpoints.last != checkpoints.best,
         "extrapolated": beyond or (horizon_steps is not None and 0 < trained < horizon_steps),
     }
     return [flag for flag, raise_it in raised.items() if raise_it]
@@ -219,6 +221,7 @@ def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:
 
 
 MIN_POINTS = 3
+CHECKPOINTS: tuple[Checkpoint, Checkpoint] = ("last", "best")
 
 
 def horizon_note(evidence: Evidence, chosen: int, margin: float) -> HorizonNote | None:
@@ -241,6 +244,22 @@ def horizon_note(evidence: Evidence, chosen: int, margin: float) -> HorizonNote 
         gaps = [sign * (curves[chosen][step] - curves[evidence.reference.rank][step]) for step in steps]
         growth = gaps[-1] - gaps[len(gaps) // 2 - 1]
     return HorizonNote(steps=steps[-1], holds_from=steps[first], gap_growth=growth)
+
+
+def checkpoint_note(table: ScoreTable, used: Checkpoint, margin: float) -> CheckpointNote | None:
+    """The ranks that the values pick at the last and at the best evaluation; None without evaluations during the training.
+
+    Args:
+        margin: in the oriented unit.
+    """
+    if not any(cell.points for (rank, _, _), cell in table.cells.items() if rank > 0):
+        return None
+    last, best = (_values_pick(at_checkpoint(table, checkpoint), margin) for checkpoint in CHECKPOINTS)
+    return CheckpointNote(used=used, last=last, best=best)
+
+
+def _values_pick(table: ScoreTable, margin: float) -> int:
+    return _pick({rank: found.fair_loss for rank, found in Evidence(table).contenders.items()}, margin)
 
 
 def _curve(contender: Contender) -> dict[int, float]:

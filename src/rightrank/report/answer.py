@@ -10,7 +10,15 @@ from typing import Any
 
 from rightrank.decision.comparison import is_within
 from rightrank.report.format import coverage, metric_unit, quantity
-from rightrank.schema.decision import CurveFit, Decision, HandedOver, HorizonNote, MetricAnswer, RankEvidence
+from rightrank.schema.decision import (
+    CheckpointNote,
+    CurveFit,
+    Decision,
+    HandedOver,
+    HorizonNote,
+    MetricAnswer,
+    RankEvidence,
+)
 
 FLAGS = {
     "underpowered": "the data cannot show this",
@@ -23,6 +31,7 @@ FLAGS = {
     "winner_gap": "the best of several learning rates is optimistic by more than half the margin",
     "metric_conflict": "another metric of the same trainings contradicts the answer for a rank",
     "may_be_capacity_limited": "the differences between ranks were still growing when training ended",
+    "checkpoint_matters": "at the other checkpoint of each training, the best or the last, the values pick another rank",
     "extrapolated": "the answer refers to a point outside the measured range",
 }
 ENOUGH = {True: "yes", False: "no", None: "inconclusive"}  # by `RankEvidence.non_inferior`
@@ -190,6 +199,7 @@ def certainty_rows(decision: Decision) -> list[tuple[str, str]]:
     rows = [
         ("curve", "" if decision.curve is None else _curve_text(decision, decision.curve)),
         ("horizon", "" if decision.horizon is None else f"{_horizon_text(decision.horizon)}."),
+        ("checkpoint", "" if decision.checkpoint is None else _checkpoint_text(decision.checkpoint)),
         ("basis", decision.basis_note or ""),
         ("optimism", _optimism_text(decision) if decision.winner_gap else ""),
         *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
@@ -215,6 +225,13 @@ def _horizon_text(horizon: HorizonNote) -> str:
     if horizon.holds_from == horizon.steps:
         return f"By values alone, the last evaluation, at step {horizon.steps}, picks another rank than the one before"
     return f"By values alone, the evaluations pick the same rank from step {horizon.holds_from} to {horizon.steps}"
+
+
+def _checkpoint_text(found: CheckpointNote) -> str:
+    used = f"Each training counts at its {found.used} evaluation"
+    if found.last == found.best:
+        return f"{used}; by values alone, its last and its best pick the same rank."
+    return f"{used}. By values alone, the last evaluations pick rank {found.last}, the best ones rank {found.best}."
 
 
 def _optimism_text(decision: Decision) -> str:

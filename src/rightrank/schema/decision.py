@@ -135,6 +135,17 @@ class HorizonNote(Record):
     gap_growth: float | None
 
 
+Checkpoint: TypeAlias = Literal["last", "best"]
+
+
+class CheckpointNote(Record):
+    """Which evaluation of each training was compared, and the ranks that the values alone pick at either."""
+
+    used: Checkpoint
+    last: Whole
+    best: Whole
+
+
 class MetricAnswer(Record):
     """The answer by another metric of the same trainings, with its own margin and best learning rates."""
 
@@ -193,6 +204,7 @@ class Decision(Record):
     curve: CurveFit | None = None  # with three or more ranks
     winner_gap: float = 0.0  # the largest of the compared ranks, in the metric's unit
     horizon: HorizonNote | None = None  # if evaluations during the training were given
+    checkpoint: CheckpointNote | None = None  # if evaluations during the training were given
     other_metrics: list[MetricAnswer] = Field(default_factory=list)  # metrics other than the one that decides
 
 

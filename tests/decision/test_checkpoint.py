@@ -1,0 +1,94 @@
+"""Which evaluation of a training counts, its last or its best, and whether the other would change the answer."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rightrank.decision.rule import decide
+from rightrank.decision.table import ScoreTable, at_checkpoint, table_of_results
+from rightrank.report.answer import certainty_rows
+from rightrank.schema.decision import Result, ResultsTable
+from tests.commands import run
+
+# DistilBERT on IMDB, a public table: the evaluation loss at the last look and at the best, of which the step is not published
+LAST = {4: 0.331, 8: 0.361, 16: 0.396, 64: 0.499, 128: 0.541}
+BEST = {4: 0.309, 8: 0.307, 16: 0.304, 64: 0.297, 128: 0.295}
+
+
+def imdb(higher: bool = False) -> ScoreTable:
+    sign = -1.0 if higher else 1.0
+    results = [
+        Result(
+            trial_id=str(rank),
+            rank=rank,
+            value=sign * LAST[rank],
+            steps=200,
+            points=[(100, sign * BEST[rank]), (200, sign * LAST[rank])],
+        )
+        for rank in LAST
+    ]
+    metric = "eval_loss" if not higher else "negated"
+    return table_of_results(ResultsTable(metric=metric, higher_is_better=higher, results=results, understood=[]))
+
+
+@pytest.mark.parametrize("higher", [False, True])
+def test_the_answer_of_a_public_table_depends_on_the_checkpoint(higher: bool) -> None:
+    last, best = decide(imdb(higher), 0.005), decide(imdb(higher), 0.005, checkpoint="best")
+    assert (last.rank, best.rank) == (4, 64)
+    for found, used in ((last, "last"), (best, "best")):
+        assert found.checkpoint is not None
+        assert (found.checkpoint.used, found.checkpoint.last, found.checkpoint.best) == (used, 4, 64)
+        assert "checkpoint_matters" in found.flags
+        text = dict(certainty_rows(found))["checkpoint"]
+        assert text == (
+            f"Each training counts at its {used} evaluation. By values alone, the last evaluations pick rank 4, the best ones rank 64."
+        )
+
+
+def test_trainings_that_end_at_their_best_are_left_as_they_are() -> None:
+    settled = ScoreTable("eval_loss", False, at_checkpoint(imdb(), "best").cells)
+    assert at_checkpoint(settled, "best") is settled
+    found = decide(settled, 0.005)
+    assert found.checkpoint is not None
+    assert (found.checkpoint.last, found.checkpoint.best) == (64, 64)
+    assert "checkpoint_matters" not in found.flags
+    bare = {key: replace(cell, points=()) for key, cell in settled.cells.items()}
+    assert decide(ScoreTable("eval_loss", False, bare), 0.005).checkpoint is None
+
+
+def test_scores_of_the_last_evaluation_are_not_those_of_the_best() -> None:
+    """With scores by example, a best evaluation that is not the last leaves values alone."""
+    results = [
+        Result(
+            trial_id=f"{rank}",
+            rank=rank,
+            value=2.0,
+            item_values=np.full(20, 2.0).tolist(),
+            points=[(10, 1.9 if rank == 4 else 2.1), (20, 2.0)],
+        )
+        for rank in (1, 4)
+    ]
+    table = table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[]))
+    assert decide(table).basis == "items"
+    best = decide(table, checkpoint="best")
+    assert (best.basis, best.rank) == ("values", 4)
+    assert {one.rank: one.value for one in best.ranks} == {1: 2.0, 4: 1.9}
+
+
+def test_a_table_with_steps_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "imdb.csv"
+    with file.open("w", newline="") as sink:
+        rows = csv.writer(sink)
+        rows.writerow(["rank", "step", "eval_loss"])
+        rows.writerows([rank, step, values[rank]] for step, values in ((100, BEST), (200, LAST)) for rank in LAST)
+    status, out, _ = run(["decide", str(file), "--margin", "0.005"], capsys)
+    assert status == 0
+    assert "Each training counts at its last evaluation" in out
+    status, out, _ = run(["decide", str(file), "--margin", "0.005", "--checkpoint", "best", "--json"], capsys)
+    assert (status, json.loads(out)["rank"], json.loads(out)["checkpoint"]["used"]) == (0, 64, "best")
