@@ -29,6 +29,7 @@ from rightrank.decision.rule import decide
 from rightrank.decision.table import table_of
 from rightrank.models import spectra
 from rightrank.models.truncation import resized_factors
+from rightrank.schema.decision import Decision
 from rightrank.schema.trials import TrialFinished
 
 RANKS = (1, 2, 4, 8, 16)
@@ -122,13 +123,18 @@ def run_tasks(runs: list[Path]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "run": run.name,
-                "decided": decision.rank_at_hand,
+                "decided": walked(decision),
                 "energy 0.99": float(np.median([module.energy_rank["0.99"] for module in modules])),
                 "effective rank": float(np.median([module.effective_rank for module in modules])),
                 "noise_rank": float(np.median([module.noise_rank for module in modules])),
             }
         )
     return rows
+
+
+def walked(decision: Decision) -> int:
+    """The smallest rank that the walk down reaches at the decision's margin."""
+    return [step.rank for step in decision.staircase if step.margin <= decision.margin][-1]
 
 
 def interval(x: Any, y: Any) -> tuple[float, float, float]:
@@ -156,8 +162,8 @@ def main() -> None:
         row: dict[str, Any] = {"task": number, **figures(b, a)}
         for share in SHARES:
             margin = max(share * gain, 1e-9)
-            row[f"decided {share:g}"] = decide(table_of(trials, "loss", False), margin).rank_at_hand
-            row[f"truncation {share:g}"] = decide(table_of(truncations, "loss", False), margin).rank_at_hand
+            row[f"decided {share:g}"] = walked(decide(table_of(trials, "loss", False), margin))
+            row[f"truncation {share:g}"] = walked(decide(table_of(truncations, "loss", False), margin))
         rows.append(row)
     result: dict[str, Any] = {}
     for share in SHARES:

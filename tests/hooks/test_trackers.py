@@ -220,7 +220,7 @@ def test_an_optuna_study_opens_and_decides(records: Records) -> None:
     assert sorted(trial.value for trial in complete) == sorted(trial.value for trial in whole)
     assert study.best_params["rank"] == min(whole, key=lambda trial: trial.value).rank
     values = [{"rank": t.rank, "lr": t.learning_rate, "seed": t.seed, "value": t.value} for t in whole]
-    assert decide(path).decision.fallback_rank == decide(values, higher_is_better=False).decision.fallback_rank
+    assert decide(path).decision.rank_at_hand == decide(values, higher_is_better=False).decision.rank_at_hand
 
 
 def test_a_selection_that_reports_decides_the_same_from_there(

@@ -76,8 +76,8 @@ def require_right(folder: Path, small_run: Path) -> None:
     assert len([r for r in records if isinstance(r, TrialStarted) and r.rank == 4 and r.arm.is_direct]) == 1
     known = json.loads((small_run / "run" / "decision.json").read_text())
     decision = json.loads((folder / "decision.json").read_text())
-    assert {name: decision[name] for name in ("rank", "fallback_rank", "verdict")} == {
-        name: known[name] for name in ("rank", "fallback_rank", "verdict")
+    assert {name: decision[name] for name in ("rank", "fallback_rank", "best_so_far", "verdict")} == {
+        name: known[name] for name in ("rank", "fallback_rank", "best_so_far", "verdict")
     }
     assert [row["value"] for row in decision["ranks"]] == pytest.approx(
         [row["value"] for row in known["ranks"]], rel=1e-3

@@ -9,7 +9,7 @@ from rightrank.decision.comparison import is_within
 from rightrank.decision.evidence import Comparison, Evidence, Unit
 from rightrank.decision.metrics import published_noise
 from rightrank.decision.seeds import needed_seeds
-from rightrank.decision.verdicts import inconclusive_rank, possible_rival, shown_rank
+from rightrank.decision.verdicts import alike_ranks, inconclusive_rank, possible_rival, shown_rank
 from rightrank.schema.decision import RankEvidence, Verdict
 
 
@@ -89,7 +89,7 @@ def _caution(found: Comparison) -> str:
 
 def _no_difference(found: Comparison, within: str, unit: Unit) -> str:
     """The smallest rank, what speaks for another one, and the seeds that a difference of the margin would take."""
-    alike = [rank for rank in found.ranks if found.by_rank[rank].low <= 0]
+    alike = alike_ranks(found)
     smallest, reference = alike[0], found.reference
     named = list(map(str, alike))
     listed = f"{', '.join(named[:-1])} and {named[-1]}" if len(named) > 1 else named[0]

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rightrank.decision.comparison import is_within, walk_down
+from rightrank.decision.comparison import CONFIDENCE, is_within, walk_down
 from rightrank.decision.evidence import Comparison, Evidence
 from rightrank.decision.metrics import default_margin, kind_of, published_deviation
 from rightrank.decision.table import Contender, ScoreTable, at_checkpoint
@@ -87,7 +87,16 @@ def smallest_alike(found: Comparison) -> int | None:
     """The smallest rank that is not shown to be worse than the best; None where the base may be as good."""
     if 0 in found.by_rank and found.by_rank[0].non_inferior is not False:
         return None
-    return next(rank for rank in found.ranks if found.by_rank[rank].low <= 0)
+    return alike_ranks(found)[0]
+
+
+def alike_ranks(found: Comparison) -> list[int]:
+    """The ranks that their own difference from the best does not show to be worse, ascending.
+
+    The bound is the plain one, which says "worse" a little too soon after the choice of the best: an answer that takes the smallest of
+    these ranks errs upward.
+    """
+    return [rank for rank in found.ranks if found.by_rank[rank].difference.bound(1 - CONFIDENCE) <= 0]
 
 
 def possible_rival(found: Comparison) -> int | None:
