@@ -28,6 +28,7 @@ class _Question:
     metric: str | None
     higher_is_better: bool | None
     margin: float | None
+    confidence: float | None
     columns: Mapping[str, str]
     horizon_steps: int | None
     checkpoint: Checkpoint
@@ -39,6 +40,7 @@ def decide(
     metric: str | None = None,
     higher_is_better: bool | None = None,
     margin: float | None = None,
+    confidence: float | None = None,
     columns: Mapping[str, str] | None = None,
     horizon_steps: int | None = None,
     checkpoint: Checkpoint = "last",
@@ -52,6 +54,7 @@ def decide(
         metric: the column of the held-out number, or its name where the column is `value`.
         higher_is_better: None for that of a metric with a known name; any other needs it.
         margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
+        confidence: name the smallest rank that is enough with this probability, where one seed was trained; None for the rule.
         columns: canonical name → column, where a column has an unusual name.
         horizon_steps: the length of training to answer for.
         checkpoint: which evaluation of each training is compared, where there are several: the last or the best.
@@ -59,7 +62,9 @@ def decide(
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    return _decide(results, _Question(metric, higher_is_better, margin, columns or {}, horizon_steps, checkpoint))
+    return _decide(
+        results, _Question(metric, higher_is_better, margin, confidence, columns or {}, horizon_steps, checkpoint)
+    )
 
 
 def _decide(results: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]], question: _Question) -> Decided:
@@ -80,7 +85,11 @@ def _decide_table(where: str, rows: list[Row], question: _Question) -> Decided:
     options = TableOptions(question.metric, question.higher_is_better, question.columns, question.margin)
     read = results_of_rows(flat(rows), options, where)
     decision = rule.decide(
-        table_of_results(read), question.margin, horizon_steps=question.horizon_steps, checkpoint=question.checkpoint
+        table_of_results(read),
+        question.margin,
+        horizon_steps=question.horizon_steps,
+        confidence=question.confidence,
+        checkpoint=question.checkpoint,
     )
     return Decided(decision, read.understood)
 
@@ -126,6 +135,7 @@ def _decide_run(folder: RunFolder, question: _Question) -> Decided:
         margin,
         higher=question.higher_is_better,
         horizon_steps=question.horizon_steps,
+        confidence=question.confidence,
         checkpoint=question.checkpoint,
     )
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
@@ -161,6 +171,7 @@ def _decide_runs(folders: Sequence[RunFolder], question: _Question) -> Decided:
         margin,
         higher=question.higher_is_better,
         horizon_steps=question.horizon_steps,
+        confidence=question.confidence,
         checkpoint=question.checkpoint,
     )
     counted = sum(outcome.rank > 0 for outcome in outcomes.values())

@@ -41,6 +41,11 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
     help="How much worse than the best is still enough, in the metric's unit (default 0.005 nats a token, half a point of accuracy, else 1%).",
 )
 @click.option(
+    "--confidence",
+    type=float,
+    help="With one seed: name the smallest rank that is enough with this probability, such as 0.9.",
+)
+@click.option(
     "--columns",
     callback=_mapping,
     metavar="NAME=COLUMN",
@@ -61,6 +66,7 @@ def decide(
     metric: str | None,
     higher_is_better: bool | None,
     margin: float | None,
+    confidence: float | None,
     columns: dict[str, str],
     horizon_steps: int | None,
     checkpoint: Checkpoint,
@@ -80,6 +86,7 @@ def decide(
         metric=metric,
         higher_is_better=higher_is_better,
         margin=margin,
+        confidence=confidence,
         columns=columns,
         horizon_steps=horizon_steps,
         checkpoint=checkpoint,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import permutations
 
 import numpy as np
 
@@ -24,7 +25,16 @@ from rightrank.decision.comparison import CONFIDENCE, Bounds, descending, is_wit
 from rightrank.decision.curve import fit_power
 from rightrank.decision.intervals import Estimate, seed_parts, winners_gap
 from rightrank.decision.metrics import MetricKind
-from rightrank.decision.seeds import PairNoise, Prior, adjusted_means, pair_noise, prior_of, start_of
+from rightrank.decision.seeds import (
+    MIN_EXAMPLES,
+    PairNoise,
+    Prior,
+    adjusted_means,
+    pair_noise,
+    prior_of,
+    probability_within,
+    start_of,
+)
 from rightrank.decision.table import (
     Cell,
     Contender,
@@ -175,6 +185,49 @@ class Evidence:
         variance = start.ratio * _noise_of(pairs).spread / seeds
         return replace(found, seeds=seeds).with_seeds(variance, start.degrees + seeds - 1)
 
+    @cached_property
+    def no_probability(self) -> str:
+        """Why the ranks have no probability, as a clause; empty where each has one."""
+        contenders = list(self.contenders.values())
+        cells = [cell for contender in contenders for cell in contender.cells.values()]
+        if any(len(contender.cells) > 1 for contender in contenders):
+            return "with several seeds the intervals hold the noise over seeds"
+        if not self.has_examples:
+            return "one number a training shows no noise"
+        if self.table.kind == "other":
+            return f"how {self.table.metric} varies between seeds is not known"
+        if len({seed for contender in contenders for seed in contender.cells}) > 1:
+            return "the ranks have no seed in common"
+        if len({cell.steps for cell in cells}) > 1:
+            return "the trainings have unequal numbers of steps"
+        if cells[0].examples < MIN_EXAMPLES:
+            return f"{cells[0].examples} examples are too few (at least {MIN_EXAMPLES})"
+        if min(self._spreads.values()) <= 0:
+            return "two ranks have the same scores"
+        return ""
+
+    def probability(self, rank: int, margin: float) -> float | None:
+        """That a further seed finds the rank enough, within the margin of every other rank: the smallest over the others.
+
+        None for the base, and where there is none (`no_probability`).
+        """
+        if rank == 0 or self.no_probability:
+            return None
+        loss = self.contenders[rank].fair_loss
+        return min(
+            probability_within(loss - self.contenders[other].fair_loss, self._spreads[rank, other], margin)
+            for other in self.contenders
+            if other != rank
+        )
+
+    @cached_property
+    def _spreads(self) -> dict[tuple[int, int], float]:
+        """The variance between examples of the difference of each two ranks."""
+        return {
+            (one.rank, other.rank): _noise_of(paired_cells(one, other)).spread
+            for one, other in permutations(self.contenders.values(), 2)
+        }
+
     def _stated(self, contender: Contender) -> float | None:
         """The variance of the contender's mean that the table states, if the evidence rests on stated deviations."""
         if self.basis != "std":
@@ -308,6 +361,7 @@ class Comparison:
     by_rank: dict[int, Compared]  # by rank; the base is rank 0
     margin: float  # oriented unit
     chosen: int
+    confidence: float | None = None  # the probability that was asked for, where it chose the rank
 
     @property
     def reference(self) -> Contender:
@@ -317,6 +371,17 @@ class Comparison:
     def ranks(self) -> list[int]:
         """The ranks tried, ascending, without the base."""
         return sorted(self.evidence.contenders)
+
+    def probability(self, rank: int) -> float | None:
+        """That the rank is enough on a further seed; None where the evidence gives none."""
+        return self.evidence.probability(rank, self.margin)
+
+    def at_confidence(self, confidence: float) -> Comparison:
+        """With the smallest rank whose probability is at least `confidence`, else the largest; as it is without probabilities."""
+        if self.evidence.no_probability:
+            return self
+        likely = [rank for rank in self.ranks if (self.probability(rank) or 0.0) >= confidence]
+        return replace(self, chosen=min(likely, default=self.ranks[-1]), confidence=confidence)
 
     @property
     def is_indication(self) -> bool:

@@ -23,6 +23,8 @@ def next_runs(found: Comparison, verdict: Verdict, flags: list[str]) -> list[Nex
     runs: list[NextRun] = []
     if verdict == "no_gain":
         runs.append(_after_no_gain(found.evidence))
+    elif verdict == "undecided" and found.confidence is not None:
+        runs.append(_further_seeds(found))
     elif verdict == "undecided":
         rank, difference = _undecided_rank(found)
         runs.extend(_settle(found, rank, difference))

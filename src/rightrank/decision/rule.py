@@ -8,7 +8,8 @@ A table with one number per rank proves nothing. There the rule reads the differ
 published table does; the decision has the flag `underpowered`, and `non_inferior` is None.
 
 One seed gives an indication: the rank and the verdict follow from the bounds over examples, the decision has the flag
-`one_seed`, and its `confidence` is None, since the noise over seeds is unknown.
+`one_seed`, and its `confidence` is None, since the noise over seeds is unknown. Beside them stands the probability that a further
+seed finds a rank enough; a confidence that the caller asks for picks the smallest rank with that probability.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rightrank.decision.fit import fit_curve
 from rightrank.decision.intervals import two_sided
 from rightrank.decision.metrics import default_margin
 from rightrank.decision.next_run import next_runs
-from rightrank.decision.sentences import basis_note, conflict_sentence, sentence_of
+from rightrank.decision.sentences import basis_note, conflict_sentence, probability_note, sentence_of
 from rightrank.decision.table import ScoreTable, at_checkpoint
 from rightrank.decision.verdicts import checkpoint_note, flags_of, horizon_note, shown_rank, smallest_alike, verdict_of
 from rightrank.schema.decision import Checkpoint, Decision, MetricAnswer, RankEvidence
@@ -38,6 +39,7 @@ def decide(
     horizon_steps: int | None = None,
     others: Sequence[ScoreTable] = (),
     smallest_if_alike: bool = False,
+    confidence: float | None = None,
     checkpoint: Checkpoint = "last",
 ) -> Decision:
     """The decision that a table supports.
@@ -49,6 +51,7 @@ def decide(
         others: the same trials by other metrics, each compared at its default margin.
         checkpoint: which evaluation of each training is compared, where a table has those during the training.
         smallest_if_alike: answer an undecided comparison with the smallest rank that is not shown to be worse (`no_difference`).
+        confidence: name the smallest rank that is enough with this probability, where one seed was trained; None: the rule.
 
     Raises:
         ResultsError: fewer than two ranks have a finished trial, or the margin is not above 0.
@@ -59,6 +62,10 @@ def decide(
     evidence, unit, margin = _prepared(table, margin)
     checkpoints = checkpoint_note(given, checkpoint, unit.oriented_margin(margin))
     found = compare(evidence, unit.oriented_margin(margin))
+    if confidence is not None:
+        if not 0.5 <= confidence < 1:
+            raise ResultsError(f"confidence {confidence:g} is not allowed: give a probability from 0.5 to below 1")
+        found = found.at_confidence(confidence)
     chosen = found.chosen
     verdict, curve, horizon = verdict_of(found), fit_curve(found, unit), horizon_note(evidence, chosen, margin)
     beside = [
@@ -91,6 +98,7 @@ def decide(
         ranks=[_record(found, found.by_rank[rank], unit) for rank in sorted(found.by_rank)],
         basis=evidence.basis,
         basis_note=basis_note(evidence),
+        probability_note=probability_note(evidence),
         next_runs=runs,
         curve=curve,
         winner_gap=unit.difference(max(one.contender.gap for one in found.by_rank.values())),
@@ -156,6 +164,7 @@ def _record(found: Comparison, compared: Compared, unit: Unit) -> RankEvidence:
         difference_high=None if unknown else unit.difference(compared.high),
         **further,
         non_inferior=compared.non_inferior,
+        probability=found.probability(contender.rank),
         learning_rate=contender.learning_rate or None,
         seeds=len(contender.cells),
         trial_ids=[cell.trial_id for cell in contender.cells.values()],

@@ -137,6 +137,7 @@ def decide_on(
     *,
     higher: bool | None = None,
     horizon_steps: int | None = None,
+    confidence: float | None = None,
     checkpoint: Checkpoint = "last",
 ) -> Decision:
     """The decision by one of the run's metrics, with the answers by the others.
@@ -148,6 +149,7 @@ def decide_on(
     asked = [records.started.metric, *(given if isinstance(given, list) else [])]
     beside = [name for name in metrics_of(records) if name != metric and (name in asked or name not in REPORTED_ONLY)]
     others = [run_table(records, outcomes, name) for name in beside if _direction_in(records.started, name) is not None]
+    asked_confidence = records.started.settings.get("confidence") if confidence is None else confidence
     profile = records.started.settings.get("profile")  # one that this version does not know is the plain one
     return decide(
         run_table(records, outcomes, metric, higher),
@@ -157,6 +159,7 @@ def decide_on(
         checkpoint=checkpoint,
         others=others if records.started.data.form != "own" else (),
         smallest_if_alike=isinstance(profile, str) and PROFILES.get(profile, PLAIN).smallest_if_alike,
+        confidence=asked_confidence if isinstance(asked_confidence, int | float) else None,
     )
 
 

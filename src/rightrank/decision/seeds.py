@@ -6,7 +6,8 @@ freedom. The expected one is proportional to how much the difference varies betw
 example alike also differ little from seed to seed. The ratio of the two starts at that of earlier grids
 (`START`) and follows the ranks at hand. Ranks do not share their variance: a noisy rank hardly widens the bound of a quiet one.
 
-With one seed nothing is measured, and no value takes the place of a measurement.
+With one seed nothing is measured, and no value takes the place of a measurement in an interval. What earlier grids say of a
+further seed is a probability beside it (`probability_within`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtr
 
 from rightrank.decision.intervals import normal_quantile
 from rightrank.decision.metrics import MetricKind
@@ -75,6 +77,21 @@ WITHIN_DEGREES = 8.0  # how alike the ratios of one run's ranks are: the degrees
 BARE_WITHIN_DEGREES = 3.0  # the same for variances that no spread between examples scales
 RIDGE = 1e-4  # keeps seed effects at 0 where the seeds that rows share do not determine them
 SHARED_REFERENCE = 0.5  # weight of a pair in the ratio at hand: all pairs share the reference's noise
+
+
+# A further seed's difference is the one seen plus RATIO times the spread between examples times a Student's t of so few degrees.
+# Fitted on eight sources of open grids, each predicted by the others: `benchmarks/selection/one_seed.py`.
+FURTHER_SEED_RATIO, FURTHER_SEED_DEGREES = 0.17, 2.0
+MIN_EXAMPLES = 64  # the grids that fit it have 96 or more
+
+
+def probability_within(difference: float, spread: float, margin: float) -> float:
+    """The probability that the difference of a further seed is at most `margin`, from that of one seed.
+
+    Args:
+        spread: the variance between examples of the paired difference; above 0.
+    """
+    return float(stdtr(FURTHER_SEED_DEGREES, (margin - difference) / (FURTHER_SEED_RATIO * math.sqrt(spread))))
 
 
 def start_of(kind: MetricKind) -> Prior:

@@ -43,18 +43,18 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
             return _no_difference(found, within, unit)
         case "overfitting":
             return (
-                f"Rank {chosen} {verb} enough: above rank {reference} held-out results get worse "
+                f"Rank {chosen} {verb} enough{_likely(found)}: above rank {reference} held-out results get worse "
                 f"while training results still improve{caution}."
             )
         case "flat":
             apart = max(found.ranks, key=lambda rank: abs(found.by_rank[rank].difference.mean))
             if not is_within(abs(found.by_rank[apart].difference.mean), found.margin):
                 return (
-                    f"Rank {chosen} {verb} enough: the smallest tried, it is within {within} of the best ({reference}); rank {apart} "
+                    f"Rank {chosen} {verb} enough{_likely(found)}: the smallest tried, it is within {within} of the best ({reference}); rank {apart} "
                     f"looks {_compared(found, apart, unit)}, and is not shown to be{caution}."
                 )
             return (
-                f"Rank hardly matters here: rank {chosen}, the smallest tried, is within {within} of the best "
+                f"Rank hardly matters here: rank {chosen}, the smallest tried{_likely(found)}, is within {within} of the best "
                 f"({reference}){caution}."
             )
         case "rising":
@@ -64,9 +64,11 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
             )
         case "saturated":
             if chosen == reference:
-                start = f"Rank {chosen} {verb} enough: it is the best of the ranks tried"
+                start = f"Rank {chosen} {verb} enough{_likely(found)}: it is the best of the ranks tried"
             else:
-                start = f"Rank {chosen} {verb} enough: it is within {within} of the best (rank {reference})"
+                start = (
+                    f"Rank {chosen} {verb} enough{_likely(found)}: it is within {within} of the best (rank {reference})"
+                )
             if found.next_lower is None:
                 return f"{start}, and the smallest tried{caution}."
             next_lower = f"{start}, and the next lower rank ({found.next_lower}) is"
@@ -79,6 +81,27 @@ def _compared(found: Comparison, rank: int, unit: Unit) -> str:
     """`0.014 worse`, `0.002 better`: the rank's mean beside the reference's."""
     difference = unit.difference(found.by_rank[rank].difference.mean)
     return f"{number(abs(difference))} {'better' if difference < 0 else 'worse'}"
+
+
+def _likely(found: Comparison) -> str:
+    """The chosen rank's probability, and that of the likeliest larger one: ` (71% likely; rank 16: 96%)`."""
+    chances = {rank: chance for rank in found.ranks if (chance := found.probability(rank)) is not None}
+    if found.chosen not in chances:
+        return ""
+    larger = [rank for rank in chances if rank > found.chosen and chances[rank] > chances[found.chosen]]
+    likeliest = max(larger, key=lambda rank: (chances[rank], -rank), default=None)
+    beside = "" if likeliest is None else f"; rank {likeliest}: {chances[likeliest]:.0%}"
+    return f" ({chances[found.chosen]:.0%} likely{beside})"
+
+
+def probability_note(evidence: Evidence) -> str:
+    """What the probabilities say, or why there are none."""
+    if evidence.no_probability:
+        return f"No probability: {evidence.no_probability}."
+    return (
+        "The probability is that a further seed finds the rank within the margin of the best, on these held-out examples, by how "
+        "far seeds differed on earlier grids."
+    )
 
 
 def _caution(found: Comparison) -> str:
@@ -109,6 +132,12 @@ def _no_difference(found: Comparison, within: str, unit: Unit) -> str:
 
 def _undecided(found: Comparison, within: str, unit: Unit) -> str:
     compared, reference = found.by_rank, found.reference.rank
+    if found.confidence is not None:
+        likeliest = max(found.ranks, key=lambda rank: found.probability(rank) or 0.0)
+        return (
+            f"Undecided: no rank is enough at {found.confidence:.0%}; rank {likeliest} is the likeliest to be within {within} of the "
+            f"best ({found.probability(likeliest):.0%})."
+        )
     inconclusive = inconclusive_rank(found)
     if inconclusive is None:
         rival = possible_rival(found)
@@ -130,7 +159,9 @@ def _undecided(found: Comparison, within: str, unit: Unit) -> str:
         shown = f"rank {reference} is the best so far"
     else:
         shown = f"rank {smallest} is within {within} of the best (rank {reference})"
-    return f"Undecided: {shown}, and rank {inconclusive} is inconclusive at {worse} (bounds {low} to {high})."
+    chance = found.probability(inconclusive)
+    likely = "" if chance is None else f", {chance:.0%} likely enough"
+    return f"Undecided: {shown}, and rank {inconclusive} is inconclusive at {worse} (bounds {low} to {high}{likely})."
 
 
 def conflict_sentence(metric: str, against: Sequence[int], theirs: Mapping[int, RankEvidence], margin: float) -> str:

@@ -14,6 +14,8 @@ The verdict is the first row that applies, from the most sobering to the plaines
 
 `no_difference` takes the place of `undecided` where the caller wants the smallest rank then (`smallest_alike`).
 
+Where a confidence chose the rank (`Comparison.at_confidence`), the answer is `saturated`, or `undecided` if no rank is as probable.
+
 In a point reading (`Evidence.is_point_reading`) nothing is inconclusive: ranks are compared by their values.
 """
 
@@ -38,6 +40,8 @@ def verdict_of(found: Comparison) -> Verdict:
     """The first row of the table above that applies."""
     if 0 in found.by_rank and found.by_rank[0].within:
         return "no_gain"
+    if found.confidence is not None:
+        return "saturated" if (found.probability(found.chosen) or 0.0) >= found.confidence else "undecided"
     if inconclusive_rank(found) is not None or possible_rival(found) is not None:
         return "undecided"
     if overfits(found):

@@ -71,6 +71,9 @@ class RankEvidence(Record):
     further_seed_low: float | None = None  # two-sided 95% interval of the difference that a further seed would show
     further_seed_high: float | None = None  # None: the seed noise was not measured
     non_inferior: bool | None = None  # within the margin; None: inconclusive
+    probability: float | None = (
+        None  # that a further seed finds it within the margin of the best; None: `probability_note`
+    )
     learning_rate: float | None = None
     seeds: Whole = 1
     trial_ids: list[str] = Field(default_factory=list)
@@ -199,6 +202,7 @@ class Decision(Record):
     ranks: list[RankEvidence]
     basis: Basis = "items"  # the variation that the intervals rest on
     basis_note: str = ""  # what the intervals cover, and what they do not
+    probability_note: str = ""  # what the ranks' probabilities say, or why there are none
     # the first is the cheapest that is expected to settle the answer
     next_runs: list[NextRun] = Field(default_factory=list)
     curve: CurveFit | None = None  # with three or more ranks

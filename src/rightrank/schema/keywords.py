@@ -18,6 +18,7 @@ class SelectKeywords(TypedDict, total=False):
     sweep: Sequence[str] | str
     metric: str
     margin: float
+    confidence: float
     metrics: Sequence[str] | str
     higher_is_better: Sequence[str] | str
     lower_is_better: Sequence[str] | str

@@ -334,6 +334,16 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
         continuable=True,
         gt=0,
     )
+    confidence: float | None = setting(
+        None,
+        DECIDE,
+        "with one seed: name the smallest rank that is enough with this probability, such as 0.9, in place of the rule's",
+        option=True,
+        identity=False,
+        continuable=True,
+        ge=0.5,
+        lt=1,
+    )
     metrics: tuple[str, ...] = setting(
         (),
         DECIDE,

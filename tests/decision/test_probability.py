@@ -1,0 +1,136 @@
+"""One seed's probability that a further seed finds a rank enough: what it is, when there is none, and what a confidence picks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from scipy.stats import t as student
+
+import benchmarks
+from rightrank.cli.decide import decide as decide_command
+from rightrank.decision.rule import decide
+from rightrank.decision.seeds import FURTHER_SEED_DEGREES, FURTHER_SEED_RATIO
+from rightrank.decision.table import ScoreTable
+from rightrank.schema.decision import Decision
+from rightrank.schema.errors import ResultsError
+from tests.decision.tables import bare, scored
+
+STUDY = Path(benchmarks.__file__).parent / "selection" / "one_seed.json"
+LOSSES = {1: 2.3, 4: 2.012, 16: 2.002, 64: 2.0}
+
+
+def one_seed(items: int = 400, noise: float = 0.02) -> ScoreTable:
+    return scored(LOSSES, items=items, seeds=(0,), noise=noise)
+
+
+def chances(decision: Decision) -> dict[int, float | None]:
+    return {evidence.rank: evidence.probability for evidence in decision.ranks}
+
+
+def test_it_is_the_smallest_over_the_other_ranks() -> None:
+    table, margin = one_seed(), 0.01
+    found = chances(decide(table, margin))
+    cells = {rank: table.cells[rank, 1e-3, 0] for rank in LOSSES}
+    for rank, cell in cells.items():
+        differences = [cell.sums - other.sums for one, other in cells.items() if one != rank]
+        expected = min(
+            student.cdf((margin - d.mean()) / (FURTHER_SEED_RATIO * d.std(ddof=1)), FURTHER_SEED_DEGREES)
+            for d in differences
+        )
+        assert found[rank] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_wider_margin_makes_every_rank_likelier_and_the_best_is_not_certain() -> None:
+    narrow, wide = (chances(decide(one_seed(), margin)) for margin in (0.002, 0.02))
+    assert all((narrow[rank] or 0) < (wide[rank] or 0) < 1 for rank in LOSSES)
+    assert (wide[1] or 0) < 0.01 < (wide[4] or 0)
+
+
+def test_the_sentence_says_it_beside_a_larger_rank() -> None:
+    decision = decide(one_seed(noise=0.005), 0.02)
+    found = {rank: f"{chance:.0%}" for rank, chance in chances(decision).items() if chance is not None}
+    assert decision.rank == 4
+    assert f"Rank 4 looks enough ({found[4]} likely; rank " in decision.sentence
+    assert decision.probability_note.startswith("The probability is that a further seed")
+
+
+def test_ranks_of_several_seeds_keep_their_intervals() -> None:
+    decision = decide(scored(LOSSES, seeds=(0, 1)), 0.01, confidence=0.9)
+    assert set(chances(decision).values()) == {None}
+    assert decision.probability_note == "No probability: with several seeds the intervals hold the noise over seeds."
+    assert decision.model_dump() == decide(scored(LOSSES, seeds=(0, 1)), 0.01).model_dump()
+
+
+def test_there_is_none_where_its_assumptions_fail() -> None:
+    table = one_seed()
+    cells = dict(table.cells)
+    uneven = {key: replace(cell, steps=400 if key[0] == 4 else 200) for key, cell in cells.items()}
+    alike = cells | {(16, 1e-3, 0): cells[64, 1e-3, 0]}
+    apart = {(rank, lr, 7 if rank == 4 else seed): cell for (rank, lr, seed), cell in cells.items()}
+    for given, reason in {
+        "values": (bare(LOSSES), "one number a training shows no noise"),
+        "few": (one_seed(items=40), "40 examples are too few (at least 64)"),
+        "steps": (replace(table, cells=uneven), "the trainings have unequal numbers of steps"),
+        "alike": (replace(table, cells=alike), "two ranks have the same scores"),
+        "apart": (replace(table, cells=apart), "the ranks have no seed in common"),
+        "own": (replace(table, metric="reward", kind="other"), "how reward varies between seeds is not known"),
+    }.values():
+        decision = decide(given, 0.01, confidence=0.9)
+        assert decision.probability_note == f"No probability: {reason}."
+        assert set(chances(decision).values()) == {None}
+        assert decision.rank == decide(given, 0.01).rank
+
+
+def test_a_confidence_picks_the_smallest_rank_that_has_it() -> None:
+    table = one_seed(noise=0.005)
+    found = chances(decide(table, 0.02))
+    for confidence in (0.5, 0.8, 0.9):
+        decision = decide(table, 0.02, confidence=confidence)
+        assert decision.rank == min(rank for rank in LOSSES if (found[rank] or 0) >= confidence)
+        assert decision.verdict == "saturated"
+
+
+def test_no_rank_at_the_confidence_is_undecided_and_asks_for_a_seed() -> None:
+    decision = decide(one_seed(noise=0.1), 0.005, confidence=0.99)
+    assert (decision.rank, decision.fallback_rank, decision.verdict) == (None, 64, "undecided")
+    assert decision.sentence.startswith("Undecided: no rank is enough at 99%; rank ")
+    assert decision.next_runs[0].action == "seeds"
+
+
+@pytest.mark.parametrize("confidence", [0.4, 1.0, float("nan")])
+def test_a_confidence_that_is_none_is_refused(confidence: float) -> None:
+    with pytest.raises(ResultsError, match=r"give a probability from 0\.5 to below 1"):
+        decide(one_seed(), 0.01, confidence=confidence)
+
+
+def test_the_command_prints_it(tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    level = generator.normal(size=100)
+    rows = [
+        f"{rank},0,{item},{loss + level[item] + 0.005 * generator.normal():.6f}"
+        for rank, loss in LOSSES.items()
+        for item in range(100)
+    ]
+    file = tmp_path / "runs.csv"
+    file.write_text("\n".join(["rank,seed,item,eval_loss", *rows]))
+    said = CliRunner().invoke(decide_command, [str(file), "--margin", "0.02", "--confidence", "0.9", "--json"])
+    assert said.exit_code == 0, said.output
+    decision = json.loads(said.output)
+    assert decision["rank"] == 4
+    assert next(one for one in decision["ranks"] if one["rank"] == 4)["probability"] >= 0.9
+
+
+def test_its_constants_are_those_of_the_study_and_it_is_calibrated_there() -> None:
+    study = json.loads(STUDY.read_text())
+    assert round(study["ratio"], 2) == FURTHER_SEED_RATIO
+    brier = {name: row["all"] for name, row in study["brier"].items()}
+    assert min(brier, key=lambda name: brier[name]) == "probability"
+    rows = study["reliability"]["probability"]["all"]
+    assert all(abs(row["forecast"] - row["held"]) < 0.15 for row in rows)
+    assert median(abs(row["forecast"] - row["held"]) for row in rows) < 0.06
