@@ -33,13 +33,22 @@ FAMILIES = {  # file, which of its grids, and margins in the metric's unit
     "linear": ("linear_grids.json", slice(None), (0.005, 0.02, 0.05)),
     "real, short, no early looks": ("real_grids.json", slice(None), (0.005, 0.01, 0.02)),
     "real, short": ("seeded_short_grids.json", slice(None), (0.005, 0.01, 0.02)),
-    "real, 400 steps": ("seeded_grids.json", slice(None), (0.005, 0.02, 0.05)),
+    "real, 400 steps": ("seeded_grids.json grids/*.json", slice(None), (0.005, 0.02, 0.05)),
 }
-EACH_SEED_FIRST = ("seeded_short_grids.json", "seeded_grids.json")  # few grids: each of their seeds is a case
+EACH_SEED_FIRST = ("real, short", "real, 400 steps")  # few grids: each of their seeds is a case
 EQUAL_COST_WITH = "bracket"
 STOCHASTIC = OPTUNA_AND_CHANCE | {"ASHA (Ray Tune)": ray_asha}
 WITH_SEEDS = "bracket, two seeds"  # where a grid has them
 REPEATS = 5  # of the stochastic baselines
+RESAMPLES = 2000  # of grids, for the intervals
+
+
+def curves_of(family: str) -> list[GridCurve]:
+    """The grids of a family; each of their seeds first in turn where a family has few."""
+    files, which, _ = FAMILIES[family]
+    paths = [path for pattern in files.split() for path in sorted(HERE.glob(pattern))]
+    curves = [curve for path in paths for curve in read_grids(path)][which]
+    return [turned for curve in curves for turned in each_seed_first(curve)] if family in EACH_SEED_FIRST else curves
 
 
 def baseline_judged(
@@ -77,6 +86,34 @@ def row(repeats: Sequence[Sequence[Judged]], ours: Sequence[Judged]) -> dict[str
     return mean
 
 
+def over_margins(family: str, method: str, repeats: Sequence[Sequence[Judged]]) -> dict[str, Any]:
+    """Shares over all margins of a family, with 95% intervals that resample grids: the seeds and margins of one go together."""
+    by_grid: dict[str, list[Judged]] = {}
+    for one in (one for judged in repeats for one in judged):
+        by_grid.setdefault(one.name.partition(", seed ")[0], []).append(one)
+    found: dict[str, Any] = {"family": family, "method": method, "grids": len(by_grid)}
+    found["cases"] = sum(map(len, by_grid.values()))
+    found["abstentions"] = sum(one.pick is None for judged in by_grid.values() for one in judged)
+    for name in ("exact", "under"):
+        shares = np.array([np.mean([getattr(one, name) for one in judged]) for judged in by_grid.values()])
+        weights = np.array([len(judged) for judged in by_grid.values()], dtype=float)
+        found[name] = round(float(np.average(shares, weights=weights)), 4)
+        found[f"{name}_interval"] = share_interval(shares, weights)
+    found["trainings"] = round(float(np.mean([one.trainings for judged in by_grid.values() for one in judged])), 2)
+    return found
+
+
+def share_interval(shares: np.ndarray, weights: np.ndarray) -> list[float]:
+    """The 95% interval of a mean over grids. Where all grids agree on 0 or 1, it is the exact one of so many trials."""
+    count = len(shares)
+    if shares.max() == 0 or shares.min() == 1:
+        reach = 1 - 0.025 ** (1 / count)
+        return [0.0, round(reach, 3)] if shares.max() == 0 else [round(1 - reach, 3), 1.0]
+    draws = np.random.default_rng(0x5EED).integers(count, size=(RESAMPLES, count))
+    means = (shares[draws] * weights[draws]).sum(axis=1) / weights[draws].sum(axis=1)
+    return [round(float(end), 3) for end in np.quantile(means, (0.025, 0.975))]
+
+
 def adapter_row(curves: Sequence[GridCurve], judged: Sequence[Judged], margin: float) -> dict[str, Any]:
     """The first question, beside the smallest rank that direct trainings with the same seed give."""
     direct = [direct_rank(curve, margin) for curve in curves if curve.truncated]
@@ -99,13 +136,14 @@ def compare(families: Sequence[str]) -> dict[str, Any]:
     adapters: list[dict[str, Any]] = []
     unders: list[dict[str, Any]] = []
     passes: list[dict[str, Any]] = []
+    means: list[dict[str, Any]] = []
     for family in families:
-        file, which, margins = FAMILIES[family]
-        curves = read_grids(HERE / file)[which]
-        if file in EACH_SEED_FIRST:
-            curves = [turned for curve in curves for turned in each_seed_first(curve)]
+        curves, margins = curves_of(family), FAMILIES[family][2]
+        every: dict[str, list[list[Judged]]] = {}
         for margin in margins:
             found = family_results(curves, margin)
+            for name, repeats in found.items():
+                every.setdefault(name, []).extend(repeats)
             for name, repeats in found.items():
                 table.append(
                     {"family": family, "margin": margin, "method": name, **row(repeats, found[EQUAL_COST_WITH][0])}
@@ -125,15 +163,16 @@ def compare(families: Sequence[str]) -> dict[str, Any]:
                     for one in judged
                     if one.false_pass
                 ]  # fmt: skip
+        means += [over_margins(family, name, repeats) for name, repeats in every.items()]
     return {"machine": machine(), "equal_cost_with": EQUAL_COST_WITH, "repeats": REPEATS, "table": table,
-            "under_picks": unders, "adapters": adapters, "false_passes": passes}  # fmt: skip
+            "means": means, "under_picks": unders, "adapters": adapters, "false_passes": passes}  # fmt: skip
 
 
 def with_others_of(stored: dict[str, Any], results: dict[str, Any], family: str) -> dict[str, Any]:
     """`results`, which are of one family, with the stored rows of the others, in the order of `FAMILIES`."""
     found = dict(results)
-    for name in ("table", "under_picks", "adapters", "false_passes"):
-        rows = [*(row for row in stored[name] if row["family"] != family), *results[name]]
+    for name in ("table", "means", "under_picks", "adapters", "false_passes"):
+        rows = [*(row for row in stored.get(name, []) if row["family"] != family), *results[name]]
         found[name] = sorted(rows, key=lambda row: list(FAMILIES).index(row["family"]))
     return found
 
@@ -219,6 +258,11 @@ def by_rank(curve: GridCurve, seed: int) -> tuple[dict[int, float], dict[int, fl
     return trained, truncated
 
 
+def share(row: dict[str, Any], name: str) -> str:
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:.0%} ({low:.0%} to {high:.0%})"
+
+
 def text(results: dict[str, Any]) -> str:
     lines = [
         "| family | margin | method | grids | exact | ± a rank | under | over | regret | trainings | share | wins / ties / losses of the default |",
@@ -232,6 +276,18 @@ def text(results: dict[str, Any]) -> str:
             f"| {r['under_picks']:g} | {r['over_picks']:g} | {r['mean_excess_regret']:.5f} | {r['mean_trainings']:.2f} "
             f"| {r['share_of_cells']:.2f} | {r['default_wins']:g} / {r['ties']:g} / {r['default_loses']:g} |"
         )
+    lines += [
+        "",
+        "Over all margins, with 95% intervals that resample grids.",
+        "",
+        "| family | method | grids | cases | exact | under | trainings |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['family']} | {r['method']} | {r['grids']} | {r['cases']} | {share(r, 'exact')} | {share(r, 'under')} | {r['trainings']:.1f} |"
+        for r in results["means"]
+        if r["abstentions"] < r["cases"]
+    ]
     lines += [
         "",
         "The first question, the adapter. Values are of the test split where a grid has one.",
