@@ -44,7 +44,7 @@ from benchmarks.machine import machine
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import decide
 from rightrank.decision.seeds import pair_noise
-from rightrank.decision.table import Contender
+from rightrank.decision.table import Contender, ScoreTable
 from rightrank.schema.arrays import Floats
 
 HERE = Path(__file__).parent
@@ -114,21 +114,21 @@ def curves() -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
     for name, grid in stored_grids().items():
         if grid["family"] == "planted":
             yield "planted", "planted", grid | {"name": name}, {"base": bases[name]}
-    for file in sorted(path for pattern in FILES for path in HERE.glob(pattern)):
-        for curve in json.loads(file.read_text())["curves"]:
-            cells = [
-                [int(rank), float(rate), int(seed), scores]
-                for rank, by_rate in curve.get("item_losses", {}).items()
-                for rate, by_seed in by_rate.items()
-                for seed, scores in by_seed.items()
-            ]
-            if len({cell[2] for cell in cells}) > 1:
-                name = curve["id"]
-                source = "senses_few" if name.startswith("senses_few") else name.split("_")[0]
-                tokens = curve["item_tokens"] or [1] * len(cells[0][3])
-                metric = curve.get("metric") or "loss"
-                found = _grid("real", source, metric, curve.get("steps", 0), tokens, cells) | {"name": name}
-                yield source, "long" if name.endswith("_400_steps") else "short", found, curve
+    files = sorted(path for pattern in FILES for path in HERE.glob(pattern))
+    stored = {curve["id"]: curve for file in files for curve in json.loads(file.read_text())["curves"]}  # the later one
+    for name, curve in stored.items():
+        cells = [
+            [int(rank), float(rate), int(seed), scores]
+            for rank, by_rate in curve.get("item_losses", {}).items()
+            for rate, by_seed in by_rate.items()
+            for seed, scores in by_seed.items()
+        ]
+        if len({cell[2] for cell in cells}) > 1:
+            source = "senses_few" if name.startswith("senses_few") else name.split("_")[0]
+            tokens = curve["item_tokens"] or [1] * len(cells[0][3])
+            metric = curve.get("metric") or "loss"
+            found = _grid("real", source, metric, curve.get("steps", 0), tokens, cells) | {"name": name}
+            yield source, "long" if name.endswith("_400_steps") else "short", found, curve
 
 
 def every_seed() -> list[Seen]:
@@ -175,10 +175,17 @@ def every_seed() -> list[Seen]:
                     tuple(pairs),
                     tuple(further),
                     {rank: one.fair_loss for rank, one in truth.items()},
-                    {margin: decide(table.table((seed,)), margin).fallback_rank for margin in MARGINS[family]},
+                    {margin: at_hand(table.table((seed,)), margin) for margin in MARGINS[family]},
                 )
             )
     return found
+
+
+def at_hand(table: ScoreTable, margin: float) -> int:
+    """The rank of the present rule: the answer, else what was shown to be enough, else the best so far."""
+    decision = decide(table, margin)
+    named = (decision.rank, decision.fallback_rank, decision.best_so_far)
+    return next(rank for rank in named if rank is not None)
 
 
 def spread(one: Contender, other: Contender) -> float:
@@ -258,10 +265,19 @@ def scores(pairs: Sequence[Pair], names: Sequence[str], degrees: float) -> dict[
         scale = logs @ found
         learned = np.log([abs(pair.features["learned"]) for pair in own for _ in pair.further])
         densities.append(float(np.mean(student.logpdf(errors / np.exp(scale), degrees) - scale + learned)))
-        differences = np.array([pair.difference for pair in own for _ in pair.further])
-        for margin in MARGINS[own[0].family]:
-            forecast = student.cdf((margin - differences) / np.exp(scale), degrees)
-            briers.append(float(np.mean((forecast - (differences + errors <= margin)) ** 2)))
+        briers.append(
+            float(
+                np.mean(
+                    [
+                        (student.cdf((margin - pair.difference) / sigma, degrees) - (shown <= margin)) ** 2
+                        for pair in own
+                        for sigma in [math.exp(float(arrays([pair], names)[0][0] @ found))]
+                        for margin in MARGINS[pair.family]
+                        for shown in pair.further
+                    ]
+                )
+            )
+        )
     return {
         "features": list(names),
         "degrees": degrees,

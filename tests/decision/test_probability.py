@@ -98,7 +98,7 @@ def test_a_confidence_picks_the_smallest_rank_that_has_it() -> None:
 
 def test_no_rank_at_the_confidence_is_undecided_and_asks_for_a_seed() -> None:
     decision = decide(one_seed(noise=0.1), 0.005, confidence=0.99)
-    assert (decision.rank, decision.fallback_rank, decision.verdict) == (None, 64, "undecided")
+    assert (decision.rank, decision.verdict) == (None, "undecided")
     assert decision.sentence.startswith("Undecided: no rank is enough at 99%; rank ")
     assert decision.next_runs[0].action == "seeds"
 
