@@ -16,6 +16,7 @@ import benchmarks
 from rightrank.cli.decide import decide as decide_command
 from rightrank.decision.rule import decide
 from rightrank.decision.seeds import FURTHER_SEED_DEGREES, FURTHER_SEED_RATIO
+from rightrank.decision.sentences import chance
 from rightrank.decision.table import ScoreTable
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError
@@ -54,9 +55,10 @@ def test_a_wider_margin_makes_every_rank_likelier_and_the_best_is_not_certain() 
 
 def test_the_sentence_says_it_beside_a_larger_rank() -> None:
     decision = decide(one_seed(noise=0.005), 0.02)
-    found = {rank: f"{chance:.0%}" for rank, chance in chances(decision).items() if chance is not None}
+    found = {rank: chance(likely) for rank, likely in chances(decision).items() if likely is not None}
     assert decision.rank == 4
-    assert f"Rank 4 looks enough ({found[4]} likely; rank " in decision.sentence
+    assert f"Rank 4 looks enough ({found[4]} likely" in decision.sentence
+    assert found[1] == "under 10%"
     assert decision.probability_note.startswith("The probability is that a further seed")
 
 

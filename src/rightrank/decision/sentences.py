@@ -18,6 +18,11 @@ def number(value: float) -> str:
     return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
 
 
+def chance(probability: float) -> str:
+    """A probability as it may be said: below a tenth it is not known better than that (benchmarks/selection)."""
+    return "under 10%" if probability < 0.1 else "over 99%" if probability > 0.99 else f"{probability:.0%}"
+
+
 def amount(value: str, evidence: Evidence) -> str:
     """The value with its unit: `0.005 nats`, `0.5 in GSM8K`. A metric called `value` adds nothing."""
     if evidence.table.kind in ("token_loss", "loss"):
@@ -85,13 +90,13 @@ def _compared(found: Comparison, rank: int, unit: Unit) -> str:
 
 def _likely(found: Comparison) -> str:
     """The chosen rank's probability, and that of the likeliest larger one: ` (71% likely; rank 16: 96%)`."""
-    chances = {rank: chance for rank in found.ranks if (chance := found.probability(rank)) is not None}
+    chances = {rank: likely for rank in found.ranks if (likely := found.probability(rank)) is not None}
     if found.chosen not in chances:
         return ""
     larger = [rank for rank in chances if rank > found.chosen and chances[rank] > chances[found.chosen]]
     likeliest = max(larger, key=lambda rank: (chances[rank], -rank), default=None)
-    beside = "" if likeliest is None else f"; rank {likeliest}: {chances[likeliest]:.0%}"
-    return f" ({chances[found.chosen]:.0%} likely{beside})"
+    beside = "" if likeliest is None else f"; rank {likeliest}: {chance(chances[likeliest])}"
+    return f" ({chance(chances[found.chosen])} likely{beside})"
 
 
 def probability_note(evidence: Evidence) -> str:
@@ -136,7 +141,7 @@ def _undecided(found: Comparison, within: str, unit: Unit) -> str:
         likeliest = max(found.ranks, key=lambda rank: found.probability(rank) or 0.0)
         return (
             f"Undecided: no rank is enough at {found.confidence:.0%}; rank {likeliest} is the likeliest to be within {within} of the "
-            f"best ({found.probability(likeliest):.0%})."
+            f"best ({chance(found.probability(likeliest) or 0.0)})."
         )
     inconclusive = inconclusive_rank(found)
     if inconclusive is None:
@@ -159,8 +164,8 @@ def _undecided(found: Comparison, within: str, unit: Unit) -> str:
         shown = f"rank {reference} is the best so far"
     else:
         shown = f"rank {smallest} is within {within} of the best (rank {reference})"
-    chance = found.probability(inconclusive)
-    likely = "" if chance is None else f", {chance:.0%} likely enough"
+    probability = found.probability(inconclusive)
+    likely = "" if probability is None else f", {chance(probability)} likely enough"
     return f"Undecided: {shown}, and rank {inconclusive} is inconclusive at {worse} (bounds {low} to {high}{likely})."
 
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rightrank.decision.comparison import is_within
+from rightrank.decision.sentences import chance
 from rightrank.report.format import coverage, metric_unit, quantity
 from rightrank.schema.decision import (
     CheckpointNote,
@@ -159,8 +160,13 @@ def evidence_table(decision: Decision) -> list[list[str]]:
     with_learning_rate = any(evidence.learning_rate for evidence in decision.ranks)
     interval, bounds = coverage(decision, "interval"), coverage(decision, "bounds")
     heading = ["rank", decision.metric, interval, "worse by", bounds, "enough"]
+    heading += ["likely"] * _has_probabilities(decision)
     heading += ["learning rate"] * with_learning_rate + ["seeds"]
     return [heading, *(_evidence_row(evidence, decision, with_learning_rate) for evidence in decision.ranks)]
+
+
+def _has_probabilities(decision: Decision) -> bool:
+    return any(evidence.probability is not None for evidence in decision.ranks)
 
 
 def _evidence_row(evidence: RankEvidence, decision: Decision, with_learning_rate: bool) -> list[str]:
@@ -172,6 +178,7 @@ def _evidence_row(evidence: RankEvidence, decision: Decision, with_learning_rate
         "best" if is_best else brief(evidence.difference),
         "" if low is None or is_best else f"{brief(low)} to {brief(high)}",
         _enough(evidence, decision),
+        *["" if evidence.probability is None else chance(evidence.probability)] * _has_probabilities(decision),
     ]
     rate = f"{evidence.learning_rate:.2g}" if evidence.learning_rate else ""
     return [*row, *[rate] * with_learning_rate, str(evidence.seeds)]
@@ -201,6 +208,7 @@ def certainty_rows(decision: Decision) -> list[tuple[str, str]]:
         ("horizon", "" if decision.horizon is None else f"{_horizon_text(decision.horizon)}."),
         ("checkpoint", "" if decision.checkpoint is None else _checkpoint_text(decision.checkpoint)),
         ("basis", decision.basis_note or ""),
+        ("likely", decision.probability_note if "one_seed" in decision.flags else ""),
         ("optimism", _optimism_text(decision) if decision.winner_gap else ""),
         *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
     ]
