@@ -68,38 +68,6 @@ def adapters() -> str:
     return table(head, lines)
 
 
-def one_seed() -> str:
-    """How well one seed's probability forecasts a further seed, beside answers read as forecasts of 0 and 1."""
-    scores = stored("selection/one_seed.json")["brier"]
-    names = {
-        "probability": "the probability",
-        "examples alone": "bounds over examples alone, read as a probability",
-        "present rule": "the rule's answer: it and all above are enough",
-        "whole one-seed grid": "the same, of the whole grid of that seed",
-        "always 16": "the same, always 16",
-    }
-    rows = [
-        [
-            told,
-            f"{row['all']:.3f}",
-            " to ".join(f"{end:.3f}" for end in row["interval"]),
-            *(f"{row[f]:.3f}" for f in families),
-        ]
-        for name, told in names.items()
-        for row in [scores[name]]
-        for families in [("planted", "short", "long")]
-    ]
-    head = [
-        "Brier score (lower is better)",
-        "all",
-        "95% interval",
-        "planted",
-        "real, 20 to 80 steps",
-        "real, 400 steps",
-    ]
-    return table(head, rows)
-
-
 def published() -> str:
     scores = stored("decide/published.json")["scores"]
     head = ["acceptable", "too small", "too large"]
@@ -151,7 +119,6 @@ def memory() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "strategies": strategies,
     "adapters": adapters,
-    "one_seed": one_seed,
     "published": published,
     "coverage": coverage,
     "prediction": prediction,

@@ -273,7 +273,7 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
     ranks: tuple[int, ...] = setting(
         (1, 4, 16, 64),
         COMPARE,
-        "ranks to compare; rank 0, the base, is always evaluated; without it, a range from data and model "
+        "ranks to compare beside the base, rank 0; without it, a range from data and model "
         "([plan](../how-to/plan.md#choose-the-range-of-ranks))",
         option=True,
         continuable=True,
@@ -304,8 +304,8 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
     extend: bool | None = setting(
         None,
         COMPARE,
-        "add ranks and learning rates as needed; the next rank while the answer is rising and the next learning "
-        "rate at an edge, up to three times, within memory and budget; by default with a time budget",
+        "add the next rank while the answer is rising and the next learning rate at an edge, up to three times, "
+        "within memory and budget; by default with a time budget",
         option=True,
         identity=False,
     )
@@ -337,7 +337,7 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
     confidence: float | None = setting(
         None,
         DECIDE,
-        "with one seed: name the smallest rank that is enough with this probability, such as 0.9, in place of the rule's",
+        "with one seed: the smallest rank at this probability",
         option=True,
         identity=False,
         continuable=True,
@@ -365,8 +365,7 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
     guard: tuple[str, ...] = setting(
         (),
         DECIDE,
-        "data whose loss must not get worse; files or folders of any form, the loss against the base's "
-        "([guard](../how-to/guard.md))",
+        "files or folders, of any form, whose loss must not get worse than the base's ([guard](../how-to/guard.md))",
         option=True,
         metavar="FILE",
         identity=False,
@@ -460,7 +459,7 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
     optim: Optim = setting(
         "adamw_torch",
         TRAINING,
-        "`adamw_torch` or `adamw_8bit`; the second, also `adamw_bnb_8bit`, has states in 8 bits through "
+        "`adamw_torch` or `adamw_8bit`; the second, also `adamw_bnb_8bit`, has 8-bit states through "
         "bitsandbytes (extra `bnb`), on CUDA or a CPU; matrices below 4,096 elements keep 32 bits",
         option=True,
         parse=_to_optimizer,
