@@ -45,10 +45,14 @@ RESAMPLES = 2000  # of grids, for the intervals
 
 def curves_of(family: str) -> list[GridCurve]:
     """The grids of a family; each of their seeds first in turn where a family has few."""
+    curves = whole_grids_of(family)
+    return [turned for curve in curves for turned in each_seed_first(curve)] if family in EACH_SEED_FIRST else curves
+
+
+def whole_grids_of(family: str) -> list[GridCurve]:
     files, which, _ = FAMILIES[family]
     paths = [path for pattern in files.split() for path in sorted(HERE.glob(pattern))]
-    curves = [curve for path in paths for curve in read_grids(path)][which]
-    return [turned for curve in curves for turned in each_seed_first(curve)] if family in EACH_SEED_FIRST else curves
+    return [curve for path in paths for curve in read_grids(path)][which]
 
 
 def baseline_judged(
@@ -233,7 +237,7 @@ def draw_by_rank(curves: Sequence[GridCurve], path: Path) -> None:
         axis.axhline(0.0, color="grey", linewidth=0.8)
         axis.set_xscale("log", base=2)
         axis.set_xticks(curve.ranks, [str(rank) for rank in curve.ranks])
-        axis.set_title(curve.name)
+        axis.set_title(f"{curve.name}, {curve.metric}")
         axis.set_xlabel("rank")
     axes[0][0].set_ylabel("worse than the top rank by, held out")
     axes[0][0].legend()
@@ -317,7 +321,7 @@ def main() -> None:
         results = with_others_of(json.loads(options.out.read_text()), results, options.only)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     draw(results, options.out.with_name("cost_against_regret.svg"))
-    draw_by_rank(read_grids(HERE / "seeded_grids.json"), options.out.with_name("trained_and_truncated.svg"))
+    draw_by_rank(whole_grids_of("real, 400 steps"), options.out.with_name("trained_and_truncated.svg"))
     options.out.with_suffix(".md").write_text(text(results) + "\n")
     print(json.dumps(results["machine"]))
     print(text(results))

@@ -28,23 +28,14 @@ from scipy.optimize import minimize
 from scipy.stats import t as student
 
 from benchmarks.machine import machine
-from benchmarks.selection.compare import FAMILIES, HERE
-from benchmarks.selection.tables import GridCurve, SeedGrid, read_grids
+from benchmarks.selection.compare import FAMILIES, HERE, whole_grids_of
+from benchmarks.selection.tables import GridCurve, SeedGrid
 
 USED = ("planted, new", "real, short", "real, 400 steps")
 PARTS = (0.125, 0.25, 0.5)
 LEVELS = (0.02, 0.05, 0.1)
 DEGREES = 2.0
 FLOOR = 1e-3  # of what was learned: no difference is smaller
-
-
-def grids_of(family: str) -> list[GridCurve]:
-    return [
-        curve
-        for pattern in FAMILIES[family][0].split()
-        for path in sorted(HERE.glob(pattern))
-        for curve in read_grids(path)
-    ]
 
 
 def losses(curve: GridCurve, cells: SeedGrid, rank: int, rate: float) -> dict[int, float]:
@@ -245,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "savings.json")
     options = parser.parse_args()
-    families = {family: grids_of(family) for family in USED}
+    families = {family: whole_grids_of(family) for family in USED}
     result: dict[str, Any] = {
         "machine": machine(),
         "noise": {family: noise(curves) for family, curves in families.items()},

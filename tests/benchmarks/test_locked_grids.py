@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from benchmarks.selection import locks
+from benchmarks.selection import compare, locks, one_seed
 
 
 def test_every_locked_file_has_its_hash() -> None:
@@ -14,6 +15,20 @@ def test_every_locked_file_has_its_hash() -> None:
     assert files == set(locks.read_lock())
     for name, entry in locks.read_lock().items():
         assert locks.digest(locks.LOCKED / name) == entry["sha256"], f"{name} was touched after its lock"
+
+
+def test_no_table_reads_a_locked_grid() -> None:
+    patterns = {*one_seed.FILES, *(pattern for files, _, _ in compare.FAMILIES.values() for pattern in files.split())}
+    files = {path for pattern in patterns for path in compare.HERE.glob(pattern)}
+    assert {path.parent.name for path in files} == {"selection", "grids"}
+    assert not {path.name for path in files} & set(locks.read_lock())
+
+
+def test_an_interval_over_grids_holds_the_mean_and_is_exact_where_all_agree() -> None:
+    low, high = compare.share_interval(np.array([0.0, 1.0, 0.5, 1.0]), np.array([3.0, 3.0, 6.0, 3.0]))
+    assert low < 0.6 < high
+    assert compare.share_interval(np.ones(16), np.ones(16)) == [0.794, 1.0]
+    assert compare.share_interval(np.zeros(16), np.ones(16)) == [0.0, 0.206]
 
 
 @pytest.fixture
