@@ -31,7 +31,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, permutations
+from itertools import pairwise, permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,14 @@ from scipy.stats import t as student
 
 from benchmarks.decide.seed_coverage import _grid, source_of, stored_grids
 from benchmarks.machine import machine
+from benchmarks.selection.compare import FAMILIES, curves_of
+from benchmarks.selection.tables import replay, space_of_grid
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import decide
 from rightrank.decision.seeds import pair_noise
-from rightrank.decision.table import Contender, ScoreTable
+from rightrank.decision.table import Contender, ScoreTable, table_of
 from rightrank.schema.arrays import Floats
+from rightrank.search.strategies import STRATEGIES
 
 HERE = Path(__file__).parent
 FILES = ("real_grids.json", "seeded_short_grids.json", "seeded_grids.json", "grids/*.json")
@@ -395,6 +398,35 @@ def picks(every: Sequence[Seen], choose: Callable[[Seen, float], int]) -> dict[s
     return found
 
 
+def picks_after_bracket() -> dict[str, Any]:
+    """What `decide` says of the trainings that `bracket` runs with one seed, against the mean of all seeds of the grid."""
+    found: dict[str, Any] = {}
+    for family in ("real, short", "real, 400 steps"):
+        rows: dict[str, dict[str, int]] = {}
+        for curve, margin in product(curves_of(family), FAMILIES[family][2]):
+            space = space_of_grid(curve, margin, 1)
+            direct = [o for o in replay(curve, STRATEGIES["bracket"], space).outcomes if o.rank > 0 and o.arm.is_direct]
+            table = table_of(direct, curve.metric, curve.higher_is_better)
+            best, truth = min(map(curve.best, curve.ranks)), curve.ranks.index(curve.truth(margin))
+            for confidence in (None, *CONFIDENCES):
+                decision = decide(table, margin, confidence=confidence)
+                largest = None if confidence is None else table.ranks()[-1]
+                named = (decision.rank, largest, decision.fallback_rank, decision.best_so_far)
+                chosen = next(rank for rank in named if rank is not None)
+                off = curve.ranks.index(chosen) - truth
+                name = "present rule" if confidence is None else f"at {confidence:g}"
+                row = rows.setdefault(
+                    name, dict.fromkeys(("cases", "too low", "exact", "one rank too high", "further too high"), 0)
+                )
+                row["cases"] += 1
+                row["too low"] += off < 0 and curve.best(chosen) > best + margin + 1e-9
+                row["exact"] += off == 0
+                row["one rank too high"] += off == 1
+                row["further too high"] += off > 1
+        found[family] = rows
+    return found
+
+
 def public(folder: Path, ratio: float) -> dict[str, Any]:
     """Accuracies of public sweeps with several seeds; two ranks' answers are taken as independent."""
     result = {}
@@ -483,6 +515,7 @@ def study(sweeps: Path | None) -> dict[str, Any]:
     result["picks"]["present rule"] = picks(every, lambda seen, margin: seen.rule[margin])
     result["picks"]["whole one-seed grid"] = picks(every, lambda seen, margin: smallest_within(seen.losses, margin))
     result["picks"]["always 16"] = picks(every, lambda seen, margin: 16)
+    result["picks after bracket"] = picks_after_bracket()
     if sweeps is not None:
         result["public"] = public(sweeps, result["ratio"])
     return result

@@ -246,6 +246,7 @@ class Replayed:
     parent_learning_rate: float | None  # of the training that the adapter comes from
     trainings: float  # cost in whole trainings
     arms: int
+    outcomes: tuple[TrialOutcome, ...] = ()
 
 
 class TableRunner:
@@ -378,4 +379,6 @@ def replay(curve: GridCurve, make: Callable[[Space], Strategy], space: Space) ->
     adapter = strategy.adapter(history)
     parent = next((one for one in outcomes if adapter is not None and one.trial_id == adapter.trained_id), None)
     learning_rate = None if parent is None else parent.learning_rate
-    return Replayed(recommend(strategy, history), adapter, learning_rate, steps / REPLAY_STEPS, len(outcomes))
+    return Replayed(
+        recommend(strategy, history), adapter, learning_rate, steps / REPLAY_STEPS, len(outcomes), tuple(outcomes)
+    )
