@@ -28,7 +28,7 @@ _DISTILLED_REASONER = re.compile(
 
 def is_distilled_reasoner(model: str) -> bool:
     """Whether the base was trained on the answers of a reasoning model, by its name or by the name in its configuration."""
-    names, config = ["/".join(Path(model).parts[-2:])], Path(model) / "config.json"
+    names, config = [Path(model).name], Path(model) / "config.json"
     if config.is_file():
         names.append(str(json.loads(config.read_text(encoding="utf-8")).get("_name_or_path", "")))
     return any(_DISTILLED_REASONER.search(name.lower().replace("_", "-")) for name in names)
