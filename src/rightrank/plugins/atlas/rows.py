@@ -1,0 +1,148 @@
+"""The rows of the atlas: what a public sweep of ranks measured, and which rank was enough in it.
+
+`atlas.json` holds facts only: figures, their address, the licence that the source states, and how a program reads each row again
+(`benchmarks/atlas/readings.py`). A row is one sweep: the value of every rank at its best rate, a mean over seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ATLAS = Path(__file__).with_name("atlas.json")
+FAMILIES = (
+    *("language", "classification", "generation", "maths", "code", "memorising", "reinforcement"),
+    *("vision", "events", "science"),
+)
+KINDS = ("loss", "accuracy", "other")
+MARGINS = {
+    "loss": 0.005,
+    "accuracy": 0.005,
+    "other": 0.01,
+}  # of `rightrank decide`; of another metric, its share of the best
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Who published sweeps, and where."""
+
+    address: str
+    licence: str  # of the figures, as the source states it
+    kind: str  # table, log or paper
+    read: str  # when, YYYY-MM-DD
+    group: str  # sources of one group share a recipe, and never judge one another
+    repo: str = ""  # OWNER/NAME at GitHub
+    commit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """One sweep of ranks."""
+
+    id: str
+    source: str
+    base: str
+    family: str  # of FAMILIES
+    task: str
+    metric: str
+    kind: str  # of KINDS
+    better: str  # low or high
+    ranks: tuple[int, ...]  # ascending
+    values: tuple[float, ...]  # at each rank's best rate, a mean over seeds
+    seeds: int
+    tuned: bool  # whether the rate was chosen by rank
+    checkpoint: str  # last or best
+    noise: float | None = None  # the standard error of a difference between two ranks
+    parameters: float | None = None  # of the base
+    rows: int | None = None  # of training data
+    tokens: float | None = None  # trained on
+    epochs: float | None = None
+    steps: int | None = None
+    alpha: str = ""
+    items: int | None = None  # of the evaluation
+    note: str = ""
+    diverges: bool = False  # its ranks differ by divergence at one rate: shown, never counted
+    read: Mapping[str, Any] = field(default_factory=dict)
+
+    def margin(self, margin: float | None) -> float:
+        """In the units of the values; None for the default of the kind of metric."""
+        if self.kind == "other":
+            return max(map(abs, self.values)) * (MARGINS["other"] if margin is None else margin)
+        return MARGINS[self.kind] if margin is None else margin
+
+    def losses(self) -> tuple[float, ...]:
+        """How far each rank's value is from the best, at least 0."""
+        sign = 1 if self.better == "low" else -1
+        best = min(sign * value for value in self.values)
+        return tuple(sign * value - best for value in self.values)
+
+    def smallest_enough(self, margin: float | None) -> int:
+        """The smallest rank within the margin of the best, or within what the sweep's noise can't tell from it."""
+        allowed = max(self.margin(margin), self.noise or 0.0)
+        return next(rank for rank, loss in zip(self.ranks, self.losses(), strict=True) if loss <= allowed + 1e-12)
+
+    def rises(self, margin: float | None) -> bool:
+        """Whether the highest rank beats every other: what is enough may lie above."""
+        return self.smallest_enough(margin) == self.ranks[-1]
+
+    def tells(self, rank: int, margin: float | None) -> bool | None:
+        """Whether the rank was enough; None where the sweep does not say, between and beyond its ranks."""
+        enough = self.smallest_enough(margin)
+        if rank >= enough:
+            return None if enough == self.ranks[-1] else True
+        return None if rank > max((tried for tried in self.ranks if tried < enough), default=0) else False
+
+    @property
+    def quality(self) -> float:
+        """1 with rates chosen by rank and seeds, .5 with rates alone, .2 at one rate."""
+        return (1.0 if self.seeds > 1 else 0.5) if self.tuned else 0.2
+
+    def resolves(self, margin: float | None) -> bool:
+        """Whether its noise, where it is known, is no larger than the margin."""
+        return (self.noise or 0.0) <= self.margin(margin)
+
+
+@dataclass(frozen=True, slots=True)
+class Atlas:
+    sources: Mapping[str, Source]
+    sweeps: Sequence[Sweep]
+
+    def group(self, sweep: Sweep) -> str:
+        return self.sources[sweep.source].group
+
+
+@cache
+def load() -> Atlas:
+    return parse(json.loads(ATLAS.read_text(encoding="utf-8")))
+
+
+def parse(content: Mapping[str, Any]) -> Atlas:
+    """The atlas of a file's content.
+
+    Raises:
+        ValueError: a row that can't be: an unknown family or kind, ranks that don't ascend, a source that isn't there.
+    """
+    sources = {name: Source(**{"group": name, **about}) for name, about in content["sources"].items()}
+    sweeps = [
+        Sweep(**{**row, "ranks": tuple(row["ranks"]), "values": tuple(row["values"])}) for row in content["sweeps"]
+    ]
+    for sweep in sweeps:
+        if fault := _fault(sweep, sources):
+            raise ValueError(f"atlas, {sweep.id}: {fault}")
+    return Atlas(sources, sweeps)
+
+
+def _fault(sweep: Sweep, sources: Mapping[str, Source]) -> str:
+    if sweep.source not in sources:
+        return f"no source {sweep.source!r}"
+    if sweep.family not in FAMILIES or sweep.kind not in KINDS or sweep.better not in ("low", "high"):
+        return "an unknown family, kind of metric or direction"
+    if len(sweep.ranks) != len(sweep.values) or len(sweep.ranks) < 2:
+        return "a value a rank, of two or more ranks"
+    if list(sweep.ranks) != sorted(set(sweep.ranks)) or sweep.ranks[0] < 1:
+        return "ranks ascend from 1"
+    return "" if sweep.seeds >= 1 and (sweep.noise is None or sweep.noise >= 0) else "seeds or noise below what can be"

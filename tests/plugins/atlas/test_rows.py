@@ -1,0 +1,112 @@
+"""The atlas: its rows can be, no two are the same, and a larger margin never asks for a larger rank."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from benchmarks.atlas.readings import figures
+
+from rightrank.plugins.atlas.rows import ATLAS, FAMILIES, Sweep, load, parse
+from tests.plugins.atlas.made_up import sweep
+
+MARGINS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+REFUSED = "vukrosic/qwen-lora-rank-selection"  # its licence grants nothing
+
+
+def test_the_packaged_atlas_is_small_and_has_what_a_reader_checks() -> None:
+    assert ATLAS.stat().st_size <= 200_000
+    atlas = load()
+    assert len(atlas.sweeps) >= 250
+    assert len(atlas.sources) >= 50
+    assert {row.source for row in atlas.sweeps} == set(atlas.sources)
+    for name, source in atlas.sources.items():
+        assert source.address.startswith("https://"), name
+        assert source.licence, name
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", source.read), name
+        assert REFUSED not in source.address
+    for row in atlas.sweeps:
+        assert row.read or atlas.sources[row.source].kind == "paper", f"{row.id}: no file is named"
+
+
+def test_no_two_rows_are_the_same_sweep() -> None:
+    atlas = load()
+    assert max(Counter(row.id for row in atlas.sweeps).values()) == 1
+    printed = Counter((row.ranks, row.values) for row in atlas.sweeps if len(set(row.values)) > 1)
+    assert [key for key, times in printed.items() if times > 1] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_has_sweeps(family: str) -> None:
+    assert any(row.family == family for row in load().sweeps)
+
+
+def test_the_smallest_enough_rank_falls_as_the_margin_grows() -> None:
+    for row in load().sweeps:
+        enough = [row.smallest_enough(margin) for margin in MARGINS]
+        assert all(later <= earlier for earlier, later in pairwise(enough)), row.id
+        assert row.smallest_enough(None) in row.ranks
+
+
+def test_a_sweep_says_nothing_between_and_beyond_its_ranks() -> None:
+    row = sweep()
+    assert [row.tells(rank, 0.005) for rank in (1, 2, 4, 8, 256)] == [False, None, True, True, True]
+    assert [row.tells(rank, 0.001) for rank in (1, 4, 8, 16)] == [False, False, None, True]
+    rising = sweep(values=(2.1, 2.06, 2.04, 2.0))
+    assert rising.rises(0.005)
+    assert [rising.tells(rank, 0.005) for rank in (16, 64, 128)] == [False, None, None]
+
+
+def test_noise_and_direction() -> None:
+    assert sweep(noise=0.2).smallest_enough(0.005) == 1
+    assert not sweep(noise=0.2).resolves(0.005)
+    higher = sweep(better="high", kind="accuracy", values=(0.7, 0.8, 0.81, 0.79))
+    assert (higher.smallest_enough(0.01), higher.smallest_enough(0.001)) == (4, 16)
+    assert [sweep(tuned=tuned, seeds=seeds).quality for tuned, seeds in ((True, 3), (True, 1), (False, 5))] == [
+        1,
+        0.5,
+        0.2,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"family": "poems"}, "unknown family"),
+        ({"source": "nobody"}, "no source 'nobody'"),
+        ({"ranks": [4, 1, 16, 64]}, "ascend"),
+        ({"values": [1.0]}, "a value a rank"),
+        ({"seeds": 0}, "seeds or noise"),
+    ],
+)
+def test_a_row_that_cannot_be_is_refused(change: dict[str, object], message: str) -> None:
+    row = {name: getattr(sweep(), name) for name in Sweep.__slots__ if name != "read"}
+    source = {"address": "https://x", "licence": "MIT", "kind": "table", "read": "2026-01-01"}
+    assert parse({"sources": {"s": source}, "sweeps": [row]}).sweeps[0] == replace(sweep(), read={})
+    with pytest.raises(ValueError, match=message):
+        parse({"sources": {"s": source}, "sweeps": [{**row, **change}]})
+
+
+def test_figures_are_read_again_from_tables_records_and_logs() -> None:
+    texts = {
+        "a.csv": "r,lr,seed,loss\n4,1e-4,0,2.0\n4,1e-4,1,2.2\n4,1e-3,0,1.9\n4,1e-3,1,2.1\n8,1e-4,0,1.8\n8,1e-4,1,2.0\n",
+        "r4.json": json.dumps({"test": {"acc": 0.5}}),
+        "r8.json": json.dumps({"test": {"acc": 0.6}}),
+        "log.txt": "rank 4: 50.0%\nrank 8: 60.0%\n",
+    }
+    table = figures(
+        {"file": "a.csv", "rank": "r", "value": "loss", "rate": "lr", "seed": "seed"}, "low", texts.__getitem__
+    )
+    assert (table["ranks"], table["values"], table["seeds"], table["tuned"]) == ([4, 8], [2.0, 1.9], 2, False)
+    assert table["noise"] == pytest.approx(0.14142, abs=1e-5)
+    files = figures({"file": "r{rank}.json", "ranks": [4, 8], "value": "test.acc"}, "high", texts.__getitem__)
+    log = figures(
+        {"file": "log.txt", "pattern": r"rank (?P<rank>\d+): (?P<value>[\d.]+)%", "scale": 0.01},
+        "high",
+        texts.__getitem__,
+    )
+    assert files["values"] == log["values"] == [0.5, 0.6]
