@@ -1,12 +1,29 @@
-"""A hook that is made of functions."""
+"""What a test waits for: events through a hook that is made of functions, or a state that comes about, however busy the machine is."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from rightrank.hooks import Hook
 from rightrank.schema.events import Event, Notice
+
+GENEROUS_SECONDS = 600.0  # of every wait in a test: it ends a test that hangs, and never one on a busy machine
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Wait until the condition holds."""
+    end = time.monotonic() + GENEROUS_SECONDS
+    while not condition():
+        assert time.monotonic() < end, f"waited {GENEROUS_SECONDS:g} s until {what}"
+        time.sleep(0.05)
+
+
+def clock_that_jumps(has_come: Callable[[], object]) -> Callable[[], float]:
+    """`time.monotonic`, which is past every limit once an event has come: what hangs is ended at once, and nothing else is."""
+    real = time.monotonic
+    return lambda: real() + (10 * GENEROUS_SECONDS if has_come() else 0.0)
 
 
 class Watch(Hook):

@@ -20,7 +20,7 @@ CODE = [page for page in PAGES if any(block.runs and block.language in (*SHELL, 
 
 pytestmark = [
     pytest.mark.trains,
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # of TRL's own settings
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing\\w*` is deprecated:FutureWarning"),  # of TRL itself
 ]
 
 

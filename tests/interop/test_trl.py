@@ -126,6 +126,8 @@ async def later(completions: list[str], **_: Any) -> list[float]:
     ("reward", "error", "reason"),
     [
         (short, ValueError, "short returned 3 rewards for 4 completions"),
+        (lambda completions, **_: 1.0, ValueError, "returned float 1.0; return a number for each completion"),
+        (lambda completions, **_: ["good"] * 4, ValueError, "returned a reward of str 'good'; return numbers or None"),
         (nan, NotFiniteError, "nan returned nan; return finite rewards"),
         (broken, ZeroDivisionError, "no judge"),
         (later, SettingsError, "give plain functions"),
@@ -137,6 +139,19 @@ def test_a_bad_reward_is_one_clear_line(
 ) -> None:
     with pytest.raises(error, match=reason):
         grpo(model_folder, [reward])(task(tmp_path / "a"))
+
+
+def test_a_bad_reward_ends_the_selection_before_the_first_step_and_the_metric_is_named_by_the_function(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    train = grpo(model_folder, short)
+    given: dict[str, Any] = {"ranks": (1, 2), "learning_rates": (1e-2,), "max_steps": 2}
+    with pytest.raises(AllTrialsFailedError, match=r"train: short returned 3 rewards .* what has finished is kept"):
+        select_rank_with(train, tmp_path / "run", **given)
+    lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
+    assert sum('"type":"trial_started"' in line for line in lines) == 1
+    found = select_rank_with(grpo(model_folder), tmp_path / "other", **given).decision
+    assert (found.metric, found.higher_is_better) == ("reward", True)
 
 
 def test_a_reward_that_does_not_apply_counts_nothing(model_folder: Path, tmp_path: Path) -> None:

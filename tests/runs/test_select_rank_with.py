@@ -16,8 +16,9 @@ import pytest
 
 from rightrank import TrialResult, TrialTask, decide, select_rank_with
 from rightrank.schema.errors import AllTrialsFailedError, InterruptedRun, RightrankError, RunFolderError, SettingsError
+from rightrank.schema.trials import TrialLook
 from tests.adapters.adapters import make_adapter, make_base
-from tests.watch import Watch
+from tests.watch import GENEROUS_SECONDS, Watch, clock_that_jumps
 
 pytestmark = pytest.mark.trains
 
@@ -39,7 +40,8 @@ def by_number(task: TrialTask) -> Mapping[str, float]:
 
 def hangs(task: TrialTask) -> Mapping[str, float]:
     if task.rank == 16:
-        time.sleep(600)
+        task.report(1, 1.0)  # the test's clock is past the limit from here on
+        time.sleep(GENEROUS_SECONDS)
     return by_number(task)
 
 
@@ -181,6 +183,83 @@ def test_nonsense_is_one_clear_line(tmp_path: Path, train: Any, reason: str) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("train", "reason"),
+    [
+        (gives(0.5), "train returned float 0.5; return a mapping such as {'loss': 1.23}, or a TrialResult"),
+        (lambda task: TrialResult(metrics={"loss": "low"}), "train made a TrialResult of metrics.loss = 'low'"),  # type: ignore[dict-item]
+        (lambda task: TrialResult(metrics={"loss": 1.0}, scores=[1.0]), "the fields: metrics, item_scores,"),  # type: ignore[call-arg]
+        (
+            lambda task: task.report(1, {"loss": 1.0}),
+            "train: reported the value as dict {'loss': 1.0}; report a number",
+        ),
+        (lambda task: task.report(1, 0.5, {"a": 0.5}), "train: reported item_scores {'a': 0.5}; report one number for"),
+    ],
+)
+def test_a_wrong_result_ends_the_selection_after_the_first_training(tmp_path: Path, train: Any, reason: str) -> None:
+    calls: list[int] = []
+
+    def counted(task: TrialTask) -> Any:
+        calls.append(task.rank)
+        return train(task)
+
+    with pytest.raises(AllTrialsFailedError, match="what has finished is kept: correct the function") as caught:
+        select_rank_with(counted, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,))
+    assert reason in str(caught.value)
+    assert len(calls) == 1
+    calls.clear()
+    train = by_number
+    assert select_rank_with(counted, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,)).decision.ranks
+
+
+def test_a_wrong_result_after_good_ones_fails_its_trial_alone(tmp_path: Path) -> None:
+    def train(task: TrialTask) -> Any:
+        return None if task.rank == 4 else by_number(task)
+
+    found = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
+    assert {one.rank for one in found.decision.ranks} == {1, 16}
+
+
+def test_a_wrong_evaluation_keeps_the_training(tmp_path: Path) -> None:
+    trained: list[int] = []
+
+    def train(task: TrialTask) -> TrialResult:
+        trained.append(task.rank)
+        make_adapter(make_base(tmp_path / "base"), task.folder, rank=task.rank)
+        return TrialResult(metrics={"loss": 1.0}, item_scores=[1.0, 1.0])
+
+    given: dict[str, Any] = {"ranks": (1, 2, 4), "learning_rates": (1e-3,), "goal": "adapter", "strategy": "bracket"}
+    with pytest.raises(AllTrialsFailedError, match=r"evaluate returned float 1.0; .* what has finished is kept"):
+        select_rank_with(train, tmp_path / "run", evaluate=lambda folder, task: 1.0, **given)  # type: ignore[arg-type, return-value]
+    assert set(trained) == {4}
+    trained.clear()
+    right = TrialResult(metrics={"loss": 1.0}, item_scores=[1.0, 1.0])
+    select_rank_with(train, tmp_path / "run", evaluate=lambda folder, task: right, **given)
+    assert trained == []
+
+
+class Named:
+    metric, higher_is_better = "win_share", True
+
+    def __call__(self, task: TrialTask) -> Mapping[str, float]:
+        return {"win_share": 0.5 + task.rank / 100}
+
+
+def test_a_function_that_names_its_metric_needs_no_other_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = select_rank_with(Named(), tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), progress=True).decision
+    assert (found.metric, found.higher_is_better, found.reference_rank) == ("win_share", True, 16)
+    err = capsys.readouterr().err
+    assert (
+        "trainer tests.runs.test_select_rank_with.Named, by win_share (higher is better); trainings of the trainer's own"
+        in err
+    )
+    assert "examples: ;" not in err
+    with pytest.raises(SettingsError, match="'loss': Named scores the examples by 'win_share'; leave metric out"):
+        select_rank_with(Named(), tmp_path / "other", ranks=RANKS, learning_rates=(1e-3,), metric="loss")
+
+
 def test_a_function_that_is_wrong_is_not_called_for_every_arm(tmp_path: Path) -> None:
     calls: list[int] = []
 
@@ -202,9 +281,13 @@ def test_scores_of_other_items_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "reason"), [(hangs, "train took longer than 12 s and was killed"), (dies, "ended without a result")]
+    ("train", "reason"), [(hangs, "train took longer than 600 s and was killed"), (dies, "ended without a result")]
 )
-def test_in_a_process_of_its_own_a_trial_may_hang_or_die(tmp_path: Path, train: Any, reason: str) -> None:
+def test_in_a_process_of_its_own_a_trial_may_hang_or_die(
+    tmp_path: Path, train: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[TrialLook] = []
+    monkeypatch.setattr("rightrank.runs.calls.time.monotonic", clock_that_jumps(lambda: looks))
     selected = select_rank_with(
         train,
         tmp_path / "run",
@@ -212,7 +295,8 @@ def test_in_a_process_of_its_own_a_trial_may_hang_or_die(tmp_path: Path, train: 
         learning_rates=(1e-3,),
         margin=0.1,
         executor="processes",
-        timeout_seconds=12,
+        timeout_seconds=GENEROUS_SECONDS,
+        callbacks=[Watch(on_event=lambda event: looks.append(event) if isinstance(event, TrialLook) else None)],
     )
     assert {evidence.rank for evidence in selected.decision.ranks} == {1, 4}
     assert reason in selected.report.read_text(encoding="utf-8")

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rightrank.decision.verdicts import best_point, should_stop_early
 from rightrank.interop.transformers import IGNORED, causal_item_losses, padded_batches
-from rightrank.schema.errors import MissingExtraError, NotFiniteError, SettingsError
+from rightrank.schema.errors import MissingExtraError, NotFiniteError, ReportError, SettingsError, quoted
 from rightrank.schema.metrics import direction, unknown_direction
 from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
 
@@ -50,9 +50,19 @@ def checked_reward(function: RewardFunction) -> RewardFunction:
     name = getattr(function, "__name__", type(function).__name__)
 
     def checked(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        rewards = list(function(completions=completions, **columns))
+        returned = function(completions=completions, **columns)
+        if isinstance(returned, str | Mapping) or not hasattr(returned, "__iter__"):
+            raise ReportError(
+                f"{name} returned {type(returned).__name__} {quoted(returned)}; return a number for each completion"
+            )
+        rewards = list(returned)
         if len(rewards) != len(completions):
-            raise ValueError(f"{name} returned {len(rewards)} rewards for {len(completions)} completions")
+            raise ReportError(
+                f"{name} returned {len(rewards)} rewards for {len(completions)} completions; return one for each"
+            )
+        odd = next((one for one in rewards if one is not None and not hasattr(one, "__float__")), None)
+        if odd is not None:
+            raise ReportError(f"{name} returned a reward of {type(odd).__name__} {quoted(odd)}; return numbers or None")
         bad = next((reward for reward in rewards if reward is not None and not math.isfinite(reward)), None)
         if bad is not None:
             raise NotFiniteError(f"{name} returned {bad}; return finite rewards, or None where it does not apply")

@@ -17,8 +17,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeAlias
 
+from pydantic import ValidationError
+
 from rightrank.decision.verdicts import Collapse, collapse_of
-from rightrank.schema.errors import InputError, InterruptedRun, NotFiniteError, SettingsError, quoted
+from rightrank.schema.errors import (
+    AllTrialsFailedError,
+    InputError,
+    InterruptedRun,
+    NotFiniteError,
+    ReportError,
+    SettingsError,
+    quoted,
+)
 from rightrank.schema.events import Listener, Notice
 from rightrank.schema.trials import (
     EvalPoint,
@@ -36,11 +46,16 @@ from rightrank.schema.trials import (
 
 TrainFunction: TypeAlias = Callable[[TrialTask], Mapping[str, float] | TrialResult]
 Call: TypeAlias = Callable[[TrialTask], object]  # returns what the user's function returned, unchecked
+RESULT_RECORDS = ("TrialResult", "EvalPoint")
 NO_RESULT = "its process ended without a result"
 
 
 class TrainerError(Exception):
     """The trainer returned no usable result; the message states why."""
+
+
+class WrongResultError(TrainerError):
+    """What the function returned or reported can't be used, whatever it trained: the function is wrong."""
 
 
 class TrainerDivergedError(TrainerError):
@@ -53,6 +68,12 @@ def call_inline(train: TrainFunction) -> Call:
             return train(task)
         except NotFiniteError as error:
             raise TrainerDivergedError(str(error)) from error
+        except ReportError as error:
+            raise WrongResultError(f"train: {error}") from error
+        except ValidationError as error:
+            if error.title not in RESULT_RECORDS:
+                raise TrainerError(_message(error)) from error
+            raise WrongResultError(f"train made a {error.title} of {_field_of(error)}") from error
         except Exception as error:
             raise TrainerError(_message(error)) from error
 
@@ -129,6 +150,14 @@ def _received(receiver: Connection, timeout_seconds: float | None, task: TrialTa
         task.report(answer.step, answer.value, answer.item_scores)
 
 
+def _field_of(error: ValidationError) -> str:
+    """The first wrong field of a record, what it got and what it takes."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "its fields"
+    more = f"; the fields: {', '.join(TrialResult.model_fields)}" if first["type"] == "extra_forbidden" else ""
+    return f"{place} = {quoted(first['input'])}: {first['msg'][:1].lower()}{first['msg'][1:]}{more}"
+
+
 def _message(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"train raised {type(error).__name__}" + (f": {text}" if text else "")
@@ -161,7 +190,10 @@ class Measure:
 
 
 class CustomExecutor:
-    """Runs trials through a function. An error inside it fails the trial and not the run."""
+    """Runs trials through a function. An error inside it fails the trial and not the run.
+
+    A result that can't be used ends the run at once, unless the same function has returned a good one before.
+    """
 
     def __init__(
         self,
@@ -184,6 +216,10 @@ class CustomExecutor:
         self._folder_of = folder_of
         self._listener = listener
         self._parallel = parallel  # calls at the same time
+        self._good = {
+            trial.truncate_from is not None for trial in earlier
+        }  # False: train returned well; True: evaluate
+        self._wrong: str | None = None  # what the first result was that can't be used
         self._noticed = any(trial.rank > 0 for trial in earlier)
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
@@ -192,8 +228,14 @@ class CustomExecutor:
         ):
             self._notice_missing_looks(outcome)
             yield outcome
+            if self._wrong is not None and self._parallel == 1:
+                break
             if self._listener.should_stop():
                 raise InterruptedRun(f"stopped after {ended} trials")
+        if self._wrong is not None:
+            raise AllTrialsFailedError(
+                f"{self._wrong}; what has finished is kept: correct the function, and call again with the same arguments"
+            )
 
     def _run_in_order(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
         for trial in trials:
@@ -208,8 +250,8 @@ class CustomExecutor:
         waiting, running = deque(trials), 0
         arrived: queue.SimpleQueue[TrialLook | Future[TrialOutcome]] = queue.SimpleQueue()
         with ThreadPoolExecutor(self._parallel) as threads:
-            while waiting or running:
-                while waiting and running < self._parallel:
+            while (waiting and self._wrong is None) or running:
+                while waiting and self._wrong is None and running < self._parallel:
                     trial = waiting.popleft()
                     self._started(trial)
                     threads.submit(self._run_one, trial, arrived.put).add_done_callback(arrived.put)
@@ -270,8 +312,15 @@ class CustomExecutor:
             step = looks[-1].step if looks else 0
             return TrialDiverged(**trial.fields, step=step, reason=str(error))
         except TrainerError as error:
-            return TrialFailed(**trial.fields, error="error", reason=str(error))
+            if isinstance(error, WrongResultError) and (call is self._evaluate) not in self._good:
+                self._wrong = self._wrong or self._named(str(error), call)
+            return TrialFailed(**trial.fields, error="error", reason=self._named(str(error), call))
+        self._good.add(call is self._evaluate)
         return self._judged(trial, result, time.perf_counter() - begun)
+
+    def _named(self, reason: str, call: Call) -> str:
+        """The reason with the name of the function that was called."""
+        return f"evaluate{reason[5:]}" if call is self._evaluate and reason.startswith(("train ", "train:")) else reason
 
     def _judged(self, trial: Trial, result: TrialResult, seconds: float) -> TrialOutcome:
         """The outcome of a trial whose function returned."""
@@ -345,34 +394,34 @@ def parse_result(returned: object, metric: str, examples: int | None) -> TrialRe
     """Check what a trainer returned and convert it to a `TrialResult`.
 
     Raises:
-        TrainerError: not a mapping of numbers, the metric is missing, or scores of other examples than before.
+        WrongResultError: not a mapping of numbers, the metric is missing, or scores of other examples than before.
     """
     if isinstance(returned, Mapping):
         metrics: dict[str, float] = {}
         for name, value in returned.items():
             if not isinstance(name, str) or isinstance(value, bool) or not hasattr(value, "__float__"):
-                raise TrainerError(
+                raise WrongResultError(
                     f"train returned {name!r}: {type(value).__name__} {quoted(value)}; return names with numbers"
                 )
             metrics[name] = float(value)
         returned = TrialResult(metrics=metrics)
     if not isinstance(returned, TrialResult):
-        raise TrainerError(
+        raise WrongResultError(
             f"train returned {type(returned).__name__} {quoted(returned)}; return a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"
         )
     if metric not in returned.metrics:
         found = ", ".join(map(repr, returned.metrics)) or "nothing"
         other = f"metric={next(iter(returned.metrics))!r}" if returned.metrics else "another metric="
-        raise TrainerError(f"train returned no {metric!r} (it returned {found}); return it, or give {other}")
+        raise WrongResultError(f"train returned no {metric!r} (it returned {found}); return it, or give {other}")
     scores, weights = returned.item_scores, returned.item_weights
     if scores is not None and len(scores) == 0:
-        raise TrainerError("train returned an empty list of item_scores; return one score per example, or None")
+        raise WrongResultError("train returned an empty list of item_scores; return one score per example, or None")
     if scores is not None and examples is not None and len(scores) != examples:
-        raise TrainerError(
+        raise WrongResultError(
             f"train returned {len(scores)} item_scores, earlier trials {examples}; score the same examples in the same order in every trial"
         )
     if weights is not None and (scores is None or len(weights) != len(scores) or min(weights) <= 0):
-        raise TrainerError(
+        raise WrongResultError(
             "train returned item_weights that do not match item_scores; return one weight above 0 per example"
         )
     return returned

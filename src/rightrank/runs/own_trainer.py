@@ -119,9 +119,9 @@ def own_request(
             raise SettingsError(f"{name} is no setting{did_you_mean(name, allowed)}; there are: {', '.join(allowed)}")
     profile = profile_named(given.get("profile"))
     settings = _settings(profile, compared, given)
-    metric = profile.metric if metric is None else metric
+    metric = _metric_of(train, metric) or profile.metric
     higher = given.get("higher_is_better")
-    higher = direction(metric) if higher is None else higher
+    higher = _direction_of(train, metric) if higher is None else higher
     if higher is None:
         raise SettingsError(f"{unknown_direction(metric)}; pass higher_is_better=True or False")
     _require_functions(train, evaluate, settings.goal)
@@ -153,6 +153,28 @@ def open_own_run(request: OwnRequest, folder: RunFolder, hooks: Hooks) -> Run:
         journal,
         advice="give another range of learning rates, and a new out",
     )
+
+
+def _metric_of(train: object, given: str | None) -> str | None:
+    """The metric that is given, or the one that a ready function names itself (`train.metric`).
+
+    Raises:
+        SettingsError: another one is given: the function's scores by example are those of its own.
+    """
+    own = getattr(train, "metric", None)
+    if not isinstance(own, str):
+        return given
+    if given not in (None, own):
+        name, decides = type(train).__name__, " decides_by=…" if hasattr(train, "decides_by") else " another train"
+        raise SettingsError(
+            f"metric {given!r}: {name} scores the examples by {own!r}; leave metric out, or give{decides}"
+        )
+    return own
+
+
+def _direction_of(train: object, metric: str) -> bool | None:
+    own = getattr(train, "higher_is_better", None)
+    return own if isinstance(own, bool) else direction(metric)
 
 
 def _executor(request: OwnRequest, run: Run) -> CustomExecutor:

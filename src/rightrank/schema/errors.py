@@ -11,6 +11,7 @@
     ├── RunError(RuntimeError)      exit 1: the command started and could not finish
     │   ├── DeviceMemoryError       a device ran out of memory in a trial
     │   ├── NotFiniteError          a custom trainer reported NaN or an infinite value
+    │   ├── ReportError             a custom trainer or its reward function gave no numbers
     │   ├── MetricError             a function, program or task gave no score
     │   ├── MultiLoraError          arms that can't share a pass; they are then trained alone
     │   └── AllTrialsFailedError    no trial, or too few, ended with a result
@@ -87,6 +88,10 @@ class MetricError(RunError):
 
 class NotFiniteError(RunError):
     """A held-out value that a custom trainer reported is NaN or infinite: the trial has diverged."""
+
+
+class ReportError(RunError, ValueError):
+    """What a custom trainer reported along the way, or a reward function returned, is no number or of another count."""
 
 
 class MultiLoraError(RunError):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, model_validator
 
-from rightrank.schema.errors import NotFiniteError
+from rightrank.schema.errors import NotFiniteError, ReportError, quoted
 from rightrank.schema.table import MAX_WHOLE
 
 SCHEMA_VERSION = 4  # of the journal: no other is read
@@ -277,8 +277,14 @@ class TrialTask(Record):
 
         Raises:
             NotFiniteError: a value or a score is NaN or infinite. A function that lets it pass has diverged.
+            ReportError: a step, a value or scores that are no numbers.
         """
-        scores = None if item_scores is None else [float(score) for score in item_scores]
+        step, value = int(_reported(step, "the step")), _reported(value, "the value")
+        if item_scores is not None and (isinstance(item_scores, str | dict) or not hasattr(item_scores, "__iter__")):
+            raise ReportError(
+                f"reported item_scores {quoted(item_scores)}; report one number for each example, or None"
+            )
+        scores = None if item_scores is None else [_reported(score, "a score") for score in item_scores]
         bad = next((score for score in (float(value), *(scores or ())) if not math.isfinite(score)), None)
         if bad is not None:
             raise NotFiniteError(f"step {step}: reported {bad}; report finite numbers")
@@ -290,6 +296,12 @@ class TrialTask(Record):
         task = self.model_copy()
         task._receive = receive
         return task
+
+
+def _reported(value: Any, what: str) -> float:
+    if isinstance(value, str | bool) or not hasattr(value, "__float__"):
+        raise ReportError(f"reported {what} as {type(value).__name__} {quoted(value)}; report a number")
+    return float(value)
 
 
 class TrialResult(Record):

@@ -20,7 +20,7 @@ from typing import Any
 from rightrank.plugins.cluster.messages import WORKER_MESSAGE, Setup, Stop, Task, WorkerLost, WorkerMessage
 from rightrank.plugins.cluster.processes import Rendezvous
 from rightrank.plugins.cluster.worker import Send, Worker
-from rightrank.runs.calls import NO_RESULT, Call, TrainerDivergedError, TrainerError, TrainFunction, call_inline
+from rightrank.runs.calls import NO_RESULT, Call, TrainerError, TrainFunction, call_inline
 from rightrank.runs.hook import described
 from rightrank.schema.errors import InputError, MissingExtraError, RunError
 from rightrank.schema.trials import TrialTask
@@ -250,7 +250,7 @@ def call_on_ray(train: TrainFunction) -> Call:
             _pass_on(reports, task)
             return ray.get(answer)
         except ray.exceptions.RayTaskError as error:  # what `train` raised
-            kind = TrainerDivergedError if isinstance(error.cause, TrainerDivergedError) else TrainerError
+            kind = type(error.cause) if isinstance(error.cause, TrainerError) else TrainerError
             raise kind(str(error.cause)) from None
         except ray.exceptions.RayError as error:
             raise TrainerError(f"{NO_RESULT} ({type(error).__name__})") from None
