@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -14,6 +13,7 @@ import pytest
 from rightrank.cli import cli, main
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialFinished
+from tests.watch import wait_until
 
 SMALL = [
     "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4",
@@ -55,13 +55,11 @@ def start(model: Path, data: Path, out: Path, *more: str) -> subprocess.Popen[st
 
 def wait_for_trial(out: Path, process: subprocess.Popen[str]) -> None:
     """Until a trained trial has started."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+
+    def has_started() -> bool:
         assert process.poll() is None, process.communicate()[1]
         journal = out / "journal.jsonl"
-        if journal.exists() and any(
-            '"trial_started"' in line and '"rank":0' not in line for line in journal.read_text().splitlines()
-        ):
-            return
-        time.sleep(0.05)
-    raise AssertionError("no trial started")
+        lines = journal.read_text().splitlines() if journal.exists() else []
+        return any('"trial_started"' in line and '"rank":0' not in line for line in lines)
+
+    wait_until(has_started, "a trial has started")

@@ -15,8 +15,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of a test run share the cores
 
 import pytest
+from hypothesis import settings
 
 from tests.tiny import save_tiny_llama, sentences, write_completions, write_jsonl
+
+settings.register_profile("no limit of time", deadline=None)  # an example may take long on a busy machine
+settings.load_profile("no limit of time")
 
 NEEDS_A_MODEL = {"model_folder", "alone"}  # a test that takes one of these fixtures trains or evaluates
 

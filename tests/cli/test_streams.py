@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.watch import GENEROUS_SECONDS
+
 pytestmark = pytest.mark.trains
 
 FRAME = "\u2524"  # of the picture: in no 8-bit character set
@@ -26,7 +28,11 @@ def shell(words: str, table: Path, **environment: str) -> subprocess.CompletedPr
     """`rightrank` and these words through a shell, in which the table is `$T`."""
     command = ["bash", "-o", "pipefail", "-c", words.replace("rightrank", f"{sys.executable} -m rightrank")]
     return subprocess.run(
-        command, check=False, capture_output=True, timeout=120, env=os.environ | {"T": str(table)} | environment
+        command,
+        check=False,
+        capture_output=True,
+        timeout=GENEROUS_SECONDS,
+        env=os.environ | {"T": str(table)} | environment,
     )
 
 

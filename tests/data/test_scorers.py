@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,14 @@ import pytest
 from rightrank.schema.errors import MetricError, SettingsError
 from rightrank.schema.metrics import parse_metric
 from rightrank.train.scorers import ModelAnswer, Scored, ScorerLimits, require_scorer, score, write_answers
+from tests.watch import GENEROUS_SECONDS, clock_that_jumps, wait_until
 
 pytestmark = pytest.mark.trains
 
 NASTY = ["$(touch owned)", "`touch owned`", "; touch owned", "a\nb\u2028c", "'\"\\", "", "{file}", "-n"]
 ANSWERS = [ModelAnswer(str(n), text, text, "expected") for n, text in enumerate(NASTY)]
 COUNT = len(ANSWERS)
-LIMITS = ScorerLimits(timeout_seconds=20)
+LIMITS = ScorerLimits(timeout_seconds=GENEROUS_SECONDS)
 
 
 @pytest.fixture
@@ -79,14 +79,30 @@ def test_a_bad_program_is_one_line(code: str, said: str, path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_program_that_hangs_is_ended_with_all_that_it_started(path: Path) -> None:
-    code = "import subprocess,time; subprocess.Popen(['sh','-c','sleep 3; touch late']); time.sleep(60)"
-    begun = time.monotonic()
-    with pytest.raises(MetricError, match=r"longer than 1\.5 s and was killed"):
-        score(parse_metric(program(code)), path, COUNT, ScorerLimits(timeout_seconds=1.5))
-    assert time.monotonic() - begun < 30
-    time.sleep(3)
-    assert not (path.parent.parent / "late").exists()
+@pytest.fixture
+def until_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is reached as soon as the file `started` is there."""
+    monkeypatch.setattr("rightrank.train.scorers.time.monotonic", clock_that_jumps(Path("started").exists))
+
+
+def test_a_program_that_hangs_is_ended_with_all_that_it_started(path: Path, until_started: None) -> None:
+    code = (
+        "import os, pathlib, subprocess, time; inner = subprocess.Popen(['sleep', '600']); "
+        "pathlib.Path('pid').write_text(str(inner.pid)); os.rename('pid', 'started'); time.sleep(600)"
+    )
+    with pytest.raises(MetricError, match=r"longer than 600 s and was killed"):
+        score(parse_metric(program(code)), path, COUNT, LIMITS)
+    pid = Path("started").read_text()
+    wait_until(lambda: not _runs(pid), "the inner program has ended")
+
+
+def _runs(pid: str) -> bool:
+    """Whether a process lives: not ended, and not a dead one that nobody waits for."""
+    status = Path("/proc") / pid / "stat"
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 FUNCTIONS = """
@@ -115,7 +131,8 @@ def greedy(completions, temperature):
     return 1.0
 
 def hangs(completions):
-    time.sleep(60)
+    open("started", "w").close()
+    time.sleep(600)
 
 A_NUMBER = 3
 """
@@ -146,10 +163,10 @@ def test_a_bad_function_is_one_line(function: str, said: str, path: Path) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_a_function_that_hangs_is_ended(path: Path) -> None:
+def test_a_function_that_hangs_is_ended(path: Path, until_started: None) -> None:
     Path("mine.py").write_text(FUNCTIONS)
     with pytest.raises(MetricError, match="was killed"):
-        score(parse_metric("mine:hangs"), path, COUNT, ScorerLimits(timeout_seconds=3))
+        score(parse_metric("mine:hangs"), path, COUNT, LIMITS)
 
 
 def test_what_is_no_function_is_told_before_the_start(path: Path) -> None:

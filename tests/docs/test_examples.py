@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import sentences, write_completions, write_jsonl
+from tests.watch import GENEROUS_SECONDS
 
 pytestmark = pytest.mark.trains
 
@@ -128,7 +129,9 @@ def test_the_notebook_runs(model_folder: Path, tmp_path: Path) -> None:
     write_completions(tmp_path / "data.jsonl", 80)
     notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)  # kept without outputs
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=int(GENEROUS_SECONDS), resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
     decision = json.loads((tmp_path / "run" / "decision.json").read_text())
     pages = [data["text/html"] for data in shown if "text/html" in data]

@@ -18,7 +18,7 @@ from rightrank.runs.journal import Journal
 from rightrank.schema.errors import AllTrialsFailedError
 from rightrank.schema.events import RunStarted
 from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialLook, TrialStarted
-from tests.watch import Watch
+from tests.watch import GENEROUS_SECONDS, Watch
 
 pytestmark = pytest.mark.trains
 
@@ -150,7 +150,8 @@ def test_threads_call_the_function_beside_each_other(tmp_path: Path, workers: in
             most[0] = max(most[0], len(at_work))
             if len(at_work) == 3:
                 full.set()
-        full.wait(timeout=5 if workers == 3 else 0.05)
+        if workers == 3:
+            assert full.wait(timeout=GENEROUS_SECONDS)
         with lock:
             at_work.remove(task.rank)
         return result(task)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,7 +38,7 @@ from rightrank.train.trial import TrialFolders
 from tests.commands import SELECT, run, start, wait_for_trial
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
-from tests.watch import Watch
+from tests.watch import GENEROUS_SECONDS, Watch, wait_until
 
 pytestmark = pytest.mark.trains
 
@@ -188,23 +189,24 @@ def test_a_damaged_record_is_repaired_and_only_what_was_lost_is_trained_again(
     require_right(work, small_run)
 
 
-def _hold(path: Path, gate: object, held: object) -> None:
+def _hold(path: Path, gate: object, held: object, over: object) -> None:
     gate.wait()  # type: ignore[attr-defined]
     try:
         with RunFolder(path).locked():
             held.put("held")  # type: ignore[attr-defined]
-            time.sleep(1.0)
+            over.wait(GENEROUS_SECONDS)  # type: ignore[attr-defined]
     except RunFolderError as error:
         held.put(str(error))  # type: ignore[attr-defined]
 
 
 def test_of_many_processes_at_once_one_works_and_the_others_are_told(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    gate, held = context.Barrier(3), context.Queue()
-    processes = [context.Process(target=_hold, args=(tmp_path / "run", gate, held)) for _ in range(3)]
+    gate, held, over = context.Barrier(3), context.Queue(), context.Event()
+    processes = [context.Process(target=_hold, args=(tmp_path / "run", gate, held, over)) for _ in range(3)]
     for process in processes:
         process.start()
-    told = sorted(held.get(timeout=120) for _ in processes)
+    told = sorted(held.get(timeout=GENEROUS_SECONDS) for _ in processes)
+    over.set()
     for process in processes:
         process.join()
     assert told.count("held") == 1
@@ -216,9 +218,9 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_resume(
 ) -> None:
     process = start(model_folder, completion_file, tmp_path / "run", "--max-steps", "5000")
     wait_for_trial(tmp_path / "run", process)
-    time.sleep(0.3)
+    wait_until(lambda: _has_stepped(tmp_path / "run" / "progress.json"), "a step is written")
     process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=120)[1]
+    err = process.communicate(timeout=GENEROUS_SECONDS)[1]
     assert process.returncode == 143
     last = err.strip().splitlines()[-1]
     assert "stopped at step" in last
@@ -230,11 +232,16 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_resume(
     assert found.state["step"] > 0
 
 
+def _has_stepped(file: Path) -> bool:
+    """Whether a training has taken steps, by the file that `status` reads."""
+    return file.exists() and re.search(r"step [1-9]", json.loads(file.read_text())["progress"]) is not None
+
+
 def _work_on_and_on() -> None:
     with stopping.Interrupts(lambda _: None, of_process=True) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
-        time.sleep(30)
+        time.sleep(GENEROUS_SECONDS)
 
 
 def test_a_step_longer_than_the_grace_is_left_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

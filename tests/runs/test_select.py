@@ -16,6 +16,7 @@ from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialStarted
 from tests.commands import run, select_arguments, start, values_of, wait_for_trial
+from tests.watch import GENEROUS_SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_stopped_and_resumed_it_ends_the_same(
     process = start(model_folder, completion_file, tmp_path / "run", *LONG)
     wait_for_trial(tmp_path / "run", process)
     process.send_signal(kill)
-    err = process.communicate(timeout=60)[1]
+    err = process.communicate(timeout=GENEROUS_SECONDS)[1]
     if kill == signal.SIGINT:
         assert process.returncode == 130
         assert "run the same command again to resume" in err

@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.watch import GENEROUS_SECONDS, wait_until
 
 pytestmark = pytest.mark.trains
 
@@ -37,10 +38,10 @@ def test_workers_are_steps_of_the_job_which_is_put_back_when_its_time_is_over(
     how = ["--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "3000"]
     small = ["--batch-size", "4", "--seq-len", "32", "--eval-items", "12", "--set", "samples=0"]
     job = subprocess.Popen([*command, *how, *small], env=environment, stderr=subprocess.PIPE, text=True)
-    while _read(run / "journal.jsonl").count('"type":"trial_started"') < 2 and job.poll() is None:
-        time.sleep(0.1)
+    started = '"type":"trial_started"'
+    wait_until(lambda: _read(run / "journal.jsonl").count(started) >= 2 or job.poll() is not None, "two trials started")
     job.send_signal(signal.SIGTERM)
-    _, err = job.communicate(timeout=300)
+    _, err = job.communicate(timeout=GENEROUS_SECONDS)
     assert job.returncode == 143, err
     assert (programs / "asked").read_text() == "requeue 7\n"
     assert list((run / "checkpoints").iterdir())
