@@ -1,0 +1,53 @@
+"""What waits for a GPU, rehearsed on a CPU through the same code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks.gpu.__main__ import PARTS as NAMES
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.page import MARK, write_page
+from benchmarks.gpu.parts import PARTS, Job
+
+pytestmark = pytest.mark.trains
+QUICK = [name for name in PARTS if name not in ("plan", "speed", "packs")]  # those have tests of their own
+
+
+def test_the_command_names_every_part() -> None:
+    assert list(PARTS) == list(NAMES)
+
+
+@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.filterwarnings("ignore")
+def test_a_part_is_rehearsed(name: str, model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    rows = list(PARTS[name](Job("cpu", model_folder, completion_file, tmp_path, rehearse=True)))
+    assert rows
+    assert all(row.keys() == rows[0].keys() for row in rows)
+    differences = [row[key] for row in rows for key in ("to_peft", "to_alone") if row.get(key) is not None]
+    assert all(difference < 1e-2 for difference in differences)
+
+
+def test_a_rehearsal_is_kept_and_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out, page = tmp_path / "out.json", tmp_path / "page.md"
+    assert main(["--rehearse", "--parts", "memory,demo", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert [part["state"] for part in result["parts"].values()] == ["done", "done"]
+    assert "memory" in capfd.readouterr().out
+    page.write_text(f"What is above stays.\n{MARK}\nold\n")
+    write_page(result, page)
+    assert page.read_text().startswith("What is above stays.")
+    assert "old" not in page.read_text()
+    assert "four arms where two fit" in page.read_text()
+
+
+def test_minutes_that_are_over_stop_a_part(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    assert main(["--rehearse", "--minutes", "0", "--parts", "demo", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["parts"]["demo"]["state"] == "stopped"
+
+
+def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
