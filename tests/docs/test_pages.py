@@ -70,7 +70,7 @@ def test_options_and_settings_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     options = {
         option
-        for command in COMMANDS.values()
+        for command in (cli, *COMMANDS.values())
         for parameter in command.params
         for option in (*parameter.opts, *parameter.secondary_opts)
     }

@@ -160,7 +160,7 @@ def test_the_validation_split_of_older_records_has_its_name() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_printed_for_a_shell(shell: str) -> None:
-    shown = CliRunner().invoke(cli, ["completion", shell])
+    shown = CliRunner().invoke(cli, ["--completion", shell])
     assert shown.exit_code == 0
     assert "_RIGHTRANK_COMPLETE" in shown.output
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -12,8 +11,6 @@ import click
 
 from rightrank.cli.options import names
 from rightrank.schema.errors import SettingsError
-
-SHELLS = ("bash", "zsh", "fish")
 
 
 @click.command(short_help="Show where a run stands.", epilog="Example: rightrank status run --watch")
@@ -85,20 +82,6 @@ def doctor(as_json: bool) -> None:
     click.echo(found.model_dump_json() if as_json else doctor_text(found))
 
 
-@click.command(
-    short_help="Print the completion script for a shell.", epilog='Example: eval "$(rightrank completion bash)"'
-)
-@click.argument("shell", type=click.Choice(SHELLS))
-def completion(shell: str) -> None:
-    """Print the completion script for SHELL; source it in the shell's start file."""
-    from click.shell_completion import get_completion_class
-
-    kind = get_completion_class(shell)
-    assert kind is not None, "click knows the shells of the choice"
-    click.echo(kind(click.get_current_context().find_root().command, {}, "rightrank", "_RIGHTRANK_COMPLETE").source())
-    sys.stdout.flush()
-
-
 TARGETS = (
     *("peft", "trl", "axolotl", "llamafactory", "unsloth", "ms-swift", "vllm", "sglang", "llama.cpp", "ollama"),
     *("diffusers", "kohya", "optuna"),
@@ -110,19 +93,35 @@ TARGETS = (
 @click.option(
     "--out", type=click.Path(path_type=Path), help="With several runs: the page (default: side-by-side.html)."
 )
+@click.option(
+    "--atlas-row", is_flag=True, help="Print RUN as a row for the atlas of public sweeps; see docs/how-to/atlas.md."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report's path as one JSON object.")
-def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+def report(runs: tuple[Path, ...], out: Path | None, atlas_row: bool, as_json: bool) -> None:
     """Write report.html and the figures of RUN again, from its journal alone.
 
     While a selection runs, the report shows what is known so far. Several runs give one page that shows them side by
-    side.
+    side. --atlas-row writes nothing.
     """
     from rightrank import api
 
+    if atlas_row:
+        click.echo(json.dumps(_atlas_row(runs)))
+        return
     if len(runs) == 1 and out is not None:
         raise SettingsError("--out goes with several runs: the report of one is RUN/report.html")
     path = api.write_report(runs[0]) if len(runs) == 1 else api.write_side_by_side(runs, out or "side-by-side.html")
     click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
+
+
+def _atlas_row(runs: tuple[Path, ...]) -> object:
+    from rightrank.runs import plugins
+
+    if len(runs) != 1:
+        raise SettingsError("--atlas-row goes with one run")
+    if (row := plugins.functions().get("atlas_row")) is None:
+        raise SettingsError("--atlas-row needs the plug-in `atlas`, which is not installed")
+    return row(runs[0])
 
 
 @click.command(

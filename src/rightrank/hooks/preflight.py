@@ -18,6 +18,7 @@ from rightrank.hooks.terminal import left_out
 from rightrank.models.kinds.other import expert_rank
 from rightrank.report.format import duration
 from rightrank.report.tables import labels_line, memory_lines, precision_lines, took_line
+from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.plugins import Clock
 from rightrank.runs.prepare import Prepared, prepare, strategy_of
@@ -52,7 +53,8 @@ def preflight(request: Request, price_per_hour: float | None = None) -> Prefligh
         found = preflight_of(prepared, strategy, clock, price_per_hour)
         if clock is not None:
             notes.append(f"time: measured on this device: {clock.basis}, then discarded")
-        return found.model_copy(update={"notes": [*notes, *kind_lines(prepared), *adapter_lines(prepared)]})
+        notes += [*kind_lines(prepared), *adapter_lines(prepared)]
+        return found.model_copy(update={"before": plugins.outlook(prepared.started), "notes": notes})
 
 
 def clock_of(prepared: Prepared) -> Clock | None:
@@ -288,7 +290,8 @@ class Outlook(Hook):
             lines.append(time_line(cost, clock.basis, prepared.settings.budget_hours))
             run.on_event(TimeExpected(expected_seconds=cost.expected.seconds or 0.0))
         found = preflight_of(prepared, run.strategy, clock)
-        lines = [labels_line(found), *memory_lines(found), *lines, *precision_lines(found)]
+        before = plugins.outlook(prepared.started)
+        lines = [*before, labels_line(found), *memory_lines(found), *lines, *precision_lines(found)]
         for line in [*lines, *kind_lines(prepared), *adapter_lines(prepared)]:
             run.notice(line)
         if end_metrics(prepared.settings):

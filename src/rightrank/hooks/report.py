@@ -18,6 +18,7 @@ from rightrank.report.sentences import test_rows
 from rightrank.report.spectra import spectrum_figure
 from rightrank.report.svg import write_figures
 from rightrank.report.tables import sweep_map
+from rightrank.runs import plugins
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.returns import Selected, answers
@@ -111,6 +112,7 @@ def write_report(folder: RunFolder, records: Records, decision: Decision | None,
         estimate=training_rank_estimate(records) if goal == "adapter" else None,
         run=str(folder.path),
         exports=sorted(path.name for path in exports.iterdir() if path.is_dir()) if exports.is_dir() else (),
+        before=plugins.outlook(records.started, None if decision is None else decision.rank),
     )
     write_text(folder.report, page)
 

@@ -18,6 +18,7 @@ from rightrank.runs import plugins
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, ResultsError, RunError, SettingsError, did_you_mean, first_line
 from rightrank.schema.trials import TrialCollapsed, TrialFinished, TrialOutcome
+from rightrank.schema.variants import rate_warning
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -97,7 +98,8 @@ def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> 
         for file, text in written.files.items():
             (temporary / file).write_text(_commented(file, text, comments), encoding="utf-8")
     files = sorted(path.name for path in folder.iterdir())
-    return Exported(name, folder, files, written.command, [*written.notes, *comments])
+    warnings = filter(None, [rate_warning(exported.r, exported.lora_alpha, exported.learning_rate)])
+    return Exported(name, folder, files, written.command, [*written.notes, *comments, *warnings])
 
 
 def _commented(file: str, text: str, comments: Sequence[str]) -> str:

@@ -58,6 +58,7 @@ def render_report(
     estimate: TrainingRankEstimate | None = None,
     run: str = "RUN",
     exports: Sequence[str] = (),
+    before: Sequence[str] = (),
 ) -> str:
     """The report as one HTML document.
 
@@ -69,6 +70,7 @@ def render_report(
         estimate: of the training rank, where it was not asked.
         run: the run folder, as commands name it.
         exports: names of the folders below `exports/` beside the report.
+        before: lines on what was to be expected before the run, which the answer does not rest on.
     """
     adapter = records.adapters[-1] if records.adapters else None
     guard = guard_of(records)
@@ -84,6 +86,7 @@ def render_report(
             use_it=use_it(adapter.handed_over, records) if adapter else None,
             export_command=shlex.join(["rightrank", "export", run, "--to", "trl"]),
             exports=exports,
+            before=before,
             settings=_settings_text(records.started.settings),
             decision=decision,
             view=answer_view(decision, document(records, decision, goal, estimate)),

@@ -74,7 +74,8 @@ def sweep_map(rows: Sequence[SweepRow], metric: str, higher_is_better: bool) -> 
 
 def preflight_text(found: Preflight) -> str:
     """Everything, for a person."""
-    lines = [*data_lines(found), *memory_lines(found), *cost_lines(found), *precision_lines(found), *found.notes]
+    lines = [*found.before, *data_lines(found), *memory_lines(found), *cost_lines(found), *precision_lines(found)]
+    lines += found.notes
     return "\n".join([*lines, "nothing was written: this was a dry run"])
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from rightrank.models.base_models import LoadedModel
     from rightrank.schema.decision import Decision
+    from rightrank.schema.events import RunStarted
     from rightrank.schema.results import SelectionCost
     from rightrank.schema.settings import SelectSettings
     from rightrank.search.protocol import Strategy
@@ -89,6 +90,17 @@ class Plugin:
     def exports(self) -> Mapping[str, Callable[..., Any]]:
         """By a name of `export --to`: a function of a `rightrank.interop.recipe.Recipe` that returns what to write."""
         return {}
+
+    def outlook(self, started: RunStarted, measured: int | None) -> Sequence[str]:
+        """Lines for a person about a selection, from what is known before its trainings.
+
+        They are shown, and enter neither what is tried nor the answer.
+
+        Args:
+            started: the first record of the run.
+            measured: the training rank that was found; None before it is.
+        """
+        return ()
 
     def memory_plan(
         self,
@@ -178,6 +190,10 @@ def calls() -> dict[str, Callable[..., Any]]:
 
 def exports() -> dict[str, Callable[..., Any]]:
     return _merged(_asked(lambda plugin: plugin.exports()))
+
+
+def outlook(started: RunStarted, measured: int | None = None) -> list[str]:
+    return [line for found in _asked(lambda plugin: plugin.outlook(started, measured)) for line in found]
 
 
 def memory_plan(

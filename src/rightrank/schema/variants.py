@@ -15,6 +15,11 @@ from rightrank.schema.errors import SettingsError, did_you_mean
 from rightrank.schema.settings import CONSTANT_SCALING_RANK, Scaling, SelectSettings
 from rightrank.schema.trials import Arm
 
+# The best rate goes as rank to this power at scale alpha/r with alpha fixed: the medians of our and of public grids; with alpha = r
+# (arXiv 2602.04998: 12 rates, 3 seeds).
+RATE_EXPONENTS, TIED_EXPONENT = (0.03, 0.23), -0.41
+LARGE_RANK, LARGE_RATE = 256, 2e-4
+
 
 def lora_scale(scaling: Scaling, lora_alpha: float, rank: int) -> float:
     """The scale s that multiplies B·A.
@@ -34,6 +39,23 @@ def peft_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[float,
     if scaling == "alpha/sqrt(r)":
         return lora_alpha, True
     return lora_scale(scaling, lora_alpha, rank) * rank, False
+
+
+def rank_change_line(rank: int, to: int, alpha: float = 32) -> str:
+    """What becomes of alpha and the learning rate when the rank changes; the figures are of `benchmarks/atlas/rates.json`."""
+    ratio = to / rank
+    ours, public, tied = ratio ** RATE_EXPONENTS[0], ratio ** RATE_EXPONENTS[1], ratio**TIED_EXPONENT
+    return (
+        f"from rank {rank} to {to}: keep alpha at {alpha:g} and the learning rate (scale alpha/r: the best rate moves by "
+        f"×{ours:.2f} in our grids, ×{public:.2f} in public ones); with alpha = r multiply it by {tied:.2f}"
+    )
+
+
+def rate_warning(rank: int = LARGE_RANK, alpha: float = 2 * LARGE_RANK, rate: float = LARGE_RATE) -> str:
+    """A warning where a combination is known to diverge; empty elsewhere."""
+    if rank < LARGE_RANK or alpha < 2 * rank or rate < LARGE_RATE:
+        return ""
+    return f"rank {LARGE_RANK} at {LARGE_RATE:g} with alpha = 2r diverged in a public trace: take alpha 32, or a lower rate"
 
 
 AXES = ("alpha", "scaling", "init", "targets", "equal_targets")

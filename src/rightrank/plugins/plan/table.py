@@ -7,6 +7,7 @@ from rightrank.report.tables import selection_lines
 from rightrank.schema.events import DataSummary
 from rightrank.schema.results import Plan, RankPlan
 from rightrank.schema.trials import split_name
+from rightrank.schema.variants import LARGE_RANK, rank_change_line, rate_warning
 
 
 def plan_text(plan: Plan) -> str:
@@ -102,6 +103,10 @@ def _answer(plan: Plan) -> list[str]:
         lines.append(f"limit by {limit.name}: {'none' if limit.rank is None else limit.rank} ({limit.reason})")
     if plan.suggested_ranks:
         lines.append(f"suggested ranks: {', '.join(map(str, plan.suggested_ranks))}")
+    if len(plan.ranks) > 1:
+        lines.append(f"learning rate, {rank_change_line(plan.ranks[0].rank, last.rank)}")
+    if last.rank >= LARGE_RANK:
+        lines.append(rate_warning(last.rank, 2 * last.rank))
     if plan.selection is not None:
         lines += selection_lines(plan.selection)
     return lines

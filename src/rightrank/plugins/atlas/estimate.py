@@ -1,0 +1,248 @@
+"""From the atlas to an expectation: how often each rank was enough in sweeps like this one.
+
+A rank's probability is a weighted share of the sweeps that say whether it was enough:
+
+    p(r) = (Σ w · enough(r) + SHRINK · base(r)) / (Σ w + SHRINK)      w = quality · resolution · likeness^LIKENESS / √(sweeps of its group)
+
+`base` is the same share over all sweeps, without likeness. Quality is 1, .5 or .2 (`Sweep.quality`), resolution is the margin over the
+sweep's noise where that is larger. Likeness is a product of four factors, 1 for the same and lower for the less alike: task family,
+kind of metric, size of the base, tokens for each parameter. What is not known, of the question or of the sweep, is neutral.
+
+On sources that it has not seen, likeness adds nothing to the base rate (`benchmarks/atlas`), so LIKENESS is 0: the probabilities are the base
+rate. Likeness only names the sweeps that are counted and shown beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rightrank.plugins.atlas.rows import Atlas, Sweep, load
+
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+LIKENESS = 0.0  # the power of the likeness: 0 gives the base rate, 1 is as good and no better
+SHRINK = 4.0  # the base rate weighs as much as this many independent sweeps of the best quality
+OTHER_FAMILY, OTHER_KIND = 0.2, 0.5  # of a sweep of another task family, of another kind of metric
+NEUTRAL = 0.5  # of a factor that is not known
+SIZE_DECADES, DATA_DECADES = 1.0, 2.0  # at these ratios, of parameters and of tokens a parameter, the factor is 1/e
+ALIKE = 0.3  # the least likeness of a sweep that is counted as one like this
+START, TOP = 0.5, 0.8  # the start of a search is as likely enough as not; its top is enough four times in five
+TOKENS_A_ROW = 150  # where rows are known and tokens are not
+Z = 1.645  # of the interval of a probability, 90%
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is known of a training before it; None: not known."""
+
+    family: str | None = None
+    parameters: float | None = None
+    rows: int | None = None
+    tokens: float | None = None
+    kind: str | None = None
+    margin: float | None = None
+
+    @property
+    def density(self) -> float | None:
+        """Tokens trained on for each parameter of the base."""
+        tokens = self.tokens or (None if self.rows is None else self.rows * TOKENS_A_ROW)
+        return None if tokens is None or self.parameters is None else tokens / self.parameters
+
+
+@dataclass(frozen=True, slots=True)
+class RankExpectation:
+    """One rank: in how many like sweeps it was enough, and how probable that is here."""
+
+    rank: int
+    enough_in: int
+    of: int  # of the sweeps like this, those that say
+    probability: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What public sweeps found for the like of a question. A start of a search, never a bound."""
+
+    sweeps: int  # that are like it; all of the atlas, where none is
+    like: str  # what they have in common
+    ranks: tuple[RankExpectation, ...]
+    start_rank: int
+    top_rank: int
+    nearest: tuple[dict[str, Any], ...]  # the five most alike
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of `rightrank expect --json`."""
+        return asdict(self)
+
+
+def question_of(sweep: Sweep, margin: float | None) -> Question:
+    """What was known before a sweep, as a question."""
+    return Question(sweep.family, sweep.parameters, sweep.rows, sweep.tokens, sweep.kind, margin)
+
+
+def likeness(question: Question, sweep: Sweep) -> float:
+    """From 0 to 1: a product of what the two have in common."""
+    other = question_of(sweep, None)
+    return (
+        _same(question.family, other.family, OTHER_FAMILY)
+        * _same(question.kind, other.kind, OTHER_KIND)
+        * _near(question.parameters, other.parameters, SIZE_DECADES)
+        * _near(question.density, other.density, DATA_DECADES)
+    )
+
+
+def _same(one: str | None, other: str | None, else_: float) -> float:
+    return NEUTRAL if one is None or other is None else 1.0 if one == other else else_
+
+
+def _near(one: float | None, other: float | None, decades: float) -> float:
+    return NEUTRAL if not one or not other else math.exp(-abs(math.log10(one / other)) / decades)
+
+
+def probabilities(
+    question: Question,
+    sweeps: Sequence[Sweep],
+    group: Callable[[Sweep], str],
+    ranks: Sequence[int],
+    power: float = LIKENESS,
+) -> dict[int, tuple[float, float]]:
+    """By rank, the probability that it is enough and the number of sweeps, of the best quality, that it rests on."""
+    counted = [sweep for sweep in sweeps if not sweep.diverges]
+    base = _shares(counted, [1.0] * len(counted), question.margin, group, ranks, dict.fromkeys(ranks, 0.5))
+    if power == 0:
+        return base
+    alike = [likeness(question, sweep) ** power for sweep in counted]
+    return _shares(counted, alike, question.margin, group, ranks, {rank: share for rank, (share, _) in base.items()})
+
+
+def _shares(
+    sweeps: Sequence[Sweep],
+    alike: Sequence[float],
+    margin: float | None,
+    group: Callable[[Sweep], str],
+    ranks: Sequence[int],
+    prior: dict[int, float],
+) -> dict[int, tuple[float, float]]:
+    crowd = Counter(map(group, sweeps))
+    weights = [
+        near
+        * sweep.quality
+        * min(1.0, sweep.margin(margin) / max(sweep.noise or 0.0, 1e-12))
+        / math.sqrt(crowd[group(sweep)])
+        for sweep, near in zip(sweeps, alike, strict=True)
+    ]
+    shares: dict[int, tuple[float, float]] = {}
+    least = 0.0
+    for rank in sorted(ranks):
+        said = [
+            (w, told)
+            for w, sweep in zip(weights, sweeps, strict=True)
+            if (told := sweep.tells(rank, margin)) is not None
+        ]
+        total = sum(w for w, _ in said)
+        least = max(least, (sum(w for w, told in said if told) + SHRINK * prior[rank]) / (total + SHRINK))
+        shares[rank] = (least, total + SHRINK)
+    return shares
+
+
+def expectation(question: Question, ranks: Sequence[int] | None = None, atlas: Atlas | None = None) -> Expectation:
+    """What the atlas says of a question.
+
+    Args:
+        question: what is known.
+        ranks: of the answer; None for powers of two to 256.
+        atlas: None for the packaged one.
+    """
+    atlas = atlas or load()
+    shown = sorted(set(ranks or RANKS))
+    found = probabilities(question, atlas.sweeps, atlas.group, sorted({*shown, *RANKS}))
+    by_likeness = sorted(
+        (sweep for sweep in atlas.sweeps if not sweep.diverges), key=lambda sweep: -likeness(question, sweep)
+    )
+    asked = replace(question, margin=None) != Question()
+    like = [sweep for sweep in by_likeness if asked and _is_like(question, sweep)]
+    counted = like or by_likeness
+    return Expectation(
+        sweeps=len(counted),
+        like=_description(question) if like else "all of the atlas",
+        ranks=tuple(_expected(rank, found[rank], counted, question.margin) for rank in shown),
+        start_rank=_first(shown, found, START),
+        top_rank=_first(shown, found, TOP),
+        nearest=tuple(_near_row(sweep, question.margin, atlas) for sweep in by_likeness[:5]),
+        notes=tuple(_notes(question, like, counted)),
+    )
+
+
+def _is_like(question: Question, sweep: Sweep) -> bool:
+    """Alike in what is known: what is not known of the question does not tell sweeps apart."""
+    known = (question.family, question.kind, question.parameters, question.density)
+    return likeness(question, sweep) >= ALIKE * NEUTRAL ** sum(part is None for part in known)
+
+
+def _expected(rank: int, share: tuple[float, float], sweeps: Sequence[Sweep], margin: float | None) -> RankExpectation:
+    told = [answer for sweep in sweeps if (answer := sweep.tells(rank, margin)) is not None]
+    low, high = wilson(*share)
+    return RankExpectation(rank, sum(told), len(told), round(share[0], 3), round(low, 3), round(high, 3))
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """The 90% interval of a share that rests on this many trials."""
+    middle = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
+    half = Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count)) / (1 + Z * Z / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _first(ranks: Sequence[int], found: dict[int, tuple[float, float]], wanted: float) -> int:
+    return next((rank for rank in ranks if found[rank][0] >= wanted), ranks[-1])
+
+
+def _near_row(sweep: Sweep, margin: float | None, atlas: Atlas) -> dict[str, Any]:
+    return {
+        "source": atlas.sources[sweep.source].address,
+        "base": sweep.base,
+        "task": sweep.task,
+        "rank": None if sweep.rises(margin) else sweep.smallest_enough(margin),
+        "ranks": list(sweep.ranks),
+        "not_tuned": not_tuned(sweep),
+    }
+
+
+def not_tuned(sweep: Sweep) -> str:
+    """What a reader must know before trusting it."""
+    missing = ["one learning rate for all ranks"] * (not sweep.tuned) + ["one seed"] * (sweep.seeds == 1)
+    return ", ".join([*missing, *([sweep.note] if sweep.note else [])])
+
+
+def _description(question: Question) -> str:
+    parts = [question.family, question.kind and f"by {question.kind}"]
+    if question.parameters:
+        parts.append(f"about {amount(question.parameters)} parameters")
+    if question.tokens or question.rows:
+        parts.append(
+            f"about {amount(question.tokens)} tokens" if question.tokens else f"about {amount(question.rows or 0)} rows"
+        )
+    return ", ".join(part for part in parts if part)
+
+
+def amount(value: float) -> str:
+    """1.5B, 300M, 20k."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.0f}"
+
+
+def _notes(question: Question, like: Sequence[Sweep], counted: Sequence[Sweep]) -> list[str]:
+    notes = [] if like else ["no sweep of the atlas is like this one: these are the rates of all"]
+    if not any(sweep.resolves(question.margin) and sweep.noise is not None for sweep in counted):
+        notes.append("no sweep among them has seeds or examples enough to resolve this margin")
+    rising = sum(sweep.rises(question.margin) for sweep in counted)
+    if 2 * rising > len(counted):
+        notes.append(f"in {rising} of {len(counted)} the highest rank tried was the best: what is enough may lie above")
+    return notes
