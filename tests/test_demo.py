@@ -13,7 +13,7 @@ from rightrank.schema.errors import MissingExtraError
 pytestmark = pytest.mark.trains
 
 SHORT = demo.DEMO_SETTINGS.model_copy(
-    update={"ranks": (1, 8), "learning_rates": (5e-3,), "max_steps": 6, "seq_len": 64, "eval_items": 16}
+    update={"ranks": (1, 8), "learning_rates": (5e-3,), "max_steps": 6, "seq_len": 64, "eval_items": 16, "samples": 1}
 )
 
 

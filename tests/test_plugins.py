@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,11 @@ def python(source: Path, *arguments: str, folder: Path | None = None) -> subproc
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=source.parent)
 
 
-def source_without(name: str, folder: Path) -> Path:
-    """A copy of the source without a plug-in's folder."""
+def source_without(names: Sequence[str], folder: Path) -> Path:
+    """A copy of the source without the folders of these plug-ins."""
     shutil.copytree(SOURCE, folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.rmtree(folder / "src" / "rightrank" / "plugins" / name, ignore_errors=True)
+    for name in names:
+        shutil.rmtree(folder / "src" / "rightrank" / "plugins" / name)
     return folder / "src"
 
 
@@ -64,8 +65,15 @@ def test_the_entry_points_are_the_folders() -> None:
 
 @pytest.mark.trains
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_plug_in_can_be_deleted(name: str, model_folder: Path, tmp_path: Path) -> None:
-    source = source_without(name, tmp_path)
+def test_a_plug_in_can_be_deleted(name: str, tmp_path: Path) -> None:
+    """The others load without it; that none imports another is a contract of `.importlinter`."""
+    done = python(source_without([name], tmp_path), "-m", "rightrank", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.trains
+def test_a_selection_needs_no_plug_in(model_folder: Path, tmp_path: Path) -> None:
+    source = source_without(FOLDERS, tmp_path)
     data = write_completions(tmp_path / "data.jsonl", 40)
     done = python(source, "-c", SELECTION, str(model_folder), str(data), str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
@@ -75,7 +83,7 @@ def test_a_plug_in_can_be_deleted(name: str, model_folder: Path, tmp_path: Path)
 
 @pytest.mark.trains
 def test_a_plug_in_that_cannot_be_imported_costs_one_notice_and_its_commands(tmp_path: Path) -> None:
-    source = source_without("nothing", tmp_path)
+    source = source_without([], tmp_path)
     broken = source / "rightrank" / "plugins" / "fleet" / "commands.py"
     broken.write_text("import no_such_package\n", encoding="utf-8")
     done = python(source, "-m", "rightrank", "--help")
