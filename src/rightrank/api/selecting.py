@@ -191,8 +191,8 @@ def select_rank_with(
     from rightrank.runs.own_trainer import open_own_run, own_request
     from rightrank.runs.run import complete
 
-    compared = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds, "margin": margin}
-    request = own_request(train, evaluate, executor, metric, compared, settings)
+    compared = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds}
+    request = own_request(train, evaluate, executor, metric, compared | {"margin": margin}, settings)
     trackers, folder = Trackers(settings.get("report_to", ()), Path(out)), RunFolder(Path(out))
     with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
         views = _views(settings.get("progress", False), opened)

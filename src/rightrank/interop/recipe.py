@@ -13,20 +13,10 @@ from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.decision.adapter import METHODS, Making, making_of
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunStarted
+from rightrank.schema.settings import stored_settings
 from rightrank.schema.trials import TrialFinished
 from rightrank.schema.variants import peft_scaling
 
-SETTINGS: dict[str, Any] = {  # of a run that a recipe has under the same name, with the values of runs that lack them
-    "batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "lr_scheduler_type": "linear",
-    "weight_decay": 0.0,
-    "max_grad_norm": 1.0,
-    "dtype": "float32",
-    "beta": 0.1,
-    "loraplus_lr_ratio": None,
-    "optim": "adamw_torch",
-}
 AROUND = 4  # folders around an adapter: trials, the run, and two around the run
 UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
 
@@ -156,12 +146,13 @@ def recipe_of(
         RunFolderError: the run has no PEFT adapter.
     """
     config = _adapter_config(adapter)
-    settings: Mapping[str, Any] = started.settings
+    # a trainer of one's own states neither
+    settings = stored_settings({"dtype": "float32", "warmup_ratio": 0.0, **started.settings})
     making = making_of(trial, finished)
-    alpha, _ = peft_scaling(settings.get("scaling", "alpha/r"), trial.lora_alpha, making.trained_rank)
+    alpha, _ = peft_scaling(settings.scaling, trial.lora_alpha, making.trained_rank)
     return Recipe(
-        model=_named(settings.get("model"), UNKNOWN_MODEL),
-        data=_named(settings.get("data"), UNKNOWN_DATA),
+        model=_named(started.settings.get("model"), UNKNOWN_MODEL),
+        data=_named(started.settings.get("data"), UNKNOWN_DATA),
         form=started.data.form,
         shape=started.data.shape,
         columns=started.data.renamed,
@@ -169,13 +160,21 @@ def recipe_of(
         module_names=_module_names(adapter),
         learning_rate=making.learning_rate,
         max_steps=making.steps,
-        max_length=settings.get("seq_len", 512),
-        warmup_steps=math.ceil(settings.get("warmup_ratio", 0.0) * making.steps),
+        max_length=settings.seq_len,
+        warmup_steps=math.ceil(settings.warmup_ratio * making.steps),
         seed=trial.seed,
         making=making,
         trained_alpha=config["lora_alpha"] if making.trained_rank == config["r"] else alpha,
-        peft_options=settings.get("peft_options") or {},
-        **{name: settings.get(name, default) for name, default in SETTINGS.items()},
+        peft_options=settings.peft_options,
+        batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        dtype=settings.dtype,
+        beta=settings.beta,
+        loraplus_lr_ratio=settings.loraplus_lr_ratio,
+        optim=settings.optim,
         **_adapter_fields(config),
     )
 

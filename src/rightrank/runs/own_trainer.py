@@ -240,7 +240,6 @@ def _caller(executor: str, workers: int, timeout_seconds: float | None) -> Calla
 def _run_started(request: OwnRequest, journal: Sequence[JournalRecord]) -> RunStarted:
     train, profile = request.train, request.given.get("profile")
     name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
-    kept = ("strategy", "ranks", "learning_rates", "seeds", "lora_alpha", "margin")
     values = {
         "model": None,
         "data": None,
@@ -249,7 +248,7 @@ def _run_started(request: OwnRequest, journal: Sequence[JournalRecord]) -> RunSt
         "steps": request.steps,
         "metric": request.metric,
         "higher_is_better": request.higher_is_better,
-        **request.settings.model_dump(mode="json", include=set(kept)),
+        **request.settings.model_dump(mode="json", include=request.settings.model_fields_set - {"goal"}),
     }
     if profile is not None:
         values["profile"] = profile
