@@ -92,15 +92,15 @@ def option_help(row: Setting) -> str:
     """The first clause of a setting's meaning, without links and marks, and its default."""
     text = re.sub(r"[,;]? ?\[[^\]]*\]\([^)]*\)", "", row.help).replace(" ()", "").replace("`", "")
     text = text.partition("; ")[0]
-    default = shown_default(row.default)
+    default = _shown_default(row.default)
     first = text[0] if row.help.startswith("`") else text[0].upper()
     return f"{first}{text[1:]}{f' (default {default})' if default else ''}."
 
 
-def shown_default(default: Any) -> str:
+def _shown_default(default: Any) -> str:
     """A default for a person; empty where it is nothing, or off."""
     if isinstance(default, tuple):
-        return ",".join(map(shown_default, default))
+        return ",".join(map(_shown_default, default))
     if default is None or default is False:
         return ""
     return f"{default:g}" if isinstance(default, float) else str(default)

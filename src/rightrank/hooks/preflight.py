@@ -50,10 +50,10 @@ def preflight(request: Request, price_per_hour: float | None = None) -> Prefligh
         prepared = prepare(request, Path(folder) / "cache", notes.append)
         strategy = strategy_of(prepared)
         clock = clock_of(prepared)
-        found = preflight_of(prepared, strategy, clock, price_per_hour)
+        found = _preflight_of(prepared, strategy, clock, price_per_hour)
         if clock is not None:
             notes.append(f"time: measured on this device: {clock.basis}, then discarded")
-        notes += [*kind_lines(prepared), *adapter_lines(prepared)]
+        notes += [*_kind_lines(prepared), *_adapter_lines(prepared)]
         return found.model_copy(update={"before": plugins.outlook(prepared.started), "notes": notes})
 
 
@@ -62,7 +62,7 @@ def clock_of(prepared: Prepared) -> Clock | None:
     return None if prepared.planned is None else prepared.planned.clock(prepared)
 
 
-def preflight_of(
+def _preflight_of(
     prepared: Prepared, strategy: Strategy, clock: Clock | None, price_per_hour: float | None = None
 ) -> Preflight:
     """The preflight of a prepared selection; `clock` gives its time."""
@@ -192,7 +192,7 @@ def _margin(prepared: Prepared, base: tuple[Sequence[float], Sequence[int]] | No
 TYPICAL_DEVIATION = 0.02
 
 
-def kind_lines(prepared: Prepared) -> list[str]:
+def _kind_lines(prepared: Prepared) -> list[str]:
     """What the kind of the adapters changes: the forward pass, and the ranks of experts."""
     targets, settings = prepared.runtime.arm_targets, prepared.settings
     lines = [] if targets.why_alone is None else [targets.why_alone]
@@ -211,7 +211,7 @@ def kind_lines(prepared: Prepared) -> list[str]:
     return lines
 
 
-def adapter_lines(prepared: Prepared) -> list[str]:
+def _adapter_lines(prepared: Prepared) -> list[str]:
     """What the first question's answer can rest on; a line each."""
     reason = prepared.runtime.arm_targets.why_not_truncated
     if reason is not None:
@@ -284,18 +284,18 @@ class Outlook(Hook):
         # A trial that has ended gives its time.
         ended = any(trial.rank > 0 for trial in run.records.finished())
         clock = clock_of(prepared) if prepared.steps >= MIN_STEPS and not ended else None
-        lines = [cost_line(run.strategy, prepared.steps)]
+        lines = [_cost_line(run.strategy, prepared.steps)]
         if clock is not None:
             self._cost = cost = clock.cost(run.strategy)
             lines.append(time_line(cost, clock.basis, prepared.settings.budget_hours))
             run.on_event(TimeExpected(expected_seconds=cost.expected.seconds or 0.0))
-        found = preflight_of(prepared, run.strategy, clock)
+        found = _preflight_of(prepared, run.strategy, clock)
         before = plugins.outlook(prepared.started)
         lines = [*before, labels_line(found), *memory_lines(found), *lines, *precision_lines(found)]
-        for line in [*lines, *kind_lines(prepared), *adapter_lines(prepared)]:
+        for line in [*lines, *_kind_lines(prepared), *_adapter_lines(prepared)]:
             run.notice(line)
         if end_metrics(prepared.settings):
-            run.notice(answers_line(prepared.settings, prepared.started))
+            run.notice(_answers_line(prepared.settings, prepared.started))
 
 
 def time_line(cost: SelectionCost, measured: str, budget_hours: float | None) -> str:
@@ -311,7 +311,7 @@ def time_line(cost: SelectionCost, measured: str, budget_hours: float | None) ->
     return f"time: about {duration(expected)}, at most {duration(most)} ({basis})"
 
 
-def answers_line(settings: SelectSettings, started: RunStarted) -> str:
+def _answers_line(settings: SelectSettings, started: RunStarted) -> str:
     """When the metrics besides the loss are measured, and on how many examples."""
     names = [spec.name for spec in settings.metric_specs if not spec.is_measured_along]
     examples = started.data.splits["selection"].items
@@ -321,7 +321,7 @@ def answers_line(settings: SelectSettings, started: RunStarted) -> str:
     )
 
 
-def cost_line(strategy: Strategy, steps: int) -> str:
+def _cost_line(strategy: Strategy, steps: int) -> str:
     cost = strategy.cost()
     if cost.expected == cost.maximum:
         return f"strategy {strategy.name}: {cost.maximum:.3g} trainings of {steps} steps"

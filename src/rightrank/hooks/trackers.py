@@ -79,11 +79,11 @@ class Trackers(Hook):
         group = f"{self._folder.resolve().name}-{started.fingerprint[:6]}"
         if isinstance(event, SelectionPlanned):  # what an interrupted run did not log
             for outcome in event.outcomes:
-                self._log(tracked_trial(started, outcome, group))
+                self._log(_tracked_trial(started, outcome, group))
         elif isinstance(event, OUTCOMES):
-            self._log(tracked_trial(started, event, group))
+            self._log(_tracked_trial(started, event, group))
         elif isinstance(event, DecisionRecorded):
-            self._log(tracked_decision(started, event.decision, group))
+            self._log(_tracked_decision(started, event.decision, group))
 
     def _log(self, run: TrackedRun) -> None:
         assert self._run is not None
@@ -234,7 +234,7 @@ class TrackedRun:
         return {name: value for name, value in self.summary.items() if isinstance(value, str | None)}
 
 
-def tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> TrackedRun:
+def _tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> TrackedRun:
     """The trial as a run.
 
     A training that was stopped early, truncated or run with another alpha is no point of the curve. Its rank is logged
@@ -274,7 +274,7 @@ def tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> Tra
     )
 
 
-def tracked_decision(started: RunStarted, decision: Decision, group: str) -> TrackedRun:
+def _tracked_decision(started: RunStarted, decision: Decision, group: str) -> TrackedRun:
     """The decision as the last run of the group."""
     summary: dict[str, Plain] = {
         f"decision/{name}": plain(value)

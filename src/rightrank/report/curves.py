@@ -16,7 +16,7 @@ def trained(decision: Decision) -> list[RankEvidence]:
     return sorted((evidence for evidence in decision.ranks if evidence.rank > 0), key=lambda evidence: evidence.rank)
 
 
-def best_trials(records: Records, decision: Decision | None) -> dict[int, list[TrialFinished]]:
+def _best_trials(records: Records, decision: Decision | None) -> dict[int, list[TrialFinished]]:
     """The trials of each rank at its best learning rate: those that the decision names, if there is one."""
     finished = records.finished()
     by_id = {trial.trial_id: trial for trial in finished}
@@ -47,7 +47,7 @@ MAX_TRAININGS = 12
 
 def learning_figure(records: Records, decision: Decision | None) -> Figure | None:
     """Held-out values and the training loss by step: each rank at its best learning rate, means over seeds."""
-    best = best_trials(records, decision)
+    best = _best_trials(records, decision)
     finished = {trial.trial_id: trial for trial in records.finished()}
     metric = records.started.points_metric or records.started.metric
     base = next((trial.metrics.get(metric) for trial in finished.values() if trial.rank == 0), None)

@@ -144,16 +144,16 @@ def figures_of(records: Records, decision: Decision | None) -> list[AnyFigure]:
     """Every figure that the records support, the rank curve first."""
     figures: list[AnyFigure | None] = []
     if decision is not None:
-        figures += [rank_figure(decision), staircase_figure(decision), difference_figure(decision)]
+        figures += [rank_figure(decision), _staircase_figure(decision), _difference_figure(decision)]
     figures += [
         learning_figure(records, decision),
         training_loss_figure(records),
-        collapse_figure(records),
+        _collapse_figure(records),
         adapter_figure(records),
         guard_figure(records),
         learning_rate_map(records),
         memory_figure(records),
-        time_figure(records),
+        _time_figure(records),
     ]
     return [figure for figure in figures if figure is not None]
 
@@ -175,7 +175,7 @@ def margin_range(decision: Decision) -> tuple[float, float]:
     return min([decision.margin / 5, *(m / 2 for m in needed)]), max([decision.margin * 5, *(m * 2 for m in needed)])
 
 
-def staircase_figure(decision: Decision) -> Figure:
+def _staircase_figure(decision: Decision) -> Figure:
     """Margin → rank as a staircase."""
     steps = margin_steps(decision)
     low, high = margin_range(decision)
@@ -199,7 +199,7 @@ def staircase_figure(decision: Decision) -> Figure:
     )
 
 
-def difference_figure(decision: Decision) -> Figure | None:
+def _difference_figure(decision: Decision) -> Figure | None:
     """The paired difference of each rank from the reference, with the bounds that are tested."""
     rows = [e for e in trained(decision) if e.difference is not None]
     if len(rows) < 2:
@@ -281,7 +281,7 @@ def memory_figure(records: Records) -> Figure | None:
     )
 
 
-def time_figure(records: Records) -> Figure | None:
+def _time_figure(records: Records) -> Figure | None:
     """Mean seconds of training and of evaluation by rank."""
     direct = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
     groups = by_rank(direct)
@@ -317,7 +317,7 @@ def _listed(values: Mapping[int, float], unit: str) -> str:
     return ", ".join(f"rank {rank} {amount(value)} {unit}" for rank, value in values.items())
 
 
-def collapse_figure(records: Records) -> Figure | None:
+def _collapse_figure(records: Records) -> Figure | None:
     """Held-out values by step of the collapsed trainings; None if there are none with values."""
     collapsed = [one for one in records.outcomes if isinstance(one, TrialCollapsed) and one.points]
     if not collapsed:

@@ -110,27 +110,27 @@ def print_record(console: Console, record: ProbeRecord, statistic: Statistic, ev
     """Print any record of the probe."""
     console.width = max(console.width, TABLE_WIDTH)
     if isinstance(record, Inspection):
-        print_inspection(console, record, statistic, every)
+        _print_inspection(console, record, statistic, every)
     elif isinstance(record, Resized):
-        print_resized(console, record)
+        _print_resized(console, record)
     elif isinstance(record, ResizedTogether):
         print_together(console, record)
     else:
-        print_allocation(console, record)
+        _print_allocation(console, record)
 
 
-def print_inspection(console: Console, inspection: Inspection, statistic: Statistic, every: bool) -> None:
+def _print_inspection(console: Console, inspection: Inspection, statistic: Statistic, every: bool) -> None:
     """Print the heat map, the table of modules and the summary."""
     summary, modules = inspection.summary, inspection.modules
     if len(modules) > 1:
         console.print(terminal_map(spectrum_map(modules, statistic)), soft_wrap=True)
     shown = modules if every or len(modules) <= MAX_ROWS else extremes(modules)
-    console.print(module_table(shown))
+    console.print(_module_table(shown))
     if len(shown) < len(modules):
         console.print(
             f"{len(shown)} of {len(modules)} modules, the most and the least concentrated; --all shows all of them"
         )
-    for name, value in summary_lines(inspection):
+    for name, value in _summary_lines(inspection):
         _print(console, f"{name + ':':<22}{value}")
     _print(console, f"\n{summary.sentence}")
 
@@ -143,7 +143,7 @@ def extremes(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
     return [module for module in modules if module.name in chosen]
 
 
-def module_table(modules: Sequence[ModuleSpectrum]) -> Table:
+def _module_table(modules: Sequence[ModuleSpectrum]) -> Table:
     """One row per module."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("module", "shape", "rank", "90%", "95%", "99%", "eff.", "stable", "noise", "‖ΔW‖₂", "/‖W‖₂"):
@@ -175,7 +175,7 @@ def common_prefix(names: Sequence[str]) -> str:
     return "".join(f"{part}." for part in parts[0][:shared]) if names else ""
 
 
-def summary_lines(inspection: Inspection) -> list[tuple[str, str]]:
+def _summary_lines(inspection: Inspection) -> list[tuple[str, str]]:
     """`(name, value)` pairs of the summary, without empty values."""
     summary = inspection.summary
     ranks = ", ".join(str(rank) for rank in summary.ranks[:8]) + (", …" if len(summary.ranks) > 8 else "")
@@ -197,7 +197,7 @@ def summary_lines(inspection: Inspection) -> list[tuple[str, str]]:
     return [(name, value) for name, value in lines if value]
 
 
-def print_resized(console: Console, resized: Resized) -> None:
+def _print_resized(console: Console, resized: Resized) -> None:
     """Print what was written and the error of the truncation."""
     rank = f"rank {resized.rank}" if resized.rank is not None else "ranks by module"
     _print(console, f"{resized.out}: {rank} (by {resized.chosen_by})")
@@ -236,10 +236,10 @@ def print_together(console: Console, together: ResizedTogether) -> None:
     _print(console, f"{len(together.adapters)} adapters at the common rank {together.rank}")
     for resized in together.adapters:
         console.print()
-        print_resized(console, resized)
+        _print_resized(console, resized)
 
 
-def print_allocation(console: Console, allocation: Allocation) -> None:
+def _print_allocation(console: Console, allocation: Allocation) -> None:
     """Print the answer and the comparisons behind it."""
     _print(console, allocation.sentence)
     table = Table(box=None, header_style="bold", pad_edge=False)

@@ -74,12 +74,12 @@ def sweep_map(rows: Sequence[SweepRow], metric: str, higher_is_better: bool) -> 
 
 def preflight_text(found: Preflight) -> str:
     """Everything, for a person."""
-    lines = [*found.before, *data_lines(found), *memory_lines(found), *cost_lines(found), *precision_lines(found)]
+    lines = [*found.before, *_data_lines(found), *memory_lines(found), *cost_lines(found), *precision_lines(found)]
     lines += found.notes
     return "\n".join([*lines, "nothing was written: this was a dry run"])
 
 
-def data_lines(found: Preflight) -> list[str]:
+def _data_lines(found: Preflight) -> list[str]:
     """Splits and what was left out; what a selection prints of them beside its plan is `labels_line`."""
     splits = ", ".join(f"{split.items:,} {name}" for name, split in found.splits.items())
     given = "given splits" if found.splits_given else "split by content"

@@ -281,7 +281,7 @@ class CustomExecutor:
         if arm.truncate_from is not None and self._evaluate is not None:
             call = self._evaluate
             try:
-                write_truncated(self._folder_of(arm.truncate_from), folder, arm.rank)
+                _write_truncated(self._folder_of(arm.truncate_from), folder, arm.rank)
             except InputError as error:
                 return TrialFailed(**trial.fields, error="error", reason=str(error))
         folder.mkdir(parents=True, exist_ok=True)
@@ -305,7 +305,7 @@ class CustomExecutor:
         ).reporting_to(receive)
         begun = time.perf_counter()
         try:
-            result = parse_result(call(task), self._measure.metric, self._examples)
+            result = _parse_result(call(task), self._measure.metric, self._examples)
             result = result.model_copy(update={"points": merged(looks, result.points)})
             self._require_same_looks(result.points)
         except TrainerDivergedError as error:
@@ -324,7 +324,7 @@ class CustomExecutor:
 
     def _judged(self, trial: Trial, result: TrialResult, seconds: float) -> TrialOutcome:
         """The outcome of a trial whose function returned."""
-        bad = next((name for name, value in numbers_of(result) if not math.isfinite(value)), None)
+        bad = next((name for name, value in _numbers_of(result) if not math.isfinite(value)), None)
         if bad is not None:
             return TrialDiverged(
                 **trial.fields,
@@ -369,7 +369,7 @@ class CustomExecutor:
         self._look_examples = next(iter(known), None)
 
 
-def write_truncated(parent: Path, folder: Path, rank: int) -> None:
+def _write_truncated(parent: Path, folder: Path, rank: int) -> None:
     """Write the PEFT adapter in `parent`, truncated to `rank` by singular values, to `folder`, which is replaced.
 
     Raises:
@@ -390,7 +390,7 @@ def merged(reported: Sequence[EvalPoint], returned: Sequence[EvalPoint]) -> list
     return [by_step[step] for step in sorted(by_step)]
 
 
-def parse_result(returned: object, metric: str, examples: int | None) -> TrialResult:
+def _parse_result(returned: object, metric: str, examples: int | None) -> TrialResult:
     """Check what a trainer returned and convert it to a `TrialResult`.
 
     Raises:
@@ -432,7 +432,7 @@ def outcome_of(trial: Trial, result: TrialResult, metric: str, seconds: float) -
     return TrialFinished(**trial.fields, **returned, value=result.metrics[metric], item_losses=[], item_tokens=[])
 
 
-def numbers_of(result: TrialResult) -> Iterator[tuple[str, float]]:
+def _numbers_of(result: TrialResult) -> Iterator[tuple[str, float]]:
     yield from result.metrics.items()
     yield from (("an example's score", score) for score in result.item_scores or [])
     if result.train_value is not None:

@@ -62,7 +62,7 @@ def open_run(request: Request, folder: RunFolder, hooks: Hooks, bases: Bases | N
         prepared.settings,
         prepared.steps,
         strategy_of(prepared),
-        lambda run: executor_of(resumed, prepared, run),
+        lambda run: _executor_of(resumed, prepared, run),
         journal,
         notes,
         prepared,
@@ -162,7 +162,7 @@ def _with_plan(run: Run, outcome: TrialOutcome) -> TrialOutcome:
 
 
 @contextmanager
-def executor_of(request: Request, prepared: Prepared, run: Run) -> Iterator[Executor]:
+def _executor_of(request: Request, prepared: Prepared, run: Run) -> Iterator[Executor]:
     """The executor that the settings name; workers run as long as the block.
 
     Raises:

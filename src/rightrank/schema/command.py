@@ -17,10 +17,10 @@ def reproduce_command(settings: Mapping[str, Any]) -> str | None:
     model, data = settings.get("model"), settings.get("data")
     if not isinstance(model, str) or not isinstance(data, str) or "in memory" in (model + data):
         return None
-    return shlex.join(["rightrank", "select", model, data, "--out", "run", *command_arguments(settings)])
+    return shlex.join(["rightrank", "select", model, data, "--out", "run", *_command_arguments(settings)])
 
 
-def command_arguments(settings: Mapping[str, Any]) -> list[str]:
+def _command_arguments(settings: Mapping[str, Any]) -> list[str]:
     """The arguments that give these settings, of those whose values differ from the default."""
     arguments: list[str] = []
     for name, row in SelectSettings.model_fields.items():

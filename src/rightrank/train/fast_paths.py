@@ -50,9 +50,9 @@ class FastPaths:
             stack.enter_context(self.attention())
             if self.prefix is not None:
                 stack.enter_context(self.prefix.serving(model, split, rows))
-            stack.enter_context(attention_of(rows))
+            stack.enter_context(_attention_of(rows))
             if self.last_block is not None:
-                stack.enter_context(label_rows_only(self.last_block, rows, routing))
+                stack.enter_context(_label_rows_only(self.last_block, rows, routing))
             yield rows
 
     def layout(self, batch: Batch) -> Batch:
@@ -63,13 +63,13 @@ class FastPaths:
         return float32_attention() if self.float32_attention else nullcontext()
 
 
-def attention_of(rows: Batch) -> AbstractContextManager[None]:
+def _attention_of(rows: Batch) -> AbstractContextManager[None]:
     """Attention within the examples of a packed row; the model's own for a padded batch."""
     return nullcontext() if rows.lengths is None else packed_attention(rows.lengths, rows.input_ids.device)
 
 
 @contextmanager
-def label_rows_only(block: Any, batch: Batch, routing: Routing | None) -> Iterator[None]:
+def _label_rows_only(block: Any, batch: Batch, routing: Routing | None) -> Iterator[None]:
     """Within the block, the position-wise layers of `block`, the model's last, run at label positions only."""
     keep = torch.zeros_like(batch.labels, dtype=torch.bool)  # [b, n], True where the next token is a label
     keep[:, :-1] = batch.labels[:, 1:] != IGNORED
@@ -143,7 +143,7 @@ def find_last_block(model: Any, objective: Objective, rows: Batch) -> Any:
     if found is None or objective is not head_loss:
         return None
     last, plain = found[1][-1], _losses(model, head_loss, rows)
-    same = _agrees(model, plain, lambda: _losses(model, head_loss, rows, label_rows_only(last, rows, None)))
+    same = _agrees(model, plain, lambda: _losses(model, head_loss, rows, _label_rows_only(last, rows, None)))
     return last if same else None
 
 
@@ -159,7 +159,7 @@ def prefix_agrees(model: Any, objective: Objective, prefix: FrozenPrefix, probe:
 def _losses(model: Any, objective: Objective, rows: Batch, *shortcut: AbstractContextManager[None]) -> torch.Tensor:
     """[b]: of the examples of a padded or packed batch, inside a shortcut."""
     with ExitStack() as stack:
-        for context in (*shortcut, attention_of(rows)):
+        for context in (*shortcut, _attention_of(rows)):
             stack.enter_context(context)
         return objective(model, rows, 1.0).example_losses
 

@@ -103,7 +103,7 @@ def classification_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
     return BatchLoss((losses * scale).sum(), losses.detach().cpu().double(), ones, {"accuracy": correct})
 
 
-def head_labels(model: Any, batch: Batch, scale: Scale) -> LabelLosses:
+def _head_labels(model: Any, batch: Batch, scale: Scale) -> LabelLosses:
     """Shifted cross-entropy, with the head applied at label positions only."""
     # Padding is on the right and attention is causal, so no label position attends to padding. Without the mask,
     # attention takes its causal fast path.
@@ -124,7 +124,7 @@ def logits_labels(model: Any, batch: Batch, scale: Scale) -> LabelLosses:
     return LabelLosses(losses * _by_label(scale, sequences), losses.detach(), sequences)
 
 
-head_loss = Likelihood(head_labels)
+head_loss = Likelihood(_head_labels)
 logits_loss = Likelihood(logits_labels)
 
 

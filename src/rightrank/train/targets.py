@@ -203,7 +203,7 @@ def require_targets(model: Any, settings: SelectSettings | PlanSettings) -> None
         if not any(_matches(target, name) for name in names):
             raise ModelError(f"no module is named {target!r}; {_names_there_are(model)}")
     for target in targets:
-        if target in names and "." in target and not is_in_layers(target, settings):
+        if target in names and "." in target and not _is_in_layers(target, settings):
             raise ModelError(
                 f"target_modules: {target!r} is in none of layers_to_transform; leave it out, or add its layer"
             )
@@ -252,11 +252,11 @@ def named_targets(
         inject_adapter_in_model(config, skeleton)
     found = sorted(config.target_modules or ())
     # PEFT looks at the layer of a module whose name ends with a target, and not where it is the target.
-    names = tuple(name for name in found if name not in whole or is_in_layers(name, settings))
+    names = tuple(name for name in found if name not in whole or _is_in_layers(name, settings))
     return names, tuple(sorted(config.target_parameters or ()))
 
 
-def is_in_layers(name: str, settings: SelectSettings | PlanSettings) -> bool:
+def _is_in_layers(name: str, settings: SelectSettings | PlanSettings) -> bool:
     """Whether PEFT's layer test accepts a module of this name; without `layers_to_transform` it accepts any."""
     layers = settings.layers_to_transform
     if layers is None:

@@ -116,13 +116,13 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
     by_rank(adapter, options.rank)  # refuses a rank above a module's limit
     _require_matrices(adapter)
     groups = groups_of(options.groups, adapter) if options.groups else {}
-    given = None if options.pattern is None else read_pattern(options.pattern, adapter, groups)
+    given = None if options.pattern is None else _read_pattern(options.pattern, adapter, groups)
     budget = options.rank * sum(module.rows + module.columns for module in adapter.modules)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         runtime = adapter_runtime(
             adapter, options.base, DataUse(data, options.settings, Path(name) / "cache", options.steps)
         )
-        ranks = given or make_pattern(adapter, runtime, budget, options)
+        ranks = given or _make_pattern(adapter, runtime, budget, options)
         ranks = one_rank_a_group(ranks, groups, adapter) if groups else ranks
         patterns = {
             "uniform": dict.fromkeys(ranks, options.rank),
@@ -137,7 +137,7 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
     return _answer(ranks, trained, options, groups)
 
 
-def make_pattern(adapter: AdapterFolder, runtime: Runtime, budget: int, options: AllocateOptions) -> dict[str, int]:
+def _make_pattern(adapter: AdapterFolder, runtime: Runtime, budget: int, options: AllocateOptions) -> dict[str, int]:
     """Ranks by the measure of the options, within a budget of parameters."""
     if options.by == "spectra":
         return importance.by_spectra(adapter, budget)
@@ -148,7 +148,7 @@ def make_pattern(adapter: AdapterFolder, runtime: Runtime, budget: int, options:
     return importance.by_sensitivity(adapter, runtime, budget)
 
 
-def read_pattern(path: Path, adapter: AdapterFolder, groups: Mapping[str, str] | None = None) -> dict[str, int]:
+def _read_pattern(path: Path, adapter: AdapterFolder, groups: Mapping[str, str] | None = None) -> dict[str, int]:
     """Ranks by exact module name, or by group, one for every module of the adapter.
 
     Raises:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rightrank.schema.decision import AdapterCandidate
 
 
-def fleet_text(found: Fleet) -> str:
+def _fleet_text(found: Fleet) -> str:
     """Everything, for a person."""
     from rightrank.report.format import table_lines, visible
 
@@ -120,7 +120,7 @@ def fleet(
         ignore_base_name=ignore_base_name,
         notice=lambda line: click.echo(line, err=True),
     )
-    click.echo(found.model_dump_json() if as_json else fleet_text(found))
+    click.echo(found.model_dump_json() if as_json else _fleet_text(found))
 
 
 def _weights(given: list[str] | None, count: int) -> list[float]:

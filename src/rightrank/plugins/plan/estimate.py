@@ -38,7 +38,9 @@ from rightrank.train.prefix import find_blocks, prefix_depth
 RESERVED_FACTOR = 1.06  # reserved over allocated bytes, as the allocator model gives in traced cases
 
 
-def formula_peak(model: Any, residents: Sequence[Resident], optimizer: OptimizerMemory, settings: PlanSettings) -> Peak:
+def _formula_peak(
+    model: Any, residents: Sequence[Resident], optimizer: OptimizerMemory, settings: PlanSettings
+) -> Peak:
     """The peak of a step of `settings` by formula, bytes."""
     tokens = settings.batch_size * settings.adapters_per_pass * settings.seq_len
     width = DTYPES[settings.autocast or settings.dtype].itemsize
@@ -187,7 +189,7 @@ class Estimator:
             except UNTRACEABLE as error:
                 self.untraceable = f"{type(error).__name__}: {first_line(error)}"
         residents, optimizer = self._residents(rank)
-        peak = formula_peak(self.skeleton.base, residents, optimizer, self.settings)
+        peak = _formula_peak(self.skeleton.base, residents, optimizer, self.settings)
         tokens = self.settings.batch_size * self.settings.adapters_per_pass * self.settings.seq_len
         return RankEstimate(rank, parts, peak, None, 4 * parts.parameters * tokens, "formula")
 

@@ -111,7 +111,7 @@ def _information(loaded: LoadedModel, encoded: EncodedData) -> tuple[int, float]
     """`(labels, nats of each)` of the training data: label tokens, or preference pairs of one bit."""
     if encoded.is_preference:
         return len(encoded.splits["train"]), math.log(2)
-    return encoded.summary.splits["train"].label_tokens, first_pass_loss(loaded, encoded.splits["selection"])
+    return encoded.summary.splits["train"].label_tokens, _first_pass_loss(loaded, encoded.splits["selection"])
 
 
 def plan_selection(
@@ -185,7 +185,7 @@ def _plan_settings(
 
 
 @torch.no_grad()
-def first_pass_loss(loaded: LoadedModel, examples: Sequence[EncodedExample]) -> float:
+def _first_pass_loss(loaded: LoadedModel, examples: Sequence[EncodedExample]) -> float:
     """The base's loss on a few examples, nats a label token; one at a time, since all logits of a row are computed."""
     losses = [
         logits_loss(loaded.model, collate(examples, [index], loaded.tokenizer.pad_token_id, loaded.device), 1.0)

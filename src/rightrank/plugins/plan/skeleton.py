@@ -173,7 +173,7 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
     how: dict[str, Any] = {"autocast_adapter_dtype": settings.autocast_adapter_dtype, "low_cpu_mem_usage": True}
     try:
         with _peft_quiet(), torch.device("meta"):
-            experts = experts_of(model, settings)
+            experts = _experts_of(model, settings)
             config = lora_config(model, settings, rank)
             config.init_lora_weights = False  # meta tensors have no values to initialise
             adapted = get_peft_model(model, config, **how)
@@ -203,7 +203,7 @@ def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
             )
 
 
-def experts_of(model: Any, settings: PlanSettings) -> dict[str, int]:
+def _experts_of(model: Any, settings: PlanSettings) -> dict[str, int]:
     """The numbers of experts that divide a rank, by key of PEFT's patterns; none without `divide_rank_by_experts`."""
     if not settings.divide_rank_by_experts:
         return {}
@@ -223,7 +223,7 @@ def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
         r=rank,
         target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else (list(targets) or None),
         target_parameters=parameters or None,
-        rank_pattern=expert_patterns(experts_of(model, settings), rank, 1.0, "alpha/r")[0] | settings.rank_pattern,
+        rank_pattern=expert_patterns(_experts_of(model, settings), rank, 1.0, "alpha/r")[0] | settings.rank_pattern,
         use_rslora=settings.use_rslora,
         **common_fields(settings, settings.num_labels is not None),
     )

@@ -76,8 +76,8 @@ def trace_step(skeleton: Skeleton, settings: PlanSettings, groups: Groups | None
     kernels = DeviceKernels(device, settings.padding, autocast)
     batch = settings.batch_size if training else settings.eval_batch_size or settings.batch_size
     with ExitStack() as stack:
-        stack.enter_context(multi_lora_forward(skeleton, settings, batch))
-        stack.enter_context(training_mode(model, settings, training))
+        stack.enter_context(_multi_lora_forward(skeleton, settings, batch))
+        stack.enter_context(_training_mode(model, settings, training))
         stack.enter_context(tracer.named_modules(model))
         stack.enter_context(_segments(tracer, groups))
         stack.enter_context(nullcontext() if training else torch.no_grad())
@@ -124,7 +124,7 @@ def _loss(skeleton: Skeleton, settings: PlanSettings, rows: int) -> tuple[torch.
 
 
 @contextmanager
-def multi_lora_forward(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iterator[None]:
+def _multi_lora_forward(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iterator[None]:
     """Within the block, adapted layers run PEFT's forward pass or the multi-LoRA one, with `rows` rows for each arm."""
     by_peft = not settings.is_packed or any(target.kind.why_alone for target in skeleton.targets)
     mark_adapted(skeleton.model, by_peft=by_peft)
@@ -149,7 +149,7 @@ def multi_lora_forward(skeleton: Skeleton, settings: PlanSettings, rows: int) ->
 
 
 @contextmanager
-def training_mode(model: Any, settings: PlanSettings, training: bool) -> Iterator[None]:
+def _training_mode(model: Any, settings: PlanSettings, training: bool) -> Iterator[None]:
     """Within the block, training or evaluation mode, with gradient checkpointing where the settings have it."""
     as_trainer = settings.loss == "full" and not settings.is_packed  # `select` trains in evaluation mode
     model.train(training and as_trainer)

@@ -310,7 +310,7 @@ def _described(
         component = _component(origin, number - 1 in trace.gradients, number in kept)
         components[component] = components.get(component, 0) + size
         if component == "activations":
-            kind = kind_of_module(origin.module)
+            kind = _kind_of_module(origin.module)
             activations[kind] = activations.get(kind, 0) + size
     at = _place(trace, where)
     if where == len(trace.events):
@@ -355,7 +355,7 @@ def _component(origin: Origin, is_gradient: bool, kept: bool) -> str:
     return "temporary"
 
 
-def kind_of_module(name: str) -> str:
+def _kind_of_module(name: str) -> str:
     """The same name for every block: `layers.mlp.up_proj` for `model.layers.3.mlp.up_proj`."""
     parts = [part for part in name.split(".") if not part.isdigit() and part not in ("base_model", "model", "default")]
     return ".".join(parts) or "model"
@@ -365,6 +365,6 @@ def _place(trace: StepTrace, where: int) -> str:
     if where == len(trace.events):
         return "optimizer step"
     origin = trace.origins[trace.events[where] - 1]
-    module = kind_of_module(origin.module) if origin.module else ""
+    module = _kind_of_module(origin.module) if origin.module else ""
     within = f", {module}" if module else ", loss" if origin.has_vocabulary else ""
     return f"{origin.phase} pass{within} ({origin.op.split('.')[0]})"
