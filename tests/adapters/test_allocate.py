@@ -15,14 +15,17 @@ from rightrank.adapters.held_out import measure
 from rightrank.adapters.rewrite import RankChoice, write_resized
 from rightrank.cli import main
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
-from rightrank.plugins.allocate import importance
 from rightrank.plugins.allocate.proposal import (
     _TrainedPattern,
+    by_sensitivity,
+    by_spectra,
     compare,
+    greedy_ranks,
     groups_of,
     one_rank_a_group,
     ranks_by_group,
     shuffled,
+    truncation_sensitivity,
 )
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Listener
@@ -57,16 +60,11 @@ def cost(adapter: AdapterFolder, ranks: dict[str, int]) -> int:
     return sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules)
 
 
-@pytest.mark.parametrize("by", ["spectra", "sensitivity", "gradient", "eva"])
+@pytest.mark.parametrize("by", ["spectra", "sensitivity"])
 def test_every_measure_keeps_the_budget(trained: AdapterFolder, runtime: Any, by: str) -> None:
     budget = cost(trained, {module.name: 4 for module in trained.modules})
     before = runtime.evaluate("selection").losses
-    if by == "spectra":
-        ranks = importance.by_spectra(trained, budget)
-    elif by == "eva":
-        ranks = importance.by_eva(trained, runtime, budget, 4)
-    else:
-        ranks = getattr(importance, f"by_{by}")(trained, runtime, budget)
+    ranks = by_spectra(trained, budget) if by == "spectra" else by_sensitivity(trained, runtime, budget)
     assert ranks.keys() == {module.name for module in trained.modules}
     assert min(ranks.values()) >= 1
     assert cost(trained, ranks) <= budget
@@ -76,7 +74,7 @@ def test_every_measure_keeps_the_budget(trained: AdapterFolder, runtime: Any, by
 
 
 def test_sensitivity_is_the_loss_of_the_truncated_adapter(trained: AdapterFolder, runtime: Any, tmp_path: Path) -> None:
-    curves = importance.truncation_sensitivity(trained, runtime, "selection")
+    curves = truncation_sensitivity(trained, runtime, "selection")
     name = trained.modules[3].name
     ranks = {module.name: module.rank for module in trained.modules} | {name: 2}
     write_resized(trained, tmp_path / "one", RankChoice(ranks, "test"))
@@ -102,9 +100,9 @@ def test_gradients_are_those_of_the_loss(trained: AdapterFolder, runtime: Any) -
 
 def test_greedy_ranks_jump_a_level_that_saves_nothing() -> None:
     curves = {"a": {1: 1.0, 2: 1.0, 4: 0.1}, "b": {1: 1.0, 2: 0.9, 4: 0.85}}
-    assert importance.greedy_ranks(curves, {"a": 10, "b": 10}, 60) == {"a": 4, "b": 2}
-    assert importance.greedy_ranks(curves, {"a": 10, "b": 10}, 20) == {"a": 1, "b": 1}
-    assert importance.greedy_ranks(curves, {"a": 100, "b": 10}, 150) == {"a": 1, "b": 4}
+    assert greedy_ranks(curves, {"a": 10, "b": 10}, 60) == {"a": 4, "b": 2}
+    assert greedy_ranks(curves, {"a": 10, "b": 10}, 20) == {"a": 1, "b": 1}
+    assert greedy_ranks(curves, {"a": 100, "b": 10}, 150) == {"a": 1, "b": 4}
 
 
 def test_a_shuffle_keeps_the_ranks_and_nearly_the_parameters(trained: AdapterFolder) -> None:
@@ -206,7 +204,7 @@ def test_groups_share_one_rank_within_the_budget(trained: AdapterFolder, runtime
     groups = groups_of(["attention=q_proj+k_proj+v_proj+o_proj", "mlp=mlp"], trained)
     assert set(groups.values()) == {"attention", "mlp"}
     budget = cost(trained, {module.name: 4 for module in trained.modules})
-    ranks = one_rank_a_group(importance.by_spectra(trained, budget), groups, trained)
+    ranks = one_rank_a_group(by_spectra(trained, budget), groups, trained)
     found = ranks_by_group(ranks, groups)
     assert all(ranks[name] == found[group] for name, group in groups.items())
     assert cost(trained, ranks) <= budget

@@ -53,7 +53,7 @@ def allocate(
         rank: the rank of the uniform adapter that sets the number of parameters.
         learning_rate: the learning rate of every training.
         max_steps: the optimizer steps of every training.
-        by: the measure of a module's importance: sensitivity, spectra, gradient or eva.
+        by: the measure of a module's importance: sensitivity or spectra.
         pattern: a JSON file of {module: rank}, or {group: rank}, to test instead of one made by a measure.
         groups: such as `attention=q_proj+v_proj`: one rank for all modules with one of these parts in their names.
         seeds: one training of each pattern for each seed.

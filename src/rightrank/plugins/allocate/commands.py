@@ -19,7 +19,7 @@ from rightrank.cli.options import comma, gather, whole_numbers
 @click.option("--rank", type=int, required=True, help="Rank of the uniform adapter that sets the number of parameters.")
 @click.option("--learning-rate", type=float, required=True, help="Learning rate of every training.")
 @click.option("--max-steps", type=int, required=True, help="Optimizer steps of every training.")
-@click.option("--by", default="sensitivity", show_default=True, help="Measure: sensitivity, spectra, gradient or eva.")
+@click.option("--by", default="sensitivity", show_default=True, help="Measure: sensitivity or spectra.")
 @click.option("--pattern", type=click.Path(path_type=Path), help="Test this JSON file of {module: rank} instead.")
 @click.option("--groups", callback=comma, help="One rank for each group, such as attention=q_proj+v_proj,mlp=up_proj.")
 @click.option("--seeds", callback=comma, help="Seeds (default 0,1).")

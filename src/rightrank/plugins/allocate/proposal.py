@@ -4,17 +4,24 @@ A pattern and the uniform adapter are trained from the start, the pattern with n
 the 95% interval of the paired difference is below zero against the uniform adapter, and also against the same ranks
 shuffled over the modules: otherwise the distribution of the ranks, not their place, made the difference. The pattern is
 made on the training and validation splits; all comparisons use the test split.
+
+Ranks by module within a budget of parameters, by two measures of what a further rank of a module gains.
+
+Every measure gives every module a rank of at least 1.
 """
 
 from __future__ import annotations
 
+import heapq
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from rightrank.adapters.resize import by_rank
 from rightrank.data.files import UnreadableError, read_json_object
@@ -22,13 +29,14 @@ from rightrank.decision.comparison import bounds_of
 from rightrank.decision.intervals import estimate
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.ranks import exact_pattern
-from rightrank.plugins.allocate import importance
+from rightrank.models.spectra import factored_singular_values
+from rightrank.models.truncation import ranks_within, resized_factors
 from rightrank.schema.errors import SettingsError, did_you_mean
 from rightrank.schema.results import Allocation, AllocationTrial, AllocationVerdict
 from rightrank.schema.settings import SelectSettings, make_settings
-from rightrank.schema.trials import Arm
-from rightrank.train.adapter import attached
-from rightrank.train.adapter_runtime import DataUse, adapter_runtime, train_attached
+from rightrank.schema.trials import Arm, SplitName
+from rightrank.train.adapter import ADAPTER, attached, lora_modules
+from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime, train_attached
 from rightrank.train.evaluation import Scores
 from rightrank.train.runtime import Runtime
 from rightrank.train.targets import lora_config
@@ -75,7 +83,7 @@ def ranks_by_group(ranks: Mapping[str, int], groups: Mapping[str, str]) -> dict[
     return {group: ranks[name] for name, group in groups.items()}
 
 
-MEASURES = ("sensitivity", "spectra", "gradient", "eva")
+MEASURES = ("sensitivity", "spectra")
 CONFIDENCE = 0.975  # of each bound: a two-sided 95% interval
 SHUFFLES = 400  # permutations, of which the nearest in parameters is taken
 
@@ -139,13 +147,7 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
 
 def _make_pattern(adapter: AdapterFolder, runtime: Runtime, budget: int, options: AllocateOptions) -> dict[str, int]:
     """Ranks by the measure of the options, within a budget of parameters."""
-    if options.by == "spectra":
-        return importance.by_spectra(adapter, budget)
-    if options.by == "gradient":
-        return importance.by_gradient(adapter, runtime, budget)
-    if options.by == "eva":
-        return importance.by_eva(adapter, runtime, budget, options.rank)
-    return importance.by_sensitivity(adapter, runtime, budget)
+    return by_spectra(adapter, budget) if options.by == "spectra" else by_sensitivity(adapter, runtime, budget)
 
 
 def _read_pattern(path: Path, adapter: AdapterFolder, groups: Mapping[str, str] | None = None) -> dict[str, int]:
@@ -285,3 +287,93 @@ def compare(
     return AllocationVerdict(
         against=against, difference=found.mean, low=found.low, high=found.high, better=found.high < 0
     )
+
+
+def by_spectra(adapter: AdapterFolder, budget: int) -> dict[str, int]:
+    """Water-filling by the energy of the trained update: largest σ² of s·B·A per parameter first."""
+    spectra = [factored_singular_values(*adapter.factors(module)) * abs(module.scaling) for module in adapter.modules]
+    return _named(adapter, ranks_within([s**2 for s in spectra], _costs(adapter), budget))
+
+
+def by_sensitivity(adapter: AdapterFolder, runtime: Runtime, budget: int) -> dict[str, int]:
+    """Greedy by held-out loss: the step to a higher rank of one module that reduces the loss most per parameter first.
+
+    Each module is truncated alone, to 1, 2, 4, … below its rank, while the others keep theirs.
+    """
+    curves = truncation_sensitivity(adapter, runtime, "selection")
+    return greedy_ranks(curves, dict(zip(curves, _costs(adapter), strict=True)), budget)
+
+
+def truncation_sensitivity(adapter: AdapterFolder, runtime: Runtime, split: SplitName) -> dict[str, dict[int, float]]:
+    """The loss of `split`, nats a label, by module and rank of that module."""
+    curves: dict[str, dict[int, float]] = {}
+    with adapter_attached(runtime, adapter.path) as peft_model:
+        whole = runtime.evaluate(split).loss
+        modules = lora_modules(peft_model)
+        for module in adapter.modules:
+            levels = [2**power for power in range(module.rank.bit_length()) if 2**power < module.rank]
+            curve = {module.rank: whole}
+            whole_b, whole_a = (torch.from_numpy(factor) for factor in adapter.factors(module))
+            for rank in levels:
+                b, a = resized_factors(whole_b, whole_a, rank, 1.0)
+                with _factors_set(modules[module.name], b, a):
+                    curve[rank] = runtime.evaluate(split).loss
+            curves[module.name] = dict(sorted(curve.items()))
+    return curves
+
+
+def greedy_ranks(curves: Mapping[str, Mapping[int, float]], costs: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Steps to higher measured ranks, the largest loss reduction per parameter first, while the budget lasts.
+
+    A step may skip levels that reduce nothing: of all higher levels, the one with the best ratio counts.
+    """
+    ranks = {name: min(curve) for name, curve in curves.items()}
+    left = budget - sum(costs[name] * rank for name, rank in ranks.items())
+    queue = [offer for name in curves if (offer := _best_step(name, curves[name], ranks[name], costs[name], left))]
+    heapq.heapify(queue)
+    while queue:
+        _, name, target = heapq.heappop(queue)
+        price = costs[name] * (target - ranks[name])
+        if price <= left:
+            left -= price
+            ranks[name] = target
+        if offer := _best_step(name, curves[name], ranks[name], costs[name], left):
+            heapq.heappush(queue, offer)
+    return ranks
+
+
+def _best_step(name: str, curve: Mapping[int, float], rank: int, cost: int, left: int) -> tuple[float, str, int] | None:
+    """`(-reduction per parameter, name, level)` of the best affordable step; None where there is none."""
+    steps = [
+        (-(curve[rank] - loss) / (cost * (level - rank)), name, level)
+        for level, loss in curve.items()
+        if level > rank and cost * (level - rank) <= left
+    ]
+    return min(steps, default=None)
+
+
+@contextmanager
+def _factors_set(module: Any, b: torch.Tensor, a: torch.Tensor) -> Iterator[None]:
+    """Within the block, factors of a lower rank replace those of a module, whose other ranks are zero."""
+    weights = (module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight)
+    kept = [weight.detach().clone() for weight in weights]
+    rank = b.shape[1]
+    try:
+        with torch.no_grad():
+            for weight in weights:
+                weight.zero_()
+            weights[0][:rank].copy_(a.reshape(rank, *weights[0].shape[1:]))
+            weights[1][:, :rank].copy_(b.reshape(-1, rank, *weights[1].shape[2:]))
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, kept, strict=True):
+                weight.copy_(value)
+
+
+def _costs(adapter: AdapterFolder) -> list[int]:
+    return [module.rows + module.columns for module in adapter.modules]
+
+
+def _named(adapter: AdapterFolder, ranks: Sequence[int]) -> dict[str, int]:
+    return {module.name: rank for module, rank in zip(adapter.modules, ranks, strict=True)}
