@@ -54,7 +54,9 @@ class Report(Hook):
             _write_views(run, None)
         if isinstance(event, RunStopped) or (isinstance(event, OUTCOMES) and time.monotonic() >= self._next):
             started = time.monotonic()
-            _write_views(run, _decision_so_far(run))
+            asked = run.settings.goal == "training-rank"
+            decision = decision_so_far(run.records, run.evidence) if asked else None
+            _write_views(run, decision)
             ended = time.monotonic()  # with many trials it takes longer, so the next one waits in proportion
             self._next = ended + (ended - started) / MAX_SHARE
 
@@ -64,10 +66,6 @@ class Report(Hook):
             _write_card(run, run.records.adapters[-1], selected.decided)
         _write_views(run, selected.decided)
         write_figures(run.folder.figures, further_figures(run.records, run.folder.adapter))
-
-
-def _decision_so_far(run: Run) -> Decision | None:
-    return decision_so_far(run.records, run.evidence) if run.settings.goal == "training-rank" else None
 
 
 def _write_views(run: Run, decision: Decision | None) -> None:

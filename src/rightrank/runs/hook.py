@@ -191,7 +191,9 @@ class Run(Listener):
             _require_same_run(self.folder, self.journal[0], self.started)
         self.records = Records.of(self.started, self.journal)
         # The cause of a failure may have been removed since; a device's memory does not grow.
-        self.records.outcomes = [one for one in self.records.outcomes if not _may_succeed_now(one)]
+        self.records.outcomes = [
+            one for one in self.records.outcomes if not isinstance(one, TrialFailed) or one.error == "out_of_memory"
+        ]
 
     def begin(self) -> None:
         """Journal the start, or the settings with which the run continues, and tell what is to come."""
@@ -260,10 +262,6 @@ class Run(Listener):
             case _ if isinstance(record, OUTCOMES):
                 ended = {one.trial_id: one for one in records.outcomes} | {record.trial_id: record}
                 records.outcomes = list(ended.values())
-
-
-def _may_succeed_now(outcome: TrialOutcome) -> bool:
-    return isinstance(outcome, TrialFailed) and outcome.error != "out_of_memory"
 
 
 def _continued(journal: Sequence[JournalRecord], started: RunStarted) -> RunContinued | None:

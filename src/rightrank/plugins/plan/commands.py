@@ -46,7 +46,8 @@ def plan(
     values = gather(config_file, assignments, options)
     if data is None:
         announce("tracing a step of the model, in shapes alone")
-        answer = _plan_of_step(model, values)
+        with garbage_kept():
+            answer = rightrank.plan(model, settings=make_plan_settings(values))
     else:
         announce("loading model and data, then tracing and measuring a step of `select`")
         answer = _plan_of_select(model, data, values)
@@ -55,12 +56,6 @@ def plan(
 
     click.echo(answer.model_dump_json() if as_json else plan_text(answer))
     return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0
-
-
-def _plan_of_step(model: str, values: dict[str, Any]) -> Plan:
-    with garbage_kept():
-        answer: Plan = rightrank.plan(model, settings=make_plan_settings(values))
-    return answer
 
 
 def _plan_of_select(model: str, data: Path, values: dict[str, Any]) -> Plan:

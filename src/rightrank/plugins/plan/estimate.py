@@ -47,8 +47,12 @@ def _formula_peak(
     config = model.config.get_text_config()
     # An adapted module counts once: neither its base layer nor A and B, which keep little, count again.
     inside = (".lora_", ".base_layer")
-    linear = [m for name, m in model.named_modules() if _is_linear(m) and not any(part in name for part in inside)]
-    kept = sum(tokens * (module.in_features + module.out_features) * width for module in linear)
+    sides = [
+        (getattr(module, "in_features", None), getattr(module, "out_features", None))
+        for name, module in model.named_modules()
+        if not any(part in name for part in inside)
+    ]
+    kept = sum(tokens * (i + o) * width for i, o in sides if isinstance(i, int) and isinstance(o, int))
     kept += tokens * config.num_hidden_layers * config.hidden_size * 8
     if settings.gradient_checkpointing:
         kept = kept // config.num_hidden_layers + tokens * config.num_hidden_layers * config.hidden_size * width
@@ -66,10 +70,6 @@ def _formula_peak(
     total = sum(components.values())
     reserved = total if settings.device == "cpu" else round(total * RESERVED_FACTOR)
     return Peak(total, reserved, components, {}, "loss, by formula")
-
-
-def _is_linear(module: Any) -> bool:
-    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
 
 
 # What a model's own code raises on tensors without values, or on kernels that meta tensors lack.

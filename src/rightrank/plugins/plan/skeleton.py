@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +73,9 @@ class Skeleton:
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """The tensors that PEFT writes into `adapter_model.safetensors`."""
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # PEFT warns that it saves an embedding with the adapter; the plan counts it
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # that it saves an embedding with the adapter; the plan counts it
             state: dict[str, torch.Tensor] = get_peft_model_state_dict(self.model)
         return state
 
@@ -172,7 +170,7 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
     names = ("default", *(f"arm_{number}" for number in range(1, arms)))
     how: dict[str, Any] = {"autocast_adapter_dtype": settings.autocast_adapter_dtype, "low_cpu_mem_usage": True}
     try:
-        with _peft_quiet(), torch.device("meta"):
+        with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # a user cannot act on them
             experts = _experts_of(model, settings)
             config = lora_config(model, settings, rank)
             config.init_lora_weights = False  # meta tensors have no values to initialise
@@ -237,10 +235,3 @@ def _require_patterns(model: Any, rank_pattern: Mapping[str, int]) -> None:
             raise ModelError(f"rank_pattern: got {key}: {rank}; give integers from 1")
         if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
             raise ModelError(f"rank_pattern: no module matches {key!r}; keys are ends of module names, or patterns")
-
-
-@contextmanager
-def _peft_quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PEFT and transformers about each other; a user cannot act on them
-        yield
