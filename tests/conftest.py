@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -71,7 +70,6 @@ def small_run(model_folder: Path, completion_file: Path, tmp_path_factory: pytes
     shutil.copytree(model_folder, folder / "model")
     shutil.copyfile(completion_file, folder / "data.jsonl")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.chdir(folder)
         with pytest.raises(SystemExit, match=r"^0$"):
             main(SELECT)
@@ -83,9 +81,3 @@ def class_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of text and label: whether the sentence holds a cat."""
     rows = [{"text": text, "label": "cat" if "cat" in text else "none"} for text in sentences(300, seed=2)]
     return write_jsonl(tmp_path_factory.mktemp("data") / "classes.jsonl", rows)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing is kept for the next test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "caches" / uuid4().hex))
