@@ -139,7 +139,7 @@ def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
 
 
 def cost_of(expected: float, most: float) -> SelectionCost:
-    extents = [Extent(trainings=seconds / 600, flops=1.0, seconds=seconds, price=None) for seconds in (expected, most)]
+    extents = [Extent(trainings=seconds / 600, flops=1.0, seconds=seconds) for seconds in (expected, most)]
     return SelectionCost(
         strategy="bracket",
         steps=100,

@@ -67,7 +67,7 @@ def select(
         _dry_run(model, data, gather(config_file, assignments, options), price_per_hour, as_json)
         return
     if price_per_hour is not None:
-        raise SettingsError("--price-per-hour: only with --dry-run; `rightrank plan` has it too")
+        raise SettingsError("--price-per-hour: only with --dry-run")
     if out is None:
         raise SettingsError("no run folder: give --out DIR, or --dry-run to write nothing")
     if (model is None) != (data is None):

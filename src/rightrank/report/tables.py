@@ -9,7 +9,7 @@ from rightrank.report.figure import HeatMap, heat_map
 from rightrank.report.format import duration, metric_unit, or_dash, quantity, size, table_lines, visible
 from rightrank.report.terminal_figures import terminal_curve
 from rightrank.schema.decision import Decision, SweepRow
-from rightrank.schema.results import Extent, Preflight, PreflightStrategy, SelectionCost
+from rightrank.schema.results import Preflight, PreflightStrategy, SelectionCost
 
 
 def decision_text(
@@ -142,41 +142,6 @@ def precision_lines(found: Preflight) -> list[str]:
             + ", or ".join(found.cures)
         )
     return lines
-
-
-def selection_lines(cost: SelectionCost) -> list[str]:
-    """The time and price of a selection, expected and at most, and of one training of each rank."""
-    name = "selection" if cost.strategy is None else f"selection by {cost.strategy}"
-    lines = []
-    if cost.expected == cost.most:
-        lines.append(f"{name}: {_extent(cost.expected, cost.steps)}")
-    else:
-        lines.append(f"{name}: about {_extent(cost.expected, cost.steps)}; at most {_extent(cost.most, cost.steps)}")
-    each = ", ".join(
-        f"rank {row.rank} {_amount(row.flops) if row.seconds is None else duration(row.seconds)}" for row in cost.ranks
-    )
-    lines.append(f"  one complete training with its evaluations: {each}")
-    if cost.expected.seconds is None:
-        lines.append("  a plan with DATA measures seconds on this device")
-    return lines
-
-
-def _extent(extent: Extent, steps: int) -> str:
-    parts = [f"{extent.trainings:.3g} trainings of {steps} steps, {_amount(extent.flops)}"]
-    if extent.seconds is not None:
-        parts.append(duration(extent.seconds))
-    if extent.price is not None:
-        parts.append(f"{extent.price:.2f} at the price given")
-    return ", ".join(parts)
-
-
-def _amount(flops: float) -> str:
-    """`1.5 PFLOP`."""
-    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
-        if flops < 1000:
-            return f"{flops:.3g} {unit}"
-        flops /= 1000
-    return f"{flops:.3g} PFLOP"
 
 
 def took_line(cost: SelectionCost, trainings: float, seconds: float) -> str:

@@ -57,7 +57,6 @@ class PlanKeywords(TypedDict, total=False):
     strategy: str
     learning_rates: Sequence[float] | float
     seeds: Sequence[int] | int
-    price_per_hour: float
     modules_to_save: Sequence[str] | str
     use_dora: bool
     target_modules: Sequence[str] | str

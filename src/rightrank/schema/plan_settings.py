@@ -129,11 +129,11 @@ class PlanSettings(PeftFields):
     eval_items: int = _as_select("eval_items")
     eval_points: int = _as_select("eval_points")
 
-    # the selection, for its time and price
+    # the selection, for its operations
     strategy: str | None = setting(
         None,
         COMPARE,
-        "time and price of a selection by `bracket`, `grid` or `upward`",
+        "operations of a selection by `bracket`, `grid` or `upward`",
         option=True,
         choices=("bracket", "grid", "upward"),
     )
@@ -142,14 +142,13 @@ class PlanSettings(PeftFields):
     max_steps: int | None = setting(
         None,
         TRAINING,
-        "steps of each training, for its time and price",
+        "steps of each training of that selection",
         option=True,
         also=("steps", "max_iters"),
         gt=0,
     )
     trainings: float | None = setting(None, BUDGET, "how many trainings, where no strategy says so", gt=0)
     budget_trainings: float | None = _as_select("budget_trainings")
-    price_per_hour: float | None = setting(None, BUDGET, "price of an hour of this device", option=True, ge=0)
 
     def _require_consistent(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
@@ -165,7 +164,7 @@ class PlanSettings(PeftFields):
         if self.strategy is not None and self.trainings is not None:
             raise ValueError("strategy and trainings were both given: the strategy says how many; give one of them")
         if (self.strategy is not None or self.trainings is not None) and self.max_steps is None:
-            raise ValueError("the time of a selection needs the steps of a training: give max_steps")
+            raise ValueError("the cost of a selection needs the steps of a training: give max_steps")
         if self.adapters_per_pass > 1 and (self.use_dora or self.target_parameters or self.peft_options):
             raise ValueError(
                 "several adapters in a pass are for plain LoRA on modules, other adapters train alone: leave out use_dora and target_parameters"

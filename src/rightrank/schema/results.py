@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field
 
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.events import DataSummary, SplitSummary
+from rightrank.schema.events import SplitSummary
 from rightrank.schema.trials import Record, Whole
 
 Source: TypeAlias = Literal["exact", "traced", "formula", "measured", "assumed"]
@@ -28,7 +28,6 @@ class RankPlan(Record):
     peak_at: str  # where in the step the peak is
     fits: bool | None  # None: the available memory is unknown
     flops_per_step: int
-    seconds_per_step: float | None = None
     error_share: float  # relative error of the peak
     peak_low_bytes: int  # the peak minus and plus that error
     peak_high_bytes: int
@@ -70,7 +69,6 @@ class Extent(Record):
     trainings: float  # complete ones; early stopping counts in proportion
     flops: float
     seconds: float | None  # None: not measured on this device
-    price: float | None  # None: no hourly price was given
 
 
 class RankTraining(Record):
@@ -78,12 +76,10 @@ class RankTraining(Record):
 
     rank: int
     flops: float
-    seconds: float | None
-    price: float | None
 
 
 class SelectionCost(Record):
-    """Time and price of a selection with one training after the other."""
+    """The cost of a selection with one training after the other."""
 
     strategy: str | None  # None: a number of trainings was given
     steps: int  # of a complete training
@@ -121,7 +117,6 @@ class Plan(Record):
     limits: list[RangeLimit] = Field(default_factory=list)
     suggested_ranks: list[int] = Field(default_factory=list)
     selection: SelectionCost | None = None
-    data: DataSummary | None = None  # of the selection that is planned; None: a plan without data
     sources: dict[str, Source]
     errors: dict[str, Error] = Field(default_factory=dict)  # by source
     notes: list[str] = Field(default_factory=list)

@@ -199,5 +199,16 @@ def test_text_shows_time_and_error(config_folder: Path, capsys: pytest.CaptureFi
     assert status == 0
     assert "selection by bracket: about" in out
     assert "at most" in out
-    assert "a plan with DATA measures seconds on this device" in out
+    assert "`rightrank select MODEL DATA --dry-run` measures its time on this device" in out
     assert "±5%: assumed: not measured on a GPU" in out
+
+
+def test_a_plan_shows_both_loops(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The column `in select` is the plan of the same step with the settings of `select`."""
+    step = [str(config_folder), "--ranks", "1,4", "--seq-len", "20", "--batch-size", "4"]
+    both = plan_json(capsys, *step)["ranks"]
+    loop = ["--loss", "chunked", "--optim", "adamw_fused", "--set", "packed=true"]
+    alone = plan_json(capsys, *step, *loop)["ranks"]
+    assert [row["select_peak_bytes"] for row in both] == [row["peak_bytes"] for row in alone]
+    assert [row["select_needed_bytes"] for row in both] == [row["needed_bytes"] for row in alone]
+    assert all(row["select_peak_bytes"] < row["peak_bytes"] for row in both)

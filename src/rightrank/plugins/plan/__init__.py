@@ -1,14 +1,13 @@
-"""What fits and what it costs, before any weight is loaded: memory and time of every rank.
+"""What fits, before any weight is loaded: the memory of every rank.
 
 skeleton (the model without weights) → step, trace and kernels (what the real step allocates on the device) → stack (the
 whole depth from a few blocks) → estimate (every rank from two traces) → allocator (the peak) → planner (the plan), and
-selection (the plan and the time of a `select`, which leaves out the ranks that don't fit).
+selection (the memory and the time of a `select`, which leaves out the ranks that don't fit).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from rightrank.runs.plugins import MemoryPlan, Plugin
@@ -16,11 +15,9 @@ from rightrank.schema.table import given_values
 
 if TYPE_CHECKING:
     import click
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rightrank.models.base_models import LoadedModel
-    from rightrank.runs.request import Rows
-    from rightrank.schema.keywords import PlanKeywords, SelectKeywords
+    from rightrank.schema.keywords import PlanKeywords
     from rightrank.schema.plan_settings import PlanSettings
     from rightrank.schema.results import Plan
     from rightrank.schema.settings import SelectSettings
@@ -36,7 +33,7 @@ class PlanPlugin(Plugin):
         return [commands.plan]
 
     def functions(self) -> Mapping[str, Callable[..., Any]]:
-        return {"plan": plan, "plan_selection": plan_selection}
+        return {"plan": plan}
 
     def memory_plan(
         self,
@@ -55,7 +52,7 @@ PLUGIN = PlanPlugin()
 
 
 def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack[PlanKeywords]) -> Plan:
-    """Predict parameters, memory and time of every rank, without weights and before any training.
+    """Predict parameters and memory of every rank, without weights and before any training.
 
     Args:
         model: a folder that holds at least `config.json`, a GGUF file, or a hub name.
@@ -77,31 +74,3 @@ def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack
     if settings.memory_bytes is None and settings.device == "cuda":
         settings = settings.model_copy(update={"memory_bytes": device_memory()})
     return make_plan(model, settings)
-
-
-def plan_selection(
-    model: str | PreTrainedModel,
-    data: str | Path | Rows | Mapping[str, Rows],
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    settings: SelectSettings | None = None,
-    price_per_hour: float | None = None,
-    **keywords: Unpack[SelectKeywords],
-) -> Plan:
-    """Plan `select_rank` with the same arguments: memory and time of its ranks, steps and lengths; nothing is trained.
-
-    Args:
-        model: as in `select_rank`, and so are `data`, `tokenizer`, `settings` and `keywords`.
-        price_per_hour: of this device, for the price.
-
-    Raises:
-        InputError: model, data or settings can't be used, or the architecture can't be planned.
-    """
-    from rightrank.runs.request import Request, check
-    from rightrank.schema.settings import make_settings
-
-    request = Request(model, tokenizer, data, make_settings(given_values(settings) | dict(keywords)))
-    check(request)  # before what brings torch
-    from rightrank.plugins.plan.selection import plan_data
-
-    return plan_data(request, price_per_hour)

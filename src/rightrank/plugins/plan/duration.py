@@ -1,4 +1,4 @@
-"""Time and price of a whole selection: the trainings its strategy requests, times the cost of one training.
+"""Operations and time of a whole selection: the trainings its strategy requests, times the cost of one training.
 
     flops = trainings · (steps · step + eval_points · evaluation) + extra · evaluation
             + RUN_EVALUATIONS · evaluation + prefix
@@ -11,7 +11,7 @@ pairs take one more pass over every example, for the log-probabilities under the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 
 from rightrank.plugins.plan.estimate import Estimator
@@ -61,21 +61,15 @@ class PlannedTrainings:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Seconds per operation, of training steps and of forward passes, and the price of an hour."""
+    """Seconds per operation, of training steps and of forward passes."""
 
-    seconds_per_flop: float | None = None
-    seconds_per_forward_flop: float | None = None
-    price_per_hour: float | None = None
+    seconds_per_flop: float
+    seconds_per_forward_flop: float
     seconds_per_prefix_flop: float | None = None  # of the blocks that are computed once; None: as of forward passes
 
-    def seconds(self, training: float, forward: float, prefix: float = 0.0) -> float | None:
-        if self.seconds_per_flop is None or self.seconds_per_forward_flop is None:
-            return None
+    def seconds(self, training: float, forward: float, prefix: float) -> float:
         of_prefix = self.seconds_per_prefix_flop or self.seconds_per_forward_flop
         return training * self.seconds_per_flop + forward * self.seconds_per_forward_flop + prefix * of_prefix
-
-    def price(self, seconds: float | None) -> float | None:
-        return None if seconds is None or self.price_per_hour is None else seconds / 3600 * self.price_per_hour
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,46 +97,40 @@ def planned_trainings(settings: PlanSettings) -> PlannedTrainings | None:
 def workload_of(settings: PlanSettings) -> Workload:
     """The workload of a plan without data: rows of full length, every example seen once."""
     if settings.max_steps is None:
-        raise SettingsError("the time of a selection needs the steps of a training; give max_steps")
+        raise SettingsError("the cost of a selection needs the steps of a training; give max_steps")
     return Workload(
         settings.max_steps, settings.max_steps * settings.batch_size, settings.eval_items, settings.eval_points
     )
 
 
-def selection_cost(estimator: Estimator, planned: PlannedTrainings, work: Workload, speed: Speed) -> SelectionCost:
-    """The cost of the selection, expected and at most."""
-    settings = estimator.settings
-    counted = {rank: flops_of(estimator, rank, work) for rank in settings.ranks}
-    trainings = []
-    for rank, flops in counted.items():
-        forward = flops.evaluation * work.eval_points
-        seconds = speed.seconds(flops.training, forward)
-        trainings.append(
-            RankTraining(rank=rank, flops=flops.training + forward, seconds=seconds, price=speed.price(seconds))
-        )
+def selection_cost(
+    estimator: Estimator, planned: PlannedTrainings, work: Workload, speed: Speed | None = None
+) -> SelectionCost:
+    """The cost of the selection, expected and at most; its seconds where the speed of this device was measured."""
+    counted = {rank: flops_of(estimator, rank, work) for rank in estimator.settings.ranks}
     mean = Flops(fmean(f.training for f in counted.values()), fmean(f.evaluation for f in counted.values()))
     costliest = max(counted.values(), key=lambda flops: flops.training)
     prefix = prefix_flops(estimator) * (work.examples + 2 * work.eval_examples) * work.filled
-    once = replace(mean, training=0.0)
+    shared = mean.evaluation * (RUN_EVALUATIONS + work.reference)
+
+    def extent(trainings: float, extra: float, each: Flops) -> Extent:
+        training = each.training * trainings
+        forward = each.evaluation * (trainings * work.eval_points + extra) + shared
+        seconds = None if speed is None else speed.seconds(training, forward, prefix)
+        return Extent(trainings=trainings, flops=training + forward + prefix, seconds=seconds)
+
     return SelectionCost(
         strategy=planned.strategy,
         steps=work.steps,
-        ranks=trainings,
+        ranks=[
+            RankTraining(rank=rank, flops=flops.training + flops.evaluation * work.eval_points)
+            for rank, flops in counted.items()
+        ],
         prefix_flops=prefix,
         evaluation_flops=mean.evaluation,
-        expected=_extent(planned.expected, planned.expected_extra, mean, once, prefix, work, speed),
-        most=_extent(planned.maximum, planned.maximum_extra, costliest, once, prefix, work, speed),
+        expected=extent(planned.expected, planned.expected_extra, mean),
+        most=extent(planned.maximum, planned.maximum_extra, costliest),
     )
-
-
-def _extent(
-    trainings: float, extra: float, each: Flops, once: Flops, prefix: float, work: Workload, speed: Speed
-) -> Extent:
-    training = each.training * trainings
-    shared = once.evaluation * (RUN_EVALUATIONS + work.reference)
-    forward = each.evaluation * (trainings * work.eval_points + extra) + shared
-    seconds = speed.seconds(training, forward, prefix)
-    return Extent(trainings=trainings, flops=training + forward + prefix, seconds=seconds, price=speed.price(seconds))
 
 
 def flops_of(estimator: Estimator, rank: int, work: Workload) -> Flops:

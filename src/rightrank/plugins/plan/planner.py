@@ -1,4 +1,4 @@
-"""The plan: memory and time of every rank, what fits, what each axis costs, and what to change where nothing fits."""
+"""The plan: the memory of every rank, what fits, what each axis costs, and what to change where nothing fits."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rightrank.plugins.plan.budget import (
     starting_range,
     total,
 )
-from rightrank.plugins.plan.duration import Speed, planned_trainings, selection_cost, workload_of
+from rightrank.plugins.plan.duration import planned_trainings, selection_cost, workload_of
 from rightrank.plugins.plan.estimate import Estimator, RankEstimate
 from rightrank.plugins.plan.skeleton import read_config, require_rank
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.plan_settings import PlanSettings, loop_of_select
-from rightrank.schema.results import Error, Plan, RankPlan, SelectionCost, Source
+from rightrank.schema.results import Error, Plan, RankPlan, Source
 
 TRACED_ON_CPU = Error(
     share=0.01, basis="0.06% at worst in 76 cases against torch's profiler, several adapters per pass among them"
@@ -55,8 +55,6 @@ def plan_config(
     name: str,
     settings: PlanSettings,
     prices: bool = True,
-    selection: SelectionCost | None = None,
-    speed: Speed | None = None,
 ) -> Plan:
     """The plan for a configuration in memory.
 
@@ -65,12 +63,10 @@ def plan_config(
         name: of the model.
         settings: see `PlanSettings`.
         prices: adds the cost of each axis, and each rank's peak in `select`.
-        selection: the cost of the selection, where it is known; None to count it from `settings`.
-        speed: of the device, where it was measured.
     """
     begun = time.perf_counter()
     _require_length(config, settings)
-    planned = planned_trainings(settings) if selection is None else None
+    planned = planned_trainings(settings)
     estimator = Estimator(config, settings)
     if "ranks" not in settings.model_fields_set:  # default ranks: leave out those above the limit of a matrix
         limit = estimator.rank_limit
@@ -78,9 +74,8 @@ def plan_config(
         estimator = estimator.variant(ranks=settings.ranks)
     require_rank(estimator.skeleton, settings)
     estimates = [estimator.estimate(rank) for rank in settings.ranks]
-    speed = speed or Speed(price_per_hour=settings.price_per_hour)
     in_select = _as_select(estimator) if prices else None
-    rows = [_rank_plan(estimate, settings, speed, in_select) for estimate in estimates]
+    rows = [_rank_plan(estimate, settings, in_select) for estimate in estimates]
     fitting = [row.rank for row in rows if row.fits]
     first, last = estimates[0], estimates[-1]
     stored = first.inventory.stored
@@ -96,8 +91,8 @@ def plan_config(
         headroom_share=settings.headroom,
         context_bytes=context_bytes(settings),
         activations=last.peak.activations,
-        selection=selection if planned is None else selection_cost(estimator, planned, workload_of(settings), speed),
-        sources=_sources(settings, first, speed),
+        selection=None if planned is None else selection_cost(estimator, planned, workload_of(settings)),
+        sources=_sources(settings, first),
         errors={"exact": EXACT, first.source: _peak_error(settings, first.source)},
         notes=_notes(estimator, settings),
         seconds=0.0,
@@ -157,9 +152,7 @@ def _as_select(estimator: Estimator) -> Estimator | None:
     return changed if changed.untraceable is None else None
 
 
-def _rank_plan(
-    estimate: RankEstimate, settings: PlanSettings, speed: Speed, in_select: Estimator | None = None
-) -> RankPlan:
+def _rank_plan(estimate: RankEstimate, settings: PlanSettings, in_select: Estimator | None = None) -> RankPlan:
     looped = None if in_select is None else in_select.estimate(estimate.rank).peak
     needed_there = None if looped is None else needed(looped.reserved_bytes, settings)
     peak = estimate.peak
@@ -178,7 +171,6 @@ def _rank_plan(
         peak_at=peak.at,
         fits=None if memory is None else need <= memory,
         flops_per_step=estimate.flops,
-        seconds_per_step=speed.seconds(estimate.flops, 0.0),
         error_share=error,
         peak_low_bytes=round(peak.peak_bytes / (1 + error)),
         peak_high_bytes=round(peak.peak_bytes * (1 + error)),
@@ -207,7 +199,7 @@ def _require_length(config: Any, settings: PlanSettings) -> None:
         raise ModelError("the configuration names no layers (num_hidden_layers)")
 
 
-def _sources(settings: PlanSettings, estimate: RankEstimate, speed: Speed) -> dict[str, Source]:
+def _sources(settings: PlanSettings, estimate: RankEstimate) -> dict[str, Source]:
     counted: Source = "formula" if estimate.source == "formula" else "traced"
     on_cpu = settings.device == "cpu"
     sources: dict[str, Source] = {
@@ -229,8 +221,6 @@ def _sources(settings: PlanSettings, estimate: RankEstimate, speed: Speed) -> di
         sources["quantisation"] = counted if on_cpu else "formula"
     if settings.optim in ("adamw_8bit", "paged_adamw_8bit"):
         sources["optimizer"] = "exact" if settings.optim == "adamw_8bit" else "formula"
-    if speed.seconds_per_flop is not None:
-        sources["seconds_per_step"] = "measured"
     return sources
 
 

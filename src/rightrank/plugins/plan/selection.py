@@ -4,10 +4,8 @@ device, from operations at the speed of a few real steps."""
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,25 +15,21 @@ from rightrank.models.base_models import LoadedModel, device_memory
 from rightrank.plugins.plan.budget import MAX_RANK, cheapest_changes, context_bytes, needed, rank_fits, starting_range
 from rightrank.plugins.plan.duration import PlannedTrainings, Speed, Workload, flops_of, prefix_flops, selection_cost
 from rightrank.plugins.plan.estimate import Estimator
-from rightrank.plugins.plan.planner import largest_rank, plan_config
+from rightrank.plugins.plan.planner import largest_rank
 from rightrank.plugins.plan.skeleton import is_known
 from rightrank.report.format import quantity
 from rightrank.runs.plugins import Clock, MemoryPlan
-from rightrank.runs.prepare import Prepared, prepare, strategy_of
-from rightrank.runs.request import Request
-from rightrank.schema.errors import ModelError, SettingsError
+from rightrank.runs.prepare import Prepared
+from rightrank.schema.errors import SettingsError
 from rightrank.schema.plan_settings import (
     STEP_OF_SELECT,
-    TRAININGS_OF_SELECT,
     PlanSettings,
     loop_of_select,
     make_plan_settings,
 )
-from rightrank.schema.results import Plan, SelectionCost
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.schema.variants import widest_rank
-from rightrank.search.protocol import Strategy
 from rightrank.train.batches import collate
 from rightrank.train.loss import logits_loss
 from rightrank.train.pace import MAX_ADAPTERS_PER_PASS, measure_pace
@@ -74,11 +68,8 @@ class SelectionPlan(MemoryPlan):
         if measured is None:
             return None
         speed, basis = measured
-        return Clock(basis, lambda strategy: self.cost(prepared, strategy, speed))
-
-    def cost(self, prepared: Prepared, strategy: Strategy, speed: Speed) -> SelectionCost:
-        fitting = self.estimator.variant(ranks=self.ranks)
-        return selection_cost(fitting, PlannedTrainings.of(strategy), _workload(prepared), speed)
+        fitting, work = self.estimator.variant(ranks=self.ranks), _workload(prepared)
+        return Clock(basis, lambda strategy: selection_cost(fitting, PlannedTrainings.of(strategy), work, speed))
 
 
 def plan_loaded(
@@ -234,38 +225,6 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def plan_data(request: Request, price_per_hour: float | None = None) -> Plan:
-    """The plan of `select` with the same request: its ranks, steps, lengths, splits and trainings.
-
-    Args:
-        request: as for the selection.
-        price_per_hour: of this device.
-
-    Raises:
-        InputError: as a selection raises it before its first training.
-        ModelError: an architecture that can't be planned.
-    """
-    notes: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
-        prepared = prepare(request, Path(folder) / "cache", notes.append)
-        planned = prepared.planned
-        if not isinstance(planned, SelectionPlan):
-            raise ModelError(
-                f"{request.model_name}: this architecture can't be planned; `select` runs it without a plan"
-            )
-        given = {name: getattr(prepared.settings, name) for name in TRAININGS_OF_SELECT}
-        given |= {"max_steps": prepared.steps, "price_per_hour": price_per_hour}
-        settings = planned.estimator.settings.model_copy(update=given)
-        speed, measured = Speed(), _measured_speed(planned.estimator, prepared)
-        if measured is not None:
-            speed, basis = measured
-            notes.append(f"time: measured on this device: {basis}, then discarded")
-        speed = replace(speed, price_per_hour=price_per_hour)
-        cost = planned.cost(prepared, strategy_of(prepared), speed)
-        plan = plan_config(prepared.runtime.model.config, request.model_name, settings, selection=cost, speed=speed)
-    return plan.model_copy(update={"notes": [*notes, *plan.notes], "data": prepared.started.data})
-
-
 def _measured_speed(estimator: Estimator, prepared: Prepared) -> tuple[Speed, str] | None:
     """`(seconds per operation of this run, the steps and examples that they come from)`.
 
@@ -291,7 +250,7 @@ def _measured_speed(estimator: Estimator, prepared: Prepared) -> tuple[Speed, st
         pace.train_seconds / flops.training,
         pace.eval_seconds / flops.evaluation,
         # None: no block is computed once, or beside a reference
-        seconds_per_prefix_flop=pace.fill_seconds / filled if filled and not work.reference else None,
+        pace.fill_seconds / filled if filled and not work.reference else None,
     )
     steps, examples = quantity(len(pace.batches), "step"), quantity(len(pace.evaluated), "validation example")
     return speed, f"{steps} of rank {pace.rank} and {examples}"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from rightrank.report.format import or_dash, size, table_lines
-from rightrank.report.tables import selection_lines
-from rightrank.schema.events import DataSummary
-from rightrank.schema.results import Plan, RankPlan
-from rightrank.schema.trials import split_name
+from rightrank.report.format import size, table_lines
+from rightrank.schema.results import Extent, Plan, RankPlan, SelectionCost
 from rightrank.schema.variants import LARGE_RANK, rank_change_line, rate_warning
 
 
@@ -15,7 +12,6 @@ def plan_text(plan: Plan) -> str:
     parts = [
         f"{plan.architecture}: {plan.base_parameters:,} parameters, {size(plan.base_bytes)} of weights; "
         f"{plan.targets} adapted matrices",
-        *([] if plan.data is None else [_data_line(plan, plan.data)]),
         "",
         *_table(plan),
         "",
@@ -27,22 +23,15 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(parts)
 
 
-def _data_line(plan: Plan, data: DataSummary) -> str:
-    splits = ", ".join(f"{split.items:,} {split_name(name)}" for name, split in data.splits.items())
-    length, batch = plan.settings["seq_len"], plan.settings["batch_size"]
-    return f"data ({data.form}): {splits} examples; a step of `rightrank select`: {batch} sequences of at most {length} tokens"
-
-
 def _table(plan: Plan) -> list[str]:
-    timed = any(row.seconds_per_step is not None for row in plan.ranks)
     heads = ["rank", "parameters", "adapter", "peak", "reserved", "with headroom", "TFLOP/step"]
     both = plan.ranks[0].select_needed_bytes is not None
-    heads += ["s/step"] * timed + ["fits"] * (plan.memory_bytes is not None)
+    heads += ["fits"] * (plan.memory_bytes is not None)
     heads += ["in select"] * both + ["fits"] * (both and plan.memory_bytes is not None)
-    return table_lines([heads, *(_row(row, plan, timed) for row in plan.ranks)])
+    return table_lines([heads, *(_row(row, plan) for row in plan.ranks)])
 
 
-def _row(row: RankPlan, plan: Plan, timed: bool) -> list[str]:
+def _row(row: RankPlan, plan: Plan) -> list[str]:
     cells = [
         str(row.rank),
         f"{row.trainable_parameters:,}",
@@ -52,8 +41,6 @@ def _row(row: RankPlan, plan: Plan, timed: bool) -> list[str]:
         size(row.needed_bytes),
         f"{row.flops_per_step / 1e12:.3g}",
     ]
-    if timed:
-        cells.append(or_dash(row.seconds_per_step, ".3g"))
     if plan.memory_bytes is not None:
         cells.append("yes" if row.fits else "no")
     if row.select_needed_bytes is not None:
@@ -86,7 +73,7 @@ def _answer(plan: Plan) -> list[str]:
     if last.select_needed_bytes is not None:
         lines.append(
             "the step is that of transformers' Trainer; `in select` is a step of `rightrank select`, with headroom: the loss in "
-            "chunks, and no padding (give DATA, and the plan is of `select` alone)"
+            "chunks, and no padding"
         )
     if plan.memory_bytes is not None:
         lines.append(_fits_line(plan))
@@ -108,7 +95,7 @@ def _answer(plan: Plan) -> list[str]:
     if last.rank >= LARGE_RANK:
         lines.append(rate_warning(last.rank, 2 * last.rank))
     if plan.selection is not None:
-        lines += selection_lines(plan.selection)
+        lines += _selection_lines(plan.selection)
     return lines
 
 
@@ -120,3 +107,30 @@ def _fits_line(plan: Plan) -> str:
     if plan.largest_possible_rank is not None and plan.largest_possible_rank != plan.max_rank:
         possible = f" (largest of all ranks: {plan.largest_possible_rank})"
     return f"largest requested rank that fits in {budget}: {plan.max_rank}{possible}"
+
+
+def _selection_lines(cost: SelectionCost) -> list[str]:
+    """The operations of a selection, expected and at most, and of one training of each rank."""
+    name = "selection" if cost.strategy is None else f"selection by {cost.strategy}"
+    whole = f"{name}: {_extent(cost.expected, cost.steps)}"
+    if cost.expected != cost.most:
+        whole = f"{name}: about {_extent(cost.expected, cost.steps)}; at most {_extent(cost.most, cost.steps)}"
+    each = ", ".join(f"rank {row.rank} {_amount(row.flops)}" for row in cost.ranks)
+    return [
+        whole,
+        f"  one complete training with its evaluations: {each}",
+        "  `rightrank select MODEL DATA --dry-run` measures its time on this device",
+    ]
+
+
+def _extent(extent: Extent, steps: int) -> str:
+    return f"{extent.trainings:.3g} trainings of {steps} steps, {_amount(extent.flops)}"
+
+
+def _amount(flops: float) -> str:
+    """`1.5 PFLOP`."""
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
+        if flops < 1000:
+            return f"{flops:.3g} {unit}"
+        flops /= 1000
+    return f"{flops:.3g} PFLOP"

@@ -1,0 +1,34 @@
+"""`select --dry-run` and `select` describe the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rightrank.api.selecting import preflight, select_rank
+from rightrank.runs.journal import Journal
+from rightrank.schema.events import RunStarted, SelectionPlanned
+from rightrank.schema.trials import TrialFinished
+from tests.watch import Watch
+
+SMALL = {"learning_rates": [1e-2], "batch_size": 4, "eval_items": 12, "eval_points": 2, "samples": 0, "device": "cpu"}
+
+
+def test_one_model_and_data_have_one_run(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    """Nothing is given for ranks, steps and length: preflight and selection settle them alike."""
+    announced: list[SelectionPlanned] = []
+    watching = Watch(lambda event: announced.append(event) if isinstance(event, SelectionPlanned) else None)
+    selected = select_rank(str(model_folder), completion_file, tmp_path / "run", callbacks=[watching], **SMALL)
+    before = preflight(str(model_folder), completion_file, **SMALL)
+
+    records = Journal(tmp_path / "run" / "journal.jsonl").read()
+    started = next(record for record in records if isinstance(record, RunStarted))
+    finished = [record for record in records if isinstance(record, TrialFinished) and record.rank > 0]
+    assert started.settings["ranks"] == [row.rank for row in before.ranks]
+    assert announced[0].steps == before.cost.steps
+    assert before.longest <= started.settings["seq_len"]
+    assert announced[0].expected_trainings == before.cost.trainings
+    peaks = {row.rank: row.peak_bytes for row in before.ranks}
+    direct = [trial for trial in finished if trial.truncate_from is None and len(trial.pass_ranks or []) < 2]
+    assert direct
+    assert all(trial.predicted_peak_bytes == peaks[trial.rank] for trial in direct)
+    assert selected.cost["trainings"] > 0
