@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from rightrank.api.deciding import decide
+from rightrank.api.deciding import Decided, decide
 from rightrank.api.selecting import select_rank_with
 from rightrank.decision.run import Records, decide_run, records_of
 from rightrank.hooks import trackers as registry
 from rightrank.hooks.trackers import Trackers, require_trackers
 from rightrank.runs.journal import Journal
-from rightrank.runs.returns import Decided
 from rightrank.schema.errors import MissingExtraError, SettingsError
 from rightrank.schema.events import DecisionRecorded
 from rightrank.schema.trials import TrialResult, TrialTask

@@ -13,11 +13,13 @@ from rightrank import Selected
 from rightrank.api.runs import status, write_report
 from rightrank.cli import cli
 from rightrank.decision.adapter import making_of
-from rightrank.decision.run import Records, decide_run, decision_so_far
-from rightrank.report.adapters import MAX_MARGINS, adapter_figure, candidate_table, compared
+from rightrank.decision.run import Records, compared, decide_run, decision_so_far
+from rightrank.report.adapters import MAX_MARGINS, adapter_figure, candidate_table
 from rightrank.report.figure import Figure
+from rightrank.report.figures import figures_of
 from rightrank.report.html import render_report
 from rightrank.report.sentences import cost_of
+from rightrank.report.svg import write_figures
 from rightrank.runs.journal import Journal
 from rightrank.runs.returns import answers
 from rightrank.schema.events import RunContinued
@@ -181,6 +183,7 @@ def test_a_notebook_shows_both(tmp_path: Path) -> None:
     selected = Selected(
         made, tmp_path, None, None, tmp_path, answers(records, made, "training-rank"), adapters=compared(records)
     )
+    write_figures(tmp_path / "figures", figures_of(records, made))
     html = selected._repr_html_()
     assert "<strong>Adapter: rank 8</strong>" in html
     assert "<strong>Training rank: " in html

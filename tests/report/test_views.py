@@ -19,9 +19,9 @@ from rightrank.cli import cli
 from rightrank.decision.run import decide_run
 from rightrank.hooks.event_log import JsonLog, ProgressFile
 from rightrank.hooks.terminal import LiveView, PlainView, make_view, plan_line
-from rightrank.report.answer import answer_view
+from rightrank.report.answer import answer_view, notebook_html
 from rightrank.report.figures import rank_figure
-from rightrank.report.html import notebook_html
+from rightrank.report.svg import svg_file
 from rightrank.report.terminal_figures import CURVE_ROWS, terminal_curve
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Notice, SelectionPlanned, StepDone
@@ -205,7 +205,7 @@ def test_every_link_of_a_report_is_a_file_beside_it(tmp_path: Path) -> None:
 
 def test_the_picture_of_a_notebook_fits_its_box() -> None:
     made = decide_run(made_up_run())
-    picture = notebook_html(answer_view(made), None, rank_figure(made))
+    picture = notebook_html(answer_view(made), "", svg_file(rank_figure(made)))
     svg = picture[picture.index("<svg") : picture.index(">", picture.index("<svg"))]
     assert "viewBox=" in svg
     assert 'style="display: block; width: 100%; height: auto"' in svg

@@ -12,13 +12,47 @@ from rightrank.decision import rule
 from rightrank.decision.run import Records, comparable, decide_on, metrics_of, records_of
 from rightrank.decision.table import table_of_results
 from rightrank.interop.tables import TableOptions, flat, raw_rows, results_of_rows, rows_of_mappings
-from rightrank.report.sentences import next_commands
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import decide_rows
-from rightrank.runs.returns import Decided
-from rightrank.schema.decision import Checkpoint
+from rightrank.runs.returns import first_command
+from rightrank.schema.command import next_commands
+from rightrank.schema.decision import Checkpoint, Decision
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.settings import settings_difference
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Decided:
+    """A decision on results that exist, and how the table was read."""
+
+    decision: Decision
+    understood: list[str]
+    adapter_sentence: str | None = None  # the answer to the first question, of a run folder that has one
+    next_commands: Sequence[str | None] = ()  # each next run as a command that can be pasted, of a run folder
+
+    @property
+    def next_command(self) -> str | None:
+        """The first of them; None if there is none."""
+        return first_command(self.next_commands)
+
+    def __repr__(self) -> str:
+        """The answer on one line; `print` shows it in full."""
+        found = self.decision
+        return f"Decided(rank={found.rank}, verdict={found.verdict!r}, margin={found.margin:g})"
+
+    def __str__(self) -> str:
+        from rightrank.report.answer import answer_view, labelled
+
+        view = answer_view(self.decision, commands=self.next_commands)
+        rows = [("decision", view.training_rank), *view.safe_rows(), *view.next_rows()]
+        return "\n".join([*self.understood, *labelled(rows, 10)])
+
+    def _repr_html_(self) -> str:
+        from rightrank.report.answer import answer_view, notebook_html
+        from rightrank.report.figures import rank_figure
+        from rightrank.report.svg import svg_file
+
+        return notebook_html(answer_view(self.decision), "", svg_file(rank_figure(self.decision)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rightrank.decision.adapter import Criterion, making_of
+from rightrank.decision.adapter import Criterion, compared_adapters, making_of
 from rightrank.decision.metrics import REPORTED_ONLY
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of
 from rightrank.decision.verdicts import without_collapsing
-from rightrank.schema.decision import Checkpoint, Decision, TrainingRankEstimate
+from rightrank.schema.decision import AdapterCandidate, Checkpoint, Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import (
     AdapterRecorded,
@@ -243,6 +243,13 @@ def question_of(records: Records) -> Criterion:
         is_token_loss(records),
         points_are_of_the_metric=(started.points_metric or started.metric) == started.metric,
     )
+
+
+def compared(records: Records) -> list[AdapterCandidate]:
+    """Every adapter of the run against the reference of its answer; empty before the first answer."""
+    if not records.adapters:
+        return []
+    return compared_adapters(records.adapters[-1].answer, records.plain(), question_of(records))
 
 
 def trainings(records: Records) -> float:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rightrank.decision.adapter import compared_adapters
-from rightrank.decision.run import Records, question_of
+from rightrank.decision.run import Records, compared
 from rightrank.report.figure import Axis, Band, Cell, Figure, Level, Mark, Series, Tone, metric_axis, rank_axis
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.events import GuardAnswer, GuardCandidate
@@ -26,13 +25,6 @@ def adapter_figure(records: Records) -> Figure | None:
     answer = records.adapters[-1].answer
     started = records.started
     return figure_of(answer, compared(records), started.metric, started.higher_is_better)
-
-
-def compared(records: Records) -> list[AdapterCandidate]:
-    """Every adapter of the run against the reference of its answer; empty before the first answer."""
-    if not records.adapters:
-        return []
-    return compared_adapters(records.adapters[-1].answer, records.plain(), question_of(records))
 
 
 def figure_of(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 
 from rightrank.decision.comparison import is_within
 from rightrank.decision.sentences import chance
-from rightrank.report.format import coverage, metric_unit, quantity
+from rightrank.report.format import coverage, metric_unit, quantity, visible
 from rightrank.schema.decision import (
     CheckpointNote,
     CurveFit,
@@ -254,3 +255,27 @@ def brief(value: float | None) -> str:
     if value is None:
         return ""
     return "0" if abs(value) < 1e-12 else f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def notebook_html(view: AnswerView, adapters: str, ranks: str) -> str:
+    """The answers, each with its drawing (SVG), for a notebook; without a drawing an answer is left out."""
+    next_run = f" Next: {view.next_runs[0][0]}" if view.next_runs else ""
+    parts = [
+        (view.adapter_headline, view.adapter, adapters, ""),
+        (view.rank_headline, view.training_rank, ranks, f"<p>Verdict: {_html(view.verdict)}.{_html(next_run)}</p>"),
+    ]
+    return "".join(
+        f"<div><p><strong>{_html(headline)}</strong>. {_html(sentence)}</p>{_fitted(drawing)}{further}</div>"
+        for headline, sentence, drawing, further in parts
+        if drawing
+    )
+
+
+def _fitted(drawing: str) -> str:
+    """The drawing as wide as the cell, up to a width that reads well."""
+    whole = drawing.replace("<svg", '<svg role="img" style="display: block; width: 100%; height: auto"', 1)
+    return f'<div style="max-width: 40em">{whole}</div>'
+
+
+def _html(value: str) -> str:
+    return escape(visible(value))

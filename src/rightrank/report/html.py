@@ -23,7 +23,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.decision.run import Records, document
 from rightrank.report.adapters import candidate_table, guard_of, guard_table
-from rightrank.report.answer import AnswerView, answer_view, certainty_rows, evidence_table
+from rightrank.report.answer import answer_view, certainty_rows, evidence_table
 from rightrank.report.figure import AnyFigure, Figure, HeatMap, parts_of
 from rightrank.report.figures import figures_of, margin_range, margin_steps, rank_at
 from rightrank.report.format import cell_text, metric_unit, size, visible
@@ -37,7 +37,7 @@ from rightrank.report.sentences import (
     test_rows,
     use_it,
 )
-from rightrank.report.svg import inline_svg, svg_file, swatch
+from rightrank.report.svg import inline_svg, swatch
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.decision import Decision, TrainingRankEstimate
 from rightrank.schema.settings import Goal
@@ -293,25 +293,6 @@ def _row(outcome: TrialOutcome) -> dict[str, Any]:
         case TrialFailed():
             row["note"] = outcome.reason
     return row
-
-
-def notebook_html(view: AnswerView, adapters: Figure | None, ranks: Figure | None) -> str:
-    """The answers, each with its picture, for a notebook; without a picture an answer is left out."""
-    next_run = f" Next: {view.next_runs[0][0]}" if view.next_runs else ""
-    parts = [
-        (view.adapter_headline, view.adapter, adapters, ""),
-        (view.rank_headline, view.training_rank, ranks, f"<p>Verdict: {_text(view.verdict)}.{_text(next_run)}</p>"),
-    ]
-    return "".join(
-        f"<div><p><strong>{_text(headline)}</strong>. {_text(sentence)}</p>{_drawing(figure)}{further}</div>"
-        for headline, sentence, figure, further in parts
-        if figure is not None
-    )
-
-
-def _drawing(figure: Figure) -> str:
-    drawing = svg_file(figure).replace("<svg", '<svg style="display: block; width: 100%; height: auto"', 1)
-    return f'<div role="img" aria-label="{_text(figure.alt)}" style="max-width: 40em">{drawing}</div>'
 
 
 def _text(value: str) -> str:

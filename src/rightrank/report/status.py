@@ -11,8 +11,9 @@ from pydantic import Field
 from rightrank.decision.run import Records, decision_so_far, document, last_decided, running_trial
 from rightrank.report.answer import answer_view, labelled
 from rightrank.report.format import quantity
-from rightrank.report.sentences import cost_of, next_commands
+from rightrank.report.sentences import cost_of
 from rightrank.report.terminal_figures import terminal_curve
+from rightrank.schema.command import next_commands
 from rightrank.schema.events import JournalRecord
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import Record, TrialStarted

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from rightrank.data.files import UnreadableError, read_json_object, replacing_folder
 from rightrank.decision.adapter import adapter_answer, improved_by_training, test_difference, trained_answer
-from rightrank.decision.run import Records, best_trial, question_of, trainings
+from rightrank.decision.run import Records, best_trial, compared, question_of, trainings
 from rightrank.models.adapter_files import restore_adapter
-from rightrank.report.adapters import compared
-from rightrank.report.sentences import next_commands
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import FailingAs, Run
 from rightrank.runs.returns import Answer, Selected, answers
+from rightrank.schema.command import next_commands
 from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
 from rightrank.schema.errors import AllTrialsFailedError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded, GuardAnswer, Sample, TestEvaluated

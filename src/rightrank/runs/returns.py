@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rightrank.decision.run import Records, document
-from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, HandedOver, SweepRow
+from rightrank.runs.folder import RunFolder
+from rightrank.schema.decision import AdapterCandidate, Decision, HandedOver, SweepRow
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.events import Sample
 from rightrank.schema.settings import Goal
@@ -55,7 +56,7 @@ class Selected:
     @property
     def next_command(self) -> str | None:
         """The first of the next runs that can be pasted; None if there is none."""
-        return _first(self.next_commands)
+        return first_command(self.next_commands)
 
     @property
     def handed_over(self) -> HandedOver | None:
@@ -111,51 +112,15 @@ class Selected:
         return answer_view(self.decided, self.answers, self.next_commands)
 
     def _repr_html_(self) -> str:
-        from rightrank.report.adapters import figure_of
-        from rightrank.report.figures import rank_figure
-        from rightrank.report.html import notebook_html  # brings jinja2
+        """The answers with their figures, as the run's folder has them."""
+        from rightrank.report.answer import notebook_html
 
-        found = self.answers["adapter_answer"]
-        adapters = None
-        if found is not None and self.adapters:
-            metric, higher = self.answers["metric"], self.answers["higher_is_better"]
-            adapters = figure_of(AdapterAnswer.model_validate(found), self.adapters, metric, higher)
-        return notebook_html(self.view, adapters, None if self.decided is None else rank_figure(self.decided))
+        folder = RunFolder(self.run).figures
+        names = ["adapters", *(["rank_curve"] if self.decided is not None else [])]
+        files = {name: folder / f"{name}.svg" for name in names}
+        drawings = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+        return notebook_html(self.view, drawings.get("adapters", ""), drawings.get("rank_curve", ""))
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Decided:
-    """A decision on results that exist, and how the table was read."""
-
-    decision: Decision
-    understood: list[str]
-    adapter_sentence: str | None = None  # the answer to the first question, of a run folder that has one
-    next_commands: Sequence[str | None] = ()  # each next run as a command that can be pasted, of a run folder
-
-    @property
-    def next_command(self) -> str | None:
-        """The first of them; None if there is none."""
-        return _first(self.next_commands)
-
-    def __repr__(self) -> str:
-        """The answer on one line; `print` shows it in full."""
-        found = self.decision
-        return f"Decided(rank={found.rank}, verdict={found.verdict!r}, margin={found.margin:g})"
-
-    def __str__(self) -> str:
-        from rightrank.report.answer import answer_view, labelled
-
-        view = answer_view(self.decision, commands=self.next_commands)
-        rows = [("decision", view.training_rank), *view.safe_rows(), *view.next_rows()]
-        return "\n".join([*self.understood, *labelled(rows, 10)])
-
-    def _repr_html_(self) -> str:
-        from rightrank.report.answer import answer_view
-        from rightrank.report.figures import rank_figure
-        from rightrank.report.html import notebook_html  # brings jinja2
-
-        return notebook_html(answer_view(self.decision), None, rank_figure(self.decision))
-
-
-def _first(commands: Sequence[str | None]) -> str | None:
+def first_command(commands: Sequence[str | None]) -> str | None:
     return next((command for command in commands if command is not None), None)

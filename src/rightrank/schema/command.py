@@ -1,14 +1,16 @@
-"""Settings as the arguments of `rightrank select`, and the command that repeats a run."""
+"""Settings as the arguments of `rightrank select`: the command that repeats a run, and those that continue it."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.decision import Decision, NextRun
+from rightrank.schema.events import RunStarted
+from rightrank.schema.settings import MAX_SEED, SelectSettings
 from rightrank.schema.table import Setting
 
 
@@ -65,3 +67,52 @@ def _text(value: Any) -> str:
         return str(value)
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
+
+
+def next_commands(
+    started: RunStarted, decision: Decision | None, run: str, margin: float | None = None
+) -> list[str | None]:
+    """For each of the decision's next runs its command, or None if options of `select` can't express it.
+
+    `margin` is one that is not the run's own: part of the command, so that the continued run answers at this margin.
+    """
+    if decision is None:
+        return []
+    if started.data.form == "own":
+        return [None] * len(decision.next_runs)
+    further = [] if margin is None else ["--margin", f"{margin:g}"]
+    return [_command(_further_options(started, wanted), further, run) for wanted in decision.next_runs]
+
+
+def _command(options: list[str], further: list[str], run: str) -> str | None:
+    return shlex.join(["rightrank", "select", "--out", run, *options, *further]) if options else None
+
+
+def _further_options(started: RunStarted, wanted: NextRun) -> list[str]:
+    settings, options = started.settings, list[str]()
+    held_out = len(started.evaluation_items) + started.data.not_evaluated  # at most so many examples can be evaluated
+    if wanted.items is not None and len(started.evaluation_items) < wanted.items <= held_out:
+        options += ["--eval-items", str(wanted.items)]
+    ranks, rates, seeds = (_numbers(settings.get(name)) for name in ("ranks", "learning_rates", "seeds"))
+    if wanted.action == "seeds" and wanted.seeds is not None:
+        options += _with_added("--seeds", seeds, _more_seeds(seeds, wanted.seeds))
+    if wanted.action == "rank":
+        options += _with_added("--ranks", ranks, [*ranks, *wanted.ranks])
+    if wanted.action in ("rank", "rates"):
+        options += _with_added("--learning-rates", rates, [*rates, *wanted.learning_rates])
+    return options
+
+
+def _more_seeds(seeds: Sequence[float], count: int) -> list[float]:
+    further = (seed for seed in range(MAX_SEED) if seed not in seeds)
+    return [*seeds, *(next(further) for _ in range(count - len(seeds)))]
+
+
+def _with_added(option: str, before: Sequence[float], after: Sequence[float]) -> list[str]:
+    """The option with all values; empty where nothing is added."""
+    added = sorted(set(after))
+    return [option, ",".join(f"{value:g}" for value in added)] if set(after) > set(before) else []
+
+
+def _numbers(value: object) -> list[float]:
+    return [one for one in value if isinstance(one, int | float)] if isinstance(value, list | tuple) else []
