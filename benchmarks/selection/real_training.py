@@ -41,8 +41,7 @@ from rightrank.schema.trials import (
     content_hash,
     trial_id,
 )
-from rightrank.search.adapter import MAX_RECOVERED_RANK, recovery
-from rightrank.search.bracket import outside_in
+from rightrank.search.bracket import MAX_RECOVERED_RANK, outside_in, recovery
 from rightrank.search.learning_rates import ANNEAL, LOOK
 from rightrank.search.space import Space, base_arm, space_of
 from rightrank.train.adapter_runtime import adapter_attached
