@@ -8,16 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from rightrank.models.ranks import capacity_rank, lora_parameters, safetensors_bytes
+from rightrank.models.ranks import capacity_rank, safetensors_bytes
 
 CODES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I8": np.int8}
-
-
-def test_parameters_of_two_matrices() -> None:
-    assert lora_parameters(4, [(10, 6), (3, 5)]) == 4 * 16 + 4 * 8
-    assert lora_parameters(4, [(10, 6), (3, 5)], dora=True) == 4 * 16 + 10 + 4 * 8 + 3
-    assert lora_parameters(4, []) == 0
-    assert lora_parameters(1, [(10, 6)]) == 16
 
 
 @pytest.mark.parametrize(("bits", "rank"), [(0, 1), (1, 1), (48, 1), (49, 2), (96, 2), (97, 3), (4800, 100)])

@@ -68,22 +68,15 @@ def lora_scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(rank) if use_rslora else lora_alpha / rank
 
 
-def lora_parameters(rank: int, shapes: Iterable[tuple[int, int]], dora: bool = False) -> int:
-    """Σ r·(d_out + d_in) over adapted matrices d_out × d_in; DoRA adds a magnitude of d_out each.
-
-    Hu et al. 2021, section 4; Liu et al. 2024 (DoRA), section 4.
-    """
-    return sum(rank * (rows + columns) + (rows if dora else 0) for rows, columns in shapes)
-
-
 def rank_of_equal_parameters(
     rank: int, shapes: Iterable[tuple[int, int]], other_shapes: Iterable[tuple[int, int]]
 ) -> int:
     """The rank on `other_shapes`, at least 1, with about as many parameters as `rank` has on `shapes`.
 
-    The counts differ by at most half a rank, so by Σ(d_out + d_in) / 2 over the other matrices.
+    A rank has Σ(d_out + d_in) of them (Hu et al. 2021, section 4). The counts differ by at most half a rank.
     """
-    return max(1, round(lora_parameters(rank, shapes) / lora_parameters(1, other_shapes)))
+    per_rank, of_other = (sum(rows + columns for rows, columns in some) for some in (shapes, other_shapes))
+    return max(1, round(rank * per_rank / of_other))
 
 
 def capacity_rank(data_bits: float, shapes: Iterable[tuple[int, int]]) -> int:

@@ -6,15 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from benchmarks.plan.architectures import FULL_CONFIGS
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from rightrank.models.ranks import capacity_rank, lora_parameters, safetensors_bytes
 from rightrank.plugins.plan.planner import plan_config
 from rightrank.schema.plan_settings import make_plan_settings
 from tests.plugins.plan import CONFIGS
@@ -62,29 +57,3 @@ def test_published_counts_of_llama_3b() -> None:
     assert plan.ranks[0].trainable_parameters == 9_175_040
     assert plan.ranks[0].adapter_bytes == 36_715_216
     assert plan.base_parameters + 9_175_040 == 3_221_924_864
-
-
-@given(
-    st.dictionaries(
-        st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=8),
-        st.tuples(st.lists(st.integers(1, 5), max_size=3), st.sampled_from([torch.float32, torch.bfloat16])),
-        min_size=1,
-        max_size=5,
-    )
-)
-def test_safetensors_size_is_the_file(tmp_path_factory: pytest.TempPathFactory, entries: dict[str, Any]) -> None:
-    entries = {name: value for name, value in entries.items() if name != "__metadata__"} or {"a": ([1], torch.float32)}
-    path = tmp_path_factory.mktemp("sizes") / "file.safetensors"
-    save_file(
-        {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in entries.items()}, path, {"format": "pt"}
-    )
-    codes = {torch.float32: "F32", torch.bfloat16: "BF16"}
-    described = [(name, codes[dtype], shape, dtype.itemsize) for name, (shape, dtype) in entries.items()]
-    assert safetensors_bytes(described, {"format": "pt"}) == path.stat().st_size
-
-
-def test_formulas() -> None:
-    assert lora_parameters(8, [(64, 32), (16, 32)]) == 8 * (96 + 48)
-    assert lora_parameters(8, [(64, 32)], dora=True) == 8 * 96 + 64
-    assert capacity_rank(1, [(64, 32)]) == 1
-    assert capacity_rank(2 * 96 * 5 + 1, [(64, 32)]) == 6
