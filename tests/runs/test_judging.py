@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rightrank import TrialTask, select_rank, select_rank_with
-from rightrank.hooks.judged import JudgedBy
+from rightrank.plugins.judge.hook import JudgedBy
 from rightrank.schema.errors import ResultsError
 from tests.commands import run
 from tests.tiny import small_settings

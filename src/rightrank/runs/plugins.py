@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -124,15 +124,12 @@ class Plugin:
         """
         return None
 
-    def decide_rows(
-        self, rows: str | Path | Iterable[Any], margin: float | None, ranks: Collection[int] | None = None
-    ) -> tuple[Decision, list[str]] | None:
+    def decide_rows(self, rows: str | Path | Iterable[Any], margin: float | None) -> tuple[Decision, list[str]] | None:
         """The decision on finished results of another kind than values, and how they were understood; None for other rows.
 
         Args:
             rows: of a table, `rightrank.data.rows.Row` or mappings; or a file of them.
             margin: None for the default of this kind.
-            ranks: that rows may name; None for any.
 
         Raises:
             ResultsError: rows of this kind that can't be used.
@@ -207,11 +204,9 @@ def memory_plan(
     return _first(plugin.memory_plan(loaded, encoded, classes, settings, notice) for plugin in plugins())
 
 
-def decide_rows(
-    rows: str | Path | Iterable[Any], margin: float | None, ranks: Collection[int] | None = None
-) -> tuple[Decision, list[str]] | None:
+def decide_rows(rows: str | Path | Iterable[Any], margin: float | None) -> tuple[Decision, list[str]] | None:
     """Of the first plug-in whose kind of results these are."""
-    return _first(plugin.decide_rows(rows, margin, ranks) for plugin in plugins())
+    return _first(plugin.decide_rows(rows, margin) for plugin in plugins())
 
 
 def _merged(mappings: Iterable[Mapping[str, Found]]) -> dict[str, Found]:

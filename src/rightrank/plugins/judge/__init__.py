@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +26,13 @@ class Judge(Plugin):
     def functions(self) -> Mapping[str, Callable[..., Any]]:
         return {"judge": judge}
 
-    def decide_rows(
-        self, rows: str | Path | Iterable[Any], margin: float | None, ranks: Collection[int] | None = None
-    ) -> tuple[Decision, list[str]] | None:
+    def decide_rows(self, rows: str | Path | Iterable[Any], margin: float | None) -> tuple[Decision, list[str]] | None:
         from rightrank.plugins.judge.judgements import are_judgements, judgements_of, rows_of
 
         found = rows_of(rows)
         if not are_judgements(found):
             return None
-        judgements, understood = judgements_of(found, ranks)
+        judgements, understood = judgements_of(found)
         from rightrank.plugins.judge.win_rate import decide_judged
 
         return decide_judged(judgements, margin), understood

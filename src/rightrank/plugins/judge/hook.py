@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rightrank.decision.run import best_trial
+from rightrank.plugins.judge.judgements import are_judgements, judgements_of, rows_of
+from rightrank.plugins.judge.win_rate import decide_judged
 from rightrank.runs.hook import Hook, Run
-from rightrank.runs.plugins import decide_rows
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, SettingsError
 
@@ -43,10 +44,10 @@ class JudgedBy(Hook):
         if callable(judgements):
             best = {rank: best_trial(run.records, decision, rank).trial_id for rank in ranks}
             judgements = list(judgements({rank: run.folder.trial_adapter(trial) for rank, trial in best.items()}))
-        found = decide_rows(judgements, self._margin, ranks)
-        if found is None:
+        rows = rows_of(judgements)
+        if not are_judgements(rows):
             raise ResultsError("judgements: no row has rank_a and rank_b; give prompt, rank_a, rank_b and outcome")
-        judged, _ = found
+        judged = decide_judged(judgements_of(rows, ranks)[0], self._margin)
         kept = [
             one.model_copy(update={"trial_ids": own[one.rank].trial_ids, "learning_rate": own[one.rank].learning_rate})
             for one in judged.ranks
