@@ -18,7 +18,7 @@ from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.adapter import Criterion, adapter_answer, trained_answer
-from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter, write_adapter
+from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter, write_like
 from rightrank.models.labels import labels_of_side
 from rightrank.models.ranks import max_module_rank
 from rightrank.models.truncation import Moments, components, ranks_within
@@ -206,7 +206,7 @@ def resize_by_data(
     tensors = {key: chosen.tensor(key) for key in chosen.keys}
     if candidates.dtype is None:  # as in the adapter: training works in the dtype of the base
         tensors |= {key: tensors[key].to(adapter.tensor(key).dtype) for key in tensors if key in adapter.keys}
-    write_adapter(out, chosen.config, tensors, adapter.path)
+    write_like(adapter, out, chosen.config, tensors)
     resized = curve.written[answer.rank]
     notes = [*resized.notes, *curve.gathered.notices]
     if curve.gathered.moments:
@@ -333,7 +333,7 @@ def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | N
     """
     uniform = {module.name: min(rank, module.rank) for module in adapter.modules}
     known = moments or {}
-    highest = max_module_rank(rank)
+    highest = max_module_rank(rank) if adapter.mlx is None else rank  # mlx-lm loads one rank for all modules
     if highest == rank or any(module.name not in known or module.rank <= rank for module in adapter.modules):
         return RankChoice(uniform, f"rank {rank} at most")
     worth = [components(*adapter.factors(one), one.scaling, known[one.name]).costs for one in adapter.modules]

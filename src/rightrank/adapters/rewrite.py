@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rightrank.data.files import require_absent
-from rightrank.models.adapter_files import WEIGHTS_FILE, AdapterFolder, AdapterModule, write_adapter, write_like
+from rightrank.models.adapter_files import AdapterFolder, AdapterModule, write_adapter, write_like
 from rightrank.models.kinds.other import dora_weight
 from rightrank.models.ranks import exact_pattern, lora_scaling
 from rightrank.models.spectra import factored_distance
@@ -180,7 +180,7 @@ def write_resized(
         parameters_before=sum(module.parameters for module in adapter.modules),
         parameters_after=sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules),
         bytes_before=adapter.weights.stat().st_size,
-        bytes_after=(out if adapter.is_file else out / WEIGHTS_FILE).stat().st_size,
+        bytes_after=adapter.weights_in(out).stat().st_size,
         chosen_by=choice.chosen_by,
         notes=[*choice.notes, *_notes(adapter, weights)],
     )

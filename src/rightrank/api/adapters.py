@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rightrank.models.places import require_adapter_folder, require_side
+from rightrank.models.places import find_adapter, require_adapter_folder, require_side
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import (
     AdapterComparison,
@@ -85,7 +85,7 @@ def resize(
     """Write the adapter at another rank to `out`, and report the truncation error.
 
     Args:
-        adapter: a PEFT adapter folder, or a LoRA file of kohya or diffusers.
+        adapter: a folder of PEFT or mlx-lm, a LoRA file of kohya or diffusers, or a trainer's output folder with checkpoints.
         out: the folder or file to write, which must not exist.
         rank: one rank for all modules; above the present one it pads. Exactly one of `rank`, `energy`, `noise` and `data`
             chooses the rank.
@@ -107,7 +107,10 @@ def resize(
         InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
         RunError: recovery started and could not finish.
     """
-    _require_adapters([adapter])
+    place, chosen = find_adapter(Path(adapter))
+    _require_adapters([place])
+    if chosen:
+        notice(chosen)
 
     from rightrank.adapters.resize import ResizeOptions, ResizeRule, resize_adapter
 
@@ -126,7 +129,8 @@ def resize(
     )
     rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
     rule.require_one()
-    return resize_adapter(Path(adapter), Path(out), rule, options)
+    resized = resize_adapter(place, Path(out), rule, options)
+    return resized.model_copy(update={"notes": [chosen, *resized.notes]}) if chosen else resized
 
 
 def resize_together(

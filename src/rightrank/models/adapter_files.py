@@ -1,7 +1,7 @@
 """An adapter's files in PEFT's format: read with safetensors alone, checked before anything is computed, and written.
 
 Neither PEFT nor the base model is needed to read one: tensor names, shapes and `adapter_config.json` define the adapter.
-Files of kohya and diffusers (`lora_files.py`) are read as the same adapters.
+Files of kohya, diffusers and mlx-lm (`lora_files.py`) are read as the same adapters.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,19 @@ from rightrank.models.kinds import stored_kind
 from rightrank.models.kinds.base import AdapterKind, Layout, StoredPair
 from rightrank.models.kinds.other import MAGNITUDE
 from rightrank.models.labels import CLASSIFIER_FILE, write_classifier
-from rightrank.models.lora_files import FACTOR, config_of_file, file_keys, is_a, updated_header, write_file
+from rightrank.models.lora_files import (
+    FACTOR,
+    MLX_FILE,
+    PREFIX,
+    config_of_file,
+    config_of_mlx,
+    file_keys,
+    is_a,
+    mlx_key,
+    updated_header,
+    write_file,
+    write_mlx,
+)
 from rightrank.models.places import CONFIG_FILE, require_adapter_folder
 from rightrank.models.ranks import lora_scaling, pattern_matches, pattern_value
 from rightrank.models.weights import read_header
@@ -37,7 +51,6 @@ from rightrank.schema.results import ModuleKind
 from rightrank.schema.settings import FileFormat
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 MAX_CONFIG_BYTES = 16 * 2**20  # bytes
 # Adapters are trained in at most 32 bits. Values beyond these are damage, and their squares overflow 64 bits.
@@ -50,13 +63,17 @@ NOT_PADDED = ("use_dora", "lora_bias")  # options that servers do not support
 
 
 def open_adapter(path: Path) -> AdapterFolder:
-    """Read and check the configuration and the header of an adapter folder, or of a LoRA file of kohya or diffusers.
+    """Read and check the configuration and the header of an adapter folder of PEFT or mlx-lm, or of a LoRA file of kohya or diffusers.
 
     Raises:
         ModelError: not a LoRA adapter, pickled weights, missing tensors, or shapes that contradict the configuration.
     """
+    stored = None
     if path.is_file() and path.suffix == ".safetensors":
         config, (shapes, _) = config_of_file(path), read_header(path)
+    elif (path / MLX_FILE).is_file() and not (path / WEIGHTS_FILE).exists():
+        config, shapes, stored = config_of_mlx(path)
+        _check_config(path / CONFIG_FILE, config)
     else:
         config, shapes = _read_config(path), _read_shapes(path)
     pairs = _factor_keys(path, shapes)
@@ -70,7 +87,7 @@ def open_adapter(path: Path) -> AdapterFolder:
     patterns = [*config.get("rank_pattern", {}), *config.get("alpha_pattern", {})]
     addresses = dict.fromkeys(module.address for module in modules)
     unused = tuple(key for key in patterns if not any(pattern_matches(key, address) for address in addresses))
-    return AdapterFolder(path, config, modules, tuple(sorted(other)), unused)
+    return AdapterFolder(path, config, modules, tuple(sorted(other)), unused, stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +131,15 @@ class AdapterFolder:
     modules: tuple[AdapterModule, ...]
     other_keys: tuple[str, ...]  # modules_to_save, trained biases, saved embeddings
     unused_patterns: tuple[str, ...]  # keys of rank_pattern or alpha_pattern that no module matches
+    mlx: Mapping[str, Any] | None = None  # mlx-lm's configuration, if it wrote the folder
 
     @property
     def weights(self) -> Path:
-        return self.path if self.is_file else self.path / WEIGHTS_FILE
+        return self.weights_in(self.path)
+
+    def weights_in(self, place: Path) -> Path:
+        """The weights' file of an adapter in this format at `place`."""
+        return place if self.is_file else place / (WEIGHTS_FILE if self.mlx is None else MLX_FILE)
 
     @property
     def is_file(self) -> bool:
@@ -174,7 +196,7 @@ class AdapterFolder:
 
     def tensor(self, key: str) -> torch.Tensor:
         with safe_open(self.weights, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(key)
+            tensor: torch.Tensor = file.get_tensor(key) if self.mlx is None else file.get_tensor(mlx_key(key)).T
             return tensor
 
     def factors(self, module: AdapterModule) -> tuple[Floats, Floats]:
@@ -330,11 +352,14 @@ def natural_order(name: str) -> list[tuple[int, int, str]]:
 def write_like(
     adapter: AdapterFolder, out: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write a changed adapter in the format of `adapter`: a folder of PEFT, or a LoRA file.
+    """Write a changed adapter in the format of `adapter`: a folder of PEFT or mlx-lm, or a LoRA file.
 
     Raises:
         RunFolderError: `out` exists, or can't be written.
     """
+    if adapter.mlx is not None:
+        write_mlx(out, adapter.mlx, config, tensors)
+        return
     if not adapter.is_file:
         write_adapter(out, config, tensors, adapter.path)
         return
@@ -381,6 +406,19 @@ def write_adapter(
                 shutil.copy2(source / CLASSIFIER_FILE, temporary)
     except OSError as error:
         raise RunFolderError(f"{out}: can't write there ({error.strerror or error}); give a writable folder") from None
+
+
+@contextmanager
+def peft_folder(folder: Path) -> Iterator[Path]:
+    """The folder itself, or in the block a copy in PEFT's format of one that mlx-lm wrote."""
+    if not (folder / MLX_FILE).is_file() or (folder / WEIGHTS_FILE).exists():
+        yield folder
+        return
+    adapter = open_adapter(folder)
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
+        place = Path(name) / folder.name
+        write_adapter(place, adapter.config, {key: adapter.tensor(key) for key in adapter.keys})
+        yield place
 
 
 def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "default") -> None:

@@ -1,4 +1,4 @@
-"""LoRA files of image tools: kohya's and diffusers' keys in one safetensors file, as PEFT's configuration and keys.
+"""LoRA files of other tools as PEFT's configuration and keys: one safetensors file of kohya or diffusers, a folder of mlx-lm.
 
 | tool | keys of a module `down_blocks.0.attn.to_q` | scale |
 |---|---|---|
@@ -6,7 +6,9 @@
 | diffusers | `unet.down_blocks.0.attn.to_q.lora_A.weight`, `….lora_B.weight` | PEFT's configuration in the header |
 | diffusers, earlier | `unet.down_blocks.0.attn.to_q.lora.down.weight`, `….lora.up.weight` | `….alpha` over the rank |
 
-kohya's names have underscores for dots, so that they name a module of a known model only.
+| mlx-lm (`adapters.safetensors`) | `model.layers.0.self_attn.q_proj.lora_a` [in, r], `….lora_b` [r, out] | `lora_parameters.scale` |
+
+kohya's names have underscores for dots, so that they name a module of a known model only. mlx-lm has one rank and one scale for all modules.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rightrank.data.files import replacing, require_absent
+from rightrank.data.files import UnreadableError, read_json_object, replacing, replacing_folder, require_absent
+from rightrank.models.places import CONFIG_FILE
 from rightrank.models.ranks import exact_pattern, pattern_value
 from rightrank.models.weights import read_header
 from rightrank.schema.errors import ModelError, RunFolderError
@@ -30,6 +33,8 @@ from rightrank.schema.settings import FileFormat
 
 HEADER = "lora_adapter_metadata"  # of diffusers: LoraConfig as JSON, each name behind the prefix of its model
 RANK, ALPHA = "ss_network_dim", "ss_network_alpha"  # of kohya, in the header
+MLX_FILE = "adapters.safetensors"
+PREFIX = "base_model.model."  # of PEFT's keys
 KOHYA_PREFIX = {
     "unet": "lora_unet_",
     "text_encoder": "lora_te_",
@@ -181,3 +186,73 @@ def _kohya_alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 def _usual(values: Mapping[str, Any]) -> Any:
     return Counter(values.values()).most_common(1)[0][0]
+
+
+def config_of_mlx(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Any]]:
+    """`(PEFT's configuration, shapes by PEFT's keys, the configuration as it is stored)` of a folder that mlx-lm wrote.
+
+    Raises:
+        ModelError: no LoRA of linear layers, or a configuration without rank and scale.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        stored = read_json_object(file)
+    except UnreadableError as error:
+        raise ModelError(f"{file}: not readable as JSON ({error}); mlx-lm writes it beside {MLX_FILE}") from None
+    kind, parameters = stored.get("fine_tune_type", "lora"), stored.get("lora_parameters") or {}
+    rank, scale = parameters.get("rank"), parameters.get("scale")
+    if kind != "lora" or not isinstance(rank, int) or not isinstance(scale, int | float):
+        raise ModelError(
+            f"{file}: fine_tune_type {kind!r}, rank {rank!r}, scale {scale!r}; only mlx-lm's lora with both is read"
+        )
+    shapes = read_header(folder / MLX_FILE)[0]
+    odd = next(
+        (key for key, shape in shapes.items() if not key.endswith((".lora_a", ".lora_b")) or len(shape) != 2), None
+    )
+    if odd is not None or not shapes:
+        raise ModelError(f"{folder / MLX_FILE}: holds {odd or 'nothing'}; only LoRA of linear layers is read")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": stored.get("model"),
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": sorted({key.rpartition(".")[0] for key in shapes}),
+    }
+    return config, {_peft_key(key): (shape[1], shape[0]) for key, shape in shapes.items()}, stored
+
+
+def _peft_key(key: str) -> str:
+    module, _, side = key.rpartition(".")
+    return f"{PREFIX}{module}.lora_{side[-1].upper()}.weight"
+
+
+def mlx_key(key: str) -> str:
+    """`model.….q_proj.lora_a` for PEFT's `base_model.model.model.….q_proj.lora_A.weight`. The matrix is transposed."""
+    module, _, side = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+    return f"{module}.{side.lower()}"
+
+
+def write_mlx(
+    out: Path, stored: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Write a folder that mlx-lm loads, whole or not at all: `stored` at the rank of `config`, and PEFT's tensors.
+
+    Raises:
+        ModelError: modules of several ranks.
+        RunFolderError: `out` exists, or can't be written.
+    """
+    if config["rank_pattern"] or config["alpha_pattern"]:
+        raise ModelError("mlx-lm loads one rank for all modules: add --uniform, or give one rank")
+    require_absent(out)
+    parameters = dict(stored["lora_parameters"]) | {"rank": config["r"], "scale": config["lora_alpha"] / config["r"]}
+    try:
+        with replacing_folder(out) as temporary:
+            named = {mlx_key(key): value.T.contiguous() for key, value in tensors.items()}
+            save_file(named, temporary / MLX_FILE, {"format": "mlx"})
+            text = json.dumps(dict(stored) | {"lora_parameters": parameters}, indent=4, sort_keys=True) + "\n"
+            (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"{out}: can't write there ({error.strerror or error}); give a writable folder") from None

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from rightrank.data.files import read_json_object
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.models.adapter_files import AdapterFolder
+from rightrank.models.adapter_files import AdapterFolder, peft_folder
 from rightrank.models.base_models import LoadedModel, load_base
 from rightrank.models.places import CONFIG_FILE
 from rightrank.schema.errors import ModelError, RunError, SettingsError, first_line
@@ -92,8 +92,8 @@ def adapter_attached(runtime: Runtime, folder: Path, *, trainable: bool = False)
     """
     _require_task(runtime, folder)
     try:
-        with without_peft_noise():
-            peft_model: Any = PeftModel.from_pretrained(runtime.model, str(folder), is_trainable=trainable)
+        with without_peft_noise(), peft_folder(folder) as place:
+            peft_model: Any = PeftModel.from_pretrained(runtime.model, str(place), is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({first_line(error)}); give the base that it was trained on with --base"

@@ -1,0 +1,198 @@
+"""`resize` of what a trainer left: its output folder with checkpoints, and adapters of mlx-lm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rightrank import resize
+from rightrank.adapters.spectra import inspect_adapter
+from rightrank.models.adapter_files import open_adapter
+from rightrank.models.lora_files import MLX_FILE
+from rightrank.models.places import find_adapter
+from rightrank.schema.errors import ModelError
+from tests.adapters.adapters import make_adapter, make_base, tensors_of
+
+PEFT = "base_model.model."
+MLX: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": 3, "max_seq_length": 64, "seed": 0}
+
+LAYOUTS = {
+    "transformers": (["checkpoint-20", "checkpoint-100"], "checkpoint-100"),
+    "ms-swift": (
+        ["v0-20260101-120000/checkpoint-90", "v1-20260102-120000/checkpoint-10"],
+        "v1-20260102-120000/checkpoint-10",
+    ),
+    "verl": (
+        ["global_step_9/actor/lora_adapter", "global_step_10/actor/lora_adapter"],
+        "global_step_10/actor/lora_adapter",
+    ),
+    "OpenRLHF": (["global_step9_hf", "global_step10_hf"], "global_step10_hf"),
+    "NeMo": (["epoch_0_step_90/model", "epoch_1_step_10/model"], "epoch_1_step_10/model"),
+    "a last one without a number": (["epoch_10", "final"], "final"),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(base, tmp_path_factory.mktemp("adapter") / "plain")
+
+
+def output_of(folder: Path, adapter: Path, places: list[str]) -> Path:
+    for place in places:
+        shutil.copytree(adapter, folder / place)
+    return folder
+
+
+def by_mlx(folder: Path) -> dict[str, torch.Tensor]:
+    """ΔW of each module as mlx-lm's `LoRALinear.fuse` computes it."""
+    scale = json.loads((folder / "adapter_config.json").read_text())["lora_parameters"]["scale"]
+    tensors = load_file(folder / MLX_FILE)
+    names = {key.rpartition(".")[0] for key in tensors}
+    return {name: (scale * tensors[f"{name}.lora_b"].T) @ tensors[f"{name}.lora_a"].T for name in names}
+
+
+def write_mlx(folder: Path, adapter: Path, base: Path, **changes: Any) -> Path:
+    """A PEFT adapter of rank 8 and alpha 16 as mlx-lm stores it."""
+    folder.mkdir()
+    found = {key.removeprefix(PEFT): value for key, value in tensors_of(adapter).items()}
+    renamed = {
+        key.replace(".lora_A.weight", ".lora_a").replace(".lora_B.weight", ".lora_b"): value.T.contiguous()
+        for key, value in found.items()
+    }
+    save_file(renamed, folder / MLX_FILE)
+    parameters = {"rank": 8, "scale": 2.0, "dropout": 0.0}
+    config = MLX | {"model": str(base), "lora_parameters": parameters} | changes
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_newest_adapter_of_an_output_folder(layout: str, adapter: Path, tmp_path: Path) -> None:
+    places, newest = LAYOUTS[layout]
+    output = output_of(tmp_path / "out", adapter, [*places, "rightrank/adapter"])
+    found, line = find_adapter(output)
+    assert found == output / newest
+    assert line == f"{output / newest}: the newest of {len(places)} adapters in {output}, where nothing names the best"
+
+
+def test_the_best_adapter_by_the_state_of_the_trainer(adapter: Path, tmp_path: Path) -> None:
+    output = output_of(tmp_path / "out", adapter, ["checkpoint-20", "checkpoint-100", "checkpoint-60"])
+    state = {"best_model_checkpoint": "/elsewhere/out/checkpoint-60", "best_metric": 0.5}
+    (output / "checkpoint-100" / "trainer_state.json").write_text(json.dumps(state))
+    found, line = find_adapter(output)
+    assert found == output / "checkpoint-60"
+    assert line.endswith("the best of 3 adapters in " + str(output) + " by trainer_state.json")
+
+
+def test_the_best_adapter_by_the_pointer_of_nemo(adapter: Path, tmp_path: Path) -> None:
+    output = output_of(tmp_path / "out", adapter, ["epoch_0_step_10/model", "epoch_0_step_20/model"])
+    (output / "LOWEST_VAL").symlink_to("epoch_0_step_10")
+    assert find_adapter(output)[0] == output / "epoch_0_step_10" / "model"
+
+
+def test_a_halfwritten_state_names_nothing(adapter: Path, tmp_path: Path) -> None:
+    output = output_of(tmp_path / "out", adapter, ["checkpoint-20", "checkpoint-100"])
+    (output / "checkpoint-100" / "trainer_state.json").write_text('{"best_model_checkpoint": "checkp')
+    assert find_adapter(output)[0] == output / "checkpoint-100"
+
+
+def test_the_last_file_of_kohya_has_no_number(tmp_path: Path) -> None:
+    for name in ("a1b2-000004", "a1b2", "a1b2-step00000500"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert find_adapter(tmp_path)[0] == tmp_path / "a1b2.safetensors"
+
+
+def test_an_adapter_is_itself(adapter: Path) -> None:
+    assert find_adapter(adapter) == (adapter, "")
+
+
+def test_resize_says_which_adapter_it_took(adapter: Path, tmp_path: Path) -> None:
+    output = output_of(tmp_path / "out", adapter, ["checkpoint-20", "checkpoint-100"])
+    said: list[str] = []
+    resized = resize(output, tmp_path / "small", rank=2, notice=said.append)
+    assert said == resized.notes[:1]
+    assert said[0].startswith(f"{output / 'checkpoint-100'}: the newest of 2")
+
+
+def test_an_adapter_of_mlx_has_the_same_updates(base: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = write_mlx(tmp_path / "mlx", adapter, base)
+    read, plain = open_adapter(folder), open_adapter(adapter)
+    assert read.base_model == str(base)
+    assert [(one.name, one.rank, one.scaling, one.rows) for one in read.modules] == [
+        (one.name, one.rank, one.scaling, one.rows) for one in plain.modules
+    ]
+    for update, other in zip(inspect_adapter(folder).modules, inspect_adapter(adapter).modules, strict=True):
+        assert update == other
+
+
+@pytest.mark.parametrize("rank", [3, 8, 12])
+def test_an_adapter_of_mlx_is_written_as_mlx_loads_it(rank: int, base: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = write_mlx(tmp_path / "mlx", adapter, base)
+    resize(folder, tmp_path / "small", rank=rank)
+    stored = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
+    assert stored["lora_parameters"]["rank"] == rank
+    assert {name: value for name, value in stored.items() if name != "lora_parameters"} == MLX | {"model": str(base)}
+    shapes = {
+        tuple(one.shape)[1] for key, one in load_file(tmp_path / "small" / MLX_FILE).items() if key.endswith("lora_a")
+    }
+    assert shapes == {rank}
+    before, after = by_mlx(folder), by_mlx(tmp_path / "small")
+    for name, update in before.items():
+        exact = update if rank >= 8 else _best_of_rank(update, rank)
+        assert torch.allclose(after[name], exact, atol=1e-5)
+
+
+def _best_of_rank(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return ((left[:, :rank] * values[:rank]) @ right[:rank]).float()
+
+
+@pytest.mark.trains
+def test_an_adapter_of_mlx_is_shrunk_by_data_as_pefts_is(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    plain = make_adapter(model_folder, tmp_path / "plain")
+    folder = write_mlx(tmp_path / "mlx", plain, model_folder)
+    settings: Mapping[str, Any] = {"margin": 0.5, "data": completion_file, "ranks": [2, 4]}
+    ours = resize(folder, tmp_path / "small", **settings)
+    theirs = resize(plain, tmp_path / "small-plain", **settings)
+    assert ours.held_out is not None
+    assert theirs.held_out is not None
+    assert (
+        ours.held_out[:2] == theirs.held_out[:2]
+    )  # the base and the whole adapter: truncations of PEFT's share ranks out
+    assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["lora_parameters"]["rank"] == ours.rank
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fine_tune_type": "dora"}, "fine_tune_type 'dora'"),
+        ({"lora_parameters": {"rank": 8}}, "scale None"),
+        ({"lora_parameters": {"rank": 4, "scale": 2.0}}, "rank 8 in the weights and 4"),
+    ],
+)
+def test_what_is_not_read_of_mlx(
+    changes: dict[str, Any], message: str, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        open_adapter(write_mlx(tmp_path / "mlx", adapter, base, **changes))
+
+
+def test_ranks_that_mlx_cannot_load_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = write_mlx(tmp_path / "mlx", adapter, base)
+    with pytest.raises(ModelError, match="one rank for all modules: add --uniform"):
+        resize(folder, tmp_path / "small", energy=0.7)
+    assert not (tmp_path / "small").exists()
