@@ -30,7 +30,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.machine import machine
 from rightrank import SmallestAdapter
@@ -133,6 +132,8 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def language_trainer(train: list[Row], held_out: list[Row], given: argparse.Namespace) -> Any:
+    from trl import SFTConfig, SFTTrainer  # an older TRL beside another trainer may lack it
+
     base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     return SFTTrainer(
         base,
@@ -145,6 +146,8 @@ def language_trainer(train: list[Row], held_out: list[Row], given: argparse.Name
 
 
 def pair_trainer(train: list[Row], held_out: list[Row], given: argparse.Namespace) -> Any:
+    from trl import DPOConfig, DPOTrainer
+
     base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     return DPOTrainer(
         base,

@@ -16,7 +16,7 @@ from rightrank import resize
 from rightrank.adapters.spectra import inspect_adapter
 from rightrank.models.adapter_files import open_adapter
 from rightrank.models.lora_files import MLX_FILE
-from rightrank.models.places import find_adapter
+from rightrank.models.places import find_adapter, find_model
 from rightrank.schema.errors import ModelError
 from tests.adapters.adapters import make_adapter, make_base, tensors_of
 
@@ -189,6 +189,16 @@ def test_what_is_not_read_of_mlx(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         open_adapter(write_mlx(tmp_path / "mlx", adapter, base, **changes))
+
+
+def test_a_base_that_mlx_has_quantised_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "quantization": {"group_size": 64, "bits": 4}})
+    )
+    with pytest.raises(
+        ModelError, match="quantised by MLX, which PyTorch does not read; give the model that it was made from"
+    ):
+        find_model(str(tmp_path))
 
 
 def test_ranks_that_mlx_cannot_load_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ OF_OTHERS = {  # options of other programs that pages name
         "--grids",
         "--from",
         "--extra-index-url",
+        "--external_plugins",
+        "--callbacks",
+        "--val_dataset",
     ),
 }
 

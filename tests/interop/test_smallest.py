@@ -45,39 +45,10 @@ from rightrank.schema.trials import SplitName
 from rightrank.train.covariances import micro_batches, moment_tokens, unseen_first
 from rightrank.train.evaluation import Scores
 from tests.helpers import make_runtime
+from tests.interop.trainings import Listed, Rows, peft_model
 from tests.tiny import small_settings, write_pairs
 
 pytestmark = pytest.mark.trains
-Rows = list[dict[str, list[int]]]
-
-
-class Listed(torch.utils.data.Dataset[dict[str, list[int]]]):
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.rows[index]
-
-
-@pytest.fixture
-def rows(model_folder: Path, completion_file: Path) -> Rows:
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    found = []
-    for line in completion_file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
-        found.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    return found
-
-
-def peft_model(folder: Path, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = LoraConfig(**{"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.1} | changes)
-    return get_peft_model(base, config)
 
 
 def trained(folder: Path, rows: Rows, out: Path, callbacks: Sequence[Any], **changes: Any) -> tuple[Trainer, Any]:

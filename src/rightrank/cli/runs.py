@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -73,8 +74,15 @@ def _follow(run: Path, interval: float) -> None:
 
 @click.command(short_help="Show versions, device, memory, disk and extras.", epilog="Example: rightrank doctor --json")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON object.")
-def doctor(as_json: bool) -> None:
+@click.option("--path", type=click.Choice(["ms-swift"]), help="Print only the file that this trainer loads.")
+def doctor(as_json: bool, path: str | None) -> None:
     """Show versions, device, memory, disk, extras and writable places on one screen."""
+    if path is not None:
+        spec = find_spec("rightrank.interop.ms_swift")
+        assert spec is not None, "a part of this package"
+        click.echo(spec.origin)
+        return
+
     from rightrank import api
     from rightrank.runs.machine import doctor_text
 

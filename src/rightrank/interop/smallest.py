@@ -14,12 +14,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from rightrank.adapters.live import (
@@ -60,16 +60,19 @@ log = logging.getLogger("rightrank")
 MIN_EXAMPLES = 30
 FEWEST, MOST = 100, 1000  # examples that are scored where nothing else is asked for
 MAX_SHARE = 0.1  # of the training's time, which the end may take where FEWEST examples allow it
+MOMENT_BATCHES = 64  # of a loop of the user's own
 MOMENT_SHARE = 0.02  # of the training's tokens, for second moments
 COMPARED_ROWS = 100_000  # of the training set, in the search for held-out rows
+
+
+Caller = TypeVar("Caller")
 
 
 class SmallestAdapter(TrainerCallback):
     """Truncates the trained adapter at the end of `train()` and keeps the smallest one that loses nothing.
 
     Args:
-        eval_dataset: Held-out rows as the trainer has them, tokenized: `trainer.eval_dataset`. None: what the trainer evaluates on, where it
-            evaluates before the end.
+        eval_dataset: Held-out rows as the trainer has them, tokenized. None: the trainer's own `eval_dataset`.
         margin: How much worse is still enough, in nats a token; None for the default: 0.005, half a point of accuracy, or 1% of the loss of
             preference pairs.
         ranks: Candidates; None for the powers of two below the adapter's rank.
@@ -77,6 +80,7 @@ class SmallestAdapter(TrainerCallback):
         max_examples: Held-out examples to score at most. None: as many as a tenth of the training's time allows, from 100 to 1000.
         every_evaluation: Also look for the smallest rank at each evaluation of the training.
         checkpoint: What must be measured, `last` or `best`; None for what the trainer ends with, which `load_best_model_at_end` says.
+        measure: False: at the end keep what a fresh process needs, log its command, and leave the measurement to it.
 
     Attributes:
         result: The answer after `train()`; None before, and where it failed.
@@ -98,6 +102,7 @@ class SmallestAdapter(TrainerCallback):
         max_examples: int | None = None,
         every_evaluation: bool = False,
         checkpoint: Literal["last", "best"] | None = None,
+        measure: bool = True,
     ) -> None:
         self._rows = eval_dataset
         self._margin = margin
@@ -105,6 +110,7 @@ class SmallestAdapter(TrainerCallback):
         self._metric = metric
         self._max_examples = max_examples
         self._every_evaluation = every_evaluation
+        self._measure = measure
         self._checkpoint = checkpoint
         self._loaders: Mapping[str, Any] = {}
         self._handler: CallbackHandler | None = None
@@ -150,12 +156,16 @@ class SmallestAdapter(TrainerCallback):
         Raises:
             DataError: none were given, and the trainer has not evaluated yet; or fewer than two are left.
         """
-        rows = self._rows if self._rows is not None else getattr(self._loaders.get("eval_dataloader"), "dataset", None)
+        rows = self._rows if self._rows is not None else getattr(_caller(Trainer), "eval_dataset", None)
+        if rows is None:
+            rows = getattr(self._loaders.get("eval_dataloader"), "dataset", None)
         if isinstance(rows, Mapping):
             raise DataError(f"SmallestAdapter: {len(rows)} held-out sets ({', '.join(rows)}); give one of them")
         found = [] if rows is None else _first(rows, self._max_examples or MOST)
         if len(found) < 2:
-            raise DataError("SmallestAdapter has no held-out rows: give SmallestAdapter(trainer.eval_dataset)")
+            raise DataError(
+                "SmallestAdapter has no held-out rows: give the trainer an eval_dataset, or SmallestAdapter one"
+            )
         train = self._loaders["train_dataloader"].dataset
         columns = _columns(train)
         if not columns & set(found[0]):
@@ -235,13 +245,12 @@ class SmallestAdapter(TrainerCallback):
             training = self._training(live, args, state)
             _keep(live, out, training)
             again = f"; to measure again: {command_to_measure(out)}"
+            if not self._measure:
+                log.warning("rightrank: kept what is measured with: %s", command_to_measure(out))
+                return
             if state.is_world_process_zero:
                 log.warning("rightrank: measuring truncations on %d batches%s", len(live.held_out), again)
-            with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
-                self.result = smallest_adapter(live, Path(working))
-                if state.is_world_process_zero:
-                    write_answer(self.result, out, training)
-                    shutil.rmtree(out / MEASURE)
+            self.result = _measured(live, out, training)
         except FAILURES as error:
             log.warning("rightrank: no smaller adapter was looked for: %s%s", first_line(error), again)
             return
@@ -337,18 +346,72 @@ def _keep(live: LiveAdapter, out: Path, training: Training) -> None:
                 keep(live, Path(unused), training)
 
 
-def _first_of_callbacks(callback: TrainerCallback) -> CallbackHandler | None:
-    """The handler that calls this callback, with the callback moved to its front: trackers end their runs at the training's end.
+def _measured(live: LiveAdapter, out: Path, training: Training) -> LiveAnswer:
+    """The answer, written to `out` by the first process in the place of what `keep` left there."""
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
+        found = smallest_adapter(live, Path(working))
+        if process_index() == 0:
+            write_answer(found, out, training)
+            shutil.rmtree(out / MEASURE)
+    return found
 
-    transformers gives a callback no trainer, so the handler is found in the frames that call; None where something else calls.
+
+def keep_smallest(
+    model: Any,
+    held_out: Iterable[Batch],
+    train: Iterable[Batch] = (),
+    *,
+    out: str | Path,
+    margin: float | None = None,
+    metric: str = "loss",
+    seconds: float | None = None,
+) -> LiveAnswer:
+    """The smallest adapter that loses nothing, at the end of a loop of your own or accelerate's; it is written to `out`.
+
+    Args:
+        model: PEFT's model, as it is in memory; of accelerate, `accelerator.unwrap_model(model)`.
+        held_out: Batches that the training did not see: dictionaries of tensors with `labels`, as the model takes them.
+        train: Batches of the training, of which the first are read for second moments.
+        out: The folder for `adapter/`, `decision.json` and `report.html`.
+        margin: How much worse is still enough, in nats a token or accuracy; None for the metric's default.
+        metric: `loss`, or `accuracy` of a classifier.
+        seconds: How long the training took, for the share that the end takes.
+
+    Raises:
+        DataError: no held-out batches.
+        ModelError: an adapter that cannot be truncated.
+        RunError: `out` cannot be written.
     """
+    name = trained_adapter(model)
+    require_truncatable(model, name)
+    with as_it_came(model, name):  # a loader draws its order from the random state
+        live = LiveAdapter(model, list(held_out), list(islice(train, MOMENT_BATCHES)), margin, name=name, metric=metric)
+    if not live.held_out:
+        raise DataError("there are no held-out batches; give some hundred examples that the training did not see")
+    base = str(model.peft_config[name].base_model_name_or_path or model.get_base_model().config.name_or_path or "")
+    training = Training(seconds, peak_bytes(), "last", base, metric)
+    _keep(live, Path(out), training)
+    found = _measured(live, Path(out), training)
+    log.warning("%s %s", found.answer.sentence, Path(out) / "adapter")
+    return found
+
+
+def _first_of_callbacks(callback: TrainerCallback) -> CallbackHandler | None:
+    """The handler that calls this callback, with the callback moved to its front: trackers end their runs at the training's end."""
+    handler = _caller(CallbackHandler)
+    if handler is not None:
+        handler.callbacks.remove(callback)
+        handler.callbacks.insert(0, callback)
+    return handler
+
+
+def _caller(kind: type[Caller]) -> Caller | None:
+    """The object of this kind whose method calls: transformers gives a callback no trainer. None where something else calls."""
     frame = inspect.currentframe()
     while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
-            return handler
+        found = frame.f_locals.get("self")
+        if isinstance(found, kind):
+            return found
         frame = frame.f_back
     return None
 

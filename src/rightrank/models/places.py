@@ -59,7 +59,7 @@ def find_model(reference: str) -> ModelSource:
             raise ModelError(f"{reference}: no config.json in the folder{hint}")
         if (path / "adapter_config.json").exists():  # transformers would load the base that it names
             raise ModelError(f"{reference}: holds an adapter_config.json too; give the folder of the base model alone")
-        _reject_hub_code(path / "config.json")
+        _reject_foreign(path / "config.json")
         return ModelSource(str(path), None)
     if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise ModelError(
@@ -108,12 +108,16 @@ def _nearest_folder(path: Path) -> str:
     return did_you_mean(path.name, folders)
 
 
-def _reject_hub_code(file: Path) -> None:
-    """Reject a configuration that names compiled code on the hub: transformers runs it even without trust."""
+def _reject_foreign(file: Path) -> None:
+    """Reject a configuration that names compiled code on the hub, which transformers runs even without trust, and weights of MLX."""
     try:
         config = read_json_object(file)
     except UnreadableError as error:
         raise ModelError(f"{file}: not readable as JSON ({error}); save the model again") from None
+    if "quantization" in config and "quant_method" not in (config.get("quantization_config") or {}):
+        raise ModelError(
+            f"{file.parent}: quantised by MLX, which PyTorch does not read; give the model that it was made from"
+        )
     for name, value in _implementations(config):
         if "/" in value:
             raise ModelError(

@@ -1,0 +1,60 @@
+"""Lightning's callback: `lightning.Trainer(callbacks=[SmallestAdapter(held_out)])`, around a module that holds PEFT's model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from peft import PeftModel
+
+from rightrank.adapters.live import LiveAnswer, as_it_came, require_truncatable, trained_adapter
+from rightrank.adapters.live_scores import FAILURES, Batch, batch_scores
+from rightrank.interop.smallest import keep_smallest
+from rightrank.schema.errors import DataError, ModelError, first_line
+
+log = logging.getLogger("rightrank")
+
+
+class SmallestAdapter(Callback):
+    """Finds the smallest adapter that loses nothing at the end of `fit`: `<default_root_dir>/rightrank/`.
+
+    `held_out` has batches that the training does not see, dictionaries of tensors with `labels`; margin and metric are as for
+    `rightrank.SmallestAdapter`. At the begin it raises `DataError` without batches, and `ModelError` for what cannot be truncated.
+    """
+
+    def __init__(self, held_out: Iterable[Batch], *, margin: float | None = None, metric: str = "loss") -> None:
+        self._held_out, self._margin, self._metric = held_out, margin, metric
+        self._started = time.monotonic()
+        self.result: LiveAnswer | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = _peft_model(pl_module)
+        name = trained_adapter(model)
+        require_truncatable(model, name)
+        with as_it_came(model, name):
+            batches = list(islice(self._held_out, 1))
+            if not batches:
+                raise DataError("SmallestAdapter has no held-out batches: give a loader of examples to hold out")
+            batch_scores(model, batches[0])
+        self._started = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        out, seconds = Path(trainer.default_root_dir) / "rightrank", time.monotonic() - self._started
+        batches: Any = self._held_out, trainer.train_dataloader or ()
+        try:
+            model, margin = _peft_model(pl_module), self._margin
+            self.result = keep_smallest(model, *batches, out=out, margin=margin, metric=self._metric, seconds=seconds)
+        except FAILURES as error:
+            log.warning("rightrank: no smaller adapter was looked for: %s", first_line(error))
+
+
+def _peft_model(module: LightningModule) -> Any:
+    found = next((one for one in module.modules() if isinstance(one, PeftModel)), None)
+    if found is None:
+        raise ModelError("the LightningModule holds no PEFT model; wrap its model with get_peft_model")
+    return found

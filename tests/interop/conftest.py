@@ -1,0 +1,22 @@
+"""Rows of the tests of others' trainings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.interop.trainings import Rows
+
+
+@pytest.fixture
+def rows(model_folder: Path, completion_file: Path) -> Rows:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    found = []
+    for line in completion_file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
+        found.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    return found

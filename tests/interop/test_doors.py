@@ -1,0 +1,225 @@
+"""The doors into other trainers: Lightning and accelerate run here; axolotl, ms-swift and LLaMA-Factory by the interface stored beside.
+
+Where one of those programs is installed, its interface is compared with the stored one.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import lightning
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+from rightrank import SmallestAdapter
+from rightrank.cli import main
+from rightrank.interop.lightning import SmallestAdapter as LightningSmallestAdapter
+from rightrank.interop.smallest import keep_smallest
+from rightrank.interop.transformers import padded_batches
+from rightrank.schema.errors import DataError, ModelError
+from tests.interop.trainings import Listed, Rows, peft_model
+
+INTERFACES = json.loads((Path(__file__).parent / "interfaces.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("program", INTERFACES)
+def test_the_stored_interface_is_the_programs(program: str) -> None:
+    """Which methods are called, and with which arguments; the default values are the program's own matter."""
+    place, _, name = INTERFACES[program]["where"].partition(":")
+    if find_spec(place.partition(".")[0]) is None:
+        pytest.skip(f"{program} is not installed")
+    found = import_module(place)
+    for method, stored in INTERFACES[program]["signatures"].items():
+        parameters = signature(getattr(getattr(found, name) if name else found, method)).parameters
+        assert f"({', '.join(parameters)})" == stored
+
+
+class Program(ModuleType):
+    """A package whose modules hold what is stored of a program."""
+
+    __path__: ClassVar[list[str]] = []
+
+
+@pytest.fixture
+def axolotl(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The plug-in over a base class with the stored methods, none of which does anything."""
+    base = type("BasePlugin", (), {"post_train": lambda self, cfg, model: None})
+    for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
+        monkeypatch.setitem(sys.modules, name, Program(name))
+    sys.modules["axolotl.integrations.base"].BasePlugin = base  # type: ignore[attr-defined]
+    monkeypatch.delitem(sys.modules, "rightrank.interop.axolotl", raising=False)
+    yield import_module("rightrank.interop.axolotl")
+    monkeypatch.delitem(sys.modules, "rightrank.interop.axolotl")
+
+
+def trainer_of(folder: Path, rows: Rows, out: Path, callbacks: list[Any]) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(out), max_steps=40, learning_rate=1e-2, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True
+    )  # fmt: skip
+    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder), padding=True)
+    return Trainer(peft_model(folder), arguments, collator, Listed(rows[:140]), Listed(rows[140:]), callbacks=callbacks)
+
+
+def decision_of(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "rightrank" / "decision.json").read_text(encoding="utf-8"))
+    assert (out / "rightrank" / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (out / "rightrank" / "measure").exists()
+    return found
+
+
+@pytest.mark.trains
+def test_axolotls_plugin_measures_in_a_fresh_process(
+    axolotl: Any, model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    plugin, out = axolotl.SmallestAdapterPlugin(), tmp_path / "out"
+    stored = INTERFACES["axolotl"]["signatures"]
+    assert all(f"({', '.join(signature(getattr(type(plugin), name)).parameters)})" == stored[name] for name in stored)
+    fields = axolotl.SmallestAdapterArguments(rightrank_margin=0.1)
+    assert plugin.get_input_args() == f"{type(fields).__module__}.{type(fields).__qualname__}"
+    cfg = SimpleNamespace(output_dir=str(out), **fields.model_dump())
+    trainer = trainer_of(model_folder, rows, out, [])
+    for callback in plugin.add_callbacks_post_trainer(cfg, trainer):
+        trainer.add_callback(callback)
+    trainer.train()
+    assert (out / "rightrank" / "measure").is_dir()
+    plugin.post_train(cfg, trainer.model)
+    plugin.post_train(cfg, trainer.model)
+    plugin.post_train_unload(cfg)
+    apart = decision_of(out)["answer"]
+    here = SmallestAdapter(margin=0.1)
+    trainer_of(model_folder, rows, tmp_path / "here", [here]).train()
+    assert here.result is not None
+    assert apart["rank"] == here.result.answer.rank
+    assert apart["difference"] == pytest.approx(here.result.answer.difference, abs=1e-6)
+
+
+@pytest.mark.trains
+def test_axolotls_plugin_leaves_a_training_without_an_end_alone(axolotl: Any, tmp_path: Path) -> None:
+    axolotl.SmallestAdapterPlugin().post_train_unload(SimpleNamespace(output_dir=str(tmp_path)))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def callbacks_of_ms_swift(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    for name in ("swift", "swift.callbacks"):
+        monkeypatch.setitem(sys.modules, name, Program(name))
+    found: dict[str, Any] = {}
+    sys.modules["swift.callbacks"].callbacks_map = found  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.trains
+def test_ms_swift_loads_the_file_that_the_command_names(
+    callbacks_of_ms_swift: dict[str, Any], model_folder: Path, rows: Rows, tmp_path: Path, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--path", "ms-swift"])
+    assert stop.value.code == 0
+    file = Path(capsys.readouterr().out.strip())
+    assert [one.name for one in file.parent.iterdir() if one.suffix == ".py"] == [file.name]  # ms-swift imports from it
+    runpy.run_path(str(file))
+    trainer = trainer_of(model_folder, rows, tmp_path / "out", [])
+    trainer.add_callback(callbacks_of_ms_swift["rightrank"](trainer.args, trainer))
+    trainer.train()
+    assert decision_of(tmp_path / "out")["answer"]["margin"] == 0.005
+
+
+@pytest.mark.trains
+def test_the_callback_of_run_exp_takes_the_trainers_held_out_rows(
+    model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    """LLaMA-Factory makes the trainer itself, so that its user has no data set to give."""
+    callback = SmallestAdapter(margin=0.1)
+    trainer_of(model_folder, rows, tmp_path / "out", [callback]).train()
+    assert callback.result is not None
+    assert decision_of(tmp_path / "out")["cost"]["examples"] == callback.result.examples == 60
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
+        loss: torch.Tensor = self.model(**batch).loss
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([one for one in self.parameters() if one.requires_grad], lr=1e-2)
+
+
+def loader(rows: Rows, shuffle: bool = False) -> DataLoader[Any]:
+    order = torch.Generator().manual_seed(0)
+    return DataLoader(
+        Listed(rows), 8, shuffle, collate_fn=lambda batch: padded_batches(batch, 0, len(batch))[0], generator=order
+    )
+
+
+def fitted(module: lightning.LightningModule, callback: Any, rows: Rows, out: Path) -> None:
+    trainer = lightning.Trainer(
+        max_steps=40, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[callback], default_root_dir=out,
+    )  # fmt: skip
+    trainer.fit(module, loader(rows[:140], shuffle=True))
+
+
+@pytest.mark.trains
+@pytest.mark.filterwarnings("ignore")  # Lightning's remarks on workers and loggers
+def test_lightning_and_a_loop_of_accelerate_give_one_answer(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    callback = LightningSmallestAdapter(loader(rows[140:]), margin=0.1)
+    fitted(Module(peft_model(model_folder, lora_dropout=0.0)), callback, rows, tmp_path / "out")
+    assert callback.result is not None
+    assert decision_of(tmp_path / "out")["handed_over"]["rank"] == callback.result.answer.rank < 16
+
+    model: Any = peft_model(model_folder, lora_dropout=0.0)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    accelerator = Accelerator(cpu=True)
+    model, optimizer, batches = accelerator.prepare(model, optimizer, loader(rows[:140], shuffle=True))
+    for _, batch in zip(range(40), (batch for _ in range(3) for batch in batches), strict=False):
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    states = torch.get_rng_state()
+    found = keep_smallest(
+        accelerator.unwrap_model(model), loader(rows[140:]), batches, out=tmp_path / "loop" / "rightrank", margin=0.1
+    )
+    assert decision_of(tmp_path / "loop")["answer"] == json.loads(found.answer.model_dump_json())
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert torch.equal(states, torch.get_rng_state())
+    assert found.examples == callback.result.examples == 60
+
+
+@pytest.mark.trains
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("module", "count", "error", "message"),
+    [
+        (lambda model: Module(torch.nn.Linear(2, 2)), 60, ModelError, "holds no PEFT model"),
+        (lambda model: Module(model), 0, DataError, "no held-out batches"),
+    ],
+)
+def test_lightning_refuses_before_the_first_step(
+    module: Any, count: int, error: Any, message: str, model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    callback = LightningSmallestAdapter(loader(rows[140 : 140 + count]))
+    with pytest.raises(error, match=message):
+        fitted(module(peft_model(model_folder)), callback, rows, tmp_path)
+
+
+def test_the_doors_import_no_program_that_is_not_asked_for() -> None:
+    asked = "import rightrank, rightrank.interop.smallest, sys; print([one for one in ('axolotl', 'swift', 'lightning') if one in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", asked], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,30 @@
+"""What the tests of others' trainings share: tokenized rows, and a model with an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+Rows = list[dict[str, list[int]]]
+
+
+class Listed(torch.utils.data.Dataset[dict[str, list[int]]]):
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]
+
+
+def peft_model(folder: Path, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = LoraConfig(**{"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.1} | changes)
+    return get_peft_model(base, config)
