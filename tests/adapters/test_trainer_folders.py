@@ -191,6 +191,12 @@ def test_what_is_not_read_of_mlx(
         open_adapter(write_mlx(tmp_path / "mlx", adapter, base, **changes))
 
 
+def test_an_adapter_whose_alpha_verl_did_not_know_is_refused(base: Path, tmp_path: Path) -> None:
+    folder = make_adapter(base, tmp_path / "lora_adapter", lora_alpha=0)
+    with pytest.raises(ModelError, match="lora_alpha is 0, so that the adapter changes nothing"):
+        resize(folder, tmp_path / "small", data=tmp_path / "rows.jsonl")
+
+
 def test_a_base_that_mlx_has_quantised_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "llama", "quantization": {"group_size": 64, "bits": 4}})

@@ -13,7 +13,7 @@ from rightrank.data.files import replacing_folder, require_absent
 from rightrank.data.rows import read_rows
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.spectra import energy_rank, factored_singular_values
-from rightrank.schema.errors import RunFolderError, SettingsError
+from rightrank.schema.errors import ModelError, RunFolderError, SettingsError
 from rightrank.schema.results import Resized, ResizedTogether
 from rightrank.schema.settings import DtypeName, SelectSettings, make_settings
 
@@ -222,6 +222,11 @@ def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptio
 
     if options.recover_steps and options.learning_rate is None:
         raise SettingsError("--recover needs --learning-rate; give the one that the adapter was trained at")
+    if not any(module.scaling for module in adapter.modules):
+        raise ModelError(
+            f"{adapter.path}: lora_alpha is 0, so that the adapter changes nothing; verl's merger writes 0 where it does not know it: "
+            "set it in adapter_config.json"
+        )
     ranks = candidate_ranks(adapter, options.ranks)
     if options.recover_steps and options.train is None and None in read_rows(data):
         options = replace(options, train=data)  # recovery needs training examples: the split that select makes

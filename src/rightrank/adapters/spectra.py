@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from rightrank.models import spectra
-from rightrank.models.adapter_files import PREFIX, AdapterFolder, AdapterModule, open_adapter
-from rightrank.models.lora_files import is_alpha
+from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_adapter
+from rightrank.models.lora_files import PREFIX, is_alpha
 from rightrank.models.spectra import factored_singular_values
 from rightrank.models.weights import WeightFolder, open_weights
 from rightrank.schema.arrays import Floats

@@ -211,7 +211,7 @@ def config_of_mlx(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ..
     )
     if odd is not None or not shapes:
         raise ModelError(f"{folder / MLX_FILE}: holds {odd or 'nothing'}; only LoRA of linear layers is read")
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": stored.get("model"),
