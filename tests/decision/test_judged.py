@@ -12,6 +12,7 @@ import pytest
 from rightrank import decide
 from rightrank.plugins.judge.judgements import Judgement
 from rightrank.plugins.judge.win_rate import clustered_mean, decide_judged
+from rightrank.report.answer import answer_view, evidence_table
 from rightrank.schema.errors import ResultsError
 from tests.commands import run
 from tests.tiny import write_jsonl
@@ -58,6 +59,13 @@ def test_too_few_judgements_cannot_tell_and_say_how_many_would() -> None:
     assert needed <= (run_.items or 0) <= 1.2 * needed
     again = decide(rows({4: 0.5}, prompts=int(run_.items or 0)), margin=0.05).decision
     assert again.rank == 4
+
+
+def test_the_best_so_far_is_the_rank_that_wins_most_often() -> None:
+    found = decide(rows({4: 0.55, 1: 0.5}, prompts=40), margin=0.05).decision
+    assert (found.rank, found.fallback_rank, found.best_so_far) == (None, None, 4)
+    assert evidence_table(found)[-1][3:] == ["reference", "", "reference", "1"]
+    assert "rank 4 came out best so far" in answer_view(found).safe_choice
 
 
 def test_a_lower_rank_is_not_tested_beyond_one_that_fails() -> None:

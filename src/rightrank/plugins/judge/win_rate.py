@@ -121,7 +121,7 @@ def decide_judged(
     return Decision(
         rank=None if verdict == "undecided" else chosen,
         fallback_rank=fallback,
-        best_so_far=top if fallback is None else None,
+        best_so_far=_best(judged, top) if fallback is None else None,
         verdict=verdict,
         flags=["one_judge"] if len(judges) == 1 else [],
         sentence=_sentence(verdict, chosen, top, judged, margin, failing),
@@ -148,6 +148,12 @@ def _walk(judged: Mapping[int, _Judged], top: int, margin: float) -> tuple[int, 
             return chosen, rank
         chosen = rank
     return chosen, None
+
+
+def _best(judged: Mapping[int, _Judged], top: int) -> int:
+    """The rank that came out best: the one that wins most often, or the reference where none wins more than it loses."""
+    winner = min(judged, key=lambda rank: (judged[rank].worse.mean, rank))
+    return winner if judged[winner].worse.mean < 0 else top
 
 
 def _verdict(judged: Mapping[int, _Judged], chosen: int, failing: int | None, top: int, margin: float) -> Verdict:
