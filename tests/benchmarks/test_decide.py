@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.decide import calibration, published, seed_coverage
+from benchmarks.decide import calibration, printed, published, seed_coverage
 from benchmarks.decide.simulated import World
 
 pytestmark = pytest.mark.trains
@@ -48,6 +48,18 @@ def test_stored_calibration_meets_what_is_claimed_of_it() -> None:
     assert summary["covers, quiet seeds"] >= 0.93
     assert summary["false acceptance, mean"] <= 0.05
     assert summary["within an octave, of all decided"] >= 0.95
+
+
+def test_stored_printed_bounds_meet_what_is_claimed_of_them() -> None:
+    groups = json.loads(printed.OUT.read_text(encoding="utf-8"))["summary"]
+    for name, by_method in groups.items():
+        before, after = by_method["before"], by_method["after"]
+        assert 0.945 <= after["lower"] <= 0.97, name
+        assert after["upper"] == before["upper"] >= 0.98, name
+        assert before["lower"] < after["lower"] - 0.015, name
+        assert before["decided"] - 0.03 <= after["decided"] <= before["decided"], name
+        assert after["false"] <= before["false"], name
+        assert after["false_fallback"] <= 0.05, name
 
 
 def test_stored_coverage_of_a_further_seed_meets_what_is_claimed_of_it() -> None:
