@@ -15,12 +15,14 @@ from scipy.stats import t as student
 import benchmarks
 from rightrank.cli.decide import decide as decide_command
 from rightrank.decision.rule import decide
+from rightrank.decision.run import decide_run
 from rightrank.decision.seeds import FURTHER_SEED_DEGREES, FURTHER_SEED_RATIO
 from rightrank.decision.sentences import chance
 from rightrank.decision.table import ScoreTable
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError
 from tests.decision.tables import bare, scored
+from tests.report import runs
 
 STUDY = Path(benchmarks.__file__).parent / "selection" / "one_seed.json"
 LOSSES = {1: 2.3, 4: 2.012, 16: 2.002, 64: 2.0}
@@ -126,6 +128,18 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
     decision = json.loads(said.output)
     assert decision["rank"] == 4
     assert next(one for one in decision["ranks"] if one["rank"] == 4)["probability"] >= 0.9
+
+
+def test_a_run_is_decided_at_its_own_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "ITEMS", 200)
+    records = runs.made_up_run()
+    found = chances(decide_run(records))
+    likely = {rank: chance for rank, chance in found.items() if chance is not None}
+    assert set(likely) == {1, 4, 16, 64}
+    confidence = min(0.99, max(0.5, likely[16]))
+    settings = records.started.settings | {"confidence": confidence}
+    asked = decide_run(replace(records, started=records.started.model_copy(update={"settings": settings})))
+    assert asked.rank == min((rank for rank in likely if likely[rank] >= confidence), default=None)
 
 
 def test_its_constants_are_those_of_the_study_and_it_is_calibrated_there() -> None:
