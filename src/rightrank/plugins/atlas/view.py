@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import rightrank
 from rightrank.cli.options import comma, whole_numbers
 from rightrank.plugins.atlas.estimate import Expectation, expectation
 from rightrank.plugins.atlas.question import of_run
@@ -43,9 +44,7 @@ def expect(ranks: list[str] | None, plot_file: Path | None, as_json: bool, **kno
 
     Every part may be left out. No network, no model and no GPU. A start of a search: the answer is what `select` measures.
     """
-    from rightrank.plugins.atlas import expect as find
-
-    found = find(**known, ranks=whole_numbers(ranks, "--ranks"))
+    found: Expectation = rightrank.expect(**known, ranks=whole_numbers(ranks, "--ranks"))
     if plot_file is not None:
         from rightrank.report.svg import require_svg, write_plot
 
