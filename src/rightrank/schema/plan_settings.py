@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeAlias
 from rightrank.schema.peft_options import gathered_options
 from rightrank.schema.settings import (
     ADAPTER,
-    BUDGET,
     COMPARE,
     DATA,
     MACHINE,
@@ -147,7 +146,6 @@ class PlanSettings(PeftFields):
         also=("steps", "max_iters"),
         gt=0,
     )
-    trainings: float | None = setting(None, BUDGET, "how many trainings, where no strategy says so", gt=0)
     budget_trainings: float | None = _as_select("budget_trainings")
 
     def _require_consistent(self) -> None:
@@ -161,9 +159,7 @@ class PlanSettings(PeftFields):
             raise ValueError(f"sharding {self.sharding!r} needs num_devices of 2 or more, got {self.num_devices}")
         if self.sharding == "none" and self.num_devices > 1:
             raise ValueError(f"num_devices {self.num_devices} needs sharding: give 'ddp' or 'fsdp'")
-        if self.strategy is not None and self.trainings is not None:
-            raise ValueError("strategy and trainings were both given: the strategy says how many; give one of them")
-        if (self.strategy is not None or self.trainings is not None) and self.max_steps is None:
+        if self.strategy is not None and self.max_steps is None:
             raise ValueError("the cost of a selection needs the steps of a training: give max_steps")
         if self.adapters_per_pass > 1 and (self.use_dora or self.target_parameters or self.peft_options):
             raise ValueError(

@@ -81,7 +81,7 @@ class RankTraining(Record):
 class SelectionCost(Record):
     """The cost of a selection with one training after the other."""
 
-    strategy: str | None  # None: a number of trainings was given
+    strategy: str
     steps: int  # of a complete training
     ranks: list[RankTraining]
     prefix_flops: float  # frozen blocks below the adapters, computed once

@@ -40,26 +40,6 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedTrainings:
-    """Whole trainings of a selection, and evaluations that belong to none of them."""
-
-    strategy: str | None
-    expected: float
-    maximum: float
-    expected_extra: float = 0.0
-    maximum_extra: float = 0.0
-
-    @classmethod
-    def of(cls, strategy: Strategy) -> PlannedTrainings:
-        cost = strategy.cost()
-        extra = [
-            max(0.0, arms - 1 - trainings)
-            for arms, trainings in ((strategy.expected_arms(), cost.expected), (strategy.max_arms(), cost.maximum))
-        ]
-        return cls(strategy.name, cost.expected, cost.maximum, extra[0], extra[1])
-
-
-@dataclass(frozen=True, slots=True)
 class Speed:
     """Seconds per operation, of training steps and of forward passes."""
 
@@ -80,18 +60,16 @@ class Flops:
     evaluation: float
 
 
-def planned_trainings(settings: PlanSettings) -> PlannedTrainings | None:
-    """The trainings of the plan's strategy, or the given number; None where neither was given.
+def planned_strategy(settings: PlanSettings) -> Strategy | None:
+    """The strategy of the plan; None where none was given.
 
     Raises:
         SettingsError: an unknown strategy, a single rank, or a budget too small for any comparison.
     """
-    if settings.trainings is not None:
-        return PlannedTrainings(None, settings.trainings, settings.trainings)
     if settings.strategy is None or settings.max_steps is None:
         return None
     shared = {name: getattr(settings, name) for name in ("ranks", *TRAININGS_OF_SELECT)}
-    return PlannedTrainings.of(make_strategy(make_settings(shared), settings.max_steps))
+    return make_strategy(make_settings(shared), settings.max_steps)
 
 
 def workload_of(settings: PlanSettings) -> Workload:
@@ -104,7 +82,7 @@ def workload_of(settings: PlanSettings) -> Workload:
 
 
 def selection_cost(
-    estimator: Estimator, planned: PlannedTrainings, work: Workload, speed: Speed | None = None
+    estimator: Estimator, strategy: Strategy, work: Workload, speed: Speed | None = None
 ) -> SelectionCost:
     """The cost of the selection, expected and at most; its seconds where the speed of this device was measured."""
     counted = {rank: flops_of(estimator, rank, work) for rank in estimator.settings.ranks}
@@ -112,15 +90,16 @@ def selection_cost(
     costliest = max(counted.values(), key=lambda flops: flops.training)
     prefix = prefix_flops(estimator) * (work.examples + 2 * work.eval_examples) * work.filled
     shared = mean.evaluation * (RUN_EVALUATIONS + work.reference)
+    cost = strategy.cost()
 
-    def extent(trainings: float, extra: float, each: Flops) -> Extent:
-        training = each.training * trainings
+    def extent(trainings: float, arms: float, each: Flops) -> Extent:
+        training, extra = each.training * trainings, max(0.0, arms - 1 - trainings)
         forward = each.evaluation * (trainings * work.eval_points + extra) + shared
         seconds = None if speed is None else speed.seconds(training, forward, prefix)
         return Extent(trainings=trainings, flops=training + forward + prefix, seconds=seconds)
 
     return SelectionCost(
-        strategy=planned.strategy,
+        strategy=strategy.name,
         steps=work.steps,
         ranks=[
             RankTraining(rank=rank, flops=flops.training + flops.evaluation * work.eval_points)
@@ -128,8 +107,8 @@ def selection_cost(
         ],
         prefix_flops=prefix,
         evaluation_flops=mean.evaluation,
-        expected=extent(planned.expected, planned.expected_extra, mean),
-        most=extent(planned.maximum, planned.maximum_extra, costliest),
+        expected=extent(cost.expected, strategy.expected_arms(), mean),
+        most=extent(cost.maximum, strategy.max_arms(), costliest),
     )
 
 

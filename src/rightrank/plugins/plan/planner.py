@@ -16,7 +16,7 @@ from rightrank.plugins.plan.budget import (
     starting_range,
     total,
 )
-from rightrank.plugins.plan.duration import planned_trainings, selection_cost, workload_of
+from rightrank.plugins.plan.duration import planned_strategy, selection_cost, workload_of
 from rightrank.plugins.plan.estimate import Estimator, RankEstimate
 from rightrank.plugins.plan.skeleton import read_config, require_rank
 from rightrank.schema.errors import ModelError, SettingsError
@@ -66,7 +66,7 @@ def plan_config(
     """
     begun = time.perf_counter()
     _require_length(config, settings)
-    planned = planned_trainings(settings)
+    strategy = planned_strategy(settings)
     estimator = Estimator(config, settings)
     if "ranks" not in settings.model_fields_set:  # default ranks: leave out those above the limit of a matrix
         limit = estimator.rank_limit
@@ -91,7 +91,7 @@ def plan_config(
         headroom_share=settings.headroom,
         context_bytes=context_bytes(settings),
         activations=last.peak.activations,
-        selection=None if planned is None else selection_cost(estimator, planned, workload_of(settings)),
+        selection=None if strategy is None else selection_cost(estimator, strategy, workload_of(settings)),
         sources=_sources(settings, first),
         errors={"exact": EXACT, first.source: _peak_error(settings, first.source)},
         notes=_notes(estimator, settings),

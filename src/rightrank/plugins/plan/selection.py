@@ -13,7 +13,7 @@ import torch
 from rightrank.data.token_store import EncodedExample, longest_sequence
 from rightrank.models.base_models import LoadedModel, device_memory
 from rightrank.plugins.plan.budget import MAX_RANK, cheapest_changes, context_bytes, needed, rank_fits, starting_range
-from rightrank.plugins.plan.duration import PlannedTrainings, Speed, Workload, flops_of, prefix_flops, selection_cost
+from rightrank.plugins.plan.duration import Speed, Workload, flops_of, prefix_flops, selection_cost
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.planner import largest_rank
 from rightrank.plugins.plan.skeleton import is_known
@@ -69,7 +69,7 @@ class SelectionPlan(MemoryPlan):
             return None
         speed, basis = measured
         fitting, work = self.estimator.variant(ranks=self.ranks), _workload(prepared)
-        return Clock(basis, lambda strategy: selection_cost(fitting, PlannedTrainings.of(strategy), work, speed))
+        return Clock(basis, lambda strategy: selection_cost(fitting, strategy, work, speed))
 
 
 def plan_loaded(

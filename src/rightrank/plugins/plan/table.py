@@ -111,7 +111,7 @@ def _fits_line(plan: Plan) -> str:
 
 def _selection_lines(cost: SelectionCost) -> list[str]:
     """The operations of a selection, expected and at most, and of one training of each rank."""
-    name = "selection" if cost.strategy is None else f"selection by {cost.strategy}"
+    name = f"selection by {cost.strategy}"
     whole = f"{name}: {_extent(cost.expected, cost.steps)}"
     if cost.expected != cost.most:
         whole = f"{name}: about {_extent(cost.expected, cost.steps)}; at most {_extent(cost.most, cost.steps)}"
