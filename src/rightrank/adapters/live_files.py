@@ -209,7 +209,7 @@ def keep(live: LiveAdapter, out: Path, training: Training) -> None:
             "curve": [list(point) for point in training.curve],
             "notes": list(training.notes),
         }
-        (folder / "measure.json").write_text(json.dumps(asked, indent=2), encoding="utf-8")
+        write_text(folder / "measure.json", json.dumps(asked, indent=2))
 
 
 def measure_again(out: Path) -> str:

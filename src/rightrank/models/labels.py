@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rightrank.data.files import UnreadableError, read_json_object
+from rightrank.data.files import UnreadableError, read_json_object, write_text
 from rightrank.models.places import BASE, CONFIG_FILE
 from rightrank.models.weights import read_header
 from rightrank.schema.errors import ModelError
@@ -31,7 +31,7 @@ def write_classifier(folder: Path, config: Any) -> None:
     }
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     arguments |= {} if pad is None else {"pad_token_id": pad}  # the last token of a shorter row is found by it
-    (folder / CLASSIFIER_FILE).write_text(json.dumps(arguments, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / CLASSIFIER_FILE, json.dumps(arguments, indent=2, ensure_ascii=False) + "\n")
 
 
 def loading_lines(folder: str) -> list[str]:

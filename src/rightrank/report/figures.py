@@ -128,7 +128,8 @@ def _marks(decision: Decision, trained: list[RankEvidence]) -> list[Mark]:
     if diminishing is not None:
         marks.append(Mark("doubling gains less than the margin", diminishing, values[diminishing], "second"))
     chosen = decision.rank_at_hand
-    if chosen in values:
+    refused = any(e.rank == chosen and e.non_inferior is False for e in trained)
+    if chosen in values and not refused:
         fallback = "shown to be enough so far" if decision.fallback_rank is not None else "best so far"
         label = "chosen" if decision.rank is not None else fallback
         marks.append(Mark(f"{label}: rank {chosen}", chosen, values[chosen]))
