@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--margin", type=float, default=0.005)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--results", type=Path, default=HERE / "doors.jsonl")
     given = parser.parse_args()
     given.work.mkdir(parents=True)
     rows = [json.loads(line) for line in given.data.read_text(encoding="utf-8").splitlines()]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -145,6 +146,26 @@ def test_the_callback_of_run_exp_takes_the_trainers_held_out_rows(
     trainer_of(model_folder, rows, tmp_path / "out", [callback]).train()
     assert callback.result is not None
     assert decision_of(tmp_path / "out")["cost"]["examples"] == callback.result.examples == 60
+
+
+@pytest.mark.trains
+def test_a_loop_whose_measurement_is_killed_is_measured_by_the_command_that_it_logs(
+    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, out = peft_model(model_folder), tmp_path / "out" / "rightrank"
+    monkeypatch.setattr("rightrank.interop.smallest.smallest_adapter", killed)
+    with pytest.raises(KeyboardInterrupt):
+        keep_smallest(model, loader(rows[140:]), loader(rows[:40]), out=out, margin=0.1)
+    program, *command = shlex.split(caplog.messages[-1].partition("to measure again: ")[2])
+    assert program == "python"
+    subprocess.run([sys.executable, *command], check=True)
+    apart = decision_of(tmp_path / "out")["answer"]
+    monkeypatch.undo()
+    here = keep_smallest(model, loader(rows[140:]), loader(rows[:40]), out=tmp_path / "here", margin=0.1)
+    assert apart["rank"] == here.answer.rank
 
 
 class Module(lightning.LightningModule):

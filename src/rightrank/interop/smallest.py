@@ -391,6 +391,7 @@ def keep_smallest(
     base = str(model.peft_config[name].base_model_name_or_path or model.get_base_model().config.name_or_path or "")
     training = Training(seconds, peak_bytes(), "last", base, metric)
     _keep(live, Path(out), training)
+    log.warning("rightrank: measuring truncations; to measure again: %s", command_to_measure(Path(out)))
     found = _measured(live, Path(out), training)
     log.warning("%s %s", found.answer.sentence, Path(out) / "adapter")
     return found
