@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks.in_training import gsm8k
+from benchmarks.in_training import gsm8k, picture
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -41,3 +42,9 @@ def test_the_case_of_gsm8k_runs(model_folder: Path, tmp_path: Path) -> None:
     for how in ("svd", "kfac"):
         assert [one["rank"] for one in found[how]["candidates"]] == [8, 4, 2]
         assert all(0 <= one["accuracy"] <= 1 for one in found[how]["candidates"])
+
+
+def test_the_picture_is_that_of_the_stored_results() -> None:
+    """README's picture is drawn from `results.jsonl` and nothing else."""
+    root = Path(sys.modules["benchmarks.in_training"].__path__[0]).parents[1]
+    assert (root / "docs" / "images" / "in_training.svg").read_text(encoding="utf-8") == picture.drawing()
