@@ -5,7 +5,6 @@ fresh process needs to measure again.
 from __future__ import annotations
 
 import json
-import resource
 import shlex
 import shutil
 import tempfile
@@ -30,6 +29,7 @@ from rightrank.report.html import adapter_page
 from rightrank.schema.decision import AdapterAnswer, HandedOver
 from rightrank.schema.errors import ModelError, RightrankError, first_line
 from rightrank.search.strategies import probable_ranks
+from rightrank.train.device import peak_bytes
 from rightrank.train.targets import without_peft_noise
 
 MEASURE, TRAINED = "measure", "trained"  # folders
@@ -54,7 +54,7 @@ class Training:
 
     def cost(self, found: LiveAnswer) -> dict[str, Any]:
         """Seconds and memory of the end against the training."""
-        peak = peak_bytes()
+        peak = peak_so_far()
         return {
             "seconds": round(found.seconds, 2),
             "training_seconds": None if self.seconds is None else round(self.seconds, 2),
@@ -66,7 +66,7 @@ class Training:
 
     def cost_sentence(self, found: LiveAnswer) -> str:
         share = f", {found.seconds / self.seconds:.1%} of the training's time" if self.seconds else ""
-        more = peak_bytes() - self.peak_bytes if self.peak_bytes else 0
+        more = peak_so_far() - self.peak_bytes if self.peak_bytes else 0
         memory = (
             f"peak memory {more / 2**20:.0f} MiB above the training's"
             if more > 0
@@ -76,11 +76,8 @@ class Training:
         return f"Measured on {found.examples} held-out examples in {found.seconds:.1f} s{share}{known}."
 
 
-def peak_bytes() -> int:
-    """The most memory so far: allocated on the GPU, or the process's on a machine without one."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_so_far() -> int:
+    return peak_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def next_training(answer: AdapterAnswer, base: str) -> tuple[str, str]:

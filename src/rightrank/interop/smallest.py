@@ -37,7 +37,7 @@ from rightrank.adapters.live_files import (
     keep,
     measure_again,
     next_training,
-    peak_bytes,
+    peak_so_far,
     write_answer,
 )
 from rightrank.adapters.live_scores import (
@@ -284,7 +284,7 @@ class SmallestAdapter(TrainerCallback):
                 f"checkpoint_matters: rank {ranks[best]} holds at the best step ({best}), rank {self.curve[-1][1]} at step {self.curve[-1][0]}"
             )
         seconds = time.monotonic() - self._started
-        return Training(seconds, peak_bytes(), checkpoint, base, self._metric, self.curve, notes)
+        return Training(seconds, peak_so_far(), checkpoint, base, self._metric, self.curve, notes)
 
     def _live(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
         with as_it_came(model, trained_adapter(model)):  # a collator may draw random numbers
