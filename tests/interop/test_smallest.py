@@ -35,7 +35,7 @@ from rightrank import SmallestAdapter
 from rightrank.adapters.held_out import Candidates, truncation_curve
 from rightrank.adapters.live import LiveAdapter, smallest_adapter, trained_adapter
 from rightrank.adapters.live_files import measure_again
-from rightrank.adapters.live_scores import HeldOut, PairLoss, batch_scores
+from rightrank.adapters.live_scores import HeldOutBatches, PairLoss, batch_scores
 from rightrank.adapters.resize import candidate_ranks
 from rightrank.interop.smallest import training_warnings
 from rightrank.models.adapter_files import open_adapter
@@ -64,7 +64,7 @@ def trained(folder: Path, rows: Rows, out: Path, callbacks: Sequence[Any], **cha
 
 
 def scored(model: Any, batches: Sequence[Any]) -> Scores:
-    return HeldOut(model, batches, "default", PairLoss()).scores()
+    return HeldOutBatches(model, batches, PairLoss()).scores()
 
 
 def losses_by_peft(folder: Path, adapter: Path, rows: Rows) -> list[float]:
@@ -483,7 +483,7 @@ def test_blocks_below_the_adapter_are_computed_once(model_folder: Path, rows: Ro
     calls: list[int] = []
     handle = model.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     kept = smallest_adapter(LiveAdapter(model, batches, margin=10.0), tmp_path / "kept")
-    assert len(calls) == len(batches) + 1  # the first is checked
+    assert len(calls) == len(batches) + 1  # the first is checked, once with its blocks
     handle.remove()
     handle = model.base_model.model.model.layers[0].register_forward_hook(lambda *_: None)  # then nothing is kept
     whole = smallest_adapter(LiveAdapter(model, batches, margin=10.0), tmp_path / "whole")

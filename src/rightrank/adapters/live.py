@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rightrank.adapters.held_out import capped
 from rightrank.adapters.live_scores import (
     Batch,
-    HeldOut,
+    HeldOutBatches,
     PairLoss,
     active_adapter,
     batch_scores,
@@ -170,7 +170,7 @@ def _walk(
     """The adapter and its truncations, downward until one does not hold."""
     ranks = sorted(candidate_ranks(adapter, live.ranks), reverse=True)
     top = f"r{ranks[0]}"
-    held_out = HeldOut(live.model, live.held_out, live.name, live.pair_loss)
+    held_out = HeldOutBatches(live.model, live.held_out, live.pair_loss)
     trials: list[TrialFinished] = []
     for rank in ranks:
         folder = working / f"r{rank}"

@@ -67,14 +67,14 @@ class BatchScores:
     correct: torch.Tensor | None = None
 
 
-class HeldOut:
+class HeldOutBatches:
     """Batches that one model scores again and again, with other LoRA factors each time.
 
     What no factor changes is computed once: the hidden states below the first adapted block, and the reference of pairs. With several
     processes each scores its share of the batches; where the model is sharded all of them call it equally often.
     """
 
-    def __init__(self, model: Any, batches: Sequence[Batch], name: str, pair_loss: PairLoss) -> None:
+    def __init__(self, model: Any, batches: Sequence[Batch], pair_loss: PairLoss) -> None:
         self._model = model
         self._batches = batches[process_index() :: world_size()]
         self._in_step = (
@@ -82,8 +82,10 @@ class HeldOut:
         )
         self._pair_loss = pair_loss
         self._references: dict[int, torch.Tensor] = {}
-        self._lower = None if is_sharded(model) else lower_blocks(model, name)
+        self._lower = None if is_sharded(model) else lower_blocks(model)
         self._is_checked = False
+        # A module that is trained whole is off in the reference, whose lower blocks are then others.
+        self._shares_reference = not any(isinstance(one, AuxiliaryTrainingWrapper) for one in model.modules())
 
     @torch.no_grad()
     def scores(self) -> Scores:
@@ -96,23 +98,19 @@ class HeldOut:
 
     def _one(self, number: int, batch: Batch) -> BatchScores:
         if "completion_mask" in batch and number not in self._references:
-            with self._serving(number):
+            with self._serving(number) if self._shares_reference else nullcontext():
                 self._references[number] = reference(self._model, batch)
-        is_first = number == 0 and self._lower is not None and not self._is_checked
         with self._serving(number):
             found = self._computed(number, batch)
-        if is_first:
-            self._check(number, batch)
-        return found
-
-    def _check(self, number: int, batch: Batch) -> None:
-        """Drop the kept states if the model's lower blocks do more than to pass them on."""
+        if self._lower is None or self._is_checked:
+            return found
         self._is_checked = True
-        whole = self._computed(number, batch).losses
+        whole = self._computed(number, batch)
         with self._serving(number):
-            again = self._computed(number, batch).losses
-        if not torch.allclose(again, whole, rtol=ROUNDING, atol=ROUNDING):
-            self._lower = None
+            again = self._computed(number, batch)
+        if not torch.allclose(again.losses, whole.losses, rtol=ROUNDING, atol=ROUNDING):
+            self._lower = None  # the model's lower blocks do more than to pass hidden states on
+        return whole
 
     def _serving(self, number: int) -> AbstractContextManager[None]:
         return nullcontext() if self._lower is None else self._lower.serving(number)
@@ -365,23 +363,25 @@ def active_adapter(model: Any, name: str) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def lower_blocks(model: Any, name: str) -> LowerBlocks | None:
-    """The blocks below the first one that the adapter `name` changes; None where there are none, or where others have replaced or hooked
+def lower_blocks(model: Any) -> LowerBlocks | None:
+    """The blocks below the first adapted one; None where there are none, or where others have replaced or hooked
     their passes."""
     found = find_blocks(model.get_base_model())
     if found is None:
         return None
-    adapted = [one for one, layer in lora_modules(model).items() if name in layer.lora_A]
-    depth = prefix_depth(found[0], adapted, len(found[1]))
+    adapted, head = lora_modules(model), model.get_base_model().get_output_embeddings()
+    if any(not one.startswith(f"{found[0]}.") and layer is not head for one, layer in adapted.items()):
+        return None  # a projector below the blocks, say
+    depth = prefix_depth(found[0], list(adapted), len(found[1]))
     blocks = list(found[1])[:depth]
     if not blocks or any("forward" in vars(one) or one._forward_pre_hooks or one._forward_hooks for one in blocks):
         return None
     return LowerBlocks(blocks)
 
 
-def upper_share(model: Any, name: str) -> float:
-    """The share of a pass, by parameters, that the adapter `name` changes: from the first adapted block on."""
-    found, lower = find_blocks(model.get_base_model()), lower_blocks(model, name)
+def upper_share(model: Any) -> float:
+    """The share of a pass, by parameters, from the first adapted block on."""
+    found, lower = find_blocks(model.get_base_model()), lower_blocks(model)
     if found is None or lower is None:
         return 1.0
     head = model.get_base_model().get_output_embeddings()

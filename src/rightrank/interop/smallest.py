@@ -304,7 +304,7 @@ class SmallestAdapter(TrainerCallback):
         rows = self._held_out
         if self._max_examples is None:
             passes = len(self._ranks) + 1 if self._ranks else model.peft_config[name].r.bit_length()
-            upper = upper_share(model, name)
+            upper = upper_share(model)
             sample = _batches(rows[:MIN_EXAMPLES], loader, size)
             budget = (MAX_SHARE * tokens - moment_tokens) * (1 + upper)
             each = _tokens(sample) / min(len(rows), MIN_EXAMPLES) * (1 + (passes - 1) * upper)
