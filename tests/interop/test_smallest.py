@@ -37,7 +37,7 @@ from rightrank.adapters.live import LiveAdapter, smallest_adapter, trained_adapt
 from rightrank.adapters.live_files import measure_again
 from rightrank.adapters.live_scores import HeldOutBatches, PairLoss, batch_scores
 from rightrank.adapters.resize import candidate_ranks
-from rightrank.interop.smallest import training_warnings
+from rightrank.interop.smallest import checkpoint_matters, training_warnings
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.errors import DataError, ModelError, SettingsError
@@ -260,6 +260,20 @@ def test_the_answer_reaches_the_trackers(model_folder: Path, rows: Rows, tmp_pat
     assert callback.result is not None
     assert tracker.logged["rightrank/rank"] == callback.result.answer.rank
     assert tracker.logged["rightrank/difference_high"] == callback.result.answer.difference_high
+
+
+def test_a_tracker_that_fails_at_the_end_is_one_line(
+    model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "rightrank/rank" in logs:
+                raise ConnectionError("no route to the tracker")
+
+    with caplog.at_level(logging.WARNING, "rightrank"):
+        trained(model_folder, rows, tmp_path, [Broken(), SmallestAdapter(Listed(rows[140:]), margin=0.1)], max_steps=2)
+    assert "a tracker did not take the values: no route to the tracker" in caplog.text
+    assert (tmp_path / "rightrank" / "adapter").is_dir()
 
 
 def test_a_measurement_that_was_cut_off_is_made_again(
@@ -511,6 +525,16 @@ def test_the_training_says_that_the_top_is_too_small_or_overfits() -> None:
     assert small == "The top may be too small: at rank 8 it loses more than the margin."
     (overfits,) = training_warnings(answer(0.001), [(1, 1.9), (2, 2.0)], "loss")
     assert overfits == "The top overfits: its held-out loss was best at step 1, 1.9000; it is 2.0000 now."
+
+
+def test_the_best_step_can_have_another_rank_than_the_last() -> None:
+    values = [(1, 1.9), (2, 2.0)]
+    assert list(checkpoint_matters([(1, 8), (2, 16)], values, "loss")) == [
+        "checkpoint_matters: rank 8 holds at the best step (1), rank 16 at step 2"
+    ]
+    assert list(checkpoint_matters([(1, 8), (2, 16)], values, "accuracy")) == []
+    assert list(checkpoint_matters([(1, 8), (2, 8)], values, "loss")) == []
+    assert list(checkpoint_matters([], [], "loss")) == []
 
 
 def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_path: Path) -> None:

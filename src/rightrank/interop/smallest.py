@@ -115,6 +115,7 @@ class SmallestAdapter(TrainerCallback):
         self._loaders: Mapping[str, Any] = {}
         self._handler: CallbackHandler | None = None
         self._held_out: Sequence[Mapping[str, Any]] = ()
+        self._is_training = False
         self._first_step = 0
         self._started = time.monotonic()
         self._shared = ""  # a line on rows that are held out and trained on
@@ -126,6 +127,7 @@ class SmallestAdapter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot work at the end, by scoring two examples."""
+        self._is_training = False
         if state.is_hyper_param_search:
             return  # a search ends many trainings, and none of them is the one to hand over
         self._loaders, self._first_step, self._shared = kwargs, state.global_step, ""
@@ -144,6 +146,7 @@ class SmallestAdapter(TrainerCallback):
         self._held_out = self._rows_to_score()
         with as_it_came(model, name):
             self._require_scores(model, args)
+        self._is_training = True
         self._started = time.monotonic()
         if state.is_world_process_zero:
             folder = Path(args.output_dir or ".")
@@ -210,7 +213,7 @@ class SmallestAdapter(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add a point to `curve`, where that was asked for."""
-        if not self._every_evaluation or not self._held_out or state.is_hyper_param_search:
+        if not self._every_evaluation or not self._is_training:
             return
         try:
             with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
@@ -236,8 +239,9 @@ class SmallestAdapter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure, write `<output_dir>/rightrank/`, and log the sentence."""
-        if not self._held_out or state.is_hyper_param_search:
-            return
+        if not self._is_training:
+            return  # refused, or a trial of a search
+        self._is_training = False
         out = Path(args.output_dir or ".") / "rightrank"
         again = ""
         try:
@@ -254,18 +258,11 @@ class SmallestAdapter(TrainerCallback):
         except FAILURES as error:
             log.warning("rightrank: no smaller adapter was looked for: %s%s", first_line(error), again)
             return
-        if state.is_world_process_zero:
-            self._say(args, state, control, training, out)
-
-    def _say(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, training: Training, out: Path
-    ) -> None:
-        assert self.result is not None
+        if not state.is_world_process_zero:
+            return
         answer = self.result.answer
-        logged: dict[str, float] = {"rightrank/rank": answer.rank}
-        if answer.difference_high is not None:
-            logged["rightrank/difference_high"] = answer.difference_high
-        self._report(args, state, control, logged)
+        bound = {} if answer.difference_high is None else {"rightrank/difference_high": answer.difference_high}
+        self._report(args, state, control, {"rightrank/rank": answer.rank} | bound)
         for note in [*training.notes, *answer.notes, *self.result.notes]:
             log.warning("rightrank: %s", note)
         log.warning("%s %s", next_training(answer, training.base)[0], training.cost_sentence(self.result))
@@ -276,13 +273,10 @@ class SmallestAdapter(TrainerCallback):
         base = str(config.base_model_name_or_path or live.model.get_base_model().config.name_or_path or "")
         is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         checkpoint = f"best (step {state.best_global_step})" if is_best else f"last (step {state.global_step})"
-        notes = [self._shared] if self._shared else []
-        ranks = dict(self.curve)
-        if self.curve and state.best_global_step in ranks and ranks[state.best_global_step] != self.curve[-1][1]:
-            best = state.best_global_step
-            notes.append(
-                f"checkpoint_matters: rank {ranks[best]} holds at the best step ({best}), rank {self.curve[-1][1]} at step {self.curve[-1][0]}"
-            )
+        notes = [
+            *([self._shared] if self._shared else []),
+            *checkpoint_matters(self.curve, self._values, self._metric),
+        ]
         seconds = time.monotonic() - self._started
         return Training(seconds, peak_so_far(), checkpoint, base, self._metric, self.curve, notes)
 
@@ -303,12 +297,10 @@ class SmallestAdapter(TrainerCallback):
         moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_SHARE * tokens)))
         rows = self._held_out
         if self._max_examples is None:
-            passes = len(self._ranks) + 1 if self._ranks else model.peft_config[name].r.bit_length()
-            upper = upper_share(model)
             sample = _batches(rows[:MIN_EXAMPLES], loader, size)
-            budget = (MAX_SHARE * tokens - moment_tokens) * (1 + upper)
-            each = _tokens(sample) / min(len(rows), MIN_EXAMPLES) * (1 + (passes - 1) * upper)
-            rows = rows[: max(FEWEST, int(budget / each))]
+            passes = len(self._ranks) + 1 if self._ranks else model.peft_config[name].r.bit_length()
+            cost = _tokens(sample) / min(len(rows), MIN_EXAMPLES) * (1 + (passes - 1) * (upper := upper_share(model)))
+            rows = rows[: max(FEWEST, int((MAX_SHARE * tokens - moment_tokens) * (1 + upper) / cost))]
         held_out = _batches(rows, loader, size)
         return LiveAdapter(
             model=model,
@@ -328,8 +320,11 @@ class SmallestAdapter(TrainerCallback):
         """As `Trainer.log`: to the trainer's history and to its trackers."""
         logs = values | ({} if state.epoch is None else {"epoch": state.epoch})
         state.log_history.append(logs | {"step": state.global_step})
-        if self._handler is not None:
-            self._handler.on_log(args, state, control, logs)
+        try:
+            if self._handler is not None:
+                self._handler.on_log(args, state, control, logs)
+        except FAILURES as error:
+            log.warning("rightrank: a tracker did not take the values: %s", first_line(error))
 
 
 def _keep(live: LiveAdapter, out: Path, training: Training) -> None:
@@ -469,13 +464,28 @@ def _batches(rows: Sequence[Mapping[str, Any]], loader: Any, size: int) -> list[
     return [loader.collate_fn(kept[start : start + size]) for start in range(0, len(kept), size)]
 
 
+def checkpoint_matters(
+    curve: Sequence[tuple[int, int]], values: Sequence[tuple[int, float]], metric: str
+) -> Iterator[str]:
+    """A line if the best evaluation by held-out value has another rank than the last one."""
+    if not curve:
+        return
+    best, ranks = _best(values, metric)[0], dict(curve)
+    last = curve[-1][0]
+    if ranks[best] != ranks[last]:
+        yield f"checkpoint_matters: rank {ranks[best]} holds at the best step ({best}), rank {ranks[last]} at step {last}"
+
+
+def _best(values: Sequence[tuple[int, float]], metric: str) -> tuple[int, float]:
+    return (max if metric == "accuracy" else min)(values, key=lambda one: one[1])
+
+
 def training_warnings(answer: AdapterAnswer, values: Sequence[tuple[int, float]], metric: str) -> Iterator[str]:
     """What the measurements so far say of the training."""
     lower = [one for one in answer.candidates if one.rank < answer.trained_rank]
     if lower and not max(lower, key=lambda one: one.rank).holds:
         yield f"The top may be too small: at rank {max(one.rank for one in lower)} it loses more than the margin."
-    sign = -1 if metric == "accuracy" else 1
-    best = min(values, key=lambda one: sign * one[1])
+    sign, best = -1 if metric == "accuracy" else 1, _best(values, metric)
     if sign * (values[-1][1] - best[1]) > answer.margin:
         yield f"The top overfits: its held-out {metric} was best at step {best[0]}, {best[1]:.4f}; it is {values[-1][1]:.4f} now."
 
