@@ -384,7 +384,7 @@ def keep_smallest(
     if not live.held_out:
         raise DataError("there are no held-out batches; give some hundred examples that the training did not see")
     base = str(model.peft_config[name].base_model_name_or_path or model.get_base_model().config.name_or_path or "")
-    training = Training(seconds, peak_bytes(), "last", base, metric)
+    training = Training(seconds, peak_so_far(), "last", base, metric)
     _keep(live, Path(out), training)
     log.warning("rightrank: measuring truncations; to measure again: %s", command_to_measure(Path(out)))
     found = _measured(live, Path(out), training)
