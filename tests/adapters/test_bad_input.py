@@ -144,6 +144,8 @@ def test_a_base_changing_initialisation(capsys: pytest.CaptureFixture[str], adap
 def test_another_base(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
     other = make_base(tmp_path / "gpt2", "conv1d")
     capsys.readouterr()  # transformers' progress bars
+    assert "trained on another base" in complaint(capsys, "inspect", adapter, "--base", other)
+    edit_config(adapter, base_model_name_or_path=None)
     assert "not this adapter's base" in complaint(capsys, "inspect", adapter, "--base", other)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ import pytest
 
 from rightrank import compare, resize
 from rightrank.cli import main
-from rightrank.schema.errors import ModelError
-from rightrank.schema.events import Listener
+from rightrank.schema.errors import DataError, ModelError
+from rightrank.schema.events import Evaluating, Listener
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.loop import run_trial
 from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
-from tests.tiny import small_settings
+from tests.tiny import small_settings, write_jsonl
 
 SETTINGS = {"seq_len": 32, "device": "cpu"}
 OPTIONS = ["--seq-len", "32", "--device", "cpu"]
@@ -101,3 +102,71 @@ def test_an_adapter_of_another_task_than_the_data_is_one_line(
         compare("base", trained, model=str(model_folder), data=class_file)
     with pytest.raises(ModelError, match="an adapter of a language model"):
         resize(trained, trained.parent / "smaller", data=class_file)
+
+
+def test_a_metric_that_the_rows_do_not_have_is_one_line(
+    trained: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["base", trained, "--model", model_folder, "--data", completion_file, "--metric", "accuracy", *OPTIONS]
+    code, out = run(capsys, *given)
+    assert (code, out.count("\n")) == (2, 1)
+    assert "metric 'accuracy'" in out
+    assert "they have loss" in out
+
+
+def test_a_few_rows_are_compared_and_one_is_refused_in_words_of_its_own(
+    trained: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    lines = list(dict.fromkeys(completion_file.read_text().splitlines(keepends=True)))
+    few, single = tmp_path / "few.jsonl", tmp_path / "single.jsonl"
+    few.write_text("".join(lines[:3]))
+    single.write_text(lines[0])
+    settings = make_settings(SETTINGS)
+    assert compare("base", trained, model=str(model_folder), data=few, settings=settings).examples == 3
+    with pytest.raises(DataError, match="1 rows; two or more are needed"):
+        compare("base", trained, model=str(model_folder), data=single, settings=settings)
+
+
+def test_progress_is_reported_logged_and_switched_off(
+    trained: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events: list[Evaluating] = []
+    settings = make_settings(SETTINGS)
+    compare("base", trained, model=str(model_folder), data=completion_file, settings=settings, on_event=events.append)
+    whats = list(dict.fromkeys(event.what for event in events))
+    assert [what.split()[0] for what in whats] == ["A", "B"]
+    for what in whats:
+        items = [event.items for event in events if event.what == what]
+        assert items == sorted(items)
+        assert items[-1] == events[0].of_items
+    common = ["base", trained, "--model", model_folder, "--data", completion_file, "--margin", "9", "--json", *OPTIONS]
+    for option in ("--log-json", "--quiet"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main(["compare", *(str(one) for one in common), option])
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)["verdict"] == "not_worse"
+        logged = [json.loads(line) for line in captured.err.splitlines()]
+        assert {one["event"] for one in logged} == ({"evaluating"} if option == "--log-json" else set())
+
+
+def test_losses_per_token_of_two_tokenizers_are_not_compared(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(model_folder, tmp_path / "other"))
+    merged = json.loads((other / "tokenizer.json").read_text())
+    merged["model"]["merges"] = merged["model"]["merges"][:20]
+    (other / "tokenizer.json").write_text(json.dumps(merged))
+    with pytest.raises(ModelError, match="different tokenizers") as caught:
+        compare(model_folder, other, model=str(model_folder), data=completion_file, settings=make_settings(SETTINGS))
+    assert "\n" not in str(caught.value)
+
+
+def test_examples_without_a_label_are_counted(model_folder: Path, tmp_path: Path) -> None:
+    long = " ".join(["the cat sat on a mat"] * 20)
+    rows = [{"prompt": f"{number} cats", "completion": " sat on a mat"} for number in range(10)]
+    rows += [{"prompt": f"{long} {number}", "completion": " sat"} for number in range(3)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = compare("base", "base", model=str(model_folder), data=data, settings=make_settings(SETTINGS))
+    assert (found.examples, found.left_out) == (10, 3)
+    assert "on 10 examples (3 more have no label within the maximum length)" in found.sentence

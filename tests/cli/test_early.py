@@ -78,6 +78,22 @@ def test_a_terminal_shows_a_line_before_anything_is_loaded(files: Path) -> None:
     assert "did you mean 'model'?" in last
 
 
+def test_a_pipe_gets_a_line_before_torch_is_imported(files: Path) -> None:
+    """The model is damaged, so that the run ends early; the first write comes before anything heavy."""
+    watching = CODE.replace(
+        "try:",
+        "written = []\nwrite = sys.stderr.write\n"
+        "sys.stderr.write = lambda text: (written.append('torch' in sys.modules), write(text))[1]\ntry:",
+    ).replace('print(ended.code, "torch" in sys.modules)', "print(ended.code, written[0])")
+    given = json.dumps(["select", "model", "train.jsonl", "--out", "run"])
+    done = subprocess.run([sys.executable, "-c", watching, given], capture_output=True, text=True, cwd=files)
+    assert done.stdout.split() == ["2", "False"], done.stderr
+    assert done.stderr.splitlines()[0].endswith("loading model and data …")
+    quiet = json.dumps(["select", "model", "train.jsonl", "--out", "run", "--quiet"])
+    done = subprocess.run([sys.executable, "-c", CODE, quiet], capture_output=True, text=True, cwd=files)
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_another_length_of_training_is_refused_before_torch_is_imported(files: Path, small_run: Path) -> None:
     shutil.copytree(small_run / "run", files / "run")
     given = json.dumps(["select", "model", "train.jsonl", "--out", "run", "--max-steps", "7"])

@@ -43,6 +43,7 @@ def test_the_run_folder_holds_what_it_should(finished_run: Path) -> None:
         "adapter_model.safetensors",
         "README.md",
         "adapters.svg",
+        "base.json",
         "rank_curve.svg",
     }
     assert not (finished_run / "cache").exists()

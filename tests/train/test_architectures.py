@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,19 @@ import pytest
 import torch
 import transformers
 from benchmarks.kinds.checks import plain_losses
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Arm
 from rightrank.train.pace import multi_lora_obstacle
+from tests import commands
 from tests.tiny import GPT2_SIZES, make_tokenizer
 from tests.train.architectures import BERT, MODELS, PADDED, SIZES, STEPS, make_runtime, run, runtime_of
 
@@ -139,3 +149,52 @@ def test_a_classifier_pads_as_its_batches_do(
         with torch.no_grad():
             alone = runtime.losses("selection", runtime.batch("selection", [index]), 1.0).example_losses
         assert float(alone[0]) == pytest.approx(together[index], rel=1e-4)
+
+
+def _folder(kind: str, place: Path) -> Path:
+    tokenizer: Any = make_tokenizer()
+    torch.manual_seed(0)
+    model: Any
+    if kind == "t5":
+        t5 = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+        model = T5ForConditionalGeneration(t5)
+    elif kind == "mamba":
+        mamba = MambaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=8
+        )
+        model = MambaForCausalLM(mamba)
+    else:
+        qwen: Any = Qwen3NextConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+            linear_value_head_dim=8, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4,
+            num_experts_per_tok=2, max_position_embeddings=128,
+        )  # fmt: skip
+        model = Qwen3NextForCausalLM(qwen)
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("t5", "an encoder-decoder, as T5, which select does not train; give a causal model"),
+        ("mamba", ""),  # all-linear leaves out what PEFT refuses
+        ("qwen3next", "or leave it out: --set exclude_modules=shared_expert_gate"),
+    ],
+)
+def test_an_unusual_model_works_or_is_refused_in_words_of_ours(
+    kind: str, said: str, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = _folder(kind, tmp_path / kind)
+    capsys.readouterr()
+    given = commands.select_arguments(base, completion_file, tmp_path / "run", "--goal", "adapter", "--quiet", "--json")
+    status, out, err = commands.run(given, capsys)
+    if said:
+        assert (status, out) == (2, "")
+        assert said in err
+    else:
+        assert status == 0, err
+        config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+        assert not any("out_proj" in name for name in config["target_modules"])

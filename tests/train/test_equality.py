@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from rightrank.schema.trials import Arm
 from rightrank.train.adapter import trainable_parameters
 from rightrank.train.targets import lora_config
+from tests.adapters.adapters import make_base
 from tests.helpers import make_runtime
-from tests.tiny import small_settings
+from tests.tiny import make_tokenizer, small_settings
 from tests.train.trials import train_ours
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
@@ -102,8 +103,16 @@ def test_the_base_is_as_before_after_an_arm(model_folder: Path, completion_file:
     assert not any(parameter.requires_grad for parameter in runtime.model.parameters())
 
 
-def test_initial_a_is_nested(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(model_folder, completion_file, small_settings(), tmp_path)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")  # PEFT's remark that it can't be merged
+@pytest.mark.parametrize("peft_options", [{}, {"lora_bias": True}], ids=str)
+def test_initial_a_is_nested(
+    peft_options: dict[str, bool], model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    folder = model_folder
+    if peft_options:  # PEFT asks for a base with biases
+        folder = make_base(tmp_path / "base", "conv1d")
+        make_tokenizer().save_pretrained(folder)
+    runtime = make_runtime(folder, completion_file, small_settings(peft_options=peft_options), tmp_path)
     with runtime.arm(ARM.model_copy(update={"rank": 8})) as model:
         high = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
     with runtime.arm(ARM) as model:

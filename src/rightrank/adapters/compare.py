@@ -8,7 +8,8 @@ examples cannot tell. Each side is an adapter folder that PEFT loads, the base i
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rightrank.data.rows import held_out_fields
@@ -17,14 +18,15 @@ from rightrank.decision.comparison import bounds_of_files, examples_needed
 from rightrank.decision.intervals import estimate_of_files
 from rightrank.decision.metrics import default_margin
 from rightrank.decision.table import Cell, ScoreTable, minus, table_of
-from rightrank.models.base_models import load_base
+from rightrank.models.base_models import load_base, require_base
 from rightrank.models.labels import shared_labels
 from rightrank.models.places import BASE, CONFIG_FILE, require_side
-from rightrank.schema.errors import SettingsError
+from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.schema.events import Evaluating
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.schema.settings import PAIR_MARGIN, SelectSettings
 from rightrank.schema.trials import TrialFinished
-from rightrank.train.adapter_runtime import adapter_attached, finished_trial
+from rightrank.train.adapter_runtime import adapter_attached, finished_trial, report_evaluations
 from rightrank.train.metrics import measure, require_scorers
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode
@@ -33,7 +35,11 @@ VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cann
 
 
 def compare_adapters(
-    sides: tuple[str, str], model: str, data: Sequence[Path], settings: SelectSettings
+    sides: tuple[str, str],
+    model: str,
+    data: Sequence[Path],
+    settings: SelectSettings,
+    on_event: Callable[[Evaluating], None] = lambda _: None,
 ) -> AdapterComparison:
     """Read A and B on every data set and compare them by every metric; see `rightrank.compare`.
 
@@ -48,29 +54,63 @@ def compare_adapters(
     found: list[MetricComparison] = []
     for place in data:
         with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-            a, b = _read_sides(sides, model, place, settings, Path(name))
-            found += [_compare(a, b, spec.name, place, settings) for spec in settings.metric_specs]
+            read = _read_sides(sides, model, place, settings, Path(name), on_event)
+            found += [_compare(read, spec.name, place, settings) for spec in settings.metric_specs]
     worst = max(found, key=lambda one: list(VERDICTS.values()).index(one.verdict))
     kept = worst.model_dump(exclude={"data", "value_a", "value_b"})
     return AdapterComparison(sentence=_sentence(*sides, worst, len(found)), comparisons=found, **kept)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """The scores of A and B on all examples of one data set, in one order."""
+
+    a: TrialFinished
+    b: TrialFinished
+    left_out: int  # examples without a label within the maximum length
+
+
 def _read_sides(
-    sides: tuple[str, str], model: str, data: Path, settings: SelectSettings, cache: Path
-) -> tuple[TrialFinished, TrialFinished]:
-    """The scores of A and B on all examples of `data`, in one order."""
+    sides: tuple[str, str],
+    model: str,
+    data: Path,
+    settings: SelectSettings,
+    cache: Path,
+    on_event: Callable[[Evaluating], None],
+) -> _Sides:
     splits, settings = _load_all(data, settings, shared_labels(sides))
     base: Runtime | None = None
-    read = []
+    read: list[TrialFinished] = []
+    dropped: list[int] = []
     for number, side in enumerate(sides):
         if side == BASE or (Path(side) / CONFIG_FILE).is_file():
             if base is None:
                 base = _runtime(model, splits, settings, cache / "base")
-            read.append(_scored(base, side, None if side == BASE else Path(side)))
+            if side != BASE:
+                require_base(Path(side), base.loaded)
+            runtime, adapter = base, None if side == BASE else Path(side)
         else:
-            whole = _runtime(side, splits, settings, cache / str(number))
-            read.append(_scored(whole, side, None))
-    return read[0], read[1]
+            runtime, adapter = _runtime(side, splits, settings, cache / str(number)), None
+        report_evaluations(runtime, f"{'AB'[number]} ({Path(side).name}) on {data.name}", on_event)
+        read.append(_scored(runtime, side, adapter))
+        dropped.append(runtime.data.summary.splits["selection"].dropped)
+    return _Sides(read[0], read[1], max(dropped))
+
+
+def _require_alike(a: TrialFinished, b: TrialFinished, metric: str) -> None:
+    """Refuse sides whose examples, or whose losses by token, are not of the same things.
+
+    Raises:
+        ModelError: two models of different tokenizers.
+    """
+    if a.item_tokens == b.item_tokens or (metric != "loss" and len(a.item_losses) == len(b.item_losses)):
+        return
+    counts = [sum(side.item_tokens or []) for side in (a, b)]
+    raise ModelError(
+        f"A and B have different tokenizers: {counts[0]:,} and {counts[1]:,} label tokens in {len(a.item_losses)} and "
+        f"{len(b.item_losses)} examples. Losses by token can't be compared then; compare what they answer, such as by "
+        "--metric exact_match or f1"
+    )
 
 
 def _load_all(data: Path, settings: SelectSettings, classes: Sequence[str] | None) -> tuple[DataSplits, SelectSettings]:
@@ -80,7 +120,11 @@ def _load_all(data: Path, settings: SelectSettings, classes: Sequence[str] | Non
     """
     listed = held_out_fields(data)
     every = settings.model_copy(update={"eval_items": max(2, len(listed)), "ranks": (1,), "cache_prefix": False})
-    return load_data({"train": listed, "validation": listed, "test": listed}, every, classes=classes), every
+    if len(listed) < 2:
+        raise DataError(f"{data}: {len(listed)} rows; two or more are needed to tell a difference from noise")
+    # the rows need not fill a step of training
+    of_any_number = every.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 1})
+    return load_data({"train": listed, "validation": listed, "test": listed}, of_any_number, classes=classes), every
 
 
 def _runtime(model: str, splits: DataSplits, settings: SelectSettings, cache: Path) -> Runtime:
@@ -104,7 +148,14 @@ def _scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
         return read()
 
 
-def _compare(a: TrialFinished, b: TrialFinished, metric: str, data: Path, settings: SelectSettings) -> MetricComparison:
+def _compare(sides: _Sides, metric: str, data: Path, settings: SelectSettings) -> MetricComparison:
+    a, b = sides.a, sides.b
+    _require_alike(a, b, metric)
+    if metric not in a.metrics:
+        raise SettingsError(
+            f"metric {metric!r}: the examples of {data} have none; they have {', '.join(sorted(a.metrics))}"
+            " (rows with `text` and `label` have accuracy, rows with prompts exact_match and f1)"
+        )
     higher = settings.is_higher_better(metric)
     tables = [table_of([trial], metric, higher) for trial in (a, b)]
     cells = [next(iter(table.cells.values())) for table in tables]
@@ -127,6 +178,7 @@ def _compare(a: TrialFinished, b: TrialFinished, metric: str, data: Path, settin
         difference_high=found.high,
         margin=margin,
         examples=cells[0].examples,
+        left_out=sides.left_out,
         examples_needed=examples_needed(estimate_of_files(worse.sums, worse.weights, worse.span), margin)
         if verdict == "cannot_tell"
         else None,
@@ -144,9 +196,10 @@ def _sentence(a: str, b: str, worst: MetricComparison, count: int) -> str:
     if Path(a).name != Path(b).name:
         a, b = Path(a).name, Path(b).name
     names = f"B ({b}) against A ({a})"
+    left_out = f" ({worst.left_out} more have no label within the maximum length)" if worst.left_out else ""
     figures = (
         f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds {worst.difference_low:+.3g} to "
-        f"{worst.difference_high:+.3g}) on {worst.examples} examples, margin {worst.margin:g}"
+        f"{worst.difference_high:+.3g}) on {worst.examples} examples{left_out}, margin {worst.margin:g}"
     )
     among = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."
     if worst.verdict == "not_worse":

@@ -7,29 +7,33 @@ adapter itself: the reference is the better of the adapter as it is and after th
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from rightrank.adapters.rewrite import RankChoice, write_resized
+from rightrank.adapters.rewrite import RankChoice, write_resized, write_truncated
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.decision.adapter import Criterion, adapter_answer, trained_answer
+from rightrank.decision.adapter import SEARCH, Criterion, adapter_answer, trained_answer
+from rightrank.decision.comparison import bounds_of_files
+from rightrank.decision.table import minus, table_of
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter, write_like
 from rightrank.models.labels import labels_of_side
+from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank
 from rightrank.models.truncation import Moments, components, ranks_within
 from rightrank.runs.journal import Journal
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError
-from rightrank.schema.events import RunStarted
+from rightrank.schema.events import Evaluating, RunStarted
 from rightrank.schema.results import HeldOut, Resized
 from rightrank.schema.settings import OF_SPLITS, DtypeName, SelectSettings, make_settings
 from rightrank.schema.trials import TrialFinished
-from rightrank.train.adapter_runtime import adapter_attached, finished_trial, train_attached
+from rightrank.train.adapter_runtime import adapter_attached, finished_trial, report_evaluations, train_attached
 from rightrank.train.covariances import Gathered, gather_moments, moment_tokens, unseen_first
 from rightrank.train.evaluation import Scores
 from rightrank.train.runtime import Runtime
@@ -175,6 +179,7 @@ class Candidates:
     by_halves: bool = (
         False  # moments and scores come from the same examples: each half is scored with the other's moments
     )
+    on_event: Callable[[Evaluating], None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +211,17 @@ def resize_by_data(
     tensors = {key: chosen.tensor(key) for key in chosen.keys}
     if candidates.dtype is None:  # as in the adapter: training works in the dtype of the base
         tensors |= {key: tensors[key].to(adapter.tensor(key).dtype) for key in tensors if key in adapter.keys}
-    write_like(adapter, out, chosen.config, tensors)
+    write_like(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.content()})
     resized = curve.written[answer.rank]
     notes = [*resized.notes, *curve.gathered.notices]
     if curve.gathered.moments:
         notes.append(f"truncated by K-FAC over {curve.gathered.tokens} tokens of the training split")
+    if chosen.rank != answer.rank:
+        notes.append(
+            f"r is {chosen.rank} in the written configuration: the parameters of rank {answer.rank} are shared out over the "
+            f"modules, which have ranks up to {chosen.rank} (rank_pattern)"
+        )
+    gain = _gain(curve.trials, answer, runtime)
     if answer.how == "recovered":
         notes.append("recovered: the error is that of the truncation, before training")
     recovery = candidates.recovery
@@ -223,10 +234,35 @@ def resize_by_data(
             "held_out": [
                 HeldOut(rank=trial.rank, value=trial.value, recovered_steps=trial.steps) for trial in curve.trials
             ],
-            "answer": answer,
+            "answer": answer.model_copy(update=gain | {"notes": _with_command(answer, runtime)}),
+            "no_gain": bool(gain),
             "notes": notes,
         }
     )
+
+
+def _gain(trials: Sequence[TrialFinished], answer: AdapterAnswer, runtime: Runtime) -> dict[str, str]:
+    """The sentence of an answer whose reference is not better than the base by more than the margin; else empty."""
+    metric = runtime.settings.metric_name
+    reference = next(trial for trial in trials if trial.trial_id == answer.reference_id)
+    cells = table_of([trials[0], reference], metric, runtime.settings.is_higher_better(metric)).cells.values()
+    base, best = sorted(cells, key=lambda cell: cell.trial_id != trials[0].trial_id)
+    worse = minus(base, best)
+    if not bounds_of_files(worse.sums, worse.weights, worse.span).is_enough(answer.margin):
+        return {}
+    return {
+        "sentence": f"No gain: the base alone has {base.value:.4f} and the adapter {best.value:.4f}, within the margin of "
+        f"{answer.margin:g}, so every rank loses nothing. {answer.sentence}"
+    }
+
+
+def _with_command(answer: AdapterAnswer, runtime: Runtime) -> list[str]:
+    """The answer's notes, a search for the training rank named by its command."""
+    ranks = ",".join(map(str, sorted({one.rank for one in answer.candidates})))
+    command = shlex.join(
+        ["rightrank", "select", runtime.loaded.name, "TRAINING_DATA", "--out", "run", "--ranks", ranks]
+    )
+    return [note.replace(SEARCH, f"({command})") for note in answer.notes]
 
 
 def truncation_curve(
@@ -241,11 +277,13 @@ def truncation_curve(
     gathered = _moments(adapter, runtime)
     halves = _halves(adapter, runtime) if candidates.by_halves else []
     metric = runtime.settings.metric
+    report_evaluations(runtime, "the base", candidates.on_event)
     trials = [finished_trial("base", 0, runtime.evaluate("selection"), metric)]
     written: dict[int, Resized] = {}
     top = max(candidates.ranks)
     for rank in sorted(candidates.ranks, reverse=True):
         plain = working / f"r{rank}"
+        report_evaluations(runtime, f"rank {rank}", candidates.on_event)
         written[rank] = write_resized(
             adapter,
             plain,
@@ -296,7 +334,7 @@ def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half]
     for number, half in enumerate(halves):
         folder = working / f"r{rank}-half{number}"
         moments = half.gathered.moments
-        write_resized(adapter, folder, capped(adapter, rank, moments), None, moments)
+        write_truncated(adapter, folder, capped(adapter, rank, moments), moments)
         with adapter_attached(runtime, folder):
             found.append(runtime.evaluate("selection", half.scored))
     return found[0].with_examples_of(found[1], halves[1].scored)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rightrank.adapters.rewrite import RankChoice, require_plain_update, write_resized
 from rightrank.adapters.spectra import inspect_adapter
-from rightrank.data.files import replacing_folder, require_absent
+from rightrank.data.files import UnreadableError, read_json_object, replacing_folder, require_absent, write_text
 from rightrank.data.rows import read_rows
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
+from rightrank.models.base_models import is_weight_folder, load_base, require_base
+from rightrank.models.places import BASE_FILE, CONFIG_FILE
 from rightrank.models.spectra import energy_rank, factored_singular_values
-from rightrank.schema.errors import ModelError, RunFolderError, SettingsError
+from rightrank.models.weights import open_weights
+from rightrank.schema.errors import ModelError, RunFolderError, SettingsError, first_line
+from rightrank.schema.events import Evaluating
 from rightrank.schema.results import Resized, ResizedTogether
 from rightrank.schema.settings import DtypeName, SelectSettings, make_settings
+from rightrank.train.targets import without_peft_noise
 
+CONVERTED = ("LOHA", "LOKR", "VERA")  # methods that PEFT writes as LoRA of linear layers
+ENERGY = 0.9999999  # of a converted update that its LoRA keeps
 MANY_EXAMPLES = 2000  # above which scoring may take long, and fewer are proposed
 
 
@@ -58,18 +67,64 @@ class ResizeOptions:
     # what the adapter was trained on: left out of the scores, and read for K-FAC and recovery
     train: Path | None = None
     notice: Callable[[str], None] = lambda _: None  # receives each line for a person
+    on_event: Callable[[Evaluating], None] = lambda _: None
 
 
 def resize_adapter(path: Path, out: Path, rule: ResizeRule, options: ResizeOptions) -> Resized:
-    """Write the adapter in `path` at other ranks to `out`.
+    """Write the adapter in `path` at other ranks to `out`; one of LoHa, LoKr or VeRA as the LoRA that PEFT makes of it.
 
     Raises:
         InputError: the adapter, the rule, the data or `out` cannot be used; nothing is written.
         RunError: recovery diverged.
     """
     require_absent(out)
-    adapter = open_adapter(path)
+    kind = _method(path)
+    if kind not in CONVERTED:
+        return _resize(open_adapter(path), out, rule, options)
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
+        converted = Path(name) / path.name
+        _convert(path, converted, options)
+        found = _resize(open_adapter(converted), out, rule, options)
+    note = f"converted from {kind} by PEFT, with {ENERGY:.5%} of its energy"
+    return found.model_copy(update={"notes": [note, *found.notes]})
+
+
+def _method(path: Path) -> str:
+    """PEFT's name of the method of an adapter folder; empty where it has none."""
+    try:
+        return str(read_json_object(path / CONFIG_FILE).get("peft_type", ""))
+    except UnreadableError:
+        return ""
+
+
+def _convert(path: Path, out: Path, options: ResizeOptions) -> None:
+    """Write an adapter of another method as LoRA, which needs its base.
+
+    Raises:
+        ModelError: no base is known, it is another, or PEFT can't convert the adapter.
+    """
+    from peft import PeftModel, save_as_lora
+
+    name = options.base or read_json_object(path / CONFIG_FILE).get("base_model_name_or_path")
+    if not name:
+        raise ModelError(f"{path}: names no base model, which its conversion to LoRA needs; give one with --base MODEL")
+    loaded = load_base(str(name), options.settings, None)
+    require_base(path, loaded)
+    try:
+        with without_peft_noise():
+            model: Any = PeftModel.from_pretrained(loaded.model, str(path))
+            save_as_lora(out, model, rank=ENERGY)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: PEFT can't convert it to LoRA ({first_line(error)})") from None
+    config = read_json_object(out / CONFIG_FILE) | {"base_model_name_or_path": loaded.name}
+    write_text(out / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    write_text(out / BASE_FILE, loaded.identity.content().decode())
+
+
+def _resize(adapter: AdapterFolder, out: Path, rule: ResizeRule, options: ResizeOptions) -> Resized:
     require_plain_update(adapter)
+    if rule.data is None and options.base is not None and is_weight_folder(Path(options.base)):
+        require_base(adapter.path, open_weights(Path(options.base)))
     if rule.data is None:
         return write_resized(adapter, out, _choice(adapter, rule, options), options.dtype, base=options.base)
     return _by_data(adapter, out, rule.data, options)
@@ -243,6 +298,7 @@ def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptio
         options.dtype,
         options.on_rank,
         by_halves=scored.scores_training_examples,
+        on_event=options.on_event,
     )
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         use = DataUse(data, options.settings, Path(name) / "cache", options.recover_steps, scored.splits)

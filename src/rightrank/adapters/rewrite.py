@@ -14,6 +14,7 @@ import torch
 from rightrank.data.files import require_absent
 from rightrank.models.adapter_files import AdapterFolder, AdapterModule, write_adapter, write_like
 from rightrank.models.kinds.other import dora_weight
+from rightrank.models.lora_files import is_alpha
 from rightrank.models.ranks import exact_pattern, lora_scaling
 from rightrank.models.spectra import factored_distance
 from rightrank.models.truncation import Moments, resized_factors
@@ -167,7 +168,8 @@ def write_resized(
     known, weights = moments or {}, _base_weights(adapter, base)
     pairs = [_new_pair(adapter, pair, choice.ranks, _How(dtype, known, weights)) for pair in adapter.pairs]
     tensors = {key: value for pair in pairs for key, value in pair.tensors.items()}
-    tensors |= {key: adapter.tensor(key) for key in adapter.other_keys}
+    others = {key: adapter.tensor(key) for key in adapter.other_keys}
+    tensors |= others
     write_like(adapter, out, _resized_config(adapter, choice.ranks), tensors)
     records = [record for pair in pairs for record in pair.records]
     ranks = {record.name: record.rank for record in records}
@@ -182,7 +184,7 @@ def write_resized(
         bytes_before=adapter.weights.stat().st_size,
         bytes_after=adapter.weights_in(out).stat().st_size,
         chosen_by=choice.chosen_by,
-        notes=[*choice.notes, *_notes(adapter, weights)],
+        notes=[*choice.notes, *_notes(adapter, weights), *_whole(others)],
     )
 
 
@@ -225,11 +227,44 @@ class _How:
     weights: WeightFolder | None  # of the base, for DoRA
 
 
+def write_truncated(
+    adapter: AdapterFolder, out: Path, choice: RankChoice, moments: Mapping[str, Moments] | None = None
+) -> None:
+    """As `write_resized`, without the error of what is written: most of the time of a large adapter."""
+    tensors = {key: adapter.tensor(key) for key in adapter.other_keys}
+    for pair in adapter.pairs:
+        old = [adapter.factors(module) for module in pair]
+        tensors |= _new_tensors(adapter, pair, old, _common(pair, choice.ranks), _How(None, moments or {}, None))
+    write_like(adapter, out, _resized_config(adapter, choice.ranks), tensors)
+
+
 def _new_pair(adapter: AdapterFolder, pair: Sequence[AdapterModule], ranks: Mapping[str, int], how: _How) -> _NewPair:
     first, rank = pair[0], _common(pair, ranks)
     scaling = lora_scaling(first.lora_alpha, rank, adapter.use_rslora)
-    ratio = first.scaling / scaling
     old = [adapter.factors(module) for module in pair]
+    tensors = _new_tensors(adapter, pair, old, rank, how)
+    written = first.how.matrices(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
+    measured = [
+        _distance(adapter, module, before, (b.numpy() * scaling, a.numpy()), how.weights)
+        for module, before, (b, a) in zip(pair, old, written, strict=True)
+    ]
+    records = [
+        ModuleResize(name=module.name, from_rank=module.rank, rank=rank, relative_delta_error=_relative(*found))
+        for module, found in zip(pair, measured, strict=True)
+    ]
+    return _NewPair(tensors, [error for error, _ in measured], [norm for _, norm in measured], records)
+
+
+def _new_tensors(
+    adapter: AdapterFolder,
+    pair: Sequence[AdapterModule],
+    old: Sequence[tuple[Floats, Floats]],
+    rank: int,
+    how: _How,
+) -> dict[str, torch.Tensor]:
+    """The tensors of a pair with the factors `old` at `rank`."""
+    first = pair[0]
+    ratio = first.scaling / lora_scaling(first.lora_alpha, rank, adapter.use_rslora)
     new = []
     for module, (b, a) in zip(pair, old, strict=True):
         matrices = torch.from_numpy(b), torch.from_numpy(a)
@@ -245,16 +280,7 @@ def _new_pair(adapter: AdapterFolder, pair: Sequence[AdapterModule], ranks: Mapp
         tensors[first.bias_key] = (bias.double() * ratio).to(bias.dtype)
     if first.magnitude_key is not None:
         tensors[first.magnitude_key] = adapter.tensor(first.magnitude_key)
-    written = first.how.matrices(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
-    measured = [
-        _distance(adapter, module, before, (b.numpy() * scaling, a.numpy()), how.weights)
-        for module, before, (b, a) in zip(pair, old, written, strict=True)
-    ]
-    records = [
-        ModuleResize(name=module.name, from_rank=module.rank, rank=rank, relative_delta_error=_relative(*found))
-        for module, found in zip(pair, measured, strict=True)
-    ]
-    return _NewPair(tensors, [error for error, _ in measured], [norm for _, norm in measured], records)
+    return tensors
 
 
 def _distance(
@@ -310,6 +336,12 @@ def _as(values: torch.Tensor, old: torch.Tensor, dtype: DtypeName | None) -> tor
 
 def _relative(error: float, norm: float) -> float:
     return error / norm if norm > 0 else 0.0
+
+
+def _whole(others: Mapping[str, torch.Tensor]) -> list[str]:
+    """What the adapter holds besides its factors."""
+    kept = [tensor.numel() for key, tensor in others.items() if not is_alpha(key)]
+    return [f"kept as they are: {len(kept)} tensors trained whole, {sum(kept):,} parameters"] if kept else []
 
 
 def _notes(adapter: AdapterFolder, weights: WeightFolder | None) -> list[str]:

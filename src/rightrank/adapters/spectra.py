@@ -13,6 +13,7 @@ import torch
 
 from rightrank.models import spectra
 from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_adapter
+from rightrank.models.base_models import require_base
 from rightrank.models.lora_files import PREFIX, is_alpha
 from rightrank.models.spectra import factored_singular_values
 from rightrank.models.weights import WeightFolder, open_weights
@@ -153,10 +154,12 @@ def inspect_adapter(path: Path, base: Path | None = None) -> Inspection:
     """The spectra of an adapter; with `base`, also the norm of each adapted weight.
 
     Raises:
-        ModelError: no readable LoRA adapter, NaN weights, or a base of other shapes.
+        ModelError: no readable LoRA adapter, NaN weights, or another base.
     """
     adapter = open_adapter(path)
     weights = None if base is None else open_weights(base)
+    if weights is not None:
+        require_base(path, weights)
     updates = [update for pair in adapter.pairs for update in _updates(adapter, pair, weights)]
     modules = flag_dead([describe(update) for update in updates])
     about = InspectionInfo(

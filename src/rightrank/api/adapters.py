@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rightrank.models.places import find_adapter, require_adapter_folder, require_side
 from rightrank.schema.errors import SettingsError
+from rightrank.schema.events import Evaluating
 from rightrank.schema.results import (
     AdapterComparison,
     Inspection,
@@ -81,6 +82,7 @@ def resize(
     settings: SelectSettings | None = None,
     on_rank: Callable[[int, float], None] = lambda _rank, _value: None,
     notice: Callable[[str], None] = lambda _: None,
+    on_event: Callable[[Evaluating], None] = lambda _: None,
 ) -> Resized:
     """Write the adapter at another rank to `out`, and report the truncation error.
 
@@ -96,12 +98,13 @@ def resize(
         train: with data: what the adapter was trained on. These rows are not scored.
         ranks: with data: those to measure; None for the powers of two.
         recover_steps: with data: training steps after each truncation, at `learning_rate`.
-        base: with data: the base model; None for the one that the adapter names.
+        base: with data, or for the error of DoRA: the base model; None for the one that the adapter names.
         uniform: with energy or noise: one rank for all modules, the largest needed.
         dtype: of the written tensors; None for theirs.
         settings: with data: how models and rows are read; see `SelectSettings`.
         on_rank: receives each measured rank and its held-out value.
         notice: receives each line for a person.
+        on_event: receives the progress of each evaluation.
 
     Raises:
         InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
@@ -126,6 +129,7 @@ def resize(
         on_rank,
         None if train is None else Path(train),
         notice,
+        on_event,
     )
     rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
     rule.require_one()
@@ -166,6 +170,7 @@ def compare(
     model: str,
     data: str | Path | Sequence[str | Path],
     settings: SelectSettings | None = None,
+    on_event: Callable[[Evaluating], None] = lambda _: None,
 ) -> AdapterComparison:
     """Whether adapter `b` is no worse than adapter `a`, paired over all examples of `data`.
 
@@ -175,6 +180,7 @@ def compare(
         model: the base model of the adapters.
         data: a file or a folder, or several. A folder with given splits is read at its test split.
         settings: `margin`, `metric`, `metrics`, `seq_len` and how models are loaded; None for the defaults.
+        on_event: receives the progress of each evaluation.
 
     Raises:
         InputError: a side, the model, the data or a metric can't be used.
@@ -186,4 +192,5 @@ def compare(
     from rightrank.adapters.compare import compare_adapters
 
     files = [data] if isinstance(data, str | Path) else list(data)
-    return compare_adapters((str(a), str(b)), model, [Path(file) for file in files], settings or make_settings({}))
+    places = [Path(file) for file in files]
+    return compare_adapters((str(a), str(b)), model, places, settings or make_settings({}), on_event)

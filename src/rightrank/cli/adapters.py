@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from rightrank.cli.options import SettingsCommand, comma, gather, setting_options, whole_numbers
+from rightrank.cli.options import SettingsCommand, announce, comma, gather, setting_options, whole_numbers
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings, make_settings
+
+if TYPE_CHECKING:
+    from rightrank.hooks.event_log import JsonLog
+    from rightrank.hooks.terminal import WorkView
 
 EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 
@@ -93,7 +99,9 @@ def inspect(
     "--recover", type=int, default=0, show_default=True, help="With --data: training steps after each truncation."
 )
 @click.option("--learning-rate", type=float, help="With --recover: the learning rate.")
-@click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
+@click.option(
+    "--base", help="With --data, or for the error of DoRA: the base model (default: the one that the adapter names)."
+)
 @click.option("--uniform", is_flag=True, help="With --energy or --noise: one rank for all modules, the largest needed.")
 @click.option(
     "--dtype",
@@ -102,6 +110,8 @@ def inspect(
 )
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--quiet", is_flag=True, help="Print no progress.")
+@click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
 def resize(
     adapters: tuple[Path, ...],
     rank: int | None,
@@ -118,6 +128,8 @@ def resize(
     dtype: Any,
     assignments: tuple[str, ...],
     as_json: bool,
+    quiet: bool,
+    log_json: bool,
 ) -> None:
     """Write ADAPTER to OUT at another rank and report the truncation error.
 
@@ -128,7 +140,7 @@ def resize(
     *sources, out = adapters
     if not sources:
         raise SettingsError(f"got one folder, {out}; give the adapter and the folder to write: ADAPTER OUT")
-    needing = {"--margin": margin, "--ranks": ranks, "--recover": recover, "--base": base, "--set": assignments}
+    needing = {"--margin": margin, "--ranks": ranks, "--recover": recover, "--set": assignments}
     alone = next((option for option, value in (needing | {"--train": train}).items() if value), None)
     if alone is not None and data is None:
         raise SettingsError(f"{alone} goes with --data FILE, which was not given; give both, or leave it out")
@@ -139,25 +151,37 @@ def resize(
         together = api.resize_together(sources, out, rank=rank, energy=energy, noise=noise, dtype=dtype)
         _print_record(together, as_json)
         return
-    resized = api.resize(
-        sources[0],
-        out,
-        rank=rank,
-        energy=energy,
-        noise=noise,
-        data=data,
-        train=train,
-        ranks=whole_numbers(ranks, "--ranks"),
-        recover_steps=recover,
-        learning_rate=learning_rate,
-        base=base,
-        uniform=uniform,
-        dtype=dtype,
-        settings=make_settings(gather(None, assignments, {"margin": margin})),
-        on_rank=lambda at, value: click.echo(f"rank {at}: held-out {value:.4f}  ({lap():.0f} s)", err=True),
-        notice=lambda line: click.echo(line, err=True),
-    )
+    with _view(quiet, log_json) as view:
+        resized = api.resize(
+            sources[0],
+            out,
+            rank=rank,
+            energy=energy,
+            noise=noise,
+            data=data,
+            train=train,
+            ranks=whole_numbers(ranks, "--ranks"),
+            recover_steps=recover,
+            learning_rate=learning_rate,
+            base=base,
+            uniform=uniform,
+            dtype=dtype,
+            settings=make_settings(gather(None, assignments, {"margin": margin})),
+            on_rank=lambda at, value: view.say(f"rank {at}: held-out {value:.4f}  ({lap():.0f} s)"),
+            notice=view.say,
+            on_event=view.on_event,
+        )
     _print_record(resized, as_json)
+
+
+def _view(quiet: bool, log_json: bool) -> AbstractContextManager[WorkView | JsonLog]:
+    """What shows the progress of evaluations on stderr."""
+    from rich.console import Console
+
+    from rightrank.hooks.event_log import JsonLog
+    from rightrank.hooks.terminal import WorkView
+
+    return nullcontext(JsonLog(sys.stderr)) if log_json else WorkView(Console(stderr=True), quiet)
 
 
 def _lap_timer() -> Callable[[], float]:
@@ -204,8 +228,18 @@ def _print_record(record: Any, as_json: bool, statistic: Any = "effective_rank",
 )
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as one JSON object.")
+@click.option("--quiet", is_flag=True, help="Print no progress.")
+@click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
 def compare(
-    a: str, b: str, model: str, data: tuple[Path, ...], assignments: tuple[str, ...], as_json: bool, **options: Any
+    a: str,
+    b: str,
+    model: str,
+    data: tuple[Path, ...],
+    assignments: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    log_json: bool,
+    **options: Any,
 ) -> int:
     """Is B no worse than A?
 
@@ -215,6 +249,9 @@ def compare(
     from rightrank import api
 
     settings = make_settings(gather(None, assignments, options))
-    found = api.compare(a, b, model=model, data=list(data), settings=settings)
+    if not quiet and not log_json:
+        announce("loading model and data")
+    with _view(quiet, log_json) as view:
+        found = api.compare(a, b, model=model, data=list(data), settings=settings, on_event=view.on_event)
     click.echo(found.model_dump_json() if as_json else found.sentence)
     return EXIT[found.verdict]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -111,7 +112,7 @@ def decide(
         decision_text(
             decided.decision,
             decided.understood,
-            sys.stdout.isatty(),
+            sys.stdout.isatty() and not os.environ.get("NO_COLOR"),
             shutil.get_terminal_size((100, 24)).columns,
             decided.next_commands,
         )

@@ -159,9 +159,9 @@ def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None
     return [int(value) for value in values]
 
 
-def announce(what: str) -> None:
-    """One line on a terminal before the imports that take seconds."""
-    if sys.stderr.isatty():
+def announce(what: str, anywhere: bool = False) -> None:
+    """One line on a terminal before the imports that take seconds; `anywhere`: in a pipe too."""
+    if anywhere or sys.stderr.isatty():
         click.echo(f"rightrank {__version__}: {what} …", err=True)
 
 

@@ -79,10 +79,20 @@ def select(
     base = str(begun.pop("model")) if model is None else model
     rows = Path(str(begun.pop("data"))) if data is None else data
     settings = make_settings(begun | gather(config_file, assignments, options))
+    if not (quiet or log_json or as_json or sys.stderr.isatty()):  # on a terminal, a line comes before the check
+        _announce_checked(base, rows, settings)
     selected = _watched(
         lambda hooks: api.select_rank(base, rows, out, settings=settings, callbacks=hooks), quiet, out, log_json
     )
     _print_selected(selected, as_json)
+
+
+def _announce_checked(model: str, data: Path, settings: SelectSettings) -> None:
+    """The first line in a pipe: before torch is imported, and after what cannot work was refused."""
+    from rightrank.runs.request import Request, check
+
+    check(Request(model, None, data, settings))
+    announce("loading model and data", anywhere=True)
 
 
 def _print_selected(selected: Selected, as_json: bool) -> None:

@@ -27,6 +27,7 @@ from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterOr
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.trials import TrialFinished, TrialOutcome
 
+SEARCH = "(--goal training-rank, the default)"  # what searches the training rank, in a note's words
 MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
 
 
@@ -349,7 +350,7 @@ def _notes(
     if failing and max(failing) <= MAX_DIRECT_RANK:
         notes.append(
             f"At rank {max(failing)} a direct training can beat a truncation; the search for the training rank "
-            f"(--goal training-rank, the default) tries it."
+            f"{SEARCH} tries it."
         )
     quarter = [one for one in candidates if one.rank <= top.trial.rank / 4 and (one.difference_high or 0.0) < 0]
     if quarter:

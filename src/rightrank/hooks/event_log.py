@@ -14,7 +14,7 @@ from typing import Any, Self, TextIO
 from rightrank.data.files import write_text
 from rightrank.hooks.progress import Progress
 from rightrank.runs.hook import Hook
-from rightrank.schema.events import Event, Notice, Preparing, SelectionPlanned, StepDone, TimeExpected
+from rightrank.schema.events import Evaluating, Event, Notice, Preparing, SelectionPlanned, StepDone, TimeExpected
 from rightrank.schema.trials import OUTCOMES, Record, TrialLook, TrialStarted
 
 PROGRESS_FILE = "progress.json"
@@ -50,7 +50,7 @@ class JsonLog(Hook):
                     self._write("resumed", trials_ended=len(event.outcomes))
             case TimeExpected():
                 self._write("time", expected_seconds=event.expected_seconds)
-            case StepDone() | Preparing():
+            case StepDone() | Preparing() | Evaluating():
                 self._write_step(event)
             case _ if isinstance(event, LOGGED_WHOLE):
                 self._write(event.type, **_fields(event))
@@ -59,12 +59,13 @@ class JsonLog(Hook):
         """Log a line for a person."""
         self._write("notice", text=text)
 
-    def _write_step(self, event: StepDone | Preparing) -> None:
-        is_step = isinstance(event, StepDone)
+    def _write_step(self, event: StepDone | Preparing | Evaluating) -> None:
+        name = "preparing" if isinstance(event, Preparing) else "evaluating"
+        name = "step_done" if isinstance(event, StepDone) else name
         is_last = event.step == event.steps if isinstance(event, StepDone) else event.items == event.of_items
         if is_last or time.monotonic() - self._last_step >= 1:
             self._last_step = time.monotonic()
-            self._write("step_done" if is_step else "preparing", **_fields(event))
+            self._write(name, **_fields(event))
 
     def _write(self, name: str, **values: Any) -> None:
         line = {"event": name, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), **values}

@@ -42,7 +42,7 @@ from rightrank.models.lora_files import (
     write_file,
     write_mlx,
 )
-from rightrank.models.places import CONFIG_FILE, require_adapter_folder
+from rightrank.models.places import BASE_FILE, CONFIG_FILE, require_adapter_folder
 from rightrank.models.ranks import lora_scaling, pattern_matches, pattern_value
 from rightrank.models.weights import read_header
 from rightrank.schema.arrays import Floats
@@ -59,6 +59,11 @@ MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.
 FOREIGN_OPTIONS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "velora_config")
 # Initialisations that change the base's weights on loading, so that ΔW is not s·B·A alone.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "spiece.model", "chat_template.jinja",
+)  # fmt: skip
+BESIDE = (BASE_FILE, CLASSIFIER_FILE, *TOKENIZER_FILES)  # what an adapter of another rank keeps of a folder
 NOT_PADDED = ("use_dora", "lora_bias")  # options that servers do not support
 
 
@@ -233,7 +238,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_config(file: Path, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise ModelError(f"{file}: peft_type is {kind!r}; only 'LORA' is supported")
+        raise ModelError(
+            f"{file}: peft_type is {kind!r}; only 'LORA' is supported (resize converts LOHA, LOKR and VERA)"
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ModelError(f"{file}: r is {rank!r}; it must be a whole number from 1")
@@ -350,9 +357,15 @@ def natural_order(name: str) -> list[tuple[int, int, str]]:
 
 
 def write_like(
-    adapter: AdapterFolder, out: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    adapter: AdapterFolder,
+    out: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a changed adapter in the format of `adapter`: a folder of PEFT or mlx-lm, or a LoRA file.
+
+    PEFT's keeps what lies beside it, and gets further `files`.
 
     Raises:
         RunFolderError: `out` exists, or can't be written.
@@ -361,7 +374,7 @@ def write_like(
         write_mlx(out, adapter.mlx, config, tensors)
         return
     if not adapter.is_file:
-        write_adapter(out, config, tensors, adapter.path)
+        write_adapter(out, config, tensors, adapter.path, files)
         return
     _, metadata = read_header(adapter.path)
     write_file(out, tensors, updated_header(metadata, config))
@@ -384,12 +397,17 @@ def write_lora_file(folder: Path, out: Path, to: FileFormat, prefix: str = "unet
 
 
 def write_adapter(
-    out: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], source: Path | None = None
+    out: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    source: Path | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a new adapter folder, whole or not at all.
 
     Args:
-        source: the adapter that it comes from, whose labels it keeps.
+        source: the adapter that it comes from, of which it keeps what lies beside the weights (`BESIDE`).
+        files: further ones, by name.
 
     Raises:
         RunFolderError: `out` exists, or can't be written.
@@ -402,8 +420,12 @@ def write_adapter(
             )
             text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
             (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
-            if source is not None and (source / CLASSIFIER_FILE).is_file():
-                shutil.copy2(source / CLASSIFIER_FILE, temporary)
+            if source is not None:
+                for file in (source / name for name in BESIDE):
+                    if file.is_file():
+                        shutil.copy2(file, temporary)
+            for name, content in (files or {}).items():
+                (temporary / name).write_bytes(content)
     except OSError as error:
         raise RunFolderError(f"{out}: can't write there ({error.strerror or error}); give a writable folder") from None
 
@@ -460,7 +482,7 @@ def restore_adapter(peft_model: Any, folder: Path) -> None:
     set_peft_model_state_dict(peft_model, load_file(folder / "adapter_model.safetensors"))
 
 
-def write_padded(source: Path, out: Path, rank: int) -> None:
+def write_padded(source: Path, out: Path, rank: int, files: Mapping[str, bytes] | None = None) -> None:
     """Write the adapter in `source` to `out` with `rank` in every module, an integer `lora_alpha` and no patterns.
 
     Servers that support neither patterns nor rsLoRA take such an adapter. Rows of zeros appended to A and columns of zeros
@@ -484,7 +506,7 @@ def write_padded(source: Path, out: Path, rank: int) -> None:
         tensors[module.a_key] = torch.cat([a, a.new_zeros(more, *a.shape[1:])], dim=0)
         tensors[module.b_key] = torch.cat([b, b.new_zeros(b.shape[0], more, *b.shape[2:])], dim=1)
     changes = {"r": rank, "lora_alpha": alpha, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    write_adapter(out, dict(adapter.config) | changes, tensors, source)
+    write_adapter(out, dict(adapter.config) | changes, tensors, source, files)
 
 
 def _require_plain(adapter: AdapterFolder, rank: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from pydantic import JsonValue, ValidationError
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -22,9 +24,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rightrank.data.files import LIBRARY_ERRORS
-from rightrank.models.places import ModelSource, find_model
-from rightrank.models.weights import safe_shards
+from rightrank.data.files import LIBRARY_ERRORS, UnreadableError, kind_of, read_json_object
+from rightrank.models.places import BASE_FILE, CONFIG_FILE, ModelSource, find_model
+from rightrank.models.weights import WeightFolder, open_weights, safe_shards
 from rightrank.schema.errors import (
     DeviceMemoryError,
     MissingExtraError,
@@ -34,6 +36,7 @@ from rightrank.schema.errors import (
     is_out_of_memory,
 )
 from rightrank.schema.settings import AutoDtype, DtypeName, SelectSettings
+from rightrank.schema.trials import Record
 
 DTYPES: dict[DtypeName, torch.dtype] = {
     "float32": torch.float32,
@@ -42,7 +45,48 @@ DTYPES: dict[DtypeName, torch.dtype] = {
 }
 # What transformers raises, depending on the model, for files that it does not know, can't read or can't build from.
 LOADING_ERRORS = (*LIBRARY_ERRORS, ImportError, SafetensorError, StrictDataclassError)
+# Values of a configuration that change a model's output and no shape of a weight.
+CONFIG_KEYS = (
+    "model_type", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "layer_norm_eps", "rope_parameters",
+    "sliding_window",
+)  # fmt: skip
+MATRICES = 64  # of a base that are looked at
 _FINGERPRINT_BYTES = 2**20  # at the beginning and end of each weight file
+
+
+class BaseIdentity(Record):
+    """What tells a base from another of the same shapes, whatever its folder is called: `base.json` beside an adapter."""
+
+    name: str
+    config: dict[str, JsonValue]  # what changes its output and no shape
+    weights: dict[str, tuple[float, float]]  # values at a quarter and at three quarters of some matrices
+
+    def content(self) -> bytes:
+        """Of `base.json`."""
+        return self.model_dump_json(indent=1).encode()
+
+    def difference(self, other: BaseIdentity) -> str | None:
+        """The first configuration value or weight in which two bases differ, in words; None where they are one.
+
+        Weights of one precision are equal; of a copy in 16 bits they may differ by its rounding.
+        """
+        for key in CONFIG_KEYS:
+            values = [base.config.get(key) for base in (self, other)]
+            if None not in values and values[0] != values[1]:
+                return f"its {key} is {values[0]}, here it is {values[1]}"
+        common = [name for name in self.weights if name in other.weights]
+        precisions = {_precision([value for name in common for value in base.weights[name]]) for base in (self, other)}
+        relative, absolute = (2.0**-7, 1e-6) if len(precisions) > 1 else (0.0, 0.0)
+        odd = [
+            name
+            for name in common
+            for mine, theirs in zip(self.weights[name], other.weights[name], strict=True)
+            if not math.isclose(mine, theirs, rel_tol=relative, abs_tol=absolute)
+        ]
+        others = len(dict.fromkeys(odd))
+        return (
+            f"{odd[0]} has other values, as have {others} of {len(common)} weights that were looked at" if odd else None
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +98,7 @@ class LoadedModel:
     name: str
     fingerprint: str
     device: torch.device
+    identity: BaseIdentity  # what an adapter's folder keeps of it
 
 
 def resolve_dtype(name: AutoDtype, device: str) -> DtypeName:
@@ -109,6 +154,12 @@ def load_model(
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"{reference}: out of memory while loading ({first_line(error)})") from None
+        config = Path(source.name) / "config.json"
+        if config.is_file() and read_json_object(config).get("is_encoder_decoder"):
+            raise ModelError(
+                f"{reference}: an encoder-decoder, as T5, which select does not train; give a causal model, or train it in a "
+                "function of your own (select_rank_with)"
+            ) from None
         raise ModelError(f"{reference}: transformers can't load it ({first_line(error)})") from None
     local = Path(source.name).exists()
     name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
@@ -153,7 +204,8 @@ def prepare_model(
             module.support_avx512bf16_for_cpu = False
     if not getattr(model, "is_quantized", False):  # quantised models are loaded on their device and can't be moved
         model.to(device)
-    return LoadedModel(model, tokenizer, name, fingerprint or _parameter_fingerprint(model), device)
+    identity = base_identity(model, name)
+    return LoadedModel(model, tokenizer, name, fingerprint or _parameter_fingerprint(model), device, identity)
 
 
 def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | None) -> LoadedModel:
@@ -229,6 +281,139 @@ def _parameter_fingerprint(model: Any) -> str:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def base_identity(model: Any, name: str) -> BaseIdentity:
+    """Of a model in memory, with or without an adapter around it. Quantised matrices and a head of classes are left out."""
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    prefix = f"{model.base_model_prefix}." if is_classifier else ""
+    matrices = {
+        clean: parameter
+        for found, parameter in model.named_parameters()
+        if (clean := found.replace(".base_layer.", ".")).startswith(prefix) and ".lora_" not in found
+    }
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    first = [found for found, parameter in matrices.items() if parameter is embedding]
+    shapes = {found: tuple(parameter.shape) for found, parameter in matrices.items() if _is_plain(parameter)}
+    return _identity(name, model.config.to_dict(), {found: matrices[found] for found in _looked_at(shapes, first)})
+
+
+def folder_identity(folder: WeightFolder, names: Iterable[str] | None = None) -> BaseIdentity:
+    """Of a model folder's files, at the weights of these names; None takes the folder's own."""
+    stored = {found: folder.weight_of(found.removesuffix(".weight")) for found in names or _looked_at(folder.shapes)}
+    tensors = {found: folder.tensor(own) for found, own in stored.items() if own is not None}
+    plain = {found: tensor for found, tensor in tensors.items() if _is_plain(tensor)}
+    return _identity(str(folder.path), read_json_object(folder.path / "config.json"), plain)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in DTYPES.values()
+
+
+def _looked_at(shapes: Mapping[str, tuple[int, ...]], first: Sequence[str] = ()) -> list[str]:
+    """Some matrices, the same of a model with and without a head: `first`, and those whose names have the lowest hashes."""
+    matrices = [found for found, shape in shapes.items() if len(shape) > 1]
+    return sorted(matrices, key=lambda found: (found not in first, hashlib.sha256(found.encode()).digest()))[:MATRICES]
+
+
+def _identity(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> BaseIdentity:
+    known = {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
+    values = {found: _two_values(tensor) for found, tensor in tensors.items()}
+    finite = {found: pair for found, pair in values.items() if all(map(math.isfinite, pair))}
+    return BaseIdentity(name=name, config=known, weights=finite)
+
+
+def _two_values(tensor: torch.Tensor) -> tuple[float, float]:
+    flat = tensor.detach().reshape(-1)
+    return float(flat[len(flat) // 4]), float(flat[len(flat) * 3 // 4])
+
+
+def _precision(values: Sequence[float]) -> torch.dtype:
+    """The coarsest type that holds all values."""
+    exact = torch.tensor(values, dtype=torch.float64)
+    types = (torch.bfloat16, torch.float16)
+    return next((one for one in types if torch.equal(exact.to(one).double(), exact)), torch.float32)
+
+
+def require_base(adapter: Path, base: LoadedModel | WeightFolder, ignore_name: bool = False) -> None:
+    """Refuse a base that the adapter was not trained on: the one check of every command that puts an adapter on a base.
+
+    `base.json` beside the adapter decides where it is; else the weights of the folder that the adapter names, where that is
+    here; else the name alone, by its last part. A single file of kohya or diffusers names no base.
+
+    Args:
+        base: the model, or its folder, of which a few tensors are read.
+        ignore_name: look at `base.json` alone.
+
+    Raises:
+        ModelError: another base, or a damaged `base.json`.
+    """
+    stored, named = adapter / BASE_FILE, _base_named(adapter)
+    name = base.name if isinstance(base, LoadedModel) else str(base.path)
+    if stored.is_file():
+        known = read_identity(stored)
+    elif ignore_name or named is None or _is_same_place(named, name):
+        return
+    elif is_weight_folder(Path(named)):
+        names = base.identity.weights if isinstance(base, LoadedModel) else None
+        known = folder_identity(open_weights(Path(named)), names)
+    elif _last_part(named) in (_last_part(name), _last_part(_name_in_config(name))):
+        return
+    else:
+        raise ModelError(
+            f"{adapter}: it was trained on {named!r}, not on {name!r}; give that base, or if they are the same model, write the "
+            f"new name into its {CONFIG_FILE} (base_model_name_or_path)"
+        )
+    given = base.identity if isinstance(base, LoadedModel) else folder_identity(base, known.weights)
+    if (difference := known.difference(given)) is not None:
+        raise ModelError(
+            f"{adapter}: it was trained on another base, {known.name}, than {name} ({difference}); give the base that it was trained on"
+        )
+
+
+def read_identity(file: Path) -> BaseIdentity:
+    """The `base.json` beside an adapter.
+
+    Raises:
+        ModelError: damaged.
+    """
+    try:
+        return BaseIdentity.model_validate(read_json_object(file))
+    except (UnreadableError, ValidationError) as error:
+        raise ModelError(
+            f"{file}: does not identify a base ({first_line(error)}); copy the adapter again, or remove the file"
+        ) from None
+
+
+def is_weight_folder(path: Path) -> bool:
+    return kind_of(path) == "folder" and next(path.glob("*.safetensors"), None) is not None
+
+
+def _base_named(adapter: Path) -> str | None:
+    try:
+        named = read_json_object(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    except UnreadableError:
+        return None
+    return named if isinstance(named, str) and named else None
+
+
+def _name_in_config(model: str) -> str:
+    """The name under which the model was saved; the model's own where there is none."""
+    try:
+        found = read_json_object(Path(model) / "config.json").get("_name_or_path")
+    except UnreadableError:
+        return model
+    return found if isinstance(found, str) and found else model
+
+
+def _is_same_place(name: str, other: str) -> bool:
+    places = Path(name), Path(other)
+    return name == other or (all(place.exists() for place in places) and places[0].resolve() == places[1].resolve())
+
+
+def _last_part(name: str) -> str:
+    """Of a path or a hub name: whoever holds a copy."""
+    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def quiet_third_parties() -> None:

@@ -15,6 +15,7 @@ from rightrank.data.files import HUB_SECONDS, UnreadableError, hub_errors, kind_
 from rightrank.schema.errors import MissingExtraError, ModelError, did_you_mean, first_line
 
 CONFIG_FILE = "adapter_config.json"
+BASE_FILE = "base.json"  # beside an adapter: what its base is known by
 TRAINER_STATE = "trainer_state.json"  # of transformers
 OWN_FOLDER = "rightrank"  # in a trainer's output: what was measured at its end
 KOHYA_STEP = re.compile(r"-(?:step)?(\d{6,8})$")
@@ -171,6 +172,9 @@ def find_adapter(path: Path) -> tuple[Path, str]:
         return path, ""
     folders = [file.parent for file in path.rglob(CONFIG_FILE) if OWN_FOLDER not in file.relative_to(path).parts]
     files = [] if (path / "config.json").exists() else list(path.glob("*.safetensors"))
+    files = [
+        file for file in files if file.name != "adapter_model.safetensors"
+    ]  # PEFT's, whose configuration is missing
     found = sorted(folders or files, key=lambda one: (_steps(one.relative_to(path)), -len(one.parts), one.name))
     if not found:
         return path, ""
@@ -224,6 +228,10 @@ def require_side(side: str) -> None:
 
 
 def _adapter_in(folder: Path) -> str:
-    """What to give in place of a run folder; empty for another folder."""
-    inner = folder / "adapter"
-    return f"give {inner}, the adapter in it" if (inner / CONFIG_FILE).is_file() else ""
+    """What to give in place of a run folder, or of a folder of PEFT's named adapters; empty for another folder."""
+    inner = sorted(file.parent for file in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
+    if folder / "adapter" in inner:
+        inner = [folder / "adapter"]
+    if len(inner) == 1:
+        return f"give {inner[0]}, the adapter in it"
+    return f"give one of the adapters in it: {', '.join(map(str, inner[:5]))}" if inner else ""

@@ -14,6 +14,7 @@ from rightrank.data.files import UnreadableError, read_json_object, replacing_fo
 from rightrank.decision.adapter import adapter_answer, improved_by_training, test_difference, trained_answer
 from rightrank.decision.run import Records, best_trial, compared, question_of, trainings
 from rightrank.models.adapter_files import restore_adapter
+from rightrank.models.places import BASE_FILE
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import FailingAs, Run
 from rightrank.runs.returns import Answer, Selected, answers
@@ -158,6 +159,8 @@ def hand_over(run: Run, answer: AdapterAnswer, guard: GuardAnswer | None) -> boo
         with replacing_folder(target) as temporary:
             for path in files:
                 shutil.copy2(path, temporary / path.name)
+            if run.prepared is not None:
+                (temporary / BASE_FILE).write_bytes(run.prepared.runtime.loaded.identity.content())
     if is_new:
         cost = known[0].trainings if known else trainings(run.records)
         run.on_event(AdapterRecorded(answer=answer, handed_over=handed_over, trainings=cost, guard=guard))

@@ -300,7 +300,17 @@ class Preparing(Record):
     seconds: float
 
 
-Event: TypeAlias = Journaled | SelectionPlanned | TimeExpected | RunStopped | Notice | StepDone | Preparing
+class Evaluating(Record):
+    """Progress of one evaluation by `compare` or `resize`; not in the journal."""
+
+    type: Literal["evaluating"] = "evaluating"
+    what: str  # is evaluated, in words
+    items: Whole
+    of_items: Whole
+    seconds: float  # since this evaluation began
+
+
+Event: TypeAlias = Journaled | SelectionPlanned | TimeExpected | RunStopped | Notice | StepDone | Preparing | Evaluating
 
 
 class Listener:

@@ -260,6 +260,7 @@ class Resized(Record):
     held_out: list[HeldOut] = Field(default_factory=list)
     scored_examples: int | None = None  # with data: how many held-out examples every candidate was measured on
     answer: AdapterAnswer | None = None  # with data: the truncation that is enough, and every candidate
+    no_gain: bool = False  # with data: the base alone is not worse than the adapter by more than the margin
     notes: list[str] = Field(default_factory=list)
 
 
@@ -320,6 +321,7 @@ class MetricComparison(Record):
     difference_high: float  # 95% upper bound of it, one-sided
     margin: float
     examples: Whole
+    left_out: Whole = 0  # examples without a label within the maximum length
     # about how many would show "not worse" at this difference; None: none would, or it is shown
     examples_needed: Whole | None
 
@@ -335,5 +337,6 @@ class AdapterComparison(Record):
     difference_low: float
     difference_high: float
     examples: Whole
+    left_out: Whole = 0
     examples_needed: Whole | None
     comparisons: list[MetricComparison]

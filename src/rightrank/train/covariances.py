@@ -63,6 +63,9 @@ def gather_moments(
     left_out = len(found) - len(plain)
     note = f"{left_out} modules have no moments (DoRA, embeddings or experts): the plain SVD is used there"
     notices = (note,) if left_out else ()
+    head = runtime.model.get_output_embeddings()
+    if plain and all(found[name] is head for name in plain):  # the loss computes the head itself, on frozen inputs
+        notices, plain = (*notices, "the head alone is adapted and has no moments: the plain SVD is used"), []
     if not plain:
         return Gathered({}, 0, 0, notices)
     sums, batches = MomentSums(), list(micro_batches(runtime, examples, tokens))

@@ -83,6 +83,9 @@ class Runtime:
         require_shares(settings.batch_size)
         self.fast_paths = self._find_fast_paths(probe, cache_folder)
         self.objective: Objective = self._likelihood
+        self.on_evaluated: Callable[[int, int], None] = lambda _done, _of: (
+            None
+        )  # examples of an evaluation so far, of all
         self._reference: Reference | None = None
         if isinstance(self._likelihood, Likelihood) and data.is_preference:
             self.objective = PreferenceLoss(self._likelihood.labels, settings.beta)
@@ -226,9 +229,17 @@ class Runtime:
             batches = [here for batch in batches if (here := [index for index in batch if index in kept])]
         if self._reference is not None and self.settings.shard_base:
             self._reference.require(split, (index for batch in batches for index in batch))
+        done, count = 0, sum(map(len, batches))
+
+        def found(indices: Sequence[int]) -> BatchLoss:
+            nonlocal done
+            result, done = losses(self.batch(split, indices)), done + len(indices)
+            self.on_evaluated(done, count)
+            return result
+
         return score_batches(
             batches,
-            lambda indices: losses(self.batch(split, indices)),
+            found,
             [Scores.zeros(len(examples), self.data.example_metrics) for _ in range(adapters)],
             in_step=self.settings.shard_base,
         )

@@ -111,6 +111,11 @@ class ArmTargets:
             )
 
 
+# Models whose kernels read the weights of these modules themselves: PEFT refuses adapters there.
+MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+CALLED_BY_MAMBA = ("out_proj", "conv1d")
+
+
 @dataclass(frozen=True, slots=True)
 class TargetModule:
     """A matrix W [out_features, in_features] that gets an adapter."""
@@ -240,17 +245,19 @@ def named_targets(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of `target_modules`, and the parameters that PEFT's `all-linear` adds to them.
 
-    `all-linear` is resolved by PEFT, in the layers of the settings: every linear module but the output head, and the
-    parameters of fused experts.
+    `all-linear` is resolved by PEFT, in the layers of the settings: every linear module but the output head and those of Mamba
+    whose weights its kernels read past an adapter, and the parameters of fused experts.
     """
     if settings.target_modules != (ALL_LINEAR,):
         return settings.target_modules, ()
-    config = LoraConfig(task_type=TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM, target_modules=ALL_LINEAR)
+    task = TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM
+    left_out = [] if getattr(model.config, "model_type", None) not in MAMBA else list(CALLED_BY_MAMBA)
+    config = LoraConfig(task_type=task, target_modules=ALL_LINEAR, exclude_modules=left_out or None)
     skeleton = _skeleton(model)
     whole = {name for name, _ in skeleton.named_modules()}
     with without_peft_noise():
         inject_adapter_in_model(config, skeleton)
-    found = sorted(config.target_modules or ())
+    found = sorted(name for name in config.target_modules or () if name.rpartition(".")[2] not in left_out)
     # PEFT looks at the layer of a module whose name ends with a target, and not where it is the target.
     names = tuple(name for name in found if name not in whole or _is_in_layers(name, settings))
     return names, tuple(sorted(config.target_parameters or ()))
@@ -306,7 +313,8 @@ def _require_ranks(target: TargetModule, ranks: Sequence[int]) -> None:
     if too_large:
         raise ModelError(
             f"rank {too_large[0]} is above the {target.max_rank} that {target.name} "
-            f"({target.out_features} × {target.in_features}) can have; give ranks up to {target.max_rank}, or exclude_modules"
+            f"({target.out_features} × {target.in_features}) can have; give ranks up to {target.max_rank}, or leave it out: "
+            f"--set exclude_modules={target.name.rpartition('.')[2]}"
         )
 
 

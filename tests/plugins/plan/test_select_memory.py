@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from rightrank.plugins.plan.selection import _plan_settings, plan_selection, ran
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.trials import TrialFinished
-from tests.tiny import sentences, small_settings, tiny_llama_config, write_jsonl
+from tests.adapters.adapters import make_base
+from tests.commands import run, select_arguments
+from tests.tiny import make_tokenizer, sentences, small_settings, tiny_llama_config, write_jsonl
 from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
@@ -220,3 +223,16 @@ def test_several_adapters_per_pass_and_classifications_have_a_prediction(
 def _alone() -> int:
     settings = small_settings(ranks=(1, 4))
     return plan_selection(tiny_llama_config(400), settings, 16, "cpu", num_labels=2).peak_bytes[4]
+
+
+def test_adapters_whose_pass_cannot_be_planned_train_alone(
+    completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several adapters of the head: the plan falls back to one a pass, as its page says, and refuses nothing."""
+    base = make_base(tmp_path / "base", "embedding")  # its head is not tied
+    make_tokenizer().save_pretrained(base)
+    given = ["--memory", "8GiB", "--target-modules", "lm_head", "--set", "adapters_per_pass=2", "--json"]
+    status, out, err = run(select_arguments(base, completion_file, tmp_path / "run", *given), capsys)
+    assert status == 0, err
+    assert "continuing with 1" in err
+    assert json.loads(out)["handed_over"]["rank"] in (1, 2, 4)

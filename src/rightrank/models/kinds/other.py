@@ -146,7 +146,9 @@ class Other(AdapterKind):
         return True
 
     def start(self, module: Any, adapter: str, draw: Draw) -> None:
-        """PEFT's own start, made from the arm's seed."""
+        """PEFT's own start, made from the arm's seed; that of a plain layer where B has a bias alone (`lora_bias`)."""
+        if any(module.lora_bias.values()) and not module.lora_variant and adapter in module.lora_A:
+            super().start(module, adapter, draw)
 
 
 WRAPPED = ".base_layer"  # PEFT's suffix for each wrapper inside another

@@ -17,9 +17,10 @@ from pydantic import Field
 from rightrank.adapters.held_out import Candidates, Recovery, ScoredData, TruncationCurve, scored_data, truncation_curve
 from rightrank.adapters.resize import folder_names, open_together, write_together
 from rightrank.adapters.rewrite import require_summable, write_sum
-from rightrank.data.files import UnreadableError, read_json_object, require_absent
+from rightrank.data.files import require_absent
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_adapter, write_padded
-from rightrank.models.base_models import LoadedModel, load_base
+from rightrank.models.base_models import LoadedModel, load_base, require_base
+from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank, served_rank
 from rightrank.schema.decision import AdapterCandidate
 from rightrank.schema.errors import DataError, ModelError, SettingsError
@@ -147,26 +148,6 @@ def load_shared_base(request: FleetRequest, scored: Sequence[ScoredData]) -> Loa
     return load_base(request.model, request.settings, classes.pop())
 
 
-def require_base_name(adapters: Sequence[AdapterFolder], request: FleetRequest) -> None:
-    """Refuse adapters that name another base."""
-    names = [request.model, _name_in_config(request.model)]
-    for adapter in adapters:
-        if adapter.base_model is not None and not request.ignore_base_name and not _alike(adapter.base_model, names):
-            raise ModelError(
-                f"{adapter.path}: it was trained on {adapter.base_model!r}, not on {request.model!r}; leave it out, or give "
-                "--ignore-base-name if they are the same model"
-            )
-
-
-def _name_in_config(model: str) -> str:
-    """The name under which the model was saved; the model's own where there is none."""
-    try:
-        found = read_json_object(Path(model) / "config.json").get("_name_or_path")
-    except UnreadableError:
-        return model
-    return found if isinstance(found, str) and found else model
-
-
 def require_shapes(adapters: Sequence[AdapterFolder], loaded: LoadedModel, request: FleetRequest) -> None:
     """Refuse adapters whose modules the base does not have, or has in other shapes."""
     shapes = {name: tuple(parameter.shape) for name, parameter in loaded.model.named_parameters()}
@@ -182,20 +163,6 @@ def require_shapes(adapters: Sequence[AdapterFolder], loaded: LoadedModel, reque
                     f"{adapter.path}: {module.name} is {module.rows} × {module.columns} in the adapter and "
                     f"{' × '.join(map(str, shape))} in {request.model}: it is an adapter of another base"
                 )
-
-
-def _alike(name: str, others: Sequence[str]) -> bool:
-    """Whether a base's name is one of the others: by place, or by its last part, whoever holds a copy."""
-    if any(
-        Path(name).exists() and Path(other).exists() and Path(name).resolve() == Path(other).resolve()
-        for other in others
-    ):
-        return True
-    return _last(name) in {_last(other) for other in others}
-
-
-def _last(name: str) -> str:
-    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 BYTES = 2  # of a parameter in a server's slot: servers hold adapters in 16 bits
@@ -223,11 +190,12 @@ def run_fleet(request: FleetRequest) -> Fleet:
         RunError: recovery diverged.
     """
     adapters = open_adapters(request)
-    require_base_name(adapters, request)
     data = data_of(request)
     scored = [scored_data(adapter, file, None, request.settings) for adapter, file in zip(adapters, data, strict=True)]
     loaded = load_shared_base(request, scored)
     require_shapes(adapters, loaded, request)
+    for adapter in adapters:
+        require_base(adapter.path, loaded, request.ignore_base_name)
     ranks = _ranks(adapters, request.ranks)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         working = Path(name)
@@ -238,7 +206,7 @@ def run_fleet(request: FleetRequest) -> Fleet:
             request.notice(f"{adapter.path}: rank {measured[-1].rank} is enough of {adapter.rank}")
         rank = max(one.rank for one in measured)
         sums = None if request.weights is None else _merge(request, adapters, scored, loaded, data, working)
-        return _written(request, measured, rank, sums)
+        return _written(request, measured, rank, sums, {BASE_FILE: loaded.identity.content()})
 
 
 def _ranks(adapters: Sequence[AdapterFolder], asked: Sequence[int] | None) -> list[int]:
@@ -308,6 +276,7 @@ def _written(
     measured: Sequence[_Measured],
     rank: int,
     merged: tuple[FleetMerge, Path] | None,
+    base: dict[str, bytes],
 ) -> Fleet:
     chosen = [_at(one, rank) for one in measured]
     served = max(open_adapter(folder).rank for folder, _ in chosen)
@@ -316,16 +285,17 @@ def _written(
     def write(place: int, target: Path) -> Resized:
         folder, resized = chosen[place]
         if padded is not None:
-            write_padded(folder, target, padded)
+            write_padded(folder, target, padded, base)
         else:
             source = open_adapter(folder)
-            write_adapter(target, source.config, {key: source.tensor(key) for key in source.keys}, folder)
+            write_adapter(target, source.config, {key: source.tensor(key) for key in source.keys}, folder, base)
         return resized
 
     def sums(target: Path) -> None:
         if merged is not None:
             source = open_adapter(merged[1])
-            write_adapter(target / MERGED, source.config, {key: source.tensor(key) for key in source.keys}, merged[1])
+            tensors = {key: source.tensor(key) for key in source.keys}
+            write_adapter(target / MERGED, source.config, tensors, merged[1], base)
 
     written = write_together([one.adapter for one in measured], request.out, write, sums)
     slots = _slots([one.adapter for one in measured], served)

@@ -138,6 +138,10 @@ class RankEstimate:
         return self.training
 
 
+class NotSharedError(SettingsError):
+    """Several adapters a pass of a model on which they train alone; a selection then trains one after the other."""
+
+
 class Estimator:
     """One model and one way to train it. The base is built once, and each trace is made once."""
 
@@ -183,8 +187,8 @@ class Estimator:
                 evaluation = None if self.settings.eval_batch_size is None else self._peak_of(rank, False)
                 return RankEstimate(rank, parts, training, evaluation, self.flops(rank), "traced")
             except MultiLoraError as error:
-                raise SettingsError(
-                    f"arms: adapters on this model cannot share a pass ({error}); give arms 1"
+                raise NotSharedError(
+                    f"adapters_per_pass: adapters on this model cannot share a pass ({error}); leave it out, or give 1"
                 ) from None
             except UNTRACEABLE as error:
                 self.untraceable = f"{type(error).__name__}: {first_line(error)}"

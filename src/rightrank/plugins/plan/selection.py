@@ -14,7 +14,7 @@ from rightrank.data.token_store import EncodedExample, longest_sequence
 from rightrank.models.base_models import LoadedModel, device_memory
 from rightrank.plugins.plan.budget import MAX_RANK, cheapest_changes, context_bytes, needed, rank_fits, starting_range
 from rightrank.plugins.plan.duration import Speed, Workload, flops_of, prefix_flops, selection_cost
-from rightrank.plugins.plan.estimate import Estimator
+from rightrank.plugins.plan.estimate import Estimator, NotSharedError
 from rightrank.plugins.plan.planner import largest_rank
 from rightrank.plugins.plan.skeleton import is_known
 from rightrank.report.format import quantity
@@ -143,9 +143,14 @@ def plan_selection(
 
 
 def _max_adapters(estimator: Estimator, rank: int, wanted: int) -> int:
-    """Adapters that fit in one pass: `wanted`, or the largest power of two below it that fits."""
+    """Adapters in one pass: `wanted`, or the largest power of two below it that fits; 1 where the plan can't trace several."""
     sizes = [wanted, *(2**power for power in reversed(range(wanted.bit_length())) if 2**power < wanted)]
-    return next((size for size in sizes if size == 1 or rank_fits(estimator.variant(adapters_per_pass=size), rank)), 1)
+    try:
+        return next(
+            (size for size in sizes if size == 1 or rank_fits(estimator.variant(adapters_per_pass=size), rank)), 1
+        )
+    except NotSharedError:
+        return 1
 
 
 def _plan_settings(

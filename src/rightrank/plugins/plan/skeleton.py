@@ -24,6 +24,7 @@ from rightrank.schema.errors import ModelError, first_line
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.train.targets import (
     ALL_LINEAR,
+    MAMBA,
     TargetModule,
     adapted_matrices,
     common_fields,
@@ -197,7 +198,8 @@ def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
         if target.rank(largest) > limit and not any(target.name.endswith(name) for name in settings.rank_pattern):
             raise ModelError(
                 f"rank {largest} is above the {limit} that {target.name} ({target.out_features} × "
-                f"{target.in_features}) can have; give ranks up to {limit}, or exclude_modules"
+                f"{target.in_features}) can have; give ranks up to {limit}, or leave it out: "
+                f"--set exclude_modules={target.name.rpartition('.')[2]}"
             )
 
 
@@ -212,9 +214,8 @@ def _experts_of(model: Any, settings: PlanSettings) -> dict[str, int]:
 def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
     """PEFT's configuration of an adapter of `rank` under these settings."""
     targets = settings.target_modules
-    if (
-        settings.loss == "chunked" or settings.layers_to_transform is not None
-    ):  # as `select`; PEFT needs names for layers
+    by_name = settings.loss == "chunked" or settings.layers_to_transform is not None  # PEFT needs names for layers
+    if by_name or getattr(model.config, "model_type", None) in MAMBA:  # as `select`
         targets, _ = named_targets(model, settings, settings.num_labels is not None)
     parameters = in_layers(model, settings)
     return LoraConfig(

@@ -1,0 +1,135 @@
+"""An adapter on another base of the same shapes is refused by every command, in one line and with status 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rightrank.models.base_models import load_model, read_identity, require_base
+from rightrank.models.weights import open_weights
+from rightrank.schema.errors import ModelError
+from tests.adapters.adapters import edit_config, load_strictly, make_adapter, make_base
+from tests.commands import run
+from tests.tiny import make_tokenizer, write_completions
+
+SMALL = ["--set", "seq_len=32", "--set", "eval_items=8", "--set", "max_steps=2", "--set", "device=cpu"]
+
+
+def changed(base: Path, folder: Path, factor: float = 0.0, dtype: torch.dtype = torch.float32) -> Path:
+    """A copy of a base, in which one projection of each layer has `factor` times some noise added: what a merged adapter does."""
+    shutil.copytree(base, folder)
+    file = folder / "model.safetensors"
+    generator = torch.Generator().manual_seed(1)
+    tensors = load_file(file)
+    for name in [name for name in tensors if "q_proj" in name]:
+        tensors[name] += factor * torch.randn(tensors[name].shape, generator=generator)
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, file, {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_base(tmp_path_factory.mktemp("bases") / "base")
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(base: Path) -> Path:
+    return changed(base, base.parent / "other", 0.01)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_completions(tmp_path_factory.mktemp("data") / "rows.jsonl", 40)
+
+
+def identified(adapter: Path, base: Path) -> Path:
+    """The adapter, with `base.json` beside it and a name that is nowhere."""
+    (adapter / "base.json").write_bytes(load_model(str(base), "float32", "cpu", None).identity.content())
+    edit_config(adapter, base_model_name_or_path="someone/gone")
+    return adapter
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("known", ["by the folder that it names", "by base.json", "by name"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "compare {0} base --model {base} --data {data} --device cpu --seq-len 32",
+        "resize {0} {out} --data {data} --base {base} SMALL",
+        "fleet {0} {1} --model {base} --data {data} --out {out} SMALL",
+        "inspect {0} --base {base}",
+        "resize {dora} {out} --rank 2 --base {base}",
+    ],
+)
+def test_another_base_of_the_same_shapes_is_refused_in_one_line(
+    command: str, known: str, base: Path, other: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {"0": "plain", "1": "rslora", "dora": "dora"}
+    adapters = {name: make_adapter(base, tmp_path / name, kind, rank=4) for name, kind in made.items()}
+    for adapter in adapters.values():
+        if known == "by base.json":
+            identified(adapter, base)
+        elif known == "by name":
+            edit_config(adapter, base_model_name_or_path="someone/gone")
+    places = {"base": other, "data": data, "out": tmp_path / "out", "dora": adapters["dora"]}
+    words = command.format(adapters["0"], adapters["1"], **places).split()
+    capsys.readouterr()
+    status, out, err = run([part for word in words for part in (SMALL if word == "SMALL" else [word])], capsys)
+    assert (status, out) == (2, "")
+    assert "it was trained on" in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_is_the_same_base_whatever_its_name_and_precision(base: Path, other: Path, tmp_path: Path) -> None:
+    adapter = identified(make_adapter(base, tmp_path / "adapter"), base)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        copy = changed(base, tmp_path / str(dtype), dtype=dtype)
+        require_base(adapter, open_weights(copy))
+        require_base(adapter, load_model(str(copy), "bfloat16", "cpu", None))
+        require_base(adapter, load_model(str(copy), "float32", "cpu", ["a", "b"]))
+        with pytest.raises(ModelError, match=r"q_proj\.weight has other values"):
+            require_base(adapter, load_model(str(other), "float32", "cpu", None))
+    edit_config(adapter, base_model_name_or_path=str(tmp_path / "torch.float16"))
+    (adapter / "base.json").unlink()
+    require_base(adapter, load_model(str(base), "float32", "cpu", None))  # by the folder that it names
+
+
+def test_the_configuration_tells_bases_of_equal_weights_apart(base: Path, tmp_path: Path) -> None:
+    copy, adapter = changed(base, tmp_path / "copy"), identified(make_adapter(base, tmp_path / "adapter"), base)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(ModelError, match=r"its rms_norm_eps is .*, here it is 0\.5"):
+        require_base(adapter, open_weights(copy))
+
+
+def test_a_damaged_identity_is_one_line(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    for text in ("{", '{"name": 3}', '{"name": "x", "config": {}, "weights": {"w": [1]}}'):
+        (adapter / "base.json").write_text(text)
+        with pytest.raises(ModelError, match="does not identify a base") as caught:
+            require_base(adapter, open_weights(base))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.trains
+def test_an_adapter_that_is_handed_over_keeps_what_its_base_is_known_by(
+    base: Path, other: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--ranks", "1,4", "--goal", "adapter", *SMALL, "--quiet"]
+    assert run(["select", str(base), str(data), "--out", str(tmp_path / "run"), *given], capsys)[0] == 0
+    handed_over = tmp_path / "run" / "adapter"
+    saved = {file.read_bytes() for file in (tmp_path / "run" / "trials").rglob("adapter_model.safetensors")}
+    assert (handed_over / "adapter_model.safetensors").read_bytes() in saved
+    assert run(["resize", str(handed_over), str(tmp_path / "small"), "--rank", "1"], capsys)[0] == 0
+    for folder in (handed_over, tmp_path / "small"):
+        assert read_identity(folder / "base.json").name == str(base.resolve())
+        load_strictly(base, folder)  # PEFT has no remark
+        with pytest.raises(ModelError, match="trained on another base"):
+            require_base(folder, open_weights(other))
