@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rightrank.decision.comparison import bounds_of_files
+from rightrank.decision.comparison import bounds_of, bounds_of_files
+from rightrank.decision.intervals import estimate
 from rightrank.train.score_worker import _shares
 from rightrank.train.scores import exact_match, macro_f1, macro_f1_shares, rouge_l, rouge_n, token_f1
 
@@ -122,3 +123,18 @@ def test_a_jackknife_of_groups_has_the_standard_error_of_one_of_examples() -> No
     assert np.mean(grouped) == pytest.approx(whole)
     assert np.std(grouped) == pytest.approx(np.std(macro_f1_shares(expected, ours)), rel=0.25)
     assert _shares(whole, 5, lambda kept: whole) == whole
+
+
+def test_one_other_prediction_has_the_bound_of_a_rare_difference() -> None:
+    """It moves the shares of nearly all examples a little; the bound is still that of one example of many."""
+    expected = list("abc") * 34
+    ours = [*expected[:-1], "a"]
+    difference = np.array(macro_f1_shares(expected, expected)) - np.array(macro_f1_shares(expected, ours))
+    assert np.count_nonzero(difference != np.median(difference)) > 30
+    for found in (
+        bounds_of(estimate(difference[None, :], np.ones(102), 1.0)),
+        bounds_of_files(difference, np.ones(102), 1.0),
+    ):
+        assert found.mean == pytest.approx(1 - macro_f1(expected, ours))
+        assert found.high >= found.mean + 3 / 102
+        assert found.low < 0

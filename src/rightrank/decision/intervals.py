@@ -139,7 +139,7 @@ def estimate(sums: Floats, weights: Floats, span: float = 0.0) -> Estimate:
         return Estimate(mean, 0.0, seeds_variance, 0.0, 0, seeds, float(seeds - 1), 0.0)
     influence = (sums.mean(axis=0) - weights * mean) / weights.mean()
     examples_variance = float((influence**2).sum()) / (examples * (examples - 1))
-    if span and np.count_nonzero((sums != np.median(sums)).any(axis=0)) <= MAX_RARE:
+    if span and _is_rare(int(np.count_nonzero((sums != np.median(sums)).any(axis=0))), influence):
         examples_variance = max(examples_variance, (RULE_OF_THREE * span / examples) ** 2)
     interaction_variance = 0.0
     if seeds > 1:
@@ -156,6 +156,17 @@ def estimate(sums: Floats, weights: Floats, span: float = 0.0) -> Estimate:
         float(seeds - 1),
         _skewness(influence),
     )
+
+
+def _is_rare(differing: int, influence: Floats) -> bool:
+    """Whether so few examples differ that their own variance says too little.
+
+    Of shares (`train.scores.shares`) one other prediction moves nearly all of them a little: what counts is how many carry the variance.
+    """
+    if differing <= MAX_RARE or 2 * differing <= len(influence):
+        return differing <= MAX_RARE
+    squares = influence**2
+    return float(squares.sum()) ** 2 <= MAX_RARE * float((squares**2).sum())
 
 
 def estimate_of_files(sums: Floats, weights: Floats, span: float = 0.0) -> Estimate:
