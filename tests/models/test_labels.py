@@ -15,7 +15,7 @@ import pytest
 
 from rightrank import compare, export, resize, select_rank
 from rightrank.data.splits import load_data
-from rightrank.models.labels import adopted_labels, labels_of_side
+from rightrank.models.labels import adopted_labels, base_arguments, labels_of_side, loading_lines
 from rightrank.runs.prepare import label_lines
 from rightrank.runs.returns import Selected
 from rightrank.schema.errors import DataError, ModelError
@@ -186,3 +186,18 @@ def test_a_model_in_memory_keeps_the_order_of_its_labels() -> None:
     unnamed = LlamaConfig(num_labels=3)
     assert adopted_labels(unnamed, ["a", "b", "c"]) == ["a", "b", "c"]
     assert unnamed.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_a_base_in_a_gguf_file_is_loaded_by_folder_and_file() -> None:
+    assert base_arguments("org/model") == "'org/model'"
+    lines = loading_lines("adapter", "/models/small.Q4_1.gguf", is_classifier=False)
+    assert lines[-2:] == [
+        "base = AutoModelForCausalLM.from_pretrained('/models', gguf_file='small.Q4_1.gguf')",
+        "model = PeftModel.from_pretrained(base, 'adapter')",
+    ]
+    classifier = loading_lines("adapter", "/models/small.gguf", is_classifier=True)
+    assert (
+        "base = AutoModelForSequenceClassification.from_pretrained('/models', gguf_file='small.gguf', **head)"
+        in classifier
+    )
+    assert loading_lines("adapter", "org/model", is_classifier=False)[-1].startswith("model = AutoPeftModelForCausalLM")

@@ -89,9 +89,7 @@ def _peft(recipe: Recipe) -> Written:
         code += f"loraplus_lr_ratio = {recipe.loraplus_lr_ratio!r}  # of peft.optimizers.create_loraplus_optimizer\n"
     if recipe.optim != "adamw_torch":
         code += f"optim = {recipe.optim!r}  # of transformers.TrainingArguments\n"
-    lines_of = ["from peft import AutoPeftModelForCausalLM", "AutoPeftModelForCausalLM.from_pretrained('.')"]
-    loading = loading_lines(".") if recipe.task_type == "SEQ_CLS" else lines_of
-    command = f'python -c "{"; ".join(loading)}"'
+    command = f'python -c "{"; ".join(loading_lines(".", recipe.model, recipe.task_type == "SEQ_CLS"))}"'
     return Written({"lora_config.py": code}, command, with_adapter=True)
 
 

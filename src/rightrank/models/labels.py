@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from rightrank.data.files import UnreadableError, read_json_object, write_text
@@ -17,7 +17,6 @@ from rightrank.models.weights import read_header
 from rightrank.schema.errors import ModelError
 
 CLASSIFIER_FILE = "classifier.json"
-AUTO_MODEL = "AutoPeftModelForSequenceClassification"
 HEADS = ("score", "classifier", "classifier.out_proj", "out_proj", "head", "summary", "logits_proj", "vocab_classifier")
 
 
@@ -34,15 +33,29 @@ def write_classifier(folder: Path, config: Any) -> None:
     write_text(folder / CLASSIFIER_FILE, json.dumps(arguments, indent=2, ensure_ascii=False) + "\n")
 
 
-def loading_lines(folder: str) -> list[str]:
-    """Python that loads a classifier from an adapter's folder; JSON has no numbers as keys."""
-    return [
-        "import json",
-        f"from peft import {AUTO_MODEL}",
-        f"head = json.load(open({f'{folder}/{CLASSIFIER_FILE}'!r}, encoding='utf-8'))",
-        "head['id2label'] = {int(number): label for number, label in head['id2label'].items()}",
-        f"model = {AUTO_MODEL}.from_pretrained({folder!r}, **head)",
-    ]
+def loading_lines(folder: str, base: str | None, is_classifier: bool) -> list[str]:
+    """Python that loads a model with the adapter in `folder`: PEFT finds the base, but for one in a GGUF file."""
+    kind, more = "AutoPeftModelFor" + ("SequenceClassification" if is_classifier else "CausalLM"), ""
+    head: list[str] = []
+    if is_classifier:
+        more = ", **head"
+        head = [
+            f"head = json.load(open({f'{folder}/{CLASSIFIER_FILE}'!r}, encoding='utf-8'))",
+            "head['id2label'] = {int(number): label for number, label in head['id2label'].items()}",  # JSON has no numbers as keys
+        ]
+    imports = ["import json"] if is_classifier else []
+    if base is None or not base.lower().endswith(".gguf"):
+        return [*imports, f"from peft import {kind}", *head, f"model = {kind}.from_pretrained({folder!r}{more})"]
+    plain = kind.replace("AutoPeft", "Auto")
+    imports += ["from peft import PeftModel", f"from transformers import {plain}"]
+    loaded = f"base = {plain}.from_pretrained({base_arguments(base)}{more})"
+    return [*imports, *head, loaded, f"model = PeftModel.from_pretrained(base, {folder!r})"]
+
+
+def base_arguments(base: str) -> str:
+    """What `from_pretrained` takes for a base: its name, or the folder and the name of a GGUF file."""
+    path = PurePath(base)
+    return f"{str(path.parent)!r}, gguf_file={path.name!r}" if path.suffix.lower() == ".gguf" else repr(base)
 
 
 def stored_labels(folder: Path) -> list[str] | None:

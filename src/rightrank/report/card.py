@@ -51,7 +51,12 @@ def model_card(
         tests=tests,
         classification=started.data.form == "classification",
         licence=licence_of(started.settings.get("model")),
-        loading="\n".join(loading_lines("this/folder")),
+        loading="\n".join(loading_lines("this/folder", _name(started), started.data.classes is not None)),
         picture=PICTURE,
         curve=CURVE,
     )
+
+
+def _name(started: RunStarted) -> str | None:
+    name = started.settings.get("model")
+    return name if isinstance(name, str) else None

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from rightrank.decision.run import Records, trainings
-from rightrank.models.labels import loading_lines
+from rightrank.models.labels import base_arguments, loading_lines
 from rightrank.report.format import duration, metric_unit, quantity, size
 from rightrank.schema.decision import Decision, HandedOver
 from rightrank.schema.events import RunStarted, TestEvaluated
@@ -51,15 +51,15 @@ def use_it(handed_over: HandedOver, records: Records) -> UseIt | None:
         return None
     scaling: Any = settings.get("scaling", "alpha/r")
     alpha, _ = peft_scaling(scaling, trained.lora_alpha, trained.rank)  # a truncation keeps its parent's alpha
-    name = f"tokenizer = AutoTokenizer.from_pretrained({model!r})"
+    name = f"tokenizer = AutoTokenizer.from_pretrained({base_arguments(model)})"
     if records.started.data.classes is not None:
-        imports, *loading = loading_lines("adapter")
-        code = "\n".join([imports, "from transformers import AutoTokenizer", *loading[:1], "", name, *loading[1:]])
+        loading = loading_lines("adapter", model, is_classifier=True)
+        code = "\n".join(["from transformers import AutoTokenizer", *loading, name])
     else:
         code = (
             "from peft import PeftModel\n"
             f"from transformers import AutoModelForCausalLM, AutoTokenizer\n\n{name}\n"
-            f"base = AutoModelForCausalLM.from_pretrained({model!r})\n"
+            f"base = AutoModelForCausalLM.from_pretrained({base_arguments(model)})\n"
             'model = PeftModel.from_pretrained(base, "adapter")  # beside this report'
         )
     return UseIt(handed_over.rank, f"{alpha:g}", f"{trained.learning_rate:g}", code)
