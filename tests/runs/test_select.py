@@ -124,7 +124,8 @@ def test_the_same_seed_gives_the_same_values(
 def test_other_settings_are_refused_with_the_difference(
     finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, _, err = run(select_arguments(model_folder, completion_file, finished_run, "--lora-alpha", "16"), capsys)
+    given = ["--lora-alpha", "16", "--quiet"]
+    status, _, err = run(select_arguments(model_folder, completion_file, finished_run, *given), capsys)
     assert status == 2
     assert "lora_alpha: 32.0 → 16.0" in err
     assert err.count("\n") == 1

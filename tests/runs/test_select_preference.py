@@ -155,7 +155,7 @@ def test_bad_rows_are_one_line_and_exit_2(
 ) -> None:
     good = {"prompt": "the cat : ", "chosen": "the", "rejected": "cat"}
     data = write_jsonl(tmp_path / "bad.jsonl", [good, good | {"prompt": "a dog : "}, *([row] if row else [])])
-    status, _, err = run(["select", str(model_folder), str(data), "--out", str(tmp_path / "run")], capsys)
+    status, _, err = run(["select", str(model_folder), str(data), "--out", str(tmp_path / "run"), "--quiet"], capsys)
     assert status == 2
     assert re.search(message, err)
     assert len(err.strip().splitlines()) == 1

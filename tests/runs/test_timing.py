@@ -13,6 +13,8 @@ from rightrank.hooks import preflight as planned
 from rightrank.hooks.preflight import time_line
 from rightrank.hooks.progress import Progress
 from rightrank.plugins.plan.duration import Speed
+from rightrank.report.format import duration
+from rightrank.report.tables import FINISH_SECONDS, preflight_text
 from rightrank.runs.journal import Journal
 from rightrank.runs.returns import Selected
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
@@ -95,6 +97,9 @@ def test_a_dry_run_knows_the_time(model_folder: Path, completion_file: Path) -> 
     assert found.cost.seconds_at_most is not None
     assert 0 < found.cost.seconds <= found.cost.seconds_at_most
     assert found.cost.price == pytest.approx(found.cost.seconds)
+    assert found.preparation_seconds > 0
+    whole = duration(found.cost.seconds + found.preparation_seconds + FINISH_SECONDS)
+    assert f"time in all: about {whole}, " in preflight_text(found)
     assert all(row.seconds is not None for row in found.cost.strategies)
     assert any(note.startswith(f"time: measured on this device: {TIMED_STEPS} steps of rank 4") for note in found.notes)
 

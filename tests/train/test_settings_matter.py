@@ -89,7 +89,7 @@ PLANS_TRAININGS = {  # they choose which trainings there are, and change none of
     "sweep", "max_steps", "num_train_epochs",
 }  # fmt: skip
 JUDGES = {  # they measure and judge what was trained
-    "metric", "margin", "metrics", "lower_is_better", "higher_is_better", "max_new_tokens", "guard",
+    "metric", "margin", "confidence", "metrics", "lower_is_better", "higher_is_better", "max_new_tokens", "guard",
     "guard_margin", "eval_points", "eval_batch_size", "samples", "certify", "report_to",
 }  # fmt: skip
 CHANGES_NO_LOSS = {  # they say where and how trainings run; tests of each show equal losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -124,12 +125,13 @@ def preflight(
     from rightrank.hooks.trackers import require_trackers
     from rightrank.runs.request import Request, check
 
+    begun = time.monotonic()  # torch is imported below
     request = Request(model, tokenizer, data, _overridden(settings, keywords))
     check(request)  # before what brings torch
     require_trackers(request.settings.report_to)
     from rightrank.hooks.preflight import preflight as prepare_only
 
-    return prepare_only(request, price_per_hour)
+    return prepare_only(request, begun, price_per_hour)
 
 
 def _overridden(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,8 +40,11 @@ from rightrank.train.runtime import Runtime
 MAX_PROBED = 128  # validation examples whose base losses are read before the start
 
 
-def preflight(request: Request, price_per_hour: float | None = None) -> Preflight:
+def preflight(request: Request, begun: float, price_per_hour: float | None = None) -> Preflight:
     """Prepare the selection in a temporary folder, and say what it will do.
+
+    Args:
+        begun: the monotonic clock's seconds when the work began.
 
     Raises:
         InputError: as a selection raises it before its first training.
@@ -54,7 +58,8 @@ def preflight(request: Request, price_per_hour: float | None = None) -> Prefligh
         if clock is not None:
             notes.append(f"time: measured on this device: {clock.basis}, then discarded")
         notes += [*_kind_lines(prepared), *_adapter_lines(prepared)]
-        return found.model_copy(update={"before": plugins.outlook(prepared.started), "notes": notes})
+        before, seconds = plugins.outlook(prepared.started), time.monotonic() - begun
+        return found.model_copy(update={"before": before, "preparation_seconds": seconds, "notes": notes})
 
 
 def clock_of(prepared: Prepared) -> Clock | None:
@@ -83,6 +88,7 @@ def _preflight_of(
         ranks=_ranks(prepared),
         memory_bytes=prepared.planned.memory_bytes if prepared.planned else None,
         cost=_cost(prepared, strategy, clock, price_per_hour),
+        preparation_seconds=0.0,
         seeds=len(settings.seeds),
         expected_half_width=precision and precision.half_width,
         undecided_below_margin=precision and precision.undecided_below_margin,

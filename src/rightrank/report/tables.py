@@ -11,6 +11,8 @@ from rightrank.report.terminal_figures import terminal_curve
 from rightrank.schema.decision import Decision, SweepRow
 from rightrank.schema.results import Preflight, PreflightStrategy, SelectionCost
 
+FINISH_SECONDS = 5  # the test split, samples and the report of a small run; a longer one's are a small part of its time
+
 
 def decision_text(
     decision: Decision, understood: list[str], colour: bool, width: int, commands: Sequence[str | None] = ()
@@ -75,8 +77,20 @@ def sweep_map(rows: Sequence[SweepRow], metric: str, higher_is_better: bool) -> 
 def preflight_text(found: Preflight) -> str:
     """Everything, for a person."""
     lines = [*found.before, *_data_lines(found), *memory_lines(found), *cost_lines(found), *precision_lines(found)]
-    lines += found.notes
+    lines += [*_whole_time(found), *found.notes]
     return "\n".join([*lines, "nothing was written: this was a dry run"])
+
+
+def _whole_time(found: Preflight) -> list[str]:
+    """The time from the command to its end: what is trained, and what stands around it."""
+    seconds, most = found.cost.seconds, found.cost.seconds_at_most
+    if seconds is None or most is None:
+        return []
+    around = found.preparation_seconds + FINISH_SECONDS
+    return [
+        f"time in all: about {duration(seconds + around)}, {duration(most + around)} at most: loading, planning and measuring took "
+        f"{duration(found.preparation_seconds)} here, and the report takes some seconds"
+    ]
 
 
 def _data_lines(found: Preflight) -> list[str]:

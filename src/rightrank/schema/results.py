@@ -167,6 +167,7 @@ class Preflight(Record):
     ranks: list[PreflightRank]
     memory_bytes: Whole | None
     cost: PreflightCost
+    preparation_seconds: float  # loading, encoding, planning and measuring here, which the selection does as well
     seeds: Whole
     expected_half_width: float | None  # one-sided 95%, of the widest rank's difference from the top, metric's unit
     undecided_below_margin: float | None  # a rank that equals the top is not expected to be shown enough below it

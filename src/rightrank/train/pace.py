@@ -46,7 +46,7 @@ def adapters_per_pass_for(
     if asked is None:
         return _fastest_count(runtime, arms, MAX_ADAPTERS_PER_PASS if limit is None else limit)
     if limit is not None and limit < asked:
-        notice(f"adapters_per_pass {asked} needs more memory than there is, by the plan: continuing with {limit}")
+        notice(f"adapters_per_pass {asked} is more than the plan can show to fit: continuing with {limit}")
         return limit
     return asked
 
