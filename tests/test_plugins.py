@@ -32,7 +32,11 @@ import importlib, pkgutil, sys
 import rightrank
 for module in pkgutil.walk_packages(rightrank.__path__, "rightrank."):
     if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:  # a door into a program that is not installed
+            if error.name.startswith("rightrank"):
+                raise
 if __name__ == "__main__":
     small = dict(ranks=(1, 4), learning_rates=(1e-2,), max_steps=4, batch_size=4, seq_len=32, eval_items=8, device="cpu")
     selected = rightrank.select_rank(*sys.argv[1:], goal="adapter", **small)

@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 from benchmarks.engine.common import machine
 from rightrank.data.splits import load_data
 from rightrank.data.token_store import lengths_of
-from rightrank.models.base_models import LoadedModel
+from rightrank.models.base_models import BaseIdentity, LoadedModel
 from rightrank.schema.settings import make_settings
 from rightrank.train.batches import batch_plan, collate
 from rightrank.train.tokens import encode
@@ -75,7 +75,10 @@ def measure(count: int, model: Path, data: Path, folder: Path) -> dict[str, Any]
     write_rows(count, data, path)
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     tokenizer("once, so that what it makes on first use is there", return_offsets_mapping=True)
-    loaded = LoadedModel(None, tokenizer, str(model), "", torch.device("cpu"))  # encoding asks for the tokenizer alone
+    # encoding asks for the tokenizer alone
+    loaded = LoadedModel(
+        None, tokenizer, str(model), "", torch.device("cpu"), BaseIdentity(name=str(model), config={}, weights={})
+    )
     settings = make_settings({"ranks": (1, 16), "seq_len": 128, "batch_size": BATCH})
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what the rows above held goes back now, not while others are counted

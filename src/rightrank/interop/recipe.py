@@ -146,8 +146,9 @@ def recipe_of(
         RunFolderError: the run has no PEFT adapter.
     """
     config = _adapter_config(adapter)
-    # a trainer of one's own states neither
-    settings = stored_settings({"dtype": "float32", "warmup_ratio": 0.0, **started.settings})
+    # A trainer of one's own states neither of the first two, and of the last a truth value; no recipe has it.
+    stated = {"dtype": "float32", "warmup_ratio": 0.0, **started.settings, "higher_is_better": ()}
+    settings = stored_settings(stated)
     making = making_of(trial, finished)
     alpha, _ = peft_scaling(settings.scaling, trial.lora_alpha, making.trained_rank)
     return Recipe(
