@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from rightrank.schema.metrics import HIGHER_IS_BETTER, LOWER_IS_BETTER, direction
@@ -254,6 +257,61 @@ UNKNOWN = [
 def test_names_that_trackers_log(names: list[str], higher: bool | None) -> None:
     assert {name: direction(name) for name in names} == dict.fromkeys(names, higher)
     assert {name: direction(name.upper()) for name in names} == dict.fromkeys(names, higher)
+
+
+# What three libraries themselves state of their metrics: torchmetrics' `higher_is_better`, the sign of scikit-learn's scorers,
+# and lm-evaluation-harness' registry.
+STATED = json.loads(Path(__file__).with_name("stated_directions.json").read_text())
+# What the documentation of TRL's DPO and GRPO trainers lists as logged and states no direction of.
+LOGGED_BY_TRL = [
+    "global_step",
+    "epoch",
+    "num_tokens",
+    "entropy",
+    "learning_rate",
+    "grad_norm",
+    "logits/chosen",
+    "logits/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/chosen",
+    "rewards/rejected",
+    "step_time",
+    "completions/mean_length",
+    "completions/min_length",
+    "completions/max_length",
+    "completions/mean_terminated_length",
+    "completions/min_terminated_length",
+    "completions/max_terminated_length",
+    "completions/clipped_ratio",
+    "reward_std",
+    "frac_reward_zero_std",
+    "kl",
+    "clip_ratio/region_mean",
+    "clip_ratio/low_mean",
+    "clip_ratio/low_min",
+    "clip_ratio/high_mean",
+    "clip_ratio/high_max",
+]
+
+
+@pytest.mark.parametrize("library", STATED)
+@pytest.mark.parametrize("prefix", ["", "eval_", "test/", "val_"])
+def test_no_direction_that_a_library_states_is_read_wrongly(library: str, prefix: str) -> None:
+    stated = STATED[library]["names"]
+    read = {name: direction(prefix + name) for name in stated}
+    assert {name: higher for name, higher in read.items() if higher not in (None, stated[name])} == {}
+    assert sum(higher is not None for higher in read.values()) >= 10
+
+
+def test_two_hundred_names_are_stated() -> None:
+    assert len({name for library in STATED.values() for name in library["names"]}) >= 200
+
+
+@pytest.mark.parametrize("name", LOGGED_BY_TRL)
+def test_what_has_no_direction_is_asked_for(name: str) -> None:
+    assert direction(name) is None
+    assert direction(f"eval_{name}") is None
 
 
 def test_there_are_two_hundred_known_ones_among_them() -> None:
