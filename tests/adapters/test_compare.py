@@ -69,6 +69,21 @@ def test_exit_status_and_json(
     assert json.loads(out)["verdict"] == "cannot_tell"
 
 
+def test_columns_of_other_names_are_named_as_in_select(
+    trained: Path, model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in completion_file.read_text().splitlines()]
+    renamed = write_jsonl(
+        tmp_path / "renamed.jsonl", [{"asked": r["prompt"], "completion": r["completion"]} for r in rows]
+    )
+    given = [trained, "base", "--model", model_folder, *OPTIONS, "--margin", "0.05", "--json"]
+    answers = [
+        json.loads(run(capsys, *given, "--data", *data)[1])["difference"]
+        for data in ([completion_file], [renamed, "--columns", "prompt=asked"])
+    ]
+    assert answers[0] == answers[1]
+
+
 def test_several_data_sets_give_the_worst_verdict(
     trained: Path, model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:

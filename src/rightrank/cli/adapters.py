@@ -224,7 +224,16 @@ def _print_record(record: Any, as_json: bool, statistic: Any = "effective_rank",
     help="Held-out rows; all are read. May be repeated.",
 )
 @setting_options(
-    SelectSettings, "margin", "metric", "metrics", "higher_is_better", "lower_is_better", "seq_len", "dtype", "device"
+    SelectSettings,
+    "margin",
+    "metric",
+    "metrics",
+    "higher_is_better",
+    "lower_is_better",
+    "columns",
+    "seq_len",
+    "dtype",
+    "device",
 )
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as one JSON object.")

@@ -226,6 +226,8 @@ class Progress:
     def _position(self) -> str:
         """`1.4 of about 3.8 trainings`."""
         spent = self._spent_now()
+        if not self._expected:
+            return "measuring before the first training"
         if spent > self._expected:
             return f"{spent:.1f} trainings, more than the {self._expected:.1f} expected"
         return f"{spent:.1f} of about {self._expected:.1f} trainings"
