@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.page import write_page
+from benchmarks.gpu.parts import PARTS
 from benchmarks.machine import machine
 from benchmarks.results import store
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-PARTS = ("plan", "equal", "packs", "speed", "attention", "certificate", "selection", "memory", "demo")
 
 
 def main(words: list[str] | None = None) -> int:

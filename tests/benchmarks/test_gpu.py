@@ -6,17 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks.gpu.__main__ import PARTS as NAMES
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.page import MARK, write_page
 from benchmarks.gpu.parts import PARTS, Job
 
 pytestmark = pytest.mark.trains
 QUICK = [name for name in PARTS if name not in ("plan", "speed", "packs")]  # those have tests of their own
-
-
-def test_the_command_names_every_part() -> None:
-    assert list(PARTS) == list(NAMES)
 
 
 @pytest.mark.parametrize("name", QUICK)

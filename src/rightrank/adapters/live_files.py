@@ -51,6 +51,7 @@ class Training:
     metric: str = "loss"
     curve: Sequence[tuple[int, int]] = ()  # (step, smallest rank that holds)
     notes: Sequence[str] = ()
+    flags: Sequence[str] = ()
 
     def cost(self, found: LiveAnswer) -> dict[str, Any]:
         """Seconds and memory of the end against the training."""
@@ -124,9 +125,7 @@ def _document(found: LiveAnswer, out: Path, training: Training) -> dict[str, Any
         "cost": training.cost(found),
         "training_rank_estimate": {"sentence": estimate, "command": command},
         "curve": [{"step": step, "rank": rank} for step, rank in training.curve],
-        "flags": ["checkpoint_matters"]
-        if any(note.startswith("checkpoint_matters") for note in training.notes)
-        else [],
+        "flags": list(training.flags),
         "notes": [*training.notes, *answer.notes, *found.notes],
         "answer": answer.model_dump(mode="json"),
     }
@@ -205,6 +204,7 @@ def keep(live: LiveAdapter, out: Path, training: Training) -> None:
             "checkpoint": training.checkpoint,
             "curve": [list(point) for point in training.curve],
             "notes": list(training.notes),
+            "flags": list(training.flags),
         }
         write_text(folder / "measure.json", json.dumps(asked, indent=2))
 
@@ -238,7 +238,8 @@ def measure_again(out: Path) -> str:
         moment_tokens=asked["moment_tokens"],
     )
     curve = [(step, rank) for step, rank in asked["curve"]]
-    training = Training(asked["seconds"], 0, asked["checkpoint"], asked["base"], asked["metric"], curve, asked["notes"])
+    told = asked["notes"], asked["flags"]
+    training = Training(asked["seconds"], 0, asked["checkpoint"], asked["base"], asked["metric"], curve, *told)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
         found = smallest_adapter(live, Path(working))
         write_answer(found, out, training)

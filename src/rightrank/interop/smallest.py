@@ -273,12 +273,11 @@ class SmallestAdapter(TrainerCallback):
         base = str(config.base_model_name_or_path or live.model.get_base_model().config.name_or_path or "")
         is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         checkpoint = f"best (step {state.best_global_step})" if is_best else f"last (step {state.global_step})"
-        notes = [
-            *([self._shared] if self._shared else []),
-            *checkpoint_matters(self.curve, self._values, self._metric),
-        ]
+        matters = list(checkpoint_matters(self.curve, self._values, self._metric))
+        notes = [*([self._shared] if self._shared else []), *matters]
+        flags = ["checkpoint_matters"] if matters else []
         seconds = time.monotonic() - self._started
-        return Training(seconds, peak_so_far(), checkpoint, base, self._metric, self.curve, notes)
+        return Training(seconds, peak_so_far(), checkpoint, base, self._metric, self.curve, notes, flags)
 
     def _live(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
         with as_it_came(model, trained_adapter(model)):  # a collator may draw random numbers
