@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from rightrank.models.ranks import capacity_rank, safetensors_bytes
+from rightrank.models.ranks import safetensors_bytes
 
 CODES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I8": np.int8}
-
-
-@pytest.mark.parametrize(("bits", "rank"), [(0, 1), (1, 1), (48, 1), (49, 2), (96, 2), (97, 3), (4800, 100)])
-def test_the_capacity_rank_holds_all_of_the_bits(bits: float, rank: int) -> None:
-    """24 parameters a rank, two bits each."""
-    assert capacity_rank(bits, [(10, 6), (3, 5)]) == rank
 
 
 @settings(max_examples=60, deadline=None)

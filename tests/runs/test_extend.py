@@ -44,6 +44,31 @@ def test_what_is_added(verdict: str, flags: list[str], runs: list[NextRun], chan
     assert further == (settings.model_copy(update=changed) if changed else None)
 
 
+@pytest.mark.parametrize(("rank", "ranks"), [(16, (1, 4, 16, 32)), (4, None)])
+def test_an_adapter_that_keeps_the_top_rank_asks_for_a_larger_top(rank: int, ranks: tuple[int, ...] | None) -> None:
+    settings = SelectSettings(ranks=(1, 4, 16), learning_rates=(3e-4, 1e-3), goal="adapter")
+    answers = {"adapter_answer": {"rank": rank, "candidates": [{}, {}]}}
+    further = extended(settings, Selected(None, Path("run"), None, None, Path("report.html"), answers))
+    assert further == (settings.model_copy(update={"ranks": ranks}) if ranks else None)
+
+
+def test_a_larger_top_is_trained_where_the_adapter_keeps_the_top_rank(model_folder: Path, tmp_path: Path) -> None:
+    """A margin of nearly 0 lets no truncation hold, so that each answer is the top rank itself."""
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": text, "completion": text[::-1]} for text in sentences(150)])
+    settings = small_settings(max_steps=3, test_fraction=0.0, extend=True, goal="adapter", margin=1e-9, ranks=(1, 2))
+    selected = select_rank(str(model_folder), data, tmp_path / "run", settings=settings)
+    answer = selected.answers["adapter_answer"]
+    trained = {
+        trial.rank
+        for trial in records_of(Journal(tmp_path / "run" / "journal.jsonl").read(), "run").finished()
+        if trial.arm.is_direct and trial.rank > 0
+    }
+    assert answer["trained_rank"] == max(trained) > 2
+    if answer["rank"] == answer["trained_rank"]:
+        assert max(trained) == 16  # three times
+        assert f"--extend trains rank {2 * max(trained)} too" in str(selected.view.adapter_notes)
+
+
 def test_it_extends_with_a_time_budget_unless_told_otherwise() -> None:
     assert not make_settings({}).extends
     assert make_settings({"budget_hours": 1.0}).extends

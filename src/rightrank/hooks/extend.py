@@ -1,4 +1,4 @@
-"""`--extend`: the run continues with the next rank or learning rate, as long as the answer rises or lies at the edge."""
+"""`--extend`: the run continues with the next rank or learning rate, as long as an answer is the top rank, rises or lies at the edge."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def select_extended(request: Request, folder: RunFolder, hooks: Sequence[Hook]) 
         run = open_run(replace(request, settings=further), folder, told, bases)
         if set(run.settings.ranks) == set(settings.ranks) and further.ranks != settings.ranks:
             break  # the next rank does not fit the memory
-        run.notes = [*run.notes, f"extending: {selected.decision.sentence} {_what(settings, further)}"]
+        run.notes = [*run.notes, f"extending: {_why(selected)} {_what(settings, further)}"]
         selected = complete(run)
         if selected.cost["trainings"] == before:
             break  # the budget is spent
@@ -38,6 +38,8 @@ def select_extended(request: Request, folder: RunFolder, hooks: Sequence[Hook]) 
 
 def extended(settings: SelectSettings, selected: Selected) -> SelectSettings | None:
     """The settings with the rank above, or the learning rate beyond the edge; None where the answer asks for neither."""
+    if _keeps_the_top(settings, selected):
+        return settings.model_copy(update={"ranks": (*settings.ranks, 2 * max(settings.ranks))})
     decision = selected.decided
     if decision is None or not (decision.verdict == "rising" or "lr_edge" in decision.flags):
         return None
@@ -50,6 +52,16 @@ def extended(settings: SelectSettings, selected: Selected) -> SelectSettings | N
         rates = tuple(sorted({*settings.learning_rates, *wanted.learning_rates}))
         further = settings.model_copy(update={"learning_rates": rates})
     return None if further == settings else further
+
+
+def _keeps_the_top(settings: SelectSettings, selected: Selected) -> bool:
+    """Whether the smallest adapter is the top rank's own, compared with its truncations."""
+    answer = selected.answers.get("adapter_answer") or {"rank": None, "candidates": []}
+    return answer["rank"] == max(settings.ranks) and len(answer["candidates"]) > 1
+
+
+def _why(selected: Selected) -> str:
+    return selected.answers["adapter_sentence"] if selected.decided is None else selected.decided.sentence
 
 
 def _what(before: SelectSettings, after: SelectSettings) -> str:

@@ -79,16 +79,6 @@ def rank_of_equal_parameters(
     return max(1, round(rank * per_rank / of_other))
 
 
-def capacity_rank(data_bits: float, shapes: Iterable[tuple[int, int]]) -> int:
-    """The rank whose adapter can hold all information of the data at 2 bits per parameter: ceil(D / (2·Σ(d_out + d_in))).
-
-    D is in bits. Language models memorise 2 bits per parameter (Allen-Zhu and Li 2024) to 3.6 (Morris et al. 2025); the lower
-    figure gives the higher rank. The result is an upper bound for the top of a range of ranks and not the answer.
-    """
-    per_rank = sum(rows + columns for rows, columns in shapes)
-    return max(1, math.ceil(data_bits / (2 * per_rank)))
-
-
 def safetensors_bytes(
     tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
 ) -> int:

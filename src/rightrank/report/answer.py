@@ -123,10 +123,21 @@ def _adapter_notes(answers: Mapping[str, Any]) -> list[str]:
     guard, handed_over, making = (answers.get(name) for name in ("guard", "handed_over", "adapter_making"))
     return [
         f"It was {making}." if making else "",
+        _top_text(answers.get("adapter_answer")),
         answers.get("adapter_preference") or "",
         guard["sentence"] if guard else "",
         _test_text(HandedOver.model_validate(handed_over)) if handed_over else "",
     ]
+
+
+def _top_text(answer: Mapping[str, Any] | None) -> str:
+    """What would show whether a larger top is better, where the adapter is the top itself."""
+    if answer is None or answer["rank"] < answer["trained_rank"] or len(answer["candidates"]) < 2:
+        return ""
+    return (
+        f"Rank {answer['rank']} is the largest that was trained, so a larger one may be better: --extend trains rank "
+        f"{2 * answer['rank']} too, for about the price of this answer."
+    )
 
 
 def _test_text(found: HandedOver) -> str:

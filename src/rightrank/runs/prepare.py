@@ -234,7 +234,7 @@ def _require_fits_pairs(settings: SelectSettings) -> None:
 
 
 def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, MemoryPlan | None]:
-    """The settings with the ranks that fit: those given, or a range that data and model suggest."""
+    """The settings with the ranks that fit: those given, or the default ones that the matrices can have."""
     classes = len(sources.splits.classes or ()) if sources.encoded.is_classification else None
     planned = memory_plan(sources.loaded, sources.encoded, classes, settings, notice)
     return (settings if planned is None else settings.model_copy(update={"ranks": planned.ranks})), planned

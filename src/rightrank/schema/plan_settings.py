@@ -122,13 +122,9 @@ class PlanSettings(PeftFields):
     headroom: float = setting(0.03, MACHINE, "of the predicted peak, kept free", ge=0, lt=1)
     trust_remote_code: bool = _as_select("trust_remote_code")
 
-    # the data, for the range of ranks to begin with
-    data_tokens: int | None = setting(None, DATA, "label tokens of the training data", gt=0)
-    first_loss: float | None = setting(None, DATA, "the base's loss on them, nats a token", gt=0)
+    # the selection, for its operations
     eval_items: int = _as_select("eval_items")
     eval_points: int = _as_select("eval_points")
-
-    # the selection, for its operations
     strategy: str | None = setting(
         None,
         COMPARE,
@@ -153,8 +149,6 @@ class PlanSettings(PeftFields):
             raise ValueError("load_in_4bit and load_in_8bit were both given: give one of them")
         if self.autocast is not None and self.dtype != "float32":
             raise ValueError(f"autocast is for weights in float32: got dtype {self.dtype}; give one of the two")
-        if (self.data_tokens is None) != (self.first_loss is None):
-            raise ValueError("data_tokens and first_loss belong together: give both or neither")
         if self.sharding != "none" and self.num_devices < 2:
             raise ValueError(f"sharding {self.sharding!r} needs num_devices of 2 or more, got {self.num_devices}")
         if self.sharding == "none" and self.num_devices > 1:

@@ -55,14 +55,6 @@ class Change(Record):
     price: str  # what the change costs
 
 
-class RangeLimit(Record):
-    """One limit of the range of ranks."""
-
-    name: Literal["capacity", "matrices", "memory"]
-    rank: int | None  # None: no limit known
-    reason: str
-
-
 class Extent(Record):
     """An amount of training and its cost, including evaluations and the frozen prefix."""
 
@@ -114,8 +106,6 @@ class Plan(Record):
     activations: Components  # kept for the backward pass at the largest rank, by kind of module
     prices: list[AxisPrice] = Field(default_factory=list)
     changes: list[Change] = Field(default_factory=list)  # the fewest that make the smallest rank fit, if none fits
-    limits: list[RangeLimit] = Field(default_factory=list)
-    suggested_ranks: list[int] = Field(default_factory=list)
     selection: SelectionCost | None = None
     sources: dict[str, Source]
     errors: dict[str, Error] = Field(default_factory=dict)  # by source

@@ -273,8 +273,7 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
     ranks: tuple[int, ...] = setting(
         (1, 4, 16, 64),
         COMPARE,
-        "ranks to compare beside the base, rank 0; without it, a range from data and model "
-        "([plan](../how-to/plan.md#choose-the-range-of-ranks))",
+        "ranks to compare beside the base, rank 0; the top one is trained first",
         option=True,
         continuable=True,
         also=("rank", "r", "lora_r", "lora_rank"),
@@ -304,7 +303,7 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
     extend: bool | None = setting(
         None,
         COMPARE,
-        "add the next rank while the answer is rising and the next learning rate at an edge, up to three times, "
+        "add the next rank while an answer is the top one or rises, and the next learning rate at an edge, up to three times, "
         "within memory and budget; by default with a time budget",
         option=True,
         identity=False,

@@ -157,15 +157,6 @@ def test_sizes() -> None:
     assert parse_bytes("80gib") == 80 * 2**30
 
 
-def test_a_starting_range_has_its_reasons(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = ("--set", "data_tokens=20000", "--set", "first_loss=2.0")
-    answer = plan_json(capsys, str(config_folder), "--ranks", "2,8", *data, *QUICK)
-    limits = {limit["name"]: limit["rank"] for limit in answer["limits"]}
-    # 20,000 tokens of 2 nats are 57,708 bits; a rank has 6 × 224 parameters of 2 bits
-    assert limits == {"capacity": 22, "matrices": 32, "memory": None}
-    assert answer["suggested_ranks"] == [1, 4, 16, 32]
-
-
 def test_a_selection_is_its_strategy_s_trainings_and_evaluations(
     config_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

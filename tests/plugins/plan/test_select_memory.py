@@ -11,9 +11,10 @@ from rightrank.api.selecting import select_rank
 from rightrank.cli import main
 from rightrank.plugins.plan.budget import needed
 from rightrank.plugins.plan.estimate import Estimator
-from rightrank.plugins.plan.selection import _plan_settings, plan_selection, ranks_for_data
+from rightrank.plugins.plan.selection import _plan_settings, plan_selection
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import SettingsError
+from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
 from tests.adapters.adapters import make_base
 from tests.commands import run, select_arguments
@@ -173,35 +174,11 @@ def test_ranks_that_do_not_fit_are_left_out() -> None:
     assert "ranks 32 (" in (tight.notice() or "")
 
 
-def test_ranks_come_from_the_data_where_none_are_named(
-    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Some hundred label tokens fill no more than a rank or two: the range ends low, and says why."""
-    out = tmp_path / "run"
-    arguments = ["select", str(model_folder), str(completion_file), "--out", str(out), *SMALL, *SETS[:-1]]
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 0
-    output = " ".join(capsys.readouterr().err.split())
-    assert "limit by capacity: " in output
-    assert "label tokens at" in output
-    assert "limit by memory: none (the memory is unknown)" in output
-    trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
-    ranks = sorted({trial.rank for trial in direct(trials)})
-    assert ranks[0] == 1
-    assert 2 <= len(ranks) <= 4
-
-
-def test_memory_limits_the_range_beside_data_and_matrices() -> None:
-    settings = small_settings()
-    config = tiny_llama_config(400)
-    free, _ = ranks_for_data(config, settings, 32, "cpu", (10**7, 2.0))
-    assert free[-1] == 16  # what the smallest matrix can have
-    middle = plan_selection(config, small_settings(ranks=(4, 6)), 32, "cpu").needed_bytes
-    tight = settings.model_copy(update={"memory_bytes": (middle[4] + middle[6]) // 2})
-    ranks, reasons = ranks_for_data(config, tight, 32, "cpu", (10**7, 2.0))
-    assert ranks[-1] in (4, 5)
-    assert any(reason.startswith(f"limit by memory: {ranks[-1]}") for reason in reasons)
+def test_default_ranks_are_those_that_the_matrices_can_have() -> None:
+    """The smallest adapted matrix has 16 rows; ranks that are given stay as they are."""
+    config, default = tiny_llama_config(400), make_settings({"device": "cpu"})
+    assert plan_selection(config, default, 32, "cpu").ranks == (1, 4, 16)
+    assert plan_selection(config, small_settings(ranks=(1, 32)), 32, "cpu").ranks == (1, 32)
 
 
 def test_several_adapters_per_pass_and_classifications_have_a_prediction(

@@ -13,7 +13,6 @@ from rightrank.plugins.plan.budget import (
     fits,
     needed,
     rank_fits,
-    starting_range,
     total,
 )
 from rightrank.plugins.plan.duration import planned_strategy, selection_cost, workload_of
@@ -103,15 +102,10 @@ def plan_config(
 
 
 def _additions(estimator: Estimator, estimates: Sequence[RankEstimate], prices: bool) -> dict[str, Any]:
-    """The fields of a plan that need further estimates: the largest rank, a range of ranks, changes or prices."""
+    """The fields of a plan that need further estimates: the largest rank, changes or prices."""
     settings = estimator.settings
     largest = largest_rank(estimator, estimates)
     found: dict[str, Any] = {"largest_possible_rank": largest}
-    if settings.data_tokens is not None and settings.first_loss is not None:
-        memory_rank = None if settings.memory_bytes is None else largest or 0
-        shapes = estimator.skeleton.shapes
-        limits, ranks = starting_range(shapes, settings.data_tokens, settings.first_loss, memory_rank)
-        found |= {"limits": limits, "suggested_ranks": ranks}
     if settings.memory_bytes is not None and largest is None:
         found["changes"] = cheapest_changes(estimator)
     elif prices and estimates[0].source != "formula":

@@ -3,19 +3,15 @@ device, from operations at the speed of a few real steps."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from rightrank.data.token_store import EncodedExample, longest_sequence
+from rightrank.data.token_store import longest_sequence
 from rightrank.models.base_models import LoadedModel, device_memory
-from rightrank.plugins.plan.budget import MAX_RANK, cheapest_changes, context_bytes, needed, rank_fits, starting_range
+from rightrank.plugins.plan.budget import cheapest_changes, context_bytes, needed, rank_fits
 from rightrank.plugins.plan.duration import Speed, Workload, flops_of, prefix_flops, selection_cost
 from rightrank.plugins.plan.estimate import Estimator, NotSharedError
-from rightrank.plugins.plan.planner import largest_rank
 from rightrank.plugins.plan.skeleton import is_known
 from rightrank.report.format import quantity
 from rightrank.runs.plugins import Clock, MemoryPlan
@@ -30,8 +26,6 @@ from rightrank.schema.plan_settings import (
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.schema.variants import widest_rank
-from rightrank.train.batches import collate
-from rightrank.train.loss import logits_loss
 from rightrank.train.pace import MAX_ADAPTERS_PER_PASS, measure_pace
 from rightrank.train.tokens import EncodedData, label_count
 
@@ -79,7 +73,7 @@ def plan_loaded(
     settings: SelectSettings,
     notice: Callable[[str], None],
 ) -> SelectionPlan | None:
-    """The plan of a selection on loaded data; ranks that the user did not give are chosen from data and model.
+    """The plan of a selection on loaded data; default ranks above the smallest side of a matrix are left out.
 
     Returns:
         None for an architecture that transformers can't build from its configuration.
@@ -87,22 +81,12 @@ def plan_loaded(
     config, device = loaded.model.config, str(loaded.device)
     if not is_known(config, encoded.is_classification):
         return None
-    if "ranks" not in settings.model_fields_set and not encoded.is_classification:
-        ranks, reasons = ranks_for_data(config, settings, encoded.longest, device, _information(loaded, encoded))
-        settings = settings.model_copy(update={"ranks": tuple(ranks)})
-        for reason in reasons:
-            notice(reason)
     planned = plan_selection(config, settings, encoded.longest, device, classes, encoded.sequences_per_example)
+    if "ranks" not in settings.model_fields_set:
+        notice(f"ranks {', '.join(map(str, planned.ranks))} by default; --ranks gives others")
     if (left_out := planned.notice()) is not None:
         notice(left_out)
     return planned
-
-
-def _information(loaded: LoadedModel, encoded: EncodedData) -> tuple[int, float]:
-    """`(labels, nats of each)` of the training data: label tokens, or preference pairs of one bit."""
-    if encoded.is_preference:
-        return len(encoded.splits["train"]), math.log(2)
-    return encoded.summary.splits["train"].label_tokens, _first_pass_loss(loaded, encoded.splits["selection"])
 
 
 def plan_selection(
@@ -129,6 +113,7 @@ def plan_selection(
     plan_settings = _plan_settings(config, settings, longest, device, num_labels, sequences)
     memory = plan_settings.memory_bytes
     estimator = Estimator(config, plan_settings)
+    settings = _within_matrices(settings, estimator.rank_limit)
     held = {rank: widest_rank(settings, rank) for rank in settings.ranks}
     peaks = {rank: estimator.estimate(rank).peak for rank in sorted({*held, *held.values()})}
     needs = {rank: needed(peaks[held[rank]].reserved_bytes, plan_settings) for rank in held}
@@ -140,6 +125,14 @@ def plan_selection(
     if memory is not None and wanted > 1:
         adapters = _max_adapters(estimator, held[max(fitting)], wanted)
     return SelectionPlan({rank: peaks[rank].peak_bytes for rank in held}, needs, memory, fitting, adapters, estimator)
+
+
+def _within_matrices(settings: SelectSettings, limit: int) -> SelectSettings:
+    """Without the default ranks that the smallest adapted matrix can't have; two are left. Given ranks stay."""
+    if "ranks" in settings.model_fields_set:
+        return settings
+    kept = [rank for rank in settings.ranks if rank <= limit]
+    return settings.model_copy(update={"ranks": tuple(kept if len(kept) > 1 else settings.ranks[:2])})
 
 
 def _max_adapters(estimator: Estimator, rank: int, wanted: int) -> int:
@@ -178,41 +171,6 @@ def _plan_settings(
             "memory_bytes": settings.memory_bytes or (device_memory() if kind == "cuda" else None),
         }
     )
-
-
-@torch.no_grad()
-def _first_pass_loss(loaded: LoadedModel, examples: Sequence[EncodedExample]) -> float:
-    """The base's loss on a few examples, nats a label token; one at a time, since all logits of a row are computed."""
-    losses = [
-        logits_loss(loaded.model, collate(examples, [index], loaded.tokenizer.pad_token_id, loaded.device), 1.0)
-        for index in range(min(PROBED_EXAMPLES, len(examples)))
-    ]
-    return sum(float(loss.example_losses.sum()) for loss in losses) / sum(
-        int(loss.example_tokens.sum()) for loss in losses
-    )
-
-
-def ranks_for_data(
-    config: Any, settings: SelectSettings, longest: int, device: str, data: tuple[int, float]
-) -> tuple[list[int], list[str]]:
-    """Ranks to start with where the user gives none, and the reasons, a line each.
-
-    Args:
-        data: label tokens of the training data, and the base's loss on some of them, nats a token.
-    """
-    one = settings.model_copy(update={"ranks": (1,)})
-    plan_settings = _plan_settings(config, one, longest, device, None)
-    estimator = Estimator(config, plan_settings)
-    top = min(estimator.rank_limit, MAX_RANK)
-    fitting = None
-    if plan_settings.memory_bytes is not None:
-        ends = estimator.variant(ranks=(1, top))
-        fitting = largest_rank(ends, [ends.estimate(rank) for rank in sorted({1, top})]) or 0
-    limits, ranks = starting_range(estimator.skeleton.shapes, *data, fitting)
-    lines = [
-        f"limit by {limit.name}: {'none' if limit.rank is None else limit.rank} ({limit.reason})" for limit in limits
-    ]
-    return ranks, [*lines, f"ranks to start with: {', '.join(map(str, ranks))}"]
 
 
 def _refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:

@@ -86,10 +86,6 @@ def _answer(plan: Plan) -> list[str]:
         lines.append(
             f"{price.axis}: {size(price.difference_bytes)} more reserved, {price.flops_factor:.2f} × the arithmetic"
         )
-    for limit in plan.limits:
-        lines.append(f"limit by {limit.name}: {'none' if limit.rank is None else limit.rank} ({limit.reason})")
-    if plan.suggested_ranks:
-        lines.append(f"suggested ranks: {', '.join(map(str, plan.suggested_ranks))}")
     if len(plan.ranks) > 1:
         lines.append(f"learning rate, {rank_change_line(plan.ranks[0].rank, last.rank)}")
     if last.rank >= LARGE_RANK:

@@ -1,0 +1,141 @@
+"""Does the top of the ranks enter the answer to the first question?
+
+    python -m benchmarks.selection.tops NAME MODEL DATA --work FOLDER --out benchmarks/selection/tops.json
+
+NAME is one of `TASKS`. Every top (16, 32, 64, 128) is trained at both learning rates and by both seeds, all in shared passes. The
+better learning rate on the validation split is truncated to every power of two below, and the rule of `select --goal adapter` picks.
+Stored for each top and seed: the pick, its validation difference with the bound, and the test loss of the pick and of
+the top as trained. FOLDER keeps what is finished; the same command resumes. `--table` prints the stored results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import machine
+from benchmarks.selection.long_grids import FEW, MINILM, SHORT_TEXTS, SMOLLM2, run_all
+from benchmarks.selection.real_training import COMMON, LONG, Workshop, open_workshop
+from rightrank.decision.adapter import Criterion, adapter_answer
+from rightrank.schema.settings import make_settings
+from rightrank.schema.trials import TrialFinished
+from rightrank.search.bracket import truncations
+from rightrank.train.adapter_runtime import adapter_attached
+
+TOPS = (16, 32, 64, 128)
+LOWER = (1, 2, 4, 8)
+SETTINGS = COMMON | LONG | SHORT_TEXTS | {"ranks": LOWER + TOPS, "seeds": (0, 1), "learning_rates": (1e-3, 3e-3)}
+TASKS: dict[str, dict[str, object]] = {
+    "newsgroups": SETTINGS | MINILM | {"metric": "accuracy"},
+    "senses": SETTINGS | MINILM,
+    "senses_few": SETTINGS | MINILM | FEW | {"dtype": "bfloat16"},
+    "glosses": SETTINGS | SMOLLM2 | {"learning_rates": (3e-3, 6e-3)},
+    "docstrings": SETTINGS | SMOLLM2,
+}
+MARGINS = {"loss": (0.005, 0.01, 0.02), "accuracy": (0.01, 0.02)}
+
+
+def train(shop: Workshop) -> list[TrialFinished]:
+    """The better training of every top and seed."""
+    settings = shop.settings
+    arms = [
+        shop.space.arm(top, learning_rate, seed)
+        for seed in settings.seeds
+        for learning_rate in settings.learning_rates
+        for top in TOPS
+    ]
+    run_all(shop, arms)
+    done = [outcome for arm in arms if isinstance(outcome := shop.outcomes[arm], TrialFinished)]
+    sign = -1.0 if settings.metric_name == "accuracy" else 1.0
+    return [
+        min((one for one in done if (one.rank, one.seed) == (top, seed)), key=lambda one: sign * one.value)
+        for seed in settings.seeds
+        for top in TOPS
+    ]
+
+
+def cut(shop: Workshop, parent: TrialFinished) -> list[TrialFinished]:
+    """The parent's truncations to every power of two below."""
+    arms = [arm for arm in truncations(shop.space, parent) if arm.rank < parent.rank]
+    run_all(shop, arms)
+    return [outcome for arm in arms if isinstance(outcome := shop.outcomes[arm], TrialFinished)]
+
+
+def test_value(shop: Workshop, trial: TrialFinished) -> float:
+    with adapter_attached(shop.runtime, shop.folder.trial_adapter(trial.trial_id)):
+        return float(shop.runtime.evaluate("test").metrics[shop.settings.metric_name])
+
+
+def rows_of(task: str, shop: Workshop, parent: TrialFinished) -> list[dict[str, Any]]:
+    """One row a margin: what the rule picks from this top's training."""
+    files = {one.trial_id: one for one in [parent, *cut(shop, parent)]}
+    metric = shop.settings.metric_name
+    tests = {parent.trial_id: test_value(shop, parent)}
+    rows = []
+    for margin in MARGINS[metric]:
+        answer = adapter_answer(
+            list(files.values()),
+            Criterion(metric, metric == "accuracy", margin, shop.space.kind == "token_loss"),
+            parent.trial_id,
+        )
+        assert answer is not None
+        if answer.trial_id not in tests:
+            tests[answer.trial_id] = test_value(shop, files[answer.trial_id])
+        rows.append(
+            {
+                "task": task,
+                "metric": metric,
+                "margin": margin,
+                "seed": parent.seed,
+                "top": parent.rank,
+                "learning_rate": parent.learning_rate,
+                "rank": answer.rank,
+                "difference": answer.difference,
+                "difference_high": answer.difference_high,
+                "validation_of_top": parent.value,
+                "test_of_top": tests[parent.trial_id],
+                "test_of_pick": tests[answer.trial_id],
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Per task, margin and seed: picks and test values by top."""
+    lines = [
+        "| task | margin | seed | rank picked with top 16, 32, 64, 128 | its test value |",
+        "|---|---|---|---|---|",
+    ]
+    for key in dict.fromkeys((row["task"], row["margin"], row["seed"]) for row in rows):
+        found = {row["top"]: row for row in rows if (row["task"], row["margin"], row["seed"]) == key}
+        picks = ", ".join(str(found[top]["rank"]) for top in TOPS if top in found)
+        tests = ", ".join(f"{found[top]['test_of_pick']:.4f}" for top in TOPS if top in found)
+        lines.append(f"| {key[0]} | {key[1]} | {key[2]} | {picks} | {tests} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", choices=TASKS)
+    parser.add_argument("model", nargs="?", help="folder or GGUF file of the base")
+    parser.add_argument("data", nargs="?", type=Path)
+    parser.add_argument("--work", type=Path, help="folder of finished trainings")
+    parser.add_argument("--out", type=Path, required=True, help="the file of results")
+    parser.add_argument("--table", action="store_true", help="print the stored results and train nothing")
+    options = parser.parse_args()
+    stored = json.loads(options.out.read_text()) if options.out.exists() else {"machine": machine(), "rows": []}
+    if not options.table:
+        torch.set_num_threads(1)
+        shop = open_workshop(options.model, options.data, make_settings(TASKS[options.name]), options.work)
+        rows = [row for parent in train(shop) for row in rows_of(options.name, shop, parent)]
+        stored["rows"] = [row for row in stored["rows"] if row["task"] != options.name] + rows
+        options.out.write_text(json.dumps(stored, indent=1) + "\n")
+    print(table(stored["rows"]))
+
+
+if __name__ == "__main__":
+    main()
