@@ -13,7 +13,7 @@ from rightrank.decision.run import records_of
 from rightrank.hooks.extend import extended
 from rightrank.runs.journal import Journal
 from rightrank.runs.returns import Selected
-from rightrank.schema.decision import Decision, NextRun
+from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, NextRun
 from rightrank.schema.settings import SelectSettings, make_settings
 from tests.tiny import sentences, small_settings, write_jsonl
 from tests.watch import Watch
@@ -44,29 +44,30 @@ def test_what_is_added(verdict: str, flags: list[str], runs: list[NextRun], chan
     assert further == (settings.model_copy(update=changed) if changed else None)
 
 
-@pytest.mark.parametrize(("rank", "ranks"), [(16, (1, 4, 16, 32)), (4, None)])
-def test_an_adapter_that_keeps_the_top_rank_asks_for_a_larger_top(rank: int, ranks: tuple[int, ...] | None) -> None:
-    settings = SelectSettings(ranks=(1, 4, 16), learning_rates=(3e-4, 1e-3), goal="adapter")
-    answers = {"adapter_answer": {"rank": rank, "candidates": [{}, {}]}}
-    further = extended(settings, Selected(None, Path("run"), None, None, Path("report.html"), answers))
-    assert further == (settings.model_copy(update={"ranks": ranks}) if ranks else None)
+def adapter_answer(rank: int, difference: float) -> AdapterAnswer:
+    """Of a top of 16, whose truncation to 8 differs from it by `difference`."""
+    one = AdapterCandidate.model_construct(rank=8, how="truncated", difference=difference)
+    return AdapterAnswer.model_construct(rank=rank, trained_rank=16, margin=0.01, candidates=[one])
+
+
+@pytest.mark.parametrize(("rank", "difference", "keeps"), [(16, 0.02, True), (16, 0.005, False), (8, 0.005, False)])
+def test_a_top_is_suspect_where_its_largest_truncation_loses(rank: int, difference: float, keeps: bool) -> None:
+    """A truncation within the margin that is not shown to hold asks for examples, not for a larger top."""
+    assert adapter_answer(rank, difference).keeps_the_top is keeps
 
 
 def test_a_larger_top_is_trained_where_the_adapter_keeps_the_top_rank(model_folder: Path, tmp_path: Path) -> None:
-    """A margin of nearly 0 lets no truncation hold, so that each answer is the top rank itself."""
+    """A margin of nearly 0 lets no truncation hold. It ends at the largest rank that every matrix can have."""
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": text, "completion": text[::-1]} for text in sentences(150)])
-    settings = small_settings(max_steps=3, test_fraction=0.0, extend=True, goal="adapter", margin=1e-9, ranks=(1, 2))
-    selected = select_rank(str(model_folder), data, tmp_path / "run", settings=settings)
-    answer = selected.answers["adapter_answer"]
-    trained = {
-        trial.rank
-        for trial in records_of(Journal(tmp_path / "run" / "journal.jsonl").read(), "run").finished()
-        if trial.arm.is_direct and trial.rank > 0
-    }
-    assert answer["trained_rank"] == max(trained) > 2
-    if answer["rank"] == answer["trained_rank"]:
-        assert max(trained) == 16  # three times
-        assert f"--extend trains rank {2 * max(trained)} too" in str(selected.view.adapter_notes)
+    settings = small_settings(max_steps=3, test_fraction=0.0, extend=True, goal="adapter", margin=1e-9, ranks=(1, 8))
+    notices: list[str] = []
+    watch = Watch(notice=notices.append)
+    selected = select_rank(str(model_folder), data, tmp_path / "run", settings=settings, callbacks=[watch])
+    answer = AdapterAnswer.model_validate(selected.answers["adapter_answer"])
+    assert answer.trained_rank == 16
+    assert answer.keeps_the_top
+    assert any(notice.startswith("not extended: rank 32 is above the 16 that") for notice in notices)
+    assert any("--extend trains rank 32 too" in note for note in selected.view.adapter_notes)
 
 
 def test_it_extends_with_a_time_budget_unless_told_otherwise() -> None:

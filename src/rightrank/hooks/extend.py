@@ -11,6 +11,8 @@ from rightrank.runs.prepare import Bases
 from rightrank.runs.request import Request
 from rightrank.runs.returns import Selected
 from rightrank.runs.run import complete, open_run
+from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.settings import SelectSettings
 
 MAX_EXTENSIONS = 3
@@ -26,7 +28,11 @@ def select_extended(request: Request, folder: RunFolder, hooks: Sequence[Hook]) 
         further = extended(settings, selected)
         if further is None:
             break
-        run = open_run(replace(request, settings=further), folder, told, bases)
+        try:
+            run = open_run(replace(request, settings=further), folder, told, bases)
+        except (ModelError, SettingsError) as error:  # no matrix has that rank, or it fits no memory
+            told.notice(f"not extended: {error}")
+            break
         if set(run.settings.ranks) == set(settings.ranks) and further.ranks != settings.ranks:
             break  # the next rank does not fit the memory
         run.notes = [*run.notes, f"extending: {_why(selected)} {_what(settings, further)}"]
@@ -38,7 +44,8 @@ def select_extended(request: Request, folder: RunFolder, hooks: Sequence[Hook]) 
 
 def extended(settings: SelectSettings, selected: Selected) -> SelectSettings | None:
     """The settings with the rank above, or the learning rate beyond the edge; None where the answer asks for neither."""
-    if _keeps_the_top(settings, selected):
+    answer = selected.answers.get("adapter_answer")
+    if answer is not None and AdapterAnswer.model_validate(answer).keeps_the_top:
         return settings.model_copy(update={"ranks": (*settings.ranks, 2 * max(settings.ranks))})
     decision = selected.decided
     if decision is None or not (decision.verdict == "rising" or "lr_edge" in decision.flags):
@@ -52,12 +59,6 @@ def extended(settings: SelectSettings, selected: Selected) -> SelectSettings | N
         rates = tuple(sorted({*settings.learning_rates, *wanted.learning_rates}))
         further = settings.model_copy(update={"learning_rates": rates})
     return None if further == settings else further
-
-
-def _keeps_the_top(settings: SelectSettings, selected: Selected) -> bool:
-    """Whether the smallest adapter is the top rank's own, compared with its truncations."""
-    answer = selected.answers.get("adapter_answer") or {"rank": None, "candidates": []}
-    return answer["rank"] == max(settings.ranks) and len(answer["candidates"]) > 1
 
 
 def _why(selected: Selected) -> str:

@@ -13,6 +13,7 @@ from rightrank.decision.comparison import is_within
 from rightrank.decision.sentences import chance
 from rightrank.report.format import coverage, metric_unit, quantity, visible
 from rightrank.schema.decision import (
+    AdapterAnswer,
     CheckpointNote,
     CurveFit,
     Decision,
@@ -131,8 +132,8 @@ def _adapter_notes(answers: Mapping[str, Any]) -> list[str]:
 
 
 def _top_text(answer: Mapping[str, Any] | None) -> str:
-    """What would show whether a larger top is better, where the adapter is the top itself."""
-    if answer is None or answer["rank"] < answer["trained_rank"] or len(answer["candidates"]) < 2:
+    """What would show whether a larger top is better, where even its largest truncation loses more than the margin."""
+    if answer is None or not AdapterAnswer.model_validate(answer).keeps_the_top:
         return ""
     return (
         f"Rank {answer['rank']} is the largest that was trained, so a larger one may be better: --extend trains rank "

@@ -249,6 +249,13 @@ class AdapterAnswer(Record):
     sentence: str
     notes: list[str] = Field(default_factory=list)  # what else a person should know, each with what to do
 
+    @property
+    def keeps_the_top(self) -> bool:
+        """Whether even the largest truncation loses more than the margin, so that the top itself may be too small."""
+        lower = [one for one in self.candidates if one.how == "truncated" and one.rank < self.trained_rank]
+        largest = max(lower, key=lambda one: one.rank, default=None)
+        return self.rank == self.trained_rank and largest is not None and largest.difference > self.margin
+
 
 class TrainingRankEstimate(Record):
     """Where the training rank probably lies, by the first question's evidence. It is no evidence for that rank."""
