@@ -24,7 +24,6 @@ from benchmarks.decide.simulated import RANKS, World, draw_table, truth
 from benchmarks.machine import machine
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.intervals import estimate
-from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable
 
 HERE = Path(__file__).parent
@@ -94,23 +93,6 @@ def study(world: World, tables: int, seed: int) -> dict[str, dict[str, float]]:
     }
 
 
-def curve_study(tables: int, seed: int) -> dict[str, float]:
-    """Power laws, 3 seeds × 1,000 examples: how often the interval of r_margin holds the true one, and its width."""
-    world = World("power", 3, 1000)
-    generator = np.random.default_rng(seed)
-    grid = np.geomspace(RANKS[0], RANKS[-1], 4001)
-    holds, octaves = [], []
-    for _ in range(tables):
-        losses = truth(world, generator)
-        fine = np.exp(np.interp(np.log(grid), np.log(RANKS), np.log(losses - 2.0)))  # a power law is a line in logs
-        true = float(grid[np.argmax(fine - fine[-1] < world.margin)])
-        curve = decide(draw_table(world, losses, generator), world.margin).curve
-        assert curve is not None
-        holds.append(curve.r_margin_low <= true <= curve.r_margin_high)
-        octaves.append(np.log2(curve.r_margin_high / curve.r_margin_low))
-    return {"holds": float(np.mean(holds)), "width_octaves": float(np.mean(octaves))}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tables", type=int, default=300)
@@ -124,11 +106,7 @@ def main() -> None:
             print(
                 f"{size:22} {name:11} covers {one['covers']:.3f}  width {one['width']:.4f}  {one['milliseconds']:.1f} ms"
             )
-    curve = curve_study(asked.tables, 6)
-    print(
-        f"r_margin: its interval holds the true one in {curve['holds']:.3f}, {curve['width_octaves']:.2f} octaves wide"
-    )
-    result = {"machine": machine(), "tables": asked.tables, "sizes": found, "r_margin": curve}
+    result = {"machine": machine(), "tables": asked.tables, "sizes": found}
     (HERE / "methods.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -44,7 +44,6 @@ def scored(
                     value=float(values.mean()),
                     item_values=values.tolist(),
                     train_value=None if train is None else train.get(rank),
-                    seconds=60.0,
                 )
             )
     return table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[]))

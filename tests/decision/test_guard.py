@@ -77,7 +77,7 @@ TOP = Adapter("top", 16, 1.0, 0.01)
 
 def test_an_answer_that_keeps_the_guard_stays() -> None:
     answer, guard = judged(TOP, Adapter("four", 4, 1.0, 0.01, "top"), Adapter("one", 1, 1.5, 0.0, "top"))
-    assert (answer.rank, guard.task_rank, guard.holds, guard.next_run) == (4, 4, True, None)
+    assert (answer.rank, guard.task_rank, guard.holds) == (4, 4, True)
     assert guard.difference == pytest.approx(0.01, abs=0.01)
     assert guard.confidence == 1 - 0.05 / 2  # two adapters are enough on the task
     assert guard.sentence.startswith("Guard: kept;")
@@ -96,21 +96,13 @@ def test_a_lower_learning_rate_may_be_the_one_that_is_both() -> None:
     assert (answer.trial_id, guard.holds) == ("gentle", True)
 
 
-def test_where_none_is_both_the_answer_stays_and_a_run_is_named() -> None:
+def test_where_none_is_both_the_answer_stays() -> None:
     keeps = Adapter("keeps", 16, 1.4, 0.0, learning_rate=1e-4)
     answer, guard = judged(
         Adapter("top", 16, 1.0, 0.3, learning_rate=1e-2), Adapter("four", 4, 1.0, 0.3, "top", 1e-2), keeps
     )
     assert (answer.rank, guard.holds) == (4, False)
     assert guard.sentence.startswith("Guard: broken, and no adapter of the run")
-    assert guard.next_run is not None
-    assert (guard.next_run.ranks, guard.next_run.learning_rates) == ([16], [1e-3])  # between the two
-
-
-def test_without_a_rate_that_keeps_it_a_lower_one_is_named() -> None:
-    _, guard = judged(Adapter("top", 16, 1.0, 0.2), Adapter("four", 4, 1.0, 0.2, "top"))
-    assert guard.next_run is not None
-    assert 1e-4 <= guard.next_run.learning_rates[0] < 2e-4  # half of the margin, in proportion
 
 
 def test_too_few_examples_are_said_with_the_number_needed() -> None:

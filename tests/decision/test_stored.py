@@ -1,7 +1,7 @@
 """The rule on a hundred tables of every kind, beside what it said when they were stored.
 
 Stored again, on purpose, with `python -m tests.decision.test_stored`. Look at the difference: it is what changed
-for users. Figures that rest on random draws are compared loosely, the others to the rounding of sums.
+for users. Figures are compared to the rounding of sums.
 """
 
 from __future__ import annotations
@@ -15,16 +15,11 @@ import pytest
 from tests.decision.worlds import World, decide_in, worlds
 
 STORED = Path(__file__).parent / "decisions.json"
-DRAWN = {"low", "high", "r_margin_low", "r_margin_high", "gain_to_come_low", "gain_to_come_high"}  # of the curve
 WORLDS = worlds()
 
 
 def said(world: World) -> dict[str, Any]:
-    """The whole decision, of the drawn curve its two ends and its middle."""
-    decision = decide_in(world).model_dump(mode="json")
-    if decision["curve"] is not None:
-        decision["curve"]["points"] = decision["curve"]["points"][::16]
-    return decision
+    return decide_in(world).model_dump(mode="json")
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +60,7 @@ def require_same(got: Any, stored: Any, where: str) -> None:
         for number, (ours, theirs) in enumerate(zip(got, stored, strict=True)):
             require_same(ours, theirs, f"{where}.{number}")
     elif isinstance(stored, float):
-        loose = ".curve." in where and where.rpartition(".")[2] in DRAWN
-        tolerance = {"rel": 0.3, "abs": 0.01} if loose else {"rel": 1e-6, "abs": 1e-9}
-        assert got == pytest.approx(stored, **tolerance), where
+        assert got == pytest.approx(stored, rel=1e-6, abs=1e-9), where
     else:
         assert got == stored, where
 

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import geometric_mean
 
 import numpy as np
 
 from rightrank.decision.adapter import AdapterFile, Criterion, against_reference, files_of, with_adapter
 from rightrank.decision.comparison import CONFIDENCE, bounds_of, examples_needed, is_within
 from rightrank.decision.intervals import Estimate, estimate
-from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, NextRun
+from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.events import GuardAnswer, GuardCandidate, GuardEvaluated, GuardFile
 from rightrank.schema.trials import TrialOutcome
 
 GUARD_MARGIN = 0.02
 """Nats per token: 2% of a perplexity. People accept more from loading the base in 4 bits, which costs about 0.03 to 0.05."""
-
-MAX_STEP_DOWN = 10.0  # of a learning rate that is proposed, from the lowest that was tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +84,6 @@ def guarded(
         task_trial_id=task_id,
         candidates=[_candidate(one, confidence, margin) for one in rows],
         sentence=_sentence(chosen, worst, by_id[task_id], margin, confidence),
-        next_run=None if worst.holds else _next_run(measured, chosen, margin, confidence),
     )
     return (answer if chosen_id == answer.trial_id else _moved(answer, chosen)), guard
 
@@ -177,38 +173,3 @@ def _sentence(chosen: _Measured, worst: GuardFile, task: _Measured, margin: floa
 
 def _name(file: str) -> str:
     return file.replace("\\", "/").rsplit("/", 1)[-1]
-
-
-def _next_run(measured: Sequence[_Measured], chosen: _Measured, margin: float, confidence: float) -> NextRun | None:
-    """The training that might be both: at the chosen rank, a learning rate at which the guard is expected to hold.
-
-    Between a learning rate that keeps the guard and one that is enough, it is their geometric mean. Otherwise forgetting is
-    taken to grow in proportion to the learning rate, and half of the margin is aimed at.
-    """
-    trained = [one for one in measured if one.task.how == "trained"]
-    rank = (
-        chosen.file.trial.rank if chosen.task.how == "trained" else max((one.task.rank for one in trained), default=0)
-    )
-    rows = [one for one in trained if one.task.rank == rank]
-    if not rows:
-        return None
-    keeping = [one.file.trial.learning_rate for one in rows if is_within(one.high(confidence), margin)]
-    enough = [one.file.trial.learning_rate for one in rows if one.task.holds]
-    lowest = min(rows, key=lambda one: one.file.trial.learning_rate)
-    if keeping and enough and max(keeping) < min(enough):
-        learning_rate = geometric_mean([max(keeping), min(enough)])
-    else:
-        share = margin / 2 / max(lowest.high(confidence), margin)
-        learning_rate = lowest.file.trial.learning_rate * max(1 / MAX_STEP_DOWN, share)
-    learning_rate = float(f"{learning_rate:.2g}")
-    steps = lowest.file.trial.steps
-    return NextRun(
-        action="rates",
-        ranks=[rank],
-        learning_rates=[learning_rate],
-        trials=1,
-        sentence=(
-            f"What might be both: rank {rank} at learning rate {learning_rate:g} (--ranks {rank} --learning-rates "
-            f"{learning_rate:g}); or fewer than {steps} steps, or a smaller --lora-alpha, which also stay closer to the base."
-        ),
-    )

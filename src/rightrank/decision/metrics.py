@@ -18,9 +18,8 @@ RELATIVE_MARGIN = 0.01  # of the reference, for every other metric
 # Of preference pairs: how far an adapter moves from the base. They contradict no decision unless the user names them.
 REPORTED_ONLY = ("reward_margin", "chosen_log_ratio")
 
-# The standard deviation of one training over seeds, from published repeats of long trainings. It is quoted beside results of
-# one seed, in no interval: short trainings differ by up to a hundred times as much (benchmarks/decide). Loss: repeats of SFT test loss at ordinary learning rates (tinker-cookbook,
-# sft_sweep.md). Accuracy: GSM8K 0.3 to 1.4 points, CoLA 1.2, RTE 0.7 (Hu et al. 2021 and PEFT's method comparison).
+# The standard deviation of one training over seeds, from published repeats of long trainings. It is in no interval: short
+# trainings differ by up to a hundred times as much (benchmarks/decide). Loss: repeats of SFT test loss (tinker-cookbook, sft_sweep.md). Accuracy: GSM8K 0.3 to 1.4 points, CoLA 1.2, RTE 0.7 (Hu et al. 2021 and PEFT's method comparison).
 # Other: BLEU 0.15%, METEOR 0.4%, CIDEr 0.8% of the value (Hu et al. 2021, table 3).
 LOSS_SEED_DEVIATION = 0.0003
 ACCURACY_SEED_DEVIATION = 0.007
@@ -89,15 +88,3 @@ def published_deviation(kind: MetricKind, reference: float, values: list[float])
     if kind == "accuracy":
         return ACCURACY_SEED_DEVIATION * (100 if is_percent(values) else 1)
     return abs(reference) * RELATIVE_SEED_DEVIATION
-
-
-def published_noise(kind: MetricKind, values: list[float]) -> str:
-    """A sentence that quotes the published figure; empty where there is none for the kind."""
-    if kind not in ("token_loss", "perplexity", "accuracy"):
-        return ""
-    deviation = published_deviation(kind, 0.0, values)
-    unit = "" if kind == "accuracy" else " nats"
-    return (
-        f"Published repeats of long trainings have a standard deviation of {deviation:g}{unit}; that is not a measurement of "
-        "these trainings, and short ones vary far more."
-    )

@@ -65,7 +65,7 @@ def _settle(found: Comparison, rank: int, difference: Estimate) -> list[NextRun]
     if seeds is not None:
         trials = len(ranks) * (seeds - difference.seeds)
         sentence = f"Train {names} with {seeds} seeds (now {difference.seeds}) to settle it ({{cost}})."
-        runs.append(_train_seeds(found.evidence, ranks, seeds, trials, sentence))
+        runs.append(_train_seeds(ranks, seeds, trials, sentence))
     if examples is not None and seeds is not None and examples > CHEAP_EXAMPLE_GROWTH * difference.examples:
         runs.reverse()
     if found.rests_on_examples:
@@ -86,7 +86,7 @@ def _more_of_both(found: Comparison, rank: int, difference: Estimate) -> NextRun
                 f"Train {_ranks(ranks)} with {seeds} seeds (now {difference.seeds}) and score about {examples:,} held-out "
                 f"examples (now {difference.examples:,}) to settle it ({{cost}})."
             )
-            return _train_seeds(found.evidence, ranks, seeds, trials, sentence, examples)
+            return _train_seeds(ranks, seeds, trials, sentence, examples)
     at_hand = shown_rank(found) or found.reference.rank
     examples_too = f" with {MAX_EXAMPLE_GROWTH} times the examples" if difference.examples else ""
     sentence = f"Not even {MAX_SEEDS} seeds{examples_too} would settle {_name(rank)} at this noise: take rank {at_hand}, or choose another margin."
@@ -119,7 +119,7 @@ def _further_seeds(found: Comparison, undecided: int | None = None) -> NextRun:
             f"{start} to measure the noise over seeds ({{cost}}); at that of earlier grids, {MAX_SEEDS} seeds "
             "would not make it a decision at this margin."
         )
-    return _train_seeds(evidence, ranks, seeds, missing, sentence)
+    return _train_seeds(ranks, seeds, missing, sentence)
 
 
 def _equal_lengths(evidence: Evidence) -> NextRun:
@@ -130,7 +130,9 @@ def _equal_lengths(evidence: Evidence) -> NextRun:
         for rank, found in sorted(evidence.contenders.items())
     }
     ranks, trials = [rank for rank in short if short[rank]], sum(short.values())
-    sentence = f"Train {_ranks(ranks)} for {steps} steps too ({_cost(trials, None)}): trainings of unequal length are compared."
+    sentence = (
+        f"Train {_ranks(ranks)} for {steps} steps too ({_cost(trials)}): trainings of unequal length are compared."
+    )
     return NextRun(action="steps", ranks=ranks, steps=steps, trials=trials, sentence=sentence)
 
 
@@ -138,26 +140,20 @@ def _extend(evidence: Evidence) -> NextRun:
     top = evidence.reference
     lrs = sorted({top.learning_rate, top.learning_rate / 3} - {0.0})
     trials = len(lrs) or 1
-    seconds = _seconds(evidence, [top.rank], trials)
     at = f" at learning rates {' and '.join(f'{lr:.2g}' for lr in lrs)}" if lrs else ""
-    sentence = f"Train rank {2 * top.rank}{at} ({_cost(trials, seconds)}), or accept a larger margin."
-    return NextRun(
-        action="rank", ranks=[2 * top.rank], learning_rates=lrs, trials=trials, seconds=seconds, sentence=sentence
-    )
+    sentence = f"Train rank {2 * top.rank}{at} ({_cost(trials)}), or accept a larger margin."
+    return NextRun(action="rank", ranks=[2 * top.rank], learning_rates=lrs, trials=trials, sentence=sentence)
 
 
 def _beyond_the_edge(found: Comparison) -> NextRun:
     evidence, ranks = found.evidence, sorted({found.chosen, found.reference.rank})
     rank = next(rank for rank in ranks if evidence.is_at_edge(rank))
     lr = _lr_beyond_the_edge(evidence, rank)
-    seconds = _seconds(evidence, ranks, 1)
     sentence = (
         f"The best learning rate of rank {rank} is at the edge of those tried: train {_ranks(ranks)} at {lr:.2g} too "
-        f"({_cost(len(ranks), seconds)})."
+        f"({_cost(len(ranks))})."
     )
-    return NextRun(
-        action="rates", ranks=ranks, learning_rates=[lr], trials=len(ranks), seconds=seconds, sentence=sentence
-    )
+    return NextRun(action="rates", ranks=ranks, learning_rates=[lr], trials=len(ranks), sentence=sentence)
 
 
 def _lr_beyond_the_edge(evidence: Evidence, rank: int) -> float:
@@ -170,7 +166,7 @@ def _lr_beyond_the_edge(evidence: Evidence, rank: int) -> float:
 
 def _prove(found: Comparison) -> NextRun:
     """The seeds that are expected to show what a point reading suggests."""
-    evidence, reference = found.evidence, found.reference.rank
+    reference = found.reference.rank
     rank = found.chosen if found.chosen != reference else found.next_lower or reference
     difference = found.by_rank[rank].difference
     needed = seeds_needed(difference, found.margin) if difference.variance > 0 else None
@@ -181,7 +177,7 @@ def _prove(found: Comparison) -> NextRun:
         )
         return NextRun(action="items", ranks=ranks, seeds=CONFIRM_SEEDS, sentence=sentence)
     sentence = f"Train {_ranks(ranks)} with {needed} seeds each to show it ({{cost}})."
-    return _train_seeds(evidence, ranks, needed, len(ranks) * (needed - 1), sentence)
+    return _train_seeds(ranks, needed, len(ranks) * (needed - 1), sentence)
 
 
 def _confirm(found: Comparison) -> NextRun:
@@ -193,7 +189,7 @@ def _confirm(found: Comparison) -> NextRun:
         sentence = f"No further training is needed: evaluate {_ranks(ranks)} once on held-out data that no choice was based on."
         return NextRun(action="test", ranks=ranks, sentence=sentence)
     sentence = f"Train {_ranks(ranks)} with {CONFIRM_SEEDS} seeds to confirm it ({{cost}})."
-    return _train_seeds(evidence, ranks, CONFIRM_SEEDS, missing, sentence)
+    return _train_seeds(ranks, CONFIRM_SEEDS, missing, sentence)
 
 
 def _after_no_gain(evidence: Evidence) -> NextRun:
@@ -204,40 +200,20 @@ def _after_no_gain(evidence: Evidence) -> NextRun:
     return NextRun(action="data", ranks=[min(evidence.contenders)], learning_rates=lrs, trials=1, sentence=sentence)
 
 
-def _train_seeds(
-    evidence: Evidence, ranks: list[int], seeds: int, trials: int, sentence: str, examples: int | None = None
-) -> NextRun:
+def _train_seeds(ranks: list[int], seeds: int, trials: int, sentence: str, examples: int | None = None) -> NextRun:
     """`trials` further trainings, so that each of the ranks has `seeds` seeds; the sentence has `{cost}` for what they take."""
-    seconds = _seconds(evidence, ranks, trials / len(ranks))
     return NextRun(
         action="seeds",
         ranks=ranks,
         seeds=seeds,
         items=examples,
         trials=trials,
-        seconds=seconds,
-        sentence=sentence.format(cost=_cost(trials, seconds)),
+        sentence=sentence.format(cost=_cost(trials)),
     )
 
 
-def _seconds(evidence: Evidence, ranks: list[int], times: float) -> float | None:
-    """Seconds of `times` more trainings of each rank, at the pace so far; None where unknown."""
-    total = 0.0
-    for rank in ranks:
-        known = [cell.seconds for cell in evidence.contenders[rank].cells.values() if cell.seconds is not None]
-        if not known:
-            return None
-        total += times * sum(known) / len(known)
-    return total
-
-
-def _cost(trials: int, seconds: float | None) -> str:
-    count = "1 training" if trials == 1 else f"{trials} trainings"
-    if seconds is None:
-        return count
-    if seconds < 120:
-        return f"{count}, about {seconds:.0f} s"
-    return f"{count}, about {seconds / 60:.0f} min" if seconds < 7200 else f"{count}, about {seconds / 3600:.1f} h"
+def _cost(trials: int) -> str:
+    return "1 training" if trials == 1 else f"{trials} trainings"
 
 
 def _name(rank: int) -> str:

@@ -20,13 +20,12 @@ from dataclasses import replace
 
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.evidence import Compared, Comparison, Evidence, Unit, compare, staircase
-from rightrank.decision.fit import fit_curve
 from rightrank.decision.intervals import two_sided
 from rightrank.decision.metrics import default_margin
 from rightrank.decision.next_run import next_runs
 from rightrank.decision.sentences import basis_note, conflict_sentence, probability_note, sentence_of
 from rightrank.decision.table import ScoreTable, at_checkpoint
-from rightrank.decision.verdicts import checkpoint_note, flags_of, horizon_note, shown_rank, smallest_alike, verdict_of
+from rightrank.decision.verdicts import checkpoint_note, flags_of, shown_rank, smallest_alike, verdict_of
 from rightrank.schema.decision import Checkpoint, Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
 
@@ -67,11 +66,11 @@ def decide(
             raise ResultsError(f"confidence {confidence:g} is not allowed: give a probability from 0.5 to below 1")
         found = found.at_confidence(confidence)
     chosen = found.chosen
-    verdict, curve, horizon = verdict_of(found), fit_curve(found, unit), horizon_note(evidence, chosen, margin)
+    verdict = verdict_of(found)
     beside = [
         answer for answer in (_beside(found.by_rank, other, token_loss) for other in others) if answer is not None
     ]
-    flags = flags_of(found, verdict, curve, horizon, horizon_steps, [answer.metric for answer in beside], checkpoints)
+    flags = flags_of(found, verdict, horizon_steps, [answer.metric for answer in beside], checkpoints)
     if any(answer.conflict for answer in beside) and "metric_conflict" not in flags:
         flags.append("metric_conflict")
     runs = next_runs(found, verdict, flags)
@@ -100,9 +99,7 @@ def decide(
         basis_note=basis_note(evidence),
         probability_note=probability_note(evidence),
         next_runs=runs,
-        curve=curve,
         winner_gap=unit.difference(max(one.contender.gap for one in found.by_rank.values())),
-        horizon=horizon,
         checkpoint=checkpoints,
         other_metrics=beside,
     )

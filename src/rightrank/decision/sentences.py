@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from rightrank.decision.comparison import is_within
 from rightrank.decision.evidence import Comparison, Evidence, Unit
-from rightrank.decision.metrics import published_noise
 from rightrank.decision.seeds import needed_seeds
 from rightrank.decision.verdicts import alike_ranks, inconclusive_rank, possible_rival, shown_rank
 from rightrank.schema.decision import RankEvidence, Verdict
@@ -184,11 +183,7 @@ def basis_note(evidence: Evidence) -> str:
         case "items and seeds":
             return f"Intervals cover other held-out examples and other seeds.{_noise_note(evidence)}"
         case "items":
-            published = published_noise(evidence.table.kind, evidence.table.values())
-            return (
-                "Intervals cover other held-out examples alone. The noise over seeds is unknown: one seed does not show it."
-                + (f" {published}" if published else "")
-            )
+            return "Intervals cover other held-out examples alone. The noise over seeds is unknown: one seed does not show it."
         case "seeds":
             return f"Intervals cover other seeds, on these held-out examples.{_noise_note(evidence)}"
         case "std":

@@ -29,7 +29,6 @@ class Cell:
     train_value: float | None = None
     deviation: float | None = None  # the stated standard deviation over seeds, oriented unit
     deviation_seeds: int = 1  # how many seeds the stated value is the mean of
-    seconds: float | None = None  # of training and evaluation, if the table states them; not set for run folders
     steps: int | None = None
     points: tuple[tuple[int, float], ...] = ()  # (step, value) along the training, the metric's own direction
     others: Mapping[str, float] = field(default_factory=dict)  # other metrics of the trial, in their own direction
@@ -178,7 +177,6 @@ def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_be
         train_value=result.train_value,
         deviation=deviation,
         deviation_seeds=result.std_seeds,
-        seconds=result.seconds,
         steps=result.steps,
         points=tuple(result.points),
         others=result.others,

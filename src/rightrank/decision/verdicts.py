@@ -31,7 +31,7 @@ from rightrank.decision.comparison import CONFIDENCE, is_within, walk_down
 from rightrank.decision.evidence import Comparison, Evidence
 from rightrank.decision.metrics import default_margin, kind_of, published_deviation
 from rightrank.decision.table import Contender, ScoreTable, at_checkpoint
-from rightrank.schema.decision import Checkpoint, CheckpointNote, CurveFit, HorizonNote, Verdict
+from rightrank.schema.decision import Checkpoint, CheckpointNote, Verdict
 from rightrank.schema.metrics import direction
 from rightrank.schema.trials import EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 
@@ -154,8 +154,6 @@ def _train_value(contender: Contender) -> float | None:
 def flags_of(
     found: Comparison,
     verdict: Verdict,
-    curve: CurveFit | None,
-    horizon: HorizonNote | None,
     horizon_steps: int | None,
     compared_others: Collection[str] = (),
     checkpoints: CheckpointNote | None = None,
@@ -168,7 +166,6 @@ def flags_of(
     evidence, top = found.evidence, found.ranks[-1]
     answer = {found.chosen, found.reference.rank}
     trained = max((cell.steps or 0 for cell in found.reference.cells.values()), default=0)
-    beyond = curve is not None and curve.diminishing_rank is not None and curve.diminishing_rank > top
     raised = {
         "underpowered": underpowered(found, verdict),
         "rising": verdict == "undecided"
@@ -181,9 +178,9 @@ def flags_of(
         "one_seed": found.is_indication,
         "winner_gap": max(evidence.contenders[rank].gap for rank in answer) > found.margin / 2,
         "metric_conflict": _conflicts(evidence, found.chosen, compared_others),
-        "may_be_capacity_limited": _gap_still_grows(found, horizon),
+        "may_be_capacity_limited": _gap_still_grows(found),
         "checkpoint_matters": checkpoints is not None and checkpoints.last != checkpoints.best,
-        "extrapolated": beyond or (horizon_steps is not None and 0 < trained < horizon_steps),
+        "extrapolated": horizon_steps is not None and 0 < trained < horizon_steps,
     }
     return [flag for flag, raise_it in raised.items() if raise_it]
 
@@ -202,11 +199,12 @@ def lengths(evidence: Evidence) -> set[int]:
     return {cell.steps for found in evidence.contenders.values() for cell in found.cells.values() if cell.steps}
 
 
-def _gap_still_grows(found: Comparison, horizon: HorizonNote | None) -> bool:
+def _gap_still_grows(found: Comparison) -> bool:
     """Whether the chosen rank's gap exceeds the margin if it grows by as much again."""
-    if horizon is None or horizon.gap_growth is None or horizon.gap_growth <= 0:
+    growth = _late_growth(found)
+    if growth is None or growth <= 0:
         return False
-    return not is_within(found.by_rank[found.chosen].difference.mean + horizon.gap_growth, found.margin)
+    return not is_within(found.by_rank[found.chosen].difference.mean + growth, found.margin)
 
 
 def _conflicts(evidence: Evidence, chosen: int, compared_others: Collection[str]) -> bool:
@@ -237,26 +235,20 @@ MIN_POINTS = 3
 CHECKPOINTS: tuple[Checkpoint, Checkpoint] = ("last", "best")
 
 
-def horizon_note(evidence: Evidence, chosen: int, margin: float) -> HorizonNote | None:
-    """The step from which the values pick the same rank as at the end, and the late growth of the chosen rank's gap.
+def _late_growth(found: Comparison) -> float | None:
+    """The change of the chosen rank's gap to the reference over the second half of its training, in the metric's unit.
 
-    This is a point reading: `margin` and the growth are in the metric's unit. None if all ranks share fewer than
-    `MIN_POINTS` evaluations.
+    None for the reference, and where the two share fewer than `MIN_POINTS` evaluations.
     """
-    curves = {rank: _curve(contender) for rank, contender in evidence.contenders.items()}
-    steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))
+    if found.chosen >= found.reference.rank:
+        return None
+    curves = [_curve(contender) for contender in (found.evidence.contenders[found.chosen], found.reference)]
+    steps = sorted(curves[0].keys() & curves[1].keys())
     if len(steps) < MIN_POINTS:
         return None
-    sign = -1.0 if evidence.table.higher_is_better else 1.0
-    picks = [_pick({rank: sign * curve[step] for rank, curve in curves.items()}, margin) for step in steps]
-    first = len(steps) - 1
-    while first > 0 and picks[first - 1] == picks[-1]:
-        first -= 1
-    growth = None
-    if chosen < evidence.reference.rank:
-        gaps = [sign * (curves[chosen][step] - curves[evidence.reference.rank][step]) for step in steps]
-        growth = gaps[-1] - gaps[len(gaps) // 2 - 1]
-    return HorizonNote(steps=steps[-1], holds_from=steps[first], gap_growth=growth)
+    sign = -1.0 if found.evidence.table.higher_is_better else 1.0
+    gaps = [sign * (curves[0][step] - curves[1][step]) for step in steps]
+    return gaps[-1] - gaps[len(gaps) // 2 - 1]
 
 
 def checkpoint_note(table: ScoreTable, used: Checkpoint, margin: float) -> CheckpointNote | None:

@@ -279,7 +279,7 @@ def _tracked_decision(started: RunStarted, decision: Decision, group: str) -> Tr
     summary: dict[str, Plain] = {
         f"decision/{name}": plain(value)
         for name, value in decision.model_dump(mode="json").items()
-        if name not in ("ranks", "staircase", "curve", "next_runs", "other_metrics", "horizon")
+        if name not in ("ranks", "staircase", "next_runs", "other_metrics")
     }
     summary["decision/ranks"] = json.dumps([evidence.model_dump(mode="json") for evidence in decision.ranks])
     config = {f"settings/{name}": plain(value) for name, value in started.settings.items()}

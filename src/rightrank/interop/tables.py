@@ -265,7 +265,7 @@ def _plain_cells(rows: list[Row], columns: Columns, where: str) -> tuple[list[Ro
     names = [
         columns.value,
         *columns.others,
-        *filter(None, map(columns.get, ("lr", "std", "weight", "train_value", "seconds"))),
+        *filter(None, map(columns.get, ("lr", "std", "weight", "train_value"))),
     ]
     commas = {name for name in names if _has_decimal_commas(rows, name, where)}
     changed, percents, spread = [], Counter[bool](), False
@@ -446,7 +446,7 @@ def _note_details(training: _Training, row: Row, columns: Columns) -> None:
         if not seeds.is_integer():
             raise ResultsError(f"{row.where}: {column} {seeds:g} is not allowed: give a whole number from 1")
         training.details |= {"std": std, "std_seeds": int(seeds)}
-    for name in ("train_value", "seconds", *columns.others):
+    for name in ("train_value", *columns.others):
         column = columns.get(name) if name in SYNONYMS else name
         number = None if column is None else _number(row, column, strict=False)
         if number is not None:

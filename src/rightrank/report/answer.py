@@ -15,10 +15,8 @@ from rightrank.report.format import coverage, metric_unit, quantity, visible
 from rightrank.schema.decision import (
     AdapterAnswer,
     CheckpointNote,
-    CurveFit,
     Decision,
     HandedOver,
-    HorizonNote,
     MetricAnswer,
     RankEvidence,
 )
@@ -35,7 +33,7 @@ FLAGS = {
     "metric_conflict": "another metric of the same trainings contradicts the answer for a rank",
     "may_be_capacity_limited": "the differences between ranks were still growing when training ended",
     "checkpoint_matters": "at the other checkpoint of each training, the best or the last, the values pick another rank",
-    "extrapolated": "the answer refers to a point outside the measured range",
+    "extrapolated": "the answer is for a longer training than was measured",
 }
 ENOUGH = {True: "yes", False: "no", None: "inconclusive"}  # by `RankEvidence.non_inferior`
 NO_ANSWERS: Mapping[str, Any] = MappingProxyType({})
@@ -222,10 +220,8 @@ def _enough(evidence: RankEvidence, decision: Decision) -> str:
 
 
 def certainty_rows(decision: Decision) -> list[tuple[str, str]]:
-    """What the answer rests on, as labelled sentences: fitted curve, horizon, basis, optimism, flags."""
+    """What the answer rests on, as labelled sentences: checkpoint, basis, optimism, flags."""
     rows = [
-        ("curve", "" if decision.curve is None else _curve_text(decision, decision.curve)),
-        ("horizon", "" if decision.horizon is None else f"{_horizon_text(decision.horizon)}."),
         ("checkpoint", "" if decision.checkpoint is None else _checkpoint_text(decision.checkpoint)),
         ("basis", decision.basis_note or ""),
         ("likely", decision.probability_note if "one_seed" in decision.flags else ""),
@@ -233,26 +229,6 @@ def certainty_rows(decision: Decision) -> list[tuple[str, str]]:
         *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
     ]
     return [row for row in rows if row[1]]
-
-
-def _curve_text(decision: Decision, curve: CurveFit) -> str:
-    top = max(evidence.rank for evidence in decision.ranks)
-    law = "" if curve.form != "power" else f", {curve.a:.4g} {curve.b:+.3g}·r^-{curve.c:.2f},"
-    ranks = f" ({coverage(decision, 'interval')} {curve.r_margin_low:.3g} to {curve.r_margin_high:.3g})"
-    gains = f" ({brief(curve.gain_to_come_low)} to {brief(curve.gain_to_come_high)})"
-    if decision.basis == "values":  # without a measured noise the intervals have no width
-        ranks = gains = ""
-    return (
-        f"The fitted {curve.form.replace('_', '-')} curve{law} is within the margin from rank {curve.r_margin:.3g}{ranks}; "
-        f"the expected gain above rank {top} is {brief(curve.gain_to_come)} {metric_unit(decision.metric)}{gains}."
-    )
-
-
-def _horizon_text(horizon: HorizonNote) -> str:
-    """From which evaluation on the values pick the same rank."""
-    if horizon.holds_from == horizon.steps:
-        return f"By values alone, the last evaluation, at step {horizon.steps}, picks another rank than the one before"
-    return f"By values alone, the evaluations pick the same rank from step {horizon.holds_from} to {horizon.steps}"
 
 
 def _checkpoint_text(found: CheckpointNote) -> str:

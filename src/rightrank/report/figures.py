@@ -53,8 +53,7 @@ def rank_figure(decision: Decision) -> Figure:
     )
     edge = reference.value + sign * decision.margin
     band = Band("within the margin of the best", min(reference.value, edge), max(reference.value, edge))
-    fitted = _fitted(decision)
-    limits = _limits([*points.low, *points.high, band.low, band.high, *(y for s in fitted for y in s.y)], base)
+    limits = _limits([*points.low, *points.high, band.low, band.high], base)
     values = ", ".join(f"rank {e.rank} {e.value:.4f}" for e in trained)
     return Figure(
         name="rank_curve",
@@ -64,25 +63,13 @@ def rank_figure(decision: Decision) -> Figure:
         + f". {decision.sentence}",
         x=rank_axis(ranks),
         y=metric_axis(decision.metric, "held-out", limits),
-        series=(points, *fitted),
+        series=(points,),
         bands=(band,),
         levels=() if base is None else (_base_level(base, limits),),
         marks=tuple(_marks(decision, trained)),
         columns=("rank", "value", "low", "high", "paired bound"),
         rows=tuple((e.rank, e.value, e.low, e.high, e.difference_high) for e in decision.ranks),
     )
-
-
-def _fitted(decision: Decision) -> list[Series]:
-    """The fitted curve and the ends of its interval; empty if no curve was fitted."""
-    if decision.curve is None or not decision.curve.points:
-        return []
-    points = decision.curve.points
-    x = tuple(point.rank for point in points)
-    label = f"fitted {decision.curve.form.replace('_', '-')} curve, {coverage(decision, 'interval')}"
-    ends = [tuple(point.low for point in points), tuple(point.high for point in points)]
-    middle = Series(label, x, tuple(point.value for point in points), kind="line", tone="second")
-    return [middle, *(Series(label, x, end, kind="line", tone="faint", dashed=True) for end in ends)]
 
 
 def _limits(values: list[float], base: float | None) -> tuple[float, float]:
@@ -107,8 +94,7 @@ def _base_level(base: float, limits: tuple[float, float]) -> Level:
 def diminishing_rank(decision: Decision) -> int | None:
     """The smallest rank from which no measured doubling gains more than the margin; None if the last one still does.
 
-    It depends on the margin and on the ranks tried. It uses measured values only; the decision holds the counterpart
-    of the fitted curve.
+    It depends on the margin and on the ranks tried.
     """
     ranks = sorted((e for e in decision.ranks if e.rank > 0), key=lambda e: e.rank)
     sign = -1 if decision.higher_is_better else 1

@@ -31,7 +31,6 @@ class Result(Record):
     std: float | None = None  # stated standard deviation over seeds
     std_seeds: Whole = 1  # number of seeds that the value averages
     train_value: float | None = None
-    seconds: float | None = None
     steps: Whole | None = None
     points: list[tuple[Whole, float]] = Field(default_factory=list)  # (step, value) during the training
     others: dict[str, float] = Field(default_factory=dict)
@@ -87,34 +86,6 @@ class StaircaseStep(Record):
     rank: Whole
 
 
-class FittedPoint(Record):
-    """The fitted curve at one rank, with its 95% interval."""
-
-    rank: float
-    value: float
-    low: float
-    high: float
-
-
-class CurveFit(Record):
-    """The curve through the ranks, in the metric's unit and direction. Intervals are 95%, by bootstrap."""
-
-    form: Literal["power", "constant", "monotone", "u_shaped"]  # the form that predicts best
-    a: float  # of the power law value(r) = a + b·r^-c, whatever the form
-    b: float
-    c: float
-    prediction_error: dict[str, float]  # by form: mean absolute error at a rank that was left out of the fit
-    points: list[FittedPoint]  # from the lowest to the highest rank, for plotting
-    r_margin: float  # the rank where the curve comes within the margin of its best, as far as the measured ranks leave it open
-    r_margin_low: float
-    r_margin_high: float
-    diminishing_rank: float | None  # beyond it, doubling the rank gains less than the margin
-    next_doubling_gain: float  # expected from the top rank to its double
-    gain_to_come: float  # expected in total above the top rank
-    gain_to_come_low: float
-    gain_to_come_high: float
-
-
 class NextRun(Record):
     """A run that would settle or extend the answer."""
 
@@ -125,17 +96,7 @@ class NextRun(Record):
     items: Whole | None = None  # held-out examples in total
     steps: Whole | None = None
     trials: Whole = 0  # new trainings
-    seconds: float | None = None  # from a table's `seconds` column; None for a run
     sentence: str
-
-
-class HorizonNote(Record):
-    """Whether the order of the ranks had settled when the training ended."""
-
-    steps: Whole
-    holds_from: Whole  # the earliest step from which the answer stays the same
-    # change of the chosen rank's gap to the reference over the last stretch, in the metric's unit
-    gap_growth: float | None
 
 
 Checkpoint: TypeAlias = Literal["last", "best"]
@@ -205,9 +166,7 @@ class Decision(Record):
     probability_note: str = ""  # what the ranks' probabilities say, or why there are none
     # the first is the cheapest that is expected to settle the answer
     next_runs: list[NextRun] = Field(default_factory=list)
-    curve: CurveFit | None = None  # with three or more ranks
     winner_gap: float = 0.0  # the largest of the compared ranks, in the metric's unit
-    horizon: HorizonNote | None = None  # if evaluations during the training were given
     checkpoint: CheckpointNote | None = None  # if evaluations during the training were given
     other_metrics: list[MetricAnswer] = Field(default_factory=list)  # metrics other than the one that decides
 

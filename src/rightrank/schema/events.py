@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
-from rightrank.schema.decision import AdapterAnswer, AdapterOrigin, Decision, HandedOver, NextRun
+from rightrank.schema.decision import AdapterAnswer, AdapterOrigin, Decision, HandedOver
 from rightrank.schema.table import MAX_WHOLE
 from rightrank.schema.trials import (
     SCHEMA_VERSION,
@@ -74,7 +74,6 @@ class GuardAnswer(Record):
     task_trial_id: str
     candidates: list[GuardCandidate] = Field(default_factory=list)  # every finished adapter, by descending rank
     sentence: str
-    next_run: NextRun | None = None  # the run that might be both, where no adapter is
 
 
 class SplitSummary(Record):
