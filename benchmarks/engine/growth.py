@@ -31,7 +31,7 @@ def measure(runtime: Runtime, ranks: list[int], indices: list[int]) -> dict[str,
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         for number, rank in enumerate(ranks):
             arm = Arm(rank=rank, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=1)
-            multi_lora.add(f"g{number}", arm, runtime.arm_targets.config(arm))
+            multi_lora.add(f"g{number}", arm, runtime.config(arm))
         batch = runtime.batch("train", indices)
         arm_batches = [ArmBatch(f"g{number}", batch, 1.0, None) for number in range(len(ranks))]
         runtime.accumulate_gradients(multi_lora, arm_batches)  # the prefix, gradients and the allocator are there now

@@ -73,7 +73,7 @@ def measure(runtime: Any, arms: int, steps: int, folder: Path) -> dict[str, Any]
 def matmul_rates(runtime: Any, rows: int) -> dict[str, float]:
     """GFLOP/s of `rows` rows times each shape of the base's linear layers, and of a product of 2048 × 2048 matrices."""
     dtype = next(runtime.model.parameters()).dtype
-    shapes = sorted(set(runtime.targets.shapes))
+    shapes = sorted({(one.out_features, one.in_features) for one in runtime.targets.modules})
     sizes = {f"{rows} x {i} x {o}": (rows, i, o) for o, i in shapes} | {"2048 x 2048 x 2048": (2048, 2048, 2048)}
     rates: dict[str, float] = {}
     for name, (m, k, n) in sizes.items():

@@ -61,7 +61,6 @@ CASES = (
     Case("experts (Qwen3-MoE)", "qwen3-moe", FUSED),
     Case("experts (OLMoE)", "olmoe", FUSED),
     Case("experts (gpt-oss)", "gpt-oss", FUSED),
-    Case("experts, rank divided", "mixtral", FUSED | {"divide_rank_by_experts": True, "scaling": "constant"}),
     Case("unknown (lora_bias)", "gpt2", {"peft_options": {"lora_bias": True}}, is_truncated=False),
 )
 

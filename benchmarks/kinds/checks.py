@@ -122,7 +122,7 @@ class Suite:
     def is_truncated_in_a_run(self) -> str:
         """An arm that truncates the trained one starts where `resize` ends; or the run says why it can't."""
         if not self.case.is_truncated:
-            reason = self.runtime.arm_targets.why_not_truncated
+            reason = self.runtime.targets.why_not_truncated
             assert reason is not None
             return "no: " + reason
         arm = ARM.model_copy(update={"rank": RANK // 2, "steps": 0, "truncate_from": "whole"})
@@ -222,7 +222,7 @@ def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
     """The loop anyone would write: PEFT's model and forward pass, the model's own loss, torch's AdamW."""
     settings = runtime.settings
     with without_peft_noise():
-        peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.arm_targets.config(arm)).eval()
+        peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.config(arm)).eval()
     named = with_first_values(runtime, arm, peft_model)
     if settings.loraplus_lr_ratio is None:
         optimizer: Any = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)

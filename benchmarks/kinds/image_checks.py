@@ -110,8 +110,7 @@ def _counted(train: TrainOnImages, adapter: Path, trained: int) -> str:
     with torch.device("meta"):
         model = get_peft_model(base, config)
     by_formula = sum(
-        one.kind.parameters(RANK, one.out_features, one.in_features)
-        for one in adapted_matrices(model.base_model.model, {})
+        one.kind.parameters(RANK, one.out_features, one.in_features) for one in adapted_matrices(model.base_model.model)
     )
     tensors = load_file(open_adapter(adapter).weights)
     stored = sum(value.numel() for key, value in tensors.items() if "lora_" in key)

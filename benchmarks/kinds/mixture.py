@@ -1,7 +1,7 @@
-"""Ranks of experts on a small mixture: undivided, and divided by the number of experts.
+"""Ranks of experts on a small mixture: in attention and experts.
 
 A Mixtral of four experts learns the language of `tests.tiny` with all its weights. Then two selections adapt its experts and attention
-to a task in that language, at the same ranks and learning rates: once with the adapter's rank in each expert, once divided by four.
+to a task in that language.
 
 python -m benchmarks.kinds.mixture FOLDER      # writes mixture.json beside this file
 """
@@ -79,20 +79,18 @@ def main(folder: Path) -> None:
     observer = Watch(notice=lambda line: print(line, flush=True))
     model, data = trained_mixture(folder / "mixture"), write_completions(folder / "data.jsonl", 1200)
     found: dict[str, Any] = {"machine": machine(), "settings": SETTINGS, "experts": EXPERTS}
-    for name, divided in (("undivided", False), ("divided", True)):
-        settings = make_settings(SETTINGS | {"divide_rank_by_experts": divided})
-        selected = select_rank(str(model), data, folder / name, settings=settings, callbacks=[observer])
-        assert selected.decision is not None
-        assert selected.adapter is not None
-        trials = best_by_rank(folder / name)
-        found[name] = {
-            "rank": selected.decision.rank,
-            "verdict": selected.decision.verdict,
-            "adapter_rank": selected.adapter.rank,
-            "losses": {rank: trials[rank].value for rank in sorted(trials)},
-            "parameters": {rank: trials[rank].trainable_parameters for rank in sorted(trials)},
-            "flags": flags_of_experts(selected.adapter.path),
-        }
+    selected = select_rank(str(model), data, folder / "run", settings=make_settings(SETTINGS), callbacks=[observer])
+    assert selected.decision is not None
+    assert selected.adapter is not None
+    trials = best_by_rank(folder / "run")
+    found |= {
+        "rank": selected.decision.rank,
+        "verdict": selected.decision.verdict,
+        "adapter_rank": selected.adapter.rank,
+        "losses": {rank: trials[rank].value for rank in sorted(trials)},
+        "parameters": {rank: trials[rank].trainable_parameters for rank in sorted(trials)},
+        "flags": flags_of_experts(selected.adapter.path),
+    }
     (Path(__file__).parent / "mixture.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

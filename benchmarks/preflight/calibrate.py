@@ -120,13 +120,7 @@ def cases_of_run(name: str, folder: Path) -> Iterator[Case]:
     trials = [line for line in lines if line["type"] == "trial_finished"]
     base = next(trial for trial in trials if trial["rank"] == 0)
     whole = [
-        trial
-        for trial in trials
-        if trial["rank"] > 0
-        and trial["stop_at"] is None
-        and trial["truncate_from"] is None
-        and trial["init_lora_weights"] is None
-        and trial["target_modules"] is None
+        trial for trial in trials if trial["rank"] > 0 and trial["stop_at"] is None and trial["truncate_from"] is None
     ]
     tokens, steps = base["item_tokens"], max(trial["steps"] for trial in whole)
     cells = {(t["rank"], t["learning_rate"], t["seed"]): t["item_losses"] for t in whole}

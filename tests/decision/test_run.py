@@ -133,22 +133,8 @@ def test_a_cell_holds_what_its_trial_measured() -> None:
 def test_like_is_compared_with_like() -> None:
     records = made_up_run((1, 4, 16), (1e-3,))
     base, one, four, sixteen = records.finished()
-    records.outcomes[:] = [
-        base,
-        one,
-        four,
-        altered(four, trial_id="alpha", lora_alpha=64.0),
-        altered(four, trial_id="init", init_lora_weights="gaussian"),
-        altered(sixteen, stop_at=10),
-    ]
+    records.outcomes[:] = [base, one, four, altered(sixteen, stop_at=10)]
     assert comparable(records) == [base, one, four]
-    del records.started.settings["lora_alpha"]
-    assert [outcome.trial_id for outcome in comparable(records)] == [
-        base.trial_id,
-        one.trial_id,
-        four.trial_id,
-        "alpha",
-    ]
 
 
 def test_trainings_of_a_custom_trainer_have_any_metric() -> None:

@@ -7,7 +7,7 @@ from benchmarks.kinds.cases import Case, case_named
 from benchmarks.kinds.checks import CHECKS, Suite
 
 pytestmark = pytest.mark.trains
-NAMES = ("embedding", "DoRA", "experts (Mixtral)", "experts, rank divided", "unknown (lora_bias)")
+NAMES = ("embedding", "DoRA", "experts (Mixtral)", "unknown (lora_bias)")
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -68,10 +68,9 @@ def test_dora_is_selected_and_exported(run: Run, folder: Path, tmp_path: Path) -
 
 
 def test_experts_are_selected_with_their_own_ranks(run: Run, folder: Path, tmp_path: Path) -> None:
-    more = ("--set", "target_modules=q_proj", "--set", EXPERTS, "--set", "divide_rank_by_experts=true", "--json")
+    more = ("--set", "target_modules=q_proj", "--set", EXPERTS, "--json")
     status, out, err = select(run, folder, "mixtral", tmp_path / "run", *more)
     assert status == 0, err
-    assert "an expert's rank is the adapter's over 4 experts, at least 1: 1 → 1, 4 → 1" in err
     adapter = Path(json.loads(out)["adapter"])
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert sorted(config["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
@@ -80,11 +79,11 @@ def test_experts_are_selected_with_their_own_ranks(run: Run, folder: Path, tmp_p
     assert modules["model.layers.0.mlp.experts.gate_up_proj.3"]["kind"] == "expert"
     status, out, err = run(
         "plan", str(folder / "mixtral"), "--ranks", "4,8", "--target-modules", "q_proj", "--seq-len", "32",
-        "--dtype", "float32", "--set", EXPERTS, "--set", "divide_rank_by_experts=true", "--json",
+        "--dtype", "float32", "--set", EXPERTS, "--json",
     )  # fmt: skip
     assert status == 0, err
     four, eight = (row["trainable_parameters"] for row in json.loads(out)["ranks"])
-    experts = 2 * 4 * ((32 + 96) + (48 + 32))  # rank 1 in each of two layers' four experts
+    experts = 4 * 2 * 4 * ((32 + 96) + (48 + 32))  # rank 4 in each of two layers' four experts
     assert (four, eight) == (2 * 4 * 64 + experts, 2 * 8 * 64 + 2 * experts)
 
 
@@ -118,7 +117,6 @@ def test_an_expert_that_no_token_reached_has_its_own_flag(tmp_path: Path) -> Non
         ("mixtral", ("use_dora=true", EXPERTS), "does not work with use_dora=True"),
         ("mixtral", ("lora_dropout=0.1", EXPERTS), "does not work with lora_dropout != 0"),
         ("llama", ("use_dora=true", "lora_bias=true"), "lora_bias=True is not supported for DoRA"),
-        ("llama", ("divide_rank_by_experts=true",), "divide_rank_by_experts: no adapted matrix belongs to an expert"),
         ("llama", ("kasa_config=1",), "kasa_config is not supported: it changes the base"),
         ("llama", ("loraplus_lr_ratio=0.5",), "loraplus_lr_ratio: got '0.5'"),
         ("llama", ("lora_bias=true",), "goal 'adapter' needs adapters that can be truncated"),
@@ -133,13 +131,6 @@ def test_what_a_kind_refuses_is_one_line(
     last = err.strip().splitlines()[-1]
     assert said in last
     assert "Traceback" not in err
-
-
-def test_a_sweep_of_initialisations_is_refused_for_experts(run: Run, folder: Path, tmp_path: Path) -> None:
-    more = ("--target-modules", "q_proj", "--set", EXPERTS, "--sweep", "init=eva")
-    status, _, err = select(run, folder, "mixtral", tmp_path / "run", *more)
-    assert status == 2, err
-    assert "sweep init=eva is not possible with adapters on fused experts" in err.strip().splitlines()[-1]
 
 
 def test_adapters_on_experts_are_resized_by_held_out_data(run: Run, folder: Path, tmp_path: Path) -> None:

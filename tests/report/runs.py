@@ -125,7 +125,7 @@ def answered_run(*, direct: Sequence[int] = (), recovers: bool = True) -> Record
         records.outcomes.append(_truncated(top, rank, loss, 0, generator))
     if recovers:
         records.outcomes += [_truncated(top, rank, loss, 4, generator) for rank, loss in ((64, -0.001), (8, 0.002))]
-    answer = adapter_answer(records.plain(), question_of(records))
+    answer = adapter_answer(records.outcomes, question_of(records))
     assert answer is not None
     handed_over = HandedOver(
         rank=answer.rank,

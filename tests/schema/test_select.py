@@ -20,7 +20,6 @@ def test_a_string_with_commas_is_a_list() -> None:
     assert settings.ranks == (4, 8)
     assert settings.learning_rates == (1e-4, 3e-4)
     assert settings.target_modules == ("q_proj", "v_proj")
-    assert make_settings({"sweep": "alpha=16,64"}).sweep == ("alpha=16,64",)
 
 
 @pytest.mark.parametrize("values", [{"ranks": True}, {"seeds": "first"}, {"learning_rates": ""}, {"columns": "ask"}])

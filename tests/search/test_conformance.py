@@ -8,7 +8,6 @@ import pytest
 from benchmarks.selection.tables import recommend
 
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome
-from rightrank.schema.variants import Variant
 from rightrank.search.history import History, steps_of
 from rightrank.search.space import Space
 from rightrank.search.strategies import STRATEGIES
@@ -36,7 +35,6 @@ SPACES = {
     "no base": {"evaluates_base": False},
     "recovery": {"recovery_steps": 10, "trusts_values": True},
     "the adapter alone": {"goal": "adapter", "recovery_steps": 10, "trusts_values": True},
-    "a sweep": {"variants": (Variant("alpha", "16"), Variant("init", "gaussian"))},
 }
 
 

@@ -114,7 +114,7 @@ def test_multi_lora_gives_the_same_and_leaves_the_training_as_it_was(runtime: Ru
     """An arm that is still on the base, through the engine's own forward pass."""
     arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=8.0, seed=0, steps=1)
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
-        parameters = multi_lora.add("one", arm, runtime.arm_targets.config(arm))
+        parameters = multi_lora.add("one", arm, runtime.config(arm))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in parameters.values():

@@ -62,7 +62,7 @@ def test_each_adapter_of_several_generates_its_own_answers(runtime: Runtime) -> 
     plain = [answer.completion for answer in answers(runtime, "selection")]
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         for number, arm in enumerate(arms):
-            perturb(multi_lora.add(f"arm{number}", arm, runtime.arm_targets.config(arm)), number)
+            perturb(multi_lora.add(f"arm{number}", arm, runtime.config(arm)), number)
         together = []
         for number in range(2):
             with multi_lora.alone(f"arm{number}"):
@@ -71,7 +71,7 @@ def test_each_adapter_of_several_generates_its_own_answers(runtime: Runtime) -> 
     assert plain not in together
     for number, arm in enumerate(arms):
         with MultiLora(runtime.model, runtime.settings) as multi_lora:
-            perturb(multi_lora.add("only", arm, runtime.arm_targets.config(arm)), number)
+            perturb(multi_lora.add("only", arm, runtime.config(arm)), number)
             with multi_lora.alone("only"):
                 assert [answer.completion for answer in answers(runtime, "selection")] == together[number]
     assert [answer.completion for answer in answers(runtime, "selection")] == plain

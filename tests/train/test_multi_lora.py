@@ -139,22 +139,6 @@ def test_arms_in_one_pass_equal_each_alone_under_every_setting(
         assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
 
 
-def test_arms_of_one_pass_may_adapt_different_modules(
-    model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    changes: dict[str, Any] = {"layers_to_transform": (1, 2), "sweep": ("targets=q_proj+v_proj,down_proj",)}
-    runtime = make_runtime(model_folder, completion_file, small_settings(max_steps=6, **changes), tmp_path / "cache")
-    narrow = arm(4).model_copy(update={"target_modules": ("q_proj", "v_proj")})
-    arms = [narrow, arm(4), arm(8, steps=3), arm(4, seed=1).model_copy(update={"target_modules": ("down_proj",)})]
-    assert multi_lora_obstacle(runtime, arms) is None
-    theirs = run_alone(runtime, arms, tmp_path / "alone")
-    ours = run(runtime, arms, tmp_path / "together", 3)
-    for trial_id, outcome in ours.items():
-        assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
-    adapted = load_file(tmp_path / "together" / "t0" / "adapter_model.safetensors")
-    assert {name.split(".")[-3] for name in adapted} == {"q_proj", "v_proj"}
-
-
 def test_classification_heads_are_each_arms_own(model_folder: Path, class_file: Path, tmp_path: Path) -> None:
     runtime = make_runtime(model_folder, class_file, small_settings(max_steps=6), tmp_path / "cache")
     before = {name: value.clone() for name, value in runtime.model.state_dict().items()}

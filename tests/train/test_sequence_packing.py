@@ -32,8 +32,7 @@ def drawn_arms(runtime: Runtime, arms: list[Arm]) -> Iterator[tuple[MultiLora, d
     generator = torch.Generator().manual_seed(1)
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         named = {
-            f"a{number}": multi_lora.add(f"a{number}", arm, runtime.arm_targets.config(arm))
-            for number, arm in enumerate(arms)
+            f"a{number}": multi_lora.add(f"a{number}", arm, runtime.config(arm)) for number, arm in enumerate(arms)
         }
         for parameters in named.values():
             for parameter in parameters.values():

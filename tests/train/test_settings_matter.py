@@ -72,7 +72,6 @@ TRAINING: dict[str, Any] = {
 OTHER_MODELS = {  # that need another base, data or machine; the test that shows the change
     "bias": "a base with biases: gpt2, below",
     "target_parameters": "a base with experts: kinds/test_select.py",
-    "divide_rank_by_experts": "a base with experts: kinds/test_conformance.py",
     "peft_options": "below",
     "beta": "preference pairs: test_preference.py",
     "columns": "data of other names: tests/data",
@@ -86,7 +85,7 @@ OTHER_MODELS = {  # that need another base, data or machine; the test that shows
 }
 PLANS_TRAININGS = {  # they choose which trainings there are, and change none of a given arm
     "goal", "strategy", "ranks", "learning_rates", "seeds", "budget_trainings", "budget_steps", "budget_hours", "extend",
-    "sweep", "max_steps", "num_train_epochs",
+    "max_steps", "num_train_epochs",
 }  # fmt: skip
 JUDGES = {  # they measure and judge what was trained
     "metric", "margin", "confidence", "metrics", "lower_is_better", "higher_is_better", "max_new_tokens", "guard",

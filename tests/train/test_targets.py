@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -190,4 +189,4 @@ def test_the_trained_parameters_are_those_of_one_layer_of_two() -> None:
     half = find_targets(architecture("llama"), small_settings(layers_to_transform=(1,)), False)
     whole = find_targets(architecture("llama"), small_settings(), False)
     assert 2 * len(half.modules) == len(whole.modules)
-    assert torch.tensor(2 * half.shapes).sum() == torch.tensor(whole.shapes).sum()
+    assert 2 * sum(one.max_rank for one in half.modules) == sum(one.max_rank for one in whole.modules)

@@ -171,7 +171,6 @@ def _print_json(selected: Selected) -> None:
                 "adapter": str(selected.adapter and selected.adapter.path),
                 "report": str(selected.report),
             }
-            | {"sweep": [row.model_dump() for row in selected.sweep]}
         )
     )
 
@@ -186,10 +185,6 @@ def _print_answer(selected: Selected) -> None:
         click.echo(
             f"\nA held-out example:\n{_indented(sample.prompt)}\n  before:\n{_indented(sample.before)}\n  after:\n{_indented(sample.after)}"
         )
-    if selected.sweep:
-        from rightrank.report.tables import sweep_text
-
-        click.echo("\nOther settings, each at its best learning rate:\n" + sweep_text(selected.sweep))
     assert selected.adapter is not None
     click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter.path}  (rank {selected.adapter.rank})")
 

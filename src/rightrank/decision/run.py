@@ -56,11 +56,6 @@ class Records:
     def finished(self) -> list[TrialFinished]:
         return [outcome for outcome in self.outcomes if isinstance(outcome, TrialFinished)]
 
-    def plain(self) -> list[TrialOutcome]:
-        """The outcomes at the setting that all ranks share, without the variants of a sweep."""
-        alpha = self.started.settings.get("lora_alpha")
-        return [o for o in self.outcomes if o.is_plain(alpha if isinstance(alpha, int | float) else o.lora_alpha)]
-
 
 def records_of(journal: Sequence[JournalRecord], where: str) -> Records:
     """The records of a journal. `where` names it in error messages.
@@ -194,7 +189,7 @@ def run_table(
         higher = _direction_in(started, metric)
     if higher is None:
         raise ResultsError(f"{unknown_direction(metric)}; give --higher-is-better or --lower-is-better")
-    return table_of(outcomes, metric, higher, started.points_metric or started.metric, looks=records.plain())
+    return table_of(outcomes, metric, higher, started.points_metric or started.metric, looks=records.outcomes)
 
 
 def _direction_in(started: RunStarted, metric: str) -> bool | None:
@@ -209,8 +204,8 @@ def _direction_in(started: RunStarted, metric: str) -> bool | None:
 
 
 def comparable(records: Records) -> list[TrialOutcome]:
-    """The outcomes that may be compared: whole trainings at the setting that all ranks share."""
-    return without_collapsing([outcome for outcome in records.plain() if outcome.arm.is_direct])
+    """The outcomes that may be compared: whole trainings."""
+    return without_collapsing([outcome for outcome in records.outcomes if outcome.arm.is_direct])
 
 
 def best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished:
@@ -249,7 +244,7 @@ def compared(records: Records) -> list[AdapterCandidate]:
     """Every adapter of the run against the reference of its answer; empty before the first answer."""
     if not records.adapters:
         return []
-    return compared_adapters(records.adapters[-1].answer, records.plain(), question_of(records))
+    return compared_adapters(records.adapters[-1].answer, records.outcomes, question_of(records))
 
 
 def trainings(records: Records) -> float:

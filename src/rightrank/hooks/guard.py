@@ -54,7 +54,7 @@ class Guard(Hook):
         evaluated = [one for place, guard in enumerate(self._guards) for one in _measured(run, guard, place)]
         before = records.adapters[-1].guard if records.adapters else None
         margin = _margin(self._guards[0].settings, evaluated)
-        return guarded(answer, records.plain(), question_of(records), evaluated, margin, before)
+        return guarded(answer, records.outcomes, question_of(records), evaluated, margin, before)
 
 
 def _prepared(run: Run) -> Prepared:

@@ -16,7 +16,6 @@ from rightrank.decision.intervals import normal_quantile
 from rightrank.decision.metrics import TOKEN_LOSS_MARGIN, default_margin, kind_of
 from rightrank.decision.precision import NoiseKind, Precision, base_spread, expected_precision, rounded_up
 from rightrank.hooks.terminal import left_out
-from rightrank.models.kinds.other import expert_rank
 from rightrank.report.format import duration
 from rightrank.report.tables import labels_line, memory_lines, precision_lines, took_line
 from rightrank.runs import plugins
@@ -199,16 +198,10 @@ TYPICAL_DEVIATION = 0.02
 
 
 def _kind_lines(prepared: Prepared) -> list[str]:
-    """What the kind of the adapters changes: the forward pass, and the ranks of experts."""
-    targets, settings = prepared.runtime.arm_targets, prepared.settings
+    """What the kind of the adapters changes, and the parameters of experts that `all-linear` leaves out."""
+    targets = prepared.runtime.targets
     lines = [] if targets.why_alone is None else [targets.why_alone]
-    shares = sorted({module.share for module in targets.shared.modules if module.share > 1})
-    for share in shares:
-        ranks = ", ".join(f"{rank} → {expert_rank(rank, share)}" for rank in settings.ranks)
-        lines.append(
-            f"divide_rank_by_experts: an expert's rank is the adapter's over {share} experts, at least 1: {ranks}"
-        )
-    left_out = ",".join(targets.shared.left_out)
+    left_out = ",".join(targets.left_out)
     if left_out:
         lines.append(
             f"all-linear adapts modules alone; PEFT's also adapts the parameters {left_out}: for adapters on them, which "
@@ -219,7 +212,7 @@ def _kind_lines(prepared: Prepared) -> list[str]:
 
 def _adapter_lines(prepared: Prepared) -> list[str]:
     """What the first question's answer can rest on; a line each."""
-    reason = prepared.runtime.arm_targets.why_not_truncated
+    reason = prepared.runtime.targets.why_not_truncated
     if reason is not None:
         return [f"no adapter is truncated ({reason}): the rank to train at is sought from trainings alone"]
     return [

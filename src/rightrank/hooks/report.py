@@ -11,13 +11,12 @@ from rightrank.decision.adapter import compared_adapters, making_of
 from rightrank.decision.run import Records, decision_so_far, question_of
 from rightrank.report.adapters import candidate_table, figure_of
 from rightrank.report.card import CURVE, PICTURE, AdapterCardFacts, model_card
-from rightrank.report.figure import AnyFigure, Figure
+from rightrank.report.figure import Figure
 from rightrank.report.figures import figures_of
 from rightrank.report.html import render_report
 from rightrank.report.sentences import test_rows
 from rightrank.report.spectra import spectrum_figure
 from rightrank.report.svg import write_figures
-from rightrank.report.tables import sweep_map
 from rightrank.runs import plugins
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, Run
@@ -28,7 +27,6 @@ from rightrank.schema.events import AdapterRecorded, Event, RunStopped
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import OUTCOMES
 from rightrank.search.strategies import training_rank_estimate
-from rightrank.search.sweep import sweep_rows
 
 MAX_SHARE = 0.05  # of the wall time, for writing the report while trials run
 
@@ -65,7 +63,7 @@ class Report(Hook):
         if selected.adapter is not None:
             _write_card(run, run.records.adapters[-1], selected.decided)
         _write_views(run, selected.decided)
-        write_figures(run.folder.figures, further_figures(run.records, run.folder.adapter))
+        write_figures(run.folder.figures, _adapter_figures(run.folder.adapter))
 
 
 def _write_views(run: Run, decision: Decision | None) -> None:
@@ -80,7 +78,7 @@ def _write_card(run: Run, recorded: AdapterRecorded, decision: Decision | None) 
     """Write the adapter's card, with its figures, into `adapter/`."""
     records, folder, answer = run.records, run.folder, recorded.answer
     metric = records.started.metric
-    adapters = compared_adapters(answer, records.plain(), question_of(records))
+    adapters = compared_adapters(answer, records.outcomes, question_of(records))
     write_figures(folder.figures, [figure_of(answer, adapters, metric, records.started.higher_is_better)])
     chosen = run.finished(answer.trial_id)
     facts = AdapterCardFacts(
@@ -100,7 +98,7 @@ def _write_card(run: Run, recorded: AdapterRecorded, decision: Decision | None) 
 
 
 def write_report(folder: RunFolder, records: Records, decision: Decision | None, goal: Goal) -> None:
-    further = further_figures(records, folder.adapter)
+    further = _adapter_figures(folder.adapter)
     exports = folder.path / "exports"
     page = render_report(
         records,
@@ -117,14 +115,7 @@ def write_report(folder: RunFolder, records: Records, decision: Decision | None,
 
 def write_all_figures(folder: RunFolder, records: Records, decision: Decision | None) -> None:
     """Write every figure to the run's folder of figures."""
-    write_figures(folder.figures, [*figures_of(records, decision), *further_figures(records, folder.adapter)])
-
-
-def further_figures(records: Records, adapter: Path) -> list[AnyFigure]:
-    """The figures beside those of the decision: the sweep's, and the spectrum of the adapter that was handed over."""
-    started = records.started
-    sweep = sweep_map(sweep_rows(started, records.outcomes), started.metric, started.higher_is_better)
-    return [*([] if sweep is None else [sweep]), *_adapter_figures(adapter)]
+    write_figures(folder.figures, [*figures_of(records, decision), *_adapter_figures(folder.adapter)])
 
 
 def _adapter_figures(adapter: Path) -> list[Figure]:

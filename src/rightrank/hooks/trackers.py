@@ -237,11 +237,11 @@ class TrackedRun:
 def _tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> TrackedRun:
     """The trial as a run.
 
-    A training that was stopped early, truncated or run with another alpha is no point of the curve. Its rank is logged
+    A training that was stopped early, or truncated is no point of the curve. Its rank is logged
     as `stage_rank` and its values as `stage/…`, which keeps them apart from the others in the tracker's charts.
     """
     arm = outcome.arm
-    whole = arm.is_direct and arm.init_lora_weights is None and arm.lora_alpha == started.settings.get("lora_alpha")
+    whole = arm.is_direct
     config: dict[str, Plain] = {
         "lora_r" if whole else "stage_rank": arm.rank,
         "learning_rate": arm.learning_rate,

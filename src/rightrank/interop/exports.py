@@ -17,8 +17,8 @@ from rightrank.models.ranks import served_rank
 from rightrank.runs import plugins
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, ResultsError, RunError, SettingsError, did_you_mean, first_line
+from rightrank.schema.scaling import rate_warning
 from rightrank.schema.trials import TrialCollapsed, TrialFinished, TrialOutcome
-from rightrank.schema.variants import rate_warning
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial

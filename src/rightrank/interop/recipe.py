@@ -13,9 +13,9 @@ from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.decision.adapter import METHODS, Making, making_of
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunStarted
+from rightrank.schema.scaling import peft_scaling
 from rightrank.schema.settings import stored_settings
 from rightrank.schema.trials import TrialFinished
-from rightrank.schema.variants import peft_scaling
 
 AROUND = 4  # folders around an adapter: trials, the run, and two around the run
 UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"

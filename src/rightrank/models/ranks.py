@@ -68,17 +68,6 @@ def lora_scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(rank) if use_rslora else lora_alpha / rank
 
 
-def rank_of_equal_parameters(
-    rank: int, shapes: Iterable[tuple[int, int]], other_shapes: Iterable[tuple[int, int]]
-) -> int:
-    """The rank on `other_shapes`, at least 1, with about as many parameters as `rank` has on `shapes`.
-
-    A rank has Σ(d_out + d_in) of them (Hu et al. 2021, section 4). The counts differ by at most half a rank.
-    """
-    per_rank, of_other = (sum(rows + columns for rows, columns in some) for some in (shapes, other_shapes))
-    return max(1, round(rank * per_rank / of_other))
-
-
 def safetensors_bytes(
     tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
 ) -> int:

@@ -226,7 +226,7 @@ def learning_rate_map(records: Records) -> HeatMap | None:
 
     It shows complete trainings with the settings that all ranks share.
     """
-    arms = [outcome for outcome in records.plain() if outcome.rank > 0 and outcome.truncate_from is None]
+    arms = [outcome for outcome in records.outcomes if outcome.rank > 0 and outcome.truncate_from is None]
     if not any(isinstance(outcome, TrialFinished) for outcome in arms):
         return None
     cells: dict[tuple[str, str], tuple[float | None, str]] = {}

@@ -13,8 +13,8 @@ from rightrank.models.labels import base_arguments, loading_lines
 from rightrank.report.format import duration, metric_unit, quantity, size
 from rightrank.schema.decision import Decision, HandedOver
 from rightrank.schema.events import RunStarted, TestEvaluated
+from rightrank.schema.scaling import peft_scaling
 from rightrank.schema.trials import TrialCollapsed, TrialFinished, split_name
-from rightrank.schema.variants import peft_scaling
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rightrank.report.answer import answer_view, brief, certainty_rows, evidence_table, labelled
-from rightrank.report.figure import HeatMap, heat_map
-from rightrank.report.format import duration, metric_unit, or_dash, quantity, size, table_lines, visible
+from rightrank.report.format import duration, metric_unit, quantity, size, table_lines, visible
 from rightrank.report.terminal_figures import terminal_curve
-from rightrank.schema.decision import Decision, SweepRow
+from rightrank.schema.decision import Decision
 from rightrank.schema.results import Preflight, PreflightStrategy, SelectionCost
 
 FINISH_SECONDS = 5  # the test split, samples and the report of a small run; a longer one's are a small part of its time
@@ -34,44 +33,6 @@ def decision_text(
     ]
     evidence = map(visible, table_lines(evidence_table(decision)))
     return "\n".join([*read, "", *([curve] if curve else []), *evidence, "", *map(visible, labelled(rows, 9))])
-
-
-SHARED = "shared by all ranks"
-
-
-def sweep_text(rows: Sequence[SweepRow]) -> str:
-    """One line per setting and rank."""
-    heading = ["setting", "rank", "learning rate", "held-out", "gain", "parameters", "shared"]
-    cells = [
-        [
-            row.setting,
-            str(row.rank),
-            f"{row.learning_rate:g}",
-            f"{row.value:.4f}",
-            f"{row.gain:+.4f}",
-            or_dash(row.parameters, ","),
-            or_dash(row.shared_parameters, ","),
-        ]
-        for row in rows
-    ]
-    return "\n".join(table_lines([heading, *cells], left=(0,)))
-
-
-def sweep_map(rows: Sequence[SweepRow], metric: str, higher_is_better: bool) -> HeatMap | None:
-    """Rank × setting, each at its best learning rate; it shows whether the best setting depends on the rank.
-
-    None without a sweep.
-    """
-    if not rows:
-        return None
-    sign = 1 if higher_is_better else -1
-    cells: dict[tuple[str, str], tuple[float | None, str]] = {}
-    for row in sorted(rows, key=lambda row: row.rank):
-        cells.setdefault((str(row.rank), SHARED), (row.value - sign * row.gain, ""))
-        cells[str(row.rank), row.setting] = row.value, f"learning rate {row.learning_rate:g}"
-    title = "Other settings, each at its best learning rate"
-    alt = f"Held-out {metric} of the relevant ranks under further settings."
-    return heat_map("sweep", title, alt, ("rank", "setting"), cells, not higher_is_better)
 
 
 def preflight_text(found: Preflight) -> str:

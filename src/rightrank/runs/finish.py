@@ -23,7 +23,6 @@ from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
 from rightrank.schema.errors import AllTrialsFailedError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded, GuardAnswer, Sample, TestEvaluated
 from rightrank.schema.trials import TrialFinished
-from rightrank.search.sweep import sweep_rows
 from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.generation import expected_of, promptable_examples, write_completion
 from rightrank.train.metrics import measure
@@ -72,7 +71,6 @@ def finish(run: Run, decision: Decision | None) -> Selected:
             folder.report,
             answers(records, decision, run.settings.goal),
             records.samples,
-            sweep_rows(records.started, records.outcomes),
             next_commands(records.started, decision, str(folder.path)),
             compared(records),
         )
@@ -176,7 +174,7 @@ def final_answer(records: Records, decision: Decision | None) -> AdapterAnswer:
     Raises:
         AllTrialsFailedError: no training ended.
     """
-    question, plain = question_of(records), records.plain()
+    question, plain = question_of(records), records.outcomes
     known = records.adapters[-1].answer if records.adapters else adapter_answer(plain, question)
     if known is not None:
         return improved_by_training(known, plain, question) or known

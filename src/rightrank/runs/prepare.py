@@ -133,7 +133,7 @@ def _truncates(prepared: Prepared) -> bool:
     Raises:
         SettingsError: goal `adapter` with adapters that can't be.
     """
-    reason = prepared.runtime.arm_targets.why_not_truncated
+    reason = prepared.runtime.targets.why_not_truncated
     if reason is not None and prepared.settings.goal == "adapter":
         raise SettingsError(
             f"goal 'adapter' needs adapters that can be truncated ({reason}); give goal 'training-rank'"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rightrank.decision.run import Records, document
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.decision import AdapterCandidate, Decision, HandedOver, SweepRow
+from rightrank.schema.decision import AdapterCandidate, Decision, HandedOver
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.events import Sample
 from rightrank.schema.settings import Goal
@@ -47,7 +47,6 @@ class Selected:
     report: Path
     answers: Mapping[str, Any]  # both answers, as in decision.json
     samples: list[Sample] = field(default_factory=list)
-    sweep: list[SweepRow] = field(default_factory=list)
     next_commands: Sequence[
         str | None
     ] = ()  # each next run as a command that can be pasted, where one continues this run

@@ -45,18 +45,6 @@ class ResultsTable(Record):
     understood: list[str]  # notes: the role of each column, and which rows were left out
 
 
-class SweepRow(Record):
-    """A further setting (an alpha, a scaling rule, an initialisation) at one rank and its best learning rate."""
-
-    setting: str
-    rank: Whole
-    learning_rate: float
-    value: float  # held-out, the mean over seeds
-    gain: float  # over the setting that all ranks share, at this rank; above 0 is better
-    parameters: Whole | None = None  # of the adapter
-    shared_parameters: Whole | None = None  # of this rank at the shared setting
-
-
 class RankEvidence(Record):
     """The evidence on one rank."""
 

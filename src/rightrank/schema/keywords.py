@@ -15,7 +15,6 @@ class SelectKeywords(TypedDict, total=False):
     learning_rates: Sequence[float] | float
     seeds: Sequence[int] | int
     extend: bool
-    sweep: Sequence[str] | str
     metric: str
     margin: float
     confidence: float

@@ -59,7 +59,6 @@ class PlanSettings(PeftFields):
     # the adapter
     target_modules: tuple[str, ...] = _as_select("target_modules")
     layers_to_transform: tuple[int, ...] | None = _as_select("layers_to_transform")
-    divide_rank_by_experts: bool = _as_select("divide_rank_by_experts")
     rank_pattern: dict[str, int] = setting({}, ADAPTER, "ranks of single modules, as in PEFT")
     use_rslora: bool = setting(False, ADAPTER, "as in PEFT")
     autocast_adapter_dtype: bool = setting(

@@ -308,16 +308,6 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
         option=True,
         identity=False,
     )
-    sweep: tuple[str, ...] = setting(
-        (),
-        COMPARE,
-        "further values of a setting, such as alpha=16,64; of `alpha`, `scaling`, `init`, `targets` or "
-        "`equal_targets`, at the ranks that matter",
-        option=True,
-        metavar="AXIS=VALUES",
-        continuable=True,
-    )
-
     metric: str = setting(
         "loss",
         DECIDE,
@@ -419,10 +409,6 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
     layers_to_transform: tuple[int, ...] | None = setting(
         None, ADAPTER, "layer numbers, such as 26,27; by default all", option=True, also=("layers",), split=True
     )
-    divide_rank_by_experts: bool = setting(
-        False, ADAPTER, "the rank of an expert is the adapter's divided by the number of experts, at least 1"
-    )
-
     max_steps: int | None = setting(
         None,
         TRAINING,

@@ -59,19 +59,10 @@ class ArmFields(Record):
     continue_from: str | None = None  # id of a trial of the same arm that was stopped early
     truncate_from: str | None = None  # id of a finished trial at this rank or a higher one
     anneal_from: Whole | None = None  # from this step the learning rate decays linearly to 0 at `stop_at`
-    init_lora_weights: str | None = None  # None: from the settings
-    target_modules: tuple[str, ...] | None = None  # None: from the settings
-    equal_parameters: bool | None = (
-        None  # True: use the rank with as many parameters as `rank` has over the settings' modules
-    )
 
     @property
     def arm(self) -> Arm:
         return Arm(**{name: getattr(self, name) for name in ArmFields.model_fields})
-
-    def is_plain(self, lora_alpha: float) -> bool:
-        """Whether the arm has the setting that all ranks share, with this alpha, and not a variant's of a sweep."""
-        return self.lora_alpha == lora_alpha and self.init_lora_weights is None and self.target_modules is None
 
 
 class Arm(ArmFields):

@@ -87,7 +87,7 @@ class Trials:
         for arm, outcome in self.outcomes.items():
             if (arm.rank, arm.learning_rate, arm.seed) != (rank, learning_rate, self.space.seeds[0]):
                 continue
-            if arm.truncate_from is not None or not self.space.is_plain(arm) or not isinstance(outcome, TrialFinished):
+            if arm.truncate_from is not None or not isinstance(outcome, TrialFinished):
                 continue
             losses = self.space.points_are_losses
             if (arm.stop_at or arm.steps) == step:
@@ -102,7 +102,7 @@ class Trials:
         return {
             (arm.rank, arm.learning_rate, arm.seed): outcome
             for arm, outcome in self.outcomes.items()
-            if arm.is_direct and arm.rank > 0 and self.space.is_plain(arm) and isinstance(outcome, TrialFinished)
+            if arm.is_direct and arm.rank > 0 and isinstance(outcome, TrialFinished)
         }
 
     def ranks(self) -> list[int]:

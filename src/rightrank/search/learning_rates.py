@@ -29,7 +29,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TypeAlias
 
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.schema.variants import Variant
 from rightrank.search.history import Trials, oriented
 from rightrank.search.space import Space, base_arm
 
@@ -41,30 +40,20 @@ QUARTER, HALF = 0.25, 0.5  # parts of a training after which learning rates are 
 MAX_PLAUSIBLE_GAIN = 0.05
 
 
-def climb(
-    trials: Trials,
-    rank: int,
-    start: float | None = None,
-    variant: Variant | None = None,
-) -> Requests:
-    """Climb from `start` to a learning rate that is better than both its neighbours.
+def climb(trials: Trials, rank: int) -> Requests:
+    """Climb from the upper middle to a learning rate that is better than both its neighbours.
 
     The loss has one valley over the logarithm of the learning rate, so the climb ends where a search over all of them would.
     Learning rates that are far too high are an exception: there the loss is flat, and a higher one may look better. A
     doubtful climb upward, and one whose start gave no result, is therefore followed by a climb downward.
-
-    Args:
-        start: the first learning rate; None for the upper middle of the space.
-        variant: a value of a sweep that all arms of the climb have.
     """
     space = trials.space
     learning_rates = space.learning_rates
 
     def arm(place: int) -> Arm:
-        found = space.arm(rank, learning_rates[place])
-        return found if variant is None else variant.of(found, space.scaling)
+        return space.arm(rank, learning_rates[place])
 
-    first = learning_rates.index(start) if start is not None else len(learning_rates) // 2
+    first = len(learning_rates) // 2
     yield [arm(first)]
     best = first
     if not trials.diverged(arm(first)):

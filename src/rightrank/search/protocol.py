@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome
 from rightrank.search.history import History, Trials, seconds_of, steps_of
-from rightrank.search.learning_rates import Requests, climb
+from rightrank.search.learning_rates import Requests
 from rightrank.search.space import Space, base_arm
 
 
@@ -28,7 +28,7 @@ class CostEstimate:
 
 
 class Strategy(ABC):
-    """Decides which arms to train next, keeps to the budget and adds the sweep.
+    """Decides which arms to train next, keeps to the budget.
 
     A subclass defines `name` and `script`. These rules hold for every name in `STRATEGIES` (`tests/search/test_conformance.py`):
 
@@ -66,11 +66,11 @@ class Strategy(ABC):
         """Yield the arms to run, in turn. After a `yield`, `trials` holds the outcomes of all arms yielded so far."""
 
     def unbounded_cost(self) -> CostEstimate:
-        """The cost without a budget and without a sweep."""
+        """The cost without a budget."""
         return CostEstimate(self._cells(), self._cells(), self._cells())
 
     def max_script_arms(self) -> int:
-        """An upper bound of the number of arms without a sweep, the base included."""
+        """An upper bound of the number of arms, the base included."""
         return 1 + 3 * self._cells()
 
     def min_trainings(self) -> float:
@@ -83,7 +83,7 @@ class Strategy(ABC):
     def max_arms(self) -> int:
         """An upper bound of the number of arms, with the base where the space evaluates it."""
         base = int(self.space.evaluates_base)
-        return self.max_script_arms() - 1 + base + 2 * len(self.space.variants) * len(self.space.learning_rates)
+        return self.max_script_arms() - 1 + base
 
     def expected_arms(self) -> int:
         """About how many arms `ask` will return in all. The progress display uses it."""
@@ -92,11 +92,8 @@ class Strategy(ABC):
     def cost(self) -> CostEstimate:
         """The cost before anything has run, at most the budget of the space."""
         cost, budget, space = self.unbounded_cost(), self.space.budget_steps, self.space
-        climbs = 2 * len(space.variants)  # at the chosen rank and at the reference
-        expected = cost.expected + climbs * min(3, len(space.learning_rates))
-        maximum = cost.maximum + climbs * len(space.learning_rates)
-        maximum = maximum if budget is None else min(maximum, budget / space.steps)
-        return CostEstimate(min(expected, maximum), maximum, min(cost.to_adapter, maximum))
+        maximum = cost.maximum if budget is None else min(cost.maximum, budget / space.steps)
+        return CostEstimate(min(cost.expected, maximum), maximum, min(cost.to_adapter, maximum))
 
     def ask(self, history: History) -> Sequence[Arm]:
         """The arms to run now. They may run in any order and at the same time."""
@@ -107,9 +104,9 @@ class Strategy(ABC):
         return self._replay(history)[0]
 
     def evidence(self, history: History) -> list[TrialOutcome]:
-        """The outcomes that the decision may compare: trainings of one length at one setting."""
+        """The outcomes that the decision may compare: trainings of one length."""
         outcomes = self.trials(history).outcomes
-        return [outcome for arm, outcome in outcomes.items() if arm.is_direct and self.space.is_plain(arm)]
+        return [outcome for arm, outcome in outcomes.items() if arm.is_direct]
 
     def adapter(self, history: History) -> AdapterAnswer | None:
         """The answer to the first question; None until all its candidates have run."""
@@ -148,20 +145,9 @@ class Strategy(ABC):
         if self.space.evaluates_base:
             yield [base_arm(self.space.lora_alpha)]
         yield from self.script(trials)
-        yield from _sweep(trials)
 
     def _is_affordable(self, steps: int, seconds: float) -> bool:
         space = self.space
         if space.budget_steps is not None and steps > space.budget_steps:
             return False
         return space.budget_seconds is None or seconds <= space.budget_seconds
-
-
-def _sweep(trials: Trials) -> Requests:
-    """Climb with every variant at the chosen rank and at the reference, from the best learning rate of each."""
-    ranks = {trials.smallest_that_holds(), trials.reference()} - {None}
-    for variant in trials.space.variants:
-        for rank in sorted(rank for rank in ranks if rank is not None):
-            learning_rate = trials.best_learning_rate(rank)
-            assert learning_rate is not None
-            yield from climb(trials, rank, learning_rate, variant)

@@ -7,9 +7,8 @@ from itertools import pairwise
 
 from rightrank.decision.metrics import MetricKind, default_margin, kind_of
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.settings import Goal, Scaling, SelectSettings
+from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.schema.variants import Variant, variants_of
 
 RECOVERY_PART = 0.2  # of a training
 MIN_RECOVERY_PART = 0.05
@@ -36,8 +35,6 @@ class Space:
     truncates: bool = True  # whether adapters can be truncated and evaluated
     recovery_steps: int = 0  # of training after truncation, on examples that were not trained on; 0: none are left
     trusts_values: bool = False  # whether values without scores by example can show that a truncation holds (tables)
-    scaling: Scaling = "alpha/r"
-    variants: tuple[Variant, ...] = ()  # the values of a sweep, tried at the end
     budget_steps: float | None = None  # optimizer steps over all arms
     budget_seconds: float | None = None  # of training and evaluation, over all arms
     start_rank: int = 0  # the smallest rank that a climb from below starts at; see `start`
@@ -60,10 +57,6 @@ class Space:
             seed=self.seeds[0] if seed is None else seed,
             steps=self.steps,
         )
-
-    def is_plain(self, arm: Arm) -> bool:
-        """Whether the arm has the setting that all ranks share, not that of a variant."""
-        return arm.is_plain(self.lora_alpha)
 
     def margin_at(self, reference_loss: float) -> float:
         if self.margin is not None:
@@ -100,7 +93,7 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unse
     `unseen_steps` is how many more steps the training examples last that no training sees.
 
     Raises:
-        SettingsError: one rank alone where ranks are to be compared, or an invalid sweep.
+        SettingsError: one rank alone where ranks are to be compared.
     """
     if len(settings.ranks) < 2 and settings.goal == "training-rank":
         raise SettingsError(
@@ -126,8 +119,6 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unse
         kind=kind,
         higher_is_better=higher,
         points_are_losses=settings.points_metric != name,
-        scaling=settings.scaling,
-        variants=variants_of(settings),
         budget_steps=min(budgets, default=None),
         budget_seconds=None if settings.budget_hours is None else settings.budget_hours * 3600,
     )

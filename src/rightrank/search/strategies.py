@@ -33,7 +33,7 @@ def make_strategy(
     """The strategy that `settings.strategy` names, for trainings of `steps` optimizer steps; see `space_of`.
 
     Raises:
-        SettingsError: an unknown name, an invalid sweep, or a budget too small to compare two ranks.
+        SettingsError: an unknown name, or a budget too small to compare two ranks.
     """
     space = space_of(settings, steps, token_loss, unseen_steps)
     return strategy_in(settings.strategy, replace(space, truncates=truncates))

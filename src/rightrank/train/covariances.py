@@ -98,16 +98,11 @@ def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tup
     """
     if path.exists():
         return ()
-    plain = arm.init_lora_weights is None and runtime.settings.init_lora_weights in ("default", "gaussian")
-    gathered = Gathered({}, 0, 0, () if plain else ("an initialisation with a frozen half is truncated by plain SVD",))
-    if plain:
-        trained = arm.model_copy(
-            update={"rank": open_adapter(adapter).rank, "steps": runtime.steps, "truncate_from": None}
-        )
-        examples = unseen_first(runtime, arm.seed, runtime.steps)
-        with runtime.arm(trained) as peft_model:
-            restore_adapter(peft_model, adapter)
-            gathered = gather_moments(runtime, peft_model, examples, moment_tokens(runtime, runtime.steps))
+    trained = arm.model_copy(update={"rank": open_adapter(adapter).rank, "steps": runtime.steps, "truncate_from": None})
+    examples = unseen_first(runtime, arm.seed, runtime.steps)
+    with runtime.arm(trained) as peft_model:
+        restore_adapter(peft_model, adapter)
+        gathered = gather_moments(runtime, peft_model, examples, moment_tokens(runtime, runtime.steps))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_moments(temporary, gathered.moments)

@@ -6,7 +6,7 @@ pass. Arms can be added and removed at any time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,13 +82,8 @@ class MultiLora:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def add(
-        self, adapter: str, arm: Arm, config: LoraConfig, rows: Mapping[str, torch.Tensor] | None = None
-    ) -> dict[str, torch.nn.Parameter]:
-        """Add a freshly initialised adapter; returns its trainable tensors (see `parameters`).
-
-        `rows` gives the first A of each module that does not draw it.
-        """
+    def add(self, adapter: str, arm: Arm, config: LoraConfig) -> dict[str, torch.nn.Parameter]:
+        """Add a freshly initialised adapter; returns its trainable tensors (see `parameters`)."""
         with seeded(arm.seed), without_peft_noise():
             if self.peft_model is None:
                 self._biases = trained_biases(self._model, self._settings)
@@ -96,7 +91,7 @@ class MultiLora:
             else:
                 self.peft_model.add_adapter(adapter, config)
         self._names.append(adapter)
-        initialise(self.peft_model, arm, self._settings, adapter, rows)
+        initialise(self.peft_model, arm, self._settings, adapter)
         self._settle()
         return self.parameters(adapter)
 

@@ -53,7 +53,7 @@ def adapters_per_pass_for(
 
 def multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
     """The reason why two arms can't share a pass over this model, found on a batch of real data; None if they can."""
-    reason = runtime.arm_targets.why_alone
+    reason = runtime.targets.why_alone
     if reason is not None:
         return reason
     if runtime.settings.bias != "none":
@@ -92,7 +92,7 @@ def _seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
     """The shortest of a few passes, forward and backward, over scratch adapters of these arms."""
     with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
         for number, arm in enumerate(arms):
-            multi_lora.add(f"scratch_{number}", arm, runtime.arm_targets.config(arm))
+            multi_lora.add(f"scratch_{number}", arm, runtime.config(arm))
         batch = runtime.batch("train", runtime.batch_plan(arms[0].seed)[0][: runtime.settings.batch_size])
         arm_batches = [ArmBatch(f"scratch_{number}", batch, 1.0, None) for number in range(len(arms))]
         times: list[float] = []
@@ -110,7 +110,7 @@ def _probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, 
     generator = torch.Generator().manual_seed(0)
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         for name, arm in zip(names, arms, strict=True):
-            for parameter in multi_lora.add(name, arm, runtime.arm_targets.config(arm)).values():
+            for parameter in multi_lora.add(name, arm, runtime.config(arm)).values():
                 drawn = torch.randn(parameter.shape, generator=generator) * 0.02
                 parameter.data.copy_(parameter.data + drawn.to(parameter))
         plan, size = runtime.batch_plan(arms[0].seed)[0], runtime.settings.batch_size
@@ -163,7 +163,7 @@ def _measure(runtime: Runtime, arm: Arm) -> Pace:
     fill_seconds = time.perf_counter() - begun
     runtime.fill("selection", evaluated)
     with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
-        named = multi_lora.add(SCRATCH, arm, runtime.arm_targets.config(arm))
+        named = multi_lora.add(SCRATCH, arm, runtime.config(arm))
         schedule = arm_schedule(runtime.settings, arm)
         optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule)
         seconds = [_step_seconds(runtime, multi_lora, optimizer) for _ in plan]

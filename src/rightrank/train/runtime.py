@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from rightrank.data.token_store import EncodedExample, lengths_of
 from rightrank.models.base_models import LoadedModel
@@ -19,7 +20,7 @@ from rightrank.schema.errors import InterruptedRun, ModelError
 from rightrank.schema.events import DataSummary, Preparing
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
-from rightrank.train.adapter import EVA_BATCHES, attached, input_directions
+from rightrank.train.adapter import attached
 from rightrank.train.batches import (
     Batch,
     batch_plan,
@@ -45,7 +46,7 @@ from rightrank.train.loss import (
 )
 from rightrank.train.multi_lora import ArmBatch, MultiLora, concatenated
 from rightrank.train.prefix import FrozenPrefix, find_blocks, prefix_depth
-from rightrank.train.targets import ArmTargets
+from rightrank.train.targets import find_targets, lora_config
 from rightrank.train.tokens import EncodedData
 
 FURTHER_SHARE = 0.1  # of a training's steps: the examples that follow it, for moments and recovery after a truncation
@@ -66,9 +67,7 @@ class Runtime:
         self.data = data
         self.settings = settings
         self.model = loaded.model
-        self.arm_targets = ArmTargets(self.model, settings, data.is_classification)
-        self.targets = self.arm_targets.shared
-        self._eva_rows: dict[tuple[int, int, tuple[str, ...] | None], dict[str, torch.Tensor]] = {}
+        self.targets = find_targets(self.model, settings, data.is_classification)
         self.steps = steps
         self._pad_id: int = loaded.tokenizer.pad_token_id
         probe = self._collated("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
@@ -250,22 +249,13 @@ class Runtime:
         if arm.rank == 0:
             yield self.model
             return
-        config, rows = self.arm_targets.config(arm), self.first_rows(arm)
-        with attached(self.model, self.settings, arm, config, rows) as peft_model, self.recomputing():
+        with attached(self.model, self.settings, arm, self.config(arm)) as peft_model, self.recomputing():
             yield peft_model
 
-    def first_rows(self, arm: Arm) -> dict[str, torch.Tensor] | None:
-        """The first A of each module for an arm initialised from the data (EVA); None for any other."""
-        if arm.init_lora_weights != "eva":
-            return None
-        key = arm.seed, arm.rank, arm.target_modules
-        if key not in self._eva_rows:
-            names = [target.name for target in self.arm_targets.of(arm).modules]
-            batches = [self.batch("train", indices) for indices in self.batch_plan(arm.seed, EVA_BATCHES)]
-            inputs = [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} for batch in batches]
-            with self.fast_paths.attention():
-                self._eva_rows[key] = input_directions(self.model, names, arm.rank, inputs)
-        return self._eva_rows[key]
+    def config(self, arm: Arm) -> LoraConfig:
+        """PEFT's configuration of the arm."""
+        targets, classification = self.targets, self.data.is_classification
+        return lora_config(self.settings, arm, classification, targets.names, targets.parameters)
 
     def recomputing(self) -> AbstractContextManager[None]:
         """Gradient checkpointing, if the settings ask for it."""
@@ -297,7 +287,9 @@ class Runtime:
         if found is None or not settings.cache_prefix or settings.shard_base or settings.bias == "all":
             return None
         name, blocks = found
-        depth = prefix_depth(name, [*self.arm_targets.adapted, *settings.modules_to_save], len(blocks))
+        depth = prefix_depth(
+            name, [*(module.name for module in self.targets.modules), *settings.modules_to_save], len(blocks)
+        )
         if depth == 0:
             return None
         prefix = FrozenPrefix(blocks, depth, self._pad_id, self.loaded.device, folder, settings.eval_batch_size)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,99 +17,14 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.base import AdapterKind
 from rightrank.models.kinds.linear import Linear
-from rightrank.models.kinds.other import WRAPPED, expert_rank
-from rightrank.models.ranks import rank_of_equal_parameters
+from rightrank.models.kinds.other import WRAPPED
 from rightrank.schema.errors import ModelError, did_you_mean, first_line
 from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import Scaling, SelectSettings
+from rightrank.schema.scaling import peft_scaling
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.schema.variants import lora_scale, modules_of, peft_scaling, stored_rank, target_sets, variants_of
 
 ALL_LINEAR = "all-linear"
-LISTED = r"experts\.\d+\..+"  # matches modules in a ModuleList of experts, as a key of PEFT's patterns
-
-
-class ArmTargets:
-    """The target modules of each arm of a run: the settings' own set, or a set that the sweep names.
-
-    Raises:
-        ModelError: a set that PEFT can't adapt, or one that can't hold as many parameters as the settings' own.
-    """
-
-    def __init__(self, model: Any, settings: SelectSettings, classification: bool) -> None:
-        self._settings = settings
-        self._classification = classification
-        self._sets = {
-            names: find_targets(model, settings.model_copy(update={"target_modules": names}), classification)
-            for names in target_sets(settings)
-        }
-        self.shared = self._sets[settings.target_modules]
-        self._require_equal_ranks()
-        self._require_starts()
-
-    @property
-    def adapted(self) -> set[str]:
-        """The names of all modules that some arm adapts."""
-        return {module.name for targets in self._sets.values() for module in targets.modules}
-
-    @property
-    def why_alone(self) -> str | None:
-        """Why no two adapters of the run share a pass, by their kind; None where kinds allow it."""
-        kinds = dict.fromkeys(kind for targets in self._sets.values() for kind in targets.kinds)
-        alone = [kind for kind in kinds if kind.why_alone is not None]
-        if not alone:
-            return None
-        return f"{alone[0].label} runs through PEFT's own forward pass, one adapter at a time ({alone[0].why_alone})"
-
-    @property
-    def why_not_truncated(self) -> str | None:
-        """Why no adapter of the run can be truncated, by their kind; None where all can."""
-        return next(
-            (f"{kind.label}: {kind.why_not_truncated}" for kind in self.shared.kinds if kind.why_not_truncated), None
-        )
-
-    def of(self, arm: Arm) -> Targets:
-        return self.shared if arm.target_modules is None else self._sets[arm.target_modules]
-
-    def config(self, arm: Arm) -> LoraConfig:
-        """PEFT's configuration of the arm, at the rank that keeps the parameter count where the arm asks for that."""
-        targets, rank = self.of(arm), arm.rank
-        if arm.equal_parameters:
-            rank = rank_of_equal_parameters(rank, self.shared.shapes, targets.shapes)
-        held = arm.model_copy(update={"rank": rank})
-        return lora_config(
-            self._settings, held, self._classification, targets.names, targets.parameters, targets.experts
-        )
-
-    def _require_equal_ranks(self) -> None:
-        settings = self._settings
-        for variant in variants_of(settings):
-            if variant.axis != "equal_targets":
-                continue
-            if settings.divide_rank_by_experts:
-                raise ModelError(
-                    f"sweep {variant.label} is not possible with divide_rank_by_experts; leave out one of them"
-                )
-            other = self._sets[modules_of(variant.value)]
-            limit = min(module.max_rank for module in other.modules)
-            for rank in settings.ranks:
-                needed = rank_of_equal_parameters(rank, self.shared.shapes, other.shapes)
-                if needed > limit:
-                    raise ModelError(
-                        f"sweep {variant.label}: as many parameters as rank {rank} has over {'+'.join(settings.target_modules)} "
-                        f"take rank {needed} there, and these modules can have {limit}; name more modules, or smaller ranks"
-                    )
-
-    def _require_starts(self) -> None:
-        """Refuse a sweep over initialisations for a kind that has one of its own."""
-        kinds = {kind for targets in self._sets.values() for kind in targets.kinds if kind.why_own_start is not None}
-        variant = next((one for one in variants_of(self._settings) if one.axis == "init"), None)
-        if kinds and variant is not None:
-            kind = kinds.pop()
-            raise ModelError(
-                f"sweep {variant.label} is not possible with {kind.label}: {kind.why_own_start}; leave it out"
-            )
-
 
 # Models whose kernels read the weights of these modules themselves: PEFT refuses adapters there.
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -124,15 +39,10 @@ class TargetModule:
     in_features: int
     out_features: int
     kind: AdapterKind
-    share: int = 1  # what the rank of an adapter is divided by: the number of experts, where the settings say so
 
     @property
     def max_rank(self) -> int:
         return min(self.in_features, self.out_features)
-
-    def rank(self, rank: int) -> int:
-        """The rank of this matrix in an adapter of `rank`."""
-        return expert_rank(rank, self.share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +52,21 @@ class Targets:
     names: tuple[str, ...]  # `all-linear` resolved to names of modules, whole or by their last parts
     modules: tuple[TargetModule, ...]
     parameters: tuple[str, ...] = ()  # bare parameters, such as those of fused experts
-    experts: Mapping[str, int] = field(default_factory=dict)  # by which the rank is divided, by key of PEFT's patterns
     left_out: tuple[str, ...] = ()  # parameters that PEFT's `all-linear` adapts beside the modules
 
     @property
-    def kinds(self) -> tuple[AdapterKind, ...]:
-        return tuple(dict.fromkeys(module.kind for module in self.modules))
+    def why_alone(self) -> str | None:
+        """Why no two adapters of the run share a pass, by their kind; None where kinds allow it."""
+        alone = next((module.kind for module in self.modules if module.kind.why_alone is not None), None)
+        if alone is None:
+            return None
+        return f"{alone.label} runs through PEFT's own forward pass, one adapter at a time ({alone.why_alone})"
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        return [(module.out_features, module.in_features) for module in self.modules]
+    def why_not_truncated(self) -> str | None:
+        """Why no adapter of the run can be truncated, by their kind; None where all can."""
+        kinds = (module.kind for module in self.modules)
+        return next((f"{kind.label}: {kind.why_not_truncated}" for kind in kinds if kind.why_not_truncated), None)
 
 
 def find_targets(model: Any, settings: SelectSettings, classification: bool) -> Targets:
@@ -179,15 +94,12 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
             raise ModelError(f"PEFT finds no module to adapt ({reason}); {_names_there_are(model)}") from None
         refusal = f"PEFT can't make this adapter: {reason.rstrip('.')}; change the settings of the adapter"
         raise ModelError(refusal) from None
-    experts = expert_counts(model, parameters, names) if settings.divide_rank_by_experts else {}
-    if settings.divide_rank_by_experts and not experts:
-        raise ModelError("divide_rank_by_experts: no adapted matrix belongs to an expert; leave it out")
-    modules = tuple(adapted_matrices(skeleton, experts))
+    modules = tuple(adapted_matrices(skeleton))
     for module in modules:
         _require_trainable(module, skeleton)
         _require_ranks(module, settings.ranks)
     left_out = tuple(name for name in added if not any(given.endswith(name) for given in settings.target_parameters))
-    return Targets(tuple(sorted(names)), modules, tuple(parameters), experts, left_out)
+    return Targets(tuple(sorted(names)), modules, tuple(parameters), left_out)
 
 
 def require_targets(model: Any, settings: SelectSettings | PlanSettings) -> None:
@@ -280,16 +192,14 @@ def _skeleton(model: Any) -> Any:
         return type(model)(model.config)
 
 
-def adapted_matrices(model: Any, experts: Mapping[str, int]) -> Iterator[TargetModule]:
-    """Every matrix that PEFT adapted in `model`, by its name in the base; `experts` as in `Targets`."""
+def adapted_matrices(model: Any) -> Iterator[TargetModule]:
+    """Every matrix that PEFT adapted in `model`, by its name in the base."""
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         kind, name = kind_of(module), path.replace(WRAPPED, "")
         for part, rows, columns in kind.shapes(module):
-            whole = f"{name}.{part}" if part else name
-            share = next((count for key, count in experts.items() if _is_expert(key, whole)), 1)
-            yield TargetModule(whole, columns, rows, kind, share)
+            yield TargetModule(f"{name}.{part}" if part else name, columns, rows, kind)
 
 
 def _require_trainable(module: TargetModule, skeleton: Any) -> None:
@@ -309,7 +219,7 @@ def _require_trainable(module: TargetModule, skeleton: Any) -> None:
 
 
 def _require_ranks(target: TargetModule, ranks: Sequence[int]) -> None:
-    too_large = [rank for rank in ranks if target.rank(rank) > target.max_rank]
+    too_large = [rank for rank in ranks if rank > target.max_rank]
     if too_large:
         raise ModelError(
             f"rank {too_large[0]} is above the {target.max_rank} that {target.name} "
@@ -337,24 +247,18 @@ def lora_config(
     classification: bool,
     names: Sequence[str],
     parameters: Sequence[str] = (),
-    experts: Mapping[str, int] | None = None,
 ) -> LoraConfig:
-    """PEFT's configuration of one arm on the modules and parameters of these names; `experts` divide its rank."""
-    init = arm.init_lora_weights or settings.init_lora_weights
-    rank = stored_rank(init, arm.rank)
+    """PEFT's configuration of one arm on the modules and parameters of these names."""
     alpha, use_rslora = peft_scaling(settings.scaling, arm.lora_alpha, arm.rank)
-    if rank != arm.rank:
-        alpha, use_rslora = lora_scale(settings.scaling, arm.lora_alpha, arm.rank) * rank, False
-    ranks, alphas = expert_patterns(experts or {}, arm.rank, arm.lora_alpha, settings.scaling)
     return LoraConfig(
-        r=rank,
+        r=arm.rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
         use_rslora=use_rslora,
         target_modules=list(names),
         target_parameters=list(parameters) or None,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        init_lora_weights="gaussian" if init == "gaussian" else True,  # for kinds that PEFT alone starts
+        init_lora_weights="gaussian"
+        if settings.init_lora_weights == "gaussian"
+        else True,  # for kinds that PEFT starts
         **common_fields(settings, classification),
     )
 
@@ -380,45 +284,3 @@ def without_peft_noise() -> Iterator[None]:
         # PEFT adds patterns for fused experts, which may have no adapter.
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
         yield
-
-
-def expert_counts(model: Any, target_parameters: Sequence[str], target_modules: Sequence[str]) -> dict[str, int]:
-    """The number of experts by a key of PEFT's patterns: each of `target_parameters`, and modules in a list of experts.
-
-    Raises:
-        ModelError: layers with different numbers of experts under one key.
-    """
-    counts: dict[str, set[int]] = {}
-    for name, value in model.named_parameters():
-        for target in target_parameters:
-            if _matches(target, name) and value.dim() == 3:
-                counts.setdefault(target, set()).add(int(value.shape[0]))
-    for name, module in model.named_modules():
-        listed = re.search(rf"(?:^|\.)(?={LISTED}$)", name)
-        if (
-            listed is not None
-            and any(_matches(target, name) for target in target_modules)
-            and (hasattr(module, "in_features") or hasattr(module, "nf"))
-        ):
-            counts.setdefault(LISTED, set()).add(len(model.get_submodule(f"{name[: listed.end()]}experts")))
-    for key, found in counts.items():
-        if len(found) > 1:
-            raise ModelError(f"divide_rank_by_experts: layers have {sorted(found)} experts under {key!r}; leave it out")
-    return {key: found.pop() for key, found in counts.items()}
-
-
-def expert_patterns(
-    counts: Mapping[str, int], rank: int, lora_alpha: float, scaling: Scaling
-) -> tuple[dict[str, int], dict[str, float]]:
-    """PEFT's `rank_pattern`, and the `alpha_pattern` that keeps the scaling rule, for experts at `rank` over their number."""
-    ranks = {key: expert_rank(rank, count) for key, count in counts.items()}
-    whole, _ = peft_scaling(scaling, lora_alpha, rank)
-    alphas = {key: peft_scaling(scaling, lora_alpha, one)[0] for key, one in ranks.items()}
-    return ranks, {key: alpha for key, alpha in alphas.items() if alpha != whole}
-
-
-def _is_expert(key: str, name: str) -> bool:
-    """Whether a key of `expert_counts` matches a matrix by its name in the base."""
-    if key == LISTED:
-        return re.search(rf"(^|\.){LISTED}$", name) is not None
-    return re.sub(r"\.\d+$", "", name).endswith(key)

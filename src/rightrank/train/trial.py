@@ -20,8 +20,8 @@ from peft import LoraConfig, set_peft_model_state_dict
 from rightrank.models.adapter_files import save_adapter
 from rightrank.models.truncation import load_moments, truncated_tensors
 from rightrank.schema.events import Listener, StepDone
+from rightrank.schema.scaling import lora_scale
 from rightrank.schema.trials import EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
-from rightrank.schema.variants import lora_scale
 from rightrank.train.batches import Batch
 from rightrank.train.checkpoints import Checkpoint, Progress, RunningMean, load_checkpoint, save_checkpoint
 from rightrank.train.distributed import process_index
@@ -74,11 +74,11 @@ class ArmTraining:
         self._listener = listener
         self._settings = runtime.settings
         self._truncation: Literal["svd", "kfac"] | None = None
-        arm, config = trial.arm, runtime.arm_targets.config(trial.arm)
+        arm, config = trial.arm, runtime.config(trial.arm)
         truncated = self._truncated(config)
         first = 0 if arm.truncate_from is None else runtime.steps  # recovery continues where a whole training ends
         plan = runtime.batch_plan(arm.seed, first + arm.steps)[first:]
-        named = multi_lora.add(self.adapter, arm, config, runtime.first_rows(arm))
+        named = multi_lora.add(self.adapter, arm, config)
         schedule = arm_schedule(runtime.settings, arm)
         self.optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule)
         self._last_step = arm.steps if arm.stop_at is None else arm.stop_at

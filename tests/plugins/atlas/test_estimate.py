@@ -21,7 +21,7 @@ from rightrank.plugins.atlas.rows import load
 from rightrank.plugins.atlas.view import atlas_row, figure_of, outlook, sentence
 from rightrank.report.svg import svg_file
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.variants import rank_change_line, rate_warning
+from rightrank.schema.scaling import rank_change_line, rate_warning
 from tests.plugins.atlas.made_up import sweep
 from tests.report.runs import made_up_run
 

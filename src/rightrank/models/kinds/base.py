@@ -185,7 +185,6 @@ class AdapterKind(ABC):
     label: ClassVar[str]  # in messages, with its article: "a convolution"
     why_alone: ClassVar[str | None] = None  # why no two adapters share a pass; None: they do
     why_not_select: ClassVar[str | None] = None  # why `select`, which trains text models, does not train it
-    why_own_start: ClassVar[str | None] = None  # why it can't start from weights or data (`init` in a sweep)
     why_not_truncated: ClassVar[str | None] = None  # why no adapter of a lower rank can be made of one
     why_not_padded: ClassVar[str | None] = None  # why servers that want one rank can't load it with zeros appended
 

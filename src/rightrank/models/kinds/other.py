@@ -138,7 +138,6 @@ class Other(AdapterKind):
     name = "linear"
     label = "an adapter of a kind that rightrank does not know"
     why_alone = "only PEFT's own forward pass computes it"
-    why_own_start = "what its tensors mean is unknown"
     why_not_truncated = "what its tensors mean is unknown"
     why_not_padded = "what its tensors mean is unknown"
 
@@ -161,7 +160,6 @@ class Experts(AdapterKind):
     name = "expert"
     label = "adapters on fused experts (target_parameters)"
     why_alone = "an expert's rows come from any example"
-    why_own_start = "an expert's inputs are a choice of tokens"
     why_not_padded = "servers load experts in formats of their own"
 
     def adapts(self, module: Any) -> bool:
@@ -204,11 +202,6 @@ class Experts(AdapterKind):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         new_b = torch.stack([one_b for one_b, _ in factors], dim=2)
         return torch.cat([one_a for _, one_a in factors]), new_b.reshape(b.shape[0], -1)
-
-
-def expert_rank(rank: int, experts: int) -> int:
-    """The rank of one expert where a rank is divided by the number of experts (Schulman et al. 2025), at least 1."""
-    return max(1, rank // experts)
 
 
 def _names(parameter: str, experts: int) -> list[str]:

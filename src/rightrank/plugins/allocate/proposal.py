@@ -196,8 +196,7 @@ def _require_matrices(adapter: AdapterFolder) -> None:
     several = next((pair[0].address for pair in adapter.pairs if len(pair) > 1), None)
     if several is not None:
         raise SettingsError(
-            f"allocate gives ranks to modules, and {several} holds experts that share one; give an adapter on modules, "
-            "or compare ranks of experts with select and divide_rank_by_experts"
+            f"allocate gives ranks to modules, and {several} holds experts that share one; give an adapter on modules"
         )
 
 

@@ -15,7 +15,7 @@ from rightrank.plugins.atlas.estimate import Expectation, expectation
 from rightrank.plugins.atlas.question import of_run
 from rightrank.plugins.atlas.rows import FAMILIES
 from rightrank.report.figure import Axis, Figure, Series, rank_axis
-from rightrank.schema.variants import LARGE_RANK, rank_change_line, rate_warning
+from rightrank.schema.scaling import LARGE_RANK, rank_change_line, rate_warning
 
 if TYPE_CHECKING:
     from rightrank.decision.run import Records

@@ -199,7 +199,7 @@ class Estimator:
 
     def beyond(self, rank: int) -> RankEstimate:
         """The estimate of a rank above the highest of the settings: on the same line, where two ranks give one."""
-        if self._ends[0] < self._ends[1] and not self.settings.divide_rank_by_experts:
+        if self._ends[0] < self._ends[1]:
             return self.estimate(rank)
         return self.variant(ranks=(*self.settings.ranks, rank)).estimate(rank)
 
@@ -209,9 +209,6 @@ class Estimator:
         if rank not in self._inventories and high not in self._inventories:
             self._inventories[high] = self._inventory_at_high()
         if rank not in self._inventories:
-            if self.settings.divide_rank_by_experts:  # no affine function of the rank
-                self._inventories[rank] = inventory(adapt(self._base(), self.settings, rank), rank)
-                return self._inventories[rank]
             first, last = self._inventories[low], self._inventories[high]
             between = [
                 tuple(_between_tensors(a, b, self._ends, rank) for a, b in zip(ours, theirs, strict=True))

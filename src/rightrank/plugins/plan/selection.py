@@ -25,7 +25,6 @@ from rightrank.schema.plan_settings import (
 )
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.schema.variants import widest_rank
 from rightrank.train.pace import MAX_ADAPTERS_PER_PASS, measure_pace
 from rightrank.train.tokens import EncodedData, label_count
 
@@ -114,17 +113,18 @@ def plan_selection(
     memory = plan_settings.memory_bytes
     estimator = Estimator(config, plan_settings)
     settings = _within_matrices(settings, estimator.rank_limit)
-    held = {rank: widest_rank(settings, rank) for rank in settings.ranks}
-    peaks = {rank: estimator.estimate(rank).peak for rank in sorted({*held, *held.values()})}
-    needs = {rank: needed(peaks[held[rank]].reserved_bytes, plan_settings) for rank in held}
+    peaks = {rank: estimator.estimate(rank).peak for rank in settings.ranks}
+    needs = {rank: needed(peak.reserved_bytes, plan_settings) for rank, peak in peaks.items()}
     fitting = tuple(rank for rank in settings.ranks if memory is None or needs[rank] <= memory)
     if len(fitting) < min(2, len(settings.ranks)):
         raise SettingsError(_refusal(estimator, needs, memory or 0))
     adapters = None
     wanted = settings.adapters_per_pass or (MAX_ADAPTERS_PER_PASS if plan_settings.device == "cuda" else 1)
     if memory is not None and wanted > 1:
-        adapters = _max_adapters(estimator, held[max(fitting)], wanted)
-    return SelectionPlan({rank: peaks[rank].peak_bytes for rank in held}, needs, memory, fitting, adapters, estimator)
+        adapters = _max_adapters(estimator, max(fitting), wanted)
+    return SelectionPlan(
+        {rank: peak.peak_bytes for rank, peak in peaks.items()}, needs, memory, fitting, adapters, estimator
+    )
 
 
 def _within_matrices(settings: SelectSettings, limit: int) -> SelectSettings:

@@ -28,8 +28,6 @@ from rightrank.train.targets import (
     TargetModule,
     adapted_matrices,
     common_fields,
-    expert_counts,
-    expert_patterns,
     in_layers,
     named_targets,
     require_targets,
@@ -172,7 +170,6 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
     how: dict[str, Any] = {"autocast_adapter_dtype": settings.autocast_adapter_dtype, "low_cpu_mem_usage": True}
     try:
         with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # a user cannot act on them
-            experts = _experts_of(model, settings)
             config = lora_config(model, settings, rank)
             config.init_lora_weights = False  # meta tensors have no values to initialise
             adapted = get_peft_model(model, config, **how)
@@ -183,7 +180,7 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
     for name, parameter in adapted.named_parameters():
         if not set(names[1:]).isdisjoint(name.split(".")):
             parameter.requires_grad_(True)  # PEFT trains only the active adapter
-    return Skeleton(adapted, tuple(adapted_matrices(adapted.get_base_model(), experts)), names)
+    return Skeleton(adapted, tuple(adapted_matrices(adapted.get_base_model())), names)
 
 
 def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
@@ -195,20 +192,12 @@ def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
     largest = max(settings.ranks)
     for target in skeleton.targets:
         limit = target.max_rank
-        if target.rank(largest) > limit and not any(target.name.endswith(name) for name in settings.rank_pattern):
+        if largest > limit and not any(target.name.endswith(name) for name in settings.rank_pattern):
             raise ModelError(
                 f"rank {largest} is above the {limit} that {target.name} ({target.out_features} × "
                 f"{target.in_features}) can have; give ranks up to {limit}, or leave it out: "
                 f"--set exclude_modules={target.name.rpartition('.')[2]}"
             )
-
-
-def _experts_of(model: Any, settings: PlanSettings) -> dict[str, int]:
-    """The numbers of experts that divide a rank, by key of PEFT's patterns; none without `divide_rank_by_experts`."""
-    if not settings.divide_rank_by_experts:
-        return {}
-    targets, _ = named_targets(model, settings, settings.num_labels is not None)
-    return expert_counts(model, in_layers(model, settings), targets)
 
 
 def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
@@ -222,7 +211,7 @@ def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
         r=rank,
         target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else (list(targets) or None),
         target_parameters=parameters or None,
-        rank_pattern=expert_patterns(_experts_of(model, settings), rank, 1.0, "alpha/r")[0] | settings.rank_pattern,
+        rank_pattern=settings.rank_pattern,
         use_rslora=settings.use_rslora,
         **common_fields(settings, settings.num_labels is not None),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rightrank.report.format import size, table_lines
 from rightrank.schema.results import Extent, Plan, RankPlan, SelectionCost
-from rightrank.schema.variants import LARGE_RANK, rank_change_line, rate_warning
+from rightrank.schema.scaling import LARGE_RANK, rank_change_line, rate_warning
 
 
 def plan_text(plan: Plan) -> str:
