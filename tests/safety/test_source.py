@@ -12,8 +12,6 @@ SOURCE = Path(__file__).parents[2] / "src" / "rightrank"
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Only between own processes and never from a file: it checks whether a function can be sent to another process.
 MAY_PICKLE = {"runs/calls.py"}
-# A task file of lm-evaluation-harness runs what it names, by the user's own `--metric`; reading its name runs nothing.
-RUN_BY_THE_USER = {("train/metrics.py", "yaml.load", "Loader")}
 # Data sets of the hub, by a name that the user gives. A script of a data set runs only with `trust_remote_code`, which is not given.
 BY_NAME = {"data/rows.py": "datasets.load_dataset"}
 FORBIDDEN_CALLS = {
@@ -63,7 +61,7 @@ def test_yaml_is_read_by_the_plain_loader_alone() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and dotted(node.func) in ("yaml.load", "yaml.safe_load", "yaml.load_all")
     ]
-    assert set(calls) == {("data/files.py", "yaml.load", "_PlainLoader"), *RUN_BY_THE_USER}
+    assert set(calls) == {("data/files.py", "yaml.load", "_PlainLoader")}
 
 
 def test_every_subprocess_is_a_list_of_words() -> None:

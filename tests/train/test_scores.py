@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from rightrank.decision.comparison import bounds_of, bounds_of_files
 from rightrank.decision.intervals import estimate
-from rightrank.train.score_worker import _shares
 from rightrank.train.scores import exact_match, macro_f1, macro_f1_shares, rouge_l, rouge_n, token_f1
 
 
@@ -114,15 +113,6 @@ def test_the_bounds_of_macro_f1_are_those_of_a_paired_bootstrap_of_the_predictio
         drawn.append(macro_f1(expected[rows], theirs[rows]) - macro_f1(expected[rows], ours[rows]))
     low, high = found.mean - 1.645 * np.std(drawn), found.mean + 1.645 * np.std(drawn)
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.15 * (high - found.mean))
-
-
-def test_a_jackknife_of_groups_has_the_standard_error_of_one_of_examples() -> None:
-    expected, ours, _ = map(np.array, _classified(400, 3))
-    whole = macro_f1(expected, ours)
-    grouped = _shares(whole, 400, lambda kept: macro_f1(expected[list(kept)], ours[list(kept)]))
-    assert np.mean(grouped) == pytest.approx(whole)
-    assert np.std(grouped) == pytest.approx(np.std(macro_f1_shares(expected, ours)), rel=0.25)
-    assert _shares(whole, 5, lambda kept: whole) == whole
 
 
 def test_one_other_prediction_has_the_bound_of_a_rare_difference() -> None:

@@ -6,8 +6,6 @@ reward_accuracy, reward_margin  for preference pairs
 exact_match, f1, rouge1, rouge2, rougeL    of the text that the model generates for a prompt
 MODULE:FUNCTION                 a Python function; MODULE may be a file
 NAME=command:PROGRAM {file}     a program that reads the answers as JSONL and prints scores
-evaluate:NAME[:KEY]             a metric of Hugging Face `evaluate`, or a folder with one
-lm-eval:TASK.yaml[:KEY]         a task file of lm-evaluation-harness
 """
 
 from __future__ import annotations
@@ -87,7 +85,7 @@ def unknown_direction(name: str) -> str:
     return f"metric {name!r}: whether higher or lower is better is not known from its name"
 
 
-SpecKind: TypeAlias = Literal["loss", "classes", "pairs", "text", "function", "command", "evaluate", "lm-eval"]
+SpecKind: TypeAlias = Literal["loss", "classes", "pairs", "text", "function", "command"]
 
 BUILT_IN: dict[str, SpecKind] = {
     "loss": "loss",
@@ -103,7 +101,7 @@ BUILT_IN: dict[str, SpecKind] = {
 }
 _NAMED = re.compile(r"([A-Za-z_][\w-]*)=(.+)", re.DOTALL)
 _FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
-FORMS = f"{', '.join(BUILT_IN)}, MODULE:FUNCTION, NAME=command:PROGRAM, evaluate:NAME[:KEY] or lm-eval:TASK.yaml[:KEY]"
+FORMS = f"{', '.join(BUILT_IN)}, MODULE:FUNCTION or NAME=command:PROGRAM"
 
 
 class MetricSpec(NamedTuple):
@@ -111,13 +109,12 @@ class MetricSpec(NamedTuple):
 
     name: str  # its name in every record
     kind: SpecKind
-    target: str = ""  # the function, command line, metric or task file
-    key: str | None = None  # evaluate and lm-eval: the key of the number
+    target: str = ""  # the function or command line
 
     @property
     def needs_answers(self) -> bool:
         """Whether the metric needs the model's answer to each held-out example: a generated text or a class."""
-        return self.kind not in ("loss", "pairs", "lm-eval") and self.name != "accuracy"
+        return self.kind not in ("loss", "pairs") and self.name != "accuracy"
 
     @property
     def is_measured_along(self) -> bool:
@@ -151,27 +148,9 @@ def _parse_foreign(name: str | None, rest: str) -> MetricSpec | None:
         if name is None:
             raise ValueError(f"metric {rest!r} has no name; give NAME=command:PROGRAM, such as bleu={rest}")
         return MetricSpec(name, "command", target)
-    if kind == "evaluate":
-        target, key = _key(target)
-        return MetricSpec(name or key or _plain(target), "evaluate", target, key)
-    if kind == "lm-eval":
-        target, key = _key(target)
-        return MetricSpec(name or "_".join(filter(None, (_plain(target), key))), "lm-eval", target, key)
-    rest = rest.removeprefix("python:")
     if not _FUNCTION.fullmatch(rest):
         return None
     return MetricSpec(name or rest.rpartition(":")[2], "function", rest)
-
-
-def _key(target: str) -> tuple[str, str | None]:
-    before, colon, key = target.rpartition(":")
-    return (before, key) if colon else (target, None)
-
-
-def _plain(target: str) -> str:
-    """`tasks/gsm8k.yaml` as `gsm8k`."""
-    last = re.split(r"[/\\]", target.rstrip("/\\"))[-1]
-    return re.sub(r"\.(ya?ml|py)$", "", last)
 
 
 def parse_metrics(deciding: str, others: Sequence[str]) -> tuple[MetricSpec, ...]:

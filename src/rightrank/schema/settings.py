@@ -631,17 +631,14 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
             self.is_higher_better(name)
 
     def is_higher_better(self, name: str) -> bool:
-        """The direction of one of the metrics: as given, else as its name or, for `evaluate` and `lm-eval`, its key says.
+        """The direction of one of the metrics: as given, else as its name says.
 
         Raises:
             ValueError: it is not known; the message says what to give.
         """
         if name in self.higher_is_better or name in self.lower_is_better:
             return name in self.higher_is_better
-        spec = next((spec for spec in self.metric_specs if spec.name == name), None)
-        key = spec.key or (spec.target if spec.kind == "evaluate" else "") if spec is not None else ""
         found = direction(name)
-        found = direction(key) if found is None and key else found
         if found is None:
             raise ValueError(
                 f"{unknown_direction(name)}; give --higher-is-better {name} or --lower-is-better {name} (settings "

@@ -1,33 +1,32 @@
-"""Scores from external code: a Python function, a metric of `evaluate`, or a program.
+"""Scores of the model's answers by code of the user's own: a Python function, or a program that reads a JSONL file.
 
-Each runs in its own process with a time limit and reads the answers from a JSONL file, so that it can't affect the
-training. Texts of the data never reach a command line, and no shell is used.
+A function is imported and called in this process. A program gets the file's path; texts of the data never reach a command
+line, and no shell is used.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import math
-import os
-import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 from rightrank.data.files import replacing
 from rightrank.schema.errors import MetricError, RunError, SettingsError
 from rightrank.schema.metrics import MetricSpec
 
-WORKER = "rightrank.train.score_worker"
-POLL_SECONDS = 0.05
-MAX_OUTPUT_BYTES = 16 * 2**20  # about a million scores
+TIMEOUT_SECONDS = 600.0  # of a program that computes a metric
 PLACEHOLDER = "{file}"  # of the answers' path in a command; without it the path is appended
 
 
@@ -53,12 +52,6 @@ class Scored:
         return cls(sum(scores) / len(scores), list(scores))
 
 
-@dataclass(frozen=True, slots=True)
-class ScorerLimits:
-    timeout_seconds: float
-    trust_remote_code: bool = False
-
-
 def write_answers(answers: Iterable[ModelAnswer], path: Path) -> None:
     """Write one JSON object per line: item_id, prompt, completion, expected."""
     with replacing(path) as temporary:
@@ -66,74 +59,123 @@ def write_answers(answers: Iterable[ModelAnswer], path: Path) -> None:
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def require_scorer(spec: MetricSpec, limits: ScorerLimits) -> None:
-    """Check before training that the function, metric or program exists.
+def require_scorer(spec: MetricSpec) -> None:
+    """Check before training that the function or program exists.
 
     Raises:
-        SettingsError: it does not exist, or it would run code from the hub without `trust_remote_code`.
+        SettingsError: it does not exist.
     """
     if spec.kind == "command":
         program = _command(spec)[0]
         if shutil.which(program) is None:
             raise SettingsError(f"metric {spec.name!r}: no program {program!r} on the PATH; give its path")
-    elif spec.kind in ("function", "evaluate"):
-        if spec.kind == "evaluate" and not Path(spec.target).exists() and not limits.trust_remote_code:
-            raise SettingsError(
-                f"metric {spec.name!r}: {spec.target!r} is not a local file or folder, and a metric from the hub runs code from "
-                "there; give a local metric, or trust_remote_code"
-            )
-        try:
-            _ask_worker(spec, None, limits)
-        except MetricError as error:
-            raise SettingsError(str(error)) from None
+    elif spec.kind == "function":
+        _function(spec)
 
 
-def score(spec: MetricSpec, path: Path, count: int, limits: ScorerLimits) -> Scored:
-    """Score the `count` answers in a file.
+def score(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Scored:
+    """Score the answers by a function or a program.
 
     Raises:
         MetricError: the scorer failed, took too long, or returned something other than scores.
     """
-    if spec.kind == "command":
-        printed = _run(spec, command_on(_command(spec), path), path, limits)
-        found: object = _parse_scores(spec, printed, count)
-    else:
-        found = _ask_worker(spec, path, limits)
-    if isinstance(found, list):
-        return Scored.of_examples(_numbers(spec, found, count))
-    return Scored(_numbers(spec, [found], 1)[0], None)
+    found = _printed(spec, answers) if spec.kind == "command" else _returned(spec, answers)
+    is_one = not isinstance(found, list | tuple)
+    scores = [found] if is_one else list(found)
+    if not is_one and len(scores) != len(answers):
+        raise MetricError(
+            f"metric {spec.name!r}: it gave {len(scores)} scores for {len(answers)} examples; one per example is expected"
+        )
+    for one in scores:
+        if not isinstance(one, int | float) or not math.isfinite(one):
+            raise MetricError(f"metric {spec.name!r}: it gave {_short(repr(one))}; finite numbers are expected")
+    return Scored(float(found), None) if is_one else Scored.of_examples([float(one) for one in scores])
 
 
-def _ask_worker(spec: MetricSpec, path: Path | None, limits: ScorerLimits) -> object:
-    """The result of the function or metric; None without answers, which only checks that it exists."""
-    with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
-        out = Path(folder) / "scores.json"
-        task = {
-            "kind": spec.kind,
-            "target": spec.target,
-            "key": spec.key,
-            "answers": None if path is None else str(path.resolve()),
-            "out": str(out),
-        }
-        _run(spec, [sys.executable, "-m", WORKER, json.dumps(task)], path, limits)
-        try:
-            result = json.loads(out.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            raise MetricError(f"metric {spec.name!r}: its process ended without a result") from None
-    if "error" in result:
-        raise MetricError(f"metric {spec.name!r}: {result['error']}")
-    found: object = result["scores"]
+def _returned(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
+    """What the function returns, numbers of numpy or torch as Python's."""
+    function = _function(spec)
+    given = {
+        "prompts": [answer.prompt for answer in answers],
+        "completions": [answer.completion for answer in answers],
+        "expected": [answer.expected for answer in answers],
+    }
+    parameters = inspect.signature(function).parameters.values()
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    names = {parameter.name for parameter in parameters}
+    try:
+        with redirect_stdout(sys.stderr):
+            found = function(**{name: value for name, value in given.items() if takes_all or name in names})
+    except Exception as error:
+        raise MetricError(
+            f"metric {spec.name!r}: {spec.target} raised {type(error).__name__}: {_short(str(error))}"
+        ) from error
+    return found.tolist() if hasattr(found, "tolist") else found
+
+
+def _function(spec: MetricSpec) -> Callable[..., Any]:
+    """The function `module:name` or `file.py:name`; modules are found from the working folder.
+
+    Raises:
+        SettingsError: no such module, file or function.
+    """
+    where, _, name = spec.target.rpartition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = _module_of_file(where) if where.endswith(".py") else importlib.import_module(where)
+    except Exception as error:  # noqa: BLE001 - user code: whatever its import raises
+        raise SettingsError(
+            f"metric {spec.name!r}: can't import {where!r} ({type(error).__name__}: {_short(str(error))})"
+        ) from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
+        raise SettingsError(
+            f"metric {spec.name!r}: {where!r} has no function {name!r}; it has: {', '.join(there) or 'none'}"
+        )
+    found: Callable[..., Any] = function
     return found
+
+
+def _module_of_file(path: str) -> Any:
+    spec = spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _command(spec: MetricSpec) -> list[str]:
     try:
-        command = shlex.split(spec.target)
+        return shlex.split(spec.target)
     except ValueError as error:
         raise SettingsError(f"metric {spec.name!r}: {spec.target!r} can't be read as a command ({error})") from None
-    if not command:
-        raise SettingsError(f"metric {spec.name!r}: an empty command; give NAME=command:PROGRAM")
-    return command
+
+
+def _printed(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
+    """What the program prints: a number, or a number for each example, as JSON or as words."""
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
+        path = Path(folder) / "answers.jsonl"
+        write_answers(answers, path)
+        try:
+            printed = run_program(command_on(_command(spec), path), TIMEOUT_SECONDS)
+        except RunError as error:
+            raise MetricError(f"metric {spec.name!r}: {error}") from None
+    try:
+        return json.loads(printed)
+    except json.JSONDecodeError:
+        pass
+    try:
+        words = [float(word) for word in printed.split()]
+    except ValueError:
+        words = []
+    if not words:
+        raise MetricError(
+            f"metric {spec.name!r}: it printed {_short(printed)!r}; one number, or {len(answers)} (one per example), are expected"
+        )
+    return words[0] if len(words) == 1 else words
 
 
 def command_on(words: list[str], file: Path) -> list[str]:
@@ -142,97 +184,25 @@ def command_on(words: list[str], file: Path) -> list[str]:
     return placed if placed != words else [*placed, str(file)]
 
 
-def _run(spec: MetricSpec, command: Sequence[str], path: Path | None, limits: ScorerLimits) -> str:
-    """Run a program and return what it printed."""
-    environment = os.environ | {"RIGHTRANK_ANSWERS": "" if path is None else str(path)}
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        try:
-            process = subprocess.Popen(
-                list(command), stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, start_new_session=True
-            )
-        except OSError as error:
-            raise MetricError(f"metric {spec.name!r}: can't run {command[0]!r} ({error.strerror or error})") from None
-        try:
-            _wait(process, spec, limits.timeout_seconds, out.fileno())
-        finally:
-            if process.poll() is None:
-                _kill(process)
-        out.seek(0)
-        err.seek(0)
-        printed = out.read().decode("utf-8", errors="replace")
-        error_lines = err.read().decode("utf-8", errors="replace").strip().splitlines()
-    if process.returncode != 0:
-        detail = f": {_short(error_lines[-1])}" if error_lines else ""
-        raise MetricError(f"metric {spec.name!r}: {_short(command[0])} ended with status {process.returncode}{detail}")
-    return printed
-
-
 def run_program(command: Sequence[str], timeout_seconds: float) -> str:
-    """Run a judge's program and return what it printed.
+    """Run a program and return what it printed.
 
     Raises:
-        RunError: it could not be started, ended with a status other than 0, took too long or printed too much.
+        RunError: it could not be started, ended with a status other than 0, or took too long.
     """
     try:
-        return _run(MetricSpec("judge", "command"), command, None, ScorerLimits(timeout_seconds))
-    except MetricError as error:
-        raise RunError(str(error).replace("metric 'judge'", "the judge's program")) from None
-
-
-def _wait(process: subprocess.Popen[bytes], spec: MetricSpec, seconds: float, output: int) -> None:
-    end = time.monotonic() + seconds
-    while True:
-        # checked first: a fast process may print much and end between two checks
-        has_ended = process.poll() is not None
-        if os.fstat(output).st_size > MAX_OUTPUT_BYTES:
-            raise MetricError(f"metric {spec.name!r}: it printed more than {MAX_OUTPUT_BYTES >> 20} MiB and was killed")
-        if has_ended:
-            return
-        if time.monotonic() > end:
-            raise MetricError(f"metric {spec.name!r}: it took longer than {seconds:g} s and was killed")
-        time.sleep(POLL_SECONDS)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        process.kill()
-    process.wait()
-
-
-def _parse_scores(spec: MetricSpec, printed: str, count: int) -> object:
-    """One number, one number per example, or JSON of either (bare, or under `score` or `scores`)."""
-    try:
-        value = json.loads(printed)
-    except (json.JSONDecodeError, RecursionError):
-        value = [_number(word) for word in re.split(r"[\s,]+", printed.strip())]
-        if not value or None in value or len(value) not in (1, count):
-            raise MetricError(
-                f"metric {spec.name!r}: it printed {_short(printed)!r}; one number, or {count} (one per example), are expected"
-            ) from None
-        return value[0] if len(value) == 1 else value
-    if isinstance(value, dict):
-        value = value.get("scores", value.get("score"))
-    return value
-
-
-def _number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None
-
-
-def _numbers(spec: MetricSpec, values: Sequence[object], count: int) -> list[float]:
-    if len(values) != count:
-        raise MetricError(
-            f"metric {spec.name!r}: it returned {len(values)} scores for {count} examples; one per example is expected"
+        ended = subprocess.run(
+            list(command), stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_seconds, check=False
         )
-    for value in values:
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise MetricError(f"metric {spec.name!r}: it returned {_short(repr(value))}; finite numbers are expected")
-    return [float(value) for value in values if isinstance(value, int | float)]
+    except OSError as error:
+        raise RunError(f"can't run {command[0]!r} ({error.strerror or error})") from None
+    except subprocess.TimeoutExpired:
+        raise RunError(f"{_short(command[0])} took longer than {timeout_seconds:g} s and was killed") from None
+    if ended.returncode != 0:
+        last = ended.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        detail = f": {_short(last[0])}" if last else ""
+        raise RunError(f"{_short(command[0])} ended with status {ended.returncode}{detail}")
+    return ended.stdout.decode(errors="replace")
 
 
 def _short(text: str) -> str:
