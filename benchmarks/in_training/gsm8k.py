@@ -74,7 +74,7 @@ def _walk(model: Any, tokenizer: Any, given: argparse.Namespace, tests: Sequence
         for rank in (adapter.rank, *map(int, given.ranks.split(","))):
             folder = Path(working) / f"r{rank}"
             if rank < adapter.rank:
-                write_resized(adapter, folder, capped(adapter, rank, moments), None, moments)
+                write_resized(adapter, folder, capped(adapter, rank, moments), moments)
                 put_in_place(model, "default", open_adapter(folder))
             right = _right(model, tokenizer, given, tests)
             scores = Scores([0.0] * len(right), [1] * len(right), {"accuracy": right})

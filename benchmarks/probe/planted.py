@@ -100,7 +100,6 @@ def our_answers(folder: Path) -> tuple[dict[str, dict[str, int]], float]:
     for module in found.modules:
         answers[module.name] = {
             "hard threshold (noise_rank)": module.noise_rank,
-            "random factors (null_rank)": module.null_rank or 0,
             **{f"energy {part}": rank or 0 for part, rank in module.energy_rank.items()},
             "effective rank": round(module.effective_rank or 0),
             "stable rank": round(module.stable_rank),

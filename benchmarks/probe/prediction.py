@@ -100,7 +100,6 @@ def figures(b: Any, a: Any) -> dict[str, float]:
         "effective rank": spectra.effective_rank(s),
         "stable rank": spectra.stable_rank(s),
         "noise_rank": spectra.hard_threshold_rank(s, len(s), len(s)),
-        "null_rank": spectra.null_rank(s, b.shape[0], a.shape[1]),
     }
 
 

@@ -138,7 +138,7 @@ class Study:
         choice = RankChoice(ranks_of(adapter, sharing, weighting, rank, moments, damping), sharing)
         by_name = {module.name: module for module in adapter.modules}
         used = {name: weighed(adapter, by_name[name], one, weighting, damping) for name, one in moments.items()}
-        write_resized(adapter, folder, choice, None, used)
+        write_resized(adapter, folder, choice, used)
         return choice
 
 

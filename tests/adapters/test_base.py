@@ -64,7 +64,6 @@ def identified(adapter: Path, base: Path) -> Path:
         "compare {0} base --model {base} --data {data} --device cpu --seq-len 32",
         "resize {0} {out} --data {data} --base {base} SMALL",
         "fleet {0} {1} --model {base} --data {data} --out {out} SMALL",
-        "inspect {0} --base {base}",
         "resize {dora} {out} --rank 2 --base {base}",
     ],
 )

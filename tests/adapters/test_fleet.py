@@ -1,4 +1,4 @@
-"""`fleet`: one rank for all adapters, the exact sum, and what is refused."""
+"""`fleet`: one rank for all adapters, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from rightrank.adapters.resize import folder_names
-from rightrank.adapters.rewrite import write_sum
 from rightrank.models.adapter_files import open_adapter
-from rightrank.schema.errors import ModelError
+from rightrank.plugins.fleet.common_rank import folder_names
 from tests.adapters.adapters import edit_config, load_base, make_adapter, make_base
 from tests.commands import run
 from tests.tiny import make_tokenizer, write_completions
@@ -40,11 +38,6 @@ def logits(base: Path, adapter: Path) -> torch.Tensor:
     return found
 
 
-def delta(adapter: Path) -> dict[str, torch.Tensor]:
-    opened = open_adapter(adapter)
-    return {m.name: torch.from_numpy(m.scaling * opened.factors(m)[0] @ opened.factors(m)[1]) for m in opened.modules}
-
-
 @pytest.mark.trains
 def test_a_fleet_gets_one_rank_and_every_adapter_its_folder(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -55,7 +48,7 @@ def test_a_fleet_gets_one_rank_and_every_adapter_its_folder(
         make_adapter(base, tmp_path / "single", rank=1),
     ]
     given = ["fleet", *map(str, adapters), "--model", str(base), "--data", str(data), "--margin", "50", *SMALL]
-    status, out, err = run([*given, "--out", str(tmp_path / "out"), "--pad", "--merge", "--json"], capsys)
+    status, out, err = run([*given, "--out", str(tmp_path / "out"), "--pad", "--json"], capsys)
     assert status == 0, err
     found = json.loads(out)
     assert found["rank"] == 1
@@ -69,8 +62,6 @@ def test_a_fleet_gets_one_rank_and_every_adapter_its_folder(
     sides = sum(m.rows + m.columns for m in open_adapter(adapters[0]).modules)
     assert (vllm["rank_before"], vllm["rank"], vllm["saved_bytes"]) == (8, 1, 7 * sides * 2)
     assert sglang["bytes"] == sides * 2
-    assert found["merge"]["rank"] == 11
-    assert (tmp_path / "out" / "merged" / "adapter_model.safetensors").is_file()
 
 
 def test_the_adapters_of_several_runs_are_called_as_their_runs() -> None:
@@ -105,42 +96,6 @@ def test_a_margin_of_nothing_keeps_every_rank(
 
 
 @pytest.mark.parametrize(
-    "kinds", [("plain", "rslora"), ("rank_pattern", "alpha_pattern"), ("plain", "layers"), ("embedding", "embedding")]
-)
-def test_the_sum_is_exact_whatever_the_scales(kinds: tuple[str, str], tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", kinds[0])
-    adapters = [make_adapter(base, tmp_path / f"{place}", kind, rank=4 + 2 * place) for place, kind in enumerate(kinds)]
-    write_sum([open_adapter(one) for one in adapters], [0.5, -2.0], tmp_path / "sum")
-    first, second, total = (delta(folder) for folder in (*adapters, tmp_path / "sum"))
-    assert total.keys() == first.keys() | second.keys()
-    for name, value in total.items():
-        expected = 0.5 * first.get(name, torch.zeros(1)) - 2.0 * second.get(name, torch.zeros(1))
-        assert torch.allclose(value, expected, atol=1e-5), name
-    model: Any = PeftModel.from_pretrained(load_base(base), str(tmp_path / "sum"))
-    layer = next(m for n, m in model.named_modules() if n.endswith(next(iter(total))))
-    value, loaded = next(iter(total.values())), layer.get_delta_weight("default").double()
-    assert torch.allclose(loaded, value if loaded.shape == value.shape else value.T, atol=1e-5)
-
-
-def test_the_sum_of_biases_scales_each_as_peft_does(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", "lora_bias")
-    one, other = (
-        make_adapter(base, tmp_path / name, "lora_bias", rank=rank) for name, rank in (("one", 4), ("other", 2))
-    )
-    write_sum([open_adapter(one), open_adapter(other)], [1.0, 0.0], tmp_path / "sum")
-    assert torch.allclose(logits(base, one), logits(base, tmp_path / "sum"), atol=1e-4)
-
-
-def test_dora_and_modules_trained_whole_have_no_sum(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    plain = open_adapter(make_adapter(base, tmp_path / "plain"))
-    for kind, message in (("dora", "DoRA normalises the weight"), ("modules_to_save", "trained whole")):
-        with pytest.raises(ModelError, match=message):
-            write_sum([plain, open_adapter(make_adapter(base, tmp_path / kind, kind))], [1, 1], tmp_path / "sum")
-    assert not (tmp_path / "sum").exists()
-
-
-@pytest.mark.parametrize(
     ("case", "message"),
     [
         ("one", "1 adapter given: a fleet has two or more"),
@@ -148,7 +103,6 @@ def test_dora_and_modules_trained_whole_have_no_sum(tmp_path: Path) -> None:
         ("shape", "it is an adapter of another base"),
         ("nothing", "no module in common with the others"),
         ("data", "3 data files for 2 adapters"),
-        ("weights", "1 weights for 2 adapters"),
         ("rank", "rank 99 cannot be reached"),
         ("same", "two adapters are in folders named"),
     ],
@@ -174,8 +128,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(
         adapters[1] = make_adapter(base, tmp_path / "c", target_modules=["up_proj"])
     elif case == "data":
         files = [data] * 3
-    elif case == "weights":
-        more = ["--merge", "--weights", "1"]
     elif case == "rank":
         more = ["--ranks", "99"]
     elif case == "same":

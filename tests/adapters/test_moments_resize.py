@@ -41,7 +41,7 @@ def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: P
     costs = [module.rows + module.columns for module in adapter.modules]
     ranks = ranks_within([found.costs for found in parts.values()], costs, 2 * sum(costs), max_rank)
     chosen = dict(zip(parts, ranks, strict=True))
-    resized = write_resized(adapter, tmp_path / "small", RankChoice(chosen, "test"), None, moments)
+    resized = write_resized(adapter, tmp_path / "small", RankChoice(chosen, "test"), moments)
     config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
     assert config["r"] == max(ranks) <= max_rank
     assert (len(set(ranks)) > 1) == (max_rank > 2) == bool(config["rank_pattern"])

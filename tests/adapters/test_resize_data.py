@@ -86,7 +86,7 @@ def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_fil
     choice = capped(adapter, 2, moments)
     assert found.rank == 2 < max(choice.ranks.values()) <= 8
     assert found.parameters_after <= 2 * sum(module.rows + module.columns for module in adapter.modules)
-    write_resized(adapter, tmp_path / "kfac", choice, None, moments)
+    write_resized(adapter, tmp_path / "kfac", choice, moments)
     write_resized(adapter, tmp_path / "svd", RankChoice(dict(choice.ranks), "test"))
     small, kfac, svd = (tensors_of(tmp_path / name) for name in ("small", "kfac", "svd"))
     assert all(torch.equal(small[key], kfac[key]) for key in small)
@@ -201,19 +201,6 @@ def test_recovery_that_diverges_ends_with_status_1(
     assert stop.value.code == 1
     assert "lower learning rate" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_several_adapters_to_one_rank(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    resize(trained, tmp_path / "b", rank=2)
-    answer = answer_of(capsys, trained, tmp_path / "b", tmp_path / "out", "--energy", 0.99)
-    ranks = {open_adapter(tmp_path / "out" / name).config["r"] for name in ("adapter", "b")}
-    assert ranks == {answer["rank"]}
-    assert [Path(entry["out"]).name for entry in answer["adapters"]] == ["adapter", "b"]
-    assert answer["adapters"][1]["relative_delta_error"] < 1e-6  # padded
-    with pytest.raises(SystemExit) as stop:
-        main(["resize", str(trained), str(trained), str(tmp_path / "twice"), "--rank", "2"])
-    assert stop.value.code == 2
-    assert not (tmp_path / "twice").exists()
 
 
 def test_rank_1_leaves_nothing_to_measure(

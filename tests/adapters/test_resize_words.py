@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from peft import LoHaConfig, LoKrConfig, VeraConfig, get_peft_model
 
 from rightrank import resize
 from rightrank.decision.adapter import SEARCH
@@ -18,9 +14,6 @@ from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.settings import make_settings
 from tests.adapters.adapters import (
     edit_config,
-    load_base,
-    load_strictly,
-    logits,
     make_adapter,
     make_base,
     rewrite,
@@ -126,25 +119,3 @@ def test_a_folder_of_named_adapters_names_them(base: Path, tmp_path: Path, capsy
     given = ["resize", str(tmp_path / "all" / "second"), str(tmp_path / "out"), "--rank", "2", "--json"]
     status, out, _ = run(given, capsys)
     assert (status, json.loads(out)["rank"]) == (0, 2)
-
-
-@pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig, VeraConfig])
-def test_other_methods_are_converted_by_peft(kind: Any, base: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "adapter"
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: Any = get_peft_model(load_base(base), kind(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape))
-    model.save_pretrained(folder)
-    expected = logits(model.eval())
-    edit_config(folder, base_model_name_or_path=str(base))
-    found = resize(folder, tmp_path / "out", energy=1.0)
-    assert found.notes[0].startswith(
-        f"converted from {json.loads((folder / 'adapter_config.json').read_text())['peft_type']}"
-    )
-    assert torch.allclose(logits(load_strictly(base, tmp_path / "out")), expected, atol=1e-3)
-    assert resize(folder, tmp_path / "small", rank=1).rank == 1

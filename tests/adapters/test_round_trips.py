@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rightrank.api.adapters import inspect, resize
+from rightrank.api.adapters import resize
 from tests.adapters.adapters import (
     KINDS,
     load_base,
@@ -95,14 +95,10 @@ def test_dora_keeps_its_magnitudes_and_modules_to_save_their_tensors(bases: Any,
         assert all(torch.equal(before[key], after[key]) for key in kept)
 
 
-def test_the_dtype_of_the_file_is_kept_or_chosen(bases: Any, tmp_path: Path) -> None:
+def test_the_dtype_of_the_file_is_kept(bases: Any, tmp_path: Path) -> None:
     adapter = make_adapter(bases("plain"), tmp_path / "adapter", "bfloat16")
     resize(adapter, tmp_path / "kept", rank=2)
     assert {value.dtype for value in tensors_of(tmp_path / "kept").values()} == {torch.bfloat16}
-
-    resized = resize(adapter, tmp_path / "wide", rank=8, dtype="float32")
-    assert {value.dtype for value in tensors_of(tmp_path / "wide").values()} == {torch.float32}
-    assert resized.relative_delta_error < 1e-7
 
 
 def test_a_sharded_base(tmp_path: Path) -> None:
@@ -111,11 +107,6 @@ def test_a_sharded_base(tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     resize(adapter, tmp_path / "small", rank=4)
     load_strictly(base, tmp_path / "small")
-    found = inspect(adapter, base=base)
-    weights = load_base(base).state_dict()
-    for module in found.modules:
-        exact = float(torch.linalg.matrix_norm(weights[f"{module.name}.weight"], 2))
-        assert module.base_spectral_norm == pytest.approx(exact, rel=0.02)
 
 
 def test_a_pattern_on_a_name_that_ends_another_is_anchored() -> None:

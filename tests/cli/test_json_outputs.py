@@ -80,12 +80,9 @@ FINE = [
     "report done",
     "repair done",
     "inspect adapter",
-    "inspect adapter --base base",
     "inspect --base base --finetuned finetuned",
     "resize adapter small --rank 2",
     "resize adapter small --energy 0.9",
-    "resize adapter small --noise",
-    "resize adapter of_model both --rank 2",
     f"allocate of_model data.jsonl --rank 2 --by spectra {TRAINING}",
     "compare of_model of_model --model model --data data.jsonl --seq-len 32 --device cpu",
     "fleet of_model also_of_model --model model --data data.jsonl --out common --margin 9 --ranks 1 --ignore-base-name "

@@ -1,4 +1,4 @@
-"""LoRA files of kohya and diffusers: written from PEFT's adapters, read by the tools themselves and by us."""
+"""LoRA files of kohya: read and resized by us, and read by diffusers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 import torch
 from benchmarks.kinds.images import UNET_TARGETS, make_unet, unet_output
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from rightrank import inspect, resize
-from rightrank.models.adapter_files import open_adapter, write_lora_file
+from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.errors import ModelError
 
 diffusers = pytest.importorskip("diffusers")
@@ -33,60 +34,52 @@ def random_adapter(folder: Path, **changes: Any) -> torch.Tensor:
     return unet_output(model)
 
 
-def loaded(file: Path, form: str) -> torch.Tensor:
+def kohya_file(folder: Path, file: Path) -> Path:
+    """The adapter in kohya's keys, with an alpha for each module."""
+    adapter, tensors = open_adapter(folder), {}
+    for module in adapter.modules:
+        name = f"lora_unet_{module.name.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"] = adapter.tensor(module.a_key).contiguous()
+        tensors[f"{name}.lora_up.weight"] = adapter.tensor(module.b_key).contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(module.scaling * module.rank)
+    save_file(tensors, file, {"ss_network_dim": "4"})
+    return file
+
+
+def loaded(file: Path) -> torch.Tensor:
     """The output of a U-Net into which diffusers loaded the file."""
-    unet = make_unet()
-    if form == "diffusers":
-        unet.load_lora_adapter(str(file.parent), weight_name=file.name, prefix="unet")
-    else:
-        mixin = diffusers.loaders.StableDiffusionLoraLoaderMixin
-        tensors, alphas = mixin.lora_state_dict(str(file))
-        mixin.load_lora_into_unet(tensors, alphas, unet)
+    unet, mixin = make_unet(), diffusers.loaders.StableDiffusionLoraLoaderMixin
+    tensors, alphas = mixin.lora_state_dict(str(file))
+    mixin.load_lora_into_unet(tensors, alphas, unet)
     return unet_output(unet)
 
 
-@pytest.mark.parametrize("form", ["diffusers", "kohya"])
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha/r", "rslora"])
-def test_diffusers_loads_what_is_written_and_what_is_resized(form: Any, use_rslora: bool, tmp_path: Path) -> None:
+def test_diffusers_loads_what_is_resized(use_rslora: bool, tmp_path: Path) -> None:
     expected = random_adapter(tmp_path / "peft", use_rslora=use_rslora)
-    file = tmp_path / "file.safetensors"
-    write_lora_file(tmp_path / "peft", file, form)
-    assert torch.allclose(loaded(file, form), expected, atol=1e-6)
+    file = kohya_file(tmp_path / "peft", tmp_path / "file.safetensors")
     folder, ours = inspect(tmp_path / "peft"), inspect(file)
     energies = [sorted(module.frobenius_norm for module in found.modules) for found in (folder, ours)]
     assert energies[1] == pytest.approx(energies[0], rel=1e-6)
     assert ours.summary.modules_to_save == []
     wide = tmp_path / "wide.safetensors"
     assert resize(file, wide, rank=4).relative_delta_error < 1e-6  # conv1 is padded
-    assert torch.allclose(loaded(wide, form), expected, atol=1e-5)
+    assert torch.allclose(loaded(wide), expected, atol=1e-5)
     small = tmp_path / "small.safetensors"
     resized = resize(file, small, rank=1)
     assert {module.rank for module in open_adapter(small).modules} == {1}
+    with safe_open(small, framework="pt") as opened:
+        assert opened.metadata()["ss_network_dim"] == "1"
     assert resized.relative_delta_error == pytest.approx(
         resize(tmp_path / "peft", tmp_path / "s", rank=1).relative_delta_error
     )
-    assert float((loaded(small, form) - expected).norm()) > 0
-
-
-def test_earlier_keys_of_diffusers_are_read(tmp_path: Path) -> None:
-    random_adapter(tmp_path / "peft", lora_alpha=4, rank_pattern={})
-    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    renamed = {
-        f"unet.{key.removeprefix('base_model.model.')}".replace("lora_A", "lora.down").replace(
-            "lora_B", "lora.up"
-        ): value
-        for key, value in tensors.items()
-    }
-    save_file(renamed, tmp_path / "old.safetensors")
-    ours, theirs = (inspect(tmp_path / name).summary for name in ("old.safetensors", "peft"))
-    assert ours.energy_rank == theirs.energy_rank
-    assert ours.parameters == theirs.parameters
+    assert float((loaded(small) - expected).norm()) > 0
 
 
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({"weight": torch.zeros(2, 2)}, "no keys of kohya or diffusers"),
+        ({"weight": torch.zeros(2, 2)}, "no keys of kohya"),
         ({"x.lora_down.weight": torch.zeros(2, 3), "x.dora_scale": torch.zeros(4, 1)}, "it holds x.dora_scale"),
         ({"x.lora_down.weight": torch.zeros(2, 3)}, "x has no lora_B"),
     ],
@@ -97,12 +90,6 @@ def test_other_files_are_refused_in_one_line(tensors: dict[str, torch.Tensor], s
     with pytest.raises(ModelError, match=said) as raised:
         inspect(tmp_path / "file.safetensors")
     assert "\n" not in str(raised.value)
-
-
-def test_kohya_has_no_keys_for_dora(tmp_path: Path) -> None:
-    random_adapter(tmp_path / "peft", use_dora=True, rank_pattern={}, target_modules=["to_q"])
-    with pytest.raises(ModelError, match="kohya's files have no such tensor"):
-        write_lora_file(tmp_path / "peft", tmp_path / "file.safetensors", "kohya")
 
 
 def test_convolutions_in_groups_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_no_file_names_a_place_relative_to_where_the_selection_ran(home: Path) -
         folder = home / "run" / "exports" / target
         text = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".py", ".yaml", ".sh", ".json"))
         assert "./model" not in text
-        assert str(model) in text or target in ("ollama", "kohya", "diffusers")  # which name no base in these files
+        assert str(model) in text or target == "ollama"  # which names no base in these files
         assert '"data.jsonl"' not in text.replace(str(data), "")
 
 

@@ -63,18 +63,3 @@ def test_a_planted_rank_is_found_in_noise(rank: int, shape: tuple[int, int]) -> 
     s = np.linalg.svd(noisy, compute_uv=False)
     assert spectra.hard_threshold_rank(s, *shape) == rank
     assert spectra.leading_noise_rank(s[:12], float(np.sum(s**2)), *shape) == rank
-
-
-def test_random_factors_stand_above_nothing() -> None:
-    """The bound is a 95% quantile: of 100 null products, about five may reach above it."""
-    above = 0
-    for seed in range(100):
-        b, a = factors(200, 90, 16, seed)
-        above += spectra.null_rank(spectra.factored_singular_values(b, a), 200, 90) > 0
-    assert above <= 12
-
-
-def test_bartletts_triangle_has_the_law_of_a_normal_matrix() -> None:
-    generator = np.random.default_rng(0)
-    drawn = [np.linalg.norm(spectra._random_triangle(generator, 50, 6)) ** 2 for _ in range(400)]
-    assert np.mean(drawn) == pytest.approx(300, rel=0.02)  # E‖G‖² = rows × rank

@@ -31,7 +31,7 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import Evaluating, RunStarted
 from rightrank.schema.results import HeldOut, Resized
-from rightrank.schema.settings import OF_SPLITS, DtypeName, SelectSettings, make_settings
+from rightrank.schema.settings import OF_SPLITS, SelectSettings, make_settings
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import adapter_attached, finished_trial, report_evaluations, train_attached
 from rightrank.train.covariances import Gathered, gather_moments, moment_tokens, unseen_first
@@ -174,7 +174,6 @@ class Candidates:
 
     ranks: Sequence[int]
     recovery: Recovery | None = None
-    dtype: DtypeName | None = None
     on_rank: Callable[[int, float], None] = lambda _rank, _value: None
     by_halves: bool = (
         False  # moments and scores come from the same examples: each half is scored with the other's moments
@@ -288,9 +287,7 @@ def truncation_curve(
             adapter,
             plain,
             capped(adapter, rank, gathered.moments),
-            candidates.dtype,
             gathered.moments,
-            runtime.loaded.name,
         )
         parent = None if rank == top else f"r{top}"
         scores = _by_halves(adapter, runtime, halves, rank, working) if halves else measure(runtime, plain)

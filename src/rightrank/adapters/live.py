@@ -178,7 +178,7 @@ def _walk(
             if rank == adapter.rank:
                 shutil.copytree(adapter.path, folder)
             else:
-                write_resized(adapter, folder, capped(adapter, rank, moments), None, moments)
+                write_resized(adapter, folder, capped(adapter, rank, moments), moments)
         if rank < adapter.rank:
             put_in_place(live.model, live.name, open_adapter(folder))
         parent = None if folder.name == top else top

@@ -9,16 +9,12 @@ from statistics import median
 from typing import Literal
 
 import numpy as np
-import torch
 
 from rightrank.models import spectra
 from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_adapter
-from rightrank.models.base_models import require_base
 from rightrank.models.lora_files import PREFIX, is_alpha
 from rightrank.models.spectra import factored_singular_values
-from rightrank.models.weights import WeightFolder, open_weights
 from rightrank.schema.arrays import Floats
-from rightrank.schema.errors import ModelError
 from rightrank.schema.results import Inspection, InspectionSummary, ModuleKind, ModuleSpectrum
 
 DEAD_FRACTION = 1e-3  # of the median norm of the modules
@@ -42,7 +38,6 @@ class Update:
     values: Floats  # singular values, descending; all of them unless `energy` exceeds the sum of their squares
     energy: float  # ‖ΔW‖²_F
     parameters: int
-    base_spectral_norm: float | None = None
     flags: tuple[str, ...] = ()
 
 
@@ -52,7 +47,7 @@ def describe(update: Update) -> ModuleSpectrum:
     flags = list(update.flags)
     if partial:
         flags.append("partial_spectrum")
-    noise, null = _ranks_above_noise(update, partial)
+    noise = _rank_above_noise(update, partial)
     if s.any() and not partial and (2 * noise >= len(s) or len(s) < MIN_VALUES_FOR_NOISE):
         flags.append("noise_unclear")  # the median may be signal
     return ModuleSpectrum(
@@ -68,26 +63,24 @@ def describe(update: Update) -> ModuleSpectrum:
         effective_rank=None if partial else spectra.effective_rank(s),
         energy_rank={f"{part:g}": spectra.energy_rank(s, part, total) for part in spectra.ENERGY_FRACTIONS},
         noise_rank=noise,
-        null_rank=null,
-        base_spectral_norm=update.base_spectral_norm,
         flags=flags,
     )
 
 
-def _ranks_above_noise(update: Update, partial: bool) -> tuple[int, int | None]:
-    """Ranks by the hard threshold, and by random factors of the same shape.
+def _rank_above_noise(update: Update, partial: bool) -> int:
+    """The rank by the hard threshold.
 
     The noise of an adapter is assumed in the r × r core that its factors span, that of a matrix in all entries.
     """
     s, (rows, columns) = update.values, update.shape
     if not s.any():
-        return 0, 0
+        return 0
     s = np.where(s > ROUNDING * s[0], s, 0.0)
     if update.kind != "matrix":
-        return spectra.hard_threshold_rank(s, len(s), len(s)), spectra.null_rank(s, rows, columns)
+        return spectra.hard_threshold_rank(s, len(s), len(s))
     if partial:
-        return spectra.leading_noise_rank(s, update.energy, rows, columns), None
-    return spectra.hard_threshold_rank(s, rows, columns), None
+        return spectra.leading_noise_rank(s, update.energy, rows, columns)
+    return spectra.hard_threshold_rank(s, rows, columns)
 
 
 def flag_dead(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
@@ -147,20 +140,14 @@ def _largest(modules: Sequence[ModuleSpectrum], part: str) -> int | None:
     return max(known, default=0) if len(known) == len(ranks) else None
 
 
-POWER_STEPS = 40  # of the power iteration for the norm of a base weight; the error is about −1% at most
-
-
-def inspect_adapter(path: Path, base: Path | None = None) -> Inspection:
-    """The spectra of an adapter; with `base`, also the norm of each adapted weight.
+def inspect_adapter(path: Path) -> Inspection:
+    """The spectra of an adapter.
 
     Raises:
-        ModelError: no readable LoRA adapter, NaN weights, or another base.
+        ModelError: no readable LoRA adapter, or NaN weights.
     """
     adapter = open_adapter(path)
-    weights = None if base is None else open_weights(base)
-    if weights is not None:
-        require_base(path, weights)
-    updates = [update for pair in adapter.pairs for update in _updates(adapter, pair, weights)]
+    updates = [update for pair in adapter.pairs for update in _updates(adapter, pair)]
     modules = flag_dead([describe(update) for update in updates])
     about = InspectionInfo(
         "adapter",
@@ -190,13 +177,13 @@ def _adapter_notes(adapter: AdapterFolder) -> list[str]:
     return notes
 
 
-def _updates(adapter: AdapterFolder, pair: Sequence[AdapterModule], weights: WeightFolder | None) -> list[Update]:
+def _updates(adapter: AdapterFolder, pair: Sequence[AdapterModule]) -> list[Update]:
     """The updates of a pair; of several experts, those that no token reached are flagged so.
 
     A token gives every direction of B a gradient, and Adam a step of about the learning rate. So an expert whose B is zero
     beside others that moved was never chosen, whereas one that learned nothing has an update that is small.
     """
-    found = [_update(adapter, module, weights) for module in pair]
+    found = [_update(adapter, module) for module in pair]
     if len(found) > 1 and any("untrained" not in update.flags for update in found):
         found = [
             replace(update, flags=tuple("no_token" if flag == "untrained" else flag for flag in update.flags))
@@ -205,7 +192,7 @@ def _updates(adapter: AdapterFolder, pair: Sequence[AdapterModule], weights: Wei
     return found
 
 
-def _update(adapter: AdapterFolder, module: AdapterModule, weights: WeightFolder | None) -> Update:
+def _update(adapter: AdapterFolder, module: AdapterModule) -> Update:
     b, a = adapter.factors(module)
     values = abs(module.scaling) * factored_singular_values(b, a)
     flags = []
@@ -225,41 +212,5 @@ def _update(adapter: AdapterFolder, module: AdapterModule, weights: WeightFolder
         values=values,
         energy=float(np.sum(values**2)),
         parameters=module.parameters,
-        base_spectral_norm=None if weights is None else _base_norm(weights, module),
         flags=tuple(flags),
-    )
-
-
-def _base_norm(weights: WeightFolder, module: AdapterModule) -> float:
-    """The spectral norm of the weight that a module adapts.
-
-    Raises:
-        ModelError: the base has no such weight, or one of another size.
-    """
-    name = weights.weight_of(module.name)
-    if name is None:
-        raise _other_base(weights, f"it has no weight for {module.name}")
-    shape = weights.shapes[name]
-    if sorted((shape[0], int(np.prod(shape[1:])))) != sorted((module.rows, module.columns)):
-        raise _other_base(
-            weights, f"{name} is {list(shape)} there, and the adapter's ΔW is [{module.rows}, {module.columns}]"
-        )
-    return _spectral_norm(weights.tensor(name).float().reshape(shape[0], -1))
-
-
-def _spectral_norm(matrix: torch.Tensor) -> float:
-    """‖W‖₂ by power iteration on WᵀW from a seeded start, a lower bound."""
-    vector = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0))
-    for _ in range(POWER_STEPS):
-        vector = matrix.T @ (matrix @ vector)
-        length = vector.norm()
-        if length == 0:
-            return 0.0
-        vector = vector / length
-    return float((matrix @ vector).norm())
-
-
-def _other_base(weights: WeightFolder, reason: str) -> ModelError:
-    return ModelError(
-        f"{weights.path}: not this adapter's base: {reason}; give the model that the adapter was trained on"
     )

@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rightrank.api.adapters import compare, inspect, inspect_gradient, resize, resize_together
+    from rightrank.api.adapters import compare, inspect, inspect_gradient, resize
     from rightrank.api.deciding import decide
     from rightrank.api.runs import begun_as, doctor, export, repair, status, write_report, write_side_by_side
     from rightrank.api.selecting import preflight, select_rank, select_rank_with
 
 _PLACES = {
-    "adapters": ("compare", "inspect", "inspect_gradient", "resize", "resize_together"),
+    "adapters": ("compare", "inspect", "inspect_gradient", "resize"),
     "deciding": ("decide",),
     "runs": ("begun_as", "doctor", "export", "repair", "status", "write_report", "write_side_by_side"),
     "selecting": ("preflight", "select_rank", "select_rank_with"),
@@ -32,7 +32,6 @@ __all__ = [
     "preflight",
     "repair",
     "resize",
-    "resize_together",
     "select_rank",
     "select_rank_with",
     "status",

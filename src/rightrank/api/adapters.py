@@ -12,9 +12,8 @@ from rightrank.schema.results import (
     AdapterComparison,
     Inspection,
     Resized,
-    ResizedTogether,
 )
-from rightrank.schema.settings import DtypeName, SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.table import given_values
 
 
@@ -25,18 +24,18 @@ def inspect(
 
     Args:
         adapter: a PEFT adapter folder.
-        base: with `adapter`, the base model's folder, for the norms of the weights that the adapter changes.
+        base: with `finetuned`: the base model's folder.
         finetuned: instead of `adapter`: a checkpoint folder to compare with `base`.
 
     Raises:
         InputError: not a readable adapter or checkpoint, or two that don't belong together.
     """
-    if adapter is not None and finetuned is None:
-        _require_adapters([adapter])
+    if adapter is not None and base is None and finetuned is None:
+        _require_adapter(Path(adapter))
 
         from rightrank.adapters.spectra import inspect_adapter
 
-        return inspect_adapter(Path(adapter), None if base is None else Path(base))
+        return inspect_adapter(Path(adapter))
     if adapter is None and base is not None and finetuned is not None:
         from rightrank.adapters.checkpoints import inspect_checkpoints
 
@@ -44,11 +43,10 @@ def inspect(
     raise SettingsError("give an adapter folder, or two checkpoints as base and finetuned (--base A --finetuned B)")
 
 
-def _require_adapters(places: Sequence[str | Path]) -> None:
-    """Refuse a missing folder, or one without an adapter, before torch is imported; files are left to their reader."""
-    for place in map(Path, places):
-        if not place.is_file():
-            require_adapter_folder(place)
+def _require_adapter(place: Path) -> None:
+    """Refuse a missing folder, or one without an adapter, before torch is imported; a file is left to its reader."""
+    if not place.is_file():
+        require_adapter_folder(place)
 
 
 def inspect_gradient(model: str, data: str | Path, *, settings: SelectSettings | None = None) -> Inspection:
@@ -69,7 +67,6 @@ def resize(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    noise: bool = False,
     data: str | Path | None = None,
     margin: float | None = None,
     train: str | Path | None = None,
@@ -78,7 +75,6 @@ def resize(
     learning_rate: float | None = None,
     base: str | None = None,
     uniform: bool = False,
-    dtype: DtypeName | None = None,
     settings: SelectSettings | None = None,
     on_rank: Callable[[int, float], None] = lambda _rank, _value: None,
     notice: Callable[[str], None] = lambda _: None,
@@ -87,20 +83,18 @@ def resize(
     """Write the adapter at another rank to `out`, and report the truncation error.
 
     Args:
-        adapter: a folder of PEFT or mlx-lm, a LoRA file of kohya or diffusers, or a trainer's output folder with checkpoints.
+        adapter: a folder of PEFT or mlx-lm, a LoRA file of kohya, or a trainer's output folder with checkpoints.
         out: the folder or file to write, which must not exist.
-        rank: one rank for all modules; above the present one it pads. Exactly one of `rank`, `energy`, `noise` and `data`
-            chooses the rank.
+        rank: one rank for all modules; above the present one it pads. Exactly one of `rank`, `energy` and `data` chooses
+            the rank.
         energy: for each module the fewest singular values with this fraction of its energy.
-        noise: for each module the singular values above the optimal hard threshold.
         data: held-out rows; the smallest rank whose loss on them is not worse by the margin.
         margin: with data: how much worse is still enough; None for the metric's default.
         train: with data: what the adapter was trained on. These rows are not scored.
         ranks: with data: those to measure; None for the powers of two.
         recover_steps: with data: training steps after each truncation, at `learning_rate`.
-        base: with data, or for the error of DoRA: the base model; None for the one that the adapter names.
-        uniform: with energy or noise: one rank for all modules, the largest needed.
-        dtype: of the written tensors; None for theirs.
+        base: with data: the base model; None for the one that the adapter names.
+        uniform: with energy: one rank for all modules, the largest needed.
         settings: with data: how models and rows are read; see `SelectSettings`.
         on_rank: receives each measured rank and its held-out value.
         notice: receives each line for a person.
@@ -111,7 +105,7 @@ def resize(
         RunError: recovery started and could not finish.
     """
     place, chosen = find_adapter(Path(adapter))
-    _require_adapters([place])
+    _require_adapter(place)
     if chosen:
         notice(chosen)
 
@@ -119,7 +113,6 @@ def resize(
 
     given = given_values(settings)
     options = ResizeOptions(
-        dtype,
         uniform,
         base,
         make_settings(given if margin is None else given | {"margin": margin}),
@@ -131,36 +124,10 @@ def resize(
         notice,
         on_event,
     )
-    rule = ResizeRule(rank, energy, noise, None if data is None else Path(data))
+    rule = ResizeRule(rank, energy, None if data is None else Path(data))
     rule.require_one()
     resized = resize_adapter(place, Path(out), rule, options)
     return resized.model_copy(update={"notes": [chosen, *resized.notes]}) if chosen else resized
-
-
-def resize_together(
-    adapters: Sequence[str | Path],
-    out: str | Path,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    noise: bool = False,
-    dtype: DtypeName | None = None,
-) -> ResizedTogether:
-    """Write several adapters at one common rank, each to a folder of its own name under `out`.
-
-    Exactly one of `rank`, `energy` and `noise` chooses the rank: the one given, or the largest that any module needs.
-
-    Raises:
-        InputError: one of the adapters can't be used, or two have the same name; nothing was written.
-    """
-    _require_adapters(adapters)
-
-    from rightrank.adapters.resize import ResizeOptions, ResizeRule
-    from rightrank.adapters.resize import resize_together as resize_all
-
-    rule = ResizeRule(rank, energy, noise)
-    rule.require_one()
-    return resize_all([Path(adapter) for adapter in adapters], Path(out), rule, ResizeOptions(dtype))
 
 
 def compare(

@@ -104,7 +104,7 @@ def export(
 
     Args:
         run: a run folder whose selection has ended.
-        to: peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp, ollama, diffusers or kohya; or optuna, which
+        to: peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp or ollama; or optuna, which
             gives a study of the trials, of an unfinished run too.
         out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, replaced whole.
         pad: for a server: also write the adapter at one rank that it serves and one scale, the same function.

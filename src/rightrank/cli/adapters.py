@@ -27,7 +27,7 @@ EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
     epilog="Example: rightrank inspect run/adapter --plot spectrum.svg",
 )
 @click.argument("adapter", required=False, type=click.Path(path_type=Path))
-@click.option("--base", type=click.Path(path_type=Path), help="Base model folder.")
+@click.option("--base", type=click.Path(path_type=Path), help="With --finetuned: the base model's folder.")
 @click.option(
     "--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, compared with --base."
 )
@@ -77,10 +77,10 @@ def inspect(
     short_help="Write an adapter at another rank, with what it loses.",
     epilog="Example: rightrank resize run/adapter small --data held_out.jsonl --margin 0.005",
 )
-@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ADAPTER... OUT")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
 @click.option("--rank", type=int, help="One rank for all modules; a rank above the present one pads.")
 @click.option("--energy", type=float, help="Per module, the fewest singular values with this fraction of the energy.")
-@click.option("--noise", is_flag=True, help="Per module, the singular values above the optimal hard threshold.")
 @click.option(
     "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of this file."
 )
@@ -99,24 +99,17 @@ def inspect(
     "--recover", type=int, default=0, show_default=True, help="With --data: training steps after each truncation."
 )
 @click.option("--learning-rate", type=float, help="With --recover: the learning rate.")
-@click.option(
-    "--base", help="With --data, or for the error of DoRA: the base model (default: the one that the adapter names)."
-)
-@click.option("--uniform", is_flag=True, help="With --energy or --noise: one rank for all modules, the largest needed.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Type of the written tensors (default: unchanged).",
-)
+@click.option("--base", help="The base model (default: the one that the adapter names).")
+@click.option("--uniform", is_flag=True, help="With --energy: one rank for all modules, the largest needed.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")
 @click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
 def resize(
-    adapters: tuple[Path, ...],
+    adapter: Path,
+    out: Path,
     rank: int | None,
     energy: float | None,
-    noise: bool,
     data: Path | None,
     train: Path | None,
     margin: float | None,
@@ -125,39 +118,25 @@ def resize(
     learning_rate: float | None,
     base: str | None,
     uniform: bool,
-    dtype: Any,
     assignments: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     log_json: bool,
 ) -> None:
-    """Write ADAPTER to OUT at another rank and report the truncation error.
-
-    Several adapters are written at one common rank, each to a folder in OUT.
-    """
+    """Write ADAPTER to OUT at another rank and report the truncation error."""
     from rightrank import api
 
-    *sources, out = adapters
-    if not sources:
-        raise SettingsError(f"got one folder, {out}; give the adapter and the folder to write: ADAPTER OUT")
     needing = {"--margin": margin, "--ranks": ranks, "--recover": recover, "--set": assignments}
     alone = next((option for option, value in (needing | {"--train": train}).items() if value), None)
     if alone is not None and data is None:
         raise SettingsError(f"{alone} goes with --data FILE, which was not given; give both, or leave it out")
     lap = _lap_timer()
-    if len(sources) > 1:
-        if data is not None:
-            raise SettingsError("--data measures one adapter on its own data: resize each alone, then all with --rank")
-        together = api.resize_together(sources, out, rank=rank, energy=energy, noise=noise, dtype=dtype)
-        _print_record(together, as_json)
-        return
     with _view(quiet, log_json) as view:
         resized = api.resize(
-            sources[0],
+            adapter,
             out,
             rank=rank,
             energy=energy,
-            noise=noise,
             data=data,
             train=train,
             ranks=whole_numbers(ranks, "--ranks"),
@@ -165,7 +144,6 @@ def resize(
             learning_rate=learning_rate,
             base=base,
             uniform=uniform,
-            dtype=dtype,
             settings=make_settings(gather(None, assignments, {"margin": margin})),
             on_rank=lambda at, value: view.say(f"rank {at}: held-out {value:.4f}  ({lap():.0f} s)"),
             notice=view.say,

@@ -92,7 +92,7 @@ def doctor(as_json: bool, path: str | None) -> None:
 
 TARGETS = (
     *("peft", "trl", "axolotl", "llamafactory", "unsloth", "ms-swift", "vllm", "sglang", "llama.cpp", "ollama"),
-    *("diffusers", "kohya", "optuna"),
+    "optuna",
 )
 
 

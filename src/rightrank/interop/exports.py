@@ -88,10 +88,6 @@ def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> 
             from rightrank.models.adapter_files import write_padded
 
             write_padded(recipe.adapter, temporary / PADDED_FOLDER, exported.r)
-        for file, (form, part) in written.lora_files.items():
-            from rightrank.models.adapter_files import write_lora_file
-
-            write_lora_file(recipe.adapter, temporary / file, form, part)
         if written.with_adapter:
             for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):
                 shutil.copy2(path, temporary / path.name)

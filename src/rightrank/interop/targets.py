@@ -14,12 +14,9 @@ import yaml
 from rightrank.interop.recipe import Recipe
 from rightrank.models.labels import loading_lines
 from rightrank.models.ranks import served_rank
-from rightrank.schema.settings import FileFormat
 
 LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one
 SERVED_NAME = "rightrank"
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
-KOHYA_FILE = "adapter.safetensors"
 STRINGS = "the file is for a `prompt`, `chosen` and `rejected` of text"
 PREFERENCE = ("prompt", "chosen", "rejected")
 # The entry of the data set by the shape of its rows, where a trainer knows it, else by their form.
@@ -61,8 +58,6 @@ class Written:
     command: str
     notes: list[str] = field(default_factory=list)
     with_adapter: bool = False  # copy the files of the adapter too
-    # by name, the format and the model's part
-    lora_files: Mapping[str, tuple[FileFormat, str]] = field(default_factory=dict)
 
 
 def _peft(recipe: Recipe) -> Written:
@@ -278,38 +273,6 @@ def _ms_swift(recipe: Recipe) -> Written:
     return Written({"ms_swift.sh": _script(arguments)}, "sh ms_swift.sh", notes)
 
 
-def _diffusers(recipe: Recipe) -> Written:
-    """A file that `load_lora_weights` of a diffusers pipeline reads, with PEFT's configuration in its header."""
-    script = f'''"""Load the adapter of this folder, trained at rank {recipe.r} with alpha {recipe.alpha}."""
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained({recipe.model!r})
-pipeline.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")
-'''
-    lora_files: dict[str, tuple[FileFormat, str]] = {DIFFUSERS_FILE: ("diffusers", _model_part(recipe))}
-    return Written({"load_lora.py": script}, "python -i load_lora.py", lora_files=lora_files)
-
-
-def _kohya(recipe: Recipe) -> Written:
-    """A file with kohya's keys and an alpha for each module, and settings with which sd-scripts trains as the run did."""
-    part = _model_part(recipe)
-    settings = {
-        "network_module": "networks.lora",
-        "network_dim": recipe.r,
-        "network_alpha": recipe.alpha,
-        "learning_rate": recipe.learning_rate,
-        "max_train_steps": recipe.max_steps,
-        "train_batch_size": recipe.batch_size,
-        "seed": recipe.seed,
-    }
-    text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
-    notes = [f"kohya's names of SDXL's U-Net are those of its original code; these are diffusers' names of the {part}"]
-    command = (
-        f"copy {KOHYA_FILE} to the folder of LoRA files; to train again: train_network.py --config_file kohya.toml"
-    )
-    return Written({"kohya.toml": text}, command, notes, lora_files={KOHYA_FILE: ("kohya", part)})
-
-
 def _vllm(recipe: Recipe) -> Written:
     """`vllm serve` with the adapter; vLLM pads adapters below the maximum itself."""
     arguments = ["vllm", "serve", recipe.model, "--host", LOOPBACK, "--enable-lora"]
@@ -371,8 +334,6 @@ TARGETS: dict[str, Callable[[Recipe], Written]] = {
     "sglang": _sglang,
     "llama.cpp": _llama_cpp,
     "ollama": _ollama,
-    "diffusers": _diffusers,
-    "kohya": _kohya,
 }
 SERVERS = ("vllm", "sglang", "llama.cpp", "ollama")  # they load the adapter itself, which --pad can pad
 
@@ -439,14 +400,6 @@ def _column_notes(recipe: Recipe, who: str) -> list[str]:
     return [
         f"{who} reads the columns of the form {recipe.form}; change those of {recipe.data} as select did ({recipe.shape})"
     ]
-
-
-def _model_part(recipe: Recipe) -> str:
-    """The part of a pipeline that the adapter is for, in diffusers' names, by the names of its modules."""
-    first = recipe.module_names[0] if recipe.module_names else ""
-    if first.startswith(("text_model.", "encoder.block")):
-        return "text_encoder"
-    return "transformer" if first.startswith(("transformer_blocks.", "single_transformer_blocks.")) else "unet"
 
 
 def _serving_notes(recipe: Recipe, one_scale: str = "") -> list[str]:

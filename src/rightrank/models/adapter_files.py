@@ -1,7 +1,7 @@
 """An adapter's files in PEFT's format: read with safetensors alone, checked before anything is computed, and written.
 
 Neither PEFT nor the base model is needed to read one: tensor names, shapes and `adapter_config.json` define the adapter.
-Files of kohya, diffusers and mlx-lm (`lora_files.py`) are read as the same adapters.
+Files of kohya and mlx-lm (`lora_files.py`) are read as the same adapters.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from rightrank.models.lora_files import (
     PREFIX,
     config_of_file,
     config_of_mlx,
-    file_keys,
     is_a,
     mlx_key,
     updated_header,
@@ -48,7 +47,6 @@ from rightrank.models.weights import read_header
 from rightrank.schema.arrays import Floats
 from rightrank.schema.errors import ModelError, RunFolderError
 from rightrank.schema.results import ModuleKind
-from rightrank.schema.settings import FileFormat
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
@@ -68,7 +66,7 @@ NOT_PADDED = ("use_dora", "lora_bias")  # options that servers do not support
 
 
 def open_adapter(path: Path) -> AdapterFolder:
-    """Read and check the configuration and the header of an adapter folder of PEFT or mlx-lm, or of a LoRA file of kohya or diffusers.
+    """Read and check the configuration and the header of an adapter folder of PEFT or mlx-lm, or of a LoRA file of kohya.
 
     Raises:
         ModelError: not a LoRA adapter, pickled weights, missing tensors, or shapes that contradict the configuration.
@@ -148,7 +146,7 @@ class AdapterFolder:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a LoRA file of kohya or diffusers and no folder of PEFT."""
+        """Whether it is a LoRA file of kohya and no folder of PEFT."""
         return self.path.suffix == ".safetensors"
 
     @property
@@ -378,22 +376,6 @@ def write_like(
         return
     _, metadata = read_header(adapter.path)
     write_file(out, tensors, updated_header(metadata, config))
-
-
-def write_lora_file(folder: Path, out: Path, to: FileFormat, prefix: str = "unet") -> None:
-    """Write a PEFT adapter folder as a LoRA file of kohya or diffusers.
-
-    Args:
-        out: the file, `….safetensors`.
-        prefix: the model that the adapter is for, in diffusers' names.
-
-    Raises:
-        ModelError: no LoRA adapter, or one that the format can't hold.
-        RunFolderError: `out` exists, or can't be written.
-    """
-    adapter = open_adapter(folder)
-    tensors = {key.removeprefix(PREFIX): adapter.tensor(key) for key in adapter.keys}
-    write_file(out, *file_keys(adapter.config, tensors, to, prefix))
 
 
 def write_adapter(

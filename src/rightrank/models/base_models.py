@@ -339,7 +339,7 @@ def require_base(adapter: Path, base: LoadedModel | WeightFolder, ignore_name: b
     """Refuse a base that the adapter was not trained on: the one check of every command that puts an adapter on a base.
 
     `base.json` beside the adapter decides where it is; else the weights of the folder that the adapter names, where that is
-    here; else the name alone, by its last part. A single file of kohya or diffusers names no base.
+    here; else the name alone, by its last part. A single file of kohya names no base.
 
     Args:
         base: the model, or its folder, of which a few tensors are read.

@@ -1,11 +1,8 @@
-"""LoRA files of other tools as PEFT's configuration and keys: one safetensors file of kohya or diffusers, a folder of mlx-lm.
+"""LoRA files of other tools as PEFT's configuration and keys: one safetensors file of kohya, a folder of mlx-lm.
 
-| tool | keys of a module `down_blocks.0.attn.to_q` | scale |
+| tool | keys of a module `model.layers.0.self_attn.q_proj` | scale |
 |---|---|---|
-| kohya (sd-scripts, ComfyUI) | `lora_unet_down_blocks_0_attn_to_q.lora_down.weight`, `….lora_up.weight` | `….alpha` over the rank |
-| diffusers | `unet.down_blocks.0.attn.to_q.lora_A.weight`, `….lora_B.weight` | PEFT's configuration in the header |
-| diffusers, earlier | `unet.down_blocks.0.attn.to_q.lora.down.weight`, `….lora.up.weight` | `….alpha` over the rank |
-
+| kohya (sd-scripts, ComfyUI) | `lora_te_model_layers_0_self_attn_q_proj.lora_down.weight`, `….lora_up.weight` | `….alpha` over the rank |
 | mlx-lm (`adapters.safetensors`) | `model.layers.0.self_attn.q_proj.lora_a` [in, r], `….lora_b` [r, out] | `lora_parameters.scale` |
 
 kohya's names have underscores for dots, so that they name a module of a known model only. mlx-lm has one rank and one scale for all modules.
@@ -26,22 +23,13 @@ from safetensors.torch import save_file
 
 from rightrank.data.files import UnreadableError, read_json_object, replacing, replacing_folder, require_absent
 from rightrank.models.places import CONFIG_FILE
-from rightrank.models.ranks import exact_pattern, pattern_value
+from rightrank.models.ranks import exact_pattern
 from rightrank.models.weights import read_header
 from rightrank.schema.errors import ModelError, RunFolderError
-from rightrank.schema.settings import FileFormat
 
-HEADER = "lora_adapter_metadata"  # of diffusers: LoraConfig as JSON, each name behind the prefix of its model
-RANK, ALPHA = "ss_network_dim", "ss_network_alpha"  # of kohya, in the header
+RANK = "ss_network_dim"  # of kohya, in the header
 MLX_FILE = "adapters.safetensors"
 PREFIX = "base_model.model."  # of PEFT's keys
-KOHYA_PREFIX = {
-    "unet": "lora_unet_",
-    "text_encoder": "lora_te_",
-    "text_encoder_2": "lora_te2_",
-    "transformer": "lora_unet_",
-}
-
 FACTOR = re.compile(
     r"^(?P<module>.+)\.(?:lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?"
     r"|lora[._](?P<name>down|up)\.weight)$"
@@ -54,12 +42,12 @@ def is_a(match: re.Match[str]) -> bool:
 
 
 def config_of_file(path: Path) -> dict[str, Any]:
-    """PEFT's configuration of a LoRA file: ranks from the shapes, alphas from `.alpha` tensors or from the header.
+    """PEFT's configuration of a LoRA file of kohya: ranks from the shapes, alphas from `.alpha` tensors.
 
     Raises:
         ModelError: no LoRA factors, or a kind of file that can't be read.
     """
-    shapes, metadata = read_header(path)
+    shapes, _ = read_header(path)
     ranks = {}
     for key, shape in shapes.items():
         match = FACTOR.match(key)
@@ -69,9 +57,13 @@ def config_of_file(path: Path) -> dict[str, Any]:
         (key for key in shapes if key.endswith((".dora_scale", ".hada_w1_a", ".lokr_w1", ".lora_mid.weight"))), None
     )
     if not ranks or foreign is not None:
-        reason = f"it holds {foreign}" if foreign else "no keys of kohya or diffusers (lora_down, lora_A)"
-        raise ModelError(f"{path}: not a LoRA file of kohya or diffusers that can be read: {reason}")
-    alphas = _alphas(path, ranks, set(shapes), metadata)
+        reason = f"it holds {foreign}" if foreign else "no keys of kohya (lora_down, lora_up)"
+        raise ModelError(f"{path}: not a LoRA file of kohya that can be read: {reason}")
+    with safe_open(path, framework="pt") as file:  # a module without an alpha has its rank, hence scale 1
+        alphas = {
+            module: float(file.get_tensor(f"{module}.alpha")) if f"{module}.alpha" in shapes else float(rank)
+            for module, rank in ranks.items()
+        }
     rank, alpha = _usual(ranks), _usual(alphas)
     return {
         "peft_type": "LORA",
@@ -87,80 +79,9 @@ def is_alpha(key: str) -> bool:
     return key.endswith(".alpha")
 
 
-def _alphas(path: Path, ranks: Mapping[str, int], keys: set[str], metadata: Mapping[str, str]) -> dict[str, float]:
-    """The alpha of each module as PEFT's alpha/r has it; a module without one has its rank, hence scale 1."""
-    stored = _header_config(metadata)
-    found: dict[str, float] = {}
-    with safe_open(path, framework="pt") as file:
-        for module, rank in ranks.items():
-            prefix, _, name = module.partition(".")
-            config = stored.get(prefix)
-            if f"{module}.alpha" in keys:
-                found[module] = float(file.get_tensor(f"{module}.alpha"))
-            elif config is not None:
-                found[module] = _kohya_alpha(config, name, rank)
-            else:
-                found[module] = float(rank)
-    return found
-
-
-def _header_config(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """By prefix, the LoraConfig that diffusers keeps in the header."""
-    found: dict[str, dict[str, Any]] = {}
-    try:
-        values = json.loads(metadata.get(HEADER, "{}"))
-    except json.JSONDecodeError:
-        return {}
-    for key, value in values.items():
-        prefix, _, name = key.partition(".")
-        found.setdefault(prefix, {})[name] = value
-    return {prefix: config for prefix, config in found.items() if isinstance(config.get("lora_alpha"), int | float)}
-
-
 def updated_header(metadata: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of a file whose modules have the ranks and alphas of `config`, as `config_of_file` names them."""
-    found = dict(metadata)
-    if RANK in found:
-        found[RANK] = str(config["r"])
-    stored = _header_config(metadata)
-    for prefix, values in stored.items():
-        names = [name.removeprefix(f"{prefix}.") for name in config["target_modules"] if name.startswith(f"{prefix}.")]
-        for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-            each = {name: pattern_value(config[pattern], f"{prefix}.{name}", config[field]) for name in names}
-            values |= {field: config[field], pattern: exact_pattern(each, config[field], names)}
-        values["use_rslora"] = False
-    if stored:
-        found[HEADER] = json.dumps({f"{prefix}.{name}": one for prefix, c in stored.items() for name, one in c.items()})
-    return found
-
-
-def file_keys(
-    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], to: FileFormat, prefix: str
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """`(tensors, metadata)` of a PEFT adapter in another tool's keys.
-
-    Args:
-        tensors: PEFT's tensors by name, without its prefix.
-        prefix: the model that the adapter is for, in diffusers' names: `unet`, `text_encoder`, `transformer`.
-
-    Raises:
-        ModelError: tensors that the format has no keys for.
-    """
-    if to == "diffusers":
-        header = {f"{prefix}.{name}": value for name, value in config.items() if value is not None}
-        named = {f"{prefix}.{key}": value for key, value in tensors.items()}
-        return named, {"format": "pt", HEADER: json.dumps(header, sort_keys=True)}
-    found: dict[str, torch.Tensor] = {}
-    for key, value in tensors.items():
-        match = FACTOR.match(key)
-        if match is None or match["side"] is None or match["embedding"]:
-            raise ModelError(f"{key}: kohya's files have no such tensor; export --to diffusers, or merge the adapter")
-        name = KOHYA_PREFIX.get(prefix, f"lora_{prefix}_") + match["module"].replace(".", "_")
-        found[f"{name}.lora_{'down' if match['side'] == 'A' else 'up'}.weight"] = value
-        if match["side"] == "A":
-            found[f"{name}.alpha"] = torch.tensor(_kohya_alpha(config, match["module"], int(value.shape[0])))
-    alpha = _kohya_alpha(config, "", int(config["r"]))
-    return found, {"format": "pt", "ss_network_module": "networks.lora", RANK: str(config["r"]), ALPHA: f"{alpha:g}"}
+    """The metadata of a file whose modules have the ranks of `config`."""
+    return {name: str(config["r"]) if name == RANK else value for name, value in metadata.items()}
 
 
 def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -176,12 +97,6 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, dict(metadata))
     except OSError as error:
         raise RunFolderError(f"{path}: can't write there ({error.strerror or error}); give a writable place") from None
-
-
-def _kohya_alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """The alpha whose alpha/r is PEFT's scale."""
-    alpha = float(pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"]))
-    return alpha * rank**0.5 if config.get("use_rslora") else alpha
 
 
 def _usual(values: Mapping[str, Any]) -> Any:

@@ -17,8 +17,6 @@ from scipy.optimize import brentq
 from rightrank.schema.arrays import Floats
 
 ENERGY_FRACTIONS = (0.9, 0.95, 0.99)
-NULL_DRAWS = 200  # fewer for large ranks, where a draw costs more and varies less
-NULL_QUANTILE = 0.95
 
 
 def factored_singular_values(b: Floats, a: Floats) -> Floats:
@@ -121,36 +119,3 @@ def leading_noise_rank(s: Floats, total: float, rows: int, columns: int) -> int:
             break
         count = kept
     return count
-
-
-def null_rank(s: Floats, rows: int, columns: int) -> int:
-    """The number of singular values above those of random factors of the same shape (Horn's parallel analysis).
-
-    The null is B·A with independent normal entries, scaled so that its median singular value is the one seen; the bound
-    is the 95% quantile of its largest. As for the hard threshold, less than half may be signal.
-    """
-    if len(s) < 2:
-        return int(np.sum(s > 0))
-    return int(np.sum(s > _null_ratio(rows, columns, len(s)) * np.median(s)))
-
-
-@lru_cache(maxsize=1024)
-def _null_ratio(rows: int, columns: int, rank: int) -> float:
-    """The 95% quantile of largest over median singular value of a product of normal factors, from seeded draws."""
-    generator = np.random.default_rng([rows, columns, rank])
-    ratios: list[float] = []
-    for _ in range(max(20, min(NULL_DRAWS, NULL_DRAWS * 32 // rank))):
-        core = _random_triangle(generator, rows, rank) @ _random_triangle(generator, columns, rank).T
-        s = np.linalg.svd(core, compute_uv=False)[: min(rows, columns, rank)]
-        ratios.append(float(s[0] / max(np.median(s), np.finfo(float).tiny)))
-    return float(np.quantile(ratios, NULL_QUANTILE))
-
-
-def _random_triangle(generator: np.random.Generator, rows: int, rank: int) -> Floats:
-    """The R factor of a normal [rows, rank] matrix, drawn without the matrix (Bartlett's decomposition)."""
-    if rows <= rank:  # the matrix itself: the product has the same singular values
-        return np.asarray(generator.standard_normal((rows, rank)))
-    triangle = np.triu(generator.standard_normal((rank, rank)), 1)
-    diagonal = np.sqrt(generator.chisquare(rows - np.arange(rank)))
-    filled: Floats = triangle + np.diag(diagonal)
-    return filled

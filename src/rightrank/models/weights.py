@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
+from yaml import YAMLError
 
-from rightrank.data.files import UnreadableError, hub_errors, kind_of, parse_yaml, read_json_object, read_text
+from rightrank.data.files import UnreadableError, hub_errors, kind_of, read_json_object
 from rightrank.schema.errors import ModelError
 
 if TYPE_CHECKING:
@@ -105,10 +106,6 @@ def _shard_names(index: Path) -> list[str]:
     return sorted(set(names))
 
 
-CARD = "README.md"
-HUB_SECONDS = 5.0
-MAX_FRONT_MATTER = 100 * 2**10  # characters of a model card's YAML header
-MAX_CARD_BYTES = 2**20
 GGUF_FIELDS = {"general.license": "identifier", "general.license.name": "name", "general.license.link": "link"}
 
 
@@ -130,45 +127,19 @@ def licence_of(model: object) -> Licence | None:
         return None
     path = Path(model)
     if path.suffix.lower() == ".gguf" and path.is_file():
-        return _of_gguf(path)
-    if not path.exists():
-        return _of_hub(model)
-    card = path / CARD
-    try:
-        return _of_card(read_text(card, MAX_CARD_BYTES))
-    except UnreadableError:
-        return None
+        from gguf import GGUFReader
 
+        fields: Any = GGUFReader(path).fields
+        values = {name: str(fields[key].contents()) for key, name in GGUF_FIELDS.items() if key in fields}
+        return _licence(values.get("identifier"), values.get("name"), values.get("link"))
 
-def _of_hub(repository: str) -> Licence | None:
-    from huggingface_hub import HfApi
+    from huggingface_hub import ModelCard
 
     try:
-        card = HfApi().model_info(repository, timeout=HUB_SECONDS).card_data
-    except hub_errors():
+        card = ModelCard.load(path / "README.md" if path.is_dir() else model).data
+    except (*hub_errors(), ValueError, YAMLError):
         return None
-    return None if card is None else _licence(card.get("license"), card.get("license_name"), card.get("license_link"))
-
-
-def _of_card(text: str) -> Licence | None:
-    parts = text.split("---", 2)
-    if len(parts) < 3 or parts[0].strip() or len(parts[1]) > MAX_FRONT_MATTER:
-        return None
-    try:
-        values = parse_yaml(parts[1])
-    except UnreadableError:
-        return None
-    if not isinstance(values, dict):
-        return None
-    return _licence(values.get("license"), values.get("license_name"), values.get("license_link"))
-
-
-def _of_gguf(path: Path) -> Licence | None:
-    from gguf import GGUFReader
-
-    fields: Any = GGUFReader(path).fields
-    values = {name: str(fields[key].contents()) for key, name in GGUF_FIELDS.items() if key in fields}
-    return _licence(values.get("identifier"), values.get("name"), values.get("link"))
+    return _licence(card.get("license"), card.get("license_name"), card.get("license_link"))
 
 
 def _licence(identifier: object, name: object, link: object) -> Licence | None:

@@ -15,7 +15,7 @@ from rightrank.report.figure import Axis, Figure, HeatMap, Series, heat_map, log
 from rightrank.report.terminal_figures import terminal_map
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError, did_you_mean
-from rightrank.schema.results import Allocation, Inspection, ModuleSpectrum, Resized, ResizedTogether
+from rightrank.schema.results import Allocation, Inspection, ModuleSpectrum, Resized
 
 Statistic: TypeAlias = Literal[
     "effective_rank", "stable_rank", "noise_rank", "energy_rank_0.9", "energy_rank_0.99", "norm"
@@ -103,7 +103,7 @@ def _value(module: ModuleSpectrum, statistic: Statistic) -> float | None:
 
 MAX_ROWS = 20  # modules in the table; the heat map and --json have all
 TABLE_WIDTH = 112  # minimum, so that a narrow terminal truncates no column
-ProbeRecord: TypeAlias = Inspection | Resized | ResizedTogether | Allocation
+ProbeRecord: TypeAlias = Inspection | Resized | Allocation
 
 
 def print_record(console: Console, record: ProbeRecord, statistic: Statistic, every: bool) -> None:
@@ -113,8 +113,6 @@ def print_record(console: Console, record: ProbeRecord, statistic: Statistic, ev
         _print_inspection(console, record, statistic, every)
     elif isinstance(record, Resized):
         _print_resized(console, record)
-    elif isinstance(record, ResizedTogether):
-        print_together(console, record)
     else:
         _print_allocation(console, record)
 
@@ -146,7 +144,7 @@ def extremes(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
 def _module_table(modules: Sequence[ModuleSpectrum]) -> Table:
     """One row per module."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("module", "shape", "rank", "90%", "95%", "99%", "eff.", "stable", "noise", "‖ΔW‖₂", "/‖W‖₂"):
+    for heading in ("module", "shape", "rank", "90%", "95%", "99%", "eff.", "stable", "noise", "‖ΔW‖₂"):
         table.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=True)
     table.add_column("flags", style="yellow", no_wrap=True)
     prefix = common_prefix([module.name for module in modules])
@@ -160,7 +158,6 @@ def _module_table(modules: Sequence[ModuleSpectrum]) -> Table:
             f"{module.stable_rank:.1f}",
             str(module.noise_rank),
             f"{module.spectral_norm:.3g}",
-            f"{module.spectral_norm / module.base_spectral_norm:.2g}" if module.base_spectral_norm else "",
             ", ".join(module.flags),
         )
     return table
@@ -229,14 +226,6 @@ def _candidates(answer: AdapterAnswer) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def print_together(console: Console, together: ResizedTogether) -> None:
-    """Print one block per adapter."""
-    _print(console, f"{len(together.adapters)} adapters at the common rank {together.rank}")
-    for resized in together.adapters:
-        console.print()
-        _print_resized(console, resized)
 
 
 def _print_allocation(console: Console, allocation: Allocation) -> None:

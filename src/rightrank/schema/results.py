@@ -184,8 +184,6 @@ class ModuleSpectrum(Record):
     effective_rank: float | None  # None: too little of the spectrum is known
     energy_rank: dict[str, int | None]  # by fraction; None: beyond the known singular values
     noise_rank: int  # above the optimal hard threshold
-    null_rank: int | None  # above random factors of the same shape; None for a matrix
-    base_spectral_norm: float | None = None  # of the base's weight, if available
     # untrained, no_token, dead, dora, lora_bias, noise_unclear, partial_spectrum
     flags: list[str] = Field(default_factory=list)
 
@@ -253,13 +251,6 @@ class Resized(Record):
     answer: AdapterAnswer | None = None  # with data: the truncation that is enough, and every candidate
     no_gain: bool = False  # with data: the base alone is not worse than the adapter by more than the margin
     notes: list[str] = Field(default_factory=list)
-
-
-class ResizedTogether(Record):
-    """Several adapters at one common rank."""
-
-    rank: int
-    adapters: list[Resized]
 
 
 class AllocationTrial(Record):

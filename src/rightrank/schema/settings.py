@@ -20,7 +20,6 @@ from rightrank.schema.table import MAX_WHOLE, Group, Settings, setting
 
 COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
 
-FileFormat: TypeAlias = Literal["kohya", "diffusers"]  # of LoRA files
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 AutoDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Optim: TypeAlias = Literal["adamw_torch", "adamw_8bit"]

@@ -125,13 +125,6 @@ class Dora(AdapterKind):
             super().start(module, adapter, draw)
 
 
-def dora_weight(weight: torch.Tensor, update: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """W [rows, columns] of DoRA: rows of W₀ + ΔW at the length that `magnitude` [rows] gives."""
-    moved = weight + update
-    norms: torch.Tensor = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
-    return magnitude.reshape(-1, 1) * moved / norms
-
-
 class Other(AdapterKind):
     """Any layer that no other kind claims."""
 

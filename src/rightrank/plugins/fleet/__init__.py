@@ -41,7 +41,6 @@ def fleet(
     pad: bool = False,
     recover_steps: int = 0,
     learning_rate: float | None = None,
-    merge: Sequence[float] | None = None,
     ignore_base_name: bool = False,
     notice: Callable[[str], None] = lambda _: None,
 ) -> Fleet:
@@ -56,7 +55,6 @@ def fleet(
         ranks: to measure; None for the powers of two.
         pad: write every adapter at the one rank that vLLM serves, with one scale.
         recover_steps: of training after each truncation, at `learning_rate`.
-        merge: weights of the exact sum of the adapters, which is then truncated too, into `out/merged`; None for no sum.
         ignore_base_name: accept adapters that name another base, if their shapes fit.
         notice: receives each line for a person.
 
@@ -84,7 +82,6 @@ def fleet(
         pad,
         recover_steps,
         learning_rate,
-        merge,
         ignore_base_name,
         notice,
     )

@@ -9,7 +9,6 @@ import click
 
 import rightrank
 from rightrank.cli.options import comma, gather, whole_numbers
-from rightrank.schema.errors import SettingsError
 
 if TYPE_CHECKING:
     from rightrank.plugins.fleet.common_rank import Fleet, FleetSlots
@@ -34,10 +33,6 @@ def _fleet_text(found: Fleet) -> str:
         "",
     ]
     lines += [_slots(slots) for slots in found.slots]
-    if found.merge is not None:
-        lines.append(
-            f"exact sum: rank {found.merge.rank}, truncated to rank {found.merge.chosen_rank}: {found.merge.out}"
-        )
     padded = "" if found.padded_to is None else f", each padded to rank {found.padded_to}"
     return "\n".join([*lines, f"adapters: {found.out}{padded}"])
 
@@ -76,10 +71,6 @@ def _slots(slots: FleetSlots) -> str:
 @click.option("--pad", is_flag=True, help="Write all adapters at the one rank that vLLM serves, with one scale.")
 @click.option("--recover", type=int, default=0, show_default=True, help="Training steps after each truncation.")
 @click.option("--learning-rate", type=float, help="With --recover: the learning rate.")
-@click.option("--merge", is_flag=True, help="Also write the exact sum of the adapters, truncated, to OUT/merged.")
-@click.option(
-    "--weights", callback=comma, help="With --merge: a weight for each adapter, such as 0.5,0.5 (default: 1 each)."
-)
 @click.option("--ignore-base-name", is_flag=True, help="Accept adapters that name another base, if their shapes fit.")
 @click.option(
     "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of select, such as seq_len=256."
@@ -95,8 +86,6 @@ def fleet(
     pad: bool,
     recover: int,
     learning_rate: float | None,
-    merge: bool,
-    weights: list[str] | None,
     ignore_base_name: bool,
     assignments: tuple[str, ...],
     as_json: bool,
@@ -104,8 +93,6 @@ def fleet(
     """Find the smallest rank that all ADAPTERs can be truncated to without losing more than the margin, and write them."""
     from rightrank.schema.settings import make_settings
 
-    if weights is not None and not merge:
-        raise SettingsError("--weights goes with --merge, which was not given; give both, or leave it out")
     found = rightrank.fleet(
         adapters,
         out,
@@ -116,19 +103,7 @@ def fleet(
         pad=pad,
         recover_steps=recover,
         learning_rate=learning_rate,
-        merge=_weights(weights, len(adapters)) if merge else None,
         ignore_base_name=ignore_base_name,
         notice=lambda line: click.echo(line, err=True),
     )
     click.echo(found.model_dump_json() if as_json else _fleet_text(found))
-
-
-def _weights(given: list[str] | None, count: int) -> list[float]:
-    if given is None:
-        return [1.0] * count
-    try:
-        return [float(one) for one in given]
-    except ValueError:
-        raise SettingsError(
-            f"--weights: got {','.join(given)!r}; give numbers with commas between, such as 0.5,0.5"
-        ) from None

@@ -15,15 +15,14 @@ from pathlib import Path
 from pydantic import Field
 
 from rightrank.adapters.held_out import Candidates, Recovery, ScoredData, TruncationCurve, scored_data, truncation_curve
-from rightrank.adapters.resize import folder_names, open_together, write_together
-from rightrank.adapters.rewrite import require_summable, write_sum
-from rightrank.data.files import require_absent
+from rightrank.adapters.rewrite import require_plain_update
+from rightrank.data.files import replacing_folder, require_absent
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_adapter, write_padded
 from rightrank.models.base_models import LoadedModel, load_base, require_base
 from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank, served_rank
 from rightrank.schema.decision import AdapterCandidate
-from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.schema.errors import DataError, ModelError, RunFolderError, SettingsError
 from rightrank.schema.results import Resized
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Record, Whole
@@ -56,16 +55,6 @@ class FleetSlots(Record):
     saved_bytes: Whole
 
 
-class FleetMerge(Record):
-    """The exact sum of the adapters, and its smallest truncation that is enough on every data set."""
-
-    weights: list[float]
-    rank: Whole  # of the exact sum
-    chosen_rank: Whole
-    candidates: dict[str, list[AdapterCandidate]]  # by data set
-    out: str
-
-
 class Fleet(Record):
     """`fleet --json`."""
 
@@ -75,11 +64,9 @@ class Fleet(Record):
     adapters: list[FleetAdapter]
     slots: list[FleetSlots]
     padded_to: Whole | None  # the one rank of all written adapters; None: not padded
-    merge: FleetMerge | None = None
     out: str
 
 
-MERGED = "merged"
 WHOLE_WEIGHTS = ("linear", "embedding", "convolution")  # kinds of modules with a weight of their own in the base
 
 
@@ -96,7 +83,6 @@ class FleetRequest:
     pad: bool = False
     recover_steps: int = 0
     learning_rate: float | None = None
-    weights: Sequence[float] | None = None  # of the exact sum; None: no sum
     ignore_base_name: bool = False
     notice: Callable[[str], None] = field(default=lambda _: None)
 
@@ -109,13 +95,15 @@ def open_adapters(request: FleetRequest) -> list[AdapterFolder]:
     require_absent(request.out)
     if request.recover_steps and request.learning_rate is None:
         raise SettingsError("--recover needs --learning-rate; give the one that the adapters were trained at")
-    adapters = open_together(request.adapters)
-    if request.weights is not None:
-        if len(request.weights) != len(adapters):
-            raise SettingsError(f"{len(request.weights)} weights for {len(adapters)} adapters; give one for each")
-        if any(adapter.path.resolve().name == MERGED for adapter in adapters):
-            raise SettingsError(f"an adapter is in a folder named {MERGED!r}, where the sum is written; rename it")
-        require_summable(adapters)
+    names = folder_names(request.adapters)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SettingsError(
+            f"two adapters are in folders named {twice!r}; rename one, since OUT gets one folder for each adapter"
+        )
+    adapters = [open_adapter(path) for path in request.adapters]
+    for adapter in adapters:
+        require_plain_update(adapter)
     for adapter in adapters:
         own = {module.name for module in adapter.modules}
         others = {module.name for other in adapters if other is not adapter for module in other.modules}
@@ -125,6 +113,19 @@ def open_adapters(request: FleetRequest) -> list[AdapterFolder]:
                 "a fleet shares one base and its modules: leave it out"
             )
     return adapters
+
+
+def folder_names(paths: Sequence[Path]) -> list[str]:
+    """The name under which each adapter is written: that of its folder, of its run where several are called `adapter`.
+
+    Other folders of one name get that of the folder around them in front.
+    """
+    places = [path.resolve() for path in paths]
+    names = [place.name for place in places]
+    return [
+        name if names.count(name) == 1 else place.parent.name if name == "adapter" else f"{place.parent.name}-{name}"
+        for place, name in zip(places, names, strict=True)
+    ]
 
 
 def data_of(request: FleetRequest) -> list[Path]:
@@ -205,8 +206,7 @@ def run_fleet(request: FleetRequest) -> Fleet:
             measured.append(_measure(request, adapter, one, loaded, ranks, data[place], working / str(place)))
             request.notice(f"{adapter.path}: rank {measured[-1].rank} is enough of {adapter.rank}")
         rank = max(one.rank for one in measured)
-        sums = None if request.weights is None else _merge(request, adapters, scored, loaded, data, working)
-        return _written(request, measured, rank, sums, {BASE_FILE: loaded.identity.content()})
+        return _written(request, measured, rank, {BASE_FILE: loaded.identity.content()})
 
 
 def _ranks(adapters: Sequence[AdapterFolder], asked: Sequence[int] | None) -> list[int]:
@@ -242,62 +242,30 @@ def _measure(
     )
 
 
-def _merge(
-    request: FleetRequest,
-    adapters: Sequence[AdapterFolder],
-    scored: Sequence[ScoredData],
-    loaded: LoadedModel,
-    data: Sequence[Path],
-    working: Path,
-) -> tuple[FleetMerge, Path]:
-    """The exact sum, and its smallest truncation that is enough on every data set."""
-    assert request.weights is not None
-    write_sum(adapters, request.weights, working / "sum")
-    total = open_adapter(working / "sum")
-    ranks = sorted({2**power for power in range(total.rank.bit_length())} | {total.rank})
-    found: dict[str, _Measured] = {}
-    for place, (file, one) in enumerate(zip(data, scored, strict=True)):
-        if str(file) not in found:
-            found[str(file)] = _measure(request, total, one, loaded, ranks, file, working / f"sum{place}")
-    rank = max(one.rank for one in found.values())
-    first = max(found.values(), key=lambda one: one.rank)
-    merge = FleetMerge(
-        weights=list(request.weights),
-        rank=total.rank,
-        chosen_rank=rank,
-        candidates={name: one.curve.answer.candidates for name, one in found.items()},
-        out=str(request.out / MERGED),
-    )
-    return merge, first.folder / first.curve.answer.trial_id
-
-
-def _written(
-    request: FleetRequest,
-    measured: Sequence[_Measured],
-    rank: int,
-    merged: tuple[FleetMerge, Path] | None,
-    base: dict[str, bytes],
-) -> Fleet:
+def _written(request: FleetRequest, measured: Sequence[_Measured], rank: int, base: dict[str, bytes]) -> Fleet:
     chosen = [_at(one, rank) for one in measured]
     served = max(open_adapter(folder).rank for folder, _ in chosen)
     padded = served_rank(served) if request.pad else None
 
-    def write(place: int, target: Path) -> Resized:
-        folder, resized = chosen[place]
-        if padded is not None:
-            write_padded(folder, target, padded, base)
-        else:
-            source = open_adapter(folder)
-            write_adapter(target, source.config, {key: source.tensor(key) for key in source.keys}, folder, base)
-        return resized
-
-    def sums(target: Path) -> None:
-        if merged is not None:
-            source = open_adapter(merged[1])
-            tensors = {key: source.tensor(key) for key in source.keys}
-            write_adapter(target / MERGED, source.config, tensors, merged[1], base)
-
-    written = write_together([one.adapter for one in measured], request.out, write, sums)
+    names = folder_names([one.adapter.path for one in measured])
+    try:
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(
+            f"{request.out}: cannot write there ({error.strerror or error}); give a writable folder"
+        ) from None
+    with replacing_folder(request.out) as temporary:
+        for name, (folder, _) in zip(names, chosen, strict=True):
+            if padded is not None:
+                write_padded(folder, temporary / name, padded, base)
+            else:
+                source = open_adapter(folder)
+                tensors = {key: source.tensor(key) for key in source.keys}
+                write_adapter(temporary / name, source.config, tensors, folder, base)
+    written = [
+        resized.model_copy(update={"out": str(request.out / name)})
+        for name, (_, resized) in zip(names, chosen, strict=True)
+    ]
     slots = _slots([one.adapter for one in measured], served)
     return Fleet(
         rank=rank,
@@ -306,7 +274,6 @@ def _written(
         adapters=[_record(one, resized, padded) for one, resized in zip(measured, written, strict=True)],
         slots=slots,
         padded_to=padded,
-        merge=None if merged is None else merged[0],
         out=str(request.out),
     )
 
