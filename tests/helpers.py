@@ -7,7 +7,6 @@ from pathlib import Path
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_model
 from rightrank.schema.settings import SelectSettings
-from rightrank.train.distributed import sharded
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode
 
@@ -16,7 +15,5 @@ def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path)
     """What `select_rank` builds before the first trial."""
     splits = load_data(data, settings)
     loaded = load_model(str(model), settings.dtype, settings.device, splits.classes, weight_bits=settings.weight_bits)
-    if settings.shard_base:
-        loaded = sharded(loaded, loaded.device)
     encoded = encode(splits, loaded, settings)
     return Runtime(loaded, encoded, settings, settings.training_steps(len(encoded.splits["train"])), cache)

@@ -12,13 +12,13 @@ import torch
 from rightrank.api.adapters import resize
 from tests.adapters.adapters import (
     KINDS,
+    deltas,
     load_base,
     load_strictly,
     logits,
     make_adapter,
     make_base,
     tensors_of,
-    updates,
 )
 
 pytestmark = pytest.mark.trains
@@ -50,11 +50,11 @@ def test_the_reported_error_is_the_error_after_reloading(
     adapter = make_adapter(base, tmp_path / "adapter", kind)
     resized = resize(adapter, tmp_path / "small", **how)
     old, new = load_strictly(base, adapter), load_strictly(base, tmp_path / "small")
-    measured = relative_distance(updates(old), updates(new))
+    measured = relative_distance(deltas(old), deltas(new))
     assert 0.01 < resized.relative_delta_error < 0.9
     assert measured == pytest.approx(resized.relative_delta_error, abs=1e-6)
     for module in resized.modules:
-        before, after = updates(old)[module.name], updates(new)[module.name]
+        before, after = deltas(old)[module.name], deltas(new)[module.name]
         assert float((after - before).norm() / before.norm()) == pytest.approx(module.relative_delta_error, abs=1e-6)
         assert module.rank <= module.from_rank
 

@@ -25,7 +25,6 @@ TOGETHER: dict[str, dict[str, Any]] = {  # that a setting needs beside it
     "store": {"executor": "processes"},
     "launcher": {"executor": "processes"},
     "ray_address": {"executor": "ray"},
-    "devices_per_arm": {"executor": "ray"},
     "higher_is_better": {"metrics": ("wins=command:score 1,2 {file}",)},
     "lower_is_better": {"metrics": ("losses=command:score {file}",)},
 }
@@ -45,7 +44,6 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {  # of settings that allow less tha
     "higher_is_better": st.just(["wins"]),
     "lower_is_better": st.just(["losses"]),
     "budget_hours": st.floats(1e-6, 1e6),
-    "devices_per_arm": st.integers(1, 8),
     "test_fraction": st.floats(0, 0.7),
     "validation_fraction": st.floats(0.001, 0.7),
 }

@@ -92,8 +92,8 @@ JUDGES = {  # they measure and judge what was trained
     "guard_margin", "eval_points", "eval_batch_size", "samples", "certify", "report_to",
 }  # fmt: skip
 CHANGES_NO_LOSS = {  # they say where and how trainings run; tests of each show equal losses
-    "memory_bytes", "shard_base", "gradient_checkpointing", "cache_prefix", "adapters_per_pass", "checkpoint_seconds",
-    "executor", "workers", "devices_per_arm", "ray_address", "launcher", "store", "hang_seconds",
+    "memory_bytes", "gradient_checkpointing", "cache_prefix", "adapters_per_pass", "checkpoint_seconds",
+    "executor", "workers", "ray_address", "launcher", "store", "hang_seconds",
 }  # fmt: skip
 
 

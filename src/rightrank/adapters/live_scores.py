@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rightrank.schema.errors import DataError, RightrankError, RunError
 from rightrank.train.adapter import lora_modules
-from rightrank.train.distributed import all_reduce, process_index, world_size
+from rightrank.train.device import all_reduce, process_index, world_size
 from rightrank.train.evaluation import Scores
 from rightrank.train.loss import adapters_off
 from rightrank.train.prefix import find_blocks, prefix_depth

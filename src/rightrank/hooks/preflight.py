@@ -34,7 +34,6 @@ from rightrank.search.protocol import Strategy
 from rightrank.search.space import MIN_RECOVERY_PART, recovery_steps
 from rightrank.search.strategies import STRATEGIES
 from rightrank.train.metrics import end_metrics
-from rightrank.train.runtime import Runtime
 
 MAX_PROBED = 128  # validation examples whose base losses are read before the start
 
@@ -71,7 +70,7 @@ def _preflight_of(
 ) -> Preflight:
     """The preflight of a prepared selection; `clock` gives its time."""
     settings, data = prepared.settings, prepared.started.data
-    base = _base_losses(prepared.runtime)
+    base = prepared.runtime.first_losses("selection", MAX_PROBED)
     margin = _margin(prepared, base)
     precision = _precision(prepared, base)
     return Preflight(
@@ -153,13 +152,6 @@ def _strategy_cost(strategy: Strategy, cost: SelectionCost | None, price_per_hou
         seconds_at_most=None if cost is None else cost.most.seconds,
         price=None if seconds is None or price_per_hour is None else seconds / 3600 * price_per_hour,
     )
-
-
-def _base_losses(runtime: Runtime) -> tuple[list[float], list[int]] | None:
-    """The base's losses on some validation examples; None for a base that is sharded over processes."""
-    if runtime.settings.shard_base:
-        return None
-    return runtime.first_losses("selection", MAX_PROBED)
 
 
 def _noise_kind(prepared: Prepared) -> NoiseKind:

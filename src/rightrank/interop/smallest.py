@@ -53,7 +53,7 @@ from rightrank.adapters.live_scores import (
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, RightrankError, SettingsError, first_line
 from rightrank.train.covariances import MOMENT_TOKENS
-from rightrank.train.distributed import process_index
+from rightrank.train.device import process_index
 
 log = logging.getLogger("rightrank")
 

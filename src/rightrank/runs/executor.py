@@ -8,7 +8,6 @@ from typing import Protocol
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.events import Listener, Notice
 from rightrank.schema.trials import Trial, TrialOutcome
-from rightrank.train.distributed import broadcast
 from rightrank.train.loop import train_trials
 from rightrank.train.pace import adapters_per_pass_for
 from rightrank.train.runtime import Runtime
@@ -77,7 +76,7 @@ class LocalExecutor:
             self._prepared = True
         arms = [trial.arm for trial in trained]
         # Processes that share an arm must agree: all use the number that process 0 has measured.
-        size = broadcast(0, adapters_per_pass_for(self._runtime, arms, self._notice, self._max_adapters_per_pass))
+        size = adapters_per_pass_for(self._runtime, arms, self._notice, self._max_adapters_per_pass)
         yield from train_trials(self._runtime, trained, base_loss, self._folders, self._listener, size)
 
     def _notice(self, text: str) -> None:

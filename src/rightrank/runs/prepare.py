@@ -26,7 +26,6 @@ from rightrank.schema.settings import SelectSettings, settings_of_identity, with
 from rightrank.schema.trials import content_hash
 from rightrank.search.protocol import Strategy
 from rightrank.search.strategies import make_strategy
-from rightrank.train.distributed import sharded
 from rightrank.train.metrics import require_scorers
 from rightrank.train.optimizer import require_optimizer
 from rightrank.train.runtime import Runtime
@@ -191,7 +190,7 @@ def _base(request: Request, classes: list[str] | None, bases: Bases) -> LoadedMo
     if not isinstance(request.model, str):
         return _loaded(request, classes)
     settings, labels = request.settings, None if classes is None else tuple(classes)
-    how = (settings.dtype, settings.device, settings.trust_remote_code, settings.weight_bits, settings.shard_base)
+    how = (settings.dtype, settings.device, settings.trust_remote_code, settings.weight_bits)
     key = (request.model, labels, *how)
     if key not in bases:
         bases[key] = _loaded(request, classes)
@@ -200,12 +199,9 @@ def _base(request: Request, classes: list[str] | None, bases: Bases) -> LoadedMo
 
 def _loaded(request: Request, classes: list[str] | None) -> LoadedModel:
     settings = request.settings
-    place = "cpu" if settings.shard_base else settings.device  # a base to be sharded is loaded whole on the host
     if isinstance(request.model, str):
-        loaded = load_base(request.model, settings, classes, place)
-    else:
-        loaded = adopt_model(request.model, request.tokenizer, place, classes)
-    return sharded(loaded, find_device(settings.device)) if settings.shard_base else loaded
+        return load_base(request.model, settings, classes)
+    return adopt_model(request.model, request.tokenizer, settings.device, classes)
 
 
 def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:

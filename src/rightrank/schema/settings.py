@@ -212,19 +212,6 @@ class TrainerFields(Settings):
 class WorkerFields(Settings):
     """How worker processes are started and watched; where trainings run changes nothing that they find."""
 
-    devices_per_arm: int = setting(
-        1,
-        MACHINE,
-        "processes that share a batch, one for each CUDA device ([clusters](../how-to/clusters.md))",
-        identity=False,
-        gt=0,
-    )
-    shard_base: bool = setting(
-        False,
-        MACHINE,
-        "each of several processes holds its share of the base's blocks (FSDP; [engine](../explanation/engine.md))",
-        identity=False,
-    )
     ray_address: str | None = setting(
         None,
         MACHINE,
@@ -599,20 +586,6 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
                 raise ValueError(
                     f"{name} was given and the executor is {self.executor!r}: give executor {' or '.join(executors)}"
                 )
-        if self.devices_per_arm > 1 and self.executor == "local":
-            raise ValueError(
-                f"devices_per_arm {self.devices_per_arm} needs executor processes or ray: give one of them"
-            )
-        if self.devices_per_arm > 1 and self.launcher:
-            raise ValueError(
-                "devices_per_arm and launcher were both given: the processes of an arm run on this machine; leave "
-                "one of them out",
-            )
-        if self.devices_per_arm > self.batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} can't be split over devices_per_arm {self.devices_per_arm}: "
-                "give a batch_size at least as large, or fewer devices"
-            )
 
     def _require_directions(self) -> None:
         names = [spec.name for spec in self.metric_specs]

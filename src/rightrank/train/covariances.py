@@ -21,10 +21,9 @@ from rightrank.models.adapter_files import open_adapter, restore_adapter
 from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.truncation import Moments, save_moments
-from rightrank.schema.errors import first_line
+from rightrank.schema.errors import first_line, is_out_of_memory
 from rightrank.schema.trials import Arm
 from rightrank.train.adapter import ADAPTER, lora_modules
-from rightrank.train.device import is_recoverable_oom
 from rightrank.train.runtime import Runtime
 
 MOMENT_TOKENS = 4096  # see benchmarks/truncation
@@ -76,7 +75,7 @@ def gather_moments(
             for indices in batches:
                 runtime.losses("train", runtime.batch("train", indices), 1.0, backward=True)
     except (RuntimeError, MemoryError) as error:
-        if not is_recoverable_oom(error):
+        if not is_out_of_memory(error):
             raise
         return Gathered({}, 0, 0, (f"no moments for truncation: {first_line(error)}; the plain SVD is used",))
     encoded = [runtime.examples("train")[index] for index in read]

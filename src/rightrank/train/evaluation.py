@@ -6,9 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
-
-from rightrank.train.distributed import all_reduce, process_index, world_size
 from rightrank.train.loss import BatchLoss
 
 Number = TypeVar("Number", int, float)
@@ -71,32 +68,16 @@ def score_batches(
     batches: Sequence[Sequence[int]],
     losses: Callable[[Sequence[int]], BatchLoss],
     scores: Sequence[Scores],
-    *,
-    in_step: bool,
 ) -> list[Scores]:
     """Fill `scores`, one per adapter, from the losses of every batch of example indices.
 
-    `losses(indices)` returns the examples of the first adapter, then those of the second, and so on. With several
-    processes, each scores every `world_size`-th batch. `in_step` makes every process run the same number of passes,
-    which a base sharded over the processes requires.
+    `losses(indices)` returns the examples of the first adapter, then those of the second, and so on.
     """
-    mine = batches[process_index() :: world_size()]
-    for indices in mine:
+    for indices in batches:
         result = losses(indices)
         for row, (score, index) in enumerate((score, index) for score in scores for index in indices):
             score.losses[index] = float(result.example_losses[row])
             score.tokens[index] = int(result.example_tokens[row])
             for name, values in result.example_metrics.items():
                 score.by_example[name][index] = float(values[row])
-    if in_step and len(mine) < -(-len(batches) // world_size()):
-        losses(batches[0])  # result unused: the other processes gather the base for one more batch
-    return list(scores) if world_size() == 1 else [_summed(score) for score in scores]
-
-
-def _summed(score: Scores) -> Scores:
-    """The sum over processes; a process holds zeros for examples that another one scored."""
-    columns = [score.losses, score.tokens, *score.by_example.values()]
-    tensors = [torch.tensor(values, dtype=torch.float64) for values in columns]
-    all_reduce(tensors)
-    losses, tokens, *metrics = (tensor.tolist() for tensor in tensors)
-    return Scores(losses, [round(n) for n in tokens], dict(zip(score.by_example, metrics, strict=True)))
+    return list(scores)

@@ -13,7 +13,6 @@ from rightrank.data.forms import Example
 from rightrank.schema.errors import DataError, is_out_of_memory
 from rightrank.schema.trials import SplitName
 from rightrank.train.device import kv_cache
-from rightrank.train.distributed import broadcast, process_index, world_size
 from rightrank.train.runtime import Runtime
 from rightrank.train.scorers import ModelAnswer
 
@@ -49,7 +48,7 @@ def answers(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
         return _predicted_classes(runtime, split)
     asked = prompts(runtime, split)
     with runtime.without_dropout(), kv_cache(runtime.model):
-        texts = _generate_shared(runtime, asked)
+        texts = _generate(runtime, asked)
     return [ModelAnswer(p.item_id, p.text, text, p.expected) for p, text in zip(asked, texts, strict=True)]
 
 
@@ -91,16 +90,6 @@ def _prompt(runtime: Runtime, example: Example) -> Prompt:
     expected = messages[last]["content"]
     _, found, end = whole[len(before) :].rpartition(expected)
     return Prompt(example.item_id, before, expected, add_special_tokens=False, end=end if found else "")
-
-
-def _generate_shared(runtime: Runtime, asked: Sequence[Prompt]) -> list[str]:
-    """Texts in the order of the prompts; with several processes, each generates its share."""
-    texts: dict[int, str] = {}
-    for process in range(world_size()):
-        mine = list(range(len(asked)))[process :: world_size()]
-        generated = _generate(runtime, [asked[index] for index in mine]) if process == process_index() else None
-        texts |= dict(zip(mine, broadcast(process, generated), strict=True))
-    return [texts[index] for index in range(len(asked))]
 
 
 @torch.no_grad()

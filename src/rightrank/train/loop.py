@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from rightrank.schema.errors import InterruptedRun, MetricError, first_line
+from rightrank.schema.errors import InterruptedRun, MetricError, first_line, is_out_of_memory
 from rightrank.schema.events import Listener, Notice
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, TrialStarted
 from rightrank.train.batches import Batch
 from rightrank.train.checkpoints import Progress
 from rightrank.train.covariances import ensure_moments
-from rightrank.train.device import PeakMemory, free_memory, is_recoverable_oom
+from rightrank.train.device import PeakMemory, free_memory
 from rightrank.train.metrics import measure
 from rightrank.train.multi_lora import MultiLora
 from rightrank.train.optimizer import take_step
@@ -146,7 +146,7 @@ class _TrainingLoop:
                 training = ArmTraining(self._runtime, trial, self._multi_lora, self._base_loss, folders, self._listener)
                 self._running.append(training)
             except (RuntimeError, MemoryError) as error:
-                if not is_recoverable_oom(error):
+                if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
                 self._multi_lora.remove(adapter_name(trial))
@@ -168,7 +168,7 @@ class _TrainingLoop:
             self._step_all()
             return
         except (RuntimeError, MemoryError) as error:
-            if not is_recoverable_oom(error):
+            if not is_out_of_memory(error):
                 raise
             reason = first_line(error)
         free_memory(self._device)
@@ -261,7 +261,7 @@ def evaluate_all(runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[Ar
     try:
         all_scores = runtime.evaluate_adapters("selection", multi_lora, [training.adapter for training in trainings])
     except (RuntimeError, MemoryError) as error:
-        if not is_recoverable_oom(error):
+        if not is_out_of_memory(error):
             raise
         reason = first_line(error)
     else:

@@ -322,13 +322,9 @@ class Reference:
             self._values[split][group] = self._compute(split, group).view(-1, 2).numpy()
             yield len(group)
 
-    def require(self, split: SplitName, wanted: Iterable[int]) -> None:
-        """As `fill`, without progress."""
-        deque(self.fill(split, wanted), maxlen=0)
-
     def of(self, split: SplitName, indices: Sequence[int]) -> torch.Tensor:
         """[2b], float64, on the CPU: chosen and rejected of each pair."""
-        self.require(split, indices)
+        deque(self.fill(split, indices), maxlen=0)
         return torch.from_numpy(self._values[split][list(indices)]).flatten()
 
 

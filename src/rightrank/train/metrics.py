@@ -11,7 +11,6 @@ from rightrank.schema.errors import MetricError
 from rightrank.schema.metrics import MetricSpec
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
-from rightrank.train.distributed import broadcast, process_index
 from rightrank.train.generation import answers
 from rightrank.train.runtime import Runtime
 from rightrank.train.scorers import ModelAnswer, Scored, require_scorer, score, write_answers
@@ -79,11 +78,11 @@ def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Mea
     if not specs:
         return measured
     answered = answers(runtime, split) if any(spec.needs_answers for spec in specs) else []
-    if keep is not None and answered and process_index() == 0:
+    if keep is not None and answered:
         write_answers(answered, keep)
     for spec in specs:
         try:
-            measured.scored[spec.name] = _in_every_process(partial(_score, spec, answered))
+            measured.scored[spec.name] = _score(spec, answered)
         except MetricError as error:
             measured.failed[spec.name] = str(error)
     return measured
@@ -97,18 +96,3 @@ def _score(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Scored:
         sides = [a.expected for a in answered], [a.completion for a in answered]
         return Scored(macro_f1(*sides), macro_f1_shares(*sides))
     return score(spec, answered)
-
-
-def _in_every_process(task: Callable[[], Scored]) -> Scored:
-    """Run `task` in process 0 and return its result in every process."""
-    result: dict[str, object] = {}
-    if process_index() == 0:
-        try:
-            scored = task()
-            result = {"value": scored.value, "items": scored.examples}
-        except MetricError as error:
-            result = {"error": str(error)}
-    result = broadcast(0, result)
-    if "error" in result:
-        raise MetricError(str(result["error"]))
-    return Scored(result["value"], result["items"])  # type: ignore[arg-type]

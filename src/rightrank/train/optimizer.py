@@ -19,7 +19,6 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch
 from rightrank.train.checkpoints import Progress, RunningMean
-from rightrank.train.distributed import all_reduce
 from rightrank.train.runtime import Runtime
 
 DECODING_TABLES = ("qmap1", "qmap2")  # of bitsandbytes: the same for every parameter
@@ -78,7 +77,7 @@ class ArmOptimizer:
         """The micro-batches of the next step; its learning rate goes into the optimizer."""
         size, indices = self._runtime.settings.batch_size, self._plan[self.progress.step]
         micro = [indices[start : start + size] for start in range(0, len(indices), size)]
-        batches = [self._runtime.share("train", part) for part in micro]
+        batches = [self._runtime.batch("train", part) for part in micro]
         examples = [self._runtime.examples("train")[index] for index in indices]
         self.loss_sum = 0.0
         self.labels = sum(map(self._runtime.data.loss_weight, examples))
@@ -89,15 +88,12 @@ class ArmOptimizer:
         return batches
 
     def update(self) -> None:
-        """Clip and step, gradients and losses first summed over the processes."""
-        loss = torch.tensor([self.loss_sum], dtype=torch.float64)
-        all_reduce([loss])
-        all_reduce([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+        """Clip and step."""
         if self._runtime.settings.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._runtime.settings.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self.progress.train_losses.append(float(loss) / self.labels)
+        self.progress.train_losses.append(self.loss_sum / self.labels)
         self.progress.step += 1
         self.progress.train_tokens += self._tokens
         if self.mean is not None:

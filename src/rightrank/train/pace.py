@@ -15,7 +15,7 @@ import torch
 from rightrank.schema.errors import MultiLoraError, is_out_of_memory
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import length_sorted_batches
-from rightrank.train.device import free_memory, is_recoverable_oom
+from rightrank.train.device import free_memory
 from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.optimizer import ArmOptimizer, arm_schedule, take_step
 from rightrank.train.runtime import Runtime
@@ -147,7 +147,7 @@ def measure_pace(runtime: Runtime, arm: Arm) -> Pace | None:
     try:
         return _measure(runtime, arm)
     except (RuntimeError, MemoryError) as error:
-        if not is_recoverable_oom(error):
+        if not is_out_of_memory(error):
             raise
     free_memory(runtime.loaded.device)
     return None

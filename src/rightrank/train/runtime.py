@@ -30,7 +30,6 @@ from rightrank.train.batches import (
     wants_float32,
 )
 from rightrank.train.device import gradient_checkpointing_on, training_is
-from rightrank.train.distributed import my_share, require_shares
 from rightrank.train.evaluation import Scores, score_batches
 from rightrank.train.fast_paths import FastPaths, can_pack_sequences, find_last_block, packing_probe, prefix_agrees
 from rightrank.train.loss import (
@@ -79,7 +78,6 @@ class Runtime:
                 f"give a causal model, or {_classifier_data(data.summary)} to train a classifier"
             )
         self._likelihood = make_likelihood(self.model, probe, data.is_classification)
-        require_shares(settings.batch_size)
         self.fast_paths = self._find_fast_paths(probe, cache_folder)
         self.objective: Objective = self._likelihood
         self.on_evaluated: Callable[[int, int], None] = lambda _done, _of: (
@@ -130,12 +128,6 @@ class Runtime:
     def batch(self, split: SplitName, indices: Sequence[int]) -> Batch:
         batch = self._collated(split, indices)
         return batch if self._reference is None else replace(batch, reference=self._reference.of(split, indices))
-
-    def share(self, split: SplitName, indices: Sequence[int]) -> Batch:
-        """This process's share of a batch. A sharded base runs in every process, and so computes the whole reference."""
-        if self._reference is not None and self.settings.shard_base:
-            self._reference.require(split, indices)
-        return self.batch(split, my_share(indices))
 
     def _collated(self, split: SplitName, indices: Sequence[int]) -> Batch:
         return collate(self.examples(split), indices, self._pad_id, self.loaded.device)
@@ -226,8 +218,6 @@ class Runtime:
         if only is not None:
             kept = set(only)
             batches = [here for batch in batches if (here := [index for index in batch if index in kept])]
-        if self._reference is not None and self.settings.shard_base:
-            self._reference.require(split, (index for batch in batches for index in batch))
         done, count = 0, sum(map(len, batches))
 
         def found(indices: Sequence[int]) -> BatchLoss:
@@ -240,7 +230,6 @@ class Runtime:
             batches,
             found,
             [Scores.zeros(len(examples), self.data.example_metrics) for _ in range(adapters)],
-            in_step=self.settings.shard_base,
         )
 
     @contextmanager
@@ -281,10 +270,10 @@ class Runtime:
         return paths
 
     def _make_prefix(self, folder: Path) -> FrozenPrefix | None:
-        """The blocks below everything trainable; None if there are none, or if each process would fill only its share."""
+        """The blocks below everything trainable; None if there are none."""
         found = find_blocks(self.model)
         settings = self.settings
-        if found is None or not settings.cache_prefix or settings.shard_base or settings.bias == "all":
+        if found is None or not settings.cache_prefix or settings.bias == "all":
             return None
         name, blocks = found
         depth = prefix_depth(

@@ -24,7 +24,6 @@ from rightrank.schema.scaling import lora_scale
 from rightrank.schema.trials import EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
 from rightrank.train.batches import Batch
 from rightrank.train.checkpoints import Checkpoint, Progress, RunningMean, load_checkpoint, save_checkpoint
-from rightrank.train.distributed import process_index
 from rightrank.train.evaluation import Scores
 from rightrank.train.metrics import Measured, measure
 from rightrank.train.multi_lora import ArmBatch, MultiLora
@@ -226,9 +225,8 @@ class ArmTraining:
         if arm.stop_at is None:
             measured = self._measure()
             measured.require([self._settings.metric_name])
-            if process_index() == 0:
-                peft_model, name = self._multi_lora.peft_model, self._runtime.loaded.name
-                save_adapter(peft_model, self._folders.adapter, name, self.adapter)
+            peft_model, name = self._multi_lora.peft_model, self._runtime.loaded.name
+            save_adapter(peft_model, self._folders.adapter, name, self.adapter)
         elif not arm.is_annealed:
             self.save()  # another trial may resume from here
         self.remove_adapter()
@@ -265,18 +263,15 @@ class ArmTraining:
         return waited > max(self._settings.checkpoint_seconds, self._save_seconds / CHECKPOINT_SHARE)
 
     def save(self) -> None:
-        """Write the checkpoint, in process 0 alone: every process holds the same state."""
         begun = time.perf_counter()
-        if process_index() == 0:
-            state = {"trial_id": self.trial.trial_id, **self.progress.model_dump()}
-            save_checkpoint(self._folders.checkpoint, Checkpoint(self.optimizer.tensors(), state))
+        state = {"trial_id": self.trial.trial_id, **self.progress.model_dump()}
+        save_checkpoint(self._folders.checkpoint, Checkpoint(self.optimizer.tensors(), state))
         self._saved = time.perf_counter()
         self._save_seconds = self._saved - begun
 
     def delete_checkpoint(self) -> None:
         """Call once the trial's outcome is stored."""
-        if process_index() == 0:
-            self._folders.checkpoint.unlink(missing_ok=True)
+        self._folders.checkpoint.unlink(missing_ok=True)
 
 
 def finished(trial: Trial, metric: str, scores: Scores, measured: Measured, progress: Progress) -> TrialFinished:

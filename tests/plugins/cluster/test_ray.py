@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from rightrank import TrialTask, select_rank, select_rank_with
 from rightrank.runs.journal import Journal
-from rightrank.schema.events import Event, StepDone
+from rightrank.schema.events import Event
 from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialLook
-from tests.plugins.cluster.runs import STEPS, decision_of, require_same, values_of
+from tests.plugins.cluster.runs import STEPS, decision_of, values_of
 from tests.tiny import small_settings
 from tests.watch import Watch
 
@@ -57,29 +56,6 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_two_actors_share_an_arm_though_one_is_killed(
-    cluster: Any, alone: Path, model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    for _ in range(2):  # a node holds one of the two
-        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-    killed: list[int] = []
-    notices: list[str] = []
-
-    def kill_one(event: Event) -> None:
-        if isinstance(event, StepDone) and not killed:
-            actors = [one for one in psutil.Process().children(recursive=True) if "ray::RayWorker" in one.name()]
-            assert len(actors) == 2
-            killed.append(actors[-1].pid)
-            actors[-1].kill()
-
-    settings = small_settings(**STEPS, executor="ray", ray_address=cluster.address, workers=1, devices_per_arm=2)
-    watching = Watch(on_event=kill_one, notice=notices.append)
-    select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[watching])
-    assert killed
-    assert any("worker-1 was lost" in notice for notice in notices)
-    require_same(tmp_path / "run", alone)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_a_custom_trainer_runs_on_ray(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray

@@ -105,15 +105,6 @@ def test_a_preference_pair_is_planned_as_two_sequences() -> None:
     assert pairs.needed_bytes == texts.needed_bytes
 
 
-def test_the_plan_counts_what_one_of_several_devices_takes() -> None:
-    config = tiny_llama_config(400)
-    shared = {"ranks": (1, 8), "executor": "processes", "workers": 1}
-    one = plan_selection(config, small_settings(batch_size=8, **shared), 256, "cpu")
-    two = plan_selection(config, small_settings(batch_size=8, devices_per_arm=2, **shared), 256, "cpu")
-    half = plan_selection(config, small_settings(batch_size=4, **shared), 256, "cpu")
-    assert half.peak_bytes[8] <= two.peak_bytes[8] < one.peak_bytes[8]  # its share of a batch, and the sums
-
-
 def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
     settings = small_settings(ranks=(1, 8), adapters_per_pass=6)
     config = tiny_llama_config(400)

@@ -31,7 +31,7 @@ def worker_executor(request: Request, prepared: Prepared, run: Run) -> Iterator[
     """The executor of workers in processes or on Ray. They start on demand and run as long as the block.
 
     Raises:
-        SettingsError: no number of workers, or fewer CUDA devices than `devices_per_arm`.
+        SettingsError: no number of workers.
         MissingExtraError: the executor's package is not installed.
         RunError: the cluster or the store does not answer.
     """
@@ -95,18 +95,13 @@ def _probe(address: str, folder: Path, token: str) -> Iterator[str]:
 
 def _crew(settings: SelectSettings, setup: Setup, needed: int | None, on_cuda: bool) -> tuple[Crew, int]:
     """The crew and its maximum number of workers; `needed` is a worker's planned memory, None where there is no plan."""
-    size = settings.devices_per_arm
     if settings.executor == "ray":
         from rightrank.plugins.cluster.on_ray import RayCrew
 
-        crew = RayCrew(setup, settings.ray_address, needed, on_cuda, size=size)
+        crew = RayCrew(setup, settings.ray_address, needed, on_cuda)
         return crew, settings.workers or crew.room()
     devices = torch.cuda.device_count() if on_cuda and not settings.launcher else 0
-    if devices and devices < size:
-        raise SettingsError(
-            f"devices_per_arm {size} needs {size} CUDA devices, this machine has {devices}; give {devices} or fewer"
-        )
-    workers = settings.workers or devices // size
+    workers = settings.workers or devices
     if not workers:
         raise SettingsError("executor 'processes' needs the number of workers on a CPU: give it, such as --workers 2")
-    return ProcessCrew(setup, setup.folder / "workers", devices, shlex.split(settings.launcher), size=size), workers
+    return ProcessCrew(setup, setup.folder / "workers", devices, shlex.split(settings.launcher)), workers

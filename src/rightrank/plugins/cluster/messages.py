@@ -20,17 +20,6 @@ from rightrank.schema.trials import (
 )
 
 
-class Group(Record):
-    """The place of a process in a worker that consists of several processes."""
-
-    name: str  # of the worker
-    number: int  # of the process; only process 0 sends messages
-    size: int
-    host: str  # of the rendezvous store
-    port: int
-    backend: str  # of torch.distributed
-
-
 class Setup(Record):
     """The selection. A worker prepares the same request as the driver and must compute the same fingerprint."""
 
@@ -44,7 +33,6 @@ class Setup(Record):
     working_folder: Path  # relative paths start here
     share: str  # the run folder or the store's address
     probe: str  # name of a file that the driver wrote there
-    group: Group | None = None  # None: the worker is one process
 
 
 class Task(Record):

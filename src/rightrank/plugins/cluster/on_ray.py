@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rightrank.plugins.cluster.messages import WORKER_MESSAGE, Setup, Stop, Task, WorkerLost, WorkerMessage
-from rightrank.plugins.cluster.processes import Rendezvous
 from rightrank.plugins.cluster.worker import Send, Worker
 from rightrank.runs.calls import NO_RESULT, Call, TrainerError, TrainFunction, call_inline
 from rightrank.runs.hook import described
@@ -59,7 +58,6 @@ class RayCrew:
         bytes_planned: int | None,
         on_cuda: bool,
         actor: type = RayWorker,
-        size: int = 1,
     ) -> None:
         ray = sys.modules.get("ray")
         self._joined_before = ray is not None and bool(ray.is_initialized())  # the caller's session is left open
@@ -67,18 +65,15 @@ class RayCrew:
         self._setup = setup
         self._resources = resources(bytes_planned, on_cuda)
         self._actor = self._ray.remote(actor)
-        self._size = size  # actors per worker, each with its own device
         self.room()
-        self._rendezvous = Rendezvous(self._ray.util.get_node_ip_address(), size, on_cuda) if size > 1 else None
-        self._actors: dict[str, list[Any]] = {}  # the first sends messages
-        self._places: dict[str, Any] = {}  # placement groups of workers with several actors
-        self._streams: dict[Any, tuple[str, int]] = {}  # an actor's messages → its worker and number
+        self._actors: dict[str, Any] = {}
+        self._streams: dict[Any, str] = {}  # an actor's messages → its worker
 
     def room(self) -> int:
         """How many workers the present nodes have room for, at least 1.
 
         Raises:
-            InputError: no node has room for one of a worker's actors.
+            InputError: no node has room for a worker.
         """
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         actors = sum(_fit(node, self._resources) for node in nodes)
@@ -87,45 +82,28 @@ class RayCrew:
             raise InputError(
                 f"no node of the Ray cluster has room for a worker ({wanted}); give smaller ranks, batch_size or seq_len, or larger nodes"
             )
-        return max(1, actors // self._size)
+        return actors
 
     def start(self, worker: str) -> None:
         wanted = self._resources
-        options = self._actor.options(
+        actor = self._actors[worker] = self._actor.options(
             num_cpus=wanted["CPU"],
             num_gpus=wanted.get("GPU", 0),
             memory=wanted.get("memory"),
             max_concurrency=4,  # it receives commands while it sends messages
             max_restarts=0,  # the pool starts a new one
             runtime_env={"env_vars": _environment()},
-            **self._place(worker),
-        )
-        actors = self._actors[worker] = [options.remote() for _ in range(self._size)]
-        setups = [self._setup] if self._rendezvous is None else self._rendezvous.setups(self._setup, worker)
-        for number, (actor, its_setup) in enumerate(zip(actors, setups, strict=True)):
-            self._streams[actor.messages.options(num_returns="streaming").remote()] = (worker, number)
-            actor.receive.remote(its_setup.model_dump_json())
-
-    def _place(self, worker: str) -> dict[str, Any]:
-        """The placement group of a worker with several actors: either all of them get room or none does."""
-        if self._size == 1:
-            return {}
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        group = self._ray.util.placement_group([self._resources] * self._size, strategy="PACK")
-        self._places[worker] = group
-        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
+        ).remote()
+        self._streams[actor.messages.options(num_returns="streaming").remote()] = worker
+        actor.receive.remote(self._setup.model_dump_json())
 
     def send(self, worker: str, command: Task | Stop) -> None:
-        for actor in self._actors[worker]:
-            actor.receive.remote(command.model_dump_json())
+        self._actors[worker].receive.remote(command.model_dump_json())
 
     def end(self, worker: str) -> None:
-        self._streams = {stream: whose for stream, whose in self._streams.items() if whose[0] != worker}
-        for actor in self._actors.pop(worker, []):
+        self._streams = {stream: whose for stream, whose in self._streams.items() if whose != worker}
+        if (actor := self._actors.pop(worker, None)) is not None:
             self._ray.kill(actor, no_restart=True)
-        if (group := self._places.pop(worker, None)) is not None:
-            self._ray.util.remove_placement_group(group)
 
     def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
         if not self._streams:
@@ -138,14 +116,14 @@ class RayCrew:
         for stream in ready:
             if stream not in self._streams:
                 continue  # of a worker that was lost in this loop
-            worker, number = self._streams[stream]
+            worker = self._streams[stream]
             try:
                 lines = self._ray.get(next(stream))
             except (self._ray.exceptions.RayError, StopIteration) as error:
-                self.end(worker)  # its other actors
+                self.end(worker)
                 found.append((worker, WorkerLost(described(error))))
             else:
-                found.extend((worker, WORKER_MESSAGE.validate_json(line)) for line in lines.split("\n") if number == 0)
+                found.extend((worker, WORKER_MESSAGE.validate_json(line)) for line in lines.split("\n"))
         return found
 
     def close(self) -> None:

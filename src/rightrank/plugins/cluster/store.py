@@ -11,7 +11,6 @@ from rightrank.runs.executor import Executor
 from rightrank.runs.folder import RunFolder, Store
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.trials import Trial, TrialOutcome
-from rightrank.train.distributed import process_index
 from rightrank.train.trial import CHECKPOINT_SHARE
 
 
@@ -66,7 +65,7 @@ class StoreSync:
         """Remove the local adapter, and the stored checkpoint of a trial that has ended and is never resumed."""
         shutil.rmtree(self._folder.trial_adapter(outcome.trial_id), ignore_errors=True)
         checkpoint = self._folder.checkpoint(outcome.trial_id)
-        if outcome.arm.stop_at is None and self._uploaded.pop(checkpoint, None) is not None and process_index() == 0:
+        if outcome.arm.stop_at is None and self._uploaded.pop(checkpoint, None) is not None:
             self._store.remove(self._name(checkpoint))
 
     def upload_due(self) -> None:

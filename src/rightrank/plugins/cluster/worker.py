@@ -25,7 +25,6 @@ from pydantic import ValidationError
 
 from rightrank.plugins.cluster.messages import (
     COMMAND,
-    Group,
     Ready,
     Refused,
     Setup,
@@ -99,8 +98,7 @@ class Worker:
         with suppress(OSError):  # no such folder here: then only absolute paths work
             os.chdir(setup.working_folder)
         try:
-            ready = Ready(versions=versions(), token=self._token(setup))
-            self._send(ready if setup.group is None else self._join_group(setup.group, ready))
+            self._send(Ready(versions=versions(), token=self._token(setup)))
         except RightrankError as error:  # from the store
             self._send(Refused(reason=f"{platform.node()}: {error}", exit_status=error.exit_status))
 
@@ -137,16 +135,6 @@ class Worker:
         limit = prepared.planned.max_adapters_per_pass if prepared.planned else None
         executor = LocalExecutor(prepared.runtime, folder, _Reports(self._send, self._should_stop, sync), limit)
         return executor if sync is None else StoredExecutor(executor, sync)
-
-    def _join_group(self, group: Group, ready: Ready) -> Ready:
-        """Join the group; return the first `Ready` that differs from process 0's, or process 0's if all agree."""
-        from rightrank.plugins.cluster.processes import join
-        from rightrank.train.distributed import broadcast
-
-        join(group)
-        self._should_stop = lambda: bool(broadcast(0, self._stop.is_set()))  # all processes stop at the same step
-        readies = [broadcast(number, ready.model_dump()) for number in range(group.size)]
-        return Ready.model_validate(next((other for other in readies if other != readies[0]), readies[0]))
 
     def _token(self, setup: Setup) -> str | None:
         """The content of the probe file; None where this worker does not see it."""

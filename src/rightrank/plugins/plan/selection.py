@@ -153,10 +153,6 @@ def _plan_settings(
     kind = "cuda" if device.startswith("cuda") else "cpu"
     shared = {name: getattr(settings, name) for name in STEP_OF_SELECT}
     eager = getattr(config, "_attn_implementation", None) == "eager"
-    if settings.devices_per_arm > 1:  # what one device holds, and its share of a batch
-        shared["num_devices"] = settings.devices_per_arm
-        shared["sharding"] = "fsdp" if settings.shard_base else "ddp"
-        shared["batch_size"] = -(-settings.batch_size // settings.devices_per_arm)
     for name in ("batch_size", "eval_batch_size"):  # the plan's examples are sequences
         shared[name] *= sequences
     return make_plan_settings(
