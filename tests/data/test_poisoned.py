@@ -102,21 +102,6 @@ def test_a_whole_pair_is_a_character(tmp_path: Path, tokenizer: Any) -> None:
     assert data.summary.unreadable == 0
 
 
-@pytest.mark.parametrize("character", ["\x00", "\x1b[2J", "\x7f", "\x9b", "\x08"])
-def test_control_characters_are_kept_and_counted(tmp_path: Path, tokenizer: Any, character: str) -> None:
-    rows = [{"text": f"{row['text']}{character}"} if number < 40 else row for number, row in enumerate(texts())]
-    data = encoded(tmp_path / "d.jsonl", rows, tokenizer)
-    assert data.summary.control_characters == 40
-    assert counted(data, "items") == 120
-    kept = tokenizer.decode(tokenizer(rows[0]["text"])["input_ids"])
-    assert kept == rows[0]["text"]
-
-
-def test_tabs_and_line_ends_are_no_control_characters(tmp_path: Path, tokenizer: Any) -> None:
-    rows = [{"text": f"{row['text']}\t\r\n"} for row in texts()]
-    assert encoded(tmp_path / "d.jsonl", rows, tokenizer).summary.control_characters == 0
-
-
 def test_empty_completions_are_dropped_and_counted(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": f"say {number}", "completion": "" if number % 4 == 0 else "x"} for number in range(200)]
     data = encoded(tmp_path / "d.jsonl", rows, tokenizer)
@@ -132,10 +117,9 @@ def test_nothing_but_empty_completions_is_refused(tmp_path: Path, tokenizer: Any
 
 def test_the_counts_are_shown(tmp_path: Path) -> None:
     made = made_up_run()
-    data = made.started.data.model_copy(update={"unreadable": 3, "control_characters": 5})
+    data = made.started.data.model_copy(update={"unreadable": 3})
     started = made.started.model_copy(update={"data": data})
     assert "3 rows skipped: lone surrogates" in plan_line(started, 10)
-    assert "5 examples with control characters" in plan_line(started, 10)
     made.started = started
     page = render_report(made, None)
     assert "3 rows skipped, lone surrogates" in page
@@ -197,7 +181,6 @@ def test_a_selection_goes_on_and_counts_what_it_met(
     assert status == 0, err
     summary = json.loads((out / "journal.jsonl").read_text().splitlines()[0])["data"]
     assert summary["unreadable"] == 2 * halves
-    assert summary["control_characters"] == 3
     assert sum(split["truncated"] for split in summary["splits"].values()) == 1
     empty = {"completion": 4, "messages": 0}.get(form, 1)  # a template marks the end of an empty answer: it is learned
     assert sum(split["dropped"] for split in summary["splits"].values()) == empty

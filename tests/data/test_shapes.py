@@ -1,4 +1,4 @@
-"""Data as people have it: other column names, Alpaca, ShareGPT, token ids, a validation file, no test split, the hub."""
+"""Data as people have it: other column names, Alpaca, ShareGPT, a validation file, no test split."""
 
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ def contents(splits: DataSplits) -> list[Any]:
         (lambda a, b: {"question": a, "answer": b}, ()),
         (lambda a, b: {"prompt": a, "response": b}, ()),
         (lambda a, b: {"input": a, "output": b}, ()),
-        (lambda a, b: {"Prompt": a, " Completion": b}, ()),
-        (lambda a, b: {"Question": a, "Answer": b}, ()),
         (lambda a, b: {"ask": a, "said": b, "text": "other"}, ("prompt=ask", "completion=said")),
     ],
 )
@@ -71,20 +69,6 @@ def test_alpaca_gets_its_prompt(tmp_path: Path) -> None:
     assert all(prompt.endswith("\n\n### Response:\n") for prompt in prompts)
     assert any("### Input:\nmore\n\n" in prompt for prompt in prompts)
     assert any("### Input:" not in prompt for prompt in prompts)
-
-
-def test_token_rows_lose_their_padding_and_keep_their_labels(tmp_path: Path) -> None:
-    rows = [
-        {"input_ids": [n, 5, 6, 0], "attention_mask": [1, 1, 1, 0], "labels": [-100, 5, 6, -100]} for n in range(60)
-    ]
-    splits = loaded(tmp_path, rows)
-    assert splits.form == "tokens"
-    assert all(content["input_ids"][1:] == [5, 6] for content in contents(splits))
-    assert all(content["labels"] == [-100, 5, 6] for content in contents(splits))
-    masked = [{"input_ids": [n, 5, 6], "completion_mask": [0, 1, 1]} for n in range(60)]
-    assert loaded(tmp_path, masked).fingerprint == splits.fingerprint
-    with pytest.raises(DataError, match="`labels` has 1 numbers for 2 `input_ids`"):
-        loaded(tmp_path, [{"input_ids": [1, 2], "labels": [1]}])
 
 
 def test_a_validation_file_is_the_validation_split(tmp_path: Path) -> None:
@@ -152,28 +136,6 @@ def test_another_spelling_of_the_validation_file_is_the_same(tmp_path: Path, mon
     begun = SelectSettings(validation="held.jsonl").model_dump(mode="json")
     again = SelectSettings(validation="./held.jsonl").model_dump(mode="json")
     assert settings_difference(begun, again) == []
-
-
-def test_a_name_of_the_hub_is_read_as_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    rows = [{"text": text} for text in TEXTS]
-    asked: list[Any] = []
-
-    def load_dataset(name: str, config: str | None) -> Any:
-        asked.append((name, config))
-        return datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    splits = load_data(Path("someone/some-data:small"), small_settings())
-    assert asked == [("someone/some-data", "small")]
-    assert {content["text"] for content in contents(splits)} <= set(TEXTS)
-
-
-def test_a_missing_data_set_is_answered_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    with pytest.raises(DataError, match="no such file or folder, and not read as a data set of the hub"):
-        load_data(Path("nobody/no-such-data-set"), small_settings())
 
 
 @pytest.mark.parametrize("first", [True, 1.0])

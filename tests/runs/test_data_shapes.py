@@ -24,11 +24,3 @@ def test_questions_and_answers_without_a_test_split(model_folder: Path, tmp_path
     assert line.startswith("121 rows; examples: ")
     assert "held-out rows not evaluated, beyond --eval-items" in line
     assert "form: prompt_completion (from question → prompt, answer → completion)" in line
-
-
-def test_token_ids(model_folder: Path, tmp_path: Path) -> None:
-    rows = [{"input_ids": [5 + n % 9, 6, 7, n], "labels": [-100, 6, 7, n]} for n in range(120)]
-    data = write_jsonl(tmp_path / "tokens.jsonl", rows)
-    settings = small_settings(max_steps=2, ranks=(1, 2), goal="adapter")
-    selected = select_rank(str(model_folder), data, tmp_path / "run", settings=settings)
-    assert selected.report.exists()

@@ -1,10 +1,9 @@
-"""Gives rows the columns of a form of data: columns named by hand, Alpaca, ShareGPT, question and answer, tokenised rows."""
+"""Gives rows the columns of a form of data: columns named by hand, Alpaca, ShareGPT, question and answer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
 import weakref
 from abc import abstractmethod
@@ -29,10 +28,6 @@ PAIRS = (  # further names of prompt and completion, in the order in which they 
 )
 PROMPTS = ("question", "query", "instruction", "input")  # further names of a preference pair's prompt
 CONVERSATIONS = ("messages", "conversations", "conversation")
-SPELLED = {  # column names that are recognised in any spelling of upper and lower case
-    *("prompt", "completion", "messages", "text", "label", "chosen", "rejected", "conversations", "instruction"),
-    *("input", "output", "question", "answer", "query", "response", "group"),
-}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -49,7 +44,7 @@ ALPACA = (
 class Shape:
     """How rows of one shape become rows of a form."""
 
-    name: str  # as it is reported: "alpaca", "sharegpt", "tokens", or the columns that were renamed
+    name: str  # as it is reported: "alpaca", "sharegpt", or the columns that were renamed
     change: Change
     renamed: Mapping[str, str] = field(default_factory=dict)  # a form's column → the file's name of it
 
@@ -67,9 +62,9 @@ def shape_of(first: Row, columns: Sequence[str], known: Collection[str]) -> Shap
     Raises:
         DataError: `columns` names a column that no form has, or that the row lacks.
     """
-    if not columns and not _spellings(first.fields):
+    if not columns:
         return _found(first.fields)
-    renamed = _renaming(first, columns, known) if columns else _shape_renamed(_spellings(first.fields))
+    renamed = _renaming(first, columns, known)
     inner = _found(renamed.change(first))
     if inner is None:
         return renamed
@@ -88,12 +83,6 @@ def _renaming(first: Row, columns: Sequence[str], known: Collection[str]) -> Sha
             found = ", ".join(f"`{one}`" for one in first.fields)
             raise DataError(f"{first.where}: no column {column!r}, which columns names for `{name}`; found {found}")
     return _shape_renamed(names)
-
-
-def _spellings(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Known names to columns that differ from them in upper and lower case or in spaces around, such as `Prompt`."""
-    names = {str(column).strip().lower(): column for column in fields}
-    return {name: column for name, column in names.items() if name in SPELLED and name not in fields}
 
 
 def _shape_renamed(names: Mapping[str, str]) -> Shape:
@@ -120,7 +109,7 @@ def _found(fields: Mapping[str, Any]) -> Shape | None:
     if pair is not None:
         names = zip(("prompt", "completion"), pair, strict=True)
         return _shape_renamed({name: column for name, column in names if name != column})
-    return Shape("tokens", _tokens) if "input_ids" in fields else None
+    return None
 
 
 def _is_sharegpt(value: Any) -> bool:
@@ -155,30 +144,6 @@ def _alpaca(row: Row) -> Mapping[str, Any]:
     template = ALPACA_WITH_INPUT if context else ALPACA
     prompt = template.format(instruction=instruction, input=context)
     return {**row.fields, "prompt": prompt, "completion": row.fields.get("output")}
-
-
-def _tokens(row: Row) -> Mapping[str, Any]:
-    """`input_ids` without padding, and a label for each: `labels`, those of `completion_mask`, or all tokens."""
-    ids = _numbers(row, "input_ids")
-    attended = _numbers(row, "attention_mask", len(ids)) if row.fields.get("attention_mask") else [1] * len(ids)
-    if row.fields.get("labels") is not None:
-        labels = _numbers(row, "labels", len(ids))
-    elif row.fields.get("completion_mask") is not None:
-        mask = _numbers(row, "completion_mask", len(ids))
-        labels = [token if kept else -100 for token, kept in zip(ids, mask, strict=True)]
-    else:
-        labels = ids
-    kept = [place for place, seen in enumerate(attended) if seen]
-    return {**row.fields, "input_ids": [ids[place] for place in kept], "labels": [labels[place] for place in kept]}
-
-
-def _numbers(row: Row, name: str, count: int | None = None) -> list[int]:
-    values = row.fields.get(name)
-    if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise DataError(f"{row.where}: `{name}` must be a list of integers")
-    if count is not None and len(values) != count:
-        raise DataError(f"{row.where}: `{name}` has {len(values)} numbers for {count} `input_ids`; give one for each")
-    return values
 
 
 Entry = TypeVar("Entry")
@@ -246,8 +211,7 @@ class ExampleStore(StoredSequence[Example]):
         return Example(f"{self.ids[number]:016x}", content, where)
 
 
-DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "tokens", "preference"]
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "preference"]
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -262,17 +226,12 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(inner)
 
 
-def has_control(content: Mapping[str, Any]) -> bool:
-    return any(map(_CONTROL.search, strings(content)))
-
-
 def example_of(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:
     content = {column: row.fields.get(column) for column in columns}
     if "label" in content:
         content["label"] = _plain_label(content["label"])
     for column, value in content.items():
-        if column in _CHECKS:  # those of tokens were checked as they got their shape
-            _CHECKS[column](value, f"{row.where}: `{column}`")
+        _CHECKS[column](value, f"{row.where}: `{column}`")
     if form == "preference":
         content = _pair_of(content, row.where)
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)

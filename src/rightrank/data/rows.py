@@ -6,7 +6,6 @@ A row is a mapping with its origin, so that every error can name file and line.
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rightrank.data.files import HUB_SECONDS, UnreadableError, hub_errors, kind_of, parse_json, read_json_object
-from rightrank.schema.errors import DataError, did_you_mean, first_line
+from rightrank.data.files import UnreadableError, kind_of, parse_json, read_json_object
+from rightrank.schema.errors import DataError, did_you_mean
 from rightrank.schema.trials import SplitName
 
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -31,7 +30,6 @@ SPLIT_NAMES: dict[str, SplitName] = {
     "test": "test",
 }
 MAX_LINE_CHARACTERS = 2**26  # of a JSONL line; 64 MiB in one example is a mistake
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 _CSV_FIELD_LIMIT = 2**24  # characters
 
 
@@ -56,8 +54,6 @@ def read_rows(source: Path) -> RowsBySplit:
         DataError: no such file, or none of a known type; while iterating: a row that can't be read.
     """
     found_kind = kind_of(source)
-    if found_kind == "missing" and _is_hub_name(str(source)):
-        return _hub_rows(str(source))
     if found_kind == "missing":
         raise DataError(f"{source}: no such file or folder{_nearest_file(source)}; give {_types_allowed()}")
     if found_kind == "other":
@@ -96,8 +92,7 @@ def require_rows(source: Path) -> None:
     Raises:
         DataError: as `read_rows` raises.
     """
-    found = kind_of(source)
-    if not (found == "missing" and _is_hub_name(str(source))) and not (found == "folder" and _is_saved_dataset(source)):
+    if not _is_saved_dataset(source):
         read_rows(source)
 
 
@@ -203,8 +198,8 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         header = lines.readline()
         lines.seek(0)
-        if delimiter == "," and "," not in header:  # spreadsheets of many countries write semicolons
-            delimiter = next((other for other in ";\t" if other in header), delimiter)
+        if "," not in header and ";" in header:  # spreadsheets of many countries write semicolons
+            delimiter = ";"
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
             for fields in reader:
@@ -231,30 +226,6 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         # ValueError and OverflowError: dates and texts that Python can't represent
         raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from None
-
-
-def _is_hub_name(name: str) -> bool:
-    """Whether `name` can be that of a data set on the hub: OWNER/NAME or OWNER/NAME:CONFIG."""
-    return bool(_HUB_NAME.fullmatch(name)) and Path(name).suffix.lower() not in FILE_TYPES
-
-
-def _hub_rows(name: str) -> RowsBySplit:
-    """Rows of a data set on the hub, downloaded or from the cache, without decoding."""
-    import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    repository, _, config = name.partition(":")
-    try:
-        if not HF_HUB_OFFLINE:
-            HfApi().dataset_info(repository, timeout=HUB_SECONDS)  # one try: load_dataset retries for a minute
-        loaded: Any = datasets.load_dataset(repository, config or None)
-    except (*hub_errors(), ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{name}: no such file or folder{_nearest_file(Path(name))}, and not read as a data set of the hub ({first_line(error)}); "
-            f"give {_types_allowed()}, or OWNER/NAME of a data set that can be reached"
-        ) from None
-    return rows_from_memory({split: _plain_rows(table, Path(name)) for split, table in loaded.items()})
 
 
 def _is_saved_dataset(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from rightrank.data.files import is_text
-from rightrank.data.forms import DataForm, Example, ExampleStore, Shape, example_of, has_control, shape_of, strings
+from rightrank.data.forms import DataForm, Example, ExampleStore, Shape, example_of, shape_of, strings
 from rightrank.data.rows import Row, RowsBySplit, read_rows, rows_from_memory
 from rightrank.schema.errors import DataError
 from rightrank.schema.settings import SelectSettings
@@ -41,7 +41,6 @@ FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # the first form whose 
     ("prompt_completion", ("prompt", "completion")),
     ("classification", ("text", "label")),
     ("text", ("text",)),
-    ("tokens", ("input_ids", "labels")),
 )
 
 
@@ -58,7 +57,6 @@ class DataSplits:
     class_counts: Mapping[str, int] = field(default_factory=dict)  # classification: training examples by label
     label_like: str | None = None  # text: a column that is not read and has a name of labels
     unreadable: int = 0  # rows left out because of lone surrogates, which no tokenizer accepts
-    control_characters: int = 0  # examples with control characters; they are kept
     rows: int = 0  # that were read
     repeated: int = 0  # held-out rows left out because another row is equal
     not_evaluated: int = 0  # held-out rows beyond the number that is evaluated
@@ -114,7 +112,6 @@ def load_data(
         class_counts=dict(read.labels),
         label_like=_label_like(unused) if form == "text" else None,
         unreadable=read.unreadable,
-        control_characters=read.control_characters + sum(has_control(example.content) for example in evaluated),
         rows=read.rows,
         repeated=read.rows_held_out - distinct,
         not_evaluated=distinct - len(evaluated),
@@ -135,7 +132,6 @@ class _Reading:
         self.labels: Counter[str] = Counter()  # classification: of the training examples
         self.unreadable = 0
         self.equal_pairs = 0
-        self.control_characters = 0  # in training examples
         self._form, self._columns, self._settings = form, columns, settings
 
     @property
@@ -164,7 +160,6 @@ class _Reading:
             self.held_out[split].add(example)
             return
         self.train.append(example)
-        self.control_characters += has_control(example.content)
         if self._form == "classification":
             self.labels[str(example.content["label"])] += 1
 

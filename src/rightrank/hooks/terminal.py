@@ -238,7 +238,6 @@ def left_out(data: DataSummary) -> list[str]:
         (data.equal_pairs, "pairs left out: `chosen` and `rejected` are the same"),
         (sum(summary.equal for summary in splits), "pairs left out: the same within the maximum length"),
         (data.unreadable, "rows skipped: lone surrogates, which no tokenizer accepts"),
-        (data.control_characters, "examples with control characters"),
         (
             data.duplicates_across_splits,
             "held-out examples are in another split too (exact duplicates across splits), which favours high ranks",

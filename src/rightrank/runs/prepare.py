@@ -212,7 +212,7 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
                 raise SettingsError(
                     f"metric {spec.name!r} needs {columns}; the data has the form {form!r}: give metric 'loss'"
                 )
-        if form in ("text", "tokens") and spec.needs_answers:
+        if form == "text" and spec.needs_answers:
             raise SettingsError(
                 f"metric {spec.name!r} needs the model to write for a prompt, and the data has the form {form!r}: "
                 "give `prompt` and `completion`, or metric 'loss'"

@@ -91,7 +91,7 @@ class DataSummary(Record):
     """How the data was read."""
 
     # own: read by a custom trainer
-    form: Literal["text", "prompt_completion", "messages", "classification", "tokens", "preference", "own"]
+    form: Literal["text", "prompt_completion", "messages", "classification", "preference", "own"]
     splits: dict[str, SplitSummary]
     splits_given: bool
     duplicates_across_splits: Whole
@@ -99,7 +99,6 @@ class DataSummary(Record):
     class_counts: dict[str, Whole] = Field(default_factory=dict)  # classification: training examples by label
     label_like: str | None = None  # text: a column that is not read and has a name of labels
     unreadable: Whole = 0  # rows left out because of lone surrogates, which no tokenizer accepts
-    control_characters: Whole = 0  # examples with control characters; they are kept
     rows: Whole = 0  # that were read
     repeated: Whole = 0  # held-out rows left out because another row is equal
     not_evaluated: Whole = 0  # held-out rows beyond the number that is evaluated

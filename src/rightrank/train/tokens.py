@@ -36,9 +36,8 @@ def _first_label(labels: Sequence[int]) -> int:
 class Encoder:
     """example → (input_ids, labels), for one tokenizer and one form of data."""
 
-    def __init__(self, tokenizer: Any, form: DataForm, classes: list[str] | None, vocabulary: int) -> None:
+    def __init__(self, tokenizer: Any, form: DataForm, classes: list[str] | None) -> None:
         self._tokenizer = tokenizer
-        self._vocabulary = vocabulary
         self.form = form
         self._class_index = {name: index for index, name in enumerate(classes or [])}
         self.is_classification = form == "classification"
@@ -55,8 +54,6 @@ class Encoder:
             ids = self._ids(content["text"]) if content["text"] else []
             ids = self._end(ids)
             return ids, list(ids)
-        if self.form == "tokens":
-            return self._known(content["input_ids"], example.where), self._known(content["labels"], example.where)
         if self.form == "messages":
             return self._conversation(content["messages"], 0, example.where)
         return self._prompt_completion(content["prompt"], content["completion"], example.where)
@@ -81,15 +78,6 @@ class Encoder:
         if isinstance(prompt, list):
             return self._conversation([*prompt, *answer], len(prompt), example.where)
         return self._completed(prompt, answer)
-
-    def _known(self, ids: list[int], where: str) -> list[int]:
-        """Token ids or labels of the data."""
-        wrong = next((token for token in ids if token != IGNORED and not 0 <= token < self._vocabulary), None)
-        if wrong is not None:
-            raise DataError(
-                f"{where}: token {wrong}, and the model has 0 to {self._vocabulary - 1}; tokenise with this model's tokenizer"
-            )
-        return ids
 
     def _prompt_completion(self, prompt: Any, completion: Any, where: str) -> EncodedSequence:
         if isinstance(prompt, list) or isinstance(completion, list):
@@ -204,8 +192,7 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
         DataError: the chat template is missing or rewrites earlier turns, or a split has no label within `seq_len`.
     """
     limit = settings.seq_len
-    vocabulary = model.model.get_input_embeddings().num_embeddings if data.form == "tokens" else 0
-    encoder = Encoder(model.tokenizer, data.form, data.classes, vocabulary)
+    encoder = Encoder(model.tokenizer, data.form, data.classes)
     splits: dict[SplitName, Sequence[EncodedExample]] = {}
     summaries: dict[str, SplitSummary] = {}
     for split in SPLITS:
