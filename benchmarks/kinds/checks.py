@@ -224,14 +224,7 @@ def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
     with without_peft_noise():
         peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.config(arm)).eval()
     named = with_first_values(runtime, arm, peft_model)
-    if settings.loraplus_lr_ratio is None:
-        optimizer: Any = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
-    else:
-        from peft.optimizers import create_loraplus_optimizer
-
-        optimizer = create_loraplus_optimizer(
-            peft_model, torch.optim.AdamW, lr=arm.learning_rate, loraplus_lr_ratio=settings.loraplus_lr_ratio
-        )
+    optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
     first = [group["lr"] for group in optimizer.param_groups]
     factor = learning_rate_schedule(settings, arm.steps)
     losses: list[float] = []

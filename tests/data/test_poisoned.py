@@ -53,13 +53,6 @@ def test_a_line_of_a_megabyte_is_cut_and_counted(tmp_path: Path, tokenizer: Any)
         assert max(item.length for items in data.splits.values() for item in items) == 64
 
 
-def test_a_line_of_a_megabyte_can_be_split_instead(tmp_path: Path, tokenizer: Any) -> None:
-    rows = [*texts(), {"text": "the cat " * 2**15}]
-    data = encoded(tmp_path / "d.jsonl", rows, tokenizer, seq_len=64, long_items="split")
-    assert counted(data, "items") > 1000
-    assert counted(data, "truncated") == 1
-
-
 def test_a_line_without_end_is_refused(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rightrank.data.rows.MAX_LINE_CHARACTERS", 10_000)
     with pytest.raises(DataError, match=r"d\.jsonl:121: a line of over 10,000 characters; give one object a line"):

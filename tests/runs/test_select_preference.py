@@ -129,7 +129,6 @@ def test_trainers_of_dpo_get_beta_and_pairs(selected: Selected, pair_file: Path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"long_items": "split"}, "a preference pair can't be split in pieces"),
         ({"bias": "all"}, "it trains the base, which is the reference of preference pairs"),
         ({"metric": "accuracy"}, "metric 'accuracy' needs `text` and `label`"),
     ],

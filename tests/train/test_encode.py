@@ -80,15 +80,6 @@ def test_long_examples_are_truncated_and_counted(loaded: Any, tmp_path: Path) ->
     assert all(item.length <= 16 for split in data.splits.values() for item in split)
 
 
-def test_long_examples_are_split_without_loss_of_tokens(loaded: Any, tmp_path: Path) -> None:
-    rows = [{"text": text * 4} for text in sentences(80)]
-    whole = encode_rows(loaded, rows, tmp_path, seq_len=400).summary.splits["train"]
-    pieces = encode_rows(loaded, rows, tmp_path, seq_len=16, long_items="split").summary.splits["train"]
-    assert pieces.items > whole.items
-    assert pieces.tokens <= whole.tokens
-    assert whole.tokens - pieces.tokens <= whole.items  # a last piece of one token has nothing to predict
-
-
 def test_all_labels_beyond_the_limit_is_an_error(loaded: Any, tmp_path: Path) -> None:
     rows = [{"prompt": text * 8, "completion": "x"} for text in sentences(80)]
     with pytest.raises(DataError, match="no label token left after tokenising"):

@@ -39,7 +39,6 @@ ADAPTER: dict[str, Any] = {
     "scaling": "alpha/sqrt(r)",
     "init_lora_weights": "gaussian",
     "layers_to_transform": (1,),
-    "loraplus_lr_ratio": 8.0,
     "modules_to_save": ("lm_head",),
 }
 SAME_BY_KIND = {  # as in PEFT
@@ -76,7 +75,6 @@ OTHER_MODELS = {  # that need another base, data or machine; the test that shows
     "beta": "preference pairs: test_preference.py",
     "columns": "data of other names: tests/data",
     "validation": "a second file: tests/data",
-    "long_items": "examples above seq_len: test_encode.py",
     "optim": "bitsandbytes: test_adamw_8bit.py",
     "load_in_4bit": "bitsandbytes: test_quantised.py",
     "load_in_8bit": "bitsandbytes: test_quantised.py",

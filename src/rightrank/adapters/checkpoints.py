@@ -26,7 +26,6 @@ from rightrank.train.runtime import Runtime
 GRADIENT_EXAMPLES = 64  # training examples over which the gradient is averaged
 EXACT_SIDE = 1024  # shorter side up to which a difference is decomposed exactly
 SKETCH_RANK = 128
-BLOCK_ROWS = 1024
 OVERSAMPLING = 32
 POWER_ITERATIONS = 3  # gives a singular value well above the rest within a relative error of 1e-3
 
@@ -95,24 +94,13 @@ def _differences(before: WeightFolder, after: WeightFolder) -> Iterator[tuple[st
         if torch.equal(old, new.to(old.dtype)) and torch.equal(new, old.to(new.dtype)):
             yield name, None
             continue
-        delta = _subtracted(new, old)
+        delta = new.float() - old.float()
         del old, new
         if not all(torch.isfinite(bound) for bound in torch.aminmax(delta)):  # without the copy that isfinite makes
             raise ModelError(
                 f"{name}: NaN or infinite values in {before.path} or {after.path}; give an undamaged checkpoint"
             )
         yield name, delta
-
-
-def _subtracted(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """`new - old` in float32, a block of rows at a time, without a whole float32 copy of either."""
-    if new.dim() == 0:
-        return new.float() - old.float()
-    delta = torch.empty(new.shape, dtype=torch.float32)
-    for start in range(0, len(new), BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
-        torch.sub(new[rows].float(), old[rows].float(), out=delta[rows])
-    return delta
 
 
 def _matrix_update(name: str, delta: torch.Tensor, sketch_rank: int) -> Update:
@@ -139,14 +127,14 @@ def _matrix_update(name: str, delta: torch.Tensor, sketch_rank: int) -> Update:
 
 
 def _sketched_values(delta: torch.Tensor, rank: int) -> Floats:
-    """The leading singular values of `delta` [d, k]; the small matrix QᵀΔ is decomposed in float64."""
-    width = min(rank + OVERSAMPLING, *delta.shape)
-    probe = torch.randn(delta.shape[1], width, generator=torch.Generator().manual_seed(0))
-    basis = torch.linalg.qr(delta @ probe).Q
-    for _ in range(POWER_ITERATIONS):
-        basis = torch.linalg.qr(delta.T @ basis).Q
-        basis = torch.linalg.qr(delta @ basis).Q
-    values: Floats = torch.linalg.svd((basis.T @ delta).double(), full_matrices=False).S[:rank].numpy()
+    """The leading singular values of `delta` [d, k]."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        values: Floats = (
+            torch.svd_lowrank(delta, min(rank + OVERSAMPLING, *delta.shape), POWER_ITERATIONS)[1][:rank]
+            .double()
+            .numpy()
+        )
     return values
 
 

@@ -66,7 +66,6 @@ class Recipe:
     use_dora: bool = False
     target_parameters: tuple[str, ...] = ()
     peft_options: Mapping[str, Any] = field(default_factory=dict)  # further fields of LoraConfig
-    loraplus_lr_ratio: float | None = None
     optim: str = "adamw_torch"
 
     def located(self) -> Recipe:
@@ -174,7 +173,6 @@ def recipe_of(
         max_grad_norm=settings.max_grad_norm,
         dtype=settings.dtype,
         beta=settings.beta,
-        loraplus_lr_ratio=settings.loraplus_lr_ratio,
         optim=settings.optim,
         **_adapter_fields(config),
     )

@@ -80,8 +80,6 @@ def _peft(recipe: Recipe) -> Written:
     )
     lines = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
     code = f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{lines})\nlearning_rate = {recipe.learning_rate!r}\n"
-    if recipe.loraplus_lr_ratio is not None:
-        code += f"loraplus_lr_ratio = {recipe.loraplus_lr_ratio!r}  # of peft.optimizers.create_loraplus_optimizer\n"
     if recipe.optim != "adamw_torch":
         code += f"optim = {recipe.optim!r}  # of transformers.TrainingArguments\n"
     command = f'python -c "{"; ".join(loading_lines(".", recipe.model, recipe.task_type == "SEQ_CLS"))}"'
@@ -162,9 +160,8 @@ def _axolotl(recipe: Recipe) -> Written:
         lora_alpha_pattern={name: int(alpha) for name, alpha in recipe.alpha_pattern.items()},
         peft_use_dora=recipe.use_dora,
         lora_target_parameters=list(recipe.target_parameters),
-        loraplus_lr_ratio=recipe.loraplus_lr_ratio,
     )
-    has = ("use_dora", "target_parameters", "loraplus_lr_ratio", "rank_pattern", "alpha_pattern")
+    has = ("use_dora", "target_parameters", "rank_pattern", "alpha_pattern")
     notes = _lacking(recipe, "axolotl", has)
     if recipe.form == "classification":
         notes.append("axolotl trains no classification head on this data")
@@ -196,9 +193,8 @@ def _llamafactory(recipe: Recipe) -> Written:
     values |= _given(
         additional_target=",".join(recipe.modules_to_save),
         use_dora=recipe.use_dora,
-        loraplus_lr_ratio=recipe.loraplus_lr_ratio,
     )
-    notes = _lacking(recipe, "LLaMA-Factory", ("use_dora", "loraplus_lr_ratio"))
+    notes = _lacking(recipe, "LLaMA-Factory", ("use_dora",))
     if recipe.form == "preference":
         values |= {"pref_beta": recipe.beta, "pref_loss": "sigmoid"}
         notes.append(
@@ -260,12 +256,10 @@ def _ms_swift(recipe: Recipe) -> Written:
         arguments += ["--modules_to_save", *recipe.modules_to_save]
     if recipe.use_dora:
         arguments += ["--use_dora", "true"]
-    if recipe.loraplus_lr_ratio is not None:
-        arguments += ["--lorap_lr_ratio", str(recipe.loraplus_lr_ratio)]
     for name, value in _transformers_arguments(recipe).items():
         if name not in ("bf16", "fp16"):
             arguments += [f"--{name}", str(value)]
-    notes = _lacking(recipe, "ms-swift's command line", ("use_dora", "loraplus_lr_ratio"))
+    notes = _lacking(recipe, "ms-swift's command line", ("use_dora",))
     columns = (
         "`messages` and `rejected_response`" if recipe.form == "preference" else "`messages` or `query` and `response`"
     )
@@ -385,10 +379,9 @@ def _transformers_arguments(recipe: Recipe) -> dict[str, Any]:
 def _lacking(recipe: Recipe, who: str, has: Sequence[str] = ()) -> list[str]:
     """Notes on the patterns, and on the settings of the adapter's kind, that the target lacks."""
     patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(recipe, name) and name not in has]
-    kind = [*recipe.kind, *(["loraplus_lr_ratio"] if recipe.loraplus_lr_ratio is not None else [])]
     consequences = {
         "; the file has one rank for all modules": patterns,
-        ": it trains another adapter than the run did": [name for name in kind if name not in has],
+        ": it trains another adapter than the run did": [name for name in recipe.kind if name not in has],
     }
     return [f"{who} has no {' and no '.join(names)}{what}" for what, names in consequences.items() if names]
 

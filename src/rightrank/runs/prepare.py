@@ -221,8 +221,6 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
 
 def _require_fits_pairs(settings: SelectSettings) -> None:
     """Refuse settings that preference pairs can't have."""
-    if settings.long_items == "split":
-        raise SettingsError("long_items split: a preference pair can't be split in pieces; give long_items truncate")
     if settings.bias != "none":
         raise SettingsError(
             f"bias {settings.bias}: it trains the base, which is the reference of preference pairs; give bias none"

@@ -441,9 +441,6 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
         "of preference pairs: how strongly a step away from the base counts ([guide](../how-to/preference-pairs.md))",
         gt=0,
     )
-    loraplus_lr_ratio: float | None = setting(
-        None, TRAINING, "LoRA+: the learning rate of B over that of A, as in PEFT's `create_loraplus_optimizer`", ge=1
-    )
 
     columns: tuple[str, ...] = setting(
         (),
@@ -460,9 +457,6 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
     )  # fmt: skip
     test_fraction: float = setting(0.1, DATA, "share of the examples in the test split; 0 for none", ge=0, lt=1)
     validation_fraction: float = setting(0.1, DATA, "share of the examples in the validation split", gt=0, lt=1)
-    long_items: Literal["truncate", "split"] = setting(
-        "truncate", DATA, "what happens to examples longer than `seq_len`: `truncate` or `split`"
-    )
     eval_items: int = setting(
         200, DATA, "held-out examples at most; in either split", option=True, continuable=True, gt=1
     )

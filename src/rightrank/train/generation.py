@@ -38,7 +38,7 @@ def prompts(runtime: Runtime, split: SplitName) -> list[Prompt]:
     """
     if runtime.data.summary.form == "text":
         raise DataError("the data has no prompt: metrics of what the model writes need `prompt` and `completion`")
-    kept = {example.item_id.split("#")[0] for example in runtime.examples(split)}
+    kept = {example.item_id for example in runtime.examples(split)}
     return [_prompt(runtime, example) for example in runtime.data.texts[split] if example.item_id in kept]
 
 

@@ -22,7 +22,6 @@ from rightrank.train.checkpoints import Progress, RunningMean
 from rightrank.train.runtime import Runtime
 
 DECODING_TABLES = ("qmap1", "qmap2")  # of bitsandbytes: the same for every parameter
-EMBEDDING_LR = 1e-6  # of LoRA+ on embeddings: PEFT's loraplus_lr_embedding
 
 Schedule: TypeAlias = Callable[[int], float]  # the factor on the learning rate by step, counted from 0
 Pass: TypeAlias = Callable[[Sequence[Batch], int], Sequence[torch.Tensor]]
@@ -83,7 +82,7 @@ class ArmOptimizer:
         self.labels = sum(map(self._runtime.data.loss_weight, examples))
         self._tokens = sum(example.length for example in examples)
         for group in self._optimizer.param_groups:
-            group["lr"] = group["factor"] * self._learning_rate * self._schedule(self.progress.step)
+            group["lr"] = self._learning_rate * self._schedule(self.progress.step)
         self._optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
         return batches
 
@@ -144,10 +143,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over the adapter's parameters: torch's, with its fused kernel where the device has one, or the one in 8 bits.
 
-    Each group's `factor` multiplies the learning rate of the schedule. States are allocated here, when the arm is added,
-    so that the first step needs no new memory.
+    States are allocated here, when the arm is added, so that the first step needs no new memory.
     """
-    groups = _groups(named, learning_rate, settings.loraplus_lr_ratio)
     arguments: dict[str, Any] = {
         "lr": learning_rate,
         "betas": (settings.adam_beta1, settings.adam_beta2),
@@ -155,9 +152,9 @@ def make_optimizer(
         "weight_decay": settings.weight_decay,
     }
     if settings.optim == "adamw_8bit":
-        return _adamw_8bit(groups, arguments)
+        return _adamw_8bit(list(named.values()), arguments)
     fused = _is_fused(next(iter(named.values())))
-    optimizer = torch.optim.AdamW(groups, fused=fused, **arguments)
+    optimizer = torch.optim.AdamW(named.values(), fused=fused, **arguments)
     for parameter in named.values():
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu"),
@@ -167,31 +164,17 @@ def make_optimizer(
     return optimizer
 
 
-def _groups(named: Mapping[str, torch.nn.Parameter], learning_rate: float, ratio: float | None) -> list[dict[str, Any]]:
-    """One group; with LoRA+ (Hayou et al. 2024) one each for A, B and embeddings, as PEFT's `create_loraplus_optimizer`."""
-    if ratio is None:
-        return [{"params": list(named.values()), "factor": 1.0}]
-    factors = (1.0, ratio, EMBEDDING_LR / learning_rate)
-    groups: tuple[list[torch.nn.Parameter], ...] = ([], [], [])
-    for name, parameter in named.items():
-        if "lora_embedding_" in name:
-            groups[2].append(parameter)
-        else:
-            groups["lora_B" in name or parameter.ndim == 1].append(parameter)
-    return [{"params": group, "factor": factor} for group, factor in zip(groups, factors, strict=True) if group]
-
-
 def _is_fused(parameter: torch.Tensor) -> bool:
     return parameter.device.type in ("cpu", "cuda")
 
 
-def _adamw_8bit(groups: list[dict[str, Any]], arguments: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _adamw_8bit(parameters: list[torch.nn.Parameter], arguments: Mapping[str, Any]) -> torch.optim.Optimizer:
     from bitsandbytes.optim import AdamW8bit
 
-    optimizer: Any = AdamW8bit(groups, **arguments)
-    for number, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            optimizer.init_state(group, parameter, number, index)
+    optimizer: Any = AdamW8bit(parameters, **arguments)
+    (group,) = optimizer.param_groups
+    for index, parameter in enumerate(group["params"]):
+        optimizer.init_state(group, parameter, 0, index)
     found: torch.optim.Optimizer = optimizer
     return found
 
@@ -206,21 +189,10 @@ def require_optimizer(settings: SelectSettings, device: torch.device) -> None:
     if settings.optim != "adamw_8bit":
         return
     require_optimizer_extra(settings)
-    if device.type not in ("cuda", "cpu") or not _steps_in_8bit(device):
+    if device.type not in ("cuda", "cpu"):
         raise SettingsError(
             f"optim adamw_8bit: bitsandbytes has no 8-bit AdamW on {device}; give optim adamw_torch or another device"
         )
-
-
-def _steps_in_8bit(device: torch.device) -> bool:
-    """Whether a step with 8-bit states runs on the device: releases of bitsandbytes before 0.49 have it on CUDA alone."""
-    parameter = torch.nn.Parameter(torch.zeros(64, 64, device=device))
-    parameter.grad = torch.ones_like(parameter)
-    try:
-        _adamw_8bit([{"params": [parameter]}], {"lr": 1e-3}).step()
-    except (NotImplementedError, RuntimeError, AttributeError):
-        return False
-    return True
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, index: int, parameter: torch.Tensor) -> dict[str, torch.Tensor]:

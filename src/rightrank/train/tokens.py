@@ -197,7 +197,7 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
     summaries: dict[str, SplitSummary] = {}
     for split in SPLITS:
         count = _Count()
-        pieces = _encode_split(encoder, data.examples[split], limit, settings.long_items, count)
+        pieces = _encode_split(encoder, data.examples[split], limit, count)
         encoded = TokenStore(pieces, folder)
         if not encoded and data.examples[split]:
             shown = "validation" if split == "selection" else split
@@ -235,33 +235,27 @@ class _Count:
         return f"{self.dropped} without a label within {limit} tokens{equal}{first}"
 
 
-def _encode_split(
-    encoder: Encoder, examples: Iterable[Example], limit: int, long_items: str, count: _Count
-) -> Iterator[EncodedExample]:
+def _encode_split(encoder: Encoder, examples: Iterable[Example], limit: int, count: _Count) -> Iterator[EncodedExample]:
     for example in examples:
         if encoder.form == "preference":
             encoded = _pair(encoder, example, limit, count)
         else:
-            encoded = _pieces(encoder, example, limit, long_items == "split", count)
+            encoded = _one(encoder, example, limit, count)
         if not encoded:
             count.first_left_out = count.first_left_out or example.where
         count.label_tokens += sum(encoder.labels_of(one) for one in encoded)
         yield from encoded
 
 
-def _pieces(encoder: Encoder, example: Example, limit: int, split: bool, count: _Count) -> list[EncodedExample]:
-    """The example within the limit, or all its pieces of that length; those without a label are left out."""
+def _one(encoder: Encoder, example: Example, limit: int, count: _Count) -> list[EncodedExample]:
+    """The example within the limit; empty if it has no label there."""
     ids, labels = encoder(example)
     count.truncated += len(ids) > limit
-    found: list[EncodedExample] = []
-    for start in range(0, max(len(ids), 1), limit) if split and not encoder.is_classification else (0,):
-        suffix = f"#{start}" if start else ""
-        piece_labels = labels if encoder.is_classification else labels[start : start + limit]
-        piece = EncodedExample(example.item_id + suffix, ids[start : start + limit], piece_labels)
-        if piece.input_ids and encoder.labels_of(piece):
-            found.append(piece)
-    count.dropped += not found
-    return found
+    encoded = EncodedExample(example.item_id, ids[:limit], labels if encoder.is_classification else labels[:limit])
+    if encoded.input_ids and encoder.labels_of(encoded):
+        return [encoded]
+    count.dropped += 1
+    return []
 
 
 def _pair(encoder: Encoder, example: Example, limit: int, count: _Count) -> list[EncodedExample]:
