@@ -1,23 +1,18 @@
-"""The preflight: what a selection will do, what it costs, and what its data can settle, before any training.
-
-What a selection will find and cost, in lines for a person before its first trial, and at the end what it took.
-"""
+"""The preflight: what a selection will do and what it costs, before any training; and at the end what it took."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from rightrank.decision.comparison import CONFIDENCE, is_within
+from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.intervals import normal_quantile
 from rightrank.decision.metrics import TOKEN_LOSS_MARGIN, default_margin, kind_of
-from rightrank.decision.precision import NoiseKind, Precision, base_spread, expected_precision, rounded_up
 from rightrank.hooks.terminal import left_out
 from rightrank.report.format import duration
-from rightrank.report.tables import labels_line, memory_lines, precision_lines, took_line
+from rightrank.report.tables import labels_line, memory_lines, took_line
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.plugins import Clock
@@ -34,8 +29,6 @@ from rightrank.search.protocol import Strategy
 from rightrank.search.space import MIN_RECOVERY_PART, recovery_steps
 from rightrank.search.strategies import STRATEGIES
 from rightrank.train.metrics import end_metrics
-
-MAX_PROBED = 128  # validation examples whose base losses are read before the start
 
 
 def preflight(request: Request, begun: float, price_per_hour: float | None = None) -> Preflight:
@@ -70,12 +63,9 @@ def _preflight_of(
 ) -> Preflight:
     """The preflight of a prepared selection; `clock` gives its time."""
     settings, data = prepared.settings, prepared.started.data
-    base = prepared.runtime.first_losses("selection", MAX_PROBED)
-    margin = _margin(prepared, base)
-    precision = _precision(prepared, base)
     return Preflight(
         metric=settings.metric_name,
-        margin=margin,
+        margin=_margin(prepared),
         goal=settings.goal,
         form=data.form,
         splits={split_name(name): split for name, split in data.splits.items()},
@@ -88,27 +78,7 @@ def _preflight_of(
         cost=_cost(prepared, strategy, clock, price_per_hour),
         preparation_seconds=0.0,
         seeds=len(settings.seeds),
-        expected_half_width=precision and precision.half_width,
-        undecided_below_margin=precision and precision.undecided_below_margin,
-        cures=[] if precision is None or margin is None else cures(precision, margin),
     )
-
-
-def cures(precision: Precision, margin: float) -> list[str]:
-    """What would settle the answer at `margin`; empty where the margin is wide enough."""
-    if is_within(precision.undecided_below_margin, margin):
-        return []
-    found = []
-    examples = precision.examples_needed(margin)
-    if examples is not None:
-        found.append(
-            f"about {examples:,} validation examples in place of {precision.examples:,} (--eval-items, more data)"
-        )
-    seeds = precision.seeds_needed(margin) if precision.seeds > 1 else None
-    if seeds is not None:
-        found.append(f"{seeds} seeds in place of {precision.seeds} (--seeds)")
-    found.append(f"a margin of {rounded_up(precision.undecided_below_margin):g} or more (--margin)")
-    return found
 
 
 def _ranks(prepared: Prepared) -> list[PreflightRank]:
@@ -154,34 +124,14 @@ def _strategy_cost(strategy: Strategy, cost: SelectionCost | None, price_per_hou
     )
 
 
-def _noise_kind(prepared: Prepared) -> NoiseKind:
-    if prepared.settings.metric_name != "loss":
-        return "scores"
-    return "tokens" if prepared.is_token_loss else "classes"
-
-
-def _precision(prepared: Prepared, base: tuple[Sequence[float], Sequence[int]] | None) -> Precision | None:
-    """None for a loss of tokens whose base was not read."""
-    kind, settings = _noise_kind(prepared), prepared.settings
-    if kind == "tokens" and base is None:
-        return None
-    spread = base_spread(*base) if base is not None else 0.0
-    seeds = len(settings.seeds) if settings.goal == "training-rank" else 1  # an adapter file has no seed
-    return expected_precision(kind, spread, len(prepared.runtime.examples("selection")), seeds, prepared.steps)
-
-
-def _margin(prepared: Prepared, base: tuple[Sequence[float], Sequence[int]] | None) -> float | None:
+def _margin(prepared: Prepared) -> float | None:
+    """The margin that is known before the start; None where it is a share of a value."""
     settings, started = prepared.settings, prepared.started
     if settings.margin is not None:
         return settings.margin
     kind = kind_of(started.metric, started.higher_is_better)
     kind = "loss" if kind == "token_loss" and not prepared.is_token_loss else kind
-    if kind in ("token_loss", "accuracy"):
-        return default_margin(kind, 0.0, [0.0])
-    if started.metric != "loss" or base is None:
-        return None
-    value = sum(base[0]) / sum(base[1])
-    return default_margin(kind, value, [value])
+    return default_margin(kind, 0.0, [0.0]) if kind in ("token_loss", "accuracy") else None
 
 
 # Nats, of one example's difference between an adapter truncated to a quarter of its rank and the adapter itself: rank 64 to
@@ -247,7 +197,7 @@ MIN_STEPS = 30  # of a training; the measured steps of a shorter one would be a 
 
 
 class Outlook(Hook):
-    """Tells what the selection will cost and can show; where trainings are long, by a few steps that are measured."""
+    """Tells what the selection will cost; where trainings are long, by a few steps that are measured."""
 
     ends_run = False
 
@@ -282,7 +232,7 @@ class Outlook(Hook):
             run.on_event(TimeExpected(expected_seconds=cost.expected.seconds or 0.0))
         found = _preflight_of(prepared, run.strategy, clock)
         before = plugins.outlook(prepared.started)
-        lines = [*before, labels_line(found), *memory_lines(found), *lines, *precision_lines(found)]
+        lines = [*before, labels_line(found), *memory_lines(found), *lines]
         for line in [*lines, *_kind_lines(prepared), *_adapter_lines(prepared)]:
             run.notice(line)
         if end_metrics(prepared.settings):

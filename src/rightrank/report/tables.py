@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rightrank.report.answer import answer_view, brief, certainty_rows, evidence_table, labelled
-from rightrank.report.format import duration, metric_unit, quantity, size, table_lines, visible
+from rightrank.report.format import duration, size, table_lines, visible
 from rightrank.report.terminal_figures import terminal_curve
 from rightrank.schema.decision import Decision
 from rightrank.schema.results import Preflight, PreflightStrategy, SelectionCost
@@ -37,7 +37,7 @@ def decision_text(
 
 def preflight_text(found: Preflight) -> str:
     """Everything, for a person."""
-    lines = [*found.before, *_data_lines(found), *memory_lines(found), *cost_lines(found), *precision_lines(found)]
+    lines = [*found.before, *_data_lines(found), *memory_lines(found), *cost_lines(found)]
     lines += [*_whole_time(found), *found.notes]
     return "\n".join([*lines, "nothing was written: this was a dry run"])
 
@@ -99,24 +99,6 @@ def _cost(row: PreflightStrategy, steps: int) -> str:
     if row.price is not None:
         parts.append(f"{row.price:.2f} at the price given")
     return "; ".join(parts)
-
-
-def precision_lines(found: Preflight) -> list[str]:
-    """What can be settled, and what would cure it where the margin is too narrow."""
-    if found.expected_half_width is None:
-        return []
-    examples = found.splits["validation"].items
-    lines = [
-        f"expected precision: ±{found.expected_half_width:.2g} {metric_unit(found.metric)} (one-sided 95%) on "
-        f"{quantity(examples, 'validation example')} and {quantity(found.seeds, 'seed')}, for the rank that differs most "
-        "from the top; from the base's losses and the noise of stored runs"
-    ]
-    if found.cures:
-        lines.append(
-            f"at the margin of {found.margin:g} the answer is likely to be undecided; what would settle it: "
-            + ", or ".join(found.cures)
-        )
-    return lines
 
 
 def took_line(cost: SelectionCost, trainings: float, seconds: float) -> str:

@@ -159,9 +159,6 @@ class Preflight(Record):
     cost: PreflightCost
     preparation_seconds: float  # loading, encoding, planning and measuring here, which the selection does as well
     seeds: Whole
-    expected_half_width: float | None  # one-sided 95%, of the widest rank's difference from the top, metric's unit
-    undecided_below_margin: float | None  # a rank that equals the top is not expected to be shown enough below it
-    cures: list[str]  # where the margin is below: examples, seeds or margin that would settle it
     before: list[str] = Field(default_factory=list)  # what plug-ins say of it beforehand; it enters no answer
     notes: list[str] = Field(default_factory=list)
 

@@ -183,17 +183,6 @@ class Runtime:
             return self._evaluate(split, 1, lambda batch: self.losses(split, batch, 1.0), only)[0]
 
     @torch.no_grad()
-    def first_losses(self, split: SplitName, count: int) -> tuple[list[float], list[int]]:
-        """`(losses, label tokens)` of the split's first examples under the base, `count` at most."""
-        examples, size = self.examples(split)[:count], self.settings.eval_batch_size
-        losses, tokens = [0.0] * len(examples), [0] * len(examples)
-        for indices in length_sorted_batches(examples, size):
-            found = self.losses(split, self.batch(split, indices), 1.0)
-            for row, index in enumerate(indices):
-                losses[index], tokens[index] = float(found.example_losses[row]), int(found.example_tokens[row])
-        return losses, tokens
-
-    @torch.no_grad()
     def evaluate_adapters(
         self, split: SplitName, multi_lora: MultiLora, adapters: Sequence[str], only: Sequence[int] | None = None
     ) -> list[Scores]:
