@@ -109,18 +109,6 @@ def deltas(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def updates(model: Any) -> dict[str, torch.Tensor]:
-    """What every module changes in its weight when PEFT merges it; of DoRA with the magnitudes."""
-    found = deltas(model)
-    for name, module in model.base_model.model.named_modules():
-        if name in found and getattr(module, "use_dora", {}).get("default"):
-            weight = module.base_layer.weight.detach().double()
-            magnitude = module.lora_magnitude_vector["default"].weight.detach().double()
-            direction = weight + found[name]
-            found[name] = (magnitude / direction.norm(dim=1))[:, None] * direction - weight
-    return found
-
-
 def logits(model: Any) -> torch.Tensor:
     ids = torch.arange(40).reshape(2, 20)
     with torch.no_grad():

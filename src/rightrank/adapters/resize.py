@@ -11,9 +11,7 @@ from rightrank.adapters.rewrite import RankChoice, require_plain_update, write_r
 from rightrank.data.files import require_absent
 from rightrank.data.rows import read_rows
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
-from rightrank.models.base_models import is_weight_folder, require_base
 from rightrank.models.spectra import energy_rank, factored_singular_values
-from rightrank.models.weights import open_weights
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import Evaluating
 from rightrank.schema.results import Resized
@@ -42,7 +40,7 @@ class ResizeRule:
 
 @dataclass(frozen=True, slots=True)
 class ResizeOptions:
-    """Options besides the rule. All but `uniform` and `base` have an effect only with data."""
+    """Options besides the rule. All but `uniform` have an effect only with data."""
 
     uniform: bool = False  # one rank for all modules, the largest that any of them needs
     base: str | None = None  # the base model; None for the one that the adapter names
@@ -69,8 +67,6 @@ def resize_adapter(path: Path, out: Path, rule: ResizeRule, options: ResizeOptio
     require_plain_update(adapter)
     if rule.data is not None:
         return _by_data(adapter, out, rule.data, options)
-    if options.base is not None and is_weight_folder(Path(options.base)):
-        require_base(adapter.path, open_weights(Path(options.base)))
     return write_resized(adapter, out, _choice(adapter, rule, options))
 
 

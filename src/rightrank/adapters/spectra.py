@@ -112,6 +112,10 @@ class InspectionInfo:
 def summarise(modules: Sequence[ModuleSpectrum], about: InspectionInfo) -> InspectionSummary:
     alive = [module for module in modules if module.frobenius_norm > 0]
     known = [module for module in alive if module.effective_rank is not None]
+    energy: dict[str, int | None] = {}
+    for part in (f"{fraction:g}" for fraction in spectra.ENERGY_FRACTIONS):
+        ranks = [module.energy_rank[part] for module in modules]
+        energy[part] = None if None in ranks else max((rank for rank in ranks if rank is not None), default=0)
     by_use = sorted(known, key=lambda module: (module.effective_rank or 0.0) / module.rank)
     return InspectionSummary(
         kind=about.kind,
@@ -120,7 +124,7 @@ def summarise(modules: Sequence[ModuleSpectrum], about: InspectionInfo) -> Inspe
         ranks=sorted({module.rank for module in modules}),
         scaling_rule=about.scaling_rule,
         base_model=about.base_model,
-        energy_rank={f"{part:g}": _largest(modules, f"{part:g}") for part in spectra.ENERGY_FRACTIONS},
+        energy_rank=energy,
         median_effective_rank=median([module.effective_rank or 0.0 for module in known]) if known else None,
         most_concentrated=by_use[0].name if by_use else None,
         least_concentrated=by_use[-1].name if by_use else None,
@@ -132,12 +136,6 @@ def summarise(modules: Sequence[ModuleSpectrum], about: InspectionInfo) -> Inspe
         notes=list(about.notes),
         sentence=SENTENCE,
     )
-
-
-def _largest(modules: Sequence[ModuleSpectrum], part: str) -> int | None:
-    ranks = [module.energy_rank[part] for module in modules]
-    known = [rank for rank in ranks if rank is not None]
-    return max(known, default=0) if len(known) == len(ranks) else None
 
 
 def inspect_adapter(path: Path) -> Inspection:

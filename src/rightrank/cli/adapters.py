@@ -99,7 +99,7 @@ def inspect(
     "--recover", type=int, default=0, show_default=True, help="With --data: training steps after each truncation."
 )
 @click.option("--learning-rate", type=float, help="With --recover: the learning rate.")
-@click.option("--base", help="The base model (default: the one that the adapter names).")
+@click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
 @click.option("--uniform", is_flag=True, help="With --energy: one rank for all modules, the largest needed.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -127,7 +127,7 @@ def resize(
     from rightrank import api
 
     needing = {"--margin": margin, "--ranks": ranks, "--recover": recover, "--set": assignments}
-    alone = next((option for option, value in (needing | {"--train": train}).items() if value), None)
+    alone = next((option for option, value in (needing | {"--train": train, "--base": base}).items() if value), None)
     if alone is not None and data is None:
         raise SettingsError(f"{alone} goes with --data FILE, which was not given; give both, or leave it out")
     lap = _lap_timer()

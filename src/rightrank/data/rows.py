@@ -55,7 +55,9 @@ def read_rows(source: Path) -> RowsBySplit:
     """
     found_kind = kind_of(source)
     if found_kind == "missing":
-        raise DataError(f"{source}: no such file or folder{_nearest_file(source)}; give {_types_allowed()}")
+        beside = source.parent.iterdir() if source.parent.is_dir() else ()
+        near = did_you_mean(source.name, [found.name for found in beside])
+        raise DataError(f"{source}: no such file or folder{near}; give {_types_allowed()}")
     if found_kind == "other":
         raise DataError(f"{source}: neither a regular file nor a folder; give {_types_allowed()}")
     suffix = source.suffix.lower()
@@ -78,12 +80,6 @@ def read_rows(source: Path) -> RowsBySplit:
             f"{source}: {unnamed} belongs to no split but other files do; name every file train*, validation* or test*, or none"
         )
     return found
-
-
-def _nearest_file(path: Path) -> str:
-    """` (did you mean 'x'?)` for a file or folder of a similar name beside it."""
-    parent = path.parent
-    return did_you_mean(path.name, [found.name for found in parent.iterdir()]) if parent.is_dir() else ""
 
 
 def require_rows(source: Path) -> None:
@@ -141,11 +137,13 @@ def _file_rows(path: Path) -> Iterator[Row]:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; give at least one row of text")
     try:
+        with path.open("rb") as file:
+            is_list = file.read(64).lstrip().startswith(b"[")
         if suffix == ".parquet":
             yield from _parquet_rows(path)
         elif suffix in (".csv", ".tsv"):
             yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",")
-        elif suffix == ".json" and _begins_a_list(path):
+        elif suffix == ".json" and is_list:
             yield from _json_list_rows(path)
         else:
             yield from _jsonl_rows(path)
@@ -155,11 +153,6 @@ def _file_rows(path: Path) -> Iterator[Row]:
         ) from None
     except OSError as error:
         raise DataError(f"{path}: can't read it ({error.strerror or error}); give a file that can be read") from None
-
-
-def _begins_a_list(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(64).lstrip().startswith(b"[")
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:

@@ -110,7 +110,7 @@ def load_data(
         fingerprint=_fingerprint(read.train, begun),
         classes=_classes(read.labels, examples, name, classes) if form == "classification" else None,
         class_counts=dict(read.labels),
-        label_like=_label_like(unused) if form == "text" else None,
+        label_like=next(filter(_is_label_name, sorted(unused)), None) if form == "text" else None,
         unreadable=read.unreadable,
         rows=read.rows,
         repeated=read.rows_held_out - distinct,
@@ -233,7 +233,9 @@ def _detect_form(
 
 def _named(first: Row, known: Set[str]) -> str:
     """How `--columns` may name a row's columns: text and label, or two of text as prompt and completion, the only one as text."""
-    label = next((column for column in first.fields if column.strip().lower() in {"label", *LABEL_NAMES}), None)
+    label = next(
+        (column for column in first.fields if column.strip().lower() == "label" or _is_label_name(column)), None
+    )
     texts = [column for column, value in first.fields.items() if isinstance(value, str) and column != label]
     if texts and label is not None:
         longest = max(texts, key=lambda column: len(first.fields[column]))
@@ -319,8 +321,8 @@ def _require_known(examples: Mapping[SplitName, Sequence[Example]], classes: Seq
             )
 
 
-def _label_like(unused: Set[str]) -> str | None:
-    return next((column for column in sorted(unused) if column.strip().lower() in LABEL_NAMES), None)
+def _is_label_name(column: str) -> bool:
+    return column.strip().lower() in LABEL_NAMES
 
 
 def _unit_interval(key: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,9 +24,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rightrank.data.files import LIBRARY_ERRORS, UnreadableError, kind_of, read_json_object
+from rightrank.data.files import LIBRARY_ERRORS, UnreadableError, read_json_object
 from rightrank.models.places import BASE_FILE, CONFIG_FILE, ModelSource, find_model
-from rightrank.models.weights import WeightFolder, open_weights, safe_shards
+from rightrank.models.weights import safe_shards
 from rightrank.schema.errors import (
     DeviceMemoryError,
     MissingExtraError,
@@ -298,14 +298,6 @@ def base_identity(model: Any, name: str) -> BaseIdentity:
     return _identity(name, model.config.to_dict(), {found: matrices[found] for found in _looked_at(shapes, first)})
 
 
-def folder_identity(folder: WeightFolder, names: Iterable[str] | None = None) -> BaseIdentity:
-    """Of a model folder's files, at the weights of these names; None takes the folder's own."""
-    stored = {found: folder.weight_of(found.removesuffix(".weight")) for found in names or _looked_at(folder.shapes)}
-    tensors = {found: folder.tensor(own) for found, own in stored.items() if own is not None}
-    plain = {found: tensor for found, tensor in tensors.items() if _is_plain(tensor)}
-    return _identity(str(folder.path), read_json_object(folder.path / "config.json"), plain)
-
-
 def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.dtype in DTYPES.values()
 
@@ -318,14 +310,13 @@ def _looked_at(shapes: Mapping[str, tuple[int, ...]], first: Sequence[str] = ())
 
 def _identity(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> BaseIdentity:
     known = {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
-    values = {found: _two_values(tensor) for found, tensor in tensors.items()}
-    finite = {found: pair for found, pair in values.items() if all(map(math.isfinite, pair))}
+    finite: dict[str, tuple[float, float]] = {}
+    for found, tensor in tensors.items():
+        flat = tensor.detach().reshape(-1)
+        pair = float(flat[len(flat) // 4]), float(flat[len(flat) * 3 // 4])
+        if all(map(math.isfinite, pair)):
+            finite[found] = pair
     return BaseIdentity(name=name, config=known, weights=finite)
-
-
-def _two_values(tensor: torch.Tensor) -> tuple[float, float]:
-    flat = tensor.detach().reshape(-1)
-    return float(flat[len(flat) // 4]), float(flat[len(flat) * 3 // 4])
 
 
 def _precision(values: Sequence[float]) -> torch.dtype:
@@ -335,39 +326,32 @@ def _precision(values: Sequence[float]) -> torch.dtype:
     return next((one for one in types if torch.equal(exact.to(one).double(), exact)), torch.float32)
 
 
-def require_base(adapter: Path, base: LoadedModel | WeightFolder, ignore_name: bool = False) -> None:
+def require_base(adapter: Path, base: LoadedModel, ignore_name: bool = False) -> None:
     """Refuse a base that the adapter was not trained on: the one check of every command that puts an adapter on a base.
 
-    `base.json` beside the adapter decides where it is; else the weights of the folder that the adapter names, where that is
-    here; else the name alone, by its last part. A single file of kohya names no base.
+    `base.json` beside the adapter decides where it is; else the name alone, by its last part. A single file of kohya names no
+    base.
 
     Args:
-        base: the model, or its folder, of which a few tensors are read.
         ignore_name: look at `base.json` alone.
 
     Raises:
         ModelError: another base, or a damaged `base.json`.
     """
     stored, named = adapter / BASE_FILE, _base_named(adapter)
-    name = base.name if isinstance(base, LoadedModel) else str(base.path)
     if stored.is_file():
         known = read_identity(stored)
-    elif ignore_name or named is None or _is_same_place(named, name):
+        if (difference := known.difference(base.identity)) is not None:
+            raise ModelError(
+                f"{adapter}: it was trained on another base, {known.name}, than {base.name} ({difference}); give the base that it "
+                "was trained on"
+            )
         return
-    elif is_weight_folder(Path(named)):
-        names = base.identity.weights if isinstance(base, LoadedModel) else None
-        known = folder_identity(open_weights(Path(named)), names)
-    elif _last_part(named) in (_last_part(name), _last_part(_name_in_config(name))):
-        return
-    else:
+    names = [_last_part(name) for name in (base.name, _name_in_config(base.name))]
+    if not ignore_name and named is not None and _last_part(named) not in names:
         raise ModelError(
-            f"{adapter}: it was trained on {named!r}, not on {name!r}; give that base, or if they are the same model, write the "
+            f"{adapter}: it was trained on {named!r}, not on {base.name!r}; give that base, or if they are the same model, write the "
             f"new name into its {CONFIG_FILE} (base_model_name_or_path)"
-        )
-    given = base.identity if isinstance(base, LoadedModel) else folder_identity(base, known.weights)
-    if (difference := known.difference(given)) is not None:
-        raise ModelError(
-            f"{adapter}: it was trained on another base, {known.name}, than {name} ({difference}); give the base that it was trained on"
         )
 
 
@@ -385,10 +369,6 @@ def read_identity(file: Path) -> BaseIdentity:
         ) from None
 
 
-def is_weight_folder(path: Path) -> bool:
-    return kind_of(path) == "folder" and next(path.glob("*.safetensors"), None) is not None
-
-
 def _base_named(adapter: Path) -> str | None:
     try:
         named = read_json_object(adapter / CONFIG_FILE).get("base_model_name_or_path")
@@ -404,11 +384,6 @@ def _name_in_config(model: str) -> str:
     except UnreadableError:
         return model
     return found if isinstance(found, str) and found else model
-
-
-def _is_same_place(name: str, other: str) -> bool:
-    places = Path(name), Path(other)
-    return name == other or (all(place.exists() for place in places) and places[0].resolve() == places[1].resolve())
 
 
 def _last_part(name: str) -> str:

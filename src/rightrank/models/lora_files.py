@@ -136,12 +136,8 @@ def config_of_mlx(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ..
         "alpha_pattern": {},
         "target_modules": sorted({key.rpartition(".")[0] for key in shapes}),
     }
-    return config, {_peft_key(key): (shape[1], shape[0]) for key, shape in shapes.items()}, stored
-
-
-def _peft_key(key: str) -> str:
-    module, _, side = key.rpartition(".")
-    return f"{PREFIX}{module}.lora_{side[-1].upper()}.weight"
+    named = {f"{PREFIX}{key[:-7]}.lora_{key[-1].upper()}.weight": (shape[1], shape[0]) for key, shape in shapes.items()}
+    return config, named, stored
 
 
 def mlx_key(key: str) -> str:

@@ -33,12 +33,6 @@ class WeightFolder:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
 
-    def weight_of(self, module: str) -> str | None:
-        """The name of a module's weight, also if the model was saved without the prefix of its head."""
-        parts = module.split(".")
-        candidates = (f"{'.'.join(parts[start:])}.weight" for start in range(min(2, len(parts))))
-        return next((name for name in candidates if name in self.files), None)
-
 
 def open_weights(path: Path) -> WeightFolder:
     """Read the headers of a model folder's tensors.

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome
@@ -120,7 +121,8 @@ class Strategy(ABC):
         """The point that the script reaches: its trials, and the arms it waits for."""
         trials = Trials(self.space)
         spent_steps, spent_seconds = 0, 0.0
-        for wanted in self._whole_script(trials):
+        base = [[base_arm(self.space.lora_alpha)]] if self.space.evaluates_base else []
+        for wanted in chain(base, self.script(trials)):
             waiting: list[Arm] = []
             for arm in wanted:
                 if arm in trials.outcomes:
@@ -140,11 +142,6 @@ class Strategy(ABC):
             if waiting:
                 return trials, waiting
         return trials, []
-
-    def _whole_script(self, trials: Trials) -> Requests:
-        if self.space.evaluates_base:
-            yield [base_arm(self.space.lora_alpha)]
-        yield from self.script(trials)
 
     def _is_affordable(self, steps: int, seconds: float) -> bool:
         space = self.space

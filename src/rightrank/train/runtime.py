@@ -17,7 +17,7 @@ from rightrank.data.token_store import EncodedExample, lengths_of
 from rightrank.models.base_models import LoadedModel
 from rightrank.models.kinds.base import Routing
 from rightrank.schema.errors import InterruptedRun, ModelError
-from rightrank.schema.events import DataSummary, Preparing
+from rightrank.schema.events import Preparing
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
 from rightrank.train.adapter import attached
@@ -73,9 +73,11 @@ class Runtime:
         if data.is_classification:  # transformers finds an example's last token by its configuration
             self.model.config.get_text_config().pad_token_id = self._pad_id
         elif sees_later_tokens(self.model, probe.input_ids[0][probe.attention_mask[0].bool()]):
+            like = data.summary.label_like
+            needed = "`text` and `label`" if like is None else f"--columns label={like}"
             raise ModelError(
                 f"{loaded.name}: it sees the tokens that follow, so a label is visible where it is predicted, as in BERT; "
-                f"give a causal model, or {_classifier_data(data.summary)} to train a classifier"
+                f"give a causal model, or {needed} to train a classifier"
             )
         self._likelihood = make_likelihood(self.model, probe, data.is_classification)
         self.fast_paths = self._find_fast_paths(probe, cache_folder)
@@ -289,8 +291,3 @@ class Runtime:
             self.fast_paths.prefix.expect(split, indices)
         if self._reference is not None:
             self._reference.expect(split, indices)
-
-
-def _classifier_data(data: DataSummary) -> str:
-    """The data that train a classifier, or the option that makes one of these."""
-    return "`text` and `label`" if data.label_like is None else f"--columns label={data.label_like}"

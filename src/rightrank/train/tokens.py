@@ -29,10 +29,6 @@ def label_count(example: EncodedExample) -> int:
     return sum(label != IGNORED for _, labels in example.sequences() for label in labels[1:])
 
 
-def _first_label(labels: Sequence[int]) -> int:
-    return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
-
-
 class Encoder:
     """example → (input_ids, labels), for one tokenizer and one form of data."""
 
@@ -68,7 +64,10 @@ class Encoder:
         other takes the prompt's last token as a label.
         """
         (chosen, of_chosen), (rejected, of_rejected) = (self._answer(example, name) for name in ("chosen", "rejected"))
-        begins = [_first_label(labels) for labels in (of_chosen, of_rejected)]
+        begins = [
+            next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
+            for labels in (of_chosen, of_rejected)
+        ]
         first = slice(min(begins), max(begins))
         of_chosen[first], of_rejected[first] = chosen[first], rejected[first]
         return (chosen, of_chosen), (rejected, of_rejected)
