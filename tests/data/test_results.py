@@ -9,7 +9,7 @@ import pandas
 import pytest
 
 from rightrank.api.deciding import decide
-from rightrank.report.answer import certainty_rows, evidence_table
+from rightrank.report.answer import evidence_table
 from rightrank.schema.errors import ResultsError
 
 GOOD = "rank,value\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n"
@@ -119,8 +119,6 @@ def test_evaluations_along_the_training_end_in_the_last(tmp_path: Path) -> None:
     )
     decision = decide(write(tmp_path, text), margin=0.005).decision
     assert decision.ranks[0].value == pytest.approx(2 - 0.001)
-    assert decision.horizon is not None
-    assert decision.horizon.steps == 100
 
 
 def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> None:
@@ -256,13 +254,6 @@ def test_a_data_frame_is_decided_as_its_rows() -> None:
     assert repr(decided) == "Decided(rank=16, verdict='rising', margin=0.02001)"
 
 
-def test_one_number_a_rank_gives_a_curve_without_intervals_of_no_width() -> None:
-    rows = [{"rank": 4, "value": 2.05}, {"rank": 16, "value": 2.001}, {"rank": 64, "value": 2.0}]
-    line = dict(certainty_rows(decide(rows, higher_is_better=False).decision))["curve"]
-    assert "within the margin from rank" in line
-    assert " to " not in line
-
-
 @pytest.mark.parametrize(
     "name",
     ["value", "brier_gap", "fid_delta", "toxicity_score", "accuracy_drop", "1-acc", "lossless_acc", "energy_score"],
@@ -393,7 +384,6 @@ def test_a_pruned_training_is_not_unstable(tmp_path: Path) -> None:
 def test_whole_epochs_are_steps_and_others_are_not_used(tmp_path: Path) -> None:
     rows = [f"{rank},{epoch},{2 + 1 / rank + 1 / epoch}\n" for rank in (4, 16) for epoch in (1, 2, 3)]
     decided = decide(write(tmp_path, "rank,epoch,eval_loss\n" + "".join(rows)), margin=0.005)
-    assert decided.decision.horizon is not None
     assert "step from column epoch" in decided.understood
     assert "not used: epoch" in decide(write(tmp_path, "rank,epoch,eval_loss\n4,2.9,2\n16,2.9,1.9\n")).understood
 
