@@ -208,8 +208,8 @@ def resize_by_data(
     answer = curve.answer
     chosen = open_adapter(working / answer.trial_id)
     tensors = {key: chosen.tensor(key) for key in chosen.keys}
-    if candidates.dtype is None:  # as in the adapter: training works in the dtype of the base
-        tensors |= {key: tensors[key].to(adapter.tensor(key).dtype) for key in tensors if key in adapter.keys}
+    # Training works in the dtype of the base.
+    tensors |= {key: tensors[key].to(adapter.tensor(key).dtype) for key in tensors if key in adapter.keys}
     write_like(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.content()})
     resized = curve.written[answer.rank]
     notes = [*resized.notes, *curve.gathered.notices]

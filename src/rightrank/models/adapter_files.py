@@ -237,7 +237,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ModelError(
-            f"{file}: peft_type is {kind!r}; only 'LORA' is supported (resize converts LOHA, LOKR and VERA)"
+            f"{file}: peft_type is {kind!r}; only 'LORA' is supported"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:

@@ -136,7 +136,9 @@ def config_of_mlx(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ..
         "alpha_pattern": {},
         "target_modules": sorted({key.rpartition(".")[0] for key in shapes}),
     }
-    named = {f"{PREFIX}{key[:-7]}.lora_{key[-1].upper()}.weight": (shape[1], shape[0]) for key, shape in shapes.items()}
+    named: dict[str, tuple[int, ...]] = {
+        f"{PREFIX}{key[:-7]}.lora_{key[-1].upper()}.weight": shape[::-1] for key, shape in shapes.items()
+    }
     return config, named, stored
 
 

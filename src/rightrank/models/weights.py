@@ -129,9 +129,10 @@ def licence_of(model: object) -> Licence | None:
 
     from huggingface_hub import ModelCard
 
+    unreadable: tuple[type[Exception], ...] = (*hub_errors(), ValueError, YAMLError)
     try:
         card = ModelCard.load(path / "README.md" if path.is_dir() else model).data
-    except (*hub_errors(), ValueError, YAMLError):
+    except unreadable:
         return None
     return _licence(card.get("license"), card.get("license_name"), card.get("license_link"))
 
