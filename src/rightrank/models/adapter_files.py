@@ -236,9 +236,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_config(file: Path, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise ModelError(
-            f"{file}: peft_type is {kind!r}; only 'LORA' is supported"
-        )
+        raise ModelError(f"{file}: peft_type is {kind!r}; only 'LORA' is supported")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ModelError(f"{file}: r is {rank!r}; it must be a whole number from 1")
