@@ -46,9 +46,8 @@ VARIANTS: dict[str, Row] = {  # what is trained as a plain PEFT loop does
     "4 bits": BITS | {"dtype": "bfloat16"},
     "4 bits, DoRA": BITS | {"dtype": "bfloat16", "use_dora": True},
     "8 bits": {"load_in_8bit": True, "dtype": "float16"},
-    "adamw_8bit": {"optim": "adamw_8bit"},
 }
-NEEDS_BITSANDBYTES = ("load_in_4bit", "load_in_8bit", "optim")
+NEEDS_BITSANDBYTES = ("load_in_4bit", "load_in_8bit")
 RATE, ALPHA = 1e-3, 32.0
 
 
@@ -122,7 +121,7 @@ def equal(job: Job) -> Iterator[Row]:
         runtime, arms = job.runtime(f"equal {name}", **changes), job.arms(2 if job.rehearse else 4)
         alone = job.train(f"{name} alone", runtime, arms, 1, Listener())
         together = job.train(f"{name} together", runtime, arms, len(arms), Listener())
-        plain = None if "optim" in changes else plain_losses(runtime, arms[0])
+        plain = plain_losses(runtime, arms[0])
         yield {
             "case": name,
             "to_peft": None if plain is None else _largest(alone["losses"][:1], [plain]),

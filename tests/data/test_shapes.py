@@ -167,8 +167,10 @@ def test_a_spreadsheet_with_semicolons(tmp_path: Path) -> None:
     ("row", "option"),
     [({"Ask": "a", "Reply": "b", "n": 1}, "prompt=Ask,completion=Reply"), ({"body": "a", "id": 3}, "text=body")],
 )
-def test_unknown_columns_are_answered_with_an_option_to_paste(tmp_path: Path, row: dict[str, Any], option: str) -> None:
-    with pytest.raises(DataError, match=rf"or name yours: --columns {option}$"):
+def test_unknown_columns_are_answered_with_the_option_that_names_them(
+    tmp_path: Path, row: dict[str, Any], option: str
+) -> None:
+    with pytest.raises(DataError, match=r"or name yours, such as --columns text=review,label=stars$"):
         loaded(tmp_path, [row])
     assert (
         loaded(tmp_path, [row | {next(iter(row)): text} for text in TEXTS], columns=tuple(option.split(","))).rows

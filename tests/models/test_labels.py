@@ -134,24 +134,6 @@ def test_numbers_are_classes_in_the_order_of_numbers() -> None:
     assert load_data(rows, small_settings()).classes == [str(number) for number in range(12)]
 
 
-def test_a_column_that_looks_like_a_label_is_named(tmp_path: Path) -> None:
-    rows = [f"{number},some text {number},{number % 3}" for number in range(120)]
-    file = tmp_path / "rows.csv"
-    file.write_text("\n".join(["id,text,target", *rows]), encoding="utf-8")
-    assert load_data(file, small_settings()).label_like == "target"
-    assert load_data(file, small_settings(columns=("text=text",))).label_like is None
-    split = load_data(file, small_settings(columns=("label=target",)))
-    assert split.form == "classification"
-    assert split.classes == ["0", "1", "2"]
-
-
-def test_unknown_columns_are_named_as_text_and_label() -> None:
-    rows = [{"sentence": "a long sentence", "target": 1}, {"review": "a long review", "label": "good"}]
-    for row, named in zip(rows, ("text=sentence,label=target", "text=review"), strict=True):
-        with pytest.raises(DataError, match=f"--columns {named}$"):
-            load_data([row] * 40, small_settings())
-
-
 def test_the_classes_are_counted_before_the_start() -> None:
     fields: dict[str, Any] = {"splits": {}, "splits_given": False, "duplicates_across_splits": 0}
     even = DataSummary(form="classification", classes=["a", "b"], class_counts={"a": 50, "b": 40}, **fields)
@@ -160,18 +142,16 @@ def test_the_classes_are_counted_before_the_start() -> None:
     assert label_lines(odd) == [
         "classes: 2; training examples: a 90, b 10; imbalanced: always a is right in 90%, and macro_f1 counts every class alike"
     ]
-    text = DataSummary(form="text", label_like="target", **fields)
-    assert "--columns label=target, else --columns text=text" in label_lines(text)[0]
 
 
-def test_an_encoder_is_refused_for_text_with_the_option_that_makes_a_classifier(tmp_path: Path) -> None:
+def test_an_encoder_is_refused_for_text_with_the_columns_of_a_classifier(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForMaskedLM
 
     folder = save_tiny_llama(tmp_path / "model")
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     BertForMaskedLM(BertConfig(vocab_size=400, max_position_embeddings=64, **sizes)).save_pretrained(folder)
-    rows = [{"id": number, "text": f"some text {number}", "target": number % 3} for number in range(120)]
-    with pytest.raises(ModelError, match="or --columns label=target to train a classifier"):
+    rows = [{"id": number, "text": f"some text {number}", "sentiment": number % 3} for number in range(120)]
+    with pytest.raises(ModelError, match="or `text` and `label` to train a classifier"):
         select_rank(str(folder), rows, tmp_path / "run", settings=small_settings())
 
 

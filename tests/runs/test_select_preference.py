@@ -126,18 +126,9 @@ def test_trainers_of_dpo_get_beta_and_pairs(selected: Selected, pair_file: Path)
     assert "--rlhf_type dpo --beta 0.5" in (export(selected.run, "ms-swift").folder / "ms_swift.sh").read_text()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"bias": "all"}, "it trains the base, which is the reference of preference pairs"),
-        ({"metric": "accuracy"}, "metric 'accuracy' needs `text` and `label`"),
-    ],
-)
-def test_settings_that_pairs_cannot_have_are_refused(
-    model_folder: Path, pair_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(SettingsError, match=message):
-        select_rank(str(model_folder), pair_file, tmp_path / "run", settings=small_settings(**changes))
+def test_settings_that_pairs_cannot_have_are_refused(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="metric 'accuracy' needs `text` and `label`"):
+        select_rank(str(model_folder), pair_file, tmp_path / "run", settings=small_settings(metric="accuracy"))
 
 
 @pytest.mark.parametrize(

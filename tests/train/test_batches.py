@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from rightrank.train.batches import batch_plan, batch_plan_by_length
+from rightrank.train.batches import batch_plan
 
 LENGTHS = np.random.default_rng(0).integers(1, 200, 500)
 SIGMAS = 4.5  # of a standard error, about one chance in 150,000
@@ -53,24 +53,3 @@ def test_length_does_not_decide_the_other_examples_of_a_batch() -> None:
     means = lengths_by_batch(60, 62).mean(axis=2).reshape(-1)
     expected = LENGTHS.var(ddof=1) / 8 * (1 - 8 / 500)  # of a sample without replacement
     assert abs(means.var() / expected - 1) < SIGMAS * np.sqrt(2 / len(means))
-
-
-def by_length(batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    return batch_plan_by_length(LENGTHS, batch_size, steps, seed)
-
-
-def test_like_lengths_would_be_noticed() -> None:
-    """The same figure for batches of like length."""
-    means = np.array([LENGTHS[by_length(8, 62, seed)] for seed in range(60)]).mean(axis=2).reshape(-1)
-    expected = LENGTHS.var(ddof=1) / 8 * (1 - 8 / 500)
-    assert means.var() / expected > 1 + SIGMAS * np.sqrt(2 / len(means))
-
-
-def test_like_lengths_pad_less_and_leave_nobody_out() -> None:
-    def padding(plan: list[list[int]]) -> int:
-        return sum(int(len(batch) * LENGTHS[batch].max() - LENGTHS[batch].sum()) for batch in plan)
-
-    plan = by_length(10, 50, 1)
-    assert sorted(index for batch in plan for index in batch) == list(range(500))
-    assert padding(plan) < padding(batch_plan(500, 10, 50, 1)) / 3
-    assert by_length(10, 20, 1) == plan[:20]

@@ -235,10 +235,3 @@ def test_closing_early_keeps_checkpoints(runtime: Runtime, tmp_path: Path) -> No
     outcomes.close()  # type: ignore[attr-defined]
     assert (tmp_path / "t1.safetensors").exists()
     assert not any(parameter.requires_grad for parameter in runtime.model.parameters())
-
-
-def test_arms_that_train_biases_of_the_base_train_alone(
-    model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    runtime = make_runtime(model_folder, completion_file, small_settings(bias="all"), tmp_path / "cache")
-    assert multi_lora_obstacle(runtime, [arm(1), arm(2)]) == "bias='all' trains the base's own biases"

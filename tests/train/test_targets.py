@@ -117,14 +117,13 @@ def options_of(model: Any) -> dict[str, dict[str, Any]]:
         "saved": {"target_modules": ends[1:], "modules_to_save": [ends[0]]},
         "saved head": {"target_modules": ends, "modules_to_save": [head]},
         "the head": {"target_modules": [ends[0], head]},
-        "bias": {"target_modules": ends, "bias": "all"},
         "DoRA": {"target_modules": ends, "use_dora": True},
     }
 
 
 OPTIONS = (
     "ends", "whole names", "an embedding", "a layer", "a layer by its list", "no such list", "a pattern without a layer",
-    "without an end", "without a whole name", "without all", "saved", "saved head", "the head", "bias", "DoRA",
+    "without an end", "without a whole name", "without all", "saved", "saved head", "the head", "DoRA",
 )  # fmt: skip
 
 

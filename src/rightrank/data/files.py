@@ -11,15 +11,13 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from safetensors import SafetensorError
 
-from rightrank.schema.errors import MissingExtraError, RunError, RunFolderError, SettingsError
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.errors import RunError, RunFolderError, SettingsError
 
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
@@ -289,16 +287,6 @@ def read_json_object(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> dict[str, A
     if not isinstance(value, dict):
         raise UnreadableError(f"a {type(value).__name__}, not one JSON object")
     return value
-
-
-def require_optimizer_extra(settings: SelectSettings) -> None:
-    """Refuse an optimizer whose package is not installed.
-
-    Raises:
-        MissingExtraError: 8-bit states without bitsandbytes; the message names the extra.
-    """
-    if settings.optim == "adamw_8bit" and find_spec("bitsandbytes") is None:
-        raise MissingExtraError("optim adamw_8bit needs the `bitsandbytes` package: pip install 'rightrank[bnb]'")
 
 
 MAX_FILE_BYTES = 100 * 2**10

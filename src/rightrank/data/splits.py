@@ -11,7 +11,7 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -26,10 +26,6 @@ from rightrank.schema.errors import DataError
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName, split_name
 
-LABEL_NAMES = {  # columns that look like the label of a classification
-    "target", "targets", "labels", "label_text", "label_name", "class", "class_name", "category", "categories", "sentiment", "emotion",
-    "topic", "intent", "stance", "rating", "stars", "toxic", "toxicity", "spam", "is_spam", "gold_label", "y",
-}  # fmt: skip
 MAX_SHOWN_CLASSES = 8
 _NUMBER = re.compile(r"-?\d+", re.ASCII)
 HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
@@ -55,7 +51,6 @@ class DataSplits:
     fingerprint: str
     classes: list[str] | None  # classification: the labels in the order of the logits
     class_counts: Mapping[str, int] = field(default_factory=dict)  # classification: training examples by label
-    label_like: str | None = None  # text: a column that is not read and has a name of labels
     unreadable: int = 0  # rows left out because of lone surrogates, which no tokenizer accepts
     rows: int = 0  # that were read
     repeated: int = 0  # held-out rows left out because another row is equal
@@ -86,7 +81,7 @@ def load_data(
     name = str(source) if isinstance(source, Path) else "the data"
     if settings.validation:
         rows = _with_validation(rows, Path(settings.validation), name)
-    form, columns, shape, rows, unused = _detect_form(rows, name, settings.columns)
+    form, columns, shape, rows = _detect_form(rows, name, settings.columns)
     read = _Reading(form, columns, settings, folder)
     read.add_all(rows)
     examples: dict[SplitName, Sequence[Example]] = {"train": read.train}
@@ -110,7 +105,6 @@ def load_data(
         fingerprint=_fingerprint(read.train, begun),
         classes=_classes(read.labels, examples, name, classes) if form == "classification" else None,
         class_counts=dict(read.labels),
-        label_like=next(filter(_is_label_name, sorted(unused)), None) if form == "text" else None,
         unreadable=read.unreadable,
         rows=read.rows,
         repeated=read.rows_held_out - distinct,
@@ -205,8 +199,8 @@ def _with_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
 
 def _detect_form(
     rows: RowsBySplit, name: str, named: Sequence[str]
-) -> tuple[DataForm, tuple[str, ...], Shape | None, RowsBySplit, set[str]]:
-    """The form of the first row with its columns, how rows get them, all rows with these columns, and columns that nobody named."""
+) -> tuple[DataForm, tuple[str, ...], Shape | None, RowsBySplit]:
+    """The form of the first row with its columns, how rows get them, and all rows with these columns."""
     first: Row | None = None
     begun: RowsBySplit = {}
     for split, found in rows.items():
@@ -222,27 +216,13 @@ def _detect_form(
         begun = {split: map(shape, found) for split, found in begun.items()}
     for form, columns in FORMS:
         if all(column in changed.fields for column in columns):
-            unused = set() if named else {*map(str, first.fields)} - {*columns}
-            return form, columns, shape, begun, unused
+            return form, columns, shape, begun
     allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for _, columns in FORMS)
     found_columns = ", ".join(f"`{column}`" for column in first.fields) or "none"
     raise DataError(
-        f"{first.where}: no known columns: found {found_columns}; give {allowed}, or name yours: --columns {_named(first, known)}"
+        f"{first.where}: no known columns: found {found_columns}; give {allowed}, or name yours, such as "
+        "--columns text=review,label=stars"
     )
-
-
-def _named(first: Row, known: Set[str]) -> str:
-    """How `--columns` may name a row's columns: text and label, or two of text as prompt and completion, the only one as text."""
-    label = next(
-        (column for column in first.fields if column.strip().lower() == "label" or _is_label_name(column)), None
-    )
-    texts = [column for column, value in first.fields.items() if isinstance(value, str) and column != label]
-    if texts and label is not None:
-        longest = max(texts, key=lambda column: len(first.fields[column]))
-        return f"text={longest}" + ("" if label == "label" else f",label={label}")
-    if not texts or known & first.fields.keys():
-        return "prompt=question,completion=answer"
-    return f"prompt={texts[0]},completion={texts[1]}" if len(texts) > 1 else f"text={texts[0]}"
 
 
 def _split_of(
@@ -319,10 +299,6 @@ def _require_known(examples: Mapping[SplitName, Sequence[Example]], classes: Seq
                 f"{example.where}: label {example.content['label']!r} is none of the classifier's {len(classes)} ({shown}); "
                 "give its labels, or name them in classifier.json beside the adapter"
             )
-
-
-def _is_label_name(column: str) -> bool:
-    return column.strip().lower() in LABEL_NAMES
 
 
 def _unit_interval(key: str) -> float:

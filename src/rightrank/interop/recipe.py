@@ -38,7 +38,6 @@ class Recipe:
     lora_alpha: float
     use_rslora: bool
     lora_dropout: float
-    bias: str
     task_type: str
     target_modules: tuple[str, ...]
     module_names: tuple[str, ...]
@@ -66,7 +65,6 @@ class Recipe:
     use_dora: bool = False
     target_parameters: tuple[str, ...] = ()
     peft_options: Mapping[str, Any] = field(default_factory=dict)  # further fields of LoraConfig
-    optim: str = "adamw_torch"
 
     def located(self) -> Recipe:
         """The recipe with absolute paths of model and data, so that its files work from any folder."""
@@ -173,7 +171,6 @@ def recipe_of(
         max_grad_norm=settings.max_grad_norm,
         dtype=settings.dtype,
         beta=settings.beta,
-        optim=settings.optim,
         **_adapter_fields(config),
     )
 
@@ -186,7 +183,6 @@ def _adapter_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "lora_alpha": config["lora_alpha"],
         "use_rslora": config.get("use_rslora", False),
         "lora_dropout": config.get("lora_dropout", 0.0),
-        "bias": config.get("bias", "none"),
         "task_type": config.get("task_type") or "CAUSAL_LM",
         "target_modules": tuple(sorted(config["target_modules"])),
         "layers_to_transform": None if layers is None else tuple([layers] if isinstance(layers, int) else layers),

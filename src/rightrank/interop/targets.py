@@ -68,7 +68,6 @@ def _peft(recipe: Recipe) -> Written:
         "lora_alpha": recipe.alpha,
         "lora_dropout": recipe.lora_dropout,
         "use_rslora": recipe.use_rslora,
-        "bias": recipe.bias,
         "target_modules": list(recipe.target_modules),
     }
     arguments |= _given(
@@ -80,8 +79,6 @@ def _peft(recipe: Recipe) -> Written:
     )
     lines = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
     code = f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{lines})\nlearning_rate = {recipe.learning_rate!r}\n"
-    if recipe.optim != "adamw_torch":
-        code += f"optim = {recipe.optim!r}  # of transformers.TrainingArguments\n"
     command = f'python -c "{"; ".join(loading_lines(".", recipe.model, recipe.task_type == "SEQ_CLS"))}"'
     return Written({"lora_config.py": code}, command, with_adapter=True)
 
@@ -147,7 +144,7 @@ def _axolotl(recipe: Recipe) -> Written:
         "warmup_steps": recipe.warmup_steps,
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.max_grad_norm,
-        "optimizer": recipe.optim,
+        "optimizer": "adamw_torch",
         "bf16": recipe.dtype == "bfloat16",
         "fp16": recipe.dtype == "float16",
         "train_on_inputs": recipe.form == "text",
@@ -234,10 +231,8 @@ model = FastLanguageModel.get_peft_model(
     target_modules={sorted(last_parts)!r},
     layers_to_transform={layers!r},
     use_rslora={recipe.use_rslora},
-    bias={recipe.bias!r},
     random_state={recipe.seed},
 )
-optim = {recipe.optim!r}
 learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_steps} steps of {recipe.batch_size * recipe.gradient_accumulation_steps} examples
 """
     notes = _lacking(recipe, "this snippet") + _column_notes(recipe, "your trainer")
@@ -372,7 +367,6 @@ def _transformers_arguments(recipe: Recipe) -> dict[str, Any]:
         "bf16": recipe.dtype == "bfloat16",
         "fp16": recipe.dtype == "float16",
         "seed": recipe.seed,
-        **({"optim": recipe.optim} if recipe.optim != "adamw_torch" else {}),
     }
 
 

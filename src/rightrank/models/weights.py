@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from yaml import YAMLError
 
-from rightrank.data.files import UnreadableError, hub_errors, kind_of, read_json_object
+from rightrank.data.files import UnreadableError, kind_of, read_json_object
 from rightrank.schema.errors import ModelError
 
 if TYPE_CHECKING:
-    import torch  # a licence is read without it
+    import torch
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -98,48 +97,3 @@ def _shard_names(index: Path) -> list[str]:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ModelError(f"{index}: names the shard {name!r}; shards are *.safetensors files of the folder itself")
     return sorted(set(names))
-
-
-GGUF_FIELDS = {"general.license": "identifier", "general.license.name": "name", "general.license.link": "link"}
-
-
-@dataclass(frozen=True, slots=True)
-class Licence:
-    """The fields `license`, and for a custom licence `license_name` and `license_link`, of a model card."""
-
-    identifier: str
-    name: str | None = None
-    link: str | None = None
-
-
-def licence_of(model: object) -> Licence | None:
-    """The licence stated by a model folder's card, a GGUF file's header or the hub; None if none is found.
-
-    The hub is asked only for a model that is not a local file. A hub that can't be reached is not an error.
-    """
-    if not isinstance(model, str):
-        return None
-    path = Path(model)
-    if path.suffix.lower() == ".gguf" and path.is_file():
-        from gguf import GGUFReader
-
-        fields: Any = GGUFReader(path).fields
-        values = {name: str(fields[key].contents()) for key, name in GGUF_FIELDS.items() if key in fields}
-        return _licence(values.get("identifier"), values.get("name"), values.get("link"))
-
-    from huggingface_hub import ModelCard
-
-    unreadable: tuple[type[Exception], ...] = (*hub_errors(), ValueError, YAMLError)
-    try:
-        card = ModelCard.load(path / "README.md" if path.is_dir() else model).data
-    except unreadable:
-        return None
-    return _licence(card.get("license"), card.get("license_name"), card.get("license_link"))
-
-
-def _licence(identifier: object, name: object, link: object) -> Licence | None:
-    if isinstance(identifier, list):
-        identifier = next(iter(identifier), None)
-    if not isinstance(identifier, str) or not identifier.strip():
-        return None
-    return Licence(identifier, *(value if isinstance(value, str) else None for value in (name, link)))

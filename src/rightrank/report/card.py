@@ -8,7 +8,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.decision.adapter import Making
 from rightrank.models.labels import loading_lines
-from rightrank.models.weights import licence_of
 from rightrank.report.answer import evidence_table
 from rightrank.schema.decision import Decision, HandedOver
 from rightrank.schema.events import GuardAnswer, RunStarted, TestEvaluated
@@ -34,7 +33,7 @@ def model_card(
     tests: list[tuple[str, TestEvaluated]],
     adapter: AdapterCardFacts,
 ) -> str:
-    """The card: front matter for the hub with the base's licence, the answers, the evidence, how to load the adapter."""
+    """The card: front matter for the hub, the answers, the evidence, how to load the adapter."""
     environment = Environment(
         loader=PackageLoader("rightrank.report", "templates"),
         autoescape=False,
@@ -50,7 +49,6 @@ def model_card(
         adapter=adapter,
         tests=tests,
         classification=started.data.form == "classification",
-        licence=licence_of(started.settings.get("model")),
         loading="\n".join(loading_lines("this/folder", _name(started), started.data.classes is not None)),
         picture=PICTURE,
         curve=CURVE,

@@ -15,7 +15,7 @@ from typing import TypeAlias
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import MAX_SHOWN_CLASSES, DataSplits, load_data
 from rightrank.decision.run import settled_start
-from rightrank.models.base_models import DTYPES, LoadedModel, adopt_model, find_device, load_base, resolve_dtype
+from rightrank.models.base_models import DTYPES, LoadedModel, adopt_model, load_base, resolve_dtype
 from rightrank.models.labels import adopted_labels
 from rightrank.models.places import find_model
 from rightrank.runs.plugins import MemoryPlan, memory_plan
@@ -27,7 +27,6 @@ from rightrank.schema.trials import content_hash
 from rightrank.search.protocol import Strategy
 from rightrank.search.strategies import make_strategy
 from rightrank.train.metrics import require_scorers
-from rightrank.train.optimizer import require_optimizer
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import EncodedData, encode
 from rightrank.version import __version__
@@ -95,12 +94,7 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
 
 
 def label_lines(data: DataSummary) -> list[str]:
-    """The classes and their training examples; or the column that looks like a label, and is not read."""
-    if data.label_like is not None:
-        return [
-            f"column `{data.label_like}` looks like a label and is not read: a language model is trained on `text`; to train a "
-            f"classifier, give --columns label={data.label_like}, else --columns text=text"
-        ]
+    """The classes and their training examples."""
     if not data.class_counts:
         return []
     counts = sorted(data.class_counts.items(), key=lambda one: (-one[1], one[0]))
@@ -168,7 +162,6 @@ def _with_dtype(request: Request) -> Request:
 def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
     settings = request.settings
     require_scorers(settings)
-    require_optimizer(settings, find_device(settings.device))
     if isinstance(request.model, str):
         find_model(request.model)  # refuses a wrong name before the data is read
         if request.tokenizer is not None:
@@ -179,8 +172,6 @@ def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
     if splits.classes is not None and hasattr(request.model, "config"):
         splits = replace(splits, classes=adopted_labels(request.model.config, splits.classes))
     _require_metrics_fit(settings, splits.form)
-    if splits.form == "preference":
-        _require_fits_pairs(settings)
     loaded = _base(request, splits.classes, bases)
     return _Sources(splits, loaded, encode(splits, loaded, settings, folder))
 
@@ -217,14 +208,6 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
                 f"metric {spec.name!r} needs the model to write for a prompt, and the data has the form {form!r}: "
                 "give `prompt` and `completion`, or metric 'loss'"
             )
-
-
-def _require_fits_pairs(settings: SelectSettings) -> None:
-    """Refuse settings that preference pairs can't have."""
-    if settings.bias != "none":
-        raise SettingsError(
-            f"bias {settings.bias}: it trains the base, which is the reference of preference pairs; give bias none"
-        )
 
 
 def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, MemoryPlan | None]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from rightrank.data.files import require_optimizer_extra
 from rightrank.data.rows import require_rows
 from rightrank.models.places import require_model
 from rightrank.runs.folder import RunFolder
@@ -53,7 +52,6 @@ def check(request: Request) -> None:
     """
     settings = request.settings
     make_strategy(settings, settings.max_steps or 1)
-    require_optimizer_extra(settings)
     for source in (request.data, settings.validation or None):
         if isinstance(source, str | Path):
             require_rows(Path(source))

@@ -18,7 +18,7 @@ from rightrank.schema.table import is_list, names_elsewhere
 
 REPLACED = {"r", "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}
 REPLACED |= {"inference_mode", "runtime_config", "megatron_core"}  # by the ranks, the base and the form of the data
-OWN_RULES = {"warmup_steps", "bf16", "fp16", "use_cpu", "dataset_text_field", "max_steps", "num_train_epochs"}
+OWN_RULES = {"warmup_steps", "bf16", "fp16", "use_cpu", "dataset_text_field", "max_steps", "num_train_epochs", "optim"}
 LOGS_AND_SAVES = (  # beginnings of names
     *("output_dir", "logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "run_name", "project", "trackio_"),
     *("do_", "disable_tqdm", "dataloader_", "load_best_model", "metric_for_best", "greater_is_better", "skip_memory"),
@@ -87,6 +87,8 @@ def _by_own_rules(args: Any) -> Iterator[tuple[str, Any]]:
             f"args: warmup_steps {warmup:g} needs max_steps; give both, or a share of the steps below 1"
         )
     yield "warmup_ratio", warmup / args.max_steps if warmup >= 1 else float(warmup)
+    if args.optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise _refused("args", "optim", args.optim)
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if getattr(args, name):
             yield "dtype", dtype

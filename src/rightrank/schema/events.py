@@ -97,7 +97,6 @@ class DataSummary(Record):
     duplicates_across_splits: Whole
     classes: list[str] | None = None  # in the order of the logits
     class_counts: dict[str, Whole] = Field(default_factory=dict)  # classification: training examples by label
-    label_like: str | None = None  # text: a column that is not read and has a name of labels
     unreadable: Whole = 0  # rows left out because of lone surrogates, which no tokenizer accepts
     rows: Whole = 0  # that were read
     repeated: Whole = 0  # held-out rows left out because another row is equal

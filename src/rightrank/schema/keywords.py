@@ -33,7 +33,6 @@ class SelectKeywords(TypedDict, total=False):
     num_train_epochs: float
     batch_size: int
     seq_len: int
-    optim: Literal["adamw_torch", "adamw_8bit"]
     columns: Mapping[str, str] | Sequence[str]
     validation: str
     eval_items: int

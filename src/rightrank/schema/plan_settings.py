@@ -199,11 +199,10 @@ def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:
     return PlanSettings(**(as_select | dict(values)))
 
 
-def loop_of_select(num_labels: object, optim: str = "adamw") -> dict[str, Any]:
+def loop_of_select(num_labels: object) -> dict[str, Any]:
     """The settings of a step in the training loop of `select`, for a classification where `num_labels` is given."""
-    plain = optim in ("adamw", "sgd")
     return {
         "packed": True,
         "loss": "full" if num_labels else "chunked",
-        "optim": "adamw_fused" if plain else optim,
+        "optim": "adamw_fused",
     }

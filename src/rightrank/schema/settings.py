@@ -22,7 +22,6 @@ COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
 
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 AutoDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
-Optim: TypeAlias = Literal["adamw_torch", "adamw_8bit"]
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 Goal: TypeAlias = Literal["adapter", "training-rank"]
 
@@ -33,12 +32,6 @@ MAX_SEED = MAX_WHOLE
 MAX_BYTES = MAX_WHOLE
 PAIR_MARGIN = 0.02  # nats a preference pair: about the noise over seeds between ranks (benchmarks/preference)
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-OPTIMIZER_ALIASES = {  # transformers' further names of the two
-    "adamw": "adamw_torch",
-    "adamw_fused": "adamw_torch",
-    "adamw_torch_fused": "adamw_torch",
-    "adamw_bnb_8bit": "adamw_8bit",
-}
 UNITS = {
     **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
     **{"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
@@ -76,10 +69,6 @@ def to_bytes(memory: object) -> object:
 
 def to_dtype(name: object) -> object:
     return DTYPE_ALIASES.get(name, name) if isinstance(name, str) else name
-
-
-def _to_optimizer(name: object) -> object:
-    return OPTIMIZER_ALIASES.get(name, name) if isinstance(name, str) else name
 
 
 def _to_columns(value: object) -> object:
@@ -160,9 +149,6 @@ class PeftFields(Settings):
     modules_to_save: tuple[str, ...] = setting(
         (), ADAPTER, "modules trained whole and saved with the adapter", option=True, split=True
     )
-    bias: Literal["none", "all", "lora_only"] = setting(
-        "none", ADAPTER, "which biases are trained and saved: `none`, `all` or `lora_only`"
-    )
     use_dora: bool = setting(
         False,
         ADAPTER,
@@ -182,7 +168,6 @@ class PeftFields(Settings):
             "lora_dropout": self.lora_dropout,
             "exclude_modules": list(self.exclude_modules) or None,
             "modules_to_save": list(self.modules_to_save) or None,
-            "bias": self.bias,
             "use_dora": self.use_dora,
             **self.peft_options,
         }
@@ -192,12 +177,6 @@ class TrainerFields(Settings):
     """Fields of transformers' TrainingArguments that all trainings get as they are."""
 
     gradient_accumulation_steps: int = setting(1, TRAINING, "forward passes in an optimizer step", gt=0)
-    train_sampling_strategy: Literal["random", "group_by_length"] = setting(
-        "random",
-        TRAINING,
-        "`random`, or `group_by_length`: batches of similar length, faster where examples are padded "
-        "([engine](../explanation/engine.md))",
-    )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting(
         "linear", TRAINING, "`constant`, `linear` or `cosine`, as in transformers"
     )
@@ -426,14 +405,6 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
         option=True,
         also=("max_length", "max_seq_length", "cutoff_len"),
         gt=1,
-    )
-    optim: Optim = setting(
-        "adamw_torch",
-        TRAINING,
-        "`adamw_torch` or `adamw_8bit`; the second, also `adamw_bnb_8bit`, has 8-bit states through "
-        "bitsandbytes (extra `bnb`), on CUDA or a CPU; matrices below 4,096 elements keep 32 bits",
-        option=True,
-        parse=_to_optimizer,
     )
     beta: float = setting(
         0.1,

@@ -7,7 +7,7 @@ and B is zero. The kind of a module says which tensors these are (`rightrank.mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,6 @@ ADAPTER = "default"  # PEFT's name for the only adapter of a model
 @contextmanager
 def attached(model: Any, settings: SelectSettings, arm: Arm, config: LoraConfig) -> Iterator[Any]:
     """The PeftModel of `arm` around `model`, freshly initialised. When the block ends the base is as it was before."""
-    biases = trained_biases(model, settings)
     with seeded(arm.seed):
         peft_model = wrapped(model, config)
     try:
@@ -36,14 +35,7 @@ def attached(model: Any, settings: SelectSettings, arm: Arm, config: LoraConfig)
         adapters_in_training(peft_model)
         yield peft_model
     finally:
-        unwrapped(peft_model, biases)
-
-
-def trained_biases(model: Any, settings: SelectSettings) -> dict[str, torch.Tensor]:
-    """Copies of the base's biases, which PEFT trains in place if the `bias` setting says so; else empty."""
-    if settings.bias == "none":
-        return {}
-    return {name: value.detach().clone() for name, value in model.named_parameters() if name.endswith("bias")}
+        unwrapped(peft_model)
 
 
 @contextmanager
@@ -65,8 +57,8 @@ def wrapped(model: Any, config: LoraConfig, adapter: str = ADAPTER) -> Any:
     return peft_model
 
 
-def unwrapped(peft_model: Any, biases: Mapping[str, torch.Tensor] | None = None) -> Any:
-    """The base without PEFT's layers, frozen, with the `biases` that `trained_biases` saved.
+def unwrapped(peft_model: Any) -> Any:
+    """The base without PEFT's layers, frozen.
 
     PEFT's `unload` leaves the trained copy of each module in `modules_to_save` (a classification head, for example) in
     the base. This function puts the base's own module back, so that the next arm does not start from a trained one.
@@ -82,9 +74,6 @@ def unwrapped(peft_model: Any, biases: Mapping[str, torch.Tensor] | None = None)
     base.requires_grad_(False)
     if hasattr(base, "peft_config"):
         del base.peft_config
-    with torch.no_grad():
-        for name, value in (biases or {}).items():
-            base.get_parameter(name).copy_(value)
     return base
 
 

@@ -1,8 +1,6 @@
 """The batches of a training and their order: the same for every arm of a seed.
 
-Each pass over the data is a fresh permutation, divided into batches in that order. Batches of like length need less
-padding, but a step's loss is the mean over its labels, so a label in a batch of short examples would have more weight than
-one in a batch of long examples. Sequence packing avoids padding without this bias.
+Each pass over the data is a fresh permutation, divided into batches in that order.
 
 Sequence packing: the examples of a batch joined in one row, without padding and with attention within each example.
 
@@ -21,15 +19,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rightrank.data.token_store import EncodedExample, lengths_of
 from rightrank.train.tokens import IGNORED
-
-WINDOW_BATCHES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,25 +65,6 @@ def batch_plan(examples: int, batch_size: int, steps: int, seed: int) -> list[li
     order = np.concatenate([generator.permutation(examples) for _ in range(passes)])
     plan: list[list[int]] = order[: batch_size * steps].reshape(steps, batch_size).tolist()
     return plan
-
-
-def batch_plan_by_length(lengths: npt.NDArray[np.int64], batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """As `batch_plan`, in batches of like length: each window of a pass is sorted by length and its batches shuffled.
-
-    A window never spans two passes, because sorting would put an example and its repetition into one batch.
-    """
-    generator = np.random.default_rng([seed, 0x8A7C])
-    plan: list[list[int]] = []
-    order = np.empty(0, np.int64)
-    while len(plan) < steps:
-        order = np.concatenate([order, generator.permutation(len(lengths))])
-        whole = len(order) - len(order) % batch_size
-        for begin in range(0, whole, WINDOW_BATCHES * batch_size):
-            window = order[begin : min(begin + WINDOW_BATCHES * batch_size, whole)]
-            by_length = window[np.lexsort((window, lengths[window]))].reshape(-1, batch_size)
-            plan.extend(by_length[generator.permutation(len(by_length))].tolist())
-        order = order[whole:]
-    return plan[:steps]
 
 
 def collate(examples: Sequence[EncodedExample], indices: Sequence[int], pad_id: int, device: torch.device) -> Batch:

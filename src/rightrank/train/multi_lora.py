@@ -20,7 +20,7 @@ from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.base import CurrentRouting, Routing, salt_of
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.train.adapter import ADAPTER, initialise, seeded, trained_biases, unwrapped, wrapped
+from rightrank.train.adapter import ADAPTER, initialise, seeded, unwrapped, wrapped
 from rightrank.train.batches import Batch
 from rightrank.train.targets import without_peft_noise
 
@@ -72,7 +72,6 @@ class MultiLora:
         self._model = model
         self._settings = settings
         self.peft_model: Any = None  # without an adapter
-        self._biases: dict[str, torch.Tensor] = {}
         self._names: list[str] = []
         self.routing: Routing | None = None
 
@@ -86,7 +85,6 @@ class MultiLora:
         """Add a freshly initialised adapter; returns its trainable tensors (see `parameters`)."""
         with seeded(arm.seed), without_peft_noise():
             if self.peft_model is None:
-                self._biases = trained_biases(self._model, self._settings)
                 self.peft_model = wrapped(self._model, config, adapter)
             else:
                 self.peft_model.add_adapter(adapter, config)
@@ -114,8 +112,6 @@ class MultiLora:
             parts = name.split(".")
             if adapter in parts:
                 found[".".join(ADAPTER if part == adapter else part for part in parts)] = parameter
-            elif parameter.requires_grad and not set(parts) & set(self._names):
-                found[name] = parameter  # a bias of the base, which an arm trains only alone
         return found
 
     @contextmanager
@@ -156,7 +152,7 @@ class MultiLora:
         self._names.clear()
         if self.peft_model is None:
             return
-        unwrapped(self.peft_model, self._biases)
+        unwrapped(self.peft_model)
         self.peft_model = None
 
 

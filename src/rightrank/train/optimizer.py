@@ -1,8 +1,4 @@
-"""One optimizer step of the adapters that share a pass, and what a step needs: optimizer, its state and its schedule.
-
-`adamw_8bit` keeps the states of matrices of 4,096 elements and more in 8 bits, in blocks of 256 (Dettmers et al. 2022,
-bitsandbytes): a quarter of the memory. Every matrix is updated by itself, so an arm's numbers are the same in a pass with others.
-"""
+"""One optimizer step of the adapters that share a pass, and what a step needs: optimizer, its state and its schedule."""
 
 from __future__ import annotations
 
@@ -13,15 +9,11 @@ from typing import Any, TypeAlias
 import torch
 from transformers import get_scheduler
 
-from rightrank.data.files import require_optimizer_extra
-from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch
 from rightrank.train.checkpoints import Progress, RunningMean
 from rightrank.train.runtime import Runtime
-
-DECODING_TABLES = ("qmap1", "qmap2")  # of bitsandbytes: the same for every parameter
 
 Schedule: TypeAlias = Callable[[int], float]  # the factor on the learning rate by step, counted from 0
 Pass: TypeAlias = Callable[[Sequence[Batch], int], Sequence[torch.Tensor]]
@@ -102,7 +94,8 @@ class ArmOptimizer:
         """Those of a checkpoint."""
         tensors = {f"parameter.{name}": value.detach() for name, value in self.named.items()}
         for index, parameter in enumerate(self._parameters):
-            tensors |= state_tensors(self._optimizer, index, parameter)
+            state = self._optimizer.state[parameter]
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
         return tensors if self.mean is None else tensors | self.mean.tensors()
 
     def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, with_mean: bool) -> None:
@@ -111,7 +104,12 @@ class ArmOptimizer:
             for name, value in self.named.items():
                 value.copy_(tensors[f"parameter.{name}"])
         for index, parameter in enumerate(self._parameters):
-            restore_state(self._optimizer, tensors, index, parameter)
+            prefix = f"optimizer.{index}."
+            saved = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            self._optimizer.state[parameter] = {
+                key: value.to(parameter.device) if value.dim() > 0 or _is_fused(parameter) else value
+                for key, value in saved.items()
+            }
         if self.mean is not None and with_mean:
             self.mean.restore(tensors)
         self.progress = Progress.model_validate(state)
@@ -141,20 +139,19 @@ def learning_rate_schedule(settings: SelectSettings, steps: int) -> Schedule:
 def make_optimizer(
     named: Mapping[str, torch.nn.Parameter], learning_rate: float, settings: SelectSettings
 ) -> torch.optim.Optimizer:
-    """AdamW over the adapter's parameters: torch's, with its fused kernel where the device has one, or the one in 8 bits.
+    """torch's AdamW over the adapter's parameters, with its fused kernel where the device has one.
 
     States are allocated here, when the arm is added, so that the first step needs no new memory.
     """
-    arguments: dict[str, Any] = {
-        "lr": learning_rate,
-        "betas": (settings.adam_beta1, settings.adam_beta2),
-        "eps": settings.adam_epsilon,
-        "weight_decay": settings.weight_decay,
-    }
-    if settings.optim == "adamw_8bit":
-        return _adamw_8bit(list(named.values()), arguments)
     fused = _is_fused(next(iter(named.values())))
-    optimizer = torch.optim.AdamW(named.values(), fused=fused, **arguments)
+    optimizer = torch.optim.AdamW(
+        named.values(),
+        lr=learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
+        fused=fused,
+    )
     for parameter in named.values():
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu"),
@@ -166,56 +163,3 @@ def make_optimizer(
 
 def _is_fused(parameter: torch.Tensor) -> bool:
     return parameter.device.type in ("cpu", "cuda")
-
-
-def _adamw_8bit(parameters: list[torch.nn.Parameter], arguments: Mapping[str, Any]) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    optimizer: Any = AdamW8bit(parameters, **arguments)
-    (group,) = optimizer.param_groups
-    for index, parameter in enumerate(group["params"]):
-        optimizer.init_state(group, parameter, 0, index)
-    found: torch.optim.Optimizer = optimizer
-    return found
-
-
-def require_optimizer(settings: SelectSettings, device: torch.device) -> None:
-    """Refuse an optimizer that this device or this installation does not have.
-
-    Raises:
-        MissingExtraError: 8-bit states without bitsandbytes.
-        SettingsError: bitsandbytes has no 8-bit states on this device.
-    """
-    if settings.optim != "adamw_8bit":
-        return
-    require_optimizer_extra(settings)
-    if device.type not in ("cuda", "cpu"):
-        raise SettingsError(
-            f"optim adamw_8bit: bitsandbytes has no 8-bit AdamW on {device}; give optim adamw_torch or another device"
-        )
-
-
-def state_tensors(optimizer: torch.optim.Optimizer, index: int, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The state of parameter number `index` as the tensors of a checkpoint. Tables that decode 8 bits are constants."""
-    return {
-        f"optimizer.{index}.{key}": torch.as_tensor(value)
-        for key, value in optimizer.state[parameter].items()
-        if key not in DECODING_TABLES
-    }
-
-
-def restore_state(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], index: int, parameter: torch.Tensor
-) -> None:
-    """Put the state of parameter number `index` from a checkpoint's tensors on the parameter's device."""
-    prefix, fresh = f"optimizer.{index}.", optimizer.state[parameter]
-    saved = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    tables = {key: value for key, value in fresh.items() if key in DECODING_TABLES}
-    optimizer.state[parameter] = tables | {key: _as_kept(value, fresh[key], parameter) for key, value in saved.items()}
-
-
-def _as_kept(value: torch.Tensor, fresh: object, parameter: torch.Tensor) -> torch.Tensor | int:
-    """A saved value as the optimizer keeps it: bitsandbytes counts steps in an integer, torch in a tensor."""
-    if isinstance(fresh, int):
-        return int(value)
-    return value.to(parameter.device) if value.dim() > 0 or _is_fused(parameter) else value

@@ -56,8 +56,6 @@ def multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
     reason = runtime.targets.why_alone
     if reason is not None:
         return reason
-    if runtime.settings.bias != "none":
-        return f"bias={runtime.settings.bias!r} trains the base's own biases"
     try:
         shared, alone = _probe_losses(runtime, arms[:2])
     except MultiLoraError as error:

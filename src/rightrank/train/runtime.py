@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from rightrank.data.token_store import EncodedExample, lengths_of
+from rightrank.data.token_store import EncodedExample
 from rightrank.models.base_models import LoadedModel
 from rightrank.models.kinds.base import Routing
 from rightrank.schema.errors import InterruptedRun, ModelError
@@ -24,7 +24,6 @@ from rightrank.train.adapter import attached
 from rightrank.train.batches import (
     Batch,
     batch_plan,
-    batch_plan_by_length,
     collate,
     length_sorted_batches,
     wants_float32,
@@ -73,11 +72,9 @@ class Runtime:
         if data.is_classification:  # transformers finds an example's last token by its configuration
             self.model.config.get_text_config().pad_token_id = self._pad_id
         elif sees_later_tokens(self.model, probe.input_ids[0][probe.attention_mask[0].bool()]):
-            like = data.summary.label_like
-            needed = "`text` and `label`" if like is None else f"--columns label={like}"
             raise ModelError(
                 f"{loaded.name}: it sees the tokens that follow, so a label is visible where it is predicted, as in BERT; "
-                f"give a causal model, or {needed} to train a classifier"
+                f"give a causal model, or `text` and `label` to train a classifier"
             )
         self._likelihood = make_likelihood(self.model, probe, data.is_classification)
         self.fast_paths = self._find_fast_paths(probe, cache_folder)
@@ -148,8 +145,6 @@ class Runtime:
         """
         steps = self.steps if steps is None else steps
         examples, size = self.examples("train"), self.settings.items_per_step
-        if self.settings.train_sampling_strategy == "group_by_length":
-            return batch_plan_by_length(lengths_of(examples), size, steps, seed)
         return batch_plan(len(examples), size, steps, seed)
 
     def losses(
@@ -264,7 +259,7 @@ class Runtime:
         """The blocks below everything trainable; None if there are none."""
         found = find_blocks(self.model)
         settings = self.settings
-        if found is None or not settings.cache_prefix or settings.bias == "all":
+        if found is None or not settings.cache_prefix:
             return None
         name, blocks = found
         depth = prefix_depth(

@@ -82,21 +82,6 @@ def test_where_only_the_lowest_rank_fits_the_next_one_is_named(
     assert not any(line.startswith("top rank") for line in notices)
 
 
-def test_what_is_advised_makes_the_smallest_rank_fit() -> None:
-    """8-bit states, in the name that `select` has for them, where they are enough; the advised settings are planned again."""
-    config = tiny_llama_config(400)
-    settings = small_settings(ranks=(2048, 4096), memory_bytes=2**40)
-    full, eight = (
-        plan_selection(config, settings.model_copy(update={"optim": optim}), 32, "cuda").needed_bytes[2048]
-        for optim in ("adamw_torch", "adamw_8bit")
-    )
-    tight = settings.model_copy(update={"memory_bytes": (full + eight) // 2})
-    with pytest.raises(SettingsError, match=r"lower ranks, or optim adamw_8bit$"):
-        plan_selection(config, tight, 32, "cuda")
-    advised = tight.model_copy(update={"optim": "adamw_8bit", "ranks": (2048,)})
-    assert plan_selection(config, advised, 32, "cuda").ranks == (2048,)
-
-
 def test_a_preference_pair_is_planned_as_two_sequences() -> None:
     config = tiny_llama_config(400)
     pairs = plan_selection(config, small_settings(batch_size=4, eval_batch_size=4), 32, "cpu", sequences=2)

@@ -103,9 +103,8 @@ def _savings(settings: PlanSettings) -> list[_Saving]:
         savings.append(_Saving({"loss": "chunked"}, "none: the same loss, with the logits in chunks"))
     if settings.attn_implementation == "eager":
         savings.append(_Saving({"attn_implementation": "sdpa"}, "none: the same attention, fused"))
-    if settings.optim in ("adamw", "adamw_fused"):
-        eight_bit = "adamw_8bit" if settings.is_packed else "paged_adamw_8bit"  # `select` has no paged states
-        savings.append(_Saving({"optim": eight_bit}, "8-bit optimizer states; needs bitsandbytes"))
+    if settings.optim in ("adamw", "adamw_fused") and not settings.is_packed:  # `select` has 32-bit states alone
+        savings.append(_Saving({"optim": "paged_adamw_8bit"}, "8-bit optimizer states; needs bitsandbytes"))
     if settings.dtype == "float32" and settings.autocast is None and settings.device == "cuda":
         savings.append(_Saving({"dtype": "bfloat16"}, "frozen weights and activations in 16 bits"))
     if settings.device == "cpu":

@@ -157,7 +157,7 @@ def _plan_settings(
         shared[name] *= sequences
     return make_plan_settings(
         shared
-        | loop_of_select(num_labels, "adamw_8bit" if settings.optim == "adamw_8bit" else "adamw")
+        | loop_of_select(num_labels)
         | {
             "seq_len": max(2, longest),
             "padding": num_labels is not None,  # a causal row never attends to padding on its right
