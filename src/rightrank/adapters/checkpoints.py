@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rightrank.adapters.spectra import InspectionInfo, Update, describe, flag_dead, summarise
+from rightrank.adapters.spectra import Update, inspection_of
 from rightrank.models.adapter_files import natural_order
 from rightrank.models.weights import WeightFolder, open_weights
 from rightrank.schema.arrays import Floats
@@ -50,16 +50,15 @@ def inspect_checkpoints(base: Path, finetuned: Path, sketch_rank: int = SKETCH_R
             updates.append(_matrix_update(name, delta.flatten(1), sketch_rank))
     if not updates and not not_matrices:
         raise ModelError(f"{finetuned}: every tensor is equal to that of {base}; give a fine-tuned model of this base")
-    modules = flag_dead([describe(update) for update in updates])
-    about = InspectionInfo(
-        "checkpoints",
-        "none",
-        str(base),
-        sum(update.parameters for update in updates),
+    return inspection_of(
+        updates,
+        kind="checkpoints",
+        scaling_rule="none",
+        base_model=str(base),
+        parameters=sum(update.parameters for update in updates),
         unchanged=unchanged,
-        not_matrices=tuple(not_matrices),
+        not_matrices=not_matrices,
     )
-    return Inspection(modules=modules, summary=summarise(modules, about))
 
 
 def _require_alike(before: WeightFolder, after: WeightFolder) -> None:
@@ -154,10 +153,11 @@ def inspect_gradient(model: str, data: Path, settings: SelectSettings, sketch_ra
         # Conv1D stores its weight as in × out
         matrix = gradient if gradient.shape[0] == target.out_features else gradient.T
         updates.append(_matrix_update(module, matrix.float(), sketch_rank))
-    modules = flag_dead([describe(update) for update in updates])
     note = f"mean loss over the first {min(GRADIENT_EXAMPLES, len(runtime.examples('train')))} training examples, base without adapter"
-    about = InspectionInfo("gradient", "none", model, sum(update.parameters for update in updates), notes=(note,))
-    return Inspection(modules=modules, summary=summarise(modules, about))
+    parameters = sum(update.parameters for update in updates)
+    return inspection_of(
+        updates, kind="gradient", scaling_rule="none", base_model=model, parameters=parameters, notes=[note]
+    )
 
 
 def weight_gradients(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class Update:
     flags: tuple[str, ...] = ()
 
 
-def describe(update: Update) -> ModuleSpectrum:
+def _describe(update: Update) -> ModuleSpectrum:
     s, total = update.values, update.energy
     partial = update.kind == "matrix" and len(s) < min(update.shape)
     flags = list(update.flags)
@@ -83,7 +83,7 @@ def _rank_above_noise(update: Update, partial: bool) -> int:
     return spectra.hard_threshold_rank(s, rows, columns)
 
 
-def flag_dead(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
+def _flag_dead(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
     """The records with the flag `dead` on every module with a norm below DEAD_FRACTION of the median."""
     norms = [module.frobenius_norm for module in modules if module.frobenius_norm > 0]
     limit = DEAD_FRACTION * median(norms) if norms else 0.0
@@ -95,21 +95,9 @@ def flag_dead(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class InspectionInfo:
-    """What the summary states beside the figures of the modules."""
-
-    kind: Literal["adapter", "checkpoints", "gradient"]
-    scaling_rule: str
-    base_model: str | None
-    parameters: int
-    modules_to_save: tuple[str, ...] = ()
-    unchanged: int = 0
-    not_matrices: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-def summarise(modules: Sequence[ModuleSpectrum], about: InspectionInfo) -> InspectionSummary:
+def inspection_of(updates: Sequence[Update], **about: Any) -> Inspection:
+    """The records of the updates and their summary; `about` are the summary's other fields."""
+    modules = _flag_dead([_describe(update) for update in updates])
     alive = [module for module in modules if module.frobenius_norm > 0]
     known = [module for module in alive if module.effective_rank is not None]
     energy: dict[str, int | None] = {}
@@ -117,25 +105,19 @@ def summarise(modules: Sequence[ModuleSpectrum], about: InspectionInfo) -> Inspe
         ranks = [module.energy_rank[part] for module in modules]
         energy[part] = None if None in ranks else max((rank for rank in ranks if rank is not None), default=0)
     by_use = sorted(known, key=lambda module: (module.effective_rank or 0.0) / module.rank)
-    return InspectionSummary(
-        kind=about.kind,
+    summary = InspectionSummary(
         modules=len(modules),
-        parameters=about.parameters,
         ranks=sorted({module.rank for module in modules}),
-        scaling_rule=about.scaling_rule,
-        base_model=about.base_model,
         energy_rank=energy,
         median_effective_rank=median([module.effective_rank or 0.0 for module in known]) if known else None,
         most_concentrated=by_use[0].name if by_use else None,
         least_concentrated=by_use[-1].name if by_use else None,
         untrained=[module.name for module in modules if "untrained" in module.flags],
         dead=[module.name for module in modules if "dead" in module.flags],
-        modules_to_save=list(about.modules_to_save),
-        unchanged=about.unchanged,
-        not_matrices=list(about.not_matrices),
-        notes=list(about.notes),
         sentence=SENTENCE,
+        **about,
     )
+    return Inspection(modules=modules, summary=summary)
 
 
 def inspect_adapter(path: Path) -> Inspection:
@@ -146,16 +128,15 @@ def inspect_adapter(path: Path) -> Inspection:
     """
     adapter = open_adapter(path)
     updates = [update for pair in adapter.pairs for update in _updates(adapter, pair)]
-    modules = flag_dead([describe(update) for update in updates])
-    about = InspectionInfo(
-        "adapter",
-        adapter.scaling_rule,
-        adapter.base_model,
-        adapter.trained,
-        tuple(key.removeprefix(PREFIX) for key in adapter.other_keys if not is_alpha(key)),
-        notes=tuple(_adapter_notes(adapter)),
+    return inspection_of(
+        updates,
+        kind="adapter",
+        scaling_rule=adapter.scaling_rule,
+        base_model=adapter.base_model,
+        parameters=adapter.trained,
+        modules_to_save=[key.removeprefix(PREFIX) for key in adapter.other_keys if not is_alpha(key)],
+        notes=_adapter_notes(adapter),
     )
-    return Inspection(modules=modules, summary=summarise(modules, about))
 
 
 def _adapter_notes(adapter: AdapterFolder) -> list[str]:

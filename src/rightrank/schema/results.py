@@ -200,7 +200,7 @@ class InspectionSummary(Record):
     least_concentrated: str | None
     untrained: list[str]  # B = 0: never trained
     dead: list[str]  # updates under a thousandth of the median module's
-    modules_to_save: list[str]  # fully trained modules
+    modules_to_save: list[str] = Field(default_factory=list)  # fully trained modules
     unchanged: int = 0  # checkpoints: matrices without a difference
     not_matrices: list[str] = Field(default_factory=list)  # checkpoints: changed norms and biases, which have no rank
     notes: list[str] = Field(default_factory=list)
