@@ -241,7 +241,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def parse_yaml(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
     """A YAML value without tags and aliases.
 
     Raises:
@@ -255,7 +255,7 @@ def parse_yaml(text: str) -> Any:
         raise UnreadableError(" ".join(str(error).split())) from None
 
 
-def read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Any:
+def _read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Any:
     """The JSON value in a file.
 
     Raises:
@@ -281,9 +281,9 @@ def read_json_object(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> dict[str, A
     """The JSON object in a file.
 
     Raises:
-        UnreadableError: as `read_json`, or a value other than an object.
+        UnreadableError: as `_read_json`, or a value other than an object.
     """
-    value = read_json(path, max_bytes)
+    value = _read_json(path, max_bytes)
     if not isinstance(value, dict):
         raise UnreadableError(f"a {type(value).__name__}, not one JSON object")
     return value
@@ -303,7 +303,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except UnreadableError as error:
         raise SettingsError(f"{path}: can't read it ({error}); give a YAML file of settings") from None
     try:
-        values = parse_yaml(text)
+        values = _parse_yaml(text)
     except UnreadableError as error:
         raise SettingsError(f"{path}: not YAML of plain values ({error}); give `name: value` lines") from None
     if not isinstance(values, dict):

@@ -57,7 +57,7 @@ MAX_EXPONENT = 100.0  # keeps the bound of a perplexity finite
 
 
 @dataclass(frozen=True, slots=True)
-class SeedNoise:
+class _SeedNoise:
     """Variances over seeds of the mean of one training."""
 
     common: float  # shared by all ranks of a seed
@@ -103,12 +103,12 @@ class Evidence:
         return self.basis in ("items and seeds", "items")
 
     @cached_property
-    def noise(self) -> SeedNoise:
+    def noise(self) -> _SeedNoise:
         """Of the ranks' own means, and of differences from the base, which has no seed."""
         if self.basis in ("items and seeds", "seeds"):
             return measured_noise(list(self._bare.values()))
         scatter = _curve_scatter(list(self._bare.values())) ** 2 if self.basis == "values" else 0.0
-        return SeedNoise(0.0, 0.0, scatter, 0.0)
+        return _SeedNoise(0.0, 0.0, scatter, 0.0)
 
     @cached_property
     def prior(self) -> Prior | None:
@@ -252,7 +252,7 @@ class Evidence:
         return winners_gap(means, seeds + _examples_part(list(columns.values())))
 
 
-def measured_noise(contenders: list[Contender]) -> SeedNoise:
+def measured_noise(contenders: list[Contender]) -> _SeedNoise:
     """Seed noise from the ranks with two seeds or more, pooled over ranks.
 
     Where two of these ranks or more share two seeds or more, the common part is separated from the individual one.
@@ -263,10 +263,10 @@ def measured_noise(contenders: list[Contender]) -> SeedNoise:
         means = np.array([[contender.cells[seed].loss for seed in shared] for contender in several])
         common, individual = seed_parts(means)
         pure = max(0.0, common - individual / len(several))
-        return SeedNoise(pure, len(shared) - 1.0, individual, (len(several) - 1.0) * (len(shared) - 1.0))
+        return _SeedNoise(pure, len(shared) - 1.0, individual, (len(several) - 1.0) * (len(shared) - 1.0))
     squares = sum(float(np.var([cell.loss for cell in c.cells.values()], ddof=1)) * (len(c.cells) - 1) for c in several)
     degrees = float(sum(len(contender.cells) - 1 for contender in several))
-    return SeedNoise(0.0, 0.0, squares / degrees, degrees)
+    return _SeedNoise(0.0, 0.0, squares / degrees, degrees)
 
 
 def _curve_scatter(contenders: list[Contender]) -> float:

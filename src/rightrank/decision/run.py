@@ -256,7 +256,7 @@ def trainings(records: Records) -> float:
     return round(steps / whole, 3) if whole else float(len(finished))
 
 
-def preference_sentence(trial: TrialFinished) -> str | None:
+def _preference_sentence(trial: TrialFinished) -> str | None:
     """How often an adapter prefers the chosen answer, and how far it moved from the base; None without pairs."""
     found = trial.metrics
     if "chosen_log_ratio" not in found:
@@ -286,7 +286,7 @@ def document(
             "adapter_sentence": adapter and adapter.answer.sentence,
             "cost": {"trainings": trainings(records), "trainings_to_adapter": adapter and adapter.trainings},
             "adapter_making": chosen and making_of(chosen, finished).sentence(),
-            "adapter_preference": chosen and preference_sentence(chosen),
+            "adapter_preference": chosen and _preference_sentence(chosen),
             "handed_over": adapter and adapter.handed_over.model_dump(mode="json"),
             "guard": adapter and adapter.guard and adapter.guard.model_dump(mode="json"),
             "adapter_answer": adapter and adapter.answer.model_dump(mode="json"),

@@ -104,18 +104,18 @@ def alike_ranks(found: Comparison) -> list[int]:
 
 
 def possible_rival(found: Comparison) -> int | None:
-    """The rank that leaves the answer undecided since it may be better (`better_above`); None in a point reading."""
-    return None if found.evidence.is_point_reading else better_above(found)
+    """The rank that leaves the answer undecided since it may be better (`_better_above`); None in a point reading."""
+    return None if found.evidence.is_point_reading else _better_above(found)
 
 
 def shown_rank(found: Comparison) -> int | None:
     """The smallest rank whose comparison with the reference passed; None without one, or if a higher rank may be better."""
     reference = found.reference.rank
     smallest = walk_down(found.by_rank, reference, lambda rank: found.by_rank[rank].non_inferior is True)
-    return None if smallest == reference or better_above(found) is not None else smallest
+    return None if smallest == reference or _better_above(found) is not None else smallest
 
 
-def better_above(found: Comparison) -> int | None:
+def _better_above(found: Comparison) -> int | None:
     """The rank above the reference that may be better than it by more than the margin; None if there is none.
 
     It guards against a low rank that came out best by luck.

@@ -135,7 +135,7 @@ def load_model(
     found = find_device(device)
     dtype = resolve_dtype(dtype, device)
     if weight_bits is not None:
-        require_quantisation(weight_bits, found)
+        _require_quantisation(weight_bits, found)
     source = find_model(reference)
     if source.gguf_file is None and Path(source.name).is_dir():
         safe_shards(Path(source.name))
@@ -204,7 +204,7 @@ def prepare_model(
             module.support_avx512bf16_for_cpu = False
     if not getattr(model, "is_quantized", False):  # quantised models are loaded on their device and can't be moved
         model.to(device)
-    identity = base_identity(model, name)
+    identity = _base_identity(model, name)
     return LoadedModel(model, tokenizer, name, fingerprint or _parameter_fingerprint(model), device, identity)
 
 
@@ -228,7 +228,7 @@ def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | No
     return prepare_model(model, tokenizer, name, find_device(device))
 
 
-def require_quantisation(bits: int, device: torch.device) -> None:
+def _require_quantisation(bits: int, device: torch.device) -> None:
     if device.type not in ("cuda", "cpu"):
         raise SettingsError(
             f"load_in_{bits}bit: bitsandbytes has no {bits}-bit matrices on {device}; give device cuda or cpu"
@@ -283,7 +283,7 @@ def _parameter_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def base_identity(model: Any, name: str) -> BaseIdentity:
+def _base_identity(model: Any, name: str) -> BaseIdentity:
     """Of a model in memory, with or without an adapter around it. Quantised matrices and a head of classes are left out."""
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     prefix = f"{model.base_model_prefix}." if is_classifier else ""

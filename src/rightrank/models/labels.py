@@ -58,7 +58,7 @@ def base_arguments(base: str) -> str:
     return f"{str(path.parent)!r}, gguf_file={path.name!r}" if path.suffix.lower() == ".gguf" else repr(base)
 
 
-def stored_labels(folder: Path) -> list[str] | None:
+def _stored_labels(folder: Path) -> list[str] | None:
     """The labels in the order of the logits, as the adapter's folder states them; None where it does not.
 
     Raises:
@@ -84,7 +84,7 @@ def labels_of_side(side: str) -> list[str] | None:
     if side == BASE:
         return None
     if (folder / CONFIG_FILE).is_file():
-        stored = stored_labels(folder)
+        stored = _stored_labels(folder)
         count = None if stored is not None else _rows_of_head(folder)
         return stored if count is None else [str(number) for number in range(count)]
     return _labels_of_model(folder / "config.json")

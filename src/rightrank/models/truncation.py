@@ -124,7 +124,6 @@ def ranks_within(worth: Sequence[Floats], costs: Sequence[int], budget: int, max
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 
-MOMENTS_FILE = "moments.safetensors"  # beside the weights of the adapter that they belong to
 ZERO_SHARE = 1e-12  # of the largest singular value; a direction below it is rounding, and its column of B is zero
 
 

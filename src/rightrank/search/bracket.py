@@ -49,7 +49,7 @@ class Bracket(Strategy):
         learning_rate = yield from find_learning_rate(trials, space.top)
         if learning_rate is None:
             return
-        yield from answer_adapter_question(trials, learning_rate)
+        yield from _answer_adapter_question(trials, learning_rate)
         if space.goal == "adapter":
             return
         start = _smallest_truncation_that_holds(trials, learning_rate)
@@ -68,18 +68,18 @@ class Bracket(Strategy):
 
     def unbounded_cost(self) -> CostEstimate:
         space = self.space
-        to_adapter = find_learning_rate_cost(space) + adapter_question_cost(space)
+        to_adapter = find_learning_rate_cost(space) + _adapter_question_cost(space)
         if space.goal == "adapter":
-            return CostEstimate(to_adapter, max_search_trainings(space) + max_adapter_cost(space), to_adapter)
+            return CostEstimate(to_adapter, max_search_trainings(space) + _max_adapter_cost(space), to_adapter)
         expected = to_adapter + min(2.0, len(space.ranks) - 1.0) + confirmation_cost(space)
-        return CostEstimate(expected, max_trainings(space) + max_adapter_cost(space), to_adapter)
+        return CostEstimate(expected, max_trainings(space) + _max_adapter_cost(space), to_adapter)
 
     def min_trainings(self) -> float:
         found = min_trainings(self.space)
         return found - 1.0 if self.space.goal == "adapter" else found
 
     def max_script_arms(self) -> int:
-        return 1 + STAGES * math.ceil(max_trainings(self.space)) + max_adapter_arms(self.space)
+        return 1 + STAGES * math.ceil(max_trainings(self.space)) + _max_adapter_arms(self.space)
 
 
 def _smallest_truncation_that_holds(trials: Trials, learning_rate: float) -> int | None:
@@ -123,14 +123,14 @@ class Grid(Strategy):
         yield self._arms()
         top = self.space.top
         learning_rate = min(self.space.learning_rates, key=lambda lr: (trials.whole_loss(top, lr), lr))
-        yield from answer_adapter_question(trials, learning_rate)
+        yield from _answer_adapter_question(trials, learning_rate)
 
     def unbounded_cost(self) -> CostEstimate:
-        maximum = self._cells() + max_adapter_cost(self.space)
+        maximum = self._cells() + _max_adapter_cost(self.space)
         return CostEstimate(maximum, maximum, maximum)
 
     def max_script_arms(self) -> int:
-        return 1 + len(self._arms()) + max_adapter_arms(self.space)
+        return 1 + len(self._arms()) + _max_adapter_arms(self.space)
 
     def min_trainings(self) -> float:
         return 2.0
@@ -153,22 +153,22 @@ def outside_in(ranks: Sequence[int]) -> list[int]:
 MAX_RECOVERED_RANK = 4
 
 
-def answer_adapter_question(trials: Trials, learning_rate: float) -> Requests:
+def _answer_adapter_question(trials: Trials, learning_rate: float) -> Requests:
     """Ask for the candidates of the first question and keep its answer in `trials.adapter`."""
     space = trials.space
     parent = trials.direct().get((space.top, learning_rate, space.seeds[0]))
     if parent is None or not space.truncates:
         return
     yield truncations(space, parent)
-    plain = current_answer(trials, parent)
+    plain = _current_answer(trials, parent)
     lower = [] if plain is None else [rank for rank in space.truncated_ranks if rank < plain.rank]
     if plain is not None and space.recovery_steps and lower and lower[0] <= MAX_RECOVERED_RANK:
         yield [recovery(space, parent, space.top)]
         yield from _recover(trials, parent, plain)
-    trials.adapter = current_answer(trials, parent)
+    trials.adapter = _current_answer(trials, parent)
 
 
-def current_answer(trials: Trials, parent: TrialFinished) -> AdapterAnswer | None:
+def _current_answer(trials: Trials, parent: TrialFinished) -> AdapterAnswer | None:
     """What the candidates of `parent` that have run so far say; None before the first."""
     space = trials.space
     criterion = Criterion(
@@ -227,22 +227,22 @@ def _recover(trials: Trials, parent: TrialFinished, plain: AdapterAnswer) -> Req
 
 def _holds(trials: Trials, parent: TrialFinished, rank: int) -> bool:
     """Whether any candidate of the rank holds against the reference."""
-    answer = current_answer(trials, parent)
+    answer = _current_answer(trials, parent)
     return answer is not None and any(one.holds for one in answer.candidates if one.rank == rank)
 
 
-def adapter_question_cost(space: Space) -> float:
+def _adapter_question_cost(space: Space) -> float:
     """Expected trainings: the extra steps of the top and of two or three truncations."""
     return 3.5 * _recovery_part(space)
 
 
-def max_adapter_arms(space: Space) -> int:
+def _max_adapter_arms(space: Space) -> int:
     """An upper bound of the arms: a truncation and a recovery of every rank, and the extra steps of the top."""
     return 2 * len(space.truncated_ranks) + 1 if space.truncates else 0
 
 
-def max_adapter_cost(space: Space) -> float:
-    return max_adapter_arms(space) * _recovery_part(space)
+def _max_adapter_cost(space: Space) -> float:
+    return _max_adapter_arms(space) * _recovery_part(space)
 
 
 def _recovery_part(space: Space) -> float:

@@ -100,7 +100,7 @@ def early_step(space: Space, part: float) -> int:
     return max(1, round(part * space.steps))
 
 
-def early_arm(space: Space, rank: int, learning_rate: float, part: float) -> Arm:
+def _early_arm(space: Space, rank: int, learning_rate: float, part: float) -> Arm:
     """A training that stops after `part` of its steps."""
     return space.arm(rank, learning_rate).model_copy(update={"stop_at": early_step(space, part)})
 
@@ -124,7 +124,7 @@ def find_learning_rate(trials: Trials, rank: int) -> Choice:
         winner = yield from _climb_looks(trials, rank, part)
         if winner is not None:
             yield from _finish(trials, rank, winner, part)
-        if winner is not None or any(trials.diverged(early_arm(space, rank, lr, part)) for lr in space.learning_rates):
+        if winner is not None or any(trials.diverged(_early_arm(space, rank, lr, part)) for lr in space.learning_rates):
             break
     if trials.best_learning_rate(rank) is None:  # no looks here, or the winner diverged later
         yield from climb(trials, rank)
@@ -137,7 +137,7 @@ def train(trials: Trials, rank: int, learning_rate: float) -> Requests:
     if (rank, learning_rate, space.seeds[0]) in trials.direct():
         return
     if _can_look(space):
-        look = early_arm(space, rank, learning_rate, LOOK)
+        look = _early_arm(space, rank, learning_rate, LOOK)
         yield [look]
         if trials.finished(look) is not None:
             yield [_resumed(trials, look)]
@@ -151,12 +151,12 @@ def challenge(trials: Trials, rank: int, holder: float, challenger: float) -> Re
     """Train `rank` at `challenger`, whole only if its look beats that of `holder`."""
     space = trials.space
     part = next(
-        (part for part in (LOOK, QUARTER) if _score(trials, early_arm(space, rank, holder, part)) is not None), None
+        (part for part in (LOOK, QUARTER) if _score(trials, _early_arm(space, rank, holder, part)) is not None), None
     )
     if part is None or not _can_look(space):
         yield [space.arm(rank, challenger)]
         return
-    look = early_arm(space, rank, challenger, part)
+    look = _early_arm(space, rank, challenger, part)
     yield [look]
     if trials.finished(look) is None:
         return
@@ -170,29 +170,29 @@ def _climb_looks(trials: Trials, rank: int, part: float) -> Choice:
     space = trials.space
     learning_rates = space.learning_rates
     best = start = len(learning_rates) // 2
-    first = early_arm(space, rank, learning_rates[start], part)
+    first = _early_arm(space, rank, learning_rates[start], part)
     yield [first]
     if trials.finished(first) is None and not trials.diverged(first):
         return None
     for direction in (1, -1):
         place = start + direction
         while 0 <= place < len(learning_rates) and not (direction == 1 and trials.diverged(first)):
-            yield [early_arm(space, rank, learning_rates[place], part)]
+            yield [_early_arm(space, rank, learning_rates[place], part)]
             pair = (learning_rates[best], learning_rates[place])
             winner = yield from _compare(trials, rank, pair, part)
-            if winner != pair[1] and trials.finished(early_arm(space, rank, pair[0], part)):
+            if winner != pair[1] and trials.finished(_early_arm(space, rank, pair[0], part)):
                 break
             best = place
             place += direction
-        if best != start and not _is_worse_than_base(trials, early_arm(space, rank, learning_rates[best], part)):
+        if best != start and not _is_worse_than_base(trials, _early_arm(space, rank, learning_rates[best], part)):
             break
-    return learning_rates[best] if trials.finished(early_arm(space, rank, learning_rates[best], part)) else None
+    return learning_rates[best] if trials.finished(_early_arm(space, rank, learning_rates[best], part)) else None
 
 
 def _compare(trials: Trials, rank: int, pair: tuple[float, float], part: float) -> Choice:
     """The better of two learning rates with a look at `part`; a look without a result loses."""
     space = trials.space
-    looks = {lr: early_arm(space, rank, lr, part) for lr in pair}
+    looks = {lr: _early_arm(space, rank, lr, part) for lr in pair}
     scores = {lr: score for lr, look in looks.items() if (score := _score(trials, look)) is not None}
     if len(scores) < 2:
         return next(iter(scores), None)
@@ -226,7 +226,7 @@ def _finish(trials: Trials, rank: int, learning_rate: float, part: float) -> Req
     space = trials.space
     if (rank, learning_rate, space.seeds[0]) in trials.direct():
         return
-    stage = early_arm(space, rank, learning_rate, part)
+    stage = _early_arm(space, rank, learning_rate, part)
     before = _look_loss(trials.finished(stage), space)
     base = _look_loss(trials.finished(base_arm(space.lora_alpha)), space)
     for later in STAGES:
@@ -256,12 +256,12 @@ def _finish(trials: Trials, rank: int, learning_rate: float, part: float) -> Req
 def _bring_to(trials: Trials, rank: int, learning_rate: float, step: int) -> Generator[Sequence[Arm], None, Arm]:
     """The arm that trains to `step`, from the latest look at the learning rate that there is."""
     for part in (QUARTER, LOOK):
-        look = early_arm(trials.space, rank, learning_rate, part)
+        look = _early_arm(trials.space, rank, learning_rate, part)
         if trials.finished(look) is not None and (look.stop_at or 0) < step:
             arm = _resumed(trials, look, step)
             break
     else:
-        arm = early_arm(trials.space, rank, learning_rate, 1.0).model_copy(update={"stop_at": step})
+        arm = _early_arm(trials.space, rank, learning_rate, 1.0).model_copy(update={"stop_at": step})
     yield [arm]
     return arm
 

@@ -60,7 +60,7 @@ Objective: TypeAlias = Callable[[Any, Batch, Scale], BatchLoss]
 
 
 @dataclass(frozen=True, slots=True)
-class LabelLosses:
+class _LabelLosses:
     """The cross-entropies of a batch's m labels, in the order of its sequences."""
 
     scaled: torch.Tensor  # [m] with a graph: the losses times the scale
@@ -68,7 +68,7 @@ class LabelLosses:
     sequences: torch.Tensor  # [m], the number in the batch of each label's sequence
 
 
-LabelLoss: TypeAlias = Callable[[Any, Batch, Scale], LabelLosses]
+LabelLoss: TypeAlias = Callable[[Any, Batch, Scale], _LabelLosses]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def classification_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
     return BatchLoss((losses * scale).sum(), losses.detach().cpu().double(), ones, {"accuracy": correct})
 
 
-def _head_labels(model: Any, batch: Batch, scale: Scale) -> LabelLosses:
+def _head_labels(model: Any, batch: Batch, scale: Scale) -> _LabelLosses:
     """Shifted cross-entropy, with the head applied at label positions only."""
     # Padding is on the right and attention is causal, so no label position attends to padding. Without the mask,
     # attention takes its causal fast path.
@@ -112,20 +112,20 @@ def _head_labels(model: Any, batch: Batch, scale: Scale) -> LabelLosses:
     keep, targets = _label_positions(batch)
     sequences = batch.sequence_numbers()[:, 1:][keep]
     by_label = _by_label(scale, sequences)
-    return LabelLosses(*chunked_cross_entropy(hidden[:, :-1][keep], targets, OutputHead(model), by_label), sequences)
+    return _LabelLosses(*chunked_cross_entropy(hidden[:, :-1][keep], targets, OutputHead(model), by_label), sequences)
 
 
-def logits_labels(model: Any, batch: Batch, scale: Scale) -> LabelLosses:
+def _logits_labels(model: Any, batch: Batch, scale: Scale) -> _LabelLosses:
     """Shifted cross-entropy of the model's own logits, at all positions at once."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     keep, targets = _label_positions(batch)
     losses = F.cross_entropy(logits[:, :-1][keep].float(), targets, reduction="none")
     sequences = batch.sequence_numbers()[:, 1:][keep]
-    return LabelLosses(losses * _by_label(scale, sequences), losses.detach(), sequences)
+    return _LabelLosses(losses * _by_label(scale, sequences), losses.detach(), sequences)
 
 
 head_loss = Likelihood(_head_labels)
-logits_loss = Likelihood(logits_labels)
+logits_loss = Likelihood(_logits_labels)
 
 
 def chunked_cross_entropy(

@@ -11,19 +11,19 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def normalised(text: str) -> str:
+def _normalised(text: str) -> str:
     """Lower case without punctuation, English articles and extra space, as in the evaluation script of SQuAD."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(expected: str, written: str) -> float:
     """1 if both are equal after normalisation."""
-    return float(normalised(expected) == normalised(written))
+    return float(_normalised(expected) == _normalised(written))
 
 
 def token_f1(expected: str, written: str) -> float:
     """The harmonic mean of precision and recall over normalised words, each counted as often as it occurs."""
-    ours, theirs = normalised(written).split(), normalised(expected).split()
+    ours, theirs = _normalised(written).split(), _normalised(expected).split()
     if not ours or not theirs:
         return float(ours == theirs)
     return _f1(sum((Counter(ours) & Counter(theirs)).values()), len(ours), len(theirs))

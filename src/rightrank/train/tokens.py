@@ -29,7 +29,7 @@ def label_count(example: EncodedExample) -> int:
     return sum(label != IGNORED for _, labels in example.sequences() for label in labels[1:])
 
 
-class Encoder:
+class _Encoder:
     """example → (input_ids, labels), for one tokenizer and one form of data."""
 
     def __init__(self, tokenizer: Any, form: DataForm, classes: list[str] | None) -> None:
@@ -191,7 +191,7 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
         DataError: the chat template is missing or rewrites earlier turns, or a split has no label within `seq_len`.
     """
     limit = settings.seq_len
-    encoder = Encoder(model.tokenizer, data.form, data.classes)
+    encoder = _Encoder(model.tokenizer, data.form, data.classes)
     splits: dict[SplitName, Sequence[EncodedExample]] = {}
     summaries: dict[str, SplitSummary] = {}
     for split in SPLITS:
@@ -234,7 +234,9 @@ class _Count:
         return f"{self.dropped} without a label within {limit} tokens{equal}{first}"
 
 
-def _encode_split(encoder: Encoder, examples: Iterable[Example], limit: int, count: _Count) -> Iterator[EncodedExample]:
+def _encode_split(
+    encoder: _Encoder, examples: Iterable[Example], limit: int, count: _Count
+) -> Iterator[EncodedExample]:
     for example in examples:
         if encoder.form == "preference":
             encoded = _pair(encoder, example, limit, count)
@@ -246,7 +248,7 @@ def _encode_split(encoder: Encoder, examples: Iterable[Example], limit: int, cou
         yield from encoded
 
 
-def _one(encoder: Encoder, example: Example, limit: int, count: _Count) -> list[EncodedExample]:
+def _one(encoder: _Encoder, example: Example, limit: int, count: _Count) -> list[EncodedExample]:
     """The example within the limit; empty if it has no label there."""
     ids, labels = encoder(example)
     count.truncated += len(ids) > limit
@@ -257,7 +259,7 @@ def _one(encoder: Encoder, example: Example, limit: int, count: _Count) -> list[
     return []
 
 
-def _pair(encoder: Encoder, example: Example, limit: int, count: _Count) -> list[EncodedExample]:
+def _pair(encoder: _Encoder, example: Example, limit: int, count: _Count) -> list[EncodedExample]:
     """Both sequences of a preference pair within the limit; empty if one has no label there, or if they are the same."""
     sequences = encoder.pair(example)
     count.truncated += any(len(ids) > limit for ids, _ in sequences)
