@@ -128,10 +128,11 @@ def _new_pair(
     old = [adapter.factors(module) for module in pair]
     tensors = _new_tensors(adapter, pair, old, rank, moments)
     written = first.how.matrices(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
-    measured = [
-        _distance(module, before, (b.numpy() * scaling, a.numpy()))
-        for module, before, (b, a) in zip(pair, old, written, strict=True)
-    ]
+    measured = []  # (‖ΔW' − ΔW‖_F, ‖ΔW‖_F)
+    for module, (old_b, old_a), (new_b, new_a) in zip(pair, old, written, strict=True):
+        before, after = (old_b * module.scaling, old_a), (new_b.numpy() * scaling, new_a.numpy())
+        none = np.zeros((module.rows, 0)), np.zeros((0, module.columns))
+        measured.append((factored_distance(*before, *after), factored_distance(*before, *none)))
     records = [
         ModuleResize(name=module.name, from_rank=module.rank, rank=rank, relative_delta_error=_relative(*found))
         for module, found in zip(pair, measured, strict=True)
@@ -165,13 +166,6 @@ def _new_tensors(
     if first.magnitude_key is not None:
         tensors[first.magnitude_key] = adapter.tensor(first.magnitude_key)
     return tensors
-
-
-def _distance(module: AdapterModule, old: tuple[Floats, Floats], new: tuple[Floats, Floats]) -> tuple[float, float]:
-    """`(‖ΔW' − ΔW‖_F, ‖ΔW‖_F)` from factors, the scale of `new` in its B."""
-    b, a = old[0] * module.scaling, old[1]
-    none = np.zeros((module.rows, 0)), np.zeros((0, module.columns))
-    return factored_distance(b, a, *new), factored_distance(b, a, *none)
 
 
 def _relative(error: float, norm: float) -> float:

@@ -98,7 +98,15 @@ def _measured(
     against = against_reference(answer, files, table, criterion)
     return [
         _Measured(
-            file, against.candidate(file), {name: _against_base(losses[trial_id, name], bases[name]) for name in bases}
+            file,
+            against.candidate(file),
+            {
+                name: estimate(
+                    np.subtract(losses[trial_id, name].item_losses, bases[name].item_losses)[None, :],
+                    np.asarray(bases[name].item_tokens, dtype=np.float64),
+                )
+                for name in bases
+            },
         )
         for trial_id, file in files.items()
         if all((trial_id, name) in losses for name in bases)
@@ -110,12 +118,6 @@ def _file(name: str, found: Estimate, confidence: float, margin: float) -> Guard
     return GuardFile(
         file=name, difference=found.mean, difference_high=high, holds=is_within(high, margin), examples=found.examples
     )
-
-
-def _against_base(one: GuardEvaluated, base: GuardEvaluated) -> Estimate:
-    weights = np.asarray(base.item_tokens, dtype=np.float64)
-    difference = np.asarray(one.item_losses, dtype=np.float64) - np.asarray(base.item_losses, dtype=np.float64)
-    return estimate(difference[None, :], weights)
 
 
 def _candidate(one: _Measured, confidence: float, margin: float) -> GuardCandidate:

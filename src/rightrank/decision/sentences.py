@@ -34,7 +34,9 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
     evidence, chosen, reference = found.evidence, found.chosen, found.reference.rank
     within = amount(f"{margin:.4g}", evidence)
     verb = "looks" if evidence.is_point_reading or found.is_indication else "is"
-    caution = _caution(found)
+    caution = "; one seed indicates this, and further seeds may change it" if found.is_indication else ""
+    if evidence.is_point_reading:
+        caution = "; one number per rank can suggest this, not show it"
     match verdict:
         case "no_gain":
             return (
@@ -106,12 +108,6 @@ def probability_note(evidence: Evidence) -> str:
         "The probability is that a further seed finds the rank within the margin of the best, on these held-out examples, by how "
         "far seeds differed on earlier grids."
     )
-
-
-def _caution(found: Comparison) -> str:
-    if found.evidence.is_point_reading:
-        return "; one number per rank can suggest this, not show it"
-    return "; one seed indicates this, and further seeds may change it" if found.is_indication else ""
 
 
 def _no_difference(found: Comparison, within: str, unit: Unit) -> str:

@@ -259,12 +259,15 @@ def checkpoint_note(table: ScoreTable, used: Checkpoint, margin: float) -> Check
     """
     if not any(cell.points for (rank, _, _), cell in table.cells.items() if rank > 0):
         return None
-    last, best = (_values_pick(at_checkpoint(table, checkpoint), margin) for checkpoint in CHECKPOINTS)
+    last, best = (_pick(at_checkpoint(table, checkpoint), margin) for checkpoint in CHECKPOINTS)
     return CheckpointNote(used=used, last=last, best=best)
 
 
-def _values_pick(table: ScoreTable, margin: float) -> int:
-    return _pick({rank: found.fair_loss for rank, found in Evidence(table).contenders.items()}, margin)
+def _pick(table: ScoreTable, margin: float) -> int:
+    """The rule on bare values."""
+    losses = {rank: found.fair_loss for rank, found in Evidence(table).contenders.items()}
+    reference = min(losses, key=lambda rank: (losses[rank], rank))
+    return walk_down(losses, reference, lambda rank: is_within(losses[rank] - losses[reference], margin))
 
 
 def _curve(contender: Contender) -> dict[int, float]:
@@ -272,12 +275,6 @@ def _curve(contender: Contender) -> dict[int, float]:
     by_seed = [dict(cell.points) for cell in contender.cells.values()]
     shared = set.intersection(*(set(points) for points in by_seed))
     return {step: sum(points[step] for points in by_seed) / len(by_seed) for step in shared}
-
-
-def _pick(losses: dict[int, float], margin: float) -> int:
-    """The rule on bare values."""
-    reference = min(losses, key=lambda rank: (losses[rank], rank))
-    return walk_down(losses, reference, lambda rank: is_within(losses[rank] - losses[reference], margin))
 
 
 DROP_IN_MARGINS = 2.5  # the fall that counts as a collapse: five points at a margin of two

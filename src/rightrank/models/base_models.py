@@ -294,12 +294,10 @@ def _base_identity(model: Any, name: str) -> BaseIdentity:
     }
     embedding = getattr(model.get_input_embeddings(), "weight", None)
     first = [found for found, parameter in matrices.items() if parameter is embedding]
-    shapes = {found: tuple(parameter.shape) for found, parameter in matrices.items() if _is_plain(parameter)}
+    shapes = {
+        found: tuple(parameter.shape) for found, parameter in matrices.items() if parameter.dtype in DTYPES.values()
+    }
     return _identity(name, model.config.to_dict(), {found: matrices[found] for found in _looked_at(shapes, first)})
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.dtype in DTYPES.values()
 
 
 def _looked_at(shapes: Mapping[str, tuple[int, ...]], first: Sequence[str] = ()) -> list[str]:

@@ -120,6 +120,8 @@ class Strategy(ABC):
     def _replay(self, history: History) -> tuple[Trials, list[Arm]]:
         """The point that the script reaches: its trials, and the arms it waits for."""
         trials = Trials(self.space)
+        limits = self.space.budget_steps, self.space.budget_seconds
+        most_steps, most_seconds = (math.inf if limit is None else limit for limit in limits)
         spent_steps, spent_seconds = 0, 0.0
         base = [[base_arm(self.space.lora_alpha)]] if self.space.evaluates_base else []
         for wanted in chain(base, self.script(trials)):
@@ -131,7 +133,8 @@ class Strategy(ABC):
                 outcome = history.outcomes.get(arm)
                 pace = spent_seconds / spent_steps if spent_steps else 0.0
                 spent_steps += steps
-                if not self._is_affordable(spent_steps, spent_seconds + (pace * steps if outcome is None else 0.0)):
+                seconds = spent_seconds + (pace * steps if outcome is None else 0.0)
+                if spent_steps > most_steps or seconds > most_seconds:
                     return trials, waiting
                 if outcome is None:
                     waiting.append(arm)
@@ -142,9 +145,3 @@ class Strategy(ABC):
             if waiting:
                 return trials, waiting
         return trials, []
-
-    def _is_affordable(self, steps: int, seconds: float) -> bool:
-        space = self.space
-        if space.budget_steps is not None and steps > space.budget_steps:
-            return False
-        return space.budget_seconds is None or seconds <= space.budget_seconds
