@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.data.forms import Example, ExampleStore
+from rightrank.data.forms import Example
 from rightrank.data.splits import load_data
+from rightrank.data.token_store import ExampleStore
 from tests.tiny import small_settings
 
 
@@ -24,12 +25,7 @@ def some_items(count: int) -> Iterator[Example]:
 
 def test_items_come_back_in_order_and_by_number(tmp_path: Path) -> None:
     items = list(some_items(200))
-    store = ExampleStore(tmp_path / "work")
-    for item in items[:150]:
-        store.append(item)
-    assert store[3] == items[3]
-    for item in items[150:]:
-        store.append(item)
+    store = ExampleStore(items, tmp_path / "work")
     assert list(store) == items
     assert [store[number] for number in (199, 0, -1)] == [items[199], items[0], items[199]]
     assert store[10:13] == items[10:13]
@@ -51,4 +47,6 @@ def test_what_is_held_of_many_rows_does_not_grow_with_their_texts(tmp_path: Path
         return held
 
     short, long = held_bytes(10), held_bytes(2000)
-    assert long - short < 1.5 * 2**20  # of the 8 MB that the texts take; some held-out ones are kept on the way
+    assert (
+        long - short < 3 * 2**20
+    )  # of the 8 MB that the texts take; some held-out ones and a batch are kept on the way

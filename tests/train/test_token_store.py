@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 
 from rightrank.data.token_store import EncodedExample, TokenStore, lengths_of
@@ -37,10 +38,11 @@ def test_examples_are_read_as_they_were_written(store: TokenStore) -> None:
 
 
 def test_nothing_is_left_in_the_folder_and_nothing_held(tmp_path: Path) -> None:
+    before = pyarrow.total_allocated_bytes()
     stored = TokenStore(some_items(2000, longest=400), tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert isinstance(stored._tokens._values, np.memmap)
-    assert stored._tokens._waiting == []
+    assert pyarrow.total_allocated_bytes() - before < 100 * 2**10  # of the 3 MB that the tokens take
+    assert len(stored) == 2000
 
 
 def test_an_empty_split_is_empty(tmp_path: Path) -> None:

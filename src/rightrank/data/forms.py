@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-import weakref
-from abc import abstractmethod
-from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Literal, TypeAlias
 
 from rightrank.data.rows import Row
 from rightrank.schema.errors import DataError, did_you_mean
@@ -146,28 +141,6 @@ def _alpaca(row: Row) -> Mapping[str, Any]:
     return {**row.fields, "prompt": prompt, "completion": row.fields.get("output")}
 
 
-Entry = TypeVar("Entry")
-
-
-class StoredSequence(Sequence[Entry]):
-    """Implements indexing, slicing and iteration; a subclass implements `read` and `__len__`."""
-
-    @abstractmethod
-    def read(self, number: int) -> Entry:
-        """The entry with this number, from 0 to the length - 1."""
-
-    @overload
-    def __getitem__(self, index: int) -> Entry: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Entry]: ...
-    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
-        numbers = range(len(self))[index]
-        return self.read(numbers) if isinstance(numbers, int) else [self.read(number) for number in numbers]
-
-    def __iter__(self) -> Iterator[Entry]:
-        return map(self.read, range(len(self)))
-
-
 @dataclass(frozen=True, slots=True)
 class Example:
     """One example: the columns of its form, and a hash of them as its identity."""
@@ -175,40 +148,6 @@ class Example:
     item_id: str  # 16 hexadecimal digits
     content: Mapping[str, Any]  # of JSON values
     where: str  # file and row
-
-
-class ExampleStore(StoredSequence[Example]):
-    """Examples in the order in which they were added, in an unnamed temporary file."""
-
-    def __init__(self, folder: Path | None) -> None:
-        """Create the file in `folder`; None: in the system's folder for temporary files."""
-        self.ids = array("Q")
-        self._begins = array("q")
-        self._end = 0
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by the finalizer
-        weakref.finalize(self, self._file.close)
-        self._is_at_end = True
-
-    def append(self, example: Example) -> None:
-        line = json.dumps([example.where, dict(example.content)], default=str).encode() + b"\n"
-        self.ids.append(int(example.item_id, 16))
-        self._begins.append(self._end)
-        if not self._is_at_end:
-            self._file.seek(self._end)
-            self._is_at_end = True
-        self._file.write(line)
-        self._end += len(line)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def read(self, number: int) -> Example:
-        self._is_at_end = False
-        self._file.seek(self._begins[number])
-        where, content = json.loads(self._file.readline())
-        return Example(f"{self.ids[number]:016x}", content, where)
 
 
 DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "preference"]

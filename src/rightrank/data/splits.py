@@ -11,7 +11,7 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from rightrank.data.files import is_text
-from rightrank.data.forms import DataForm, Example, ExampleStore, Shape, example_of, shape_of, strings
+from rightrank.data.forms import DataForm, Example, Shape, example_of, shape_of, strings
 from rightrank.data.rows import Row, RowsBySplit, read_rows, rows_from_memory
+from rightrank.data.token_store import ExampleStore
 from rightrank.schema.errors import DataError
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName, split_name
@@ -82,17 +83,19 @@ def load_data(
     if settings.validation:
         rows = _with_validation(rows, Path(settings.validation), name)
     form, columns, shape, rows = _detect_form(rows, name, settings.columns)
-    read = _Reading(form, columns, settings, folder)
-    read.add_all(rows)
-    examples: dict[SplitName, Sequence[Example]] = {"train": read.train}
+    read = _Reading(form, columns, settings)
+    stored = ExampleStore(read.training(rows), folder)
+    examples: dict[SplitName, Sequence[Example]] = {"train": stored}
     examples |= {split: held.examples() for split, held in read.held_out.items()}
     begun = {split: found[:begun_items] if split in HELD_OUT else found for split, found in examples.items()}
     examples["test"] = begun["test"]
     is_given = None not in rows
-    _check_sizes(examples, settings, name, None if is_given else read.rows)
+    count = len(stored) + read.rows_beside
+    _check_sizes(examples, settings, name, None if is_given else count)
     evaluated = [example for split in HELD_OUT for example in examples[split]]
     train, validation, test = (
-        np.unique(np.frombuffer(ids, np.uint64)) for ids in (read.train.ids, *(read.held_out[s].ids for s in HELD_OUT))
+        np.unique(numbers)
+        for numbers in (stored.numbers, *(np.frombuffer(read.held_out[split].ids, np.uint64) for split in HELD_OUT))
     )
     distinct = len(validation) + len(test)
     return DataSplits(
@@ -102,11 +105,11 @@ def load_data(
         # distinct validation examples that are in train, and test examples that are in either
         duplicates_across_splits=len(np.intersect1d(train, validation))
         + len(np.intersect1d(np.union1d(train, validation), test)),
-        fingerprint=_fingerprint(read.train, begun),
+        fingerprint=_fingerprint(stored, begun),
         classes=_classes(read.labels, examples, name, classes) if form == "classification" else None,
         class_counts=dict(read.labels),
         unreadable=read.unreadable,
-        rows=read.rows,
+        rows=count,
         repeated=read.rows_held_out - distinct,
         not_evaluated=distinct - len(evaluated),
         shape=None if shape is None else shape.name,
@@ -116,10 +119,9 @@ def load_data(
 
 
 class _Reading:
-    """The rows as they are read: training examples in a file, held-out ones with the smallest hashes, and counts."""
+    """The rows as they are read: training examples in turn, held-out ones with the smallest hashes, and counts."""
 
-    def __init__(self, form: DataForm, columns: tuple[str, ...], settings: SelectSettings, folder: Path | None) -> None:
-        self.train = ExampleStore(folder)
+    def __init__(self, form: DataForm, columns: tuple[str, ...], settings: SelectSettings) -> None:
         self.held_out: dict[SplitName, _SmallestHashes] = {
             split: _SmallestHashes(settings.eval_items) for split in HELD_OUT
         }
@@ -129,15 +131,16 @@ class _Reading:
         self._form, self._columns, self._settings = form, columns, settings
 
     @property
-    def rows(self) -> int:
-        """All rows, those that are in no split included."""
-        return len(self.train) + self.rows_held_out + self.unreadable + self.equal_pairs
+    def rows_beside(self) -> int:
+        """All rows but the training examples, those that are in no split included."""
+        return self.rows_held_out + self.unreadable + self.equal_pairs
 
     @property
     def rows_held_out(self) -> int:
         return sum(len(held.ids) for held in self.held_out.values())
 
-    def add_all(self, rows: RowsBySplit) -> None:
+    def training(self, rows: RowsBySplit) -> Iterator[Example]:
+        """Yield the training examples; keep what is held out."""
         for split in (None, *SPLITS):
             for row in rows.get(split, ()):
                 if not all(map(is_text, strings([row.fields.get(name) for name in self._columns]))):
@@ -147,15 +150,13 @@ class _Reading:
                 if self._form == "preference" and example.content["chosen"] == example.content["rejected"]:
                     self.equal_pairs += 1  # no adapter can tell them apart
                     continue
-                self._add(_split_of(split, row, example, rows, self._settings), example)
-
-    def _add(self, split: SplitName, example: Example) -> None:
-        if split != "train":
-            self.held_out[split].add(example)
-            return
-        self.train.append(example)
-        if self._form == "classification":
-            self.labels[str(example.content["label"])] += 1
+                place = _split_of(split, row, example, rows, self._settings)
+                if place != "train":
+                    self.held_out[place].add(example)
+                    continue
+                if self._form == "classification":
+                    self.labels[str(example.content["label"])] += 1
+                yield example
 
 
 class _SmallestHashes:
@@ -178,7 +179,7 @@ class _SmallestHashes:
 
 def _fingerprint(train: ExampleStore, examples: Mapping[SplitName, Sequence[Example]]) -> str:
     digest = hashlib.sha256(b"train:")
-    for number in train.ids:
+    for number in train.numbers.tolist():
         digest.update(f"{number:016x}".encode())
     for split in HELD_OUT:
         digest.update(f"{split}:".encode())

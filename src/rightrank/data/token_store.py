@@ -1,24 +1,93 @@
-"""Encoded examples in flat memory-mapped files, so that the process holds only a few bytes per example.
+"""Examples and their tokens in Arrow files, so that the process holds only a few bytes per example.
 
-Token ids and labels are int32, one example after the other, in unnamed files that the system removes with the process. The
-system reads the pages that a batch needs and evicts them when memory is short.
+The files have no name, and the system removes them with the process. It reads the pages that a batch needs and evicts them when
+memory is short.
 """
 
 from __future__ import annotations
 
+import json
+import mmap
 import tempfile
-from array import array
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow
+import pyarrow.compute
 
-from rightrank.data.forms import StoredSequence
+from rightrank.data.forms import Example
 
-BUFFERED_VALUES = 2**16  # collected before a write
+ROWS = 256  # collected before a write
+Entry = TypeVar("Entry")
+
+
+class _Store(Sequence[Entry]):
+    """Entries as rows of an Arrow file, written once and read one by one. A subclass has the columns of an entry."""
+
+    schema: ClassVar[Any]
+
+    def __init__(self, entries: Iterable[Entry], folder: Path | None) -> None:
+        """Write `entries` to a file in `folder`; None for the system's folder for temporary files."""
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        rows = map(self.row, entries)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            with pyarrow.ipc.new_file(file, self.schema) as writer:
+                while batch := list(islice(rows, ROWS)):
+                    writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, self.schema))
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # outlives the file
+        self.table: Any = pyarrow.ipc.open_file(pyarrow.py_buffer(mapped)).read_all()
+        self._batches = self.table.to_batches()  # of `ROWS` each, but for the last
+
+    @abstractmethod
+    def row(self, entry: Entry) -> Mapping[str, Any]:
+        """The columns of an entry."""
+
+    @abstractmethod
+    def entry(self, row: Mapping[str, Any]) -> Entry:
+        """The entry with these columns."""
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Entry]: ...
+    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
+        numbers = range(len(self))[index]
+        if isinstance(numbers, range):
+            return [self[number] for number in numbers]
+        batch, place = divmod(numbers, ROWS)
+        return self.entry(self._batches[batch].slice(place, 1).to_pylist()[0])
+
+
+class ExampleStore(_Store[Example]):
+    """Examples in the order in which they came."""
+
+    schema = pyarrow.schema(
+        {"number": pyarrow.uint64(), "content": pyarrow.large_string(), "where": pyarrow.large_string()}
+    )
+
+    def row(self, entry: Example) -> Mapping[str, Any]:
+        content = json.dumps(dict(entry.content), default=str)
+        return {"number": int(entry.item_id, 16), "content": content, "where": entry.where}
+
+    def entry(self, row: Mapping[str, Any]) -> Example:
+        return Example(f"{row['number']:016x}", json.loads(row["content"]), row["where"])
+
+    @property
+    def numbers(self) -> npt.NDArray[np.uint64]:
+        """[examples], the identities."""
+        found: npt.NDArray[np.uint64] = self.table["number"].to_numpy()
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,39 +119,35 @@ class EncodedExample:
         return [(ids[:first], labels[:first]), (ids[first:], labels[first:])]
 
 
-class TokenStore(StoredSequence[EncodedExample]):
-    """A sequence of encoded examples, written once and read one by one."""
+class TokenStore(_Store[EncodedExample]):
+    """Encoded examples."""
 
-    def __init__(self, examples: Iterable[EncodedExample], folder: Path | None) -> None:
-        """Write `examples` to files in `folder`; None for the system's folder for temporary files."""
-        self._ids = _FlatFile("u1", folder)
-        self._tokens = _FlatFile("i4", folder)
-        self._labels = _FlatFile("i4", folder)
-        self._first_lengths = array("i")
-        self.longest_sequence = 0  # in tokens
-        try:
-            for example in examples:
-                self._ids.append(example.item_id.encode())
-                self._tokens.append(example.input_ids)
-                self._labels.append(example.labels)
-                self._first_lengths.append(example.first_length)
-                self.longest_sequence = max(self.longest_sequence, *example.sequence_lengths)
-        finally:
-            for file in (self._ids, self._tokens, self._labels):
-                file.close()
+    schema = pyarrow.schema(
+        {
+            "item_id": pyarrow.string(),
+            "input_ids": pyarrow.list_(pyarrow.int32()),
+            "labels": pyarrow.list_(pyarrow.int32()),
+            "first_length": pyarrow.int32(),
+        }
+    )
+
+    def row(self, entry: EncodedExample) -> Mapping[str, Any]:
+        ids, labels = (np.asarray(values, np.int32) for values in (entry.input_ids, entry.labels))
+        return {"item_id": entry.item_id, "input_ids": ids, "labels": labels, "first_length": entry.first_length}
+
+    def entry(self, row: Mapping[str, Any]) -> EncodedExample:
+        return EncodedExample(**row)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """[examples], in tokens."""
-        return np.diff(np.asarray(self._tokens.ends))
+        return np.asarray(pyarrow.compute.list_value_length(self.table["input_ids"]).to_numpy(), np.int64)
 
-    def __len__(self) -> int:
-        return len(self._tokens.ends) - 1
-
-    def read(self, number: int) -> EncodedExample:
-        name = bytes(self._ids.read(number)).decode()
-        tokens, labels = self._tokens.read(number).tolist(), self._labels.read(number).tolist()
-        return EncodedExample(name, tokens, labels, self._first_lengths[number])
+    @property
+    def longest_sequence(self) -> int:
+        """In tokens."""
+        firsts = self.table["first_length"].to_numpy()
+        return int(np.maximum(firsts, self.lengths - firsts).max(initial=0))
 
 
 def lengths_of(examples: Sequence[EncodedExample]) -> npt.NDArray[np.int64]:
@@ -97,41 +162,3 @@ def longest_sequence(examples: Sequence[EncodedExample]) -> int:
     if isinstance(examples, TokenStore):
         return examples.longest_sequence
     return max(length for example in examples for length in example.sequence_lengths)
-
-
-class _FlatFile:
-    """Rows of numbers of one type, end to end."""
-
-    def __init__(self, dtype: str, folder: Path | None) -> None:
-        self.ends = array("q", [0])
-        self._dtype = np.dtype(dtype)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed in `close`
-        self._waiting: list[npt.NDArray[Any]] = []
-        self._waiting_values = 0
-        self._values: npt.NDArray[Any] = np.empty(0, self._dtype)
-
-    def append(self, row: Sequence[int] | bytes) -> None:
-        values = np.frombuffer(row, self._dtype) if isinstance(row, bytes) else np.asarray(row, self._dtype)
-        self.ends.append(self.ends[-1] + len(values))
-        self._waiting.append(values)
-        self._waiting_values += len(values)
-        if self._waiting_values >= BUFFERED_VALUES:
-            self._write()
-
-    def close(self) -> None:
-        """Map the written rows into memory; no more can be added."""
-        self._write()
-        with self._file as file:  # a mapping outlives its file
-            file.flush()
-            if self.ends[-1]:
-                self._values = np.memmap(file, self._dtype, "r")
-
-    def read(self, number: int) -> npt.NDArray[Any]:
-        return self._values[self.ends[number] : self.ends[number + 1]]
-
-    def _write(self) -> None:
-        if self._waiting:
-            self._file.write(np.concatenate(self._waiting).tobytes())
-        self._waiting, self._waiting_values = [], 0
