@@ -52,7 +52,7 @@ class Case:
 CASES = (
     Case("linear", "llama", {}, shares_a_pass=True, is_padded=True),
     Case("linear, transposed (GPT-2)", "gpt2", {}, shares_a_pass=True, is_padded=True),
-    Case("embedding", "llama", {"target_modules": ("q_proj", "embed_tokens")}, shares_a_pass=True, is_padded=True),
+    Case("embedding", "llama", {"target_modules": ("q_proj", "embed_tokens")}, is_padded=True),
     Case("DoRA", "llama", {"use_dora": True}),
     Case("DoRA, transposed (GPT-2)", "gpt2", {"use_dora": True}),
     Case("DoRA on an embedding", "llama", {"use_dora": True, "target_modules": ("q_proj", "embed_tokens")}),

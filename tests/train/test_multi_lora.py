@@ -116,7 +116,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulation": {"batch_size": 2, "gradient_accumulation_steps": 2},
     "checkpointing": {"gradient_checkpointing": True, "lora_dropout": 0.1},
     "rslora": {"scaling": "alpha/sqrt(r)", "target_modules": ("q_proj", "down_proj")},
-    "embedding": {"target_modules": ("embed_tokens", "v_proj")},
     "saved": {"modules_to_save": ("norm",)},
 }
 

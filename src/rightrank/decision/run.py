@@ -256,18 +256,6 @@ def trainings(records: Records) -> float:
     return round(steps / whole, 3) if whole else float(len(finished))
 
 
-def _preference_sentence(trial: TrialFinished) -> str | None:
-    """How often an adapter prefers the chosen answer, and how far it moved from the base; None without pairs."""
-    found = trial.metrics
-    if "chosen_log_ratio" not in found:
-        return None
-    return (
-        f"On the validation pairs it prefers the chosen answer in {found['reward_accuracy']:.1%}, by a reward margin of "
-        f"{found['reward_margin']:.3g}; the log-probability of chosen answers changed by {found['chosen_log_ratio']:+.3g} nats "
-        "an answer from the base."
-    )
-
-
 def document(
     records: Records, decision: Decision | None, goal: str, estimate: TrainingRankEstimate | None = None
 ) -> dict[str, Any]:
@@ -286,7 +274,6 @@ def document(
             "adapter_sentence": adapter and adapter.answer.sentence,
             "cost": {"trainings": trainings(records), "trainings_to_adapter": adapter and adapter.trainings},
             "adapter_making": chosen and making_of(chosen, finished).sentence(),
-            "adapter_preference": chosen and _preference_sentence(chosen),
             "handed_over": adapter and adapter.handed_over.model_dump(mode="json"),
             "guard": adapter and adapter.guard and adapter.guard.model_dump(mode="json"),
             "adapter_answer": adapter and adapter.answer.model_dump(mode="json"),

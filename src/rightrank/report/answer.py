@@ -123,7 +123,6 @@ def _adapter_notes(answers: Mapping[str, Any]) -> list[str]:
     return [
         f"It was {making}." if making else "",
         _top_text(answers.get("adapter_answer")),
-        answers.get("adapter_preference") or "",
         guard["sentence"] if guard else "",
         _test_text(HandedOver.model_validate(handed_over)) if handed_over else "",
     ]

@@ -2,7 +2,7 @@
 
 An arm that finishes, diverges or stops early leaves the base, and the next one joins. When a pass runs out of memory, half
 of the arms write a checkpoint and wait while the others continue; results do not change. An arm that runs out of memory
-alone is retried once from its last step, then ends as `out_of_memory`. The checkpoint of a finished trial is deleted when
+alone ends as `out_of_memory`. The checkpoint of a finished trial is deleted when
 the caller asks for the next outcome, because only then has the caller stored this one.
 """
 
@@ -112,7 +112,6 @@ class _TrainingLoop:
         self._waiting: deque[Trial] = deque()
         self._running: list[ArmTraining] = []
         self._started: set[str] = set()
-        self._retried: set[str] = set()  # ids of trials that ran out of memory alone once
 
     def run(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
         seeds = list(dict.fromkeys(trial.arm.seed for trial in trials))
@@ -154,8 +153,6 @@ class _TrainingLoop:
                 if self._running:
                     self._waiting.appendleft(trial)
                     self._reduce_limit(len(self._running), len(self._running) + 1)
-                elif self._may_retry(trial):
-                    self._waiting.appendleft(trial)
                 else:
                     yield out_of_memory(trial, self._runtime, reason)
         self._running.sort(key=lambda training: training.trial.arm.rank)  # neighbours of one rank share a product
@@ -163,7 +160,7 @@ class _TrainingLoop:
             training.note_pass([other.trial.arm.rank for other in self._running if other is not training])
 
     def _step(self) -> None:
-        """One step of every running arm. Where memory runs out, fewer arms continue, or a single one is tried again."""
+        """One step of every running arm. Where memory runs out, fewer arms continue."""
         try:
             self._step_all()
             return
@@ -179,9 +176,6 @@ class _TrainingLoop:
                 self._waiting.appendleft(training.trial)
             del self._running[before // 2 :]
             self._reduce_limit(before // 2, before)
-        elif self._may_retry(first.trial):
-            self._running.pop().pause()
-            self._waiting.appendleft(first.trial)
         else:
             first.ended = out_of_memory(first.trial, self._runtime, reason)
 
@@ -201,14 +195,6 @@ class _TrainingLoop:
             training.arm_batch(batch, number) for training, batch in zip(self._running, batches, strict=True)
         ]
         return self._runtime.accumulate_gradients(self._multi_lora, arm_batches)
-
-    def _may_retry(self, trial: Trial) -> bool:
-        """True once per trial: another process may have filled the memory for a moment."""
-        if trial.trial_id in self._retried:
-            return False
-        self._retried.add(trial.trial_id)
-        self._listener.on_event(Notice(text=f"{trial.arm.label()} ran out of memory on {self._device}: retrying once"))
-        return True
 
     def _reduce_limit(self, limit: int, tried: int) -> None:
         self._limit = limit
@@ -252,10 +238,10 @@ class _TrainingLoop:
                 training.save()
 
 
-def evaluate_all(runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[ArmTraining], retry: bool = True) -> None:
+def evaluate_all(runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[ArmTraining]) -> None:
     """Give every training its held-out scores.
 
-    On running out of memory each half is evaluated in its own pass, and a single training is retried once, then ends.
+    On running out of memory each half is evaluated in its own pass, and a single training ends.
     """
     begun = time.perf_counter()
     try:
@@ -274,9 +260,6 @@ def evaluate_all(runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[Ar
         half = len(trainings) // 2
         evaluate_all(runtime, multi_lora, trainings[:half])
         evaluate_all(runtime, multi_lora, trainings[half:])
-    elif retry:
-        free_memory(runtime.loaded.device)
-        evaluate_all(runtime, multi_lora, trainings, retry=False)
     else:
         trainings[0].ended = out_of_memory(trainings[0].trial, runtime, reason)
 

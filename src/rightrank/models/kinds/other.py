@@ -27,9 +27,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from rightrank.models.kinds.base import AdapterKind, CurrentRouting, Draw, Factors, Forward, Layout, StoredPair
+from rightrank.models.kinds.base import AdapterKind, Draw, Factors, Layout, StoredPair
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 MAGNITUDE = ("lora_magnitude_vector", "lora_magnitude_vector.weight")  # after the module's name, in PEFT's files
@@ -40,6 +39,7 @@ class Embedding(AdapterKind):
 
     name = "embedding"
     label = "an embedding"
+    why_alone = "only PEFT's own forward pass computes it"
 
     def adapts(self, module: Any) -> bool:
         return isinstance(module.base_layer, torch.nn.Embedding) and not module.lora_variant
@@ -48,28 +48,6 @@ class Embedding(AdapterKind):
         b = module.lora_embedding_B[adapter]
         module.lora_embedding_A[adapter].zero_()
         b.copy_(draw.normal(b.shape[1], b.shape[0]).T.to(b))
-
-    def forward(self, module: Any, routing: CurrentRouting) -> Forward:
-        def forward(ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            result: torch.Tensor = module.base_layer(ids, *args, **kwargs)
-            current = routing()
-            if current is None:
-                return result
-            factor = module._get_embed_scale()  # Gemma scales inside its embedding
-            pieces: list[torch.Tensor] = []
-            begin = 0
-            for part in current.parts(ids.numel()):
-                part_ids = ids.reshape(-1)[begin : begin + part.rows]
-                begin += part.rows
-                if part.adapter not in module.lora_embedding_A:
-                    pieces.append(result.new_zeros(part.rows, result.shape[-1]))
-                    continue
-                down = F.embedding(part_ids, module.lora_embedding_A[part.adapter].T)
-                delta = (down @ module.lora_embedding_B[part.adapter].T) * module.scaling[part.adapter]
-                pieces.append(delta if factor is None else delta * factor.to(delta.dtype))
-            return result + torch.cat(pieces).view_as(result).to(result.dtype)
-
-        return forward
 
     def stores(self, pair: StoredPair) -> bool:
         return pair.embedding
