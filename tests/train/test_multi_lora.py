@@ -98,7 +98,7 @@ ARMS = st.lists(
 
 
 @given(arms=ARMS, size=st.integers(2, 6))
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_arms_in_one_pass_equal_each_alone(
     runtime: Runtime, tmp_path_factory: pytest.TempPathFactory, arms: list[Arm], size: int
 ) -> None:
