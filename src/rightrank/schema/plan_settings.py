@@ -168,7 +168,7 @@ class PlanSettings(PeftFields):
 
 # Settings of a selection's trainings that a plan has too, and those of a step that mean the same in both.
 TRAININGS_OF_SELECT = ("strategy", "learning_rates", "seeds", "budget_trainings", "eval_items", "eval_points")
-_OWN_IN_EACH = {*TRAININGS_OF_SELECT, "max_steps", "optim", "adapters_per_pass"}
+_OWN_IN_EACH = {*TRAININGS_OF_SELECT, "max_steps", "adapters_per_pass"}
 STEP_OF_SELECT = tuple(
     name for name in PlanSettings.model_fields if name in SelectSettings.model_fields and name not in _OWN_IN_EACH
 )

@@ -140,7 +140,7 @@ def _as_select(estimator: Estimator) -> Estimator | None:
     settings = estimator.settings
     if settings.is_packed or settings.autocast is not None or settings.sharding != "none":
         return None
-    loop = loop_of_select(settings.num_labels, settings.optim)
+    loop = loop_of_select(settings.num_labels)
     changed = estimator.variant(**loop, padding=settings.num_labels is not None)
     changed.estimate(min(settings.ranks))
     return changed if changed.untraceable is None else None
