@@ -171,7 +171,6 @@ def test_a_checkpoint_with_nan(capsys: pytest.CaptureFixture[str], base: Path, t
 
 
 def test_figures_and_plots(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
-    assert "did you mean 'stable_rank'" in complaint(capsys, "inspect", adapter, "--figure", "stable_rnk")
     assert "ends in .svg" in complaint(capsys, "inspect", adapter, "--plot", tmp_path / "x.pdf")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rightrank.api.adapters import inspect
 from rightrank.cli import main
-from rightrank.report.spectra import spectrum_map, split_name
+from rightrank.report.spectra import layer_figure, split_name
 from rightrank.report.svg import svg_file
 from tests.adapters.adapters import KINDS, deltas, load_strictly, make_adapter, make_base, rewrite, tensors_of
 
@@ -103,9 +103,9 @@ def test_json_is_one_object_with_the_promised_keys(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", "embedding")
-    plot = tmp_path / "heat.svg"
+    plot = tmp_path / "layers.svg"
     with pytest.raises(SystemExit) as stop:
-        main(["inspect", str(adapter), "--json", "--plot", str(plot), "--figure", "noise_rank"])
+        main(["inspect", str(adapter), "--json", "--plot", str(plot)])
     assert stop.value.code == 0
     answer: dict[str, Any] = json.loads(capsys.readouterr().out)
     promised = {
@@ -124,18 +124,17 @@ def test_the_table_for_a_person(base: Path, tmp_path: Path, capsys: pytest.Captu
         main(["inspect", str(adapter)])
     out = capsys.readouterr().out
     assert "0.self_attn.q_proj" in out
-    assert "effective rank, by layer and module" in out
     assert "held-out data decide" in out
 
 
-def test_the_heat_map_has_a_cell_a_module(base: Path, tmp_path: Path) -> None:
+def test_the_figure_has_a_point_a_module(base: Path, tmp_path: Path) -> None:
     modules = inspect(make_adapter(base, tmp_path / "adapter", "layers")).modules
-    data = spectrum_map(modules, "norm")
-    assert data.row_names == ("1", "2")
-    assert set(data.column_names) == set(KINDS["layers"]["target_modules"])
-    by_name = {module.name: module.frobenius_norm for module in modules}
-    row, column = data.row_names.index("2"), data.column_names.index("q_proj")
-    assert data.values[row][column] == by_name["model.layers.2.self_attn.q_proj"]
+    data = layer_figure(modules)
+    assert {series.label for series in data.series} == set(KINDS["layers"]["target_modules"])
+    assert {series.x for series in data.series} == {(1, 2)}
+    by_name = {module.name: module.effective_rank for module in modules}
+    found = next(series for series in data.series if series.label == "q_proj")
+    assert found.y[1] == by_name["model.layers.2.self_attn.q_proj"]
     assert svg_file(data) == svg_file(data)
     assert split_name("transformer.h.11.attn.c_proj") == ("11", "attn.c_proj")
     assert split_name("lm_head") == ("-", "lm_head")

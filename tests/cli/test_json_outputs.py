@@ -88,7 +88,6 @@ FINE = [
     "fleet of_model also_of_model --model model --data data.jsonl --out common --margin 9 --ranks 1 --ignore-base-name "
     "--set seq_len=32 --set eval_items=8 --set max_steps=2 --set device=cpu",
     "judge done --prompts 2",
-    "doctor",
     f"select model data.jsonl --dry-run {SMALL}",
     *[f"export done --to {target}" for target in ("peft", "trl", "vllm", "ollama")],
     "export done --to vllm --pad",
@@ -127,7 +126,6 @@ FAILING = [
     "fleet of_model adapter --model model --data data.jsonl --out out",
     "judge empty",
     "judge done --command no-such-program",
-    "doctor --nonsense",
     "select model data.jsonl --out run --guard nowhere.jsonl",
     "resize empty out --rank 4",
     "resize adapter out",

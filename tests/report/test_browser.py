@@ -145,7 +145,7 @@ def test_it_prints_whole(browser: Any, files: dict[int, Path], count: int, tmp_p
     page = opened(browser, files[count], viewport={"width": A4_WIDTH, "height": 1000}).page
     page.emulate_media(media="print")
     assert page.evaluate(OVERFLOWING) == []
-    for section in ("rank_curve", "training_loss", "rate_by_rank"):
+    for section in ("rank_curve", "learning_curves", "memory"):
         assert page.locator(f"#figure-{section}").is_visible()
     assert page.locator("#untested").is_visible()
     assert page.locator(".legend").first.is_visible()

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from rightrank.decision.run import decide_run, decision_so_far
-from rightrank.report.curves import MAX_POINTS, MAX_TRAININGS, averaged, learning_figure, smoothed, training_loss_figure
-from rightrank.report.figure import Figure, HeatMap, log_ticks, to_csv
+from rightrank.report.figure import log_ticks
 from rightrank.report.figures import (
     diminishing_rank,
     figures_of,
-    learning_rate_map,
+    learning_figure,
     margin_steps,
     memory_figure,
     rank_at,
@@ -61,15 +60,6 @@ def test_diminishing_rank_is_where_doublings_stop_to_pay() -> None:
     assert diminishing_rank(decision()) == 4
 
 
-def test_learning_rate_map_marks_the_best_and_the_cells_without_result() -> None:
-    found = learning_rate_map(made_up_run(diverged=[(64, 3e-3)]))
-    assert found is not None
-    assert found.best == (1, 1, 1, 0)
-    assert found.values[3][1] is None
-    assert found.notes[3][1] == "no result"
-    assert found.shade(min(v for row in found.values for v in row if v is not None)) == 1
-
-
 def test_memory_draws_like_beside_like() -> None:
     """On CUDA the plan beside the measurement; on a CPU the measurement is of the process, and the plan is among the numbers."""
     records = made_up_run()
@@ -101,52 +91,9 @@ def test_a_truncation_and_a_stopped_training_are_not_among_the_trainings() -> No
     )
     early = parent.model_copy(update={"trial_id": "early", "learning_rate": 3e-3, "stop_at": 5})
     records.outcomes += [truncated, early]
-    found = learning_rate_map(records)
-    assert found is not None
-    assert found.row_names == ("4", "16")
-    assert found.notes[1] == ("", "stopped at step 5")
     memory = memory_figure(records)
     assert memory is not None
     assert memory.series[0].x == (4, 16)
-
-
-def test_training_losses_are_averaged_over_groups_and_smoothed() -> None:
-    assert averaged([3.0, 2.0, 1.0]) == {1.0: 3.0, 2.0: 2.0, 3.0: 1.0}
-    curve = averaged([float(step) for step in range(1, 251)])
-    assert len(curve) == 84 <= MAX_POINTS
-    assert (curve[2.0], curve[5.0]) == (2.0, 5.0)  # steps 1 to 3, 4 to 6
-    mean = smoothed({float(step): float(step == 20) for step in range(40)}, 4)
-    assert [place for place, value in mean.items() if value > 0] == [18, 19, 20, 21, 22]
-    assert mean[20] == pytest.approx(1 / 5)
-    assert smoothed({}, 4) == {}
-
-
-def test_training_loss_is_shown_for_every_training() -> None:
-    records = made_up_run()
-    trials = [trial for trial in records.finished() if trial.rank > 0]
-    stopped = trials[-1].model_copy(update={"trial_id": "stopped", "stop_at": 10, "train_losses": [5.0] * 10})
-    longer = stopped.model_copy(
-        update={"trial_id": "longer", "stop_at": 20, "continue_from": "stopped", "train_losses": [5.0] * 20}
-    )
-    copy = stopped.model_copy(update={"trial_id": "copy", "anneal_from": 8, "continue_from": "longer"})
-    recovered = stopped.model_copy(update={"trial_id": "r", "stop_at": None, "truncate_from": trials[-1].trial_id})
-    records.outcomes += [stopped, longer, copy, recovered]
-    figure = training_loss_figure(records)
-    assert figure is not None
-    assert len(figure.series) == len(trials) + 1 == len({series.label for series in figure.series})
-    assert [max(series.x) for series in figure.series if series.dashed] == [20]
-    assert {series.tone for series in figure.series if "rank 4 " in series.label} == {1}
-    assert figure.columns[-2:] == ("training loss", "running mean")
-    assert len(figure.rows) == 40 * len(trials) + 20
-
-
-def test_of_many_trainings_the_best_of_each_rank_are_shown() -> None:
-    figure = training_loss_figure(made_up_run((1, 2, 4, 8, 16), (1e-4, 1e-3, 1e-2), (0, 1)))
-    assert figure is not None
-    assert figure.title.endswith(f"({MAX_TRAININGS} of 30 trainings)")
-    labels = [series.label for series in figure.series]
-    assert len(labels) == MAX_TRAININGS
-    assert sum("at 0.001," in label for label in labels) == 10  # both seeds of the best learning rate
 
 
 def test_learning_curves_have_the_training_loss_of_every_step() -> None:
@@ -161,7 +108,6 @@ def test_learning_curves_have_the_training_loss_of_every_step() -> None:
     older = learning_figure(records, None)
     assert older is not None
     assert next(s for s in older.series if s.dashed).x == (10, 20, 40)
-    assert training_loss_figure(records) is None
 
 
 def test_learning_curves_have_the_values_at_which_a_training_was_stopped() -> None:
@@ -214,7 +160,7 @@ def test_names_from_outside_can_not_break_a_drawing() -> None:
 
 def test_drawings_of_one_page_share_no_id() -> None:
     records = made_up_run()
-    figures = [f for f in figures_of(records, decide_run(records)) if isinstance(f, Figure)]
+    figures = figures_of(records, decide_run(records))
     ids = [
         element.get("id")
         for figure in figures
@@ -222,9 +168,3 @@ def test_drawings_of_one_page_share_no_id() -> None:
         if element.get("id")
     ]
     assert len(ids) == len(set(ids))
-
-
-def test_csv_of_a_map_has_a_column_per_learning_rate() -> None:
-    found = learning_rate_map(made_up_run())
-    assert isinstance(found, HeatMap)
-    assert to_csv(found).splitlines()[0] == "rank,0.001,0.003"

@@ -13,7 +13,7 @@ from rightrank.api.runs import write_report
 from rightrank.api.selecting import select_rank
 from rightrank.cli import main
 from rightrank.runs.journal import Journal
-from rightrank.schema.errors import ResultsError, RunFolderError
+from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunContinued
 from rightrank.schema.trials import TrialFinished, TrialStarted
 from tests.tiny import small_settings
@@ -96,23 +96,6 @@ def test_the_next_run_is_a_command_that_continues_the_run(begun: Path, tmp_path:
         main([*words[1:], "--quiet"])
     assert stop.value.code == 0
     assert before.items() < trained(run).items()
-
-
-def test_runs_of_one_model_and_data_are_joined(
-    begun: Path, model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    settings = small_settings(max_steps=4, ranks=(4, 8), seeds=(0, 1))
-    other = select_rank(str(model_folder), completion_file, tmp_path / "other", settings=settings).run
-    joined = decide([begun, other])
-    both = trained(begun) | trained(other)
-    assert joined.understood == [f"{len(both)} trainings of 2 run folders"]
-    assert {one.rank for one in joined.decision.ranks} == {0} | {rank for rank, _, _ in both}
-    longer = small_settings(max_steps=5)
-    another = select_rank(str(model_folder), completion_file, tmp_path / "longer", settings=longer).run
-    with pytest.raises(ResultsError, match=r"differs from .*max_steps"):
-        decide([begun, another])
-    with pytest.raises(ResultsError, match="no run folder; give folders of"):
-        decide([begun, completion_file])
 
 
 def test_more_validation_examples_score_the_adapters_again_and_train_nothing(

@@ -58,7 +58,6 @@ def test_every_adapter_is_measured_and_the_answer_carries_the_guard(finished: Pa
     assert chosen in {one["trial_id"] for one in guard["candidates"]}
     report = (finished / "report.html").read_text()
     assert "The task against the guard" in report
-    assert (finished / "figures" / "guard_trade.svg").is_file()
     assert guard["sentence"] in (finished / "adapter" / "README.md").read_text()
 
 

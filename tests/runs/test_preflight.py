@@ -56,7 +56,7 @@ def test_a_run_folder_is_not_made(
         "50",
         *SMALL,
     ]
-    status, text, _ = run([*given, "--price-per-hour", "2"], capsys)
+    status, text, _ = run(given, capsys)
     assert status == 0
     assert not out.exists()
     assert ", 12 validation, " in text
@@ -77,17 +77,10 @@ def test_the_first_lines_of_a_selection_hold_the_same_facts(
     assert any(line.startswith("ranks and memory: 1 (") for line in lines)
 
 
-def test_a_budget_that_is_too_small_for_another_strategy_is_no_error(model_folder: Path, completion_file: Path) -> None:
-    given = {"strategy": "grid", "ranks": (1, 2, 4), "learning_rates": (1e-3, 1e-2), "budget_trainings": 2.0}
-    found = preflight(str(model_folder), completion_file, settings=small_settings(**given))
-    assert [one.strategy for one in found.cost.strategies] == ["grid"]
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         ([], "no run folder: give --out DIR, or --dry-run"),
-        (["--out", "run", "--price-per-hour", "1"], "--price-per-hour: only with --dry-run"),
         (["--dry-run", "--strategy", "gird"], "unknown strategy 'gird'"),
     ],
 )

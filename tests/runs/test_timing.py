@@ -92,15 +92,13 @@ def test_short_trainings_are_not_measured(model_folder: Path, completion_file: P
 
 
 def test_a_dry_run_knows_the_time(model_folder: Path, completion_file: Path) -> None:
-    found = preflight(str(model_folder), completion_file, settings=small_settings(), price_per_hour=3600.0)
+    found = preflight(str(model_folder), completion_file, settings=small_settings())
     assert found.cost.seconds is not None
     assert found.cost.seconds_at_most is not None
     assert 0 < found.cost.seconds <= found.cost.seconds_at_most
-    assert found.cost.price == pytest.approx(found.cost.seconds)
     assert found.preparation_seconds > 0
     whole = duration(found.cost.seconds + found.preparation_seconds + FINISH_SECONDS)
     assert f"time in all: about {whole}, " in preflight_text(found)
-    assert all(row.seconds is not None for row in found.cost.strategies)
     assert any(note.startswith(f"time: measured on this device: {TIMED_STEPS} steps of rank 4") for note in found.notes)
 
 

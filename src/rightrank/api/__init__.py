@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rightrank.api.adapters import compare, inspect, inspect_gradient, resize
     from rightrank.api.deciding import decide
-    from rightrank.api.runs import begun_as, doctor, export, repair, status, write_report, write_side_by_side
+    from rightrank.api.runs import begun_as, export, repair, status, write_report
     from rightrank.api.selecting import preflight, select_rank, select_rank_with
 
 _PLACES = {
     "adapters": ("compare", "inspect", "inspect_gradient", "resize"),
     "deciding": ("decide",),
-    "runs": ("begun_as", "doctor", "export", "repair", "status", "write_report", "write_side_by_side"),
+    "runs": ("begun_as", "export", "repair", "status", "write_report"),
     "selecting": ("preflight", "select_rank", "select_rank_with"),
 }
 
@@ -25,7 +25,6 @@ __all__ = [
     "begun_as",
     "compare",
     "decide",
-    "doctor",
     "export",
     "inspect",
     "inspect_gradient",
@@ -36,7 +35,6 @@ __all__ = [
     "select_rank_with",
     "status",
     "write_report",
-    "write_side_by_side",
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rightrank.data.rows import Row
 from rightrank.decision import rule
-from rightrank.decision.run import Records, comparable, decide_on, metrics_of, records_of
+from rightrank.decision.run import comparable, decide_on, metrics_of, records_of
 from rightrank.decision.table import table_of_results
 from rightrank.interop.tables import TableOptions, flat, raw_rows, results_of_rows, rows_of_mappings
 from rightrank.runs.folder import RunFolder
@@ -18,7 +18,6 @@ from rightrank.runs.returns import first_command
 from rightrank.schema.command import next_commands
 from rightrank.schema.decision import Checkpoint, Decision
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.settings import settings_difference
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -69,7 +68,7 @@ class _Question:
 
 
 def decide(
-    results: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]],
+    results: str | Path | Iterable[Mapping[str, Any]],
     *,
     metric: str | None = None,
     higher_is_better: bool | None = None,
@@ -83,8 +82,7 @@ def decide(
 
     Args:
         results: a CSV or JSONL file, a run folder, another tool's results (see docs/how-to/decide.md), or mappings in memory
-            with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; or several run folders of one model
-            and data, which are joined.
+            with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`.
         metric: the column of the held-out number, or its name where the column is `value`.
         higher_is_better: None for that of a metric with a known name; any other needs it.
         margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
@@ -101,15 +99,13 @@ def decide(
     )
 
 
-def _decide(results: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]], question: _Question) -> Decided:
+def _decide(results: str | Path | Iterable[Mapping[str, Any]], question: _Question) -> Decided:
     if isinstance(results, str | Path):
         folder = RunFolder(Path(results))
         if folder.journal.path.is_file():
             return _decide_run(folder, question)
         return _decide_table(str(results), raw_rows(Path(results)), question)
-    listed: Any = results if hasattr(results, "columns") else list(results)  # a data frame as it is
-    paths = [Path(one) for one in listed if isinstance(one, str | Path)] if isinstance(listed, list) else []
-    return _decide_several(paths, question) if paths else _decide_table("results", rows_of_mappings(listed), question)
+    return _decide_table("results", rows_of_mappings(results), question)
 
 
 def _decide_table(where: str, rows: list[Row], question: _Question) -> Decided:
@@ -126,20 +122,6 @@ def _decide_table(where: str, rows: list[Row], question: _Question) -> Decided:
         checkpoint=question.checkpoint,
     )
     return Decided(decision, read.understood)
-
-
-def _decide_several(paths: Sequence[Path], question: _Question) -> Decided:
-    if len(paths) == 1:
-        return _decide(paths[0], question)
-    folders = [RunFolder(path) for path in paths]
-    others = [folder.path for folder in folders if not folder.journal.path.is_file()]
-    if len(others) == len(paths):
-        return _decide_table(f"{paths[0]} and {len(paths) - 1} more", raw_rows(*paths), question)
-    if others:
-        raise ResultsError(
-            f"{others[0]}: no run folder; give folders of `rightrank select`, or files of results, not both"
-        )
-    return _decide_runs(folders, question)
 
 
 def _decide_run(folder: RunFolder, question: _Question) -> Decided:
@@ -175,38 +157,3 @@ def _decide_run(folder: RunFolder, question: _Question) -> Decided:
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
     commands = next_commands(started, decision, str(folder.path), question.margin) if metric == started.metric else []
     return Decided(decision, [f"{len(direct)} trainings of a run folder"], adapter, commands)
-
-
-def _decide_runs(folders: Sequence[RunFolder], question: _Question) -> Decided:
-    """Decide on several runs of one model and one data set: trainings of the same arm count once."""
-    read = [records_of(folder.journal.read_settled(), str(folder.path)) for folder in folders]
-    first, where = read[0].started, folders[0].path
-    for folder, records in zip(folders[1:], read[1:], strict=True):
-        changed = settings_difference(first.settings, records.started.settings)
-        if records.started.evaluation_items != first.evaluation_items:
-            changed.append("the examples that trainings are evaluated on")
-        if changed:
-            raise ResultsError(
-                f"{folder.path}: differs from {where} ({'; '.join(changed)}); join runs of one model and data"
-            )
-    outcomes = {
-        outcome.arm: outcome for records in reversed(read) for outcome in records.outcomes if outcome.arm.is_direct
-    }
-    joined = Records(first, list(outcomes.values()), [], [])
-    metric, margin = question.metric or first.metric, question.margin
-    if metric not in metrics_of(joined):
-        raise ResultsError(f"{where}: the runs have no metric {metric!r}; they have {', '.join(metrics_of(joined))}")
-    own = first.settings.get("margin") if metric == first.metric else None
-    margin = own if margin is None and isinstance(own, int | float) else margin
-    decision = decide_on(
-        joined,
-        comparable(joined),
-        metric,
-        margin,
-        higher=question.higher_is_better,
-        horizon_steps=question.horizon_steps,
-        confidence=question.confidence,
-        checkpoint=question.checkpoint,
-    )
-    counted = sum(outcome.rank > 0 for outcome in outcomes.values())
-    return Decided(decision, [f"{counted} trainings of {len(folders)} run folders"])

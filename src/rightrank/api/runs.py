@@ -1,13 +1,12 @@
-"""Verbs on a run folder: report, export, repair, status; and the look at this machine."""
+"""Verbs on a run folder: report, export, repair, status."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent, write_text
+from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
 from rightrank.decision.run import Records, decision_so_far, last_decided, records_of
 from rightrank.hooks import report as views
 from rightrank.hooks.event_log import PROGRESS_FILE
@@ -23,9 +22,6 @@ from rightrank.schema.events import JournalRecord
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import TrialFinished
 
-if TYPE_CHECKING:
-    from rightrank.runs.machine import Doctor
-
 
 def write_report(run: str | Path) -> Path:
     """Write `report.html` and the figures of a run again, from its journal alone.
@@ -40,26 +36,6 @@ def write_report(run: str | Path) -> Path:
         views.write_report(folder, records, decision, goal)
         views.write_all_figures(folder, records, decision)
     return folder.report
-
-
-def write_side_by_side(runs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write one page to the file `out` that shows several runs beside each other, and the settings that differ.
-
-    Raises:
-        RunFolderError: no run in one of the folders.
-    """
-    from rightrank.report.html import ShownRun, render_side_by_side
-
-    shown = []
-    for run in runs:
-        _, journal, records = _opened(run, settled=True)
-        goal = _goal(records)
-        decision = None if goal == "adapter" else _decision(journal, records)
-        shown.append(ShownRun(str(run), records, decision, goal))
-    place = Path(out)
-    with report_disk_errors(place.parent):
-        write_text(place, render_side_by_side(shown))
-    return place
 
 
 def begun_as(run: str | Path) -> dict[str, object]:
@@ -185,10 +161,3 @@ def _progress_of(folder: Path) -> dict[str, object] | None:
     except UnreadableError:
         return None  # no process runs, or it has just ended
     return progress if "progress" in progress and is_fresh(progress) else None
-
-
-def doctor() -> Doctor:
-    """Look at this machine: versions, device, memory, disk, extras and writable places."""
-    from rightrank.runs.machine import examine
-
-    return examine()

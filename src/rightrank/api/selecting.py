@@ -110,14 +110,12 @@ def preflight(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: SelectSettings | None = None,
-    price_per_hour: float | None = None,
     **keywords: Unpack[SelectKeywords],
 ) -> Preflight:
     """Say what `select_rank` with the same arguments will do, cost and be able to show; nothing is trained or written.
 
     Args:
         model: as in `select_rank`, and so are `data`, `tokenizer`, `settings` and `keywords`.
-        price_per_hour: of this device, for the price.
 
     Raises:
         InputError: model, data or settings can't be used.
@@ -131,7 +129,7 @@ def preflight(
     require_trackers(request.settings.report_to)
     from rightrank.hooks.preflight import preflight as prepare_only
 
-    return prepare_only(request, begun, price_per_hour)
+    return prepare_only(request, begun)
 
 
 def _overridden(

@@ -15,19 +15,18 @@ import click
 
 from rightrank.cli.adapters import compare, inspect, resize
 from rightrank.cli.decide import decide
-from rightrank.cli.runs import doctor, export, repair, report, status
+from rightrank.cli.runs import export, repair, report, status
 from rightrank.cli.select import demo, select
 from rightrank.runs import plugins
 from rightrank.schema.errors import RightrankError, is_out_of_memory, one_line
 from rightrank.version import __version__
 
-COMMANDS = (demo, select, status, report, export, decide, compare, inspect, resize, repair, doctor)
+COMMANDS = (demo, select, status, report, export, decide, compare, inspect, resize, repair)
 # In the order of `--help`: the main job, its run folder, finished results, adapters, the rest. Other plug-ins' follow.
 ORDER = (
     *("demo", "select", "expect", "plan", "status", "report", "export", "decide", "compare", "judge"),
-    *("inspect", "resize", "fleet", "allocate", "repair", "doctor"),
+    *("inspect", "resize", "fleet", "allocate", "repair"),
 )
-SHELLS = ("bash", "zsh", "fish")
 
 
 class Commands(click.Group):
@@ -46,28 +45,8 @@ def _of_plugins() -> dict[str, click.Command]:
     return {command.name or "": command for command in plugins.commands()}
 
 
-def _print_completion(context: click.Context, _parameter: click.Parameter, shell: str | None) -> None:
-    """Print the completion script of a shell and end."""
-    if shell is None or context.resilient_parsing:
-        return
-    from click.shell_completion import get_completion_class
-
-    kind = get_completion_class(shell)
-    assert kind is not None, "click knows the shells of the choice"
-    click.echo(kind(cli, {}, "rightrank", "_RIGHTRANK_COMPLETE").source())
-    context.exit()
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="rightrank")
-@click.option(
-    "--completion",
-    type=click.Choice(SHELLS),
-    is_eager=True,
-    expose_value=False,
-    callback=_print_completion,
-    help='Print the completion script of a shell: eval "$(rightrank --completion bash)".',
-)
 def cli() -> None:
     """Find the LoRA rank that is enough and no more: measured on your model and your data.
 

@@ -33,8 +33,7 @@ EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 )
 @click.option("--gradient", nargs=2, metavar="MODEL DATA", help="Inspect the gradient at initialisation instead.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --gradient: a setting of select.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write the heat map to this .svg file.")
-@click.option("--figure", default="effective_rank", show_default=True, help="The statistic of the heat map.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the effective rank by layer to this .svg file.")
 @click.option("--all", "every", is_flag=True, help="Show every module in the table.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(
@@ -44,7 +43,6 @@ def inspect(
     gradient: tuple[str, str] | None,
     assignments: tuple[str, ...],
     plot: Path | None,
-    figure: str,
     every: bool,
     as_json: bool,
 ) -> None:
@@ -54,10 +52,9 @@ def inspect(
     gradient of the loss before any training.
     """
     from rightrank import api
-    from rightrank.report.spectra import require_statistic, spectrum_map
+    from rightrank.report.spectra import layer_figure
     from rightrank.report.svg import require_svg, write_plot
 
-    statistic = require_statistic(figure)
     if plot is not None:
         require_svg(plot)  # refuses another ending before the spectra are computed
     if gradient is not None:
@@ -69,8 +66,8 @@ def inspect(
     else:
         found = api.inspect(adapter, base=base, finetuned=finetuned)
     if plot is not None:
-        write_plot(spectrum_map(found.modules, statistic), plot)
-    _print_record(found, as_json, statistic=statistic, every=every)
+        write_plot(layer_figure(found.modules), plot)
+    _print_record(found, as_json, every)
 
 
 @click.command(
@@ -174,7 +171,7 @@ def _lap_timer() -> Callable[[], float]:
     return lap
 
 
-def _print_record(record: Any, as_json: bool, statistic: Any = "effective_rank", every: bool = False) -> None:
+def _print_record(record: Any, as_json: bool, every: bool = False) -> None:
     """Print a record of the probe as one JSON object, or as a table."""
     if as_json:
         click.echo(record.model_dump_json())
@@ -183,7 +180,7 @@ def _print_record(record: Any, as_json: bool, statistic: Any = "effective_rank",
 
     from rightrank.report.spectra import print_record
 
-    print_record(Console(), record, statistic, every)
+    print_record(Console(), record, every)
 
 
 @click.command(

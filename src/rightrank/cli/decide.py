@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +29,7 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
     short_help="Decide on finished trainings, whoever ran them.",
     epilog="Example: rightrank decide runs.csv --metric eval_loss --margin 0.005",
 )
-@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RESULTS...")
+@click.argument("results", type=click.Path(path_type=Path))
 @click.option("--metric", help="Column of the held-out metric, or the name of the column `value`.")
 @click.option(
     "--higher-is-better/--lower-is-better", default=None, help="The metric's direction (default: that of a known name)."
@@ -63,7 +61,7 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve to this .svg file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 def decide(
-    results: tuple[Path, ...],
+    results: Path,
     metric: str | None,
     higher_is_better: bool | None,
     margin: float | None,
@@ -77,8 +75,7 @@ def decide(
     """Decide on finished trainings, whoever ran them.
 
     RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
-    folder; or results of W&B, MLflow, TensorBoard, Trainer, Optuna or Ray Tune. Several run folders of one model and
-    data are joined.
+    folder; or results of W&B, MLflow, TensorBoard, Trainer, Optuna or Ray Tune.
     """
     from rightrank import api
 
@@ -112,7 +109,6 @@ def decide(
         decision_text(
             decided.decision,
             decided.understood,
-            sys.stdout.isatty() and not os.environ.get("NO_COLOR"),
             shutil.get_terminal_size((100, 24)).columns,
             decided.next_commands,
         )

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import click
-from click.shell_completion import CompletionItem
 
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.plan_settings import PlanSettings
@@ -21,21 +20,10 @@ from rightrank.schema.table import Group, Setting, Settings, is_list
 from rightrank.version import __version__
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-Complete: TypeAlias = Callable[[click.Context, click.Parameter, str], "list[str]"]
 
 
 def comma(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
     return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
-
-
-def names(*known: str) -> Complete:
-    """Shell completion of a value from a list; the value itself is checked where it is used."""
-    return lambda _context, _parameter, incomplete: [name for name in known if name.startswith(incomplete)]
-
-
-def folders(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Shell completion of a path for a value that may be another name too."""
-    return [CompletionItem(incomplete, type="file")]
 
 
 _UNITS = {"s": 1 / 3600, "sec": 1 / 3600, "m": 1 / 60, "min": 1 / 60, "h": 1.0, "d": 24.0}
@@ -82,9 +70,6 @@ def _option(name: str, row: Setting, hint: Any) -> Callable[[Command], Command]:
         further |= {"callback": CALLBACKS[name]}
     elif row.parse is None and kinds & {int, float}:
         further |= {"type": float if float in kinds else int}
-    choices = row.choices or (get_args(hint) if get_origin(hint) is Literal else ())
-    if choices:
-        further |= {"shell_complete": names(*choices)}
     return click.option(spelled, name, cls=SettingOption, group=row.group, help=option_help(row), **further)
 
 

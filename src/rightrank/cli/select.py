@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rightrank.cli.options import SettingsCommand, announce, folders, gather, setting_options
+from rightrank.cli.options import SettingsCommand, announce, gather, setting_options
 from rightrank.schema.errors import InterruptedRun, SettingsError, TerminatedRun
 from rightrank.schema.settings import SelectSettings
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     short_help="Find the rank that is enough, with a trained adapter.",
     epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200",
 )
-@click.argument("model", required=False, shell_complete=folders)
+@click.argument("model", required=False)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--out",
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     help="Run folder; resumed by the same command, or without MODEL DATA.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what it will do, cost and be able to show; write nothing.")
-@click.option("--price-per-hour", type=float, help="With --dry-run: price of an hour of this device.")
 @setting_options(SelectSettings)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings.")
 @click.option(
@@ -48,7 +47,6 @@ def select(
     data: Path | None,
     out: Path | None,
     dry_run: bool,
-    price_per_hour: float | None,
     config_file: Path | None,
     assignments: tuple[str, ...],
     as_json: bool,
@@ -64,10 +62,8 @@ def select(
     if dry_run:
         if model is None or data is None:
             raise SettingsError("--dry-run: give MODEL and DATA")
-        _dry_run(model, data, gather(config_file, assignments, options), price_per_hour, as_json)
+        _dry_run(model, data, gather(config_file, assignments, options), as_json)
         return
-    if price_per_hour is not None:
-        raise SettingsError("--price-per-hour: only with --dry-run")
     if out is None:
         raise SettingsError("no run folder: give --out DIR, or --dry-run to write nothing")
     if (model is None) != (data is None):
@@ -103,12 +99,12 @@ def _print_selected(selected: Selected, as_json: bool) -> None:
         (_print_json if as_json else _print_answer)(selected)
 
 
-def _dry_run(model: str, data: Path, values: dict[str, Any], price_per_hour: float | None, as_json: bool) -> None:
+def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> None:
     from rightrank import api
     from rightrank.report.tables import preflight_text
     from rightrank.schema.settings import make_settings
 
-    found = api.preflight(model, data, settings=make_settings(values), price_per_hour=price_per_hour)
+    found = api.preflight(model, data, settings=make_settings(values))
     click.echo(found.model_dump_json() if as_json else preflight_text(found))
 
 

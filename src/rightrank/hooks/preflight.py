@@ -19,19 +19,17 @@ from rightrank.runs.plugins import Clock
 from rightrank.runs.prepare import Prepared, prepare, strategy_of
 from rightrank.runs.request import Request
 from rightrank.runs.returns import Selected
-from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Event, RunStarted, SelectionPlanned, TimeExpected
-from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, PreflightStrategy, SelectionCost
+from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, SelectionCost
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import split_name
 from rightrank.search.history import seconds_of, steps_of
 from rightrank.search.protocol import Strategy
 from rightrank.search.space import MIN_RECOVERY_PART, recovery_steps
-from rightrank.search.strategies import STRATEGIES
 from rightrank.train.metrics import end_metrics
 
 
-def preflight(request: Request, begun: float, price_per_hour: float | None = None) -> Preflight:
+def preflight(request: Request, begun: float) -> Preflight:
     """Prepare the selection in a temporary folder, and say what it will do.
 
     Args:
@@ -45,7 +43,7 @@ def preflight(request: Request, begun: float, price_per_hour: float | None = Non
         prepared = prepare(request, Path(folder) / "cache", notes.append)
         strategy = strategy_of(prepared)
         clock = clock_of(prepared)
-        found = _preflight_of(prepared, strategy, clock, price_per_hour)
+        found = _preflight_of(prepared, strategy, clock)
         if clock is not None:
             notes.append(f"time: measured on this device: {clock.basis}, then discarded")
         notes += [*_kind_lines(prepared), *_adapter_lines(prepared)]
@@ -58,9 +56,7 @@ def clock_of(prepared: Prepared) -> Clock | None:
     return None if prepared.planned is None else prepared.planned.clock(prepared)
 
 
-def _preflight_of(
-    prepared: Prepared, strategy: Strategy, clock: Clock | None, price_per_hour: float | None = None
-) -> Preflight:
+def _preflight_of(prepared: Prepared, strategy: Strategy, clock: Clock | None) -> Preflight:
     """The preflight of a prepared selection; `clock` gives its time."""
     settings, data = prepared.settings, prepared.started.data
     return Preflight(
@@ -75,7 +71,7 @@ def _preflight_of(
         seq_len=settings.seq_len,
         ranks=_ranks(prepared),
         memory_bytes=prepared.planned.memory_bytes if prepared.planned else None,
-        cost=_cost(prepared, strategy, clock, price_per_hour),
+        cost=_cost(prepared, strategy, clock),
         preparation_seconds=0.0,
         seeds=len(settings.seeds),
     )
@@ -98,29 +94,16 @@ def _ranks(prepared: Prepared) -> list[PreflightRank]:
     ]
 
 
-def _cost(prepared: Prepared, strategy: Strategy, clock: Clock | None, price_per_hour: float | None) -> PreflightCost:
-    rows = []
-    for name in STRATEGIES:
-        try:
-            one = strategy if name == strategy.name else strategy_of(prepared, name)
-        except SettingsError:
-            continue  # the budget of the settings is too small for this one
-        rows.append(_strategy_cost(one, None if clock is None else clock.cost(one), price_per_hour))
-    chosen = next(row for row in rows if row.strategy == strategy.name)
-    return PreflightCost(**chosen.model_dump(), steps=prepared.steps, strategies=rows)
-
-
-def _strategy_cost(strategy: Strategy, cost: SelectionCost | None, price_per_hour: float | None) -> PreflightStrategy:
-    trainings = strategy.cost()
-    seconds = None if cost is None else cost.expected.seconds
-    return PreflightStrategy(
+def _cost(prepared: Prepared, strategy: Strategy, clock: Clock | None) -> PreflightCost:
+    trainings, cost = strategy.cost(), None if clock is None else clock.cost(strategy)
+    return PreflightCost(
         strategy=strategy.name,
+        steps=prepared.steps,
         trainings=trainings.expected,
         trainings_at_most=trainings.maximum,
         trainings_to_adapter=trainings.to_adapter,
-        seconds=seconds,
+        seconds=None if cost is None else cost.expected.seconds,
         seconds_at_most=None if cost is None else cost.most.seconds,
-        price=None if seconds is None or price_per_hour is None else seconds / 3600 * price_per_hour,
     )
 
 

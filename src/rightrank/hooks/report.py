@@ -63,7 +63,7 @@ class Report(Hook):
         if selected.adapter is not None:
             _write_card(run, run.records.adapters[-1], selected.decided)
         _write_views(run, selected.decided)
-        write_figures(run.folder.figures, _adapter_figures(run.folder.adapter))
+        write_figures(run.folder.figures, further_figures(run.folder.adapter))
 
 
 def _write_views(run: Run, decision: Decision | None) -> None:
@@ -98,7 +98,7 @@ def _write_card(run: Run, recorded: AdapterRecorded, decision: Decision | None) 
 
 
 def write_report(folder: RunFolder, records: Records, decision: Decision | None, goal: Goal) -> None:
-    further = _adapter_figures(folder.adapter)
+    further = further_figures(folder.adapter)
     exports = folder.path / "exports"
     page = render_report(
         records,
@@ -115,11 +115,14 @@ def write_report(folder: RunFolder, records: Records, decision: Decision | None,
 
 def write_all_figures(folder: RunFolder, records: Records, decision: Decision | None) -> None:
     """Write every figure to the run's folder of figures."""
-    write_figures(folder.figures, [*figures_of(records, decision), *_adapter_figures(folder.adapter)])
+    write_figures(folder.figures, [*figures_of(records, decision), *further_figures(folder.adapter)])
 
 
-def _adapter_figures(adapter: Path) -> list[Figure]:
-    """No figure before an adapter is handed over, nor for one that is not in PEFT's format."""
+def further_figures(adapter: Path) -> list[Figure]:
+    """The spectrum of the adapter that was handed over.
+
+    No figure before there is one, nor for one that is not in PEFT's format.
+    """
     if not (adapter / "adapter_config.json").exists():
         return []
     from rightrank.adapters.spectra import inspect_adapter  # brings torch, which a report without it spares

@@ -59,7 +59,7 @@ class View(Hook):
         """Show where the selection is now."""
 
     def _curve(self) -> str:
-        return terminal_curve(self._progress.curve(), MAX_CURVE_WIDTH, False, self._progress.truncated())
+        return terminal_curve(self._progress.curve(), MAX_CURVE_WIDTH, self._progress.truncated())
 
 
 class LiveView(View):
@@ -88,8 +88,7 @@ class LiveView(View):
         self._live.update(Group(*lines, Text(self._progress.progress_line(), style="bold")))
 
     def _curve(self) -> str:
-        colour = not self._console.no_color
-        return terminal_curve(self._progress.curve(), self._console.width, colour, self._progress.truncated())
+        return terminal_curve(self._progress.curve(), self._console.width, self._progress.truncated())
 
 
 class PlainView(View):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rightrank.decision.run import Records, compared
-from rightrank.report.figure import Axis, Band, Cell, Figure, Level, Mark, Series, Tone, metric_axis, rank_axis
+from rightrank.report.figure import Band, Cell, Figure, Mark, Series, Tone, metric_axis, rank_axis
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.events import GuardAnswer, GuardCandidate
 
@@ -106,36 +106,6 @@ def _in_words(one: AdapterCandidate) -> str:
     return f"Rank {one.rank}, {one.how}: worse by {one.difference:.2g}{bound}."
 
 
-def guard_of(records: Records) -> GuardAnswer | None:
-    """The guard of the adapter that is handed over; None without guard data."""
-    return records.adapters[-1].guard if records.adapters else None
-
-
-def guard_figure(records: Records) -> Figure | None:
-    """Task value against guard loss, a point for each finished adapter; None without guard data."""
-    guard = guard_of(records)
-    if guard is None or not guard.candidates:
-        return None
-    rows = guard.candidates
-    chosen_id = records.adapters[-1].answer.trial_id
-    chosen = next(one for one in rows if one.trial_id == chosen_id)
-    ranks = sorted({one.rank for one in rows}, reverse=True)
-    both = sum(one.task_holds and one.guard_holds for one in rows)
-    return Figure(
-        name="guard_trade",
-        title="The task against the guard, by rank and learning rate",
-        alt=f"Worse than the base on the guard, against the task's {records.started.metric}, for {len(rows)} adapters; "
-        f"{both} of them are both enough on the task and within the guard's margin. {guard.sentence}",
-        x=metric_axis(records.started.metric, "held-out"),
-        y=Axis("guard: worse than the base by, nats"),
-        series=tuple(_guard_series(rank, rows, place) for place, rank in enumerate(ranks)),
-        levels=(Level(f"guard margin {guard.margin:g}", guard.margin), Level("base", 0.0)),
-        marks=(Mark(f"handed over: rank {chosen.rank}", chosen.task_value, chosen.guard_difference),),
-        columns=tuple(GUARD_COLUMNS),
-        rows=tuple(map(_guard_numbers, rows)),
-    )
-
-
 GUARD_COLUMNS = {
     "rank": "d", "how": "", "learning rate": "g", "task": ".4f", "worse by": "+.4f", "enough": "", "guard worse by": "+.4f",
     "guard bound": "+.4f", "guard kept": "",
@@ -154,16 +124,3 @@ def _guard_numbers(one: GuardCandidate) -> tuple[Cell, ...]:
     task = one.task_value, one.task_difference, HOLDS[one.task_holds]
     guard = one.guard_difference, one.guard_difference_high, HOLDS[one.guard_holds]
     return one.rank, one.how, one.learning_rate, *task, *guard
-
-
-def _guard_series(rank: int, rows: list[GuardCandidate], place: int) -> Series:
-    own = sorted((one for one in rows if one.rank == rank), key=lambda one: one.task_value)
-    return Series(
-        f"rank {rank}",
-        tuple(one.task_value for one in own),
-        tuple(one.guard_difference for one in own),
-        low=tuple(one.guard_difference for one in own),
-        high=tuple(one.guard_difference_high for one in own),
-        kind="points",
-        tone=place,
-    )

@@ -6,7 +6,7 @@ The backends: `svg`, `terminal_figures` (text) and `to_csv`.
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from math import ceil, floor, log10
@@ -19,7 +19,6 @@ Kind: TypeAlias = Literal["line", "points", "both", "step"]
 Tone: TypeAlias = Literal["main", "second", "accent", "faint"] | int  # an integer: position in a sequence of colours
 Number: TypeAlias = float | int
 Cell: TypeAlias = str | float | int | None
-Cells: TypeAlias = Mapping[tuple[str, str], tuple[float | None, str]]  # row and column → value and note
 MAX_LABELS = 12  # ticks of an axis and series of a legend
 
 
@@ -117,39 +116,6 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class HeatMap:
-    """A table of numbers drawn as colours: `values[row][column]`, None for a missing value."""
-
-    name: str
-    title: str
-    alt: str
-    row_label: str
-    column_label: str
-    row_names: tuple[str, ...]
-    column_names: tuple[str, ...]
-    values: tuple[tuple[float | None, ...], ...]
-    notes: tuple[tuple[str, ...], ...]  # next to the value: "no result", "×2" for two seeds
-    best: tuple[int | None, ...]  # the best column of each row, None to highlight none
-    lower_is_better: bool
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return (self.row_label, *self.column_names)
-
-    @property
-    def rows(self) -> tuple[tuple[Cell, ...], ...]:
-        return tuple((name, *values) for name, values in zip(self.row_names, self.values, strict=True))
-
-    def shade(self, value: float | None) -> float | None:
-        """0 for the worst value of the map, 1 for the best."""
-        known = [v for row in self.values for v in row if v is not None]
-        if value is None or max(known) == min(known):
-            return None
-        share = (value - min(known)) / (max(known) - min(known))
-        return 1 - share if self.lower_is_better else share
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
     """What a legend names: all series of one label, a band, a level or a mark."""
 
@@ -174,38 +140,7 @@ def colour_name(tone: Tone) -> str:
     return f"s{tone % 10}" if isinstance(tone, int) else tone
 
 
-def heat_map(
-    name: str, title: str, alt: str, axes: tuple[str, str], cells: Cells, lower_is_better: bool, mark_best: bool = True
-) -> HeatMap:
-    """The map of `cells`; rows and columns are in the order of their first cells, `axes` names both.
-
-    With `mark_best` the best column of each row is highlighted and follows `alt`.
-    """
-    rows, columns = (tuple(dict.fromkeys(place[side] for place in cells)) for side in (0, 1))
-    found = [[cells.get((row, column), (None, "")) for column in columns] for row in rows]
-    sign = 1 if lower_is_better else -1
-    ordered = [[(sign * value, at) for at, (value, _) in enumerate(row) if value is not None] for row in found]
-    best = tuple(min(values)[1] if values and mark_best else None for values in ordered)
-    named = ", ".join(f"{axes[0]} {row}: {columns[at]}" for row, at in zip(rows, best, strict=True) if at is not None)
-    return HeatMap(
-        name=name,
-        title=title,
-        alt=f"{alt} Best: {named}." if named else alt,
-        row_label=axes[0],
-        column_label=axes[1],
-        row_names=rows,
-        column_names=columns,
-        values=tuple(tuple(value for value, _ in row) for row in found),
-        notes=tuple(tuple(note for _, note in row) for row in found),
-        best=best,
-        lower_is_better=lower_is_better,
-    )
-
-
-AnyFigure: TypeAlias = Figure | HeatMap
-
-
-def to_csv(figure: AnyFigure) -> str:
+def to_csv(figure: Figure) -> str:
     """The figure's numbers, one header line first."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -8,27 +8,22 @@ from math import log2
 from statistics import fmean
 
 from rightrank.decision.run import Records
-from rightrank.report.adapters import adapter_figure, guard_figure
-from rightrank.report.answer import ENOUGH
-from rightrank.report.curves import by_rank, learning_figure, trained, training_loss_figure
+from rightrank.report.adapters import adapter_figure
 from rightrank.report.figure import (
-    AnyFigure,
     Axis,
     Band,
     Figure,
-    HeatMap,
     Level,
     Mark,
     Series,
     axis_from_zero,
-    heat_map,
     log_ticks,
     metric_axis,
     rank_axis,
 )
 from rightrank.report.format import amount, coverage, metric_unit
 from rightrank.schema.decision import Decision, RankEvidence
-from rightrank.schema.trials import TrialCollapsed, TrialFinished, TrialOutcome
+from rightrank.schema.trials import TrialFinished
 
 
 def rank_figure(decision: Decision) -> Figure:
@@ -122,23 +117,17 @@ def _marks(decision: Decision, trained: list[RankEvidence]) -> list[Mark]:
     return marks
 
 
-MAX_SERIES = 8  # the trainings that fell furthest; the table has all of them
-
 MIB = 2**20
 
 
-def figures_of(records: Records, decision: Decision | None) -> list[AnyFigure]:
+def figures_of(records: Records, decision: Decision | None) -> list[Figure]:
     """Every figure that the records support, the rank curve first."""
-    figures: list[AnyFigure | None] = []
+    figures: list[Figure | None] = []
     if decision is not None:
-        figures += [rank_figure(decision), _staircase_figure(decision), _difference_figure(decision)]
+        figures += [rank_figure(decision), _staircase_figure(decision)]
     figures += [
         learning_figure(records, decision),
-        training_loss_figure(records),
-        _collapse_figure(records),
         adapter_figure(records),
-        guard_figure(records),
-        learning_rate_map(records),
         memory_figure(records),
         _time_figure(records),
     ]
@@ -184,60 +173,6 @@ def _staircase_figure(decision: Decision) -> Figure:
         columns=("margin from", "rank"),
         rows=tuple(steps),
     )
-
-
-def _difference_figure(decision: Decision) -> Figure | None:
-    """The paired difference of each rank from the reference, with the bounds that are tested."""
-    rows = [e for e in trained(decision) if e.difference is not None]
-    if len(rows) < 2:
-        return None
-    differences = [e.difference or 0.0 for e in rows]
-    lows = [d if e.difference_low is None else e.difference_low for d, e in zip(differences, rows, strict=True)]
-    highs = [d if e.difference_high is None else e.difference_high for d, e in zip(differences, rows, strict=True)]
-    enough = [str(e.rank) for e in rows if e.non_inferior]
-    return Figure(
-        name="paired_differences",
-        title=f"Worse than rank {decision.reference_rank} by, paired",
-        alt=f"Paired difference of every rank from rank {decision.reference_rank} with its bounds. "
-        f"Below the margin of {decision.margin:.4g}: " + (f"rank {', '.join(enough)}." if enough else "none."),
-        x=rank_axis([e.rank for e in rows]),
-        y=Axis(f"worse by, {metric_unit(decision.metric)}"),
-        series=(
-            Series(
-                f"difference and its one-sided {coverage(decision, 'bounds')}",
-                tuple(e.rank for e in rows),
-                tuple(differences),
-                low=tuple(min(d, low) for d, low in zip(differences, lows, strict=True)),
-                high=tuple(max(d, high) for d, high in zip(differences, highs, strict=True)),
-                kind="points",
-            ),
-        ),
-        levels=(Level(f"margin {decision.margin:.4g}", decision.margin), Level("", 0.0)),
-        columns=("rank", "difference", "lower bound", "upper bound", "enough", "optimism of the best learning rate"),
-        rows=tuple(
-            (e.rank, d, low, high, ENOUGH[e.non_inferior], e.winner_gap)
-            for e, d, low, high in zip(rows, differences, lows, highs, strict=True)
-        ),
-    )
-
-
-def learning_rate_map(records: Records) -> HeatMap | None:
-    """Rank × learning rate: the mean value of each cell, with the best of each rank marked.
-
-    It shows complete trainings with the settings that all ranks share.
-    """
-    arms = [outcome for outcome in records.outcomes if outcome.rank > 0 and outcome.truncate_from is None]
-    if not any(isinstance(outcome, TrialFinished) for outcome in arms):
-        return None
-    cells: dict[tuple[str, str], tuple[float | None, str]] = {}
-    for rank in sorted({outcome.rank for outcome in arms}):
-        for rate in sorted({outcome.learning_rate for outcome in arms}):
-            cell = [outcome for outcome in arms if (outcome.rank, outcome.learning_rate) == (rank, rate)]
-            done = [outcome.value for outcome in cell if isinstance(outcome, TrialFinished) and outcome.arm.is_direct]
-            cells[str(rank), f"{rate:g}"] = fmean(done) if done else None, _cell_note(cell, len(done))
-    metric, higher = records.started.metric, records.started.higher_is_better
-    alt = f"Held-out {metric} of every rank and learning rate."
-    return heat_map("rate_by_rank", "Learning rate by rank", alt, ("rank", "learning rate"), cells, not higher)
 
 
 def memory_figure(records: Records) -> Figure | None:
@@ -291,47 +226,130 @@ def _time_figure(records: Records) -> Figure | None:
     )
 
 
-def _cell_note(outcomes: Sequence[TrialOutcome], finished: int) -> str:
-    if not outcomes:
-        return "not tried"
-    if finished == 0:
-        stages = [o.stop_at for o in outcomes if isinstance(o, TrialFinished) and o.stop_at is not None]
-        return f"stopped at step {max(stages)}" if stages else "no result"
-    return f"×{finished}" if finished > 1 else ""
-
-
 def _listed(values: Mapping[int, float], unit: str) -> str:
     return ", ".join(f"rank {rank} {amount(value)} {unit}" for rank, value in values.items())
 
 
-def _collapse_figure(records: Records) -> Figure | None:
-    """Held-out values by step of the collapsed trainings; None if there are none with values."""
-    collapsed = [one for one in records.outcomes if isinstance(one, TrialCollapsed) and one.points]
-    if not collapsed:
+def trained(decision: Decision) -> list[RankEvidence]:
+    """The ranks that were trained, ascending."""
+    return sorted((evidence for evidence in decision.ranks if evidence.rank > 0), key=lambda evidence: evidence.rank)
+
+
+def _best_trials(records: Records, decision: Decision | None) -> dict[int, list[TrialFinished]]:
+    """The trials of each rank at its best learning rate: those that the decision names, if there is one."""
+    finished = records.finished()
+    by_id = {trial.trial_id: trial for trial in finished}
+    if decision is not None:
+        named = {e.rank: [by_id[i] for i in e.trial_ids if i in by_id] for e in trained(decision)}
+        return {rank: trials for rank, trials in named.items() if trials}
+    groups = by_rank([trial for trial in finished if trial.rank > 0 and trial.arm.is_direct])
+    return {rank: [best_of(trials, records)] for rank, trials in groups.items()}
+
+
+def best_of(trials: Sequence[TrialFinished], records: Records) -> TrialFinished:
+    """The trial with the best held-out value."""
+    sign = -1 if records.started.higher_is_better else 1
+    return min(trials, key=lambda trial: sign * trial.value)
+
+
+def by_rank(trials: Sequence[TrialFinished]) -> dict[int, list[TrialFinished]]:
+    """The trials of each rank, ranks ascending."""
+    ranks = sorted({trial.rank for trial in trials})
+    return {rank: [trial for trial in trials if trial.rank == rank] for rank in ranks}
+
+
+MAX_POINTS = 100  # of the training loss of one training; each is the mean over equally many steps
+SMOOTHED_OVER = 0.1  # of the steps: a batch's loss varies more than two ranks differ
+FIRST_SHOWN = 0.1  # of the steps: what falls before may be off the scale, or the end would be a flat line
+MAX_TRAININGS = 12
+
+
+def learning_figure(records: Records, decision: Decision | None) -> Figure | None:
+    """Held-out values and the training loss by step: each rank at its best learning rate, means over seeds."""
+    best = _best_trials(records, decision)
+    finished = {trial.trial_id: trial for trial in records.finished()}
+    metric = records.started.points_metric or records.started.metric
+    base = next((trial.metrics.get(metric) for trial in finished.values() if trial.rank == 0), None)
+    series: list[Series] = []
+    rows: list[tuple[int, int, float, float | None]] = []
+    for place, (rank, trials) in enumerate(best.items()):
+        held, before = _mean([_held_out(trial, finished, metric) for trial in trials]), _before_points(trials)
+        rows += [(rank, step, value, before.get(step)) for step, value in held.items()]
+        if held and min(held) > 0 and base is not None:  # at step 0 the adapter is the base model
+            held = {0: base, **held}
+        if held:
+            series.append(Series(f"rank {rank}", tuple(held), tuple(held.values()), tone=place))
+        losses = _mean_losses(trials) or before
+        if losses and metric == "loss":
+            x, y = tuple(losses), tuple(losses.values())
+            series.append(Series(f"rank {rank}", x, y, kind="line", dashed=True, tone=place))
+    if not series:
         return None
-    collapsed.sort(key=lambda one: -abs(one.best_value - one.value))
-    shown = collapsed[:MAX_SERIES]
-    series = tuple(
-        Series(
-            f"rank {one.rank} at {one.learning_rate:g}, seed {one.seed}",
-            tuple(point.step for point in one.points),
-            tuple(point.value for point in one.points),
-            tone=place,
-        )
-        for place, one in enumerate(shown)
+    ends = ", ".join(
+        f"rank {rank} {fmean(t.metrics.get(metric, t.value) for t in trials):.4g}" for rank, trials in best.items()
     )
-    falls = "; ".join(f"{one.arm.label()}: {one.best_value:.4g} to {one.value:.4g}" for one in shown)
     return Figure(
-        name="collapses",
-        title="Trainings that collapsed",
-        alt=f"Held-out {records.started.metric} by step of the trainings that collapsed. From the best to the last look: {falls}.",
+        name="learning_curves",
+        title="Learning curves (training dashed)" if metric == "loss" else "Learning curves",
+        alt=f"Held-out {metric} by step, each rank at its best learning rate. At the end: {ends}.",
         x=Axis("step"),
-        y=metric_axis(records.started.metric, "held-out"),
-        series=series,
-        columns=("rank", "learning rate", "seed", "step", "held-out"),
-        rows=tuple(
-            (one.rank, one.learning_rate, one.seed, point.step, point.value)
-            for one in collapsed
-            for point in one.points
-        ),
+        y=metric_axis(metric, "held-out", _late_limits(series)),
+        series=tuple(series),
+        columns=("rank", "step", "held-out", "training"),
+        rows=tuple(rows),
     )
+
+
+def _late_limits(series: Sequence[Series]) -> tuple[float, float]:
+    """The limits of all values after the first steps, with some room."""
+    begin = FIRST_SHOWN * max(one.x[-1] for one in series)
+    late = [value for one in series for step, value in zip(one.x, one.y, strict=True) if step >= begin]
+    room = 0.06 * ((max(late) - min(late)) or abs(late[0]) or 1.0)
+    return min(late) - room, max(late) + room
+
+
+def _held_out(trial: TrialFinished, finished: Mapping[str, TrialFinished], metric: str) -> dict[int, float]:
+    """Step → held-out value of the training, with those at which it had been stopped before it was resumed."""
+    found = {point.step: point.value for point in trial.points}
+    stage = finished.get(trial.continue_from or "")
+    while stage is not None:
+        if stage.stop_at is not None and metric in stage.metrics:
+            found.setdefault(stage.stop_at, stage.metrics[metric])
+        stage = finished.get(stage.continue_from or "")
+    return found
+
+
+def _mean(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """The mean of the curves at the steps that all of them have."""
+    steps = sorted(set.intersection(*map(set, curves)))
+    return {step: fmean(curve[step] for curve in curves) for step in steps}
+
+
+def _before_points(trials: Sequence[TrialFinished]) -> dict[int, float]:
+    """Step of an evaluation → mean training loss since the one before, mean over the trials."""
+    known = [(p.step, p.train_value) for trial in trials for p in trial.points if p.train_value is not None]
+    return {at: fmean(value for step, value in known if step == at) for at in sorted({step for step, _ in known})}
+
+
+def _mean_losses(trials: Sequence[TrialFinished]) -> dict[float, float]:
+    """Step → training loss, mean over the trials; empty where they did not record as many losses."""
+    losses = [trial.train_losses for trial in trials]
+    if len({len(one) for one in losses}) != 1:
+        return {}
+    curve = averaged([fmean(step) for step in zip(*losses, strict=True)])
+    return smoothed(curve, SMOOTHED_OVER * len(losses[0]))
+
+
+def averaged(losses: Sequence[float]) -> dict[float, float]:
+    """Step → mean loss of at most `MAX_POINTS` groups of consecutive steps; the step is the middle of its group.
+
+    `losses` are one for each step, beginning with step 1.
+    """
+    width = max(1, -(-len(losses) // MAX_POINTS))
+    groups = [(start, losses[start : start + width]) for start in range(0, len(losses), width)]
+    return {start + (len(group) + 1) / 2: fmean(group) for start, group in groups}
+
+
+def smoothed(curve: Mapping[float, float], width: float) -> dict[float, float]:
+    """The running mean over `width` steps around each point, over fewer at the ends of the curve."""
+    return {step: fmean(value for other, value in curve.items() if abs(other - step) <= width / 2) for step in curve}

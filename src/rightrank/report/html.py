@@ -11,22 +11,19 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cache
-from html import escape
 from importlib.resources import files
 from math import log10
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.decision.run import Records, document
-from rightrank.report.adapters import candidate_table, guard_of, guard_table
+from rightrank.report.adapters import candidate_table, guard_table
 from rightrank.report.answer import answer_view, certainty_rows, evidence_table
-from rightrank.report.figure import AnyFigure, Figure, HeatMap, parts_of
+from rightrank.report.figure import Figure, parts_of
 from rightrank.report.figures import figures_of, margin_range, margin_steps, rank_at
-from rightrank.report.format import cell_text, metric_unit, size, visible
+from rightrank.report.format import metric_unit, size, visible
 from rightrank.report.sentences import (
     confidence_text,
     cost_of,
@@ -44,15 +41,14 @@ from rightrank.schema.settings import Goal
 from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome, split_name
 
 MAX_VISIBLE_ROWS = 24  # of the trial table; a longer one is folded
-IN_THEIR_SECTIONS = ("adapters", "guard_trade", "rank_curve", "staircase")
-SIDE_BY_SIDE = ("adapters", "rank_curve", "learning_curves")
+IN_THEIR_SECTIONS = ("adapters", "rank_curve", "staircase")
 MAX_NUMBERS = 200  # rows of a figure's numbers; its CSV file has all of them
 
 
 def render_report(
     records: Records,
     decision: Decision | None,
-    further_figures: Sequence[AnyFigure] = (),
+    further_figures: Sequence[Figure] = (),
     *,
     goal: Goal = "training-rank",
     estimate: TrainingRankEstimate | None = None,
@@ -73,9 +69,8 @@ def render_report(
         before: lines on what was to be expected before the run, which the answer does not rest on.
     """
     adapter = records.adapters[-1] if records.adapters else None
-    guard = guard_of(records)
-    figures = [*figures_of(records, decision), *further_figures]
-    plots = {figure.name: figure for figure in figures if isinstance(figure, Figure)}
+    guard = adapter.guard if adapter else None
+    plots = {figure.name: figure for figure in (*figures_of(records, decision), *further_figures)}
     script = _asset("figures.js") + "\n" + _asset("page.js")
     return (
         _environment()
@@ -101,7 +96,6 @@ def render_report(
             next_run_cost=next_run_text(records, decision) if decision else "",
             margin=margin_text(decision) if decision else "",
             slider=_slider(decision),
-            heat_maps=[figure for figure in figures if isinstance(figure, HeatMap)],
             plots=plots,
             further_plots=[figure for name, figure in plots.items() if name not in IN_THEIR_SECTIONS],
             rows=[_row(outcome) for outcome in records.outcomes],
@@ -125,62 +119,6 @@ def adapter_page(sentence: str, texts: Sequence[str], figures: Sequence[Figure],
     return template.render(sentence=sentence, texts=texts, figures=figures, rows=rows, style=_asset("report.css"))
 
 
-@dataclass(frozen=True, slots=True)
-class ShownRun:
-    """A run to show: its records, its decision if it has one, and its goal."""
-
-    name: str  # its folder
-    records: Records
-    decision: Decision | None
-    goal: Goal
-
-
-def render_side_by_side(runs: Sequence[ShownRun]) -> str:
-    """The page: a column for each run."""
-    runs = _with_short_names(runs)
-    return (
-        _environment()
-        .get_template("side_by_side.html")
-        .render(
-            columns=[_column(number, run) for number, run in enumerate(runs)],
-            names=[run.name for run in runs],
-            differing=differing_settings(runs),
-            style=_asset("report.css"),
-        )
-    )
-
-
-def _with_short_names(runs: Sequence[ShownRun]) -> Sequence[ShownRun]:
-    """The runs by the names of their folders, where these tell them apart."""
-    names = [Path(run.name).name for run in runs]
-    if "" in names or len(set(names)) < len(names):
-        return runs
-    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
-
-
-def _column(number: int, run: ShownRun) -> dict[str, object]:
-    records, decision = run.records, run.decision
-    found = {figure.name: figure for figure in figures_of(records, decision) if isinstance(figure, Figure)}
-    return {
-        "name": run.name,
-        "view": answer_view(decision, document(records, decision, run.goal)),
-        "subject": subject_text(records.started),
-        "margin": "" if decision is None else margin_text(decision),
-        "cost": cost_of(records).sentence(),
-        "figures": [
-            replace(found[name], name=f"{name}-{number}") for name in SIDE_BY_SIDE if name in found
-        ],  # their ids differ
-    }
-
-
-def differing_settings(runs: Sequence[ShownRun]) -> list[tuple[str, list[str]]]:
-    """The settings that are not the same in all runs, with the value of each."""
-    settings = [run.records.started.settings for run in runs]
-    names = sorted({name for one in settings for name in one})
-    rows = [(name, [json.dumps(one.get(name), ensure_ascii=False) for one in settings]) for name in names]
-    return [(name, values) for name, values in rows if len(set(values)) > 1]
-
-
 def _environment() -> Environment:
     """Templates in which every value is text and control characters are visible."""
     made = Environment(
@@ -193,7 +131,6 @@ def _environment() -> Environment:
     )
     made.globals |= {"max_numbers": MAX_NUMBERS, "parts_of": parts_of, "svg": inline_svg, "swatch": swatch}
     made.filters["cell"] = _cell
-    made.filters["cell_text"] = cell_text
     made.filters["split_name"] = split_name
     return made
 
@@ -293,7 +230,3 @@ def _row(outcome: TrialOutcome) -> dict[str, Any]:
         case TrialFailed():
             row["note"] = outcome.reason
     return row
-
-
-def _text(value: str) -> str:
-    return escape(visible(value))

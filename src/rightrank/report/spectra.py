@@ -5,31 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from statistics import median
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.table import Table
 
 from rightrank.report.adapters import candidate_table
-from rightrank.report.figure import Axis, Figure, HeatMap, Series, heat_map, log_ticks
-from rightrank.report.terminal_figures import terminal_map
+from rightrank.report.figure import Axis, Figure, Series, axis_from_zero, log_ticks
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import SettingsError, did_you_mean
+from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import Allocation, Inspection, ModuleSpectrum, Resized
 
-Statistic: TypeAlias = Literal[
-    "effective_rank", "stable_rank", "noise_rank", "energy_rank_0.9", "energy_rank_0.99", "norm"
-]
 MAX_TICKS = 12  # of the singular values, each of which is then a tick
-STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
-TITLES: dict[Statistic, str] = {
-    "effective_rank": "effective rank",
-    "stable_rank": "stable rank",
-    "noise_rank": "rank above the noise",
-    "energy_rank_0.9": "rank of 90% of the energy",
-    "energy_rank_0.99": "rank of 99% of the energy",
-    "norm": "norm of the update",
-}
 
 
 def spectrum_figure(inspection: Inspection) -> Figure | None:
@@ -59,28 +46,36 @@ def spectrum_figure(inspection: Inspection) -> Figure | None:
     )
 
 
-def require_statistic(name: str) -> Statistic:
-    """The statistic of that name.
+def layer_figure(modules: Sequence[ModuleSpectrum]) -> Figure:
+    """The effective rank by layer, a series for each kind of module; where too little is known of it, the stable rank.
 
     Raises:
-        SettingsError: an unknown name.
+        SettingsError: no module is in a numbered layer.
     """
-    for statistic in STATISTICS:
-        if statistic == name:
-            return statistic
-    hint = did_you_mean(name, STATISTICS)
-    raise SettingsError(f"--figure {name!r} is not known{hint or '; allowed: ' + ', '.join(STATISTICS)}")
-
-
-def spectrum_map(modules: Sequence[ModuleSpectrum], statistic: Statistic = "effective_rank") -> HeatMap:
-    """Layer × module, one cell a module; modules outside numbered layers share a row of their own."""
-    cells = {split_name(module.name): _value(module, statistic) for module in modules}
-    layers = sorted({row for row, _ in cells}, key=lambda row: (not row.isdigit(), int(row) if row.isdigit() else 0))
-    names = list(dict.fromkeys(column for _, column in cells))
-    title = f"{TITLES[statistic]}, by layer and module"
-    whole = {(layer, name): (cells.get((layer, name)), "") for layer in layers for name in names}
-    alt = f"Heat map of {len(modules)} modules: {title}."
-    return heat_map(statistic, title, alt, ("layer", "module"), whole, lower_is_better=False, mark_best=False)
+    places = [(*split_name(module.name), module.effective_rank or module.stable_rank) for module in modules]
+    points = sorted((int(layer), name, value) for layer, name, value in places if layer.isdigit())
+    if not points:
+        raise SettingsError("--plot: no module is in a numbered layer; leave it out, and see the table")
+    names = list(dict.fromkeys(name for _, name, _ in points))
+    series = [
+        Series(
+            name,
+            tuple(layer for layer, kind, _ in points if kind == name),
+            tuple(value for _, kind, value in points if kind == name),
+            tone=place,
+        )
+        for place, name in enumerate(names)
+    ]
+    return Figure(
+        name="effective_rank",
+        title="Effective rank, by layer and module",
+        alt=f"Effective rank of {len(points)} modules by layer.",
+        x=Axis("layer"),
+        y=axis_from_zero("effective rank", [value for *_, value in points]),
+        series=tuple(series),
+        columns=("layer", "module", "effective rank"),
+        rows=tuple(points),
+    )
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -92,36 +87,25 @@ def split_name(name: str) -> tuple[str, str]:
     return match[1], parts[-1] if parts[-1] != "c_proj" else ".".join(parts[-2:])
 
 
-def _value(module: ModuleSpectrum, statistic: Statistic) -> float | None:
-    if statistic == "norm":
-        return module.frobenius_norm
-    if statistic.startswith("energy_rank_"):
-        return module.energy_rank[statistic.removeprefix("energy_rank_")]
-    value: float | None = getattr(module, statistic)
-    return value
-
-
-MAX_ROWS = 20  # modules in the table; the heat map and --json have all
+MAX_ROWS = 20  # modules in the table; --json has all
 TABLE_WIDTH = 112  # minimum, so that a narrow terminal truncates no column
 ProbeRecord: TypeAlias = Inspection | Resized | Allocation
 
 
-def print_record(console: Console, record: ProbeRecord, statistic: Statistic, every: bool) -> None:
+def print_record(console: Console, record: ProbeRecord, every: bool) -> None:
     """Print any record of the probe."""
     console.width = max(console.width, TABLE_WIDTH)
     if isinstance(record, Inspection):
-        _print_inspection(console, record, statistic, every)
+        _print_inspection(console, record, every)
     elif isinstance(record, Resized):
         _print_resized(console, record)
     else:
         _print_allocation(console, record)
 
 
-def _print_inspection(console: Console, inspection: Inspection, statistic: Statistic, every: bool) -> None:
-    """Print the heat map, the table of modules and the summary."""
+def _print_inspection(console: Console, inspection: Inspection, every: bool) -> None:
+    """Print the table of modules and the summary."""
     summary, modules = inspection.summary, inspection.modules
-    if len(modules) > 1:
-        console.print(terminal_map(spectrum_map(modules, statistic)), soft_wrap=True)
     shown = modules if every or len(modules) <= MAX_ROWS else extremes(modules)
     console.print(_module_table(shown))
     if len(shown) < len(modules):

@@ -100,7 +100,7 @@ def _at_work(current: TrialStarted, records: Records) -> str:
     return f"{label}, step {looks[-1].step}: held-out {looks[-1].value:.4g}" if looks else label
 
 
-def status_lines(status: RunStatus, width: int, colour: bool) -> str:
+def status_lines(status: RunStatus, width: int) -> str:
     """The status as text."""
     so_far = "" if status.state == "done" else " so far"
     verdict = f" ({status.verdict})" if status.rank is not None else ""
@@ -118,7 +118,7 @@ def status_lines(status: RunStatus, width: int, colour: bool) -> str:
     if status.state == "stopped":
         rows.append(("resume", shlex.join(["rightrank", "select", "--out", status.run])))
     first = f"{status.run}: {status.state}, {quantity(status.trainings, 'training')}{so_far}"
-    curve = terminal_curve(status.curve, width, colour, status.truncated_curve)
+    curve = terminal_curve(status.curve, width, status.truncated_curve)
     lines = labelled([(label, text) for label, text in rows if text], 8)
     return "\n".join([first, *lines, *([curve] if curve else [])])
 

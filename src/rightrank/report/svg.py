@@ -18,10 +18,8 @@ from textwrap import wrap
 from rightrank.data.files import replacing, write_text
 from rightrank.report.figure import (
     MAX_LABELS,
-    AnyFigure,
     Axis,
     Figure,
-    HeatMap,
     Part,
     Series,
     Tone,
@@ -29,13 +27,12 @@ from rightrank.report.figure import (
     parts_of,
     to_csv,
 )
-from rightrank.report.format import cell_text, visible
+from rightrank.report.format import visible
 from rightrank.schema.errors import SettingsError
 
 WIDTH, HEIGHT = 460, 290  # of a drawing in its own units, which are pixels at its natural size
 LEFT, RIGHT, TOP, BOTTOM = 66, 12, 8, 46  # its margins
 FONT, LETTER, LINE = 12, 6.6, 17  # of texts: the size, the mean width of a letter, the height of a line
-MAX_LABELLED_CELLS = 1000  # of a heat map; a larger one shows colours alone, and its CSV holds the numbers
 SWATCH = 30  # the width of a legend's sign with the space behind it
 # Colours of a file; in the page, the variables of its style sheet take their place.
 COLOURS = {
@@ -54,17 +51,14 @@ def inline_svg(figure: Figure) -> str:
     )
 
 
-def svg_file(figure: AnyFigure) -> str:
+def svg_file(figure: Figure) -> str:
     """The figure as a file: title, drawing and legend on white. The same figure gives the same text."""
-    drawing, width, height = (
-        (_plot(figure), WIDTH, HEIGHT) if isinstance(figure, Figure) else (_map(figure), *_map_size(figure))
-    )
-    title = wrap(visible(figure.title), int((width - 20) / (1.1 * LETTER)))
+    title = wrap(visible(figure.title), int((WIDTH - 20) / (1.1 * LETTER)))
     top = 10 + LINE * len(title)
-    legend = [] if isinstance(figure, HeatMap) else _legend(figure, width, top + height + 4)
-    whole = top + height + LINE * len(legend) + 8
+    legend = _legend(figure, top + HEIGHT + 4)
+    whole = top + HEIGHT + LINE * len(legend) + 8
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {whole:g}" font-family="system-ui, sans-serif" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {whole:g}" font-family="system-ui, sans-serif" '
         f'font-size="{FONT}">',
         f"<title>{_text(figure.alt)}</title>",
         '<rect width="100%" height="100%" fill="#fff"/>',
@@ -72,7 +66,7 @@ def svg_file(figure: AnyFigure) -> str:
             f'<text x="12" y="{LINE * (1 + row)}" font-size="{FONT + 2}" fill="var(--ink)">{_text(line)}</text>'
             for row, line in enumerate(title)
         ),
-        f'<g transform="translate(0 {top})">{drawing}</g>',
+        f'<g transform="translate(0 {top})">{_plot(figure)}</g>',
         *legend,
         "</svg>",
     ]
@@ -230,13 +224,13 @@ def swatch(part: Part) -> str:
     return signs.get(part.sign) or line.format(' stroke-dasharray="5 3"' if part.dashed else "")
 
 
-def _legend(figure: Figure, width: float, y: float) -> list[str]:
+def _legend(figure: Figure, y: float) -> list[str]:
     """The legend of a file: one group for each line; a line holds as many entries as fit."""
     rows: list[list[str]] = []
-    x = width
+    x: float = WIDTH
     for part in parts_of(figure):
         needed = SWATCH + LETTER * 0.9 * len(part.label) + 14
-        if x + needed > width:
+        if x + needed > WIDTH:
             rows.append([])
             x = 12
         place = f'transform="translate({x:g} {y + LINE * len(rows) - LINE:g})"'
@@ -246,39 +240,11 @@ def _legend(figure: Figure, width: float, y: float) -> list[str]:
     return ["".join(row) for row in rows]
 
 
-def _map_size(figure: HeatMap) -> tuple[float, float]:
-    cell = LETTER * max(8, *(len(name) + 2 for name in figure.column_names))
-    return max(WIDTH, LEFT + RIGHT + cell * len(figure.column_names)), 52 + 26 * len(figure.row_names)
-
-
-def _map(figure: HeatMap) -> str:
-    """Coloured cells with their values; the best of a row is bold."""
-    width, height = _map_size(figure)
-    cell, rows = (width - LEFT - RIGHT) / len(figure.column_names), len(figure.row_names)
-    labelled = rows * len(figure.column_names) <= MAX_LABELLED_CELLS
-    lines = [_label(name, LEFT + cell * (j + 0.5), height - 30, "middle") for j, name in enumerate(figure.column_names)]
-    lines.append(_label(figure.column_label, LEFT + cell * len(figure.column_names) / 2, height - 10, "middle", "ink"))
-    turned = f' transform="translate(13 {13 * rows}) rotate(-90)"'
-    lines.append(_label(figure.row_label, 0, 0, "middle", "ink", turned))
-    for i, (name, values, notes) in enumerate(zip(figure.row_names, figure.values, figure.notes, strict=True)):
-        lines.append(_label(name, LEFT - 7, 26 * i + 17, "end"))
-        for j, (value, note) in enumerate(zip(values, notes, strict=True)):
-            shade = figure.shade(value)
-            opacity = 0.0 if value is None else 0.06 if shade is None else 0.06 + 0.5 * shade
-            place = f'x="{LEFT + cell * j:.1f}" y="{26 * i}" width="{cell - 1:.1f}" height="25"'
-            lines.append(f'<rect {place} fill="var(--band)" fill-opacity="{opacity:.2f}"/>')
-            if labelled:
-                weight = ' font-weight="700"' if figure.best[i] == j else ""
-                text = note if value is None else cell_text(value)
-                lines.append(_label(text, LEFT + cell * (j + 0.5), 26 * i + 17, "middle", "ink", weight))
-    return "\n".join(lines)
-
-
 def _text(value: str) -> str:
     return escape(visible(value))
 
 
-def write_figures(folder: Path, figures: Sequence[AnyFigure]) -> None:
+def write_figures(folder: Path, figures: Sequence[Figure]) -> None:
     """`folder/<name>.svg` and `.csv` of each figure. Each file is replaced as a whole."""
     for figure in figures:
         write_text(folder / f"{figure.name}.svg", svg_file(figure))
@@ -295,7 +261,7 @@ def require_svg(path: Path) -> None:
         raise SettingsError(f"--plot {path}: give a file that ends in .svg")
 
 
-def write_plot(figure: AnyFigure, path: Path) -> None:
+def write_plot(figure: Figure, path: Path) -> None:
     """Draw one figure to `path`.
 
     Raises:

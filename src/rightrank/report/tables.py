@@ -8,19 +8,17 @@ from rightrank.report.answer import answer_view, brief, certainty_rows, evidence
 from rightrank.report.format import duration, size, table_lines, visible
 from rightrank.report.terminal_figures import terminal_curve
 from rightrank.schema.decision import Decision
-from rightrank.schema.results import Preflight, PreflightStrategy, SelectionCost
+from rightrank.schema.results import Preflight, SelectionCost
 
 FINISH_SECONDS = 5  # the test split, samples and the report of a small run; a longer one's are a small part of its time
 
 
-def decision_text(
-    decision: Decision, understood: list[str], colour: bool, width: int, commands: Sequence[str | None] = ()
-) -> str:
+def decision_text(decision: Decision, understood: list[str], width: int, commands: Sequence[str | None] = ()) -> str:
     """The whole decision, ready to print; `commands` are those of its next runs."""
     view = answer_view(decision, commands=commands)
     read = [visible(f"read:    {'; '.join(understood)}")] if understood else []
     trained = [(evidence.rank, evidence.value) for evidence in decision.ranks if evidence.rank > 0]
-    curve = terminal_curve(trained, width, colour)
+    curve = terminal_curve(trained, width)
     stairs = ", ".join(f"{step.rank} from {brief(step.margin)}" for step in decision.staircase)
     rows = [
         ("verdict", decision.verdict.replace("_", " ")),
@@ -37,7 +35,7 @@ def decision_text(
 
 def preflight_text(found: Preflight) -> str:
     """Everything, for a person."""
-    lines = [*found.before, *_data_lines(found), *memory_lines(found), *cost_lines(found)]
+    lines = [*found.before, *_data_lines(found), *memory_lines(found), cost_line(found)]
     lines += [*_whole_time(found), *found.notes]
     return "\n".join([*lines, "nothing was written: this was a dry run"])
 
@@ -83,22 +81,13 @@ def memory_lines(found: Preflight) -> list[str]:
     return [f"ranks and memory: {shown}; {budget}"]
 
 
-def cost_lines(found: Preflight) -> list[str]:
-    """Trainings, time and price of every strategy, that of the settings first."""
-    rows = sorted(found.cost.strategies, key=lambda row: row.strategy != found.cost.strategy)
-    return [
-        f"strategy {row.strategy}{'' if index else ' (this run)'}: {_cost(row, found.cost.steps)}"
-        for index, row in enumerate(rows)
-    ]
-
-
-def _cost(row: PreflightStrategy, steps: int) -> str:
-    parts = [f"about {row.trainings:.3g} trainings of {steps} steps, {row.trainings_at_most:.3g} at most"]
-    if row.seconds is not None and row.seconds_at_most is not None:
-        parts.append(f"about {duration(row.seconds)}, {duration(row.seconds_at_most)} at most")
-    if row.price is not None:
-        parts.append(f"{row.price:.2f} at the price given")
-    return "; ".join(parts)
+def cost_line(found: Preflight) -> str:
+    """Trainings and time."""
+    cost = found.cost
+    parts = [f"about {cost.trainings:.3g} trainings of {cost.steps} steps, {cost.trainings_at_most:.3g} at most"]
+    if cost.seconds is not None and cost.seconds_at_most is not None:
+        parts.append(f"about {duration(cost.seconds)}, {duration(cost.seconds_at_most)} at most")
+    return f"strategy {cost.strategy}: {'; '.join(parts)}"
 
 
 def took_line(cost: SelectionCost, trainings: float, seconds: float) -> str:

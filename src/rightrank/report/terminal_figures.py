@@ -1,26 +1,20 @@
-"""The terminal backend: the curve so far, and heat maps as shaded cells."""
+"""The terminal backend: the curve so far."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import log2
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-from rightrank.report.figure import HeatMap
-from rightrank.report.format import cell_text, short, visible
-
-if TYPE_CHECKING:
-    from rich.text import Text
+from rightrank.report.format import cell_text
 
 MAX_CURVE_WIDTH, CURVE_ROWS = 72, 10  # characters
-LINE_COLOUR, MARKER_COLOUR = 94, 92  # of ANSI: bright blue, bright green
 BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # the dots of a character, four rows of two
 Points: TypeAlias = Sequence[tuple[int, float]]  # rank and value, by ascending rank
-SHADES = (17, 18, 24, 30, 65, 101, 143, 185, 227)  # of the 256 terminal colours, dark to light
 
 
-def terminal_curve(points: Points, width: int, colour: bool, truncated: Points = ()) -> str:
+def terminal_curve(points: Points, width: int, truncated: Points = ()) -> str:
     """Values against the logarithm of the rank as text, at most `width` characters wide; empty below two ranks.
 
     `points` are trained adapters (●), `truncated` those truncated from a higher rank (○).
@@ -40,9 +34,9 @@ def terminal_curve(points: Points, width: int, colour: bool, truncated: Points =
     def places(series: Points) -> list[tuple[int, float]]:
         return [(column(rank), (CURVE_ROWS - 1) * (1 - (value - low) / span)) for rank, value in series]
 
-    cells = _line(places(truncated), colour) | _line(places(points), colour)
+    cells = _line(places(truncated)) | _line(places(points))
     for series, marker in ((truncated, "○"), (points, "●")):
-        cells |= {(round(row), x): _coloured(marker, MARKER_COLOUR if colour else None) for x, row in places(series)}
+        cells |= {(round(row), x): marker for x, row in places(series)}
     lines = [
         f"{ticks.get(row, ''):>{margin}}{'┤' if row in ticks else '│'}"
         + "".join(cells.get((row, x), " ") for x in range(columns))
@@ -57,7 +51,7 @@ def terminal_curve(points: Points, width: int, colour: bool, truncated: Points =
     )
 
 
-def _line(places: Sequence[tuple[int, float]], colour: bool) -> dict[tuple[int, int], str]:
+def _line(places: Sequence[tuple[int, float]]) -> dict[tuple[int, int], str]:
     """Braille characters along the straight lines between `places`: column and row, each with a fraction for its dots."""
     dots: dict[tuple[int, int], int] = {}
     for (left, upper), (right, lower) in pairwise(places):
@@ -67,11 +61,7 @@ def _line(places: Sequence[tuple[int, float]], colour: bool) -> dict[tuple[int, 
             y = round(4 * (upper + (lower - upper) * step / steps) + 1.5)
             cell = (min(y // 4, CURVE_ROWS - 1), x // 2)
             dots[cell] = dots.get(cell, 0) | BRAILLE[y % 4][x % 2]
-    return {cell: _coloured(chr(0x2800 + bits), LINE_COLOUR if colour else None) for cell, bits in dots.items()}
-
-
-def _coloured(text: str, colour: int | None) -> str:
-    return text if colour is None else f"\x1b[{colour}m{text}\x1b[0m"
+    return {cell: chr(0x2800 + bits) for cell, bits in dots.items()}
 
 
 def _rank_names(names: Mapping[int, str]) -> str:
@@ -81,25 +71,3 @@ def _rank_names(names: Mapping[int, str]) -> str:
         if not line or column > len(line):
             line = line.ljust(column) + name
     return line
-
-
-def terminal_map(figure: HeatMap) -> Text:
-    """The heat map in shaded cells, each with its value."""
-    from rich.text import Text
-
-    width = max(6, *map(len, figure.column_names)) + 1
-    text = Text(f"{visible(figure.title)}\n", style="bold")
-    text.append(f"{figure.row_label:>6} " + "".join(f"{name:>{width}}" for name in figure.column_names) + "\n")
-    for name, row in zip(figure.row_names, figure.values, strict=True):
-        text.append(f"{name:>6} ")
-        for value in row:
-            if value is None:
-                text.append(" " * width)
-                continue
-            shade = figure.shade(value)
-            share = 0.5 if shade is None else shade
-            colour = SHADES[min(int(share * len(SHADES)), len(SHADES) - 1)]
-            ink = "white" if share < 0.5 else "black"
-            text.append(f"{short(value):>{width}}", style=f"{ink} on color({colour})")
-        text.append("\n")
-    return text

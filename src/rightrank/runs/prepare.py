@@ -108,11 +108,10 @@ def label_lines(data: DataSummary) -> list[str]:
     return [line]
 
 
-def strategy_of(prepared: Prepared, name: str | None = None) -> Strategy:
-    """The strategy of the settings, or the one named, for this selection's steps and data."""
-    settings = prepared.settings if name is None else prepared.settings.model_copy(update={"strategy": name})
+def strategy_of(prepared: Prepared) -> Strategy:
+    """The strategy of the settings, for this selection's steps and data."""
     return make_strategy(
-        settings,
+        prepared.settings,
         prepared.steps,
         token_loss=prepared.is_token_loss,
         unseen_steps=prepared.unseen_steps,

@@ -123,23 +123,16 @@ class PreflightRank(Record):
     fits: bool | None
 
 
-class PreflightStrategy(Record):
-    """The cost of one strategy, in whole trainings and in seconds."""
+class PreflightCost(Record):
+    """The cost of the selection, in whole trainings and in seconds."""
 
     strategy: str
+    steps: Whole  # optimizer steps of a training
     trainings: float  # expected
     trainings_at_most: float
     trainings_to_adapter: float  # expected, until the first question is answered
     seconds: float | None  # None: not measured
     seconds_at_most: float | None
-    price: float | None  # None: no price per hour was given
-
-
-class PreflightCost(PreflightStrategy):
-    """The cost of the strategy of the settings, and of the others beside it."""
-
-    steps: Whole  # optimizer steps of a training
-    strategies: list[PreflightStrategy]
 
 
 class Preflight(Record):

@@ -70,4 +70,4 @@ def allocate(
 
     from rightrank.report.spectra import print_record
 
-    print_record(Console(), allocation, "effective_rank", every=False)
+    print_record(Console(), allocation, every=False)

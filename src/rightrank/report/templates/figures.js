@@ -59,7 +59,7 @@
   function move(name, kind, values, text) {
     const svg = document.querySelector(`svg[data-figure="${name}"]`), part = svg && svg.querySelector(kind);
     if (!part) return;
-    const [x, y] = axesOf(svg), left = values[0] === null ? 0 : x.at(values[0]);
+    const [x, y] = axesOf(svg), left = x.at(values[0]);
     part.firstElementChild.setAttribute("transform", `translate(${left} ${y.at(values[1])})`);
     const entries = [...svg.closest("figure").querySelectorAll(".legend button")];
     const entry = entries.find((one) => one.dataset.label === part.dataset.label);
@@ -78,7 +78,6 @@
       slider.setAttribute("aria-valuetext", text);
       output.textContent = `At a margin of ${text}, the smallest rank shown to be enough is ${rank}.`;
       move("staircase", ".ring", [margin, rank], "this margin");
-      move("paired_differences", ".level", [null, margin], `margin ${short(margin)}`);
       move("rank_curve", ".ring.accent", [rank, answer.values[rank]], `at this margin: rank ${rank}`);
       const svg = document.querySelector('svg[data-figure="rank_curve"]'), y = axesOf(svg)[1];
       const ends = [y.at(best), y.at(best + sign * margin)], band = svg.querySelector(".band rect");
