@@ -29,7 +29,7 @@ from benchmarks.engine.common import make_runtime
 from benchmarks.kinds.checks import example_losses, plain_losses
 from benchmarks.plan import gpu as plan_cases
 from benchmarks.plan.architectures import SMALL_CONFIGS
-from rightrank.api import select_rank
+from rightrank import select_rank
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.events import Event, Listener, Notice
 from rightrank.schema.trials import Arm, Trial, TrialFinished

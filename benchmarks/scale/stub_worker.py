@@ -9,7 +9,7 @@ from benchmarks.scale.simulated import result_of, step_of
 from rightrank.plugins.cluster.messages import Setup, Step, WorkerMessage
 from rightrank.plugins.cluster.on_ray import RayWorker
 from rightrank.plugins.cluster.worker import Worker, main
-from rightrank.runs.executor import Executor
+from rightrank.runs.hook import Executor
 from rightrank.schema.trials import Trial, TrialOutcome, TrialStarted
 
 SIGN_SECONDS = 0.2  # between two signs of progress

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rightrank.schema.settings import SelectSettings
     from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
 
-_VALUES = {  # the others are functions of `rightrank.api`
+_PLACES = {
     "Decision": "schema.decision",
     "EvalPoint": "schema.trials",
     "PlanSettings": "schema.plan_settings",
@@ -34,6 +34,15 @@ _VALUES = {  # the others are functions of `rightrank.api`
     "SmallestAdapter": "interop.smallest",
     "TrialResult": "schema.trials",
     "TrialTask": "schema.trials",
+    "compare": "api.adapters",
+    "decide": "api.deciding",
+    "export": "api.runs",
+    "inspect": "api.adapters",
+    "preflight": "api.selecting",
+    "resize": "api.adapters",
+    "select_rank": "api.selecting",
+    "select_rank_with": "api.selecting",
+    "write_report": "api.runs",
 }
 
 __all__ = [
@@ -60,8 +69,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the public names on first use, `import rightrank` alone costs nothing; and the functions of plug-ins."""
-    if name in __all__:
-        return getattr(import_module(f"rightrank.{_VALUES.get(name, 'api')}"), name)
+    if name in _PLACES:
+        return getattr(import_module(f"rightrank.{_PLACES[name]}"), name)
     if not name.startswith("_"):
         from rightrank.runs import plugins
 

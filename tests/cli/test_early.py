@@ -89,9 +89,6 @@ def test_a_pipe_gets_a_line_before_torch_is_imported(files: Path) -> None:
     done = subprocess.run([sys.executable, "-c", watching, given], capture_output=True, text=True, cwd=files)
     assert done.stdout.split() == ["2", "False"], done.stderr
     assert done.stderr.splitlines()[0].endswith("loading model and data …")
-    quiet = json.dumps(["select", "model", "train.jsonl", "--out", "run", "--quiet"])
-    done = subprocess.run([sys.executable, "-c", CODE, quiet], capture_output=True, text=True, cwd=files)
-    assert len(done.stderr.splitlines()) == 1
 
 
 def test_another_length_of_training_is_refused_before_torch_is_imported(files: Path, small_run: Path) -> None:

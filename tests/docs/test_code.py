@@ -16,6 +16,7 @@ from tests.tiny import make_tokenizer, write_completions, write_pairs
 # Run by tests of their own: the demo (in short), and what installs things or needs hours.
 ELSEWHERE = ("make ", "pip ", "python -m ", "git ", "rightrank demo")
 FAST = ["--max-steps", "4", "--batch-size", "4", "--seq-len", "32", "--eval-items", "8", "--device", "cpu"]
+SMALL = {"--ranks": "1,4", "--learning-rates": "1e-2"}  # where a page does not say its own
 CODE = [page for page in PAGES if any(block.runs and block.language in (*SHELL, "python") for block in blocks(page))]
 
 pytestmark = [
@@ -72,7 +73,8 @@ def _run(command: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         return
     is_new = not out.exists()
     # the tiny model's matrices hold ranks up to 16
-    _succeed([*arguments, *FAST, *([] if "--ranks" in arguments else ["--ranks", "1,4"])], capsys)
+    small = [part for name, value in SMALL.items() if name not in arguments for part in (name, value)]
+    _succeed([*arguments, *FAST, *small], capsys)
     if is_new:
         shutil.copytree(out, kept)
 

@@ -14,16 +14,14 @@ from tests.commands import run
 METHOD = Path(__file__).parents[2] / "examples" / "the_method.py"
 
 
-@pytest.mark.parametrize(("margin", "rank"), [("0.02", 16), ("0.1", 8)])
 def test_the_page_and_the_command_name_the_same_rank(
-    margin: str,
-    rank: int,
     model_folder: Path,
     completion_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    margin, rank = "0.1", 8
     rows = completion_file.read_text(encoding="utf-8").splitlines()
     train, held_out = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
     train.write_text("\n".join(rows[:140]), encoding="utf-8")

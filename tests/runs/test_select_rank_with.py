@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,39 +16,12 @@ from rightrank import TrialResult, TrialTask, decide, select_rank_with
 from rightrank.schema.errors import AllTrialsFailedError, InterruptedRun, RightrankError, RunFolderError, SettingsError
 from rightrank.schema.trials import TrialLook
 from tests.adapters.adapters import make_adapter, make_base
+from tests.runs.own_functions import ITEMS, by_number, dies, hangs, paired
 from tests.watch import GENEROUS_SECONDS, Watch, clock_that_jumps
 
 pytestmark = pytest.mark.trains
 
 RANKS, RATES = (1, 4, 16), (1e-3, 3e-3)
-ITEMS = [random.Random(0).gauss(0, 1) for _ in range(40)]
-
-
-def paired(task: TrialTask) -> TrialResult:
-    """Scores that rise to rank 4 and then stay; the items' own spread is 100 times the ranks'."""
-    gain = min(task.rank, 4) * 0.01 - (0.02 if task.learning_rate > 2e-3 else 0)
-    noise = random.Random(task.rank)
-    scores = [ease + gain + noise.gauss(0, 1e-4) for ease in ITEMS]
-    return TrialResult(metrics={"reward": sum(scores) / len(scores)}, item_scores=scores)
-
-
-def by_number(task: TrialTask) -> Mapping[str, float]:
-    return {"loss": 1 + 1 / task.rank + (0.2 if task.learning_rate > 2e-3 else 0)}
-
-
-def hangs(task: TrialTask) -> Mapping[str, float]:
-    if task.rank == 16:
-        task.report(1, 1.0)  # the test's clock is past the limit from here on
-        time.sleep(GENEROUS_SECONDS)
-    return by_number(task)
-
-
-def dies(task: TrialTask) -> Mapping[str, float]:
-    if task.rank == 16:
-        import os
-
-        os._exit(3)
-    return by_number(task)
 
 
 def test_item_scores_are_compared_in_pairs(tmp_path: Path) -> None:
@@ -305,7 +276,7 @@ def test_in_a_process_of_its_own_a_trial_may_hang_or_die(
 def test_several_calls_at_once_come_to_the_same_decision(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"ranks": RANKS, "learning_rates": RATES, "metric": "reward", "margin": 0.005}
     alone = select_rank_with(paired, tmp_path / "alone", **asked).decision
-    several = select_rank_with(paired, tmp_path / "several", executor="processes", workers=3, **asked).decision
+    several = select_rank_with(paired, tmp_path / "several", executor="threads", workers=3, **asked).decision
     measured = {"next_run", "next_runs"}  # they say what the next run would take
     assert several.model_dump(exclude=measured) == alone.model_dump(exclude=measured)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
-import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
 from rightrank.api.runs import export
+from rightrank.cli import main
 from rightrank.interop.targets import LOOPBACK
 from rightrank.report.html import render_report
 from rightrank.schema.errors import MAX_MESSAGE_CHARACTERS, DataError, RightrankError, one_line
@@ -30,35 +31,31 @@ ENVIRONMENT = {"python", "system", "torch", "transformers", "peft", "device", "t
 @pytest.fixture(scope="module")
 def small_run(
     model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A selection by the command, in a process whose environment is full of secrets."""
-    import os
-
-    out = tmp_path_factory.mktemp("secrets") / "run"
-    arguments = [*select_arguments(model_folder, completion_file, out), "--log-json"]
-    command = [sys.executable, "-m", "rightrank", *arguments]
-    done = subprocess.run(command, env=os.environ | SECRETS, capture_output=True, text=True, check=False)
-    return out, done
+) -> tuple[Path, dict[str, str]]:
+    """A selection by the command, in an environment full of secrets: its folder, and what it printed."""
+    out, printed, told = tmp_path_factory.mktemp("secrets") / "run", io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(told):
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main([*select_arguments(model_folder, completion_file, out), "--log-json"])
+    return out, {"out": printed.getvalue(), "err": told.getvalue()}
 
 
 def test_no_secret_of_the_environment_is_written_or_printed(
-    small_run: tuple[Path, subprocess.CompletedProcess[str]],
+    small_run: tuple[Path, dict[str, str]],
 ) -> None:
-    out, done = small_run
-    assert done.returncode == 0, done.stderr
+    out, printed = small_run
     export(out, "vllm")
     written = [path for path in out.rglob("*") if path.is_file()]
     assert len(written) > 8
-    texts = {str(path): path.read_bytes() for path in written} | {
-        "out": done.stdout.encode(),
-        "err": done.stderr.encode(),
-    }
+    texts = {str(path): path.read_bytes() for path in written} | {name: text.encode() for name, text in printed.items()}
     for secret in SECRETS.values():
         assert not [name for name, text in texts.items() if secret.encode() in text]
 
 
 def test_the_environment_in_the_journal_is_a_list_of_what_is_allowed(
-    small_run: tuple[Path, subprocess.CompletedProcess[str]],
+    small_run: tuple[Path, dict[str, str]],
 ) -> None:
     out, _ = small_run
     started = json.loads((out / "journal.jsonl").read_text().splitlines()[0])
@@ -66,7 +63,7 @@ def test_the_environment_in_the_journal_is_a_list_of_what_is_allowed(
     assert set(found) <= ENVIRONMENT
 
 
-def test_a_server_s_script_listens_on_loopback(small_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_a_server_s_script_listens_on_loopback(small_run: tuple[Path, dict[str, str]]) -> None:
     out, _ = small_run
     script = (export(out, "vllm").folder / "vllm.sh").read_text()
     assert f"--host {LOOPBACK}" in script

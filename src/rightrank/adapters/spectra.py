@@ -15,7 +15,8 @@ from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_ad
 from rightrank.models.lora_files import PREFIX, is_alpha
 from rightrank.models.spectra import factored_singular_values
 from rightrank.schema.arrays import Floats
-from rightrank.schema.results import Inspection, InspectionSummary, ModuleKind, ModuleSpectrum
+from rightrank.schema.results import Inspection, InspectionSummary, ModuleSpectrum
+from rightrank.schema.settings import ModuleKind
 
 DEAD_FRACTION = 1e-3  # of the median norm of the modules
 ROUNDING = 1e-6  # of the largest singular value; below it a value is rounding of float32 files, and not noise

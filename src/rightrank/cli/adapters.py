@@ -51,7 +51,7 @@ def inspect(
     With --base A --finetuned B: of every matrix that full fine-tuning changed. With --gradient MODEL DATA: of the
     gradient of the loss before any training.
     """
-    from rightrank import api
+    from rightrank.api import adapters as api
     from rightrank.report.spectra import layer_figure
     from rightrank.report.svg import require_svg, write_plot
 
@@ -121,7 +121,7 @@ def resize(
     log_json: bool,
 ) -> None:
     """Write ADAPTER to OUT at another rank and report the truncation error."""
-    from rightrank import api
+    from rightrank.api import adapters as api
 
     needing = {"--margin": margin, "--ranks": ranks, "--recover": recover, "--set": assignments}
     alone = next((option for option, value in (needing | {"--train": train, "--base": base}).items() if value), None)
@@ -230,7 +230,7 @@ def compare(
     A and B are adapter folders, model folders, or `base`. Exit status: 0 not worse, 3 worse by more than the margin, 4 the
     examples cannot tell.
     """
-    from rightrank import api
+    from rightrank.api import adapters as api
 
     settings = make_settings(gather(None, assignments, options))
     if not quiet and not log_json:

@@ -77,7 +77,7 @@ def decide(
     RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
     folder; or results of W&B, MLflow, TensorBoard, Trainer, Optuna or Ray Tune.
     """
-    from rightrank import api
+    from rightrank.api import deciding as api
 
     decided = api.decide(
         results,

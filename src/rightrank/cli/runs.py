@@ -16,7 +16,7 @@ from rightrank.schema.errors import SettingsError
 @click.option("--json", "as_json", is_flag=True, help="Print the status as one JSON object.")
 def status(run: Path, as_json: bool) -> None:
     """Report where RUN stands, from another terminal or after its end. Nothing in the folder is written."""
-    from rightrank import api
+    from rightrank.api import runs as api
     from rightrank.report.status import status_lines
 
     found = api.status(run)
@@ -40,7 +40,7 @@ def report(run: Path, atlas_row: bool, as_json: bool) -> None:
 
     While a selection runs, the report shows what is known so far. --atlas-row writes nothing.
     """
-    from rightrank import api
+    from rightrank.api import runs as api
     from rightrank.runs import plugins
 
     if atlas_row:
@@ -70,7 +70,7 @@ def report(run: Path, atlas_row: bool, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
 def export(run: Path, to: str, out: Path | None, pad: bool, repository: str | None, as_json: bool) -> None:
     """Write what another program needs to train with RUN's rank or to serve its adapter, or the trials for Optuna."""
-    from rightrank import api
+    from rightrank.api import runs as api
 
     exported = api.export(run, to, out, pad=pad, push_to_hub=repository)
     if as_json:
@@ -91,7 +91,7 @@ def repair(run: Path, as_json: bool) -> None:
 
     `rightrank select` with the same arguments then trains only what is missing.
     """
-    from rightrank import api
+    from rightrank.api import runs as api
 
     repaired = api.repair(run)
     if as_json:

@@ -68,17 +68,18 @@ def select(
         raise SettingsError("no run folder: give --out DIR, or --dry-run to write nothing")
     if (model is None) != (data is None):
         raise SettingsError("give MODEL and DATA, or neither to continue the run in --out")
-    from rightrank import api
+    from rightrank.api.runs import begun_as
+    from rightrank.api.selecting import select_rank
     from rightrank.schema.settings import make_settings
 
-    begun = api.begun_as(out) if model is None else {}
+    begun = begun_as(out) if model is None else {}
     base = str(begun.pop("model")) if model is None else model
     rows = Path(str(begun.pop("data"))) if data is None else data
     settings = make_settings(begun | gather(config_file, assignments, options))
     if not (quiet or log_json or as_json or sys.stderr.isatty()):  # on a terminal, a line comes before the check
         _announce_checked(base, rows, settings)
     selected = _watched(
-        lambda hooks: api.select_rank(base, rows, out, settings=settings, callbacks=hooks), quiet, out, log_json
+        lambda hooks: select_rank(base, rows, out, settings=settings, callbacks=hooks), quiet, out, log_json
     )
     _print_selected(selected, as_json)
 
@@ -100,11 +101,11 @@ def _print_selected(selected: Selected, as_json: bool) -> None:
 
 
 def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> None:
-    from rightrank import api
+    from rightrank.api.selecting import preflight
     from rightrank.report.tables import preflight_text
     from rightrank.schema.settings import make_settings
 
-    found = api.preflight(model, data, settings=make_settings(values))
+    found = preflight(model, data, settings=make_settings(values))
     click.echo(found.model_dump_json() if as_json else preflight_text(found))
 
 

@@ -1,15 +1,16 @@
-"""The two ends of a selection's door: `Run`, through which whatever happens is kept and told, and `Hook`, which watches or takes part.
+"""The ends of a selection's door: `Run`, through which whatever happens is kept and told, `Hook`, which watches or takes part, and
+`Executor`, which runs trials.
 
 The core knows no hook by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rightrank.decision.run import Records, settled_start
 from rightrank.runs.folder import RunFolder
@@ -32,12 +33,11 @@ from rightrank.schema.events import (
     TestEvaluated,
 )
 from rightrank.schema.settings import CONTINUABLE, SelectSettings, settings_difference
-from rightrank.schema.trials import OUTCOMES, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.schema.trials import OUTCOMES, Trial, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.search.history import History
 from rightrank.search.protocol import Strategy
 
 if TYPE_CHECKING:  # these bring torch, which a hook may not need
-    from rightrank.runs.executor import Executor
     from rightrank.runs.prepare import Prepared
     from rightrank.runs.returns import Selected
     from rightrank.schema.decision import AdapterAnswer, Decision
@@ -128,6 +128,41 @@ class Hooks(Hook):
                 if hook.ends_run:
                     raise
                 self._faults[hook] = fault
+
+
+class Executor(Protocol):
+    """Runs trials and yields how each of them ended. The driver keeps the strategy and the journal.
+
+    An implementation must keep these rules:
+
+    - Each trial gets exactly one outcome, with the trial's `trial_id` and arm. The order is free.
+    - A trial that can't be trained is an outcome (`TrialDiverged`, `TrialFailed`), not an exception. Exceptions mean
+      that no trial can run.
+    - Training depends on the trial alone: the same trial gives the same values on any worker, beside any other trial.
+    - Before a `TrialFinished` is yielded, its adapter is in `RunFolder.trial_adapter` or in the run's store.
+    - The caller may close the iterator early; the executor then stops what it started and can be used again.
+    - It writes neither to the journal nor to the decision.
+
+    For example, an executor that evaluates a formula:
+
+        class FormulaExecutor:
+            def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
+                for trial in trials:
+                    result = TrialResult(metrics={"loss": 1.0 + 1.0 / (1 + trial.arm.rank)})
+                    yield outcome_of(trial, result, metric="loss", seconds=0.0)
+    """
+
+    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
+        """Yield one outcome per trial as the trials end.
+
+        Args:
+            trials: what to train; rank 0 is the evaluation of the base.
+            base_loss: the base's held-out loss in nats; None until the base has been evaluated.
+
+        Raises:
+            InterruptedRun: the user asked to stop; finished trials have been yielded, others have checkpoints.
+        """
+        ...
 
 
 class HookError(RunError):

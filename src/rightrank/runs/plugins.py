@@ -79,7 +79,7 @@ class Plugin:
     def executors(self) -> Mapping[str, Callable[..., AbstractContextManager[Any]]]:
         """By a value of the setting `executor`: a function of request, prepared selection and selection.
 
-        It gives a context, within which workers run, whose value is a `rightrank.runs.executor.Executor`.
+        It gives a context, within which workers run, whose value is a `rightrank.runs.hook.Executor`.
         """
         return {}
 

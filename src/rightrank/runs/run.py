@@ -13,10 +13,10 @@ from contextlib import contextmanager
 
 from rightrank.decision.run import decide_run
 from rightrank.report.format import size
-from rightrank.runs.executor import Executor, LocalExecutor
+from rightrank.runs.executor import LocalExecutor
 from rightrank.runs.finish import answer_early, finish, rescore
 from rightrank.runs.folder import RunFolder, run_store
-from rightrank.runs.hook import FailingAs, Hook, Hooks, Run
+from rightrank.runs.hook import Executor, FailingAs, Hook, Hooks, Run
 from rightrank.runs.plugins import executors
 from rightrank.runs.prepare import Bases, Prepared, prepare, resuming, strategy_of
 from rightrank.runs.request import Request

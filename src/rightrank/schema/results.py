@@ -8,6 +8,7 @@ from pydantic import Field
 
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.events import SplitSummary
+from rightrank.schema.settings import ModuleKind
 from rightrank.schema.trials import Record, Whole
 
 Source: TypeAlias = Literal["exact", "traced", "formula", "measured", "assumed"]
@@ -154,9 +155,6 @@ class Preflight(Record):
     seeds: Whole
     before: list[str] = Field(default_factory=list)  # what plug-ins say of it beforehand; it enters no answer
     notes: list[str] = Field(default_factory=list)
-
-
-ModuleKind: TypeAlias = Literal["linear", "embedding", "convolution", "expert", "matrix"]
 
 
 class ModuleSpectrum(Record):

@@ -20,6 +20,7 @@ from rightrank.schema.table import MAX_WHOLE, Group, Settings, setting
 
 COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
 
+ModuleKind: TypeAlias = Literal["linear", "embedding", "convolution", "expert", "matrix"]
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 AutoDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]

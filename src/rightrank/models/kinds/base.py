@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from rightrank.schema.errors import MultiLoraError
-from rightrank.schema.results import ModuleKind
+from rightrank.schema.settings import ModuleKind
 
 
 @dataclass(frozen=True, slots=True)

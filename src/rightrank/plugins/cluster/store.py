@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rightrank.runs.executor import Executor
 from rightrank.runs.folder import RunFolder, Store
+from rightrank.runs.hook import Executor
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.trials import Trial, TrialOutcome
 from rightrank.train.trial import CHECKPOINT_SHARE

@@ -34,7 +34,7 @@ from rightrank.plugins.cluster.messages import (
     TaskEnded,
     WorkerMessage,
 )
-from rightrank.runs.executor import Executor
+from rightrank.runs.hook import Executor
 from rightrank.schema.errors import InputError, InterruptedRun, RightrankError, RunError
 from rightrank.schema.events import Event, Listener, Notice, Preparing, StepDone
 from rightrank.schema.trials import TrialFailed, TrialStarted

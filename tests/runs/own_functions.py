@@ -1,0 +1,38 @@
+"""Training functions for processes of their own: a module that imports little, since every process imports it."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Mapping
+
+from rightrank.schema.trials import TrialResult, TrialTask
+
+GENEROUS_SECONDS = 600.0  # as in `tests.watch`
+ITEMS = [random.Random(0).gauss(0, 1) for _ in range(40)]
+
+
+def paired(task: TrialTask) -> TrialResult:
+    """Scores that rise to rank 4 and then stay; the items' own spread is 100 times the ranks'."""
+    gain = min(task.rank, 4) * 0.01 - (0.02 if task.learning_rate > 2e-3 else 0)
+    noise = random.Random(task.rank)
+    scores = [ease + gain + noise.gauss(0, 1e-4) for ease in ITEMS]
+    return TrialResult(metrics={"reward": sum(scores) / len(scores)}, item_scores=scores)
+
+
+def by_number(task: TrialTask) -> Mapping[str, float]:
+    return {"loss": 1 + 1 / task.rank + (0.2 if task.learning_rate > 2e-3 else 0)}
+
+
+def hangs(task: TrialTask) -> Mapping[str, float]:
+    if task.rank == 16:
+        task.report(1, 1.0)  # the test's clock is past the limit from here on
+        time.sleep(GENEROUS_SECONDS)
+    return by_number(task)
+
+
+def dies(task: TrialTask) -> Mapping[str, float]:
+    if task.rank == 16:
+        os._exit(3)
+    return by_number(task)
