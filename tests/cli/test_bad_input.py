@@ -25,7 +25,7 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--ranks", "4.5"], r"ranks: got '4\.5'; input should be a valid integer"),
     (["--ranks", "four"], r"ranks: got 'four'"),
     (["--ranks", ""], r"ranks is empty"),
-    (["--ranks", "4,4"], r"ranks repeats a value"),
+    (["--ranks", "4,4"], r"ranks: got \[4, 4\]; give at least one, and each once"),
     (["--ranks", "4,64"], r"rank 64 is above the \d+ that model\.layers\.0\.self_attn\.\w+_proj"),
     (["--learning-rates", "0"], r"learning rate 0 is not allowed"),
     (["--learning-rates", "-1e-4"], r"learning rate -0\.0001 is not allowed"),
@@ -53,7 +53,7 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--no-such-option"], r"No such option"),
     (["--lr", "1e-3"], r"no such option --lr \(did you mean --learning-rates\?\)$"),
     (["--warmup-ratio", "0.1"], r"no such option --warmup-ratio; give it as --set warmup_ratio=VALUE$"),
-    (["--device", "gpu"], r"device 'gpu' is not known \(did you mean 'cuda'\?\); give auto, cpu, cuda, cuda:1 or mps$"),
+    (["--device", "gpu"], r"device 'gpu' is not known; give auto, cpu, cuda, cuda:1 or mps$"),
     (["--ranks", "4,x"], r"ranks: got 'x'; input should be a valid integer$"),
 ]
 

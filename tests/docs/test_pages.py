@@ -12,9 +12,8 @@ import pytest
 
 from rightrank.cli import cli
 from rightrank.schema.decision import Basis, Decision, Verdict
-from rightrank.schema.peft_options import PEFT_OPTIONS
 from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
 from tests.commands import COMMANDS
 from tests.docs.pages import FRONT, GUIDES, PAGES, ROOT, name_of, shell_commands, shown_commands
 

@@ -186,7 +186,7 @@ def test_a_bad_look_ends_its_trial_and_no_other(tmp_path: Path, where: dict[str,
         2: (TrialDiverged, "step 2: reported nan"),
         4: (TrialDiverged, "a point's score is not a finite number"),
         8: (TrialFailed, "train raised ZeroDivisionError: a reward of 1 / 0"),
-        16: (TrialFailed, "looks have 2 and 3 item_scores; score the same examples"),
+        16: (TrialFailed, "train reported 2 and 3 item_scores; score the same examples"),
     }
     assert {rank for rank in ranks if isinstance(outcomes[rank], TrialFinished)} == {1, 32}
     for rank, (kind, reason) in expected.items():

@@ -102,20 +102,6 @@ def test_the_profile_is_a_set_of_defaults(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def silent(task: TrialTask) -> TrialResult:
-    return reinforce(task.reporting_to(lambda _: None))
-
-
-def test_a_trainer_without_looks_gets_one_notice(tmp_path: Path) -> None:
-    _, notices = run(tmp_path / "run", silent)
-    (notice,) = [line for line in notices if "no values along the way" in line]
-    assert "a collapse can be seen only at the end" in notice
-    _, notices = run(tmp_path / "other", reinforce)
-    assert not [line for line in notices if "no values along the way" in line]
-    _, notices = run(tmp_path / "plain", silent, profile=None, metric="reward")
-    assert notices == []
-
-
 def test_an_end_below_the_base_is_a_collapse_too(tmp_path: Path) -> None:
     def train(task: TrialTask) -> TrialResult:
         level = 0.3 if task.rank == 0 else 0.05 if task.learning_rate == HIGH else 0.6

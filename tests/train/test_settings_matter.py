@@ -12,8 +12,7 @@ from benchmarks.kinds.cases import make_model
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import prepare_model
 from rightrank.schema.errors import ModelError
-from rightrank.schema.peft_options import PEFT_OPTIONS
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode

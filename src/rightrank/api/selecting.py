@@ -66,13 +66,12 @@ def select_rank(
     from rightrank.hooks.interrupts import Interrupts
     from rightrank.hooks.trackers import Trackers
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.request import Request, check, check_folder
+    from rightrank.runs.request import Request, check
 
     request = Request(model, tokenizer, data, _overridden(settings, keywords, peft_config, args))
     check(request)
     trackers, folder = Trackers(request.settings.report_to, Path(out)), RunFolder(Path(out))
     with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
-        check_folder(folder, request.settings)
         views = _views(progress, opened)
         stop = opened.enter_context(Interrupts(Hooks([*views, *callbacks]).notice))
         # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.

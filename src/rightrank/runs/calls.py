@@ -7,7 +7,6 @@ import multiprocessing
 import pickle
 import queue
 import shutil
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from rightrank.schema.errors import (
     SettingsError,
     quoted,
 )
-from rightrank.schema.events import Listener, Notice
+from rightrank.schema.events import Listener
 from rightrank.schema.trials import (
     EvalPoint,
     Trial,
@@ -45,13 +44,14 @@ from rightrank.schema.trials import (
 )
 
 TrainFunction: TypeAlias = Callable[[TrialTask], Mapping[str, float] | TrialResult]
+EvaluateFunction: TypeAlias = Callable[[Path, TrialTask], Mapping[str, float] | TrialResult]
 Call: TypeAlias = Callable[[TrialTask], object]  # returns what the user's function returned, unchecked
 RESULT_RECORDS = ("TrialResult", "EvalPoint")
-NO_RESULT = "its process ended without a result"
+NO_RESULT = "ended its process without a result (a script calls it below `if __name__ == '__main__':`)"
 
 
 class TrainerError(Exception):
-    """The trainer returned no usable result; the message states why."""
+    """The function gave no usable result; the message says why, after the function's name."""
 
 
 class WrongResultError(TrainerError):
@@ -59,7 +59,7 @@ class WrongResultError(TrainerError):
 
 
 class TrainerDivergedError(TrainerError):
-    """The trainer met a number that is not finite."""
+    """The function met a number that is not finite; the message stands alone."""
 
 
 def call_inline(train: TrainFunction) -> Call:
@@ -69,24 +69,35 @@ def call_inline(train: TrainFunction) -> Call:
         except NotFiniteError as error:
             raise TrainerDivergedError(str(error)) from error
         except ReportError as error:
-            raise WrongResultError(f"train: {error}") from error
+            raise WrongResultError(str(error)) from error
         except ValidationError as error:
             if error.title not in RESULT_RECORDS:
-                raise TrainerError(_message(error)) from error
-            raise WrongResultError(f"train made a {error.title} of {_field_of(error)}") from error
+                raise TrainerError(_raised(error)) from error
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "its fields"
+            fields = (
+                f"; the fields: {', '.join(TrialResult.model_fields)}" if first["type"] == "extra_forbidden" else ""
+            )
+            raise WrongResultError(
+                f"made a {error.title} of {place} = {quoted(first['input'])}: {first['msg']}{fields}"
+            ) from error
         except Exception as error:
-            raise TrainerError(_message(error)) from error
+            raise TrainerError(_raised(error)) from error
 
     return call
+
+
+def _raised(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"raised {type(error).__name__}" + (f": {text}" if text else "")
 
 
 def call_in_process(train: TrainFunction, timeout_seconds: float | None) -> Call:
     """Call `train` in a fresh process each time, and kill the process when it exceeds the limit.
 
     Raises:
-        SettingsError: the function can't be pickled, as a call in another process needs, or the script has no guard.
+        SettingsError: the function can't be pickled, as a call in another process needs.
     """
-    _require_guard()
     try:
         pickle.dumps(train)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -110,21 +121,6 @@ def call_in_process(train: TrainFunction, timeout_seconds: float | None) -> Call
     return call
 
 
-def _require_guard() -> None:
-    """Refuse a script without a guard: every new process imports it, and would begin all of its work again.
-
-    Raises:
-        SettingsError: the script that runs has no `if __name__ == "__main__":`.
-    """
-    file = getattr(sys.modules.get("__main__"), "__file__", None)  # None in a notebook or an interactive session
-    if file is None or not Path(file).is_file():
-        return
-    if "__name__" not in Path(file).read_text(encoding="utf-8", errors="replace"):
-        raise SettingsError(
-            f'executor="processes" starts processes that import {Path(file).name}: put the call below `if __name__ == "__main__":`'
-        )
-
-
 def _answer(sender: Connection, train: TrainFunction, task: TrialTask) -> None:
     """Runs in the new process; sends each report as it comes, then the result or the error."""
     try:
@@ -138,7 +134,7 @@ def _received(receiver: Connection, timeout_seconds: float | None, task: TrialTa
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     while True:
         if not receiver.poll(None if deadline is None else max(0.0, deadline - time.monotonic())):
-            raise TrainerError(f"train took longer than {timeout_seconds:g} s and was killed")
+            raise TrainerError(f"took longer than {timeout_seconds:g} s and was killed")
         try:
             answer = receiver.recv()
         except EOFError:
@@ -148,36 +144,6 @@ def _received(receiver: Connection, timeout_seconds: float | None, task: TrialTa
         if not isinstance(answer, EvalPoint):
             return answer
         task.report(answer.step, answer.value, answer.item_scores)
-
-
-def _field_of(error: ValidationError) -> str:
-    """The first wrong field of a record, what it got and what it takes."""
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"])) or "its fields"
-    more = f"; the fields: {', '.join(TrialResult.model_fields)}" if first["type"] == "extra_forbidden" else ""
-    return f"{place} = {quoted(first['input'])}: {first['msg'][:1].lower()}{first['msg'][1:]}{more}"
-
-
-def _message(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"train raised {type(error).__name__}" + (f": {text}" if text else "")
-
-
-EvaluateFunction: TypeAlias = Callable[[Path, TrialTask], Mapping[str, float] | TrialResult]
-NO_LOOKS = (
-    "train reports no values along the way, so a collapse can be seen only at the end of a training: call "
-    "task.report(step, value, item_scores) in it, or return points"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class FolderEvaluation:
-    """A user's `evaluate` as a function of a task alone: the adapter is in the task's folder."""
-
-    evaluate: EvaluateFunction
-
-    def __call__(self, task: TrialTask) -> Mapping[str, float] | TrialResult:
-        return self.evaluate(task.folder, task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,36 +182,25 @@ class CustomExecutor:
         self._folder_of = folder_of
         self._listener = listener
         self._parallel = parallel  # calls at the same time
-        self._good = {
-            trial.truncate_from is not None for trial in earlier
-        }  # False: train returned well; True: evaluate
+        # The functions that have returned well.
+        self._good = {"train" if trial.truncate_from is None else "evaluate" for trial in earlier}
         self._wrong: str | None = None  # what the first result was that can't be used
-        self._noticed = any(trial.rank > 0 for trial in earlier)
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-        for ended, outcome in enumerate(
-            self._run_in_order(trials) if self._parallel == 1 else self._run_in_parallel(trials), 1
-        ):
-            self._notice_missing_looks(outcome)
+        for ended, outcome in enumerate(self._outcomes(trials), 1):
             yield outcome
-            if self._wrong is not None and self._parallel == 1:
-                break
-            if self._listener.should_stop():
+            if self._wrong is None and self._listener.should_stop():
                 raise InterruptedRun(f"stopped after {ended} trials")
         if self._wrong is not None:
             raise AllTrialsFailedError(
                 f"{self._wrong}; what has finished is kept: correct the function, and call again with the same arguments"
             )
 
-    def _run_in_order(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
-        for trial in trials:
-            self._started(trial)
-            yield self._run_one(trial, self._listener.on_event)
-
-    def _run_in_parallel(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
+    def _outcomes(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
         """Yield outcomes as calls end; if the iterator is closed early, wait for the running calls.
 
-        Looks and ends of all calls pass through one queue, so that this thread alone writes to the journal.
+        A single call runs on this thread. Looks and ends of several calls pass through one queue, so that this thread alone
+        writes to the journal.
         """
         waiting, running = deque(trials), 0
         arrived: queue.SimpleQueue[TrialLook | Future[TrialOutcome]] = queue.SimpleQueue()
@@ -253,33 +208,26 @@ class CustomExecutor:
             while (waiting and self._wrong is None) or running:
                 while waiting and self._wrong is None and running < self._parallel:
                     trial = waiting.popleft()
-                    self._started(trial)
+                    self._listener.on_event(TrialStarted(**trial.fields))
+                    if self._parallel == 1:
+                        yield self._run_one(trial, self._listener.on_event)
+                        continue
                     threads.submit(self._run_one, trial, arrived.put).add_done_callback(arrived.put)
                     running += 1
+                if not running:
+                    return
                 event = arrived.get()
                 if isinstance(event, TrialLook):
                     self._listener.on_event(event)
-                    continue
-                running -= 1
-                yield event.result()
-
-    def _started(self, trial: Trial) -> None:
-        self._listener.on_event(TrialStarted(**trial.fields))
-
-    def _notice_missing_looks(self, outcome: TrialOutcome) -> None:
-        """One notice for a trainer whose first result came without values along the way."""
-        judged = self._measure.collapse_drop is not None and outcome.rank > 0
-        if self._noticed or not judged or not isinstance(outcome, TrialFinished):
-            return
-        self._noticed = True
-        if not outcome.points:
-            self._listener.on_event(Notice(text=NO_LOOKS))
+                else:
+                    running -= 1
+                    yield event.result()
 
     def _run_one(self, trial: Trial, on_look: Callable[[TrialLook], None]) -> TrialOutcome:
-        folder = self._folder_of(trial.trial_id)
-        arm, call = trial.arm, self._call
+        arm, folder = trial.arm, self._folder_of(trial.trial_id)
+        name, call = "train", self._call
         if arm.truncate_from is not None and self._evaluate is not None:
-            call = self._evaluate
+            name, call = "evaluate", self._evaluate
             try:
                 _write_truncated(self._folder_of(arm.truncate_from), folder, arm.rank)
             except InputError as error:
@@ -289,48 +237,34 @@ class CustomExecutor:
 
         def receive(point: EvalPoint) -> None:
             looks[:] = [*(look for look in looks if look.step < point.step), point]
-            on_look(
-                TrialLook(trial_id=trial.trial_id, step=point.step, value=point.value, item_scores=point.item_scores)
-            )
+            on_look(TrialLook(trial_id=trial.trial_id, **point.model_dump(exclude={"train_value"})))
 
-        task = TrialTask(
-            trial_id=trial.trial_id,
-            rank=arm.rank,
-            learning_rate=arm.learning_rate,
-            lora_alpha=arm.lora_alpha,
-            seed=arm.seed,
-            steps=arm.steps,
-            folder=folder,
-            collapse_drop=self._measure.collapse_drop,
-        ).reporting_to(receive)
+        fields = arm.model_dump(include={"rank", "learning_rate", "lora_alpha", "seed", "steps"})
+        drop = self._measure.collapse_drop
+        task = TrialTask(trial_id=trial.trial_id, folder=folder, collapse_drop=drop, **fields).reporting_to(receive)
         begun = time.perf_counter()
         try:
             result = _parse_result(call(task), self._measure.metric, self._examples)
-            result = result.model_copy(update={"points": merged(looks, result.points)})
+            by_step = {
+                point.step: point for point in (*looks, *result.points)
+            }  # one that was returned replaces a report
+            result = result.model_copy(update={"points": [by_step[step] for step in sorted(by_step)]})
             self._require_same_looks(result.points)
         except TrainerDivergedError as error:
-            step = looks[-1].step if looks else 0
-            return TrialDiverged(**trial.fields, step=step, reason=str(error))
+            return TrialDiverged(**trial.fields, step=looks[-1].step if looks else 0, reason=str(error))
         except TrainerError as error:
-            if isinstance(error, WrongResultError) and (call is self._evaluate) not in self._good:
-                self._wrong = self._wrong or self._named(str(error), call)
-            return TrialFailed(**trial.fields, error="error", reason=self._named(str(error), call))
-        self._good.add(call is self._evaluate)
+            reason = f"{name} {error}"
+            if isinstance(error, WrongResultError) and name not in self._good:
+                self._wrong = self._wrong or reason
+            return TrialFailed(**trial.fields, error="error", reason=reason)
+        self._good.add(name)
         return self._judged(trial, result, time.perf_counter() - begun)
-
-    def _named(self, reason: str, call: Call) -> str:
-        """The reason with the name of the function that was called."""
-        return f"evaluate{reason[5:]}" if call is self._evaluate and reason.startswith(("train ", "train:")) else reason
 
     def _judged(self, trial: Trial, result: TrialResult, seconds: float) -> TrialOutcome:
         """The outcome of a trial whose function returned."""
         bad = next((name for name, value in _numbers_of(result) if not math.isfinite(value)), None)
         if bad is not None:
-            return TrialDiverged(
-                **trial.fields,
-                step=trial.arm.steps,
-                reason=f"{bad} is not a finite number",
-            )
+            return TrialDiverged(**trial.fields, step=trial.arm.steps, reason=f"{bad} is not a finite number")
         collapse = self._collapse_of(trial, result)
         if collapse is not None:
             return TrialCollapsed(
@@ -365,7 +299,7 @@ class CustomExecutor:
         known = counts if self._look_examples is None else counts | {self._look_examples}
         if len(known) > 1 or 0 in known:
             listed = " and ".join(map(str, sorted(known)))
-            raise TrainerError(f"looks have {listed} item_scores; score the same examples at every look of every trial")
+            raise TrainerError(f"reported {listed} item_scores; score the same examples at every look of every trial")
         self._look_examples = next(iter(known), None)
 
 
@@ -384,14 +318,8 @@ def _write_truncated(parent: Path, folder: Path, rank: int) -> None:
     write_resized(adapter, folder, RankChoice(ranks, f"rank {rank} at most"))
 
 
-def merged(reported: Sequence[EvalPoint], returned: Sequence[EvalPoint]) -> list[EvalPoint]:
-    """The looks of a trial by step; one that was returned replaces one that was reported."""
-    by_step = {point.step: point for point in (*reported, *returned)}
-    return [by_step[step] for step in sorted(by_step)]
-
-
 def _parse_result(returned: object, metric: str, examples: int | None) -> TrialResult:
-    """Check what a trainer returned and convert it to a `TrialResult`.
+    """Check what a function returned and convert it to a `TrialResult`.
 
     Raises:
         WrongResultError: not a mapping of numbers, the metric is missing, or scores of other examples than before.
@@ -401,28 +329,25 @@ def _parse_result(returned: object, metric: str, examples: int | None) -> TrialR
         for name, value in returned.items():
             if not isinstance(name, str) or isinstance(value, bool) or not hasattr(value, "__float__"):
                 raise WrongResultError(
-                    f"train returned {name!r}: {type(value).__name__} {quoted(value)}; return names with numbers"
+                    f"returned {name!r}: {type(value).__name__} {quoted(value)}; return names with numbers"
                 )
             metrics[name] = float(value)
         returned = TrialResult(metrics=metrics)
     if not isinstance(returned, TrialResult):
         raise WrongResultError(
-            f"train returned {type(returned).__name__} {quoted(returned)}; return a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"
+            f"returned {type(returned).__name__} {quoted(returned)}; return a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"
         )
     if metric not in returned.metrics:
         found = ", ".join(map(repr, returned.metrics)) or "nothing"
-        other = f"metric={next(iter(returned.metrics))!r}" if returned.metrics else "another metric="
-        raise WrongResultError(f"train returned no {metric!r} (it returned {found}); return it, or give {other}")
+        raise WrongResultError(f"returned no {metric!r} (it returned {found}); return it, or give another metric=")
     scores, weights = returned.item_scores, returned.item_weights
-    if scores is not None and len(scores) == 0:
-        raise WrongResultError("train returned an empty list of item_scores; return one score per example, or None")
-    if scores is not None and examples is not None and len(scores) != examples:
+    if scores is not None and len(scores) != (examples or len(scores) or 1):
         raise WrongResultError(
-            f"train returned {len(scores)} item_scores, earlier trials {examples}; score the same examples in the same order in every trial"
+            f"returned {len(scores)} item_scores, earlier trials {examples or 'some'}; score the same examples in the same order in every trial"
         )
     if weights is not None and (scores is None or len(weights) != len(scores) or min(weights) <= 0):
         raise WrongResultError(
-            "train returned item_weights that do not match item_scores; return one weight above 0 per example"
+            "returned item_weights that do not match item_scores; return one weight above 0 per example"
         )
     return returned
 

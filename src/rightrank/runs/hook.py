@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from rightrank.decision.run import Records, settled_start
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.request import made_with_others
 from rightrank.schema.errors import RightrankError, RunError, RunFolderError, first_line
 from rightrank.schema.events import (
     AdapterRecorded,
@@ -318,4 +317,6 @@ def _require_same_run(folder: RunFolder, first: JournalRecord, started: RunStart
     changed = settings_difference(first.settings, started.settings)
     if not changed:
         changed = ["the data, the model's files or the trainer have changed since"]
-    raise made_with_others(folder, changed)
+    raise RunFolderError(
+        f"{folder.path}: made with other settings ({'; '.join(changed)}); give the same settings to resume, or another --out"
+    )

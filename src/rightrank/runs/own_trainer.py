@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TypedDict
 
 from rightrank.decision.verdicts import DROP_IN_MARGINS
@@ -14,7 +15,6 @@ from rightrank.runs.calls import (
     Call,
     CustomExecutor,
     EvaluateFunction,
-    FolderEvaluation,
     Measure,
     TrainFunction,
     call_in_process,
@@ -35,7 +35,7 @@ from rightrank.schema.settings import (
     profile_named,
     with_identity_of,
 )
-from rightrank.schema.trials import content_hash
+from rightrank.schema.trials import TrialResult, TrialTask, content_hash
 from rightrank.search.space import space_of
 from rightrank.search.strategies import make_strategy, strategy_in
 from rightrank.search.upward import Upward
@@ -120,14 +120,19 @@ def own_request(
     profile = profile_named(given.get("profile"))
     settings = _settings(profile, compared, given)
     metric = _metric_of(train, metric) or profile.metric
-    higher = given.get("higher_is_better")
-    higher = _direction_of(train, metric) if higher is None else higher
+    higher = given.get("higher_is_better", getattr(train, "higher_is_better", None))
+    higher = direction(metric) if higher is None else higher
     if higher is None:
         raise SettingsError(f"{unknown_direction(metric)}; pass higher_is_better=True or False")
     _require_functions(train, evaluate, settings.goal)
     call_of = _caller(executor, given.get("workers", 1), given.get("timeout_seconds"))
-    evaluation = None if evaluate is None else call_of(FolderEvaluation(evaluate))
+    evaluation = None if evaluate is None else call_of(partial(_of_folder, evaluate))
     return OwnRequest(settings, metric, higher, train, call_of(train), evaluation, given)
+
+
+def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, float] | TrialResult:
+    """What `evaluate` says of the adapter in the task's folder."""
+    return evaluate(task.folder, task)
 
 
 def open_own_run(request: OwnRequest, folder: RunFolder, hooks: Hooks) -> Run:
@@ -168,11 +173,6 @@ def _metric_of(train: object, given: str | None) -> str | None:
             f"metric {given!r}: {name} scores the examples by {own!r}; leave metric out, or give{decides}"
         )
     return own
-
-
-def _direction_of(train: object, metric: str) -> bool | None:
-    own = getattr(train, "higher_is_better", None)
-    return own if isinstance(own, bool) else direction(metric)
 
 
 def _executor(request: OwnRequest, run: Run) -> CustomExecutor:

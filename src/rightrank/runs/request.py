@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.data.rows import require_rows
 from rightrank.models.places import require_model
-from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import executors
-from rightrank.schema.errors import RunFolderError, SettingsError
-from rightrank.schema.events import RunStarted
-from rightrank.schema.settings import SCALARS, SelectSettings
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.settings import SelectSettings
 from rightrank.search.strategies import make_strategy
 
 if TYPE_CHECKING:
@@ -65,33 +63,3 @@ def check(request: Request) -> None:
                 f"executor {settings.executor!r}: the {what} is in memory, which workers can't read; "
                 "give a path or a name, or executor 'local'"
             )
-
-
-def check_folder(folder: RunFolder, settings: SelectSettings) -> None:
-    """Refuse a folder whose run began with another value of a scalar setting that is given.
-
-    All other differences show once model and data are read.
-
-    Raises:
-        RunFolderError: names the settings that differ.
-    """
-    if not folder.journal.path.is_file():
-        return
-    first = next(iter(folder.journal.read_settled()), None)  # `read` would move a torn line without a notice
-    if not isinstance(first, RunStarted):
-        return
-    given = settings.model_dump(mode="json", include=set(SCALARS) & settings.model_fields_set)
-    changed = [
-        f"{name}: {first.settings[name]!r} → {value!r}"
-        for name, value in sorted(given.items())
-        if name in first.settings and first.settings[name] != value
-    ]
-    if changed:
-        raise made_with_others(folder, changed)
-
-
-def made_with_others(folder: RunFolder, changed: Sequence[str]) -> RunFolderError:
-    """The refusal of a folder whose run was begun with other settings."""
-    return RunFolderError(
-        f"{folder.path}: made with other settings ({'; '.join(changed)}); give the same settings to resume, or another --out"
-    )

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rightrank.schema.errors import SettingsError, quoted
-from rightrank.schema.peft_options import PEFT_OPTIONS, REFUSED
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
 from rightrank.schema.table import is_list, names_elsewhere
 
 REPLACED = {"r", "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}
@@ -54,7 +53,7 @@ def _of_adapter(config: Any) -> Iterator[tuple[str, Any]]:
             )
         elif name in SelectSettings.model_fields:
             yield name, _plain(name, value)
-        elif changed and (name in PEFT_OPTIONS or name in REFUSED):
+        elif changed and name in PEFT_OPTIONS:
             yield name, value
         elif changed:
             raise _refused("peft_config", name, value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-from rightrank.schema.peft_options import gathered_options
 from rightrank.schema.settings import (
     ADAPTER,
     COMPARE,
@@ -15,6 +14,7 @@ from rightrank.schema.settings import (
     DtypeName,
     PeftFields,
     SelectSettings,
+    gathered_options,
     to_dtype,
 )
 from rightrank.schema.table import setting
@@ -105,7 +105,6 @@ class PlanSettings(PeftFields):
         MACHINE,
         "the frozen weights' type: `bf16`, `fp16` or `fp32`",
         option=True,
-        choices=("bf16", "fp16", "fp32"),
         also=("bf16", "fp16", "torch_dtype"),
         parse=to_dtype,
     )
@@ -129,7 +128,6 @@ class PlanSettings(PeftFields):
         COMPARE,
         "operations of a selection by `bracket`, `grid` or `upward`",
         option=True,
-        choices=("bracket", "grid", "upward"),
     )
     learning_rates: tuple[float, ...] = _as_select("learning_rates")
     seeds: tuple[int, ...] = _as_select("seeds")

@@ -8,15 +8,14 @@ by inheritance those fields of other programs' own records that a selection pass
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from rightrank.schema.errors import SettingsError, did_you_mean
 from rightrank.schema.metrics import MetricSpec, direction, parse_metrics, unknown_direction
-from rightrank.schema.peft_options import gathered_options
-from rightrank.schema.table import MAX_WHOLE, Group, Settings, setting
+from rightrank.schema.table import MAX_WHOLE, Group, Settings, parsed_json, setting
 
 COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
 
@@ -37,7 +36,6 @@ UNITS = {
     **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
     **{"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
 }
-DEVICE_HABITS = {"gpu": "cuda"}
 
 
 def parse_bytes(text: str) -> int:
@@ -87,43 +85,23 @@ def _require_columns(columns: tuple[str, ...]) -> tuple[str, ...]:
     return columns
 
 
-def _require_ranks(ranks: tuple[int, ...]) -> tuple[int, ...]:
-    for rank in ranks:
-        if rank < 1:
-            raise ValueError(
-                f"rank {rank} is not allowed: ranks are integers from 1 (the base, rank 0, is always measured)"
-            )
-    return _distinct(ranks, "ranks")
+def _distinct(fits: Callable[[Any], bool], one: str, allowed: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """A check of a list: at least one value, each allowed and given once; the list in order."""
 
+    def check(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        wrong = next((value for value in values if not fits(value)), None)
+        if wrong is not None:
+            raise ValueError(f"{one} {wrong:g} is not allowed: {one}s are {allowed}")
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"{one}s: got {list(values)}; give at least one, and each once")
+        return tuple(sorted(values))
 
-def _require_learning_rates(learning_rates: tuple[float, ...]) -> tuple[float, ...]:
-    for learning_rate in learning_rates:
-        if learning_rate <= 0:
-            raise ValueError(
-                f"learning rate {learning_rate:g} is not allowed: learning rates are numbers above 0, such as 1e-4"
-            )
-    return _distinct(learning_rates, "learning_rates")
-
-
-def _require_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
-    for seed in seeds:
-        if not 0 <= seed <= MAX_SEED:
-            raise ValueError(f"seed {seed} is not allowed: seeds are integers from 0 to {MAX_SEED}")
-    return _distinct(seeds, "seeds")
-
-
-def _distinct(values: tuple[Any, ...], name: str) -> tuple[Any, ...]:
-    if not values:
-        raise ValueError(f"{name} is empty: give at least one")
-    if len(set(values)) != len(values):
-        raise ValueError(f"{name} repeats a value: got {list(values)}, give each once")
-    return tuple(sorted(values))
+    return check
 
 
 def _require_device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        near = did_you_mean(DEVICE_HABITS.get(device, device), ("auto", "cpu", "cuda", "mps"))
-        raise ValueError(f"device {device!r} is not known{near}; give auto, cpu, cuda, cuda:1 or mps")
+        raise ValueError(f"device {device!r} is not known; give auto, cpu, cuda, cuda:1 or mps")
     return device
 
 
@@ -140,6 +118,27 @@ def _require_store(store: str) -> str:
             "give SCHEME://PLACE, and credentials through the environment",
         )
     return store
+
+
+# Fields of PEFT's LoraConfig that have no setting of their own: passed on as they are.
+PEFT_OPTIONS = (
+    *("lora_bias", "layers_pattern", "use_qalora", "qalora_group_size", "ensure_weight_tying", "fan_in_fan_out"),
+)
+
+
+def gathered_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with those that are fields of LoraConfig alone under `peft_options`.
+
+    Raises:
+        SettingsError: another name under `peft_options`.
+    """
+    inner = parsed_json(values.get("peft_options") or {})
+    flat = {name: value for name, value in values.items() if name in PEFT_OPTIONS}
+    if not isinstance(inner, Mapping) or not inner.keys() <= {*PEFT_OPTIONS}:
+        raise SettingsError(f"peft_options: got {inner!r}; give a mapping of {', '.join(PEFT_OPTIONS)}")
+    options = {name: parsed_json(value) for name, value in {**inner, **flat}.items()}
+    others = {name: value for name, value in values.items() if name not in flat and name != "peft_options"}
+    return {**others, "peft_options": options} if options else others
 
 
 class PeftFields(Settings):
@@ -161,7 +160,7 @@ class PeftFields(Settings):
     )
     peft_options: dict[str, Any] = setting(
         {}, ADAPTER, "further fields of PEFT's `LoraConfig`, such as `lora_bias`; each can be given by its own name"
-    )  # see schema.peft_options
+    )
 
     def lora_config(self) -> dict[str, Any]:
         """These fields as LoraConfig takes them, but for the parameters, whose names depend on the model."""
@@ -233,7 +232,6 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
         COMPARE,
         "`bracket`, `grid` or `upward`; what to train next ([guide](../how-to/strategies.md))",
         option=True,
-        choices=("bracket", "grid", "upward"),
         continuable=True,
     )
     ranks: tuple[int, ...] = setting(
@@ -244,7 +242,7 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
         continuable=True,
         also=("rank", "r", "lora_r", "lora_rank"),
         split=True,
-        check=_require_ranks,
+        check=_distinct(lambda rank: rank >= 1, "rank", "integers from 1 (the base, rank 0, is always measured)"),
     )
     learning_rates: tuple[float, ...] = setting(
         (3e-4, 1e-3, 3e-3),
@@ -254,7 +252,7 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
         continuable=True,
         also=("lr", "learning_rate"),
         split=True,
-        check=_require_learning_rates,
+        check=_distinct(lambda rate: rate > 0, "learning rate", "numbers above 0, such as 1e-4"),
     )
     seeds: tuple[int, ...] = setting(
         (0,),
@@ -264,7 +262,7 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
         continuable=True,
         also=("seed",),
         split=True,
-        check=_require_seeds,
+        check=_distinct(lambda seed: 0 <= seed <= MAX_SEED, "seed", f"integers from 0 to {MAX_SEED}"),
     )
     extend: bool | None = setting(
         None,
@@ -446,7 +444,6 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
         "type of the frozen base, `auto`, `bf16`, `fp16` or `fp32`; `auto` is bfloat16 on a CUDA device that "
         "computes in it, else float32; adapters train in float32",
         option=True,
-        choices=("auto", "bf16", "fp16", "fp32"),
         also=("bf16", "fp16", "torch_dtype"),
         parse=to_dtype,
     )
@@ -455,7 +452,6 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
         MACHINE,
         "`auto`, `cpu`, `cuda`, `cuda:1` or `mps`",
         option=True,
-        choices=("auto", "cpu", "cuda", "mps"),
         check=_require_device,
     )
     memory_bytes: int | None = setting(
@@ -647,14 +643,6 @@ def stored_settings(values: Mapping[str, Any]) -> SelectSettings:
 
 # Settings that say which rows are in which split.
 OF_SPLITS = ("columns", "validation", "test_fraction", "validation_fraction", "eval_items")
-# Numbers that make another run where they differ, and are stored as they were given.
-SCALARS = tuple(
-    name
-    for name, hint in SelectSettings.model_types.items()
-    if {int, float} & {hint, *get_args(hint)}
-    and SelectSettings.model_fields[name].identity
-    and not SelectSettings.model_fields[name].continuable
-)
 # Settings that choose trials and judge them, and change no trial: a run folder may be continued with other values.
 CONTINUABLE = tuple(name for name, row in SelectSettings.model_fields.items() if row.continuable)
 
@@ -666,15 +654,10 @@ def with_identity_of(values: Mapping[str, Any], begun: Mapping[str, Any]) -> dic
     """
     kept = {name: begun[name] for name in CONTINUABLE if name in begun}
     for name in ("model", "data", "validation"):
-        if name in begun and _is_same_place(values.get(name), begun[name]):
-            kept[name] = begun[name]
+        one, other = values.get(name), begun.get(name)
+        if isinstance(one, str) and isinstance(other, str) and Path(one).exists():
+            kept[name] = other if Path(one).resolve() == Path(other).resolve() else one
     return {**values, **kept}
-
-
-def _is_same_place(one: object, other: object) -> bool:
-    if not isinstance(one, str) or not isinstance(other, str):
-        return False
-    return Path(one).exists() and Path(one).resolve() == Path(other).resolve()
 
 
 def settings_of_identity(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,6 @@ class Setting:
     help: str
     option: str
     metavar: str | None
-    choices: tuple[str, ...]
     identity: bool
     continuable: bool
     also: tuple[str, ...]
@@ -77,7 +76,6 @@ def setting(
     *,
     option: bool | str = False,
     metavar: str | None = None,
-    choices: Iterable[str] = (),
     identity: bool = True,
     continuable: bool = False,
     also: Iterable[str] = (),
@@ -89,7 +87,7 @@ def setting(
     """A row; see `Setting`. `option` is True for `--name-of-the-setting`; `bounds` are gt, ge, lt and le."""
     named = "--" if option is True else option or ""
     return Setting(
-        default, group, help, named, metavar, tuple(choices), identity, continuable, tuple(also), split, parse, check, bounds
+        default, group, help, named, metavar, identity, continuable, tuple(also), split, parse, check, bounds
     )  # fmt: skip
 
 
@@ -205,23 +203,26 @@ def _read(kind: type[Settings], name: str, value: Any) -> Any:
     row, hint = kind.model_fields[name], kind.model_types[name]
     if row.parse is not None:
         value = row.parse(value)
-    if get_origin(hint) is dict and isinstance(value, str):
-        return _json(value)
+    if get_origin(hint) is dict:
+        return parsed_json(value)
     if not is_list(hint):
         return value
     if isinstance(value, str):
-        whole = _json(value) if value.startswith("[") else None
+        whole = parsed_json(value) if value.startswith("[") else None
         if isinstance(whole, list):
             return whole
         return [part.strip() for part in value.split(",") if part.strip()] if row.split else [value]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def _json(text: str) -> Any:
+def parsed_json(value: Any) -> Any:
+    """A text as JSON where it is that, such as `true` or `16`; any other value as it is."""
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(text)
+        return json.loads(value)
     except json.JSONDecodeError:
-        return text
+        return value
 
 
 def _model(kind: type[Settings]) -> type[BaseModel]:
