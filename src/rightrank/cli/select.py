@@ -197,8 +197,6 @@ def _print_guard(found: Mapping[str, Any] | None) -> None:
     click.echo(
         "\nThe task against the guard:\n" + "\n".join(table_lines(guard_table(GuardAnswer.model_validate(found))))
     )
-    if found["next_run"] is not None:
-        click.echo(found["next_run"]["sentence"])
 
 
 def _indented(text: str) -> str:
