@@ -13,7 +13,7 @@ from rightrank.schema.errors import MissingExtraError
 pytestmark = pytest.mark.trains
 
 SHORT = demo.DEMO_SETTINGS.model_copy(
-    update={"ranks": (1, 8), "learning_rates": (5e-3,), "max_steps": 6, "seq_len": 64, "eval_items": 16, "samples": 1}
+    update={"ranks": (1, 8), "learning_rates": (5e-3,), "max_steps": 6, "seq_len": 64, "eval_items": 16}
 )
 
 
@@ -47,7 +47,6 @@ def test_the_demo_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [evidence.rank for evidence in selected.decision.ranks] == [0, 1, 8]
     base, *trained = selected.decision.ranks
     assert all(evidence.value < base.value - 0.05 for evidence in trained)  # it learns from the first steps
-    assert selected.samples[0].before != selected.samples[0].after
 
     from peft import AutoPeftModelForCausalLM
 

@@ -137,7 +137,6 @@ def small_settings(**changes: Any) -> SelectSettings:
         "seq_len": 32,
         "eval_items": 12,
         "eval_points": 2,
-        "samples": 0,
         "dtype": "float32",  # what is planned without a preparation has a type of its own
     }
     return make_settings(values | changes)

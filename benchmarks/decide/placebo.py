@@ -43,7 +43,6 @@ SETTINGS: dict[str, Any] = {
     "seq_len": 48,
     "eval_items": 200,
     "eval_points": 1,
-    "samples": 0,
     "device": "cpu",
 }
 

@@ -21,7 +21,6 @@ DEFAULTS: dict[str, Any] = {
     "seq_len": 128,
     "eval_items": 96,
     "eval_points": 1,
-    "samples": 0,
 }
 
 

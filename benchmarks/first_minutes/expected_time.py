@@ -54,7 +54,7 @@ def measured(model: Path, data: Path, changes: Mapping[str, Any]) -> dict[str, A
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         given = DEMO_SETTINGS.model_dump(include=DEMO_SETTINGS.model_fields_set)
-        settings = make_settings(given | {"samples": 0} | dict(changes))
+        settings = make_settings(given | dict(changes))
         selected = select_rank(str(model), data, Path(folder) / "run", settings=settings, callbacks=[watching])
     seconds = time.perf_counter() - begun[0]  # to the end, views and the test split included
     ran = selected.cost["trainings"]

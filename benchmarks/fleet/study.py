@@ -35,7 +35,6 @@ SETTINGS = {
     "eval_items": HELD_OUT,
     "max_steps": STEPS,
     "device": "cpu",
-    "samples": 0,
     "margin": MARGIN,
 }
 

@@ -142,7 +142,7 @@ def journals() -> list[bytes]:
         runs.ITEMS = before
     written = []
     for records in made:
-        lines: list[Record] = [records.started, *records.outcomes, *records.tests, *records.samples]
+        lines: list[Record] = [records.started, *records.outcomes, *records.tests]
         if len(written) != 1:
             lines.append(DecisionRecorded(decision=decide_run(records), adapter_trial_id=records.outcomes[-1].trial_id))
         written.append(b"".join(line.model_dump_json().encode() + b"\n" for line in lines))

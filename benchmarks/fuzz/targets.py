@@ -239,7 +239,7 @@ def settings_seeds() -> list[bytes]:
     return [
         b"ranks: [1, 4, 16]\nlearning_rates: [1e-4, 3e-4]\nstrategy: grid\nmargin: 0.01\n",
         b"memory_bytes: 24GiB\ntarget-modules: [q_proj, v_proj]\nlora_alpha: 32\nseeds: [0, 1]\n",
-        b"layers_to_transform: [0, 1]\ndtype: bfloat16\nsamples: 0\n",
+        b"layers_to_transform: [0, 1]\ndtype: bfloat16\n",
         b"24GiB\n",
         b"a: &a [1, 2]\nranks: *a\n",
         b'{"ranks": [1, 4], "rank_pattern": {"q_proj": 4}, "max_steps": 10}\n',

@@ -194,7 +194,6 @@ def selection(job: Job) -> Iterator[Row]:
         "ranks": (1, 4, 16),
         "learning_rates": (3e-4, 1e-3),
         "seeds": (0,),
-        "samples": 0,
     }
     sizes: Row = {"max_steps": 4, "batch_size": 4, "seq_len": 48, "eval_items": 12, "eval_points": 2}
     if not job.rehearse:

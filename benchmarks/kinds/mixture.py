@@ -35,7 +35,6 @@ SETTINGS: dict[str, Any] = {
     "seq_len": 48,
     "eval_items": 100,
     "eval_points": 1,
-    "samples": 0,
     "margin": 0.02,
     "device": "cpu",
 }

@@ -30,7 +30,7 @@ def run_settings(run: Path) -> SelectSettings:
     """The run's own settings, as far as data and evaluation go."""
     values = yaml.safe_load((run / "config.yaml").read_text())
     known = {name: value for name, value in values.items() if name in SelectSettings.model_fields and value is not None}
-    return make_settings(known | {"layers_to_transform": None, "target_modules": ["all-linear"], "samples": 0})
+    return make_settings(known | {"layers_to_transform": None, "target_modules": ["all-linear"]})
 
 
 def difference(left: Any, right: Any) -> dict[str, float]:

@@ -51,7 +51,7 @@ def selection_of(model: Path, data: Path, out: Path, ranks: Sequence[int]) -> li
     return [
         "select", str(model), str(data), "--out", str(out), "--strategy", "grid", "--ranks", ",".join(map(str, ranks)),
         "--learning-rates", "1e-2", "--max-steps", "2", "--batch-size", "4", "--seq-len", "32", "--eval-items", "12",
-        "--set", "eval_points=2", "--set", "samples=0", "--device", "cpu",
+        "--set", "eval_points=2", "--device", "cpu",
     ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ from benchmarks.resume.moments import PHASES, Moments, watch_phases
 
 ARGUMENTS = [
     "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "24", "--batch-size", "4",
-    "--seq-len", "32", "--eval-items", "12", "--set", "checkpoint_seconds=0.05", "--set", "samples=0",
+    "--seq-len", "32", "--eval-items", "12", "--set", "checkpoint_seconds=0.05",
     "--set", "eval_points=2", "--device", "cpu",
     "--quiet",
 ]  # fmt: skip

@@ -48,7 +48,7 @@ from rightrank.schema.errors import RightrankError
 
 ENGINE = [
     "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "3e-3,1e-2", "--max-steps", "30", "--batch-size", "4",
-    "--seq-len", "32", "--eval-items", "12", "--device", "cpu", "--set", "samples=0", "--set", "checkpoint_seconds=0.2",
+    "--seq-len", "32", "--eval-items", "12", "--device", "cpu", "--set", "checkpoint_seconds=0.2",
 ]  # fmt: skip
 FAULTS: dict[tuple[str, str], Fault] = {
     ("processes", "worker killed"): kill_worker,

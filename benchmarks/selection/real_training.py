@@ -74,7 +74,6 @@ COMMON = {
     "ranks": RANKS,
     "seeds": SEEDS,
     "eval_points": 1,  # stages bring their own
-    "samples": 0,
     "device": "cpu",
 }
 CAUSAL = {"layers_to_transform": (28, 29), "max_steps": 40, "seq_len": 48, "eval_items": 96}

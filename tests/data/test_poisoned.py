@@ -168,7 +168,7 @@ def test_a_selection_goes_on_and_counts_what_it_met(
     status, _, err = run(
         ["select", str(model_folder), str(data), "--out", str(out), "--strategy", "grid", "--ranks", "1,2",
          "--learning-rates", "1e-2", "--max-steps", "1", "--batch-size", "2", "--seq-len", "64", "--eval-items", "100",
-         "--set", "samples=0", "--set", "eval_points=1", "--device", "cpu", "--quiet"], capsys,
+         "--set", "eval_points=1", "--device", "cpu", "--quiet"], capsys,
     )  # fmt: skip
     assert status == 0, err
     summary = json.loads((out / "journal.jsonl").read_text().splitlines()[0])["data"]

@@ -25,7 +25,7 @@ from tests.report.runs import ITEMS, TOKENS, made_up_run
 
 
 def journal_of(records: Records) -> list[JournalRecord]:
-    return [records.started, *records.outcomes, *records.tests, *records.samples]
+    return [records.started, *records.outcomes, *records.tests]
 
 
 def begun(trial: TrialFinished) -> TrialStarted:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.trains
 Run = Callable[..., tuple[int, str, str]]
 FAST = (
     "--goal", "adapter", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "2", "--batch-size", "4",
-    "--seq-len", "32", "--eval-items", "8", "--set", "samples=0", "--margin", "5", "--device", "cpu",
+    "--seq-len", "32", "--eval-items", "8", "--margin", "5", "--device", "cpu",
 )  # fmt: skip
 EXPERTS = "target_parameters=mlp.experts.gate_up_proj,mlp.experts.down_proj"
 

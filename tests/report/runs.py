@@ -16,7 +16,6 @@ from rightrank.schema.events import (
     DataSummary,
     JournalRecord,
     RunStarted,
-    Sample,
     SplitSummary,
     TestEvaluated,
 )
@@ -33,7 +32,6 @@ def made_up_run(
     *,
     model: str = "models/small",
     diverged: Sequence[tuple[int, float]] = (),
-    sample: str = "def f(): ...",
     with_base: bool = True,
 ) -> Records:
     """A run whose loss falls with rank as 3 + 0.2 / rank, and rises with the distance from the middle rate."""
@@ -60,9 +58,6 @@ def made_up_run(
         trial = records.outcomes[-1]
         test = TestEvaluated(trial_id=trial.trial_id, rank=trial.rank, value=3.1, item_losses=[3.1], item_tokens=[1])
         records.tests.append(test)
-        records.samples.append(
-            Sample(trial_id=trial.trial_id, item_id="0", prompt=sample, expected=sample, before=sample, after=sample)
-        )
     return records
 
 
@@ -115,7 +110,7 @@ def answered_run(*, direct: Sequence[int] = (), recovers: bool = True) -> Record
     `direct` are the lower ranks that have been trained since.
     """
     records = made_up_run((*direct, 64), (3e-3,))
-    records.tests, records.samples = [], []
+    records.tests = []
     settings = records.started.settings | {"ranks": [1, 4, 16, 64]}
     records.started = records.started.model_copy(update={"settings": settings})
     generator = random.Random(11)

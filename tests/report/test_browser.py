@@ -198,7 +198,7 @@ def test_screenshots_of_the_documentation_are_small(browser: Any, files: dict[in
 
 def test_texts_from_data_run_nothing(browser: Any, tmp_path: Path) -> None:
     nasty = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=2>\x00"
-    records = made_up_run(model=nasty, sample=nasty)
+    records = made_up_run(model=nasty)
     file = tmp_path / "nasty.html"
     made = decide_run(records).model_copy(update={"metric": nasty, "sentence": nasty})
     file.write_text(render_report(records, made), encoding="utf-8")

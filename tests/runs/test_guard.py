@@ -87,7 +87,6 @@ def test_a_tighter_guard_on_a_finished_run_trains_nothing(
         str(again),
         *SMALL,
         "--set",
-        "samples=0",
         "--quiet",
     ]
     status, out, err = run([*given, "--guard", str(guard_file), "--guard-margin", "1e-9", "--json"], capsys)

@@ -16,7 +16,7 @@ from tests.tiny import write_jsonl
 
 SMALL = [
     "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4",
-    "--seq-len", "32", "--eval-items", "10", "--set", "eval_points=2", "--set", "samples=0", "--device", "cpu",
+    "--seq-len", "32", "--eval-items", "10", "--set", "eval_points=2", "--device", "cpu",
     "--set", "max_new_tokens=8", "--quiet",
 ]  # fmt: skip
 SHARE_OF_E = """

@@ -36,7 +36,6 @@ def selected(model_folder: Path, pair_file: Path, tmp_path_factory: pytest.TempP
         max_steps=16,
         beta=0.5,
         metrics=("reward_accuracy",),
-        samples=1,
         certify=True,
         adapters_per_pass=2,
     )

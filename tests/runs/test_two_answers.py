@@ -197,7 +197,7 @@ def test_on_the_command_line_each_question_has_its_sentence(
     shutil.copytree(answered, run)
     small = (
         "--ranks 1,2,4 --learning-rates 1e-2 --max-steps 20 --batch-size 4 --seq-len 32 --eval-items 12 "
-        f"--set eval_points=2 --set samples=0 --margin {WIDE} --quiet"
+        f"--set eval_points=2 --margin {WIDE} --quiet"
     ).split()
 
     def shown(goal: str) -> str:

@@ -52,7 +52,7 @@ def whole(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.Te
     from tests.tiny import small_settings
 
     out = tmp_path_factory.mktemp("whole") / "run"
-    select_rank(str(model_folder), completion_file, out, settings=small_settings(device="cpu", samples=0))
+    select_rank(str(model_folder), completion_file, out, settings=small_settings(device="cpu"))
     shutil.rmtree(out / "adapter")
     journal = out / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)

@@ -151,13 +151,9 @@ def status(run: str | Path) -> RunStatus:
         RunFolderError: no run there.
     """
     folder, journal, records = _opened(run, settled=True)
-    progress = _progress_of(folder.path)
-    return run_status(str(run), journal, records, _goal(records), folder.is_locked(), progress)
-
-
-def _progress_of(folder: Path) -> dict[str, object] | None:
     try:
-        progress: dict[str, object] = read_json_object(folder / PROGRESS_FILE)
+        found = read_json_object(folder.path / PROGRESS_FILE)
     except UnreadableError:
-        return None  # no process runs, or it has just ended
-    return progress if "progress" in progress and is_fresh(progress) else None
+        found = {}  # no process runs, or it has just ended
+    progress = found if "progress" in found and is_fresh(found) else None
+    return run_status(str(run), journal, records, _goal(records), folder.is_locked(), progress)

@@ -53,10 +53,8 @@ def inspect(
     """
     from rightrank.api import adapters as api
     from rightrank.report.spectra import layer_figure
-    from rightrank.report.svg import require_svg, write_plot
+    from rightrank.report.svg import write_plot
 
-    if plot is not None:
-        require_svg(plot)  # refuses another ending before the spectra are computed
     if gradient is not None:
         if adapter is not None or base is not None or finetuned is not None:
             raise SettingsError("--gradient can't be combined with an adapter, --base or --finetuned: leave them out")

@@ -119,15 +119,12 @@ def gather(config_file: Path | None, assignments: tuple[str, ...], options: dict
     from rightrank.data.files import read_config
 
     values = read_config(config_file) if config_file is not None else {}
-    values |= dict(_assigned(assignment) for assignment in assignments)
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {assignment!r}: give NAME=VALUE, such as lora_dropout=0.05")
+        values[name.strip().replace("-", "_")] = value
     return values | {name: value for name, value in options.items() if value is not None and value != ()}
-
-
-def _assigned(assignment: str) -> tuple[str, Any]:
-    name, equals, value = assignment.partition("=")
-    if not equals:
-        raise SettingsError(f"--set {assignment!r}: give NAME=VALUE, such as lora_dropout=0.05")
-    return name.strip().replace("-", "_"), value
 
 
 def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None:

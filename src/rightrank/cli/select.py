@@ -77,19 +77,14 @@ def select(
     rows = Path(str(begun.pop("data"))) if data is None else data
     settings = make_settings(begun | gather(config_file, assignments, options))
     if not (quiet or log_json or as_json or sys.stderr.isatty()):  # on a terminal, a line comes before the check
-        _announce_checked(base, rows, settings)
+        from rightrank.runs.request import Request, check
+
+        check(Request(base, None, rows, settings))  # before torch is imported
+        announce("loading model and data", anywhere=True)
     selected = _watched(
         lambda hooks: select_rank(base, rows, out, settings=settings, callbacks=hooks), quiet, out, log_json
     )
     _print_selected(selected, as_json)
-
-
-def _announce_checked(model: str, data: Path, settings: SelectSettings) -> None:
-    """The first line in a pipe: before torch is imported, and after what cannot work was refused."""
-    from rightrank.runs.request import Request, check
-
-    check(Request(model, None, data, settings))
-    announce("loading model and data", anywhere=True)
 
 
 def _print_selected(selected: Selected, as_json: bool) -> None:
@@ -178,10 +173,6 @@ def _print_answer(selected: Selected) -> None:
     view, asked = selected.view, selected.decided is not None or selected.view.estimate
     click.echo("\n".join(["", *labelled([*view.adapter_rows(), *(view.rank_rows() if asked else [])], 9)]))
     _print_guard(selected.answers["guard"])
-    for sample in selected.samples[-1:]:
-        click.echo(
-            f"\nA held-out example:\n{_indented(sample.prompt)}\n  before:\n{_indented(sample.before)}\n  after:\n{_indented(sample.after)}"
-        )
     assert selected.adapter is not None
     click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter.path}  (rank {selected.adapter.rank})")
 
@@ -197,11 +188,3 @@ def _print_guard(found: Mapping[str, Any] | None) -> None:
     click.echo(
         "\nThe task against the guard:\n" + "\n".join(table_lines(guard_table(GuardAnswer.model_validate(found))))
     )
-
-
-def _indented(text: str) -> str:
-    """Text of a model, indented, its control characters replaced by visible ones."""
-    from rightrank.report.format import visible
-
-    text = visible(text)
-    return "\n".join(f"    {line}" for line in text.strip().splitlines())

@@ -21,7 +21,6 @@ from rightrank.schema.events import (
     JournalRecord,
     RunContinued,
     RunStarted,
-    Sample,
     TestEvaluated,
 )
 from rightrank.schema.metrics import direction, unknown_direction
@@ -34,7 +33,6 @@ class Records:
     started: RunStarted
     outcomes: list[TrialOutcome]
     tests: list[TestEvaluated]
-    samples: list[Sample]
     certificates: list[Certified] = field(default_factory=list)
     adapters: list[AdapterRecorded] = field(default_factory=list)  # answers to the first question, the last one valid
     guards: list[GuardEvaluated] = field(default_factory=list)
@@ -46,7 +44,6 @@ class Records:
             started,
             last_outcomes(records),
             [record for record in records if isinstance(record, TestEvaluated)],
-            [record for record in records if isinstance(record, Sample)],
             [record for record in records if isinstance(record, Certified)],
             [record for record in records if isinstance(record, AdapterRecorded)],
             [record for record in records if isinstance(record, GuardEvaluated)],

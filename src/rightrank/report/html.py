@@ -28,7 +28,6 @@ from rightrank.report.sentences import (
     confidence_text,
     cost_of,
     margin_text,
-    next_run_text,
     not_tested,
     subject_text,
     test_rows,
@@ -69,7 +68,6 @@ def render_report(
         before: lines on what was to be expected before the run, which the answer does not rest on.
     """
     adapter = records.adapters[-1] if records.adapters else None
-    guard = adapter.guard if adapter else None
     plots = {figure.name: figure for figure in (*figures_of(records, decision), *further_figures)}
     script = _asset("figures.js") + "\n" + _asset("page.js")
     return (
@@ -82,18 +80,18 @@ def render_report(
             export_command=shlex.join(["rightrank", "export", run, "--to", "trl"]),
             exports=exports,
             before=before,
-            settings=_settings_text(records.started.settings),
+            settings=[
+                (name, json.dumps(value, ensure_ascii=False)) for name, value in records.started.settings.items()
+            ],
             decision=decision,
             view=answer_view(decision, document(records, decision, goal, estimate)),
             adapter=adapter,
             candidates=candidate_table(adapter.answer, records.started.metric) if adapter else [],
-            guard=guard,
-            guard_rows=guard_table(guard) if guard else [],
+            guard_rows=guard_table(adapter.guard) if adapter and adapter.guard else [],
             confidence=confidence_text(records, decision) if decision else "",
             cost=cost_of(records).sentence(),
             evidence=evidence_table(decision) if decision else [],
             certainty=certainty_rows(decision) if decision else [],
-            next_run_cost=next_run_text(records, decision) if decision else "",
             margin=margin_text(decision) if decision else "",
             slider=_slider(decision),
             plots=plots,
@@ -101,7 +99,6 @@ def render_report(
             rows=[_row(outcome) for outcome in records.outcomes],
             fold_rows=len(records.outcomes) > MAX_VISIBLE_ROWS,
             tests=test_rows(records),
-            samples=records.samples,
             certificates=records.certificates,
             not_tested=not_tested(records, decision),
             command=reproduce_command(records.started.settings),
@@ -127,17 +124,12 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_finalize,
+        finalize=lambda value: visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value,
     )
     made.globals |= {"max_numbers": MAX_NUMBERS, "parts_of": parts_of, "svg": inline_svg, "swatch": swatch}
     made.filters["cell"] = _cell
     made.filters["split_name"] = split_name
     return made
-
-
-def _finalize(value: Any) -> Any:
-    """Makes the control characters of every text visible, but of what a template calls safe."""
-    return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _cell(value: Any) -> str:
@@ -168,9 +160,7 @@ def _visible_in(value: Any) -> Any:
         return visible(value)
     if isinstance(value, Mapping):
         return {key: _visible_in(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_visible_in(inner) for inner in value]
-    return value
+    return [_visible_in(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _answer(decision: Decision | None) -> dict[str, Any] | None:
@@ -197,10 +187,6 @@ def _slider(decision: Decision | None) -> dict[str, Any] | None:
     share = log10(decision.margin / low) / log10(high / low)
     rank = rank_at(margin_steps(decision), decision.margin)
     return {"start": round(1000 * share), "rank": rank, "margin": margin_text(decision)}
-
-
-def _settings_text(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name, json.dumps(value, ensure_ascii=False)) for name, value in settings.items()]
 
 
 def _row(outcome: TrialOutcome) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import PurePath
-from statistics import fmean
 from typing import Any
 
 from rightrank.decision.run import Records, trainings
@@ -132,20 +131,6 @@ def test_rows(records: Records) -> list[tuple[str, TestEvaluated]]:
         (", ".join(filter(None, [name, stages.get(test.trial_id)])), test)
         for name, test in zip(names, records.tests, strict=True)
     ]
-
-
-def next_run_text(records: Records, decision: Decision) -> str:
-    """The time of the next run, at the pace of the finished trainings of the nearest rank; empty if unknown."""
-    run = decision.next_runs[0] if decision.next_runs else None
-    finished = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
-    if run is None or not run.trials or not finished:
-        return ""
-    seconds = 0.0
-    for rank in run.ranks:
-        nearest = min((trial.rank for trial in finished), key=lambda other: abs(other - rank))
-        paces = [trial.train_seconds + trial.eval_seconds for trial in finished if trial.rank == nearest]
-        seconds += fmean(paces) * run.trials / len(run.ranks)
-    return f"About {duration(seconds)} at the pace so far."
 
 
 def not_tested(records: Records, decision: Decision | None) -> list[str]:

@@ -15,7 +15,7 @@ from math import ceil, floor, log10
 from pathlib import Path
 from textwrap import wrap
 
-from rightrank.data.files import replacing, write_text
+from rightrank.data.files import write_text
 from rightrank.report.figure import (
     MAX_LABELS,
     Axis,
@@ -132,20 +132,24 @@ def _ticks(axis: Axis, scale: _Scale) -> list[tuple[float, str]]:
 
 def _plot(figure: Figure) -> str:
     x, y = _scale_of(figure, "x"), _scale_of(figure, "y")
-    clip = f"clip-{figure.name}"
-    inside = f'x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"'
-    return "\n".join(
-        [
-            f'<clipPath id="{_text(clip)}"><rect {inside}/></clipPath>',
-            *_axes(figure, x, y),
-            f'<g clip-path="url(#{_text(clip)})">',
-            *(_band(part.label, y(part.high), y(part.low)) for part in figure.bands),
-            *(_level(part.label, y(part.value)) for part in figure.levels),
-            *(_series(part, x, y) for part in figure.series),
-            "</g>",
-            *(_ring(part.label, part.tone, x(part.x), y(part.y)) for part in figure.marks),
-        ]
-    )
+    clip, right = f"clip-{figure.name}", WIDTH - RIGHT
+    inside = f'x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{HEIGHT - TOP - BOTTOM}"'
+    parts = [f'<clipPath id="{_text(clip)}"><rect {inside}/></clipPath>', *_axes(figure, x, y)]
+    parts.append(f'<g clip-path="url(#{_text(clip)})">')
+    for band in figure.bands:
+        place = f'x="{LEFT}" y="{y(band.high)}" width="{right - LEFT}" height="{round(y(band.low) - y(band.high), 1)}"'
+        drawn = f'<rect {place} fill="var(--band)" opacity=".25"/>'
+        parts.append(f'<g class="band" data-label="{_text(band.label)}">{drawn}</g>')
+    for level in figure.levels:
+        path = f'<path d="M{LEFT} 0H{right}" transform="translate(0 {y(level.value)})" stroke="var(--faint)"'
+        drawn = f'{path} stroke-width="1.4" stroke-dasharray="2 3"/>'
+        parts.append(f'<g class="level" data-label="{_text(level.label)}">{drawn}</g>')
+    parts += [*(_series(series, x, y) for series in figure.series), "</g>"]
+    for mark in figure.marks:
+        place = f'transform="translate({x(mark.x)} {y(mark.y)})"'
+        drawn = f'<circle r="10" {place} fill="none" stroke="{_colour(mark.tone)}" stroke-width="2.4"/>'
+        parts.append(f'<g class="ring {mark.tone}" data-label="{_text(mark.label)}">{drawn}</g>')
+    return "\n".join(parts)
 
 
 def _axes(figure: Figure, x: _Scale, y: _Scale) -> Iterable[str]:
@@ -166,21 +170,6 @@ def _axes(figure: Figure, x: _Scale, y: _Scale) -> Iterable[str]:
 
 def _label(text: str, x: float, y: float, anchor: str, colour: str = "faint", further: str = "") -> str:
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="var(--{colour})"{further}>{_text(text)}</text>'
-
-
-def _band(label: str, top: float, bottom: float) -> str:
-    rectangle = f'<rect x="{LEFT}" y="{top}" width="{WIDTH - LEFT - RIGHT}" height="{round(bottom - top, 1)}"'
-    return f'<g class="band" data-label="{_text(label)}">{rectangle} fill="var(--band)" opacity=".25"/></g>'
-
-
-def _level(label: str, y: float) -> str:
-    line = f'<path d="M{LEFT} 0H{WIDTH - RIGHT}" transform="translate(0 {y})" stroke="var(--faint)" stroke-width="1.4"'
-    return f'<g class="level" data-label="{_text(label)}">{line} stroke-dasharray="2 3"/></g>'
-
-
-def _ring(label: str, tone: Tone, x: float, y: float) -> str:
-    circle = f'<circle r="10" transform="translate({x} {y})" fill="none" stroke="{_colour(tone)}" stroke-width="2.4"/>'
-    return f'<g class="ring {tone}" data-label="{_text(label)}">{circle}</g>'
 
 
 def _series(series: Series, x: _Scale, y: _Scale) -> str:
@@ -252,11 +241,7 @@ def write_figures(folder: Path, figures: Sequence[Figure]) -> None:
 
 
 def require_svg(path: Path) -> None:
-    """Refuse a file for a plot that does not end in `.svg`.
-
-    Raises:
-        SettingsError: another ending.
-    """
+    """Refuse a file for a plot that does not end in `.svg`."""
     if path.suffix.lower() != ".svg":
         raise SettingsError(f"--plot {path}: give a file that ends in .svg")
 
@@ -269,7 +254,6 @@ def write_plot(figure: Figure, path: Path) -> None:
     """
     require_svg(path)
     try:
-        with replacing(path) as temporary:
-            temporary.write_text(svg_file(figure), encoding="utf-8")
+        write_text(path, svg_file(figure))
     except OSError as error:
         raise SettingsError(f"--plot {path}: can't write there ({error.strerror or error})") from None

@@ -10,7 +10,7 @@ from rightrank.report.terminal_figures import terminal_curve
 from rightrank.schema.decision import Decision
 from rightrank.schema.results import Preflight, SelectionCost
 
-FINISH_SECONDS = 5  # the test split, samples and the report of a small run; a longer one's are a small part of its time
+FINISH_SECONDS = 5  # the test split and the report of a small run; a longer one's are a small part of its time
 
 
 def decision_text(decision: Decision, understood: list[str], width: int, commands: Sequence[str | None] = ()) -> str:

@@ -40,11 +40,10 @@ class LocalExecutor:
             self._prepared = True
         arms = [trial.arm for trial in trained]
         # Processes that share an arm must agree: all use the number that process 0 has measured.
-        size = adapters_per_pass_for(self._runtime, arms, self._notice, self._max_adapters_per_pass)
+        size = adapters_per_pass_for(
+            self._runtime, arms, lambda text: self._listener.on_event(Notice(text=text)), self._max_adapters_per_pass
+        )
         yield from train_trials(self._runtime, trained, base_loss, self._folders, self._listener, size)
-
-    def _notice(self, text: str) -> None:
-        self._listener.on_event(Notice(text=text))
 
     def _folders(self, trial: Trial) -> TrialFolders:
         arm, folder = trial.arm, self._folder

@@ -21,10 +21,9 @@ from rightrank.runs.returns import Answer, Selected, answers
 from rightrank.schema.command import next_commands
 from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
 from rightrank.schema.errors import AllTrialsFailedError
-from rightrank.schema.events import AdapterRecorded, DecisionRecorded, GuardAnswer, Sample, TestEvaluated
+from rightrank.schema.events import AdapterRecorded, DecisionRecorded, GuardAnswer, TestEvaluated
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import adapter_attached
-from rightrank.train.generation import expected_of, promptable_examples, write_completion
 from rightrank.train.metrics import measure
 from rightrank.train.runtime import Runtime
 
@@ -50,7 +49,7 @@ def answer_early(run: Run) -> None:
 
 
 def finish(run: Run, decision: Decision | None) -> Selected:
-    """Evaluate on the test split, write samples, and hand over. `decision` is None where only the adapter was asked for.
+    """Evaluate on the test split, and hand over. `decision` is None where only the adapter was asked for.
 
     What an interrupted run has done of this already is not done again.
     """
@@ -58,7 +57,6 @@ def finish(run: Run, decision: Decision | None) -> Selected:
     answer, guard = run.hooks.guarded(final_answer(records, decision), run)
     if run.prepared is not None:
         _read_test_split(run, run.prepared.runtime, _compared_trials(records, answer, decision))
-        _write_samples(run, run.prepared.runtime, run.finished(answer.trial_id))
     saved = hand_over(run, answer, guard)
     if decision is not None:
         run.on_event(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
@@ -70,7 +68,6 @@ def finish(run: Run, decision: Decision | None) -> Selected:
             _training(run, decision),
             folder.report,
             answers(records, decision, run.settings.goal),
-            records.samples,
             next_commands(records.started, decision, str(folder.path)),
             compared(records),
         )
@@ -118,26 +115,6 @@ def _read_test_split(run: Run, runtime: Runtime, trial_ids: Iterable[str]) -> No
                 metric=None if metric in values else "loss",
                 metrics=values,
                 **scores.fields,
-            )
-        )
-
-
-def _write_samples(run: Run, runtime: Runtime, chosen: TrialFinished) -> None:
-    if any(sample.trial_id == chosen.trial_id for sample in run.records.samples):
-        return
-    examples = promptable_examples(runtime, runtime.settings.samples)
-    before = [write_completion(runtime, example) for example in examples]
-    with adapter_of(run.folder, runtime, chosen):
-        after = [write_completion(runtime, example) for example in examples]
-    for example, first, then in zip(examples, before, after, strict=True):
-        run.on_event(
-            Sample(
-                trial_id=chosen.trial_id,
-                item_id=example.item_id,
-                prompt=example.content["prompt"],
-                expected=expected_of(example),
-                before=first,
-                after=then,
             )
         )
 

@@ -27,7 +27,6 @@ from rightrank.schema.events import (
     Notice,
     RunContinued,
     RunStarted,
-    Sample,
     SelectionPlanned,
     TestEvaluated,
 )
@@ -285,8 +284,6 @@ class Run(Listener):
         match record:
             case TestEvaluated():
                 records.tests.append(record)
-            case Sample():
-                records.samples.append(record)
             case Certified():
                 records.certificates.append(record)
             case AdapterRecorded():

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -257,12 +257,7 @@ def _of_this_package() -> Iterator[tuple[str, Callable[[], Plugin]]]:
     """The folders of `rightrank.plugins`, whatever the installed metadata says: a source tree may be newer."""
     with suppress(ModuleNotFoundError):
         for module in iter_modules(import_module(GROUP).__path__):
-            yield module.name, partial(_of_folder, module.name)
-
-
-def _of_folder(name: str) -> Plugin:
-    plugin: Plugin = import_module(f"{GROUP}.{name}").PLUGIN
-    return plugin
+            yield module.name, lambda name=module.name: import_module(f"{GROUP}.{name}").PLUGIN
 
 
 def _of_others() -> Iterator[tuple[str, Callable[[], Plugin]]]:

@@ -11,7 +11,6 @@ from rightrank.decision.run import Records, document
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.decision import AdapterCandidate, Decision, HandedOver
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.events import Sample
 from rightrank.schema.settings import Goal
 from rightrank.search.strategies import training_rank_estimate
 
@@ -46,7 +45,6 @@ class Selected:
     training: Answer | None  # the rank to train at; None with goal "adapter"
     report: Path
     answers: Mapping[str, Any]  # both answers, as in decision.json
-    samples: list[Sample] = field(default_factory=list)
     next_commands: Sequence[
         str | None
     ] = ()  # each next run as a command that can be pasted, where one continues this run

@@ -106,7 +106,9 @@ def loop(run: Run, executor: Executor) -> None:
             return
         for outcome in executor.run(trials, _base_loss(run)):
             run.on_event(_with_plan(run, outcome))
-            _require_some_success(run)
+            failed = [one for one in run.records.outcomes if isinstance(one, TrialFailed)]
+            if len(failed) >= MAX_FAILED_AT_START and not run.records.finished():
+                raise AllTrialsFailedError(f"the first {len(failed)} trials failed (the first: {failed[0].reason})")
             if outcome.rank == 0:
                 break  # trials are judged against the base's loss, which is known now
 
@@ -134,12 +136,6 @@ def decide(run: Run) -> Decision:
 def _base_loss(run: Run) -> float | None:
     """The base's held-out loss, once it has been evaluated."""
     return next((trial.metrics.get("loss") for trial in run.records.finished() if trial.rank == 0), None)
-
-
-def _require_some_success(run: Run) -> None:
-    failed = [outcome for outcome in run.records.outcomes if isinstance(outcome, TrialFailed)]
-    if len(failed) >= MAX_FAILED_AT_START and not run.records.finished():
-        raise AllTrialsFailedError(f"the first {len(failed)} trials failed (the first: {failed[0].reason})")
 
 
 def _with_plan(run: Run, outcome: TrialOutcome) -> TrialOutcome:

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from itertools import islice
 from typing import Any
 
 from rightrank.schema.decision import Decision, NextRun
@@ -95,17 +96,13 @@ def _further_options(started: RunStarted, wanted: NextRun) -> list[str]:
         options += ["--eval-items", str(wanted.items)]
     ranks, rates, seeds = (_numbers(settings.get(name)) for name in ("ranks", "learning_rates", "seeds"))
     if wanted.action == "seeds" and wanted.seeds is not None:
-        options += _with_added("--seeds", seeds, _more_seeds(seeds, wanted.seeds))
+        further = (seed for seed in range(MAX_SEED) if seed not in seeds)
+        options += _with_added("--seeds", seeds, [*seeds, *islice(further, wanted.seeds - len(seeds))])
     if wanted.action == "rank":
         options += _with_added("--ranks", ranks, [*ranks, *wanted.ranks])
     if wanted.action in ("rank", "rates"):
         options += _with_added("--learning-rates", rates, [*rates, *wanted.learning_rates])
     return options
-
-
-def _more_seeds(seeds: Sequence[float], count: int) -> list[float]:
-    further = (seed for seed in range(MAX_SEED) if seed not in seeds)
-    return [*seeds, *(next(further) for _ in range(count - len(seeds)))]
 
 
 def _with_added(option: str, before: Sequence[float], after: Sequence[float]) -> list[str]:

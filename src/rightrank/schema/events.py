@@ -155,19 +155,6 @@ class TestEvaluated(Record):
     metric: str | None = None  # of `value`, if it is not the deciding metric: a task has no test split
 
 
-class Sample(Record):
-    """A held-out example and the model's answers before and after training."""
-
-    type: Literal["sample"] = "sample"
-    schema_version: Whole = SCHEMA_VERSION
-    trial_id: str
-    item_id: str
-    prompt: str
-    expected: str
-    before: str
-    after: str
-
-
 class Certified(Record):
     """An arm trained again alone, compared with its multi-LoRA training. Differences are relative unless stated."""
 
@@ -237,7 +224,6 @@ Journaled: TypeAlias = (
     | TrialFailed
     | TestEvaluated
     | GuardEvaluated
-    | Sample
     | Certified
     | RunContinued
     | AdapterRecorded

@@ -70,19 +70,18 @@ def to_dtype(name: object) -> object:
     return DTYPE_ALIASES.get(name, name) if isinstance(name, str) else name
 
 
-def _to_columns(value: object) -> object:
-    return [f"{name}={column}" for name, column in value.items()] if isinstance(value, Mapping) else value
-
-
 # What a value must be beside its type.
 
 
-def _require_columns(columns: tuple[str, ...]) -> tuple[str, ...]:
-    for entry in columns:
-        name, equals, column = entry.partition("=")
-        if not (name and equals and column):
+def _columns(value: object) -> object:
+    """Entries NAME=COLUMN of a text, a list or a mapping."""
+    given = [f"{name}={column}" for name, column in value.items()] if isinstance(value, Mapping) else value
+    entries = given.split(",") if isinstance(given, str) else given
+    for entry in entries if isinstance(entries, list | tuple) else ():
+        name, equals, column = str(entry).partition("=")
+        if not (name.strip() and equals and column.strip()):
             raise ValueError(f"columns: got {entry!r}; give NAME=COLUMN, such as prompt=question,completion=answer")
-    return columns
+    return given
 
 
 def _distinct(fits: Callable[[Any], bool], one: str, allowed: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
@@ -419,8 +418,7 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
         option=True,
         metavar="NAME=COLUMN",
         split=True,
-        parse=_to_columns,
-        check=_require_columns,
+        parse=_columns,
     )
     validation: str = setting(
         "", DATA, "file or folder for the validation split; by default a tenth of the data", option=True, metavar="FILE"
@@ -433,9 +431,6 @@ class SelectSettings(PeftFields, TrainerFields, WorkerFields):
     eval_points: int = setting(4, DATA, "held-out evaluations during a training, the end included", gt=0)
     eval_batch_size: int = setting(
         16, DATA, "examples in a forward pass of an evaluation", also=("per_device_eval_batch_size",), gt=0
-    )
-    samples: int = setting(
-        1, DATA, "test examples for which the model writes before and after, where examples have a prompt", ge=0
     )
 
     dtype: AutoDtype = setting(

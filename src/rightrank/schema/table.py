@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_or
 from rightrank.schema.errors import SettingsError, did_you_mean
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel, ValidationError
+    from pydantic import BaseModel
 
 AnySettings = TypeVar("AnySettings", bound="Settings")
 MAX_WHOLE = 2**53  # the integers that a float holds exactly; a larger one in a file is damage
@@ -54,41 +54,25 @@ class Setting:
     default: Any
     group: Group
     help: str
-    option: str
-    metavar: str | None
-    identity: bool
-    continuable: bool
-    also: tuple[str, ...]
-    split: bool
-    parse: Callable[[Any], Any] | None
-    check: Callable[[Any], Any] | None
-    bounds: Mapping[str, Any]
+    option: bool | str = ""  # True: `--name-of-the-setting`
+    metavar: str | None = None
+    identity: bool = True
+    continuable: bool = False
+    also: tuple[str, ...] = ()
+    split: bool = False
+    parse: Callable[[Any], Any] | None = None
+    check: Callable[[Any], Any] | None = None
+    bounds: Mapping[str, float] = field(default_factory=dict)  # gt, ge, lt and le
 
     def __set_name__(self, owner: type, name: str) -> None:
-        if self.option == "--":
+        if self.option is True:
             object.__setattr__(self, "option", f"--{name.replace('_', '-')}")
 
 
-def setting(
-    default: Any,
-    group: Group,
-    help: str,
-    *,
-    option: bool | str = False,
-    metavar: str | None = None,
-    identity: bool = True,
-    continuable: bool = False,
-    also: Iterable[str] = (),
-    split: bool = False,
-    parse: Callable[[Any], Any] | None = None,
-    check: Callable[[Any], Any] | None = None,
-    **bounds: float,
-) -> Any:
-    """A row; see `Setting`. `option` is True for `--name-of-the-setting`; `bounds` are gt, ge, lt and le."""
-    named = "--" if option is True else option or ""
-    return Setting(
-        default, group, help, named, metavar, identity, continuable, tuple(also), split, parse, check, bounds
-    )  # fmt: skip
+def setting(default: Any, group: Group, help: str, **further: Any) -> Any:
+    """A row; the bounds are given by name."""
+    bounds = {name: further.pop(name) for name in ("gt", "ge", "lt", "le") if name in further}
+    return Setting(default, group, help, **further, bounds=bounds)
 
 
 class Settings:
@@ -188,11 +172,19 @@ def _validated(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any
         model = _model(kind).model_validate(written)
         found = {name: getattr(model, name) for name in values}
         for name, value in found.items():
-            _require_exact(name, value)
+            for inner in value if isinstance(value, tuple) else (value,):
+                if isinstance(inner, int) and abs(inner) > MAX_WHOLE:
+                    raise ValueError(
+                        f"{name}: got {_QUOTED.repr(inner)}; whole numbers are at most 2**53 ({MAX_WHOLE})"
+                    )
             check = kind.model_fields[name].check
             found[name] = value if check is None else check(value)
     except ValidationError as error:
-        raise SettingsError(_first_line(error)) from None
+        first = error.errors()[0]
+        message = first["msg"].partition(", unable to parse")[0]
+        where = str(first["loc"][0]) if first["loc"] else "settings"
+        got = f"{where}: got {_QUOTED.repr(first['input'])}"
+        raise SettingsError(f"{got}; {message[0].lower()}{message[1:]}") from None
     except ValueError as error:
         raise SettingsError(str(error)) from None
     return found
@@ -238,18 +230,5 @@ def _model(kind: type[Settings]) -> type[BaseModel]:
     return kind.checked_by
 
 
-def _require_exact(name: str, value: object) -> None:
-    for inner in value if isinstance(value, tuple) else (value,):
-        if isinstance(inner, int) and abs(inner) > MAX_WHOLE:
-            raise ValueError(f"{name}: got {_QUOTED.repr(inner)}; whole numbers are at most 2**53 ({MAX_WHOLE})")
-
-
 _QUOTED = reprlib.Repr()
 _QUOTED.maxstring = _QUOTED.maxother = 120  # what is longer, or nested, is shortened: never written out whole
-
-
-def _first_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    message = first["msg"].partition(", unable to parse")[0]
-    where = str(first["loc"][0]) if first["loc"] else "settings"
-    return f"{where}: got {_QUOTED.repr(first['input'])}; {message[0].lower()}{message[1:]}"

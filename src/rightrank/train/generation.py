@@ -16,7 +16,7 @@ from rightrank.train.device import kv_cache
 from rightrank.train.runtime import Runtime
 from rightrank.train.scorers import ModelAnswer
 
-MAX_SAMPLE_PROMPT_TOKENS = 256  # longer prompts are not shown as samples
+MAX_PROMPT_TOKENS = 256  # of a prompt that people judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def promptable_examples(runtime: Runtime, count: int) -> list[Example]:
         if len(found) == count:
             break
         prompt = example.content["prompt"]
-        if isinstance(prompt, str) and 0 < len(tokenizer(prompt)["input_ids"]) <= MAX_SAMPLE_PROMPT_TOKENS:
+        if isinstance(prompt, str) and 0 < len(tokenizer(prompt)["input_ids"]) <= MAX_PROMPT_TOKENS:
             found.append(example)
     return found
 

@@ -36,7 +36,7 @@ def test_workers_are_steps_of_the_job_which_is_put_back_when_its_time_is_over(
     run = tmp_path / "run"
     command = ["bash", str(SCRIPT), str(model_folder), str(completion_file), "--out", str(run), "--quiet"]
     how = ["--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "3000"]
-    small = ["--batch-size", "4", "--seq-len", "32", "--eval-items", "12", "--set", "samples=0"]
+    small = ["--batch-size", "4", "--seq-len", "32", "--eval-items", "12"]
     job = subprocess.Popen([*command, *how, *small], env=environment, stderr=subprocess.PIPE, text=True)
     started = '"type":"trial_started"'
     wait_until(lambda: _read(run / "journal.jsonl").count(started) >= 2 or job.poll() is not None, "two trials started")

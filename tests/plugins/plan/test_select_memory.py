@@ -24,7 +24,7 @@ from tests.watch import Watch
 pytestmark = pytest.mark.trains
 
 SMALL = ("--learning-rates", "1e-2", "--max-steps", "2", "--batch-size", "4", "--seq-len", "32", "--eval-items", "6")
-SETS = ("--set", "samples=0", "--set", "eval_points=1", "--strategy", "grid", "--quiet")
+SETS = ("--set", "eval_points=1", "--strategy", "grid", "--quiet")
 
 
 def command(model: Path, data: Path, out: Path, *more: str) -> int:
