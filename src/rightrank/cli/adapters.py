@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +32,6 @@ EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 @click.option("--gradient", nargs=2, metavar="MODEL DATA", help="Inspect the gradient at initialisation instead.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --gradient: a setting of select.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the effective rank by layer to this .svg file.")
-@click.option("--all", "every", is_flag=True, help="Show every module in the table.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(
     adapter: Path | None,
@@ -43,7 +40,6 @@ def inspect(
     gradient: tuple[str, str] | None,
     assignments: tuple[str, ...],
     plot: Path | None,
-    every: bool,
     as_json: bool,
 ) -> None:
     """Show the singular spectrum of every module of a LoRA ADAPTER.
@@ -52,7 +48,7 @@ def inspect(
     gradient of the loss before any training.
     """
     from rightrank.api import adapters as api
-    from rightrank.report.spectra import layer_figure
+    from rightrank.report.spectra import inspection_text, layer_figure
     from rightrank.report.svg import write_plot
 
     if gradient is not None:
@@ -65,7 +61,7 @@ def inspect(
         found = api.inspect(adapter, base=base, finetuned=finetuned)
     if plot is not None:
         write_plot(layer_figure(found.modules), plot)
-    _print_record(found, as_json, every)
+    click.echo(found.model_dump_json() if as_json else inspection_text(found))
 
 
 @click.command(
@@ -120,12 +116,12 @@ def resize(
 ) -> None:
     """Write ADAPTER to OUT at another rank and report the truncation error."""
     from rightrank.api import adapters as api
+    from rightrank.report.spectra import resized_text
 
     needing = {"--margin": margin, "--ranks": ranks, "--recover": recover, "--set": assignments}
     alone = next((option for option, value in (needing | {"--train": train, "--base": base}).items() if value), None)
     if alone is not None and data is None:
         raise SettingsError(f"{alone} goes with --data FILE, which was not given; give both, or leave it out")
-    lap = _lap_timer()
     with _view(quiet, log_json) as view:
         resized = api.resize(
             adapter,
@@ -140,11 +136,11 @@ def resize(
             base=base,
             uniform=uniform,
             settings=make_settings(gather(None, assignments, {"margin": margin})),
-            on_rank=lambda at, value: view.say(f"rank {at}: held-out {value:.4f}  ({lap():.0f} s)"),
+            on_rank=lambda at, value: view.say(f"rank {at}: held-out {value:.4f}"),
             notice=view.say,
             on_event=view.on_event,
         )
-    _print_record(resized, as_json)
+    click.echo(resized.model_dump_json() if as_json else resized_text(resized))
 
 
 def _view(quiet: bool, log_json: bool) -> AbstractContextManager[WorkView | JsonLog]:
@@ -155,30 +151,6 @@ def _view(quiet: bool, log_json: bool) -> AbstractContextManager[WorkView | Json
     from rightrank.hooks.terminal import WorkView
 
     return nullcontext(JsonLog(sys.stderr)) if log_json else WorkView(Console(stderr=True), quiet)
-
-
-def _lap_timer() -> Callable[[], float]:
-    """A function that returns the seconds since its last call, or since it was made."""
-    last = time.monotonic()
-
-    def lap() -> float:
-        nonlocal last
-        before, last = last, time.monotonic()
-        return last - before
-
-    return lap
-
-
-def _print_record(record: Any, as_json: bool, every: bool = False) -> None:
-    """Print a record of the probe as one JSON object, or as a table."""
-    if as_json:
-        click.echo(record.model_dump_json())
-        return
-    from rich.console import Console
-
-    from rightrank.report.spectra import print_record
-
-    print_record(Console(), record, every)
 
 
 @click.command(

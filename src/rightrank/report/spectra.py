@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from statistics import median
-from typing import TypeAlias
-
-from rich.console import Console
-from rich.table import Table
 
 from rightrank.report.adapters import candidate_table
+from rightrank.report.answer import labelled
 from rightrank.report.figure import Axis, Figure, Series, axis_from_zero, log_ticks
-from rightrank.schema.decision import AdapterAnswer
+from rightrank.report.format import table_lines
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import Allocation, Inspection, ModuleSpectrum, Resized
 
@@ -88,156 +85,77 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 MAX_ROWS = 20  # modules in the table; --json has all
-TABLE_WIDTH = 112  # minimum, so that a narrow terminal truncates no column
-ProbeRecord: TypeAlias = Inspection | Resized | Allocation
 
 
-def print_record(console: Console, record: ProbeRecord, every: bool) -> None:
-    """Print any record of the probe."""
-    console.width = max(console.width, TABLE_WIDTH)
-    if isinstance(record, Inspection):
-        _print_inspection(console, record, every)
-    elif isinstance(record, Resized):
-        _print_resized(console, record)
-    else:
-        _print_allocation(console, record)
-
-
-def _print_inspection(console: Console, inspection: Inspection, every: bool) -> None:
-    """Print the table of modules and the summary."""
+def inspection_text(inspection: Inspection) -> str:
+    """The modules, or those that use the most and the least of their rank, and the summary."""
     summary, modules = inspection.summary, inspection.modules
-    shown = modules if every or len(modules) <= MAX_ROWS else extremes(modules)
-    console.print(_module_table(shown))
-    if len(shown) < len(modules):
-        console.print(
-            f"{len(shown)} of {len(modules)} modules, the most and the least concentrated; --all shows all of them"
-        )
-    for name, value in _summary_lines(inspection):
-        _print(console, f"{name + ':':<22}{value}")
-    _print(console, f"\n{summary.sentence}")
-
-
-def extremes(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
-    """The modules that use the least and the most of their rank, in the order of the model."""
-    half = MAX_ROWS // 2
     by_use = sorted(modules, key=lambda module: (module.effective_rank or module.stable_rank) / module.rank)
-    chosen = {module.name for module in by_use[:half] + by_use[-half:]}
-    return [module for module in modules if module.name in chosen]
-
-
-def _module_table(modules: Sequence[ModuleSpectrum]) -> Table:
-    """One row per module."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("module", "shape", "rank", "90%", "95%", "99%", "eff.", "stable", "noise", "‖ΔW‖₂"):
-        table.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=True)
-    table.add_column("flags", style="yellow", no_wrap=True)
-    prefix = common_prefix([module.name for module in modules])
-    for module in modules:
-        table.add_row(
-            module.name.removeprefix(prefix),
-            f"{module.shape[0]}×{module.shape[1]}",
-            str(module.rank),
-            *(_or_dash(module.energy_rank[part]) for part in ("0.9", "0.95", "0.99")),
-            _or_dash(module.effective_rank),
-            f"{module.stable_rank:.1f}",
-            str(module.noise_rank),
-            f"{module.spectral_norm:.3g}",
-            ", ".join(module.flags),
-        )
-    return table
-
-
-def common_prefix(names: Sequence[str]) -> str:
-    """The dotted parts that all names start with, such as `model.layers.`; empty for a single name."""
-    parts = [name.split(".")[:-1] for name in names]
-    shared = 0
-    while len(names) > 1 and all(len(part) > shared and part[shared] == parts[0][shared] for part in parts):
-        shared += 1
-    return "".join(f"{part}." for part in parts[0][:shared]) if names else ""
-
-
-def _summary_lines(inspection: Inspection) -> list[tuple[str, str]]:
-    """`(name, value)` pairs of the summary, without empty values."""
-    summary = inspection.summary
-    ranks = ", ".join(str(rank) for rank in summary.ranks[:8]) + (", …" if len(summary.ranks) > 8 else "")
+    half = MAX_ROWS // 2
+    shown = {module.name for module in (modules if len(modules) <= MAX_ROWS else by_use[:half] + by_use[-half:])}
+    heading = ["module", "shape", "rank", "90%", "95%", "99%", "eff.", "stable", "noise", "‖ΔW‖₂", "flags"]
+    rows = [_module_row(module) for module in modules if module.name in shown]
+    lines = table_lines([heading, *rows], left=(0, 10))
+    if len(shown) < len(modules):
+        lines.append(f"{len(shown)} of {len(modules)} modules, the most and the least concentrated; --json has all")
     energy = ", ".join(f"{float(part):.0%}: {_or_dash(rank)}" for part, rank in summary.energy_rank.items())
-    lines = [
-        ("modules", f"{summary.modules}, rank {ranks}, {summary.parameters:,} parameters"),
-        ("scaling", summary.scaling_rule if summary.kind == "adapter" else ""),
+    names = {"untrained (B = 0)": summary.untrained, "dead": summary.dead, "modules_to_save": summary.modules_to_save}
+    facts = [
+        ("modules", f"{summary.modules}, {summary.parameters:,} parameters"),
         ("base", summary.base_model or ""),
         ("rank by energy", f"{energy} (largest of all modules)"),
-        ("most concentrated", summary.most_concentrated or ""),
-        ("least concentrated", summary.least_concentrated or ""),
-        ("untrained (B = 0)", _few(summary.untrained)),
-        ("dead", _few(summary.dead)),
-        ("modules_to_save", _few(summary.modules_to_save)),
-        ("unchanged tensors", str(summary.unchanged) if summary.unchanged else ""),
-        ("changed, not a matrix", _few(summary.not_matrices)),
+        *((name, ", ".join(found)) for name, found in names.items()),
+        ("unchanged tensors", str(summary.unchanged or "")),
+        ("changed, not a matrix", ", ".join(summary.not_matrices)),
         *(("note", note) for note in summary.notes),
     ]
-    return [(name, value) for name, value in lines if value]
+    return "\n".join([*lines, *labelled([fact for fact in facts if fact[1]], 23), "", summary.sentence])
 
 
-def _print_resized(console: Console, resized: Resized) -> None:
-    """Print what was written and the error of the truncation."""
+def _module_row(module: ModuleSpectrum) -> list[str]:
+    return [
+        module.name,
+        f"{module.shape[0]}×{module.shape[1]}",
+        str(module.rank),
+        *(_or_dash(module.energy_rank[part]) for part in ("0.9", "0.95", "0.99")),
+        _or_dash(module.effective_rank),
+        f"{module.stable_rank:.1f}",
+        str(module.noise_rank),
+        f"{module.spectral_norm:.3g}",
+        ", ".join(module.flags),
+    ]
+
+
+def resized_text(resized: Resized) -> str:
+    """What was written, and the error of the truncation."""
     rank = f"rank {resized.rank}" if resized.rank is not None else "ranks by module"
-    _print(console, f"{resized.out}: {rank} (by {resized.chosen_by})")
-    _print(
-        console,
+    worst = max(resized.modules, key=lambda module: module.relative_delta_error)
+    lines = [
+        f"{resized.out}: {rank} (by {resized.chosen_by})",
         f"parameters {resized.parameters_before:,} → {resized.parameters_after:,}, "
         f"file {resized.bytes_before:,} → {resized.bytes_after:,} bytes",
-    )
-    worst = max(resized.modules, key=lambda module: module.relative_delta_error)
-    _print(
-        console,
         f"error of ΔW {resized.relative_delta_error:.3g} of its norm; worst {worst.relative_delta_error:.3g} "
         f"({worst.name}, rank {worst.from_rank} → {worst.rank})",
-    )
+    ]
     if resized.answer is not None:
-        console.print(_candidates(resized.answer))
-        for sentence in (resized.answer.sentence, *resized.answer.notes):
-            _print(console, sentence)
-    for note in resized.notes:
-        _print(console, f"note: {note}")
+        lines += [*table_lines(candidate_table(resized.answer, "held-out")), resized.answer.sentence]
+        lines += resized.answer.notes
+    return "\n".join([*lines, *(f"note: {note}" for note in resized.notes)])
 
 
-def _candidates(answer: AdapterAnswer) -> Table:
-    """The truncations, compared with the adapter."""
-    heading, *rows = candidate_table(answer, "held-out")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in heading:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _print_allocation(console: Console, allocation: Allocation) -> None:
-    """Print the answer and the comparisons behind it."""
-    _print(console, allocation.sentence)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("pattern", "seed", "parameters", "held-out"):
-        table.add_column(heading, justify="left" if heading == "pattern" else "right")
+def allocation_text(allocation: Allocation) -> str:
+    """The answer and the comparisons behind it."""
+    rows = [["pattern", "seed", "parameters", "held-out"]]
     for trial in allocation.trials:
-        table.add_row(trial.pattern, str(trial.seed), f"{trial.parameters:,}", f"{trial.value:.4f}")
-    console.print(table)
-    for verdict in allocation.verdicts:
-        console.print(
-            f"pattern against {verdict.against}: {verdict.difference:+.4f} [{verdict.low:+.4f}, {verdict.high:+.4f}]",
-            highlight=False,
-        )
-
-
-def _print(console: Console, text: str) -> None:
-    """Print text as it is: paths and names may contain markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+        rows.append([trial.pattern, str(trial.seed), f"{trial.parameters:,}", f"{trial.value:.4f}"])
+    compared = [
+        f"pattern against {one.against}: {one.difference:+.4f} [{one.low:+.4f}, {one.high:+.4f}]"
+        for one in allocation.verdicts
+    ]
+    return "\n".join([allocation.sentence, *table_lines(rows, left=(0,)), *compared])
 
 
 def _or_dash(value: float | None) -> str:
     if value is None:
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.1f}"
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

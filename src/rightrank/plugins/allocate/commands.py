@@ -66,8 +66,6 @@ def allocate(
     if as_json:
         click.echo(allocation.model_dump_json())
         return
-    from rich.console import Console
+    from rightrank.report.spectra import allocation_text
 
-    from rightrank.report.spectra import print_record
-
-    print_record(Console(), allocation, every=False)
+    click.echo(allocation_text(allocation))
