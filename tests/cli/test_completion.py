@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import click
 import pytest
 from click.testing import CliRunner
 
 from rightrank.cli import cli
-from rightrank.cli.options import unknown_option
 from rightrank.cli.runs import TARGETS as OFFERED
 from rightrank.interop.exports import STUDY
 from rightrank.interop.targets import TARGETS
@@ -34,22 +32,6 @@ def test_help_lists_the_commands_in_the_order_of_use_and_no_line_is_shortened() 
     listed = [line.split()[0] for line in shown.partition("Commands:\n")[2].splitlines()]
     assert listed[:2] == ["demo", "select"]
     assert "..." not in shown.partition("Commands:\n")[2]
-
-
-@pytest.mark.parametrize(
-    ("option", "said"),
-    [
-        ("--lr", "(did you mean --learning-rates?)"),
-        ("--budget", "(did you mean --time?)"),
-        ("--memory-bytes", "(did you mean --memory?)"),
-        ("--output-dir", "(did you mean --out?)"),
-        ("--dropout", "; give it as --set lora_dropout=VALUE"),
-    ],
-)
-def test_a_name_of_other_trainers_is_answered_with_the_option(option: str, said: str) -> None:
-    with pytest.raises(click.NoSuchOption) as raised:
-        cli.commands["select"].make_context("select", [option, "1"])
-    assert unknown_option(raised.value) == f"no such option {option} {said}".replace(" ;", ";")
 
 
 def test_names_of_other_tools_mean_one_setting_each() -> None:

@@ -16,10 +16,8 @@ import pytest
 from rightrank import compare, export, resize, select_rank
 from rightrank.data.splits import load_data
 from rightrank.models.labels import adopted_labels, base_arguments, labels_of_side, loading_lines
-from rightrank.runs.prepare import label_lines
 from rightrank.runs.returns import Selected
 from rightrank.schema.errors import DataError, ModelError
-from rightrank.schema.events import DataSummary
 from rightrank.schema.settings import make_settings
 from tests.tiny import save_tiny_llama, small_settings, write_jsonl
 
@@ -132,16 +130,6 @@ def test_labels_in_another_order_are_not_compared(selected: Selected, tmp_path: 
 def test_numbers_are_classes_in_the_order_of_numbers() -> None:
     rows = [{"text": f"row {number} {copy}", "label": number} for number in range(12) for copy in range(20)]
     assert load_data(rows, small_settings()).classes == [str(number) for number in range(12)]
-
-
-def test_the_classes_are_counted_before_the_start() -> None:
-    fields: dict[str, Any] = {"splits": {}, "splits_given": False, "duplicates_across_splits": 0}
-    even = DataSummary(form="classification", classes=["a", "b"], class_counts={"a": 50, "b": 40}, **fields)
-    assert label_lines(even) == ["classes: 2; training examples: a 50, b 40"]
-    odd = DataSummary(form="classification", classes=["a", "b"], class_counts={"a": 90, "b": 10}, **fields)
-    assert label_lines(odd) == [
-        "classes: 2; training examples: a 90, b 10; imbalanced: always a is right in 90%, and macro_f1 counts every class alike"
-    ]
 
 
 def test_an_encoder_is_refused_for_text_with_the_columns_of_a_classifier(tmp_path: Path) -> None:

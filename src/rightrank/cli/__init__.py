@@ -67,11 +67,6 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
-    except click.NoSuchOption as error:
-        from rightrank.cli.options import unknown_option  # imports the settings: for this message alone
-
-        _print_error(unknown_option(error))
-        sys.exit(2)
     except click.ClickException as error:
         _print_error(error.format_message())
         sys.exit(2)

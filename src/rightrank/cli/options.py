@@ -14,8 +14,6 @@ from typing import Any, TypeVar, get_args, get_origin
 import click
 
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import SelectSettings
 from rightrank.schema.table import Group, Setting, Settings, is_list
 from rightrank.version import __version__
 
@@ -158,25 +156,3 @@ def garbage_kept() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-OUTPUTS = ("--out-dir", "--output", "--output-dir", "--run", "-o")  # what `--out` is called elsewhere
-
-
-def unknown_option(error: click.NoSuchOption) -> str:
-    """The message for an option that the command does not have.
-
-    It names the command's own option for a known habit, `--set` for a setting that has no option, else the nearest
-    options.
-    """
-    command = error.ctx.command if error.ctx is not None else None
-    options = {name for parameter in command.params for name in parameter.opts} if command is not None else set()
-    rows = (PlanSettings if command is not None and command.name == "plan" else SelectSettings).model_fields
-    name = error.option_name.removeprefix("--").replace("-", "_")
-    name = next((own for own, row in rows.items() if name in row.also), name)
-    meant = "--out" if error.option_name in OUTPUTS else rows[name].option if name in rows else ""
-    if meant in options:
-        return f"no such option {error.option_name} (did you mean {meant}?)"
-    if "--set" in options and name in rows:
-        return f"no such option {error.option_name}; give it as --set {name}=VALUE"
-    return error.format_message()

@@ -51,7 +51,6 @@ class DataSplits:
     duplicates_across_splits: int
     fingerprint: str
     classes: list[str] | None  # classification: the labels in the order of the logits
-    class_counts: Mapping[str, int] = field(default_factory=dict)  # classification: training examples by label
     unreadable: int = 0  # rows left out because of lone surrogates, which no tokenizer accepts
     rows: int = 0  # that were read
     repeated: int = 0  # held-out rows left out because another row is equal
@@ -107,7 +106,6 @@ def load_data(
         + len(np.intersect1d(np.union1d(train, validation), test)),
         fingerprint=_fingerprint(stored, begun),
         classes=_classes(read.labels, examples, name, classes) if form == "classification" else None,
-        class_counts=dict(read.labels),
         unreadable=read.unreadable,
         rows=count,
         repeated=read.rows_held_out - distinct,

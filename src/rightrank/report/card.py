@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from rightrank.decision.adapter import Making
 from rightrank.models.labels import loading_lines
 from rightrank.report.answer import evidence_table
+from rightrank.report.html import templates
 from rightrank.schema.decision import Decision, HandedOver
 from rightrank.schema.events import GuardAnswer, RunStarted, TestEvaluated
 from rightrank.schema.trials import TrialFinished
@@ -34,27 +33,24 @@ def model_card(
     adapter: AdapterCardFacts,
 ) -> str:
     """The card: front matter for the hub, the answers, the evidence, how to load the adapter."""
-    environment = Environment(
-        loader=PackageLoader("rightrank.report", "templates"),
-        autoescape=False,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    model = started.settings.get("model")
+    return (
+        templates(escaped=False)
+        .get_template("model_card.md")
+        .render(
+            started=started,
+            trial=trial,
+            decision=decision,
+            evidence=evidence_table(decision) if decision is not None else [],
+            adapter=adapter,
+            tests=tests,
+            classification=started.data.form == "classification",
+            loading="\n".join(
+                loading_lines(
+                    "this/folder", model if isinstance(model, str) else None, started.data.classes is not None
+                )
+            ),
+            picture=PICTURE,
+            curve=CURVE,
+        )
     )
-    return environment.get_template("model_card.md").render(
-        started=started,
-        trial=trial,
-        decision=decision,
-        evidence=evidence_table(decision) if decision is not None else [],
-        adapter=adapter,
-        tests=tests,
-        classification=started.data.form == "classification",
-        loading="\n".join(loading_lines("this/folder", _name(started), started.data.classes is not None)),
-        picture=PICTURE,
-        curve=CURVE,
-    )
-
-
-def _name(started: RunStarted) -> str | None:
-    name = started.settings.get("model")
-    return name if isinstance(name, str) else None

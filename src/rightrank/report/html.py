@@ -71,7 +71,7 @@ def render_report(
     plots = {figure.name: figure for figure in (*figures_of(records, decision), *further_figures)}
     script = _asset("figures.js") + "\n" + _asset("page.js")
     return (
-        _environment()
+        templates()
         .get_template("report.html")
         .render(
             started=records.started,
@@ -112,19 +112,19 @@ def render_report(
 
 def adapter_page(sentence: str, texts: Sequence[str], figures: Sequence[Figure], rows: Sequence[Sequence[str]]) -> str:
     """The page of one adapter's truncations: the answer, its figures, a table whose first row is the heading, and further sentences."""
-    template = _environment().get_template("adapter.html")
+    template = templates().get_template("adapter.html")
     return template.render(sentence=sentence, texts=texts, figures=figures, rows=rows, style=_asset("report.css"))
 
 
-def _environment() -> Environment:
-    """Templates in which every value is text and control characters are visible."""
+def templates(escaped: bool = True) -> Environment:
+    """The templates; in a page every value is text, and control characters are visible."""
     made = Environment(
         loader=PackageLoader("rightrank.report", "templates"),
-        autoescape=True,
+        autoescape=escaped,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value,
+        finalize=lambda value: visible(value) if escaped and type(value) is str else value,
     )
     made.globals |= {"max_numbers": MAX_NUMBERS, "parts_of": parts_of, "svg": inline_svg, "swatch": swatch}
     made.filters["cell"] = _cell

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -13,7 +12,7 @@ from rightrank.report.format import duration, metric_unit, quantity, size
 from rightrank.schema.decision import Decision, HandedOver
 from rightrank.schema.events import RunStarted, TestEvaluated
 from rightrank.schema.scaling import peft_scaling
-from rightrank.schema.trials import TrialCollapsed, TrialFinished, split_name
+from rightrank.schema.trials import TrialFinished, split_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,15 +153,9 @@ def not_tested(records: Records, decision: Decision | None) -> list[str]:
         )
     if decision is not None and _seeds(decision) < 2:
         limits.append("Seed noise: each rank has one seed.")
-    missing = [o for o in records.outcomes if o.rank > 0 and not isinstance(o, TrialFinished)]
+    missing = sum(one.rank > 0 and not isinstance(one, TrialFinished) for one in records.outcomes)
     if missing:
-        counts = Counter(f"rank {o.rank} at {o.learning_rate:g}" for o in missing)
-        names = [f"{name} (×{count})" if count > 1 else name for name, count in counts.items()]
-        cells = ", ".join(names[:6])
-        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-        collapsed = sum(isinstance(o, TrialCollapsed) for o in missing)
-        fell = f" {collapsed} of them collapsed: their values fell far below their own best." if collapsed else ""
-        limits.append(f"Trainings without a result: {cells}{more}. They count neither for nor against a rank.{fell}")
+        limits.append(f"{quantity(missing, 'training')} without a result: they count neither for nor against a rank.")
     if not records.tests:
         limits.append("The test split, which is evaluated at the end of the run.")
     return limits

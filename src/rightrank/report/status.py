@@ -38,8 +38,6 @@ class RunStatus(Record):
     adapter_sentence: str | None  # the answer to the first question
     rank: int | None
     verdict: str | None
-    next_run: str | None
-    next_command: str | None = None  # the first of the commands below
     next_runs: list[str] = Field(default_factory=list)  # every next run, the most useful first
     next_commands: list[str | None] = Field(default_factory=list)  # each of them as a command that can be pasted
     curve: list[tuple[int, float]]  # of the trained ranks
@@ -84,8 +82,6 @@ def run_status(
         adapter_sentence=None if adapter is None else adapter.sentence,
         rank=decision.rank if decision is not None else None,
         verdict=decision.verdict if decision is not None else None,
-        next_run=decision.next_run if decision is not None else None,
-        next_command=next((command for command in commands if command is not None), None),
         next_runs=[sentence for sentence, _ in view.next_runs],
         next_commands=commands,
         curve=[(e.rank, e.value) for e in decision.ranks if e.rank > 0] if decision else best_by_rank(records, True),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rightrank.data.forms import DataForm
-from rightrank.data.splits import MAX_SHOWN_CLASSES, DataSplits, load_data
+from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.run import settled_start
 from rightrank.models.base_models import DTYPES, LoadedModel, adopt_model, load_base, resolve_dtype
 from rightrank.models.labels import adopted_labels
@@ -21,7 +21,7 @@ from rightrank.models.places import find_model
 from rightrank.runs.plugins import MemoryPlan, memory_plan
 from rightrank.runs.request import Request
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
+from rightrank.schema.events import JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings, settings_of_identity, with_identity_of
 from rightrank.schema.trials import content_hash
 from rightrank.search.protocol import Strategy
@@ -33,7 +33,6 @@ from rightrank.version import __version__
 
 Notice: TypeAlias = Callable[[str], None]
 
-IMBALANCED = 3  # times as many examples in the largest class as in the smallest
 METRICS_OF_FORMS = (  # kind of metric, the form of data that it needs, and that form's columns
     ("classes", "classification", "`text` and `label`"),
     ("pairs", "preference", "`prompt`, `chosen` and `rejected`"),
@@ -85,27 +84,10 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
     given = request.settings.of_form(sources.splits.form)
     if given.margin != request.settings.margin:
         notice(f"margin: {given.margin:g} nats a pair, the default for preference pairs")
-    for line in label_lines(sources.encoded.summary):
-        notice(line)
     settings, planned = _settle(sources, given, notice)
     steps = settings.training_steps(len(sources.encoded.splits["train"]))
     runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache)
     return Prepared(runtime, settings, steps, _started(request, sources, settings, steps), planned)
-
-
-def label_lines(data: DataSummary) -> list[str]:
-    """The classes and their training examples."""
-    if not data.class_counts:
-        return []
-    counts = sorted(data.class_counts.items(), key=lambda one: (-one[1], one[0]))
-    shown = ", ".join(f"{name} {count:,}" for name, count in counts[:MAX_SHOWN_CLASSES])
-    rest = counts[MAX_SHOWN_CLASSES:]
-    shown += f" and {len(rest)} more, down to {counts[-1][0]} {counts[-1][1]:,}" if rest else ""
-    line = f"classes: {len(data.classes or counts)}; training examples: {shown}"
-    (largest, most), least, total = counts[0], counts[-1][1], sum(data.class_counts.values())
-    if most >= IMBALANCED * least:
-        line += f"; imbalanced: always {largest} is right in {most / total:.0%}, and macro_f1 counts every class alike"
-    return [line]
 
 
 def strategy_of(prepared: Prepared) -> Strategy:

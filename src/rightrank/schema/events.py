@@ -96,7 +96,6 @@ class DataSummary(Record):
     splits_given: bool
     duplicates_across_splits: Whole
     classes: list[str] | None = None  # in the order of the logits
-    class_counts: dict[str, Whole] = Field(default_factory=dict)  # classification: training examples by label
     unreadable: Whole = 0  # rows left out because of lone surrogates, which no tokenizer accepts
     rows: Whole = 0  # that were read
     repeated: Whole = 0  # held-out rows left out because another row is equal

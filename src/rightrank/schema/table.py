@@ -54,7 +54,7 @@ class Setting:
     default: Any
     group: Group
     help: str
-    option: bool | str = ""  # True: `--name-of-the-setting`
+    option: str = ""
     metavar: str | None = None
     identity: bool = True
     continuable: bool = False
@@ -65,12 +65,13 @@ class Setting:
     bounds: Mapping[str, float] = field(default_factory=dict)  # gt, ge, lt and le
 
     def __set_name__(self, owner: type, name: str) -> None:
-        if self.option is True:
+        if self.option == "--":
             object.__setattr__(self, "option", f"--{name.replace('_', '-')}")
 
 
 def setting(default: Any, group: Group, help: str, **further: Any) -> Any:
-    """A row; the bounds are given by name."""
+    """A row; the bounds are given by name, and `option=True` is `--name-of-the-setting`."""
+    further["option"] = "--" if further.get("option") is True else further.get("option", "")
     bounds = {name: further.pop(name) for name in ("gt", "ge", "lt", "le") if name in further}
     return Setting(default, group, help, **further, bounds=bounds)
 
