@@ -68,10 +68,10 @@ def _option(name: str, row: Setting, hint: Any) -> Callable[[Command], Command]:
         further |= {"callback": CALLBACKS[name]}
     elif row.parse is None and kinds & {int, float}:
         further |= {"type": float if float in kinds else int}
-    return click.option(spelled, name, cls=SettingOption, group=row.group, help=option_help(row), **further)
+    return click.option(spelled, name, cls=_SettingOption, group=row.group, help=_option_help(row), **further)
 
 
-def option_help(row: Setting) -> str:
+def _option_help(row: Setting) -> str:
     """The first clause of a setting's meaning, without links and marks, and its default."""
     text = re.sub(r"[,;]? ?\[[^\]]*\]\([^)]*\)", "", row.help).replace(" ()", "").replace("`", "")
     text = text.partition("; ")[0]
@@ -89,7 +89,7 @@ def _shown_default(default: Any) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-class SettingOption(click.Option):
+class _SettingOption(click.Option):
     """The option of a setting, with its section of `--help`."""
 
     def __init__(self, *arguments: Any, group: Group, **further: Any) -> None:

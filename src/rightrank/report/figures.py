@@ -243,10 +243,10 @@ def _best_trials(records: Records, decision: Decision | None) -> dict[int, list[
         named = {e.rank: [by_id[i] for i in e.trial_ids if i in by_id] for e in trained(decision)}
         return {rank: trials for rank, trials in named.items() if trials}
     groups = by_rank([trial for trial in finished if trial.rank > 0 and trial.arm.is_direct])
-    return {rank: [best_of(trials, records)] for rank, trials in groups.items()}
+    return {rank: [_best_of(trials, records)] for rank, trials in groups.items()}
 
 
-def best_of(trials: Sequence[TrialFinished], records: Records) -> TrialFinished:
+def _best_of(trials: Sequence[TrialFinished], records: Records) -> TrialFinished:
     """The trial with the best held-out value."""
     sign = -1 if records.started.higher_is_better else 1
     return min(trials, key=lambda trial: sign * trial.value)
@@ -336,11 +336,11 @@ def _mean_losses(trials: Sequence[TrialFinished]) -> dict[float, float]:
     losses = [trial.train_losses for trial in trials]
     if len({len(one) for one in losses}) != 1:
         return {}
-    curve = averaged([fmean(step) for step in zip(*losses, strict=True)])
-    return smoothed(curve, SMOOTHED_OVER * len(losses[0]))
+    curve = _averaged([fmean(step) for step in zip(*losses, strict=True)])
+    return _smoothed(curve, SMOOTHED_OVER * len(losses[0]))
 
 
-def averaged(losses: Sequence[float]) -> dict[float, float]:
+def _averaged(losses: Sequence[float]) -> dict[float, float]:
     """Step → mean loss of at most `MAX_POINTS` groups of consecutive steps; the step is the middle of its group.
 
     `losses` are one for each step, beginning with step 1.
@@ -350,6 +350,6 @@ def averaged(losses: Sequence[float]) -> dict[float, float]:
     return {start + (len(group) + 1) / 2: fmean(group) for start, group in groups}
 
 
-def smoothed(curve: Mapping[float, float], width: float) -> dict[float, float]:
+def _smoothed(curve: Mapping[float, float], width: float) -> dict[float, float]:
     """The running mean over `width` steps around each point, over fewer at the ends of the curve."""
     return {step: fmean(value for other, value in curve.items() if abs(other - step) <= width / 2) for step in curve}

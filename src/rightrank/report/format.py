@@ -55,11 +55,6 @@ def cell_text(value: float) -> str:
     return f"{value:#.4g}".rstrip(".")
 
 
-def or_dash(value: float | None, spec: str = "g") -> str:
-    """The formatted number; a dash for None."""
-    return "–" if value is None else format(value, spec)
-
-
 def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"

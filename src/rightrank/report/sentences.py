@@ -16,7 +16,7 @@ from rightrank.schema.trials import TrialFinished, split_name
 
 
 @dataclass(frozen=True, slots=True)
-class UseIt:
+class _UseIt:
     """The adapter in the names of PEFT, with code that loads it."""
 
     r: int
@@ -39,7 +39,7 @@ def _last(name: str) -> str:
     return PurePath(name).name if name.startswith((".", "/", "~")) else name
 
 
-def use_it(handed_over: HandedOver, records: Records) -> UseIt | None:
+def use_it(handed_over: HandedOver, records: Records) -> _UseIt | None:
     """What the box shows; None for an adapter whose folder this package did not write."""
     settings, trials = records.started.settings, {trial.trial_id: trial for trial in records.finished()}
     answer = records.adapters[-1].answer
@@ -60,7 +60,7 @@ def use_it(handed_over: HandedOver, records: Records) -> UseIt | None:
             f"base = AutoModelForCausalLM.from_pretrained({base_arguments(model)})\n"
             'model = PeftModel.from_pretrained(base, "adapter")  # beside this report'
         )
-    return UseIt(handed_over.rank, f"{alpha:g}", f"{trained.learning_rate:g}", code)
+    return _UseIt(handed_over.rank, f"{alpha:g}", f"{trained.learning_rate:g}", code)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,11 @@ def decision_text(decision: Decision, understood: list[str], width: int, command
 
 def preflight_text(found: Preflight) -> str:
     """Everything, for a person."""
-    lines = [*found.before, *_data_lines(found), *memory_lines(found), cost_line(found)]
+    cost = found.cost
+    parts = [f"about {cost.trainings:.3g} trainings of {cost.steps} steps, {cost.trainings_at_most:.3g} at most"]
+    if cost.seconds is not None and cost.seconds_at_most is not None:
+        parts.append(f"about {duration(cost.seconds)}, {duration(cost.seconds_at_most)} at most")
+    lines = [*found.before, *_data_lines(found), *memory_lines(found), f"strategy {cost.strategy}: {'; '.join(parts)}"]
     lines += [*_whole_time(found), *found.notes]
     return "\n".join([*lines, "nothing was written: this was a dry run"])
 
@@ -79,15 +83,6 @@ def memory_lines(found: Preflight) -> list[str]:
     )
     budget = "no budget given" if found.memory_bytes is None else f"{size(found.memory_bytes)} available"
     return [f"ranks and memory: {shown}; {budget}"]
-
-
-def cost_line(found: Preflight) -> str:
-    """Trainings and time."""
-    cost = found.cost
-    parts = [f"about {cost.trainings:.3g} trainings of {cost.steps} steps, {cost.trainings_at_most:.3g} at most"]
-    if cost.seconds is not None and cost.seconds_at_most is not None:
-        parts.append(f"about {duration(cost.seconds)}, {duration(cost.seconds_at_most)} at most")
-    return f"strategy {cost.strategy}: {'; '.join(parts)}"
 
 
 def took_line(cost: SelectionCost, trainings: float, seconds: float) -> str:

@@ -54,7 +54,7 @@ def finish(run: Run, decision: Decision | None) -> Selected:
     What an interrupted run has done of this already is not done again.
     """
     records, folder = run.records, run.folder
-    answer, guard = run.hooks.guarded(final_answer(records, decision), run)
+    answer, guard = run.hooks.guarded(_final_answer(records, decision), run)
     if run.prepared is not None:
         _read_test_split(run, run.prepared.runtime, _compared_trials(records, answer, decision))
     saved = hand_over(run, answer, guard)
@@ -102,7 +102,7 @@ def _read_test_split(run: Run, runtime: Runtime, trial_ids: Iterable[str]) -> No
         if any(test.trial_id == trial_id for test in run.records.tests):
             continue
         trial = run.finished(trial_id)
-        with adapter_of(run.folder, runtime, trial):
+        with _adapter_of(run.folder, runtime, trial):
             scores = runtime.evaluate("test")
             measured = measure(runtime, "test")
         measured.require([metric])
@@ -142,7 +142,7 @@ def hand_over(run: Run, answer: AdapterAnswer, guard: GuardAnswer | None) -> boo
     return True
 
 
-def final_answer(records: Records, decision: Decision | None) -> AdapterAnswer:
+def _final_answer(records: Records, decision: Decision | None) -> AdapterAnswer:
     """The answer to the first question at the end of a run.
 
     It is the recorded one, or one from the candidates that a budget left, or the best trained adapter. A direct training of
@@ -214,7 +214,7 @@ def rescore(run: Run) -> None:
 
 
 def _rescored(folder: RunFolder, runtime: Runtime, trial: TrialFinished, metric: str) -> TrialFinished:
-    with adapter_of(folder, runtime, trial):
+    with _adapter_of(folder, runtime, trial):
         scores = runtime.evaluate("selection")
         measured = measure(runtime, "selection")
     values = scores.metrics | measured.values
@@ -232,7 +232,7 @@ def _rescored(folder: RunFolder, runtime: Runtime, trial: TrialFinished, metric:
 
 
 @contextmanager
-def adapter_of(folder: RunFolder, runtime: Runtime, trial: TrialFinished) -> Iterator[None]:
+def _adapter_of(folder: RunFolder, runtime: Runtime, trial: TrialFinished) -> Iterator[None]:
     """The base with the trial's adapter inside the block; the base alone for rank 0."""
     if trial.truncate_from is not None:  # its modules may have ranks of their own, which its configuration names
         with adapter_attached(runtime, folder.finished_adapter(trial.trial_id)):

@@ -172,7 +172,7 @@ class PeftFields(Settings):
         }
 
 
-class TrainerFields(Settings):
+class _TrainerFields(Settings):
     """Fields of transformers' TrainingArguments that all trainings get as they are."""
 
     gradient_accumulation_steps: int = setting(1, TRAINING, "forward passes in an optimizer step", gt=0)
@@ -187,7 +187,7 @@ class TrainerFields(Settings):
     adam_epsilon: float = setting(1e-8, TRAINING, "of AdamW", gt=0)
 
 
-class WorkerFields(Settings):
+class _WorkerFields(Settings):
     """How worker processes are started and watched; where trainings run changes nothing that they find."""
 
     ray_address: str | None = setting(
@@ -216,7 +216,7 @@ class WorkerFields(Settings):
     )
 
 
-class SelectSettings(PeftFields, TrainerFields, WorkerFields):
+class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
     """All settings of a selection besides MODEL, DATA and --out."""
 
     goal: Goal = setting(
