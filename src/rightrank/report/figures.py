@@ -258,10 +258,7 @@ def by_rank(trials: Sequence[TrialFinished]) -> dict[int, list[TrialFinished]]:
     return {rank: [trial for trial in trials if trial.rank == rank] for rank in ranks}
 
 
-MAX_POINTS = 100  # of the training loss of one training; each is the mean over equally many steps
-SMOOTHED_OVER = 0.1  # of the steps: a batch's loss varies more than two ranks differ
 FIRST_SHOWN = 0.1  # of the steps: what falls before may be off the scale, or the end would be a flat line
-MAX_TRAININGS = 12
 
 
 def learning_figure(records: Records, decision: Decision | None) -> Figure | None:
@@ -273,15 +270,16 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
     series: list[Series] = []
     rows: list[tuple[int, int, float, float | None]] = []
     for place, (rank, trials) in enumerate(best.items()):
-        held, before = _mean([_held_out(trial, finished, metric) for trial in trials]), _before_points(trials)
+        curves, before = [_held_out(trial, finished, metric) for trial in trials], _before_points(trials)
+        shared = sorted(set.intersection(*map(set, curves)))
+        held = {step: fmean(curve[step] for curve in curves) for step in shared}
         rows += [(rank, step, value, before.get(step)) for step, value in held.items()]
         if held and min(held) > 0 and base is not None:  # at step 0 the adapter is the base model
             held = {0: base, **held}
         if held:
             series.append(Series(f"rank {rank}", tuple(held), tuple(held.values()), tone=place))
-        losses = _mean_losses(trials) or before
-        if losses and metric == "loss":
-            x, y = tuple(losses), tuple(losses.values())
+        if before and metric == "loss":
+            x, y = tuple(before), tuple(before.values())
             series.append(Series(f"rank {rank}", x, y, kind="line", dashed=True, tone=place))
     if not series:
         return None
@@ -319,37 +317,7 @@ def _held_out(trial: TrialFinished, finished: Mapping[str, TrialFinished], metri
     return found
 
 
-def _mean(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """The mean of the curves at the steps that all of them have."""
-    steps = sorted(set.intersection(*map(set, curves)))
-    return {step: fmean(curve[step] for curve in curves) for step in steps}
-
-
 def _before_points(trials: Sequence[TrialFinished]) -> dict[int, float]:
     """Step of an evaluation → mean training loss since the one before, mean over the trials."""
     known = [(p.step, p.train_value) for trial in trials for p in trial.points if p.train_value is not None]
     return {at: fmean(value for step, value in known if step == at) for at in sorted({step for step, _ in known})}
-
-
-def _mean_losses(trials: Sequence[TrialFinished]) -> dict[float, float]:
-    """Step → training loss, mean over the trials; empty where they did not record as many losses."""
-    losses = [trial.train_losses for trial in trials]
-    if len({len(one) for one in losses}) != 1:
-        return {}
-    curve = _averaged([fmean(step) for step in zip(*losses, strict=True)])
-    return _smoothed(curve, SMOOTHED_OVER * len(losses[0]))
-
-
-def _averaged(losses: Sequence[float]) -> dict[float, float]:
-    """Step → mean loss of at most `MAX_POINTS` groups of consecutive steps; the step is the middle of its group.
-
-    `losses` are one for each step, beginning with step 1.
-    """
-    width = max(1, -(-len(losses) // MAX_POINTS))
-    groups = [(start, losses[start : start + width]) for start in range(0, len(losses), width)]
-    return {start + (len(group) + 1) / 2: fmean(group) for start, group in groups}
-
-
-def _smoothed(curve: Mapping[float, float], width: float) -> dict[float, float]:
-    """The running mean over `width` steps around each point, over fewer at the ends of the curve."""
-    return {step: fmean(value for other, value in curve.items() if abs(other - step) <= width / 2) for step in curve}

@@ -8,7 +8,7 @@ from typing import Any
 
 from rightrank.decision.run import Records, trainings
 from rightrank.models.labels import base_arguments, loading_lines
-from rightrank.report.format import duration, metric_unit, quantity, size
+from rightrank.report.format import duration, metric_unit, quantity
 from rightrank.schema.decision import Decision, HandedOver
 from rightrank.schema.events import RunStarted, TestEvaluated
 from rightrank.schema.scaling import peft_scaling
@@ -71,8 +71,6 @@ class Cost:
     truncations: int  # evaluated without a training step
     without_result: int
     seconds: float
-    tokens: int
-    peak_bytes: int
 
     def sentence(self) -> str:
         parts = [quantity(self.trainings, "training")]
@@ -80,18 +78,13 @@ class Cost:
             parts.append(quantity(self.truncations, "truncation"))
         if self.without_result:
             parts.append(f"{quantity(self.without_result, 'trial')} without a result")
-        parts.append(duration(self.seconds))
-        if self.tokens:
-            parts.append(quantity(self.tokens, "token"))
-        if self.peak_bytes:
-            parts.append(f"peak memory {size(self.peak_bytes)}")
-        return ", ".join(parts)
+        return ", ".join([*parts, duration(self.seconds)])
 
 
 def cost_of(records: Records) -> Cost:
     """The cost of all trials; the seconds include the evaluation of the base model.
 
-    A training that resumes a stopped one contains its seconds and tokens, so those of the stopped one are subtracted.
+    A training that resumes a stopped one contains its seconds, so those of the stopped one are subtracted.
     """
     finished = records.finished()
     by_id = {trial.trial_id: trial for trial in finished}
@@ -101,8 +94,6 @@ def cost_of(records: Records) -> Cost:
         truncations=sum(trial.truncate_from is not None and trial.steps == 0 for trial in finished),
         without_result=sum(not isinstance(outcome, TrialFinished) for outcome in records.outcomes),
         seconds=sum(map(_seconds, finished)) - sum(map(_seconds, resumed)),
-        tokens=sum(trial.train_tokens for trial in finished) - sum(trial.train_tokens for trial in resumed),
-        peak_bytes=max((trial.peak_bytes for trial in finished), default=0),
     )
 
 

@@ -100,7 +100,7 @@ def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--memory", "24"), "has no unit"),
+        (("--memory", "24"), "is not a size"),
         (("--memory", "many"), "is not a size"),
         (("--memory", "0GiB"), "is zero"),
         (("--batch-size", "0"), "batch_size"),
