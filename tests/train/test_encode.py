@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from rightrank.data.splits import load_data
+from rightrank.data.token_store import IGNORED
 from rightrank.models.base_models import load_model
 from rightrank.schema.errors import DataError
-from rightrank.train.tokens import IGNORED, encode
+from rightrank.train.tokens import encode
 from tests.tiny import sentences, small_settings, write_jsonl
 
 

@@ -16,7 +16,6 @@ from rightrank.models.lora_files import PREFIX, is_alpha
 from rightrank.models.spectra import factored_singular_values
 from rightrank.schema.arrays import Floats
 from rightrank.schema.results import Inspection, InspectionSummary, ModuleSpectrum
-from rightrank.schema.settings import ModuleKind
 
 DEAD_FRACTION = 1e-3  # of the median norm of the modules
 ROUNDING = 1e-6  # of the largest singular value; below it a value is rounding of float32 files, and not noise
@@ -32,7 +31,7 @@ class Update:
     """One module's ΔW, with its known singular values."""
 
     name: str
-    kind: ModuleKind
+    kind: str
     shape: tuple[int, int]
     rank: int
     scaling: float
@@ -99,20 +98,14 @@ def _flag_dead(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
 def inspection_of(updates: Sequence[Update], **about: Any) -> Inspection:
     """The records of the updates and their summary; `about` are the summary's other fields."""
     modules = _flag_dead([_describe(update) for update in updates])
-    alive = [module for module in modules if module.frobenius_norm > 0]
-    known = [module for module in alive if module.effective_rank is not None]
     energy: dict[str, int | None] = {}
     for part in (f"{fraction:g}" for fraction in spectra.ENERGY_FRACTIONS):
         ranks = [module.energy_rank[part] for module in modules]
         energy[part] = None if None in ranks else max((rank for rank in ranks if rank is not None), default=0)
-    by_use = sorted(known, key=lambda module: (module.effective_rank or 0.0) / module.rank)
     summary = InspectionSummary(
         modules=len(modules),
         ranks=sorted({module.rank for module in modules}),
         energy_rank=energy,
-        median_effective_rank=median([module.effective_rank or 0.0 for module in known]) if known else None,
-        most_concentrated=by_use[0].name if by_use else None,
-        least_concentrated=by_use[-1].name if by_use else None,
         untrained=[module.name for module in modules if "untrained" in module.flags],
         dead=[module.name for module in modules if "dead" in module.flags],
         sentence=SENTENCE,

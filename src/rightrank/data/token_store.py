@@ -23,6 +23,7 @@ import pyarrow.compute
 
 from rightrank.data.forms import Example
 
+IGNORED = -100  # the label without loss in torch and transformers
 ROWS = 256  # collected before a write
 Entry = TypeVar("Entry")
 

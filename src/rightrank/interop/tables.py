@@ -29,9 +29,8 @@ from rightrank.interop.columns import (
 )
 from rightrank.interop.importers import import_rows
 from rightrank.schema.decision import Result, ResultsTable
-from rightrank.schema.errors import DataError, ResultsError, quoted
+from rightrank.schema.errors import MAX_WHOLE, DataError, ResultsError, quoted
 from rightrank.schema.metrics import unknown_direction
-from rightrank.schema.table import MAX_WHOLE
 
 FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "out of memory"}
 UNFINISHED = {"running", "unfinished", "in_progress", "scheduled", "pending", "waiting", "queued", "preempting"}

@@ -46,7 +46,6 @@ from rightrank.models.ranks import lora_scaling, pattern_matches, pattern_value
 from rightrank.models.weights import read_header
 from rightrank.schema.arrays import Floats
 from rightrank.schema.errors import ModelError, RunFolderError
-from rightrank.schema.settings import ModuleKind
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
@@ -112,7 +111,7 @@ class AdapterModule:
     part: int = 0  # its place among the matrices of the pair
 
     @property
-    def kind(self) -> ModuleKind:
+    def kind(self) -> str:
         return self.how.name
 
     @property

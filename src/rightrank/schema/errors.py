@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MAX_WHOLE = 2**53  # the integers that a float holds exactly; a larger one in a file is damage
 MAX_MESSAGE_CHARACTERS = 1500  # a longer message quotes a long value, whose middle is left out
 # Control characters, bidirectional and invisible marks, and surrogates: replaced by their escapes.
 _INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 161))} | {

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
 from rightrank.schema.decision import AdapterAnswer, AdapterOrigin, Decision, HandedOver
-from rightrank.schema.table import MAX_WHOLE
+from rightrank.schema.errors import MAX_WHOLE
 from rightrank.schema.trials import (
     SCHEMA_VERSION,
     Record,

@@ -8,7 +8,6 @@ from pydantic import Field
 
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.events import SplitSummary
-from rightrank.schema.settings import ModuleKind
 from rightrank.schema.trials import Record, Whole
 
 Source: TypeAlias = Literal["exact", "traced", "formula", "measured", "assumed"]
@@ -161,7 +160,7 @@ class ModuleSpectrum(Record):
     """The spectrum of one module's update ΔW."""
 
     name: str
-    kind: ModuleKind
+    kind: str  # linear, embedding, convolution, expert or matrix
     shape: tuple[int, int]  # of ΔW: out × in
     rank: int  # of the factors; for a matrix, its shorter side
     scaling: float  # s in s·B·A; 1 for a matrix
@@ -186,9 +185,6 @@ class InspectionSummary(Record):
     scaling_rule: str
     base_model: str | None
     energy_rank: dict[str, int | None]  # the maximum over modules, as one common rank requires
-    median_effective_rank: float | None
-    most_concentrated: str | None  # the module that uses the least of its rank
-    least_concentrated: str | None
     untrained: list[str]  # B = 0: never trained
     dead: list[str]  # updates under a thousandth of the median module's
     modules_to_save: list[str] = Field(default_factory=list)  # fully trained modules

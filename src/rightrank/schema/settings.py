@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from rightrank.schema.errors import SettingsError, did_you_mean
+from rightrank.schema.errors import MAX_WHOLE, SettingsError, did_you_mean
 from rightrank.schema.metrics import MetricSpec, direction, parse_metrics, unknown_direction
-from rightrank.schema.table import MAX_WHOLE, Group, Settings, parsed_json, setting
+from rightrank.schema.table import Group, Settings, parsed_json, setting
 
 COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
 
-ModuleKind: TypeAlias = Literal["linear", "embedding", "convolution", "expert", "matrix"]
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 AutoDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]

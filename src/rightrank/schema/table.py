@@ -18,13 +18,12 @@ from difflib import get_close_matches
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
 
-from rightrank.schema.errors import SettingsError, did_you_mean
+from rightrank.schema.errors import MAX_WHOLE, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 AnySettings = TypeVar("AnySettings", bound="Settings")
-MAX_WHOLE = 2**53  # the integers that a float holds exactly; a larger one in a file is damage
 NEAREST_NAMES = 3  # that answer an unknown setting
 
 

@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, model_validator
 
-from rightrank.schema.errors import NotFiniteError, ReportError, quoted
-from rightrank.schema.table import MAX_WHOLE
+from rightrank.schema.errors import MAX_WHOLE, NotFiniteError, ReportError, quoted
 
 SCHEMA_VERSION = 4  # of the journal: no other is read
 IDENTITY_VERSION = 1  # of the content that a trial id is a hash of; a change gives every trial a new id

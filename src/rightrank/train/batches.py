@@ -23,8 +23,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rightrank.data.token_store import EncodedExample, lengths_of
-from rightrank.train.tokens import IGNORED
+from rightrank.data.token_store import IGNORED, EncodedExample, lengths_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from rightrank.data.token_store import EncodedExample, lengths_of
+from rightrank.data.token_store import IGNORED, EncodedExample, lengths_of
 from rightrank.models.kinds.base import Routing
 from rightrank.schema.errors import is_out_of_memory
 from rightrank.schema.trials import SplitName
 from rightrank.train.batches import FUSED, Batch, float32_attention, packed, packed_attention
 from rightrank.train.loss import Objective, head_loss
 from rightrank.train.prefix import FrozenPrefix, find_blocks
-from rightrank.train.tokens import IGNORED
 
 MAX_LABEL_SHARE = 0.75  # above this share of positions with a label, gathering rows costs more than it saves
 _MLP_NAMES = ("mlp", "feed_forward", "ffn")

@@ -31,10 +31,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch.utils.checkpoint import checkpoint
 
-from rightrank.data.token_store import EncodedExample
+from rightrank.data.token_store import IGNORED, EncodedExample
 from rightrank.schema.trials import SplitName
 from rightrank.train.batches import Batch, FixedGroups, position_ids
-from rightrank.train.tokens import IGNORED
 
 CHUNK_LOGITS = 2**24  # elements of a chunk's logits: 64 MiB in float32
 HEAD_TOLERANCE = 1e-3  # relative, between the head's loss and the model's own, in the model's dtype

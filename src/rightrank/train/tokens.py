@@ -13,14 +13,13 @@ from typing import Any, TypeAlias
 
 from rightrank.data.forms import DataForm, Example
 from rightrank.data.splits import SPLITS, DataSplits
-from rightrank.data.token_store import EncodedExample, TokenStore, longest_sequence
+from rightrank.data.token_store import IGNORED, EncodedExample, TokenStore, longest_sequence
 from rightrank.models.base_models import LoadedModel
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import DataSummary, SplitSummary
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
 
-IGNORED = -100  # the label without loss in torch and transformers
 EncodedSequence: TypeAlias = tuple[list[int], list[int]]  # token ids, and the label of each
 
 

@@ -36,7 +36,6 @@ import numpy as np
 import torch
 
 from rightrank.schema.errors import MultiLoraError
-from rightrank.schema.settings import ModuleKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +180,7 @@ class Layout:
 class AdapterKind(ABC):
     """One way in which PEFT adapts a layer. The defaults are those of s·B·A with A and B as matrices."""
 
-    name: ClassVar[ModuleKind]  # in the records of `inspect` and `resize`
+    name: ClassVar[str]  # in the records of `inspect` and `resize`
     label: ClassVar[str]  # in messages, with its article: "a convolution"
     why_alone: ClassVar[str | None] = None  # why no two adapters share a pass; None: they do
     why_not_select: ClassVar[str | None] = None  # why `select`, which trains text models, does not train it
