@@ -29,7 +29,6 @@ from typing import Any
 
 from tests.tiny import save_tiny_llama, write_completions
 
-import rightrank.runs.executor
 import rightrank.runs.prepare
 import rightrank.runs.run  # noqa: F401 - what every forked run has loaded
 from benchmarks.machine import machine

@@ -8,8 +8,8 @@ import random
 import pytest
 from benchmarks.selection.tables import recommend
 
+from rightrank.decision.collapse import collapse_of, should_stop_early, without_collapsing
 from rightrank.decision.seeds import detectable_difference, needed_seeds
-from rightrank.decision.verdicts import collapse_of, should_stop_early, without_collapsing
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 from rightrank.search.history import History
 from rightrank.search.space import Space

@@ -15,7 +15,7 @@ from rightrank.decision.metrics import default_margin
 from rightrank.decision.run import question_of
 from rightrank.models.base_models import LoadedModel
 from rightrank.runs.hook import Hook, Run
-from rightrank.runs.prepare import Prepared
+from rightrank.runs.request import Prepared
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, InputError
 from rightrank.schema.events import GuardAnswer, GuardEvaluated

@@ -16,8 +16,8 @@ from rightrank.report.tables import labels_line, memory_lines, took_line
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.plugins import Clock
-from rightrank.runs.prepare import Prepared, prepare, strategy_of
-from rightrank.runs.request import Request
+from rightrank.runs.prepare import prepare, strategy_of
+from rightrank.runs.request import Prepared, Request
 from rightrank.runs.returns import Selected
 from rightrank.schema.events import Event, RunStarted, SelectionPlanned, TimeExpected
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, SelectionCost

@@ -26,7 +26,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from rightrank.decision.verdicts import best_point, should_stop_early
+from rightrank.decision.collapse import best_point, should_stop_early
 from rightrank.interop.transformers import IGNORED, causal_item_losses, padded_batches
 from rightrank.schema.errors import MissingExtraError, NotFiniteError, ReportError, SettingsError, quoted
 from rightrank.schema.metrics import direction, unknown_direction

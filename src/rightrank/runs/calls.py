@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from pydantic import ValidationError
 
-from rightrank.decision.verdicts import Collapse, collapse_of
+from rightrank.decision.collapse import Collapse, collapse_of
 from rightrank.schema.errors import (
     AllTrialsFailedError,
     InputError,

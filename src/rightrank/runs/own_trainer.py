@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TypedDict
 
-from rightrank.decision.verdicts import DROP_IN_MARGINS
+from rightrank.decision.collapse import DROP_IN_MARGINS
 from rightrank.runs.calls import (
     Call,
     CustomExecutor,

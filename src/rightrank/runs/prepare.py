@@ -19,7 +19,7 @@ from rightrank.models.base_models import DTYPES, LoadedModel, adopt_model, load_
 from rightrank.models.labels import adopted_labels
 from rightrank.models.places import find_model
 from rightrank.runs.plugins import MemoryPlan, memory_plan
-from rightrank.runs.request import Request
+from rightrank.runs.request import Prepared, Request
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings, settings_of_identity, with_identity_of
@@ -37,25 +37,6 @@ METRICS_OF_FORMS = (  # kind of metric, the form of data that it needs, and that
     ("classes", "classification", "`text` and `label`"),
     ("pairs", "preference", "`prompt`, `chosen` and `rejected`"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    runtime: Runtime
-    settings: SelectSettings  # with the settled ranks
-    steps: int  # optimizer steps of every arm
-    started: RunStarted
-    planned: MemoryPlan | None  # None: an architecture that can't be planned
-
-    @property
-    def is_token_loss(self) -> bool:
-        return self.runtime.data.summary.is_token_loss
-
-    @property
-    def unseen_steps(self) -> int:
-        """Steps that the training examples last beyond those of one training; 0 if it sees every example."""
-        per_step = self.settings.items_per_step
-        return max(0, len(self.runtime.examples("train")) // per_step - self.steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What is asked of a selection, and what refuses it at once, before torch is imported and before anything is loaded."""
+"""What is asked of a selection and what is then loaded, and what refuses it at once, before torch is imported."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ from rightrank.search.strategies import make_strategy
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rightrank.runs.plugins import MemoryPlan
+    from rightrank.schema.events import RunStarted
+    from rightrank.train.runtime import Runtime
+
 Rows: TypeAlias = Iterable[Mapping[str, object]]  # a `datasets.Dataset` is one
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
+    """What is asked."""
+
     model: str | PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     data: str | Path | Rows | Mapping[str, Rows]
@@ -37,6 +43,27 @@ class Request:
         if not isinstance(self.data, str | Path):
             return f"in memory ({type(self.data).__name__})"
         return str(self.data).encode("utf-8", "backslashreplace").decode()  # a file's name may hold what JSON can't
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is loaded."""
+
+    runtime: Runtime
+    settings: SelectSettings  # with the settled ranks
+    steps: int  # optimizer steps of every arm
+    started: RunStarted
+    planned: MemoryPlan | None  # None: an architecture that can't be planned
+
+    @property
+    def is_token_loss(self) -> bool:
+        return self.runtime.data.summary.is_token_loss
+
+    @property
+    def unseen_steps(self) -> int:
+        """Steps that the training examples last beyond those of one training; 0 if it sees every example."""
+        per_step = self.settings.items_per_step
+        return max(0, len(self.runtime.examples("train")) // per_step - self.steps)
 
 
 def check(request: Request) -> None:

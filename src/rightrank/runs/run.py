@@ -13,17 +13,16 @@ from contextlib import contextmanager
 
 from rightrank.decision.run import decide_run
 from rightrank.report.format import size
-from rightrank.runs.executor import LocalExecutor
 from rightrank.runs.finish import answer_early, finish, rescore
 from rightrank.runs.folder import RunFolder, run_store
 from rightrank.runs.hook import Executor, FailingAs, Hook, Hooks, Run
 from rightrank.runs.plugins import executors
-from rightrank.runs.prepare import Bases, Prepared, prepare, resuming, strategy_of
-from rightrank.runs.request import Request
+from rightrank.runs.prepare import Bases, prepare, resuming, strategy_of
+from rightrank.runs.request import Prepared, Request
 from rightrank.runs.returns import Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import AllTrialsFailedError, DeviceMemoryError, InterruptedRun, ResultsError
-from rightrank.schema.events import RunStopped
+from rightrank.schema.events import Listener, Notice, RunStopped
 from rightrank.schema.trials import (
     Trial,
     TrialCollapsed,
@@ -33,6 +32,10 @@ from rightrank.schema.trials import (
     TrialOutcome,
     trial_id,
 )
+from rightrank.train.loop import train_trials
+from rightrank.train.pace import adapters_per_pass_for
+from rightrank.train.runtime import Runtime
+from rightrank.train.trial import TrialFolders
 
 MAX_FAILED_AT_START = 3  # trials that fail before any finishes: then the cause is no single arm
 
@@ -171,3 +174,47 @@ def _executor_of(request: Request, prepared: Prepared, run: Run) -> Iterator[Exe
         return
     with executors()[request.settings.executor](request, prepared, run) as executor:
         yield executor
+
+
+class LocalExecutor:
+    """The executor of a single process. Errors other than running out of memory propagate with their traceback."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        folder: RunFolder,
+        listener: Listener,
+        max_adapters_per_pass: int | None = None,
+    ) -> None:
+        self._runtime = runtime
+        self._folder = folder
+        self._listener = listener
+        self._max_adapters_per_pass = max_adapters_per_pass  # adapters per pass that fit by the plan; None: not planned
+        self._prepared = False
+
+    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
+        base = [trial for trial in trials if trial.arm.rank == 0]
+        trained = [trial for trial in trials if trial.arm.rank > 0]
+        yield from train_trials(self._runtime, base, base_loss, self._folders, self._listener)
+        if not trained:
+            return
+        if not self._prepared:
+            self._runtime.prepare(self._listener.on_event, self._listener.should_stop)
+            self._prepared = True
+        arms = [trial.arm for trial in trained]
+        # Processes that share an arm must agree: all use the number that process 0 has measured.
+        size = adapters_per_pass_for(
+            self._runtime, arms, lambda text: self._listener.on_event(Notice(text=text)), self._max_adapters_per_pass
+        )
+        yield from train_trials(self._runtime, trained, base_loss, self._folders, self._listener, size)
+
+    def _folders(self, trial: Trial) -> TrialFolders:
+        arm, folder = trial.arm, self._folder
+        return TrialFolders(
+            folder.checkpoint(trial.trial_id),
+            folder.trial_adapter(trial.trial_id),
+            None if arm.continue_from is None else folder.checkpoint(arm.continue_from),
+            None if arm.truncate_from is None else folder.trial_adapter(arm.truncate_from),
+            None if arm.truncate_from is None else folder.moments(arm.truncate_from),
+            folder.answers(trial.trial_id),
+        )

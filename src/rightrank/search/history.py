@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from rightrank.decision.collapse import collapsing_cells
 from rightrank.decision.comparison import Bounds, bounds_of, is_within, walk_down
 from rightrank.decision.intervals import estimate
 from rightrank.decision.metrics import span_of
 from rightrank.decision.seeds import adjusted_means, best_learning_rate
-from rightrank.decision.verdicts import collapsing_cells
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome
 from rightrank.search.space import Space, base_arm

@@ -7,8 +7,8 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
+from rightrank.decision.collapse import without_collapsing
 from rightrank.decision.seeds import detectable_difference, needed_seeds
-from rightrank.decision.verdicts import without_collapsing
 from rightrank.schema.trials import Arm, TrialOutcome
 from rightrank.search.history import History, Trials, oriented
 from rightrank.search.learning_rates import Requests

@@ -17,8 +17,7 @@ from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.worker import versions
 from rightrank.runs.folder import Store
 from rightrank.runs.hook import Run
-from rightrank.runs.prepare import Prepared
-from rightrank.runs.request import Request
+from rightrank.runs.request import Prepared, Request
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.runtime import Runtime

@@ -42,7 +42,7 @@ from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.plugins.cluster.store import StoreSync
-    from rightrank.runs.prepare import Prepared
+    from rightrank.runs.request import Prepared
 
 NOT_UNDERSTOOD = (
     f"the worker, rightrank {__version__}, does not understand this command: install the same version on every machine"
@@ -125,8 +125,8 @@ class Worker:
     def make_executor(self, setup: Setup) -> Executor:
         """The executor of this process, at the first task."""
         from rightrank.plugins.cluster.store import StoredExecutor, StoreSync
-        from rightrank.runs.executor import LocalExecutor
         from rightrank.runs.folder import RunFolder, run_store
+        from rightrank.runs.run import LocalExecutor
 
         prepared = _prepared(setup, self._scratch / "cache")
         store = prepared.settings.store

@@ -15,7 +15,7 @@ from rightrank.plugins.plan.estimate import Estimator, NotSharedError
 from rightrank.plugins.plan.skeleton import is_known
 from rightrank.report.format import quantity
 from rightrank.runs.plugins import Clock, MemoryPlan
-from rightrank.runs.prepare import Prepared
+from rightrank.runs.request import Prepared
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.plan_settings import (
     STEP_OF_SELECT,
