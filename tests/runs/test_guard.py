@@ -55,9 +55,9 @@ def test_every_adapter_is_measured_and_the_answer_carries_the_guard(finished: Pa
         guard["files"][0]["difference_high"],
     )
     chosen = [one for one in journal if isinstance(one, AdapterRecorded)][-1].answer.trial_id
-    assert chosen in {one["trial_id"] for one in guard["candidates"]}
+    assert chosen in trials
     report = (finished / "report.html").read_text()
-    assert "The task against the guard" in report
+    assert guard["sentence"] in report
     assert guard["sentence"] in (finished / "adapter" / "README.md").read_text()
 
 
@@ -86,7 +86,6 @@ def test_a_tighter_guard_on_a_finished_run_trains_nothing(
         "--out",
         str(again),
         *SMALL,
-        "--set",
         "--quiet",
     ]
     status, out, err = run([*given, "--guard", str(guard_file), "--guard-margin", "1e-9", "--json"], capsys)
@@ -94,10 +93,8 @@ def test_a_tighter_guard_on_a_finished_run_trains_nothing(
     found = json.loads(out)["guard"]
     assert found["margin"] == 1e-9
     assert (found["holds"], found["difference_high"] > 1e-9) == (False, True)
-    assert found["next_run"]["ranks"]
     status, text, _ = run([*given, "--guard", str(guard_file), "--guard-margin", "1e-9"], capsys)
     assert status == 0
-    assert "guard worse by" in text
     assert found["sentence"] in text
     assert sum(isinstance(one, TrialFinished) for one in Journal(again / "journal.jsonl").read()) == before
 

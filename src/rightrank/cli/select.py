@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,19 +172,5 @@ def _print_answer(selected: Selected) -> None:
 
     view, asked = selected.view, selected.decided is not None or selected.view.estimate
     click.echo("\n".join(["", *labelled([*view.adapter_rows(), *(view.rank_rows() if asked else [])], 9)]))
-    _print_guard(selected.answers["guard"])
     assert selected.adapter is not None
     click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter.path}  (rank {selected.adapter.rank})")
-
-
-def _print_guard(found: Mapping[str, Any] | None) -> None:
-    """Where no adapter is enough on the task and on the guard's data, the trade between the two."""
-    if found is None or found["holds"]:
-        return
-    from rightrank.report.adapters import guard_table
-    from rightrank.report.format import table_lines
-    from rightrank.schema.events import GuardAnswer
-
-    click.echo(
-        "\nThe task against the guard:\n" + "\n".join(table_lines(guard_table(GuardAnswer.model_validate(found))))
-    )

@@ -16,7 +16,7 @@ from rightrank.decision.adapter import AdapterFile, Criterion, against_reference
 from rightrank.decision.comparison import CONFIDENCE, bounds_of, examples_needed, is_within
 from rightrank.decision.intervals import Estimate, estimate
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
-from rightrank.schema.events import GuardAnswer, GuardCandidate, GuardEvaluated, GuardFile
+from rightrank.schema.events import GuardAnswer, GuardEvaluated, GuardFile
 from rightrank.schema.trials import TrialOutcome
 
 GUARD_MARGIN = 0.02
@@ -72,7 +72,6 @@ def guarded(
     chosen = by_id[chosen_id]
     files = [_file(name, found, confidence, margin) for name, found in chosen.guards.items()]
     worst = max(files, key=lambda one: one.difference_high)
-    rows = sorted(measured, key=lambda one: (-one.task.rank, one.task.how, one.file.trial.learning_rate))
     guard = GuardAnswer(
         difference=worst.difference,
         difference_high=worst.difference_high,
@@ -82,7 +81,6 @@ def guarded(
         files=files,
         task_rank=task_rank,
         task_trial_id=task_id,
-        candidates=[_candidate(one, confidence, margin) for one in rows],
         sentence=_sentence(chosen, worst, by_id[task_id], margin, confidence),
     )
     return (answer if chosen_id == answer.trial_id else _moved(answer, chosen)), guard
@@ -117,23 +115,6 @@ def _file(name: str, found: Estimate, confidence: float, margin: float) -> Guard
     high = found.bound(confidence)
     return GuardFile(
         file=name, difference=found.mean, difference_high=high, holds=is_within(high, margin), examples=found.examples
-    )
-
-
-def _candidate(one: _Measured, confidence: float, margin: float) -> GuardCandidate:
-    worst, trial = one.worst(confidence), one.file.trial
-    return GuardCandidate(
-        trial_id=trial.trial_id,
-        rank=trial.rank,
-        how=one.task.how,
-        learning_rate=trial.learning_rate,
-        seed=trial.seed,
-        task_value=one.task.value,
-        task_difference=one.task.difference,
-        task_holds=one.task.holds,
-        guard_difference=worst.mean,
-        guard_difference_high=worst.bound(confidence),
-        guard_holds=is_within(worst.bound(confidence), margin),
     )
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rightrank.decision.run import Records, compared
-from rightrank.report.figure import Band, Cell, Figure, Mark, Series, Tone, metric_axis, rank_axis
+from rightrank.report.figure import Band, Figure, Mark, Series, Tone, metric_axis, rank_axis
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
-from rightrank.schema.events import GuardAnswer, GuardCandidate
 
 SERIES: dict[str, tuple[str, Tone]] = {
     "trained": ("trained at that rank", "main"),
@@ -104,23 +103,3 @@ def _ends(one: AdapterCandidate) -> tuple[float, float]:
 def _in_words(one: AdapterCandidate) -> str:
     bound = "" if one.difference_high is None else f", at most {one.difference_high:.2g}"
     return f"Rank {one.rank}, {one.how}: worse by {one.difference:.2g}{bound}."
-
-
-GUARD_COLUMNS = {
-    "rank": "d", "how": "", "learning rate": "g", "task": ".4f", "worse by": "+.4f", "enough": "", "guard worse by": "+.4f",
-    "guard bound": "+.4f", "guard kept": "",
-}  # fmt: skip
-
-
-def guard_table(guard: GuardAnswer) -> list[list[str]]:
-    """Every adapter as text, a heading first."""
-    specs = GUARD_COLUMNS.values()
-    rows = [map(format, _guard_numbers(one), specs) for one in guard.candidates]
-    return [list(GUARD_COLUMNS), *map(list, rows)]
-
-
-def _guard_numbers(one: GuardCandidate) -> tuple[Cell, ...]:
-    """The values of `GUARD_COLUMNS`."""
-    task = one.task_value, one.task_difference, HOLDS[one.task_holds]
-    guard = one.guard_difference, one.guard_difference_high, HOLDS[one.guard_holds]
-    return one.rank, one.how, one.learning_rate, *task, *guard

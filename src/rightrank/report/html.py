@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.decision.run import Records, document
-from rightrank.report.adapters import candidate_table, guard_table
+from rightrank.report.adapters import candidate_table
 from rightrank.report.answer import answer_view, certainty_rows, evidence_table
 from rightrank.report.figure import Figure, parts_of
 from rightrank.report.figures import figures_of, margin_range, margin_steps, rank_at
@@ -87,7 +87,6 @@ def render_report(
             view=answer_view(decision, document(records, decision, goal, estimate)),
             adapter=adapter,
             candidates=candidate_table(adapter.answer, records.started.metric) if adapter else [],
-            guard_rows=guard_table(adapter.guard) if adapter and adapter.guard else [],
             confidence=confidence_text(records, decision) if decision else "",
             cost=cost_of(records).sentence(),
             evidence=evidence_table(decision) if decision else [],

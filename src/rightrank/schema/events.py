@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
-from rightrank.schema.decision import AdapterAnswer, AdapterOrigin, Decision, HandedOver
+from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
 from rightrank.schema.errors import MAX_WHOLE
 from rightrank.schema.trials import (
     SCHEMA_VERSION,
@@ -45,22 +45,6 @@ class GuardFile(Record):
     examples: Whole
 
 
-class GuardCandidate(Record):
-    """One adapter on the task and on the guard's worst file."""
-
-    trial_id: str
-    rank: Whole
-    how: AdapterOrigin
-    learning_rate: float
-    seed: Whole
-    task_value: float
-    task_difference: float  # from the reference adapter, metric's unit; above 0 is worse
-    task_holds: bool
-    guard_difference: float  # from the base, nats; above 0 is worse
-    guard_difference_high: float
-    guard_holds: bool
-
-
 class GuardAnswer(Record):
     """Whether the handed-over adapter is no worse than the base on every guard file. The outer figures are the worst file's."""
 
@@ -72,7 +56,6 @@ class GuardAnswer(Record):
     files: list[GuardFile]
     task_rank: Whole  # the answer by the task alone
     task_trial_id: str
-    candidates: list[GuardCandidate] = Field(default_factory=list)  # every finished adapter, by descending rank
     sentence: str
 
 
