@@ -57,7 +57,7 @@ def setting_options(kind: type[Settings], *settings: str) -> Callable[[Command],
 def _option(name: str, row: Setting, hint: Any) -> Callable[[Command], Command]:
     """The option of a setting. It is None or empty where it was not given; the settings check what was."""
     kinds = set(get_args(hint)) if get_origin(hint) is UnionType else {hint}
-    further: dict[str, Any] = {"metavar": row.metavar}
+    further: dict[str, Any] = {}
     spelled = row.option
     if bool in kinds:
         further |= {"is_flag": True, "default": None}

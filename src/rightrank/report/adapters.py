@@ -46,7 +46,9 @@ def figure_of(
     return Figure(
         name="adapters",
         title=f"Trained and truncated adapters by rank{off_text}",
-        alt=f"Held-out {metric} by LoRA rank. " + " ".join(map(_in_words, adapters)) + f" {answer.sentence}",
+        alt=f"Held-out {metric} by LoRA rank. "
+        + " ".join(f"Rank {one.rank}, {one.how}: worse by {one.difference:.2g}." for one in adapters)
+        + f" {answer.sentence}",
         x=rank_axis([one.rank for one in adapters]),
         y=metric_axis(metric, "held-out", (min(ends) - room, max(ends) + room)),
         series=tuple(_series(how, adapters, reference, sign) for how in SERIES if any(a.how == how for a in adapters)),
@@ -98,8 +100,3 @@ def _ends(one: AdapterCandidate) -> tuple[float, float]:
     """The bounds of the difference; the difference itself where there are none."""
     low = one.difference if one.difference_low is None else one.difference_low
     return low, one.difference if one.difference_high is None else one.difference_high
-
-
-def _in_words(one: AdapterCandidate) -> str:
-    bound = "" if one.difference_high is None else f", at most {one.difference_high:.2g}"
-    return f"Rank {one.rank}, {one.how}: worse by {one.difference:.2g}{bound}."

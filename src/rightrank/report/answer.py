@@ -220,11 +220,15 @@ def _enough(evidence: RankEvidence, decision: Decision) -> str:
 
 def certainty_rows(decision: Decision) -> list[tuple[str, str]]:
     """What the answer rests on, as labelled sentences: checkpoint, basis, optimism, flags."""
+    optimism = (
+        f"The best of several learning rates looks up to {decision.winner_gap:.2g} {metric_unit(decision.metric)} better than "
+        "it is; the comparison corrects for that."
+    )
     rows = [
         ("checkpoint", "" if decision.checkpoint is None else _checkpoint_text(decision.checkpoint)),
         ("basis", decision.basis_note or ""),
         ("likely", decision.probability_note if "one_seed" in decision.flags else ""),
-        ("optimism", _optimism_text(decision) if decision.winner_gap else ""),
+        ("optimism", optimism if decision.winner_gap else ""),
         *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
     ]
     return [row for row in rows if row[1]]
@@ -235,13 +239,6 @@ def _checkpoint_text(found: CheckpointNote) -> str:
     if found.last == found.best:
         return f"{used}; by values alone, its last and its best pick the same rank."
     return f"{used}. By values alone, the last evaluations pick rank {found.last}, the best ones rank {found.best}."
-
-
-def _optimism_text(decision: Decision) -> str:
-    return (
-        f"The best of several learning rates looks up to {decision.winner_gap:.2g} {metric_unit(decision.metric)} better than "
-        "it is; the comparison corrects for that."
-    )
 
 
 def brief(value: float | None) -> str:
@@ -258,17 +255,12 @@ def notebook_html(view: AnswerView, adapters: str, ranks: str) -> str:
         (view.adapter_headline, view.adapter, adapters, ""),
         (view.rank_headline, view.training_rank, ranks, f"<p>Verdict: {_html(view.verdict)}.{_html(next_run)}</p>"),
     ]
+    style = 'role="img" style="display: block; width: 100%; height: auto"'
     return "".join(
-        f"<div><p><strong>{_html(headline)}</strong>. {_html(sentence)}</p>{_fitted(drawing)}{further}</div>"
+        f"<div><p><strong>{_html(headline)}</strong>. {_html(sentence)}</p><div style='max-width: 40em'>{drawing.replace('<svg', f'<svg {style}', 1)}</div>{further}</div>"
         for headline, sentence, drawing, further in parts
         if drawing
     )
-
-
-def _fitted(drawing: str) -> str:
-    """The drawing as wide as the cell, up to a width that reads well."""
-    whole = drawing.replace("<svg", '<svg role="img" style="display: block; width: 100%; height: auto"', 1)
-    return f'<div style="max-width: 40em">{whole}</div>'
 
 
 def _html(value: str) -> str:

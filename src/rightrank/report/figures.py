@@ -49,6 +49,12 @@ def rank_figure(decision: Decision) -> Figure:
     edge = reference.value + sign * decision.margin
     band = Band("within the margin of the best", min(reference.value, edge), max(reference.value, edge))
     limits = _limits([*points.low, *points.high, band.low, band.high], base)
+    levels = []
+    if base is not None:  # off the scale it is drawn at the edge, and labelled so
+        room = 0.01 * (limits[1] - limits[0])
+        inside = min(max(base, limits[0] + room), limits[1] - room)
+        off = "" if limits[0] <= base <= limits[1] else " (off the scale)"
+        levels.append(Level(f"base, no adapter: {base:.4g}{off}", inside if off else base))
     values = ", ".join(f"rank {e.rank} {e.value:.4f}" for e in trained)
     return Figure(
         name="rank_curve",
@@ -60,7 +66,7 @@ def rank_figure(decision: Decision) -> Figure:
         y=metric_axis(decision.metric, "held-out", limits),
         series=(points,),
         bands=(band,),
-        levels=() if base is None else (_base_level(base, limits),),
+        levels=tuple(levels),
         marks=tuple(_marks(decision, trained)),
         columns=("rank", "value", "low", "high", "paired bound"),
         rows=tuple((e.rank, e.value, e.low, e.high, e.difference_high) for e in decision.ranks),
@@ -75,15 +81,6 @@ def _limits(values: list[float], base: float | None) -> tuple[float, float]:
         low, high = min(low, base), max(high, base)
     room = 0.08 * ((high - low) or spread)
     return low - room, high + room
-
-
-def _base_level(base: float, limits: tuple[float, float]) -> Level:
-    """The base as a line; a base off the scale is drawn at the edge and labelled so."""
-    low, high = limits
-    if low <= base <= high:
-        return Level(f"base, no adapter: {base:.4g}", base)
-    inside = min(max(base, low + 0.01 * (high - low)), high - 0.01 * (high - low))
-    return Level(f"base, no adapter: {base:.4g} (off the scale)", inside)
 
 
 def diminishing_rank(decision: Decision) -> int | None:

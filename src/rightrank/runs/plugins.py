@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -237,12 +237,20 @@ def _asked(question: Callable[[Plugin], Found]) -> Iterator[Found]:
 @cache
 def _loaded() -> dict[str, Plugin]:
     found: dict[str, Plugin] = {}
-    for name, load in [*_of_this_package(), *_of_others()]:
+    ours = []  # the folders here, whatever the installed metadata says: a source tree may be newer
+    with suppress(ModuleNotFoundError):
+        ours = [module.name for module in iter_modules(import_module(GROUP).__path__)]
+    for name, load in [*((name, partial(_of_folder, name)) for name in ours), *_of_others()]:
         try:
             found.setdefault(name, load())
         except FAULTS as error:
             _left_out(name, error)
     return found
+
+
+def _of_folder(name: str) -> Plugin:
+    plugin: Plugin = import_module(f"{GROUP}.{name}").PLUGIN
+    return plugin
 
 
 def _left_out(name: str, error: Exception) -> None:
@@ -251,13 +259,6 @@ def _left_out(name: str, error: Exception) -> None:
     logging.getLogger("rightrank").warning(
         f"rightrank: the plug-in {name!r} can't be imported ({reason}) and is left out"
     )
-
-
-def _of_this_package() -> Iterator[tuple[str, Callable[[], Plugin]]]:
-    """The folders of `rightrank.plugins`, whatever the installed metadata says: a source tree may be newer."""
-    with suppress(ModuleNotFoundError):
-        for module in iter_modules(import_module(GROUP).__path__):
-            yield module.name, lambda name=module.name: import_module(f"{GROUP}.{name}").PLUGIN
 
 
 def _of_others() -> Iterator[tuple[str, Callable[[], Plugin]]]:

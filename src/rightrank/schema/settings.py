@@ -295,25 +295,20 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         DECIDE,
         "a further metric to measure; may be repeated",
         option=True,
-        metavar="METRIC",
     )
     higher_is_better: tuple[str, ...] = setting(
         (),
         DECIDE,
         "a metric of yours by which higher is better; a metric whose name is no common one needs a direction",
         option=True,
-        metavar="METRIC",
     )
-    lower_is_better: tuple[str, ...] = setting(
-        (), DECIDE, "a metric of yours by which lower is better", option=True, metavar="METRIC"
-    )
+    lower_is_better: tuple[str, ...] = setting((), DECIDE, "a metric of yours by which lower is better", option=True)
     max_new_tokens: int = setting(64, DECIDE, "maximum length of an answer, in tokens", gt=0)
     guard: tuple[str, ...] = setting(
         (),
         DECIDE,
         "files or folders, of any form, whose loss must not get worse than the base's ([guard](../how-to/guard.md))",
         option=True,
-        metavar="FILE",
         identity=False,
     )
     guard_margin: float | None = setting(
@@ -340,7 +335,6 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         BUDGET,
         "time of training and evaluation, such as 3h or 90min; as a setting, a number of hours",
         option="--time",
-        metavar="TIME",
         continuable=True,
         also=("time", "time_budget", "budget"),
         gt=0,
@@ -410,12 +404,11 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         DATA,
         "columns of other names, such as prompt=question",
         option=True,
-        metavar="NAME=COLUMN",
         split=True,
         parse=_columns,
     )
     validation: str = setting(
-        "", DATA, "file or folder for the validation split; by default a tenth of the data", option=True, metavar="FILE"
+        "", DATA, "file or folder for the validation split; by default a tenth of the data", option=True
     )  # fmt: skip
     test_fraction: float = setting(0.1, DATA, "share of the examples in the test split; 0 for none", ge=0, lt=1)
     validation_fraction: float = setting(0.1, DATA, "share of the examples in the validation split", gt=0, lt=1)
@@ -448,7 +441,6 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         MACHINE,
         "memory budget, such as 24GiB; ranks that need more are left out; by default that of the CUDA device",
         option="--memory",
-        metavar="SIZE",
         identity=False,
         also=("memory",),
         parse=to_bytes,

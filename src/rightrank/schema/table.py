@@ -54,7 +54,6 @@ class Setting:
     group: Group
     help: str
     option: str = ""
-    metavar: str | None = None
     identity: bool = True
     continuable: bool = False
     also: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import rightrank
-from rightrank.cli.options import SettingsCommand, announce, folders, garbage_kept, gather, setting_options
+from rightrank.cli.options import SettingsCommand, announce, garbage_kept, gather, setting_options
 from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     short_help="Predict memory, and which ranks fit.",
     epilog="Example: rightrank plan ./model --ranks 8,16,64 --batch-size 4 --seq-len 768 --memory 24GiB",
 )
-@click.argument("model", shell_complete=folders)
+@click.argument("model")
 @setting_options(PlanSettings)
 @click.option(
     "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/how-to/plan.md."
