@@ -73,7 +73,7 @@ def _columns(value: object) -> object:
     entries = given.split(",") if isinstance(given, str) else given
     for entry in entries if isinstance(entries, list | tuple) else ():
         name, equals, column = str(entry).partition("=")
-        if not (name.strip() and equals and column.strip()):
+        if not (name and equals and column):
             raise ValueError(f"columns: got {entry!r}; give NAME=COLUMN, such as prompt=question,completion=answer")
     return given
 
@@ -86,7 +86,7 @@ def _distinct(fits: Callable[[Any], bool], one: str, allowed: str) -> Callable[[
         if wrong is not None:
             raise ValueError(f"{one} {wrong:g} is not allowed: {one}s are {allowed}")
         if not values or len(set(values)) != len(values):
-            raise ValueError(f"{one}s: got {list(values)}; give at least one, and each once")
+            raise ValueError(f"{one.replace(' ', '_')}s: got {list(values)}; give at least one, and each once")
         return tuple(sorted(values))
 
     return check
