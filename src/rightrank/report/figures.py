@@ -49,7 +49,7 @@ def rank_figure(decision: Decision) -> Figure:
     edge = reference.value + sign * decision.margin
     band = Band("within the margin of the best", min(reference.value, edge), max(reference.value, edge))
     limits = _limits([*points.low, *points.high, band.low, band.high], base)
-    levels = []
+    levels: list[Level] = []
     if base is not None:  # off the scale it is drawn at the edge, and labelled so
         room = 0.01 * (limits[1] - limits[0])
         inside = min(max(base, limits[0] + room), limits[1] - room)

@@ -120,8 +120,9 @@ def own_request(
     profile = profile_named(given.get("profile"))
     settings = _settings(profile, compared, given)
     metric = _metric_of(train, metric) or profile.metric
-    higher = given.get("higher_is_better", getattr(train, "higher_is_better", None))
-    higher = direction(metric) if higher is None else higher
+    own, higher = getattr(train, "higher_is_better", None), given.get("higher_is_better")
+    if higher is None:
+        higher = own if isinstance(own, bool) else direction(metric)
     if higher is None:
         raise SettingsError(f"{unknown_direction(metric)}; pass higher_is_better=True or False")
     _require_functions(train, evaluate, settings.goal)

@@ -237,7 +237,7 @@ def _asked(question: Callable[[Plugin], Found]) -> Iterator[Found]:
 @cache
 def _loaded() -> dict[str, Plugin]:
     found: dict[str, Plugin] = {}
-    ours = []  # the folders here, whatever the installed metadata says: a source tree may be newer
+    ours: list[str] = []  # the folders here, whatever the installed metadata says: a source tree may be newer
     with suppress(ModuleNotFoundError):
         ours = [module.name for module in iter_modules(import_module(GROUP).__path__)]
     for name, load in [*((name, partial(_of_folder, name)) for name in ours), *_of_others()]:
