@@ -83,7 +83,7 @@ def test_a_value_comes_back_from_the_command(name: str, data: st.DataObject) -> 
     _, verb, *arguments = shlex.split(command)
     with click.Context(cli) as parent:
         parameters = COMMANDS[verb].make_context(verb, arguments, parent=parent).params
-    others = ("model", "data", "out", "dry_run", "price_per_hour", "as_json", "quiet", "log_json")
+    others = ("model", "data", "out", "dry_run", "as_json", "quiet", "log_json")
     options = {option: value for option, value in parameters.items() if option not in others}
     again = make_settings(gather(options.pop("config_file"), options.pop("assignments"), options))
     assert again == chosen
