@@ -237,10 +237,13 @@ def _asked(question: Callable[[Plugin], Found]) -> Iterator[Found]:
 @cache
 def _loaded() -> dict[str, Plugin]:
     found: dict[str, Plugin] = {}
-    ours: list[str] = []  # the folders here, whatever the installed metadata says: a source tree may be newer
-    with suppress(ModuleNotFoundError):
-        ours = [module.name for module in iter_modules(import_module(GROUP).__path__)]
-    for name, load in [*((name, partial(_of_folder, name)) for name in ours), *_of_others()]:
+    loaders: list[tuple[str, Callable[[], Plugin]]] = []
+    with suppress(
+        ModuleNotFoundError
+    ):  # the folders here, whatever the installed metadata says: a source tree may be newer
+        names = [module.name for module in iter_modules(import_module(GROUP).__path__)]
+        loaders = [(name, partial(_of_folder, name)) for name in names]
+    for name, load in [*loaders, *_of_others()]:
         try:
             found.setdefault(name, load())
         except FAULTS as error:

@@ -60,7 +60,7 @@ class Setting:
     split: bool = False
     parse: Callable[[Any], Any] | None = None
     check: Callable[[Any], Any] | None = None
-    bounds: Mapping[str, float] = field(default_factory=dict)  # gt, ge, lt and le
+    bounds: Mapping[str, Any] = field(default_factory=dict)  # gt, ge, lt and le
 
     def __set_name__(self, owner: type, name: str) -> None:
         if self.option == "--":
@@ -70,7 +70,7 @@ class Setting:
 def setting(default: Any, group: Group, help: str, **further: Any) -> Any:
     """A row; the bounds are given by name, and `option=True` is `--name-of-the-setting`."""
     further["option"] = "--" if further.get("option") is True else further.get("option", "")
-    bounds = {name: further.pop(name) for name in ("gt", "ge", "lt", "le") if name in further}
+    bounds: dict[str, Any] = {name: further.pop(name) for name in ("gt", "ge", "lt", "le") if name in further}
     return Setting(default, group, help, **further, bounds=bounds)
 
 
