@@ -67,15 +67,12 @@ def to_dtype(name: object) -> object:
 # What a value must be beside its type.
 
 
-def _columns(value: object) -> object:
-    """Entries NAME=COLUMN of a text, a list or a mapping."""
-    given = [f"{name}={column}" for name, column in value.items()] if isinstance(value, Mapping) else value
-    entries = given.split(",") if isinstance(given, str) else given
-    for entry in entries if isinstance(entries, list | tuple) else ():
-        name, equals, column = str(entry).partition("=")
+def _require_columns(entries: tuple[str, ...]) -> tuple[str, ...]:
+    for entry in entries:
+        name, equals, column = entry.partition("=")
         if not (name and equals and column):
             raise ValueError(f"columns: got {entry!r}; give NAME=COLUMN, such as prompt=question,completion=answer")
-    return given
+    return entries
 
 
 def _distinct(fits: Callable[[Any], bool], one: str, allowed: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
@@ -405,7 +402,8 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         "columns of other names, such as prompt=question",
         option=True,
         split=True,
-        parse=_columns,
+        parse=lambda value: [f"{name}={of}" for name, of in value.items()] if isinstance(value, Mapping) else value,
+        check=_require_columns,
     )
     validation: str = setting(
         "", DATA, "file or folder for the validation split; by default a tenth of the data", option=True
