@@ -15,17 +15,17 @@ import click
 
 from rightrank.cli.adapters import compare, inspect, resize
 from rightrank.cli.decide import decide
-from rightrank.cli.runs import export, repair, report, status
+from rightrank.cli.runs import export, path, repair, report, status
 from rightrank.cli.select import demo, select
 from rightrank.runs import plugins
 from rightrank.schema.errors import RightrankError, is_out_of_memory, one_line
 from rightrank.version import __version__
 
-COMMANDS = (demo, select, status, report, export, decide, compare, inspect, resize, repair)
+COMMANDS = (demo, select, status, report, export, decide, compare, inspect, resize, repair, path)
 # In the order of `--help`: the main job, its run folder, finished results, adapters, the rest. Other plug-ins' follow.
 ORDER = (
     *("demo", "select", "expect", "plan", "status", "report", "export", "decide", "compare", "judge"),
-    *("inspect", "resize", "fleet", "allocate", "repair"),
+    *("inspect", "resize", "fleet", "allocate", "repair", "path"),
 )
 
 

@@ -103,3 +103,18 @@ def repair(run: Path, as_json: bool) -> None:
         click.echo(
             f"{run}: {repaired.kept} records kept; damaged lines moved to {repaired.aside}: {repaired.set_aside}"
         )
+
+
+@click.command(
+    short_help="Print the file that a trainer loads.",
+    epilog="Example: rightrank path ms-swift",
+)
+@click.argument("trainer", type=click.Choice(["ms-swift"]))
+@click.option("--json", "as_json", is_flag=True, help="Print the path as one JSON object.")
+def path(trainer: str, as_json: bool) -> None:
+    """Print the path of the file that registers the callback `rightrank` in TRAINER.
+
+    For example: `swift sft … --external_plugins $(rightrank path ms-swift) --callbacks rightrank`.
+    """
+    found = Path(__file__).parents[1] / "interop" / trainer.replace("-", "_") / "__init__.py"
+    click.echo(json.dumps({"path": str(found)}) if as_json else found)

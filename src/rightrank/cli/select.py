@@ -56,7 +56,7 @@ def select(
 ) -> None:
     """Train a range of LoRA ranks on DATA and hand over the smallest that is enough.
 
-    MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, a folder or a hub name, with
+    MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, or a folder, with
     `text`; `prompt` and `completion`; `messages`; `text` and `label`; … (docs/reference/file-formats.md).
     """
     if dry_run:
