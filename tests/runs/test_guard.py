@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import random
 import shutil
@@ -56,7 +57,7 @@ def test_every_adapter_is_measured_and_the_answer_carries_the_guard(finished: Pa
     )
     chosen = [one for one in journal if isinstance(one, AdapterRecorded)][-1].answer.trial_id
     assert chosen in trials
-    report = (finished / "report.html").read_text()
+    report = html.unescape((finished / "report.html").read_text())
     assert guard["sentence"] in report
     assert guard["sentence"] in (finished / "adapter" / "README.md").read_text()
 

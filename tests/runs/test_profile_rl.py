@@ -58,11 +58,7 @@ def test_a_run_that_collapsed_is_an_outcome_and_never_handed_over(tmp_path: Path
     assert selected.adapter is not None
     assert (selected.adapter.path / "adapter.bin").read_text() == f"1 {LOW}"
     report = selected.report.read_text(encoding="utf-8")
-    assert "collapsed: the held-out value fell from" in report
-    assert "2 of them collapsed" in report
-    assert "Trainings that collapsed" in report
-    rows = (selected.run / "figures" / "collapses.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * 6
+    assert report.count("collapsed: the held-out value fell from") == 2
     (noise,) = [line for line in notices if line.startswith("Seed noise at rank 1")]
     assert "seeds a rank" in noise
 
