@@ -39,9 +39,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2", SIZES | {"layer_types": ["conv", "full_attention"]}),
     "bert": ("Bert", BERT),
 }
-# Of a window shorter than the items, with a convolution over the tokens, with attention that torch does not fuse, or
-# with one label for the whole item.
-PADDED = ("mistral", "gemma2", "gemma3", "lfm2", "bert")
 
 
 def make_model(name: str, vocabulary: int) -> Any:

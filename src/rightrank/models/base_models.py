@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import JsonValue, ValidationError
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -139,6 +140,7 @@ def load_model(
     source = find_model(reference)
     if source.gguf_file is None and Path(source.name).is_dir():
         safe_shards(Path(source.name))
+    model_config(reference, trust_remote_code, classes is not None)
     arguments = source.loading_arguments(trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **arguments)
@@ -148,22 +150,66 @@ def load_model(
     arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None}
     if weight_bits is not None:
         arguments |= {"quantization_config": quantisation(weight_bits, dtype), "device_map": {"": found}}
-    quiet_third_parties()
     try:
         model = _loaded(source.name, classes, arguments)
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"{reference}: out of memory while loading ({first_line(error)})") from None
-        config = Path(source.name) / "config.json"
-        if config.is_file() and read_json_object(config).get("is_encoder_decoder"):
-            raise ModelError(
-                f"{reference}: an encoder-decoder, as T5, which select does not train; give a causal model, or train it in a "
-                "function of your own (select_rank_with)"
-            ) from None
         raise ModelError(f"{reference}: transformers can't load it ({first_line(error)})") from None
     local = Path(source.name).exists()
     name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
     return prepare_model(model, tokenizer, name, found, _file_fingerprint(source))
+
+
+def model_config(reference: str, trust_remote_code: bool, classification: bool) -> Any:
+    """The configuration of a model that can be trained, before any weight is read.
+
+    Raises:
+        ModelError: no configuration, an unknown architecture, an encoder-decoder, or one that needs its own code.
+    """
+    source = find_model(reference)
+    quiet_third_parties()
+    try:
+        config = AutoConfig.from_pretrained(source.name, **source.loading_arguments(trust_remote_code))
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{reference}: transformers knows no such model ({first_line(error)})") from None
+    if config.is_encoder_decoder and not classification:
+        raise ModelError(
+            f"{reference}: an encoder-decoder, as T5, which select does not train; give a causal model, or train it in a "
+            "function of your own (select_rank_with)"
+        )
+    if not is_known(config, classification) and not trust_remote_code:
+        kind = "sequence classification" if classification else "causal language"
+        other = (
+            ""
+            if not is_known(config, True)
+            else "; `text` and `label` train a classifier, which is planned with num_labels"
+        )
+        raise ModelError(f"{reference}: {config.model_type!r} is no {kind} model that transformers knows{other}")
+    return config
+
+
+def is_known(config: Any, classification: bool) -> bool:
+    """Whether transformers has a causal language (or classification) model for this configuration."""
+    auto: Any = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
+    return type(config) in auto._model_mapping
+
+
+def model_skeleton(reference: str, trust_remote_code: bool, num_labels: int | None) -> Any:
+    """The model's modules on the meta device, without weights; with a classification head for `num_labels`.
+
+    Raises:
+        ModelError: see `model_config`, or a configuration that transformers can't build from.
+    """
+    config = model_config(reference, trust_remote_code, num_labels is not None)
+    auto: Any = AutoModelForCausalLM
+    if num_labels is not None:
+        auto, config.num_labels = AutoModelForSequenceClassification, num_labels
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{reference}: transformers can't build it ({first_line(error)})") from None
 
 
 def _loaded(name: str, classes: list[str] | None, arguments: Mapping[str, Any]) -> Any:

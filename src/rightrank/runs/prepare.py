@@ -15,7 +15,7 @@ from typing import TypeAlias
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.run import settled_start
-from rightrank.models.base_models import DTYPES, LoadedModel, adopt_model, load_base, resolve_dtype
+from rightrank.models.base_models import DTYPES, LoadedModel, adopt_model, load_base, model_skeleton, resolve_dtype
 from rightrank.models.labels import adopted_labels
 from rightrank.models.places import find_model
 from rightrank.runs.plugins import MemoryPlan, memory_plan
@@ -27,7 +27,8 @@ from rightrank.schema.trials import content_hash
 from rightrank.search.protocol import Strategy
 from rightrank.search.strategies import make_strategy
 from rightrank.train.metrics import require_scorers
-from rightrank.train.runtime import Runtime
+from rightrank.train.runtime import Runtime, visible_label
+from rightrank.train.targets import Targets, find_targets
 from rightrank.train.tokens import EncodedData, encode
 from rightrank.version import __version__
 
@@ -44,6 +45,7 @@ class _Sources:
     splits: DataSplits
     loaded: LoadedModel
     encoded: EncodedData
+    targets: Targets | None  # None: a model in memory
 
 
 Bases: TypeAlias = dict[tuple[object, ...], LoadedModel]  # loaded base models, by everything that loading depends on
@@ -67,7 +69,8 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
         notice(f"margin: {given.margin:g} nats a pair, the default for preference pairs")
     settings, planned = _settle(sources, given, notice)
     steps = settings.training_steps(len(sources.encoded.splits["train"]))
-    runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache)
+    targets = None if planned is None else sources.targets  # without a plan the ranks are checked on the model
+    runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache, targets)
     return Prepared(runtime, settings, steps, _started(request, sources, settings, steps), planned)
 
 
@@ -134,8 +137,9 @@ def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
     if splits.classes is not None and hasattr(request.model, "config"):
         splits = replace(splits, classes=adopted_labels(request.model.config, splits.classes))
     _require_metrics_fit(settings, splits.form)
+    targets = _targets(request.model, splits, settings) if isinstance(request.model, str) else None
     loaded = _base(request, splits.classes, bases)
-    return _Sources(splits, loaded, encode(splits, loaded, settings, folder))
+    return _Sources(splits, loaded, encode(splits, loaded, settings, folder), targets)
 
 
 def _base(request: Request, classes: list[str] | None, bases: Bases) -> LoadedModel:
@@ -155,6 +159,21 @@ def _loaded(request: Request, classes: list[str] | None) -> LoadedModel:
     if isinstance(request.model, str):
         return load_base(request.model, settings, classes)
     return adopt_model(request.model, request.tokenizer, settings.device, classes)
+
+
+def _targets(model: str, splits: DataSplits, settings: SelectSettings) -> Targets:
+    """The targets by the modules that the configuration builds: what is impossible is refused before a weight is read.
+
+    Raises:
+        ModelError: an architecture that can't be trained, an encoder as a language model, or modules that can't be adapted.
+    """
+    classification = splits.form == "classification"
+    skeleton = model_skeleton(model, settings.trust_remote_code, len(splits.classes or ()) if classification else None)
+    causal = {module.is_causal for module in skeleton.modules() if hasattr(module, "is_causal")}
+    if not classification and causal == {False} and not getattr(skeleton.config, "is_decoder", True):
+        raise visible_label(model)
+    given = "ranks" in settings.model_fields_set  # the plan leaves out default ranks that a matrix can't have
+    return find_targets(skeleton, settings if given else settings.model_copy(update={"ranks": ()}), classification)
 
 
 def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:

@@ -44,7 +44,7 @@ from rightrank.train.loss import (
 )
 from rightrank.train.multi_lora import ArmBatch, MultiLora, concatenated
 from rightrank.train.prefix import FrozenPrefix, find_blocks, prefix_depth
-from rightrank.train.targets import find_targets, lora_config
+from rightrank.train.targets import Targets, find_targets, lora_config
 from rightrank.train.tokens import EncodedData
 
 FURTHER_SHARE = 0.1  # of a training's steps: the examples that follow it, for moments and recovery after a truncation
@@ -56,26 +56,30 @@ class Runtime:
     Args:
         steps: optimizer steps of an arm.
         cache_folder: the folder for the hidden states of the frozen prefix.
+        targets: of these settings, where they are known already.
     """
 
     def __init__(
-        self, loaded: LoadedModel, data: EncodedData, settings: SelectSettings, steps: int, cache_folder: Path
+        self,
+        loaded: LoadedModel,
+        data: EncodedData,
+        settings: SelectSettings,
+        steps: int,
+        cache_folder: Path,
+        targets: Targets | None = None,
     ) -> None:
         self.loaded = loaded
         self.data = data
         self.settings = settings
         self.model = loaded.model
-        self.targets = find_targets(self.model, settings, data.is_classification)
+        self.targets = targets or find_targets(self.model, settings, data.is_classification)
         self.steps = steps
         self._pad_id: int = loaded.tokenizer.pad_token_id
         probe = self._collated("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
         if data.is_classification:  # transformers finds an example's last token by its configuration
             self.model.config.get_text_config().pad_token_id = self._pad_id
         elif sees_later_tokens(self.model, probe.input_ids[0][probe.attention_mask[0].bool()]):
-            raise ModelError(
-                f"{loaded.name}: it sees the tokens that follow, so a label is visible where it is predicted, as in BERT; "
-                f"give a causal model, or `text` and `label` to train a classifier"
-            )
+            raise visible_label(loaded.name)
         self._likelihood = make_likelihood(self.model, probe, data.is_classification)
         self.fast_paths = self._find_fast_paths(probe, cache_folder)
         self.objective: Objective = self._likelihood
@@ -286,3 +290,11 @@ class Runtime:
             self.fast_paths.prefix.expect(split, indices)
         if self._reference is not None:
             self._reference.expect(split, indices)
+
+
+def visible_label(name: str) -> ModelError:
+    """The refusal of an encoder as a language model."""
+    return ModelError(
+        f"{name}: it sees the tokens that follow, so a label is visible where it is predicted, as in BERT; "
+        "give a causal model, or `text` and `label` to train a classifier"
+    )

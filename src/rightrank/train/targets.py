@@ -13,7 +13,9 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
+from rightrank.models.base_models import find_device
 from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.base import AdapterKind
 from rightrank.models.kinds.linear import Linear
@@ -77,7 +79,7 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
             `settings.ranks` is above the largest rank of some matrix.
     """
     require_targets(model, settings)
-    if settings.use_dora and settings.load_in_8bit and next(model.parameters()).device.type == "cpu":
+    if settings.use_dora and settings.load_in_8bit and find_device(settings.device).type == "cpu":
         raise ModelError(
             "use_dora with load_in_8bit: PEFT loses the scales of weights in 8 bits on a CPU; give load_in_4bit, or device cuda"
         )
@@ -163,7 +165,7 @@ def named_targets(
     if settings.target_modules != (ALL_LINEAR,):
         return settings.target_modules, ()
     task = TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM
-    left_out = [] if getattr(model.config, "model_type", None) not in MAMBA else list(CALLED_BY_MAMBA)
+    left_out = all_linear_leaves_out(model, classification)
     config = LoraConfig(task_type=task, target_modules=ALL_LINEAR, exclude_modules=left_out or None)
     skeleton = _skeleton(model)
     whole = {name for name, _ in skeleton.named_modules()}
@@ -173,6 +175,20 @@ def named_targets(
     # PEFT looks at the layer of a module whose name ends with a target, and not where it is the target.
     names = tuple(name for name in found if name not in whole or _is_in_layers(name, settings))
     return names, tuple(sorted(config.target_parameters or ()))
+
+
+def all_linear_leaves_out(model: Any, classification: bool) -> list[str]:
+    """Names of linear modules that PEFT's `all-linear` names and can't adapt.
+
+    Those are Mamba's, and of a classifier what ends with the name of its head, which PEFT trains whole (DistilBERT's pre_classifier).
+    """
+    names = list(CALLED_BY_MAMBA) if getattr(model.config, "model_type", None) in MAMBA else []
+    if classification:
+        linear = {
+            name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+        }
+        names += sorted(name for name in linear - {*SEQ_CLS_HEAD_NAMES} if name.endswith(tuple(SEQ_CLS_HEAD_NAMES)))
+    return names
 
 
 def _is_in_layers(name: str, settings: SelectSettings | PlanSettings) -> bool:

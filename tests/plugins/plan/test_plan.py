@@ -136,7 +136,7 @@ def test_bad_input_is_one_line(
         (None, "no config.json"),
         ('{"model_type": "no_such_model"}', "transformers knows no such model"),
         ("{", "not readable as JSON"),
-        ('{"model_type": "t5"}', "no causal language model"),
+        ('{"model_type": "t5"}', "an encoder-decoder"),
         ('{"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}', "transformers knows no such model"),
     ],
 )

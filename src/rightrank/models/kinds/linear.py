@@ -157,7 +157,9 @@ class _LoraLinear(torch.autograd.Function):
             middles.append(middle)
         ctx.groups, ctx.shape, ctx.count = groups, x.shape, len(adapters)
         ctx.save_for_backward(x, weight, *middles, *adapters)
-        return y.view(*x.shape[:-1], out_features)
+        # No view, since a model may write into it, as OLMo's clamp_ does, which torch forbids in a view that a Function returns.
+        whole: torch.Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], out_features])
+        return whole
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:

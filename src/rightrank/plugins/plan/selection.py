@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rightrank.data.token_store import longest_sequence
-from rightrank.models.base_models import LoadedModel, device_memory
+from rightrank.models.base_models import LoadedModel, device_memory, is_known
 from rightrank.plugins.plan.budget import cheapest_changes, context_bytes, needed, rank_fits
 from rightrank.plugins.plan.duration import Speed, Workload, flops_of, prefix_flops, selection_cost
 from rightrank.plugins.plan.estimate import Estimator, NotSharedError
-from rightrank.plugins.plan.skeleton import is_known
 from rightrank.report.format import quantity
 from rightrank.runs.plugins import Clock, MemoryPlan
 from rightrank.runs.request import Prepared

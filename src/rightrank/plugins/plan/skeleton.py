@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rightrank.models.base_models import DTYPES, LOADING_ERRORS, quiet_third_parties
+from rightrank.models.base_models import DTYPES, LOADING_ERRORS, model_config
 from rightrank.models.places import require_model
 from rightrank.plugins.plan.device import quantise
 from rightrank.schema.errors import ModelError, first_line
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.train.targets import (
     ALL_LINEAR,
-    MAMBA,
     TargetModule,
     adapted_matrices,
+    all_linear_leaves_out,
     common_fields,
     in_layers,
     named_targets,
@@ -83,18 +83,10 @@ def read_config(reference: str, trust_remote_code: bool, classification: bool = 
     """The configuration of a model folder, a GGUF file or a hub name.
 
     Raises:
-        ModelError: no configuration, an unknown architecture, or one that needs its own code.
+        ModelError: see `model_config`, or sizes that no model has.
     """
-    source = require_model(reference)
-    quiet_third_parties()
-    try:
-        config = AutoConfig.from_pretrained(source.name, **source.loading_arguments(trust_remote_code))
-    except LOADING_ERRORS as error:
-        raise ModelError(f"{reference}: transformers knows no such model ({first_line(error)})") from None
-    if not is_known(config, classification) and not trust_remote_code:
-        kind = "sequence classification" if classification else "causal language"
-        other = "" if classification else " (a classification model is planned with num_labels)"
-        raise ModelError(f"{reference}: {config.model_type!r} is no {kind} model that transformers knows{other}")
+    require_model(reference)
+    config = model_config(reference, trust_remote_code, classification)
     text = config.get_text_config()
     _require_sane_sizes(reference, text)
     text.use_cache = False  # as Trainer trains
@@ -108,7 +100,7 @@ def _require_sane_sizes(reference: str, text: Any) -> None:
         ModelError: heads that do not divide, or a number of layers or a size beyond any model.
     """
     heads, groups = getattr(text, "num_attention_heads", 1), getattr(text, "num_key_value_heads", None) or 1
-    if isinstance(heads, int) and isinstance(groups, int) and (heads < 1 or groups < 1 or heads % groups):
+    if isinstance(heads, int) and isinstance(groups, int) and (heads < 1 or groups < 1 or heads % min(heads, groups)):
         raise ModelError(
             f"{reference}: {heads} heads are not a multiple of {groups} key-value heads; restore config.json"
         )
@@ -118,12 +110,6 @@ def _require_sane_sizes(reference: str, text: Any) -> None:
     for name, value in text.to_dict().items():
         if isinstance(value, int) and abs(value) > MAX_SIZE:
             raise ModelError(f"{reference}: {name} is {value}, more than any model has (at most {MAX_SIZE})")
-
-
-def is_known(config: Any, classification: bool) -> bool:
-    """Whether transformers has a causal language (or classification) model for this configuration."""
-    auto: Any = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
-    return type(config) in auto._model_mapping
 
 
 def build_base(config: Any, settings: PlanSettings) -> Any:
@@ -203,9 +189,11 @@ def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
 def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
     """PEFT's configuration of an adapter of `rank` under these settings."""
     targets = settings.target_modules
-    by_name = settings.loss == "chunked" or settings.layers_to_transform is not None  # PEFT needs names for layers
-    if by_name or getattr(model.config, "model_type", None) in MAMBA:  # as `select`
-        targets, _ = named_targets(model, settings, settings.num_labels is not None)
+    classification = settings.num_labels is not None
+    # PEFT needs names for layers, and `select` leaves experts out.
+    by_name = settings.loss == "chunked" or settings.packed or settings.layers_to_transform is not None
+    if by_name or all_linear_leaves_out(model, classification):
+        targets, _ = named_targets(model, settings, classification)
     parameters = in_layers(model, settings)
     return LoraConfig(
         r=rank,
