@@ -35,7 +35,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--task", default="repetition", help="what the rows are, for the results")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--blocks", type=int, default=0, help="of the last blocks; 0: all (Lightning, accelerate, mlx-lm)"
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
@@ -60,11 +64,12 @@ def main() -> None:
     found = door(train, held_out, unseen, given)
     document = {
         "trainer": f"{given.door} {version(package)}",
-        "task": "repetition",
+        "task": given.task,
         "data": given.data.stem,
         "data_sha256": sha256(given.data.read_bytes()).hexdigest(),
         "model": given.model.name,
         "trained_rank": given.rank,
+        "blocks": given.blocks,
         "steps": given.steps,
         "batch_size": given.batch_size,
         "learning_rate": given.learning_rate,
@@ -232,7 +237,11 @@ def _adapted(given: Any) -> tuple[Any, Any]:
 
     torch.manual_seed(given.seed)
     base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
-    config = LoraConfig(r=given.rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    count = base.config.num_hidden_layers
+    last = list(range(count - given.blocks, count)) if given.blocks else None
+    config = LoraConfig(
+        r=given.rank, lora_alpha=32, target_modules="all-linear", layers_to_transform=last, task_type="CAUSAL_LM"
+    )
     return get_peft_model(base, config), AutoTokenizer.from_pretrained(given.model)
 
 
@@ -321,7 +330,7 @@ def by_mlx(train: Sequence[Row], held_out: Sequence[Row], unseen: Sequence[Row],
         "model": str(given.model),
         "train": True,
         "data": str(given.work),
-        "num_layers": -1,
+        "num_layers": given.blocks or -1,
         "batch_size": given.batch_size,
         "iters": given.steps,
         "val_batches": 1,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -28,6 +29,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -71,14 +73,32 @@ def main() -> None:
     print(json.dumps(found, indent=1))
 
 
+class Processor(TrainerCallback):
+    """Processor seconds of this process, which other jobs on the machine do not change."""
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.begin = time.process_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.last_step = time.process_time()
+
+    def seconds(self) -> dict[str, float]:
+        """Of the training, and of all that came after its last step."""
+        end = time.process_time() - self.last_step
+        return {"training": round(self.last_step - self.begin, 2), "end": round(end, 2)}
+
+
 def trained(rows: Sequence[Row], given: argparse.Namespace) -> dict[str, Any]:
     """Train; what the callback found and took."""
     torch.manual_seed(given.seed)
     train, held_out = list(rows[given.held_out + given.unseen :]), list(rows[: given.held_out])
     trainer = TRAINERS[given.task](train, held_out, given)
     callback = SmallestAdapter(trainer.eval_dataset, margin=given.margin, metric=given.metric)
+    processor = Processor()
     trainer.add_callback(callback)
+    trainer.add_callback(processor)
     trainer.train()
+    processor_seconds = processor.seconds()
     assert callback.result is not None
     answer = callback.result.answer
     document = json.loads((given.work / "outputs" / "rightrank" / "decision.json").read_text(encoding="utf-8"))
@@ -103,6 +123,7 @@ def trained(rows: Sequence[Row], given: argparse.Namespace) -> dict[str, Any]:
         "candidates": {one.rank: [one.value, one.difference, one.difference_high] for one in answer.candidates},
         "notes": document["notes"],
         "cost": document["cost"],
+        "processor_seconds": processor_seconds,
     }
 
 

@@ -37,7 +37,7 @@ from rightrank.adapters.live import LiveAdapter, smallest_adapter, trained_adapt
 from rightrank.adapters.live_files import measure_again
 from rightrank.adapters.live_scores import HeldOutBatches, PairLoss, batch_scores
 from rightrank.adapters.resize import candidate_ranks
-from rightrank.interop.smallest import checkpoint_matters, training_warnings
+from rightrank.interop.smallest import training_warnings
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.errors import DataError, ModelError, SettingsError
@@ -65,6 +65,10 @@ def trained(folder: Path, rows: Rows, out: Path, callbacks: Sequence[Any], **cha
 
 def scored(model: Any, batches: Sequence[Any]) -> Scores:
     return HeldOutBatches(model, batches, PairLoss()).scores()
+
+
+def killed(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def losses_by_peft(folder: Path, adapter: Path, rows: Rows) -> list[float]:
@@ -280,10 +284,6 @@ def test_a_measurement_that_was_cut_off_is_made_again(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The command that is printed first, in a fresh process, from the folder."""
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "rightrank"):
         patch.setattr("rightrank.interop.smallest.smallest_adapter", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -307,18 +307,26 @@ def test_a_measurement_that_was_cut_off_is_made_again(
     assert not (tmp_path / "cut" / "rightrank" / "measure").exists()
 
 
+@pytest.mark.parametrize("other", ["weights", "vocabulary"])
 def test_another_base_is_refused_in_a_fresh_process(
-    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    other: str, model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = tmp_path / "base"
+    base, out = tmp_path / "base", tmp_path / "out" / "rightrank"
     shutil.copytree(model_folder, base)
-    monkeypatch.setattr("rightrank.interop.smallest.smallest_adapter", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        trained(base, rows, tmp_path / "out", [SmallestAdapter(Listed(rows[140:]))], max_steps=1)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 300}), encoding="utf-8")
-    with pytest.raises(ModelError, match="vocab_size is 300, and in the training it was"):
-        measure_again(tmp_path / "out" / "rightrank")
+    with monkeypatch.context() as patch:
+        patch.setattr("rightrank.interop.smallest.smallest_adapter", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(base, rows, tmp_path / "out", [SmallestAdapter(Listed(rows[140:]), max_examples=30)], max_steps=1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if other == "weights":
+        torch.nn.init.normal_(model.get_input_embeddings().weight)
+    else:
+        model.resize_token_embeddings(model.config.vocab_size + 8)
+    model.save_pretrained(base)
+    with pytest.raises(ModelError, match=r"not the base that was trained on \(.* has other values|cannot be loaded"):
+        measure_again(out)
+    shutil.copytree(model_folder, base, dirs_exist_ok=True)
+    assert "rank" in measure_again(out)  # the base that was trained on
 
 
 def test_a_full_disk_is_one_line(
@@ -370,6 +378,46 @@ def test_the_best_checkpoint_is_measured_where_the_trainer_loads_it(
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
     assert callback.result.value == pytest.approx(scored(model.eval(), batches).loss, rel=1e-4)
     assert [point["step"] for point in document["curve"]] == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize("checkpoint", ["last", "best"])
+def test_either_checkpoint_is_measured_whatever_the_trainer_ends_with(
+    checkpoint: str, model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    """The other one is measured too, since it differs by more than the margin; the model stays as the trainer ends with it."""
+    steps = {"eval_strategy": "steps", "eval_steps": 10, "max_steps": 40}
+    changes: dict[str, Any] = steps | {"learning_rate": 0.3, "lr_scheduler_type": "constant"}
+    ends_with_best = checkpoint == "last"
+    if ends_with_best:
+        changes |= {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 10}
+    callback = SmallestAdapter(Listed(rows[140:]), margin=0.02, checkpoint=checkpoint)  # type: ignore[arg-type]
+    trainer, model = trained(model_folder, rows, tmp_path / "out", [callback], **changes)
+    _, alone = trained(model_folder, rows, tmp_path / "alone", [], **changes)
+    assert all(
+        torch.equal(one, other)
+        for (_, one), (_, other) in zip(alone.named_parameters(), model.named_parameters(), strict=True)
+    )
+    evaluated = {one["step"]: one["eval_loss"] for one in trainer.state.log_history if "eval_loss" in one}
+    best = min(evaluated, key=lambda step: evaluated[step])
+    assert best < 40
+    document = json.loads((tmp_path / "out" / "rightrank" / "decision.json").read_text(encoding="utf-8"))
+    step = 40 if checkpoint == "last" else best
+    assert document["checkpoint"] == f"{checkpoint} (step {step})"
+    assert callback.result is not None
+    assert callback.result.value == pytest.approx(evaluated[step], rel=0.05)  # the trainer averages batches, not tokens
+    loaded = losses_by_peft(model_folder, tmp_path / "out" / "rightrank" / "trained", rows[140:])
+    tokens = sum(label != -100 for row in rows[140:] for label in row["labels"][1:])
+    assert sum(loaded) / tokens == pytest.approx(callback.result.value, rel=1e-4)
+    (told,) = [
+        note for note in document["notes"] if f"holds at the checkpoint that is used, {checkpoint} (step" in note
+    ]
+    assert ("checkpoint_matters" in document["flags"]) == told.startswith("checkpoint_matters: ")
+
+
+def test_a_checkpoint_that_is_not_at_hand_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    callback = SmallestAdapter(Listed(rows[140:]), checkpoint="best")
+    with pytest.raises(SettingsError, match="checkpoint 'best': the training evaluates nothing"):
+        trained(model_folder, rows, tmp_path, [callback], max_steps=2)
 
 
 def test_a_search_for_hyperparameters_is_not_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
@@ -525,16 +573,6 @@ def test_the_training_says_that_the_top_is_too_small_or_overfits() -> None:
     assert small == "The top may be too small: at rank 8 it loses more than the margin."
     (overfits,) = training_warnings(answer(0.001), [(1, 1.9), (2, 2.0)], "loss")
     assert overfits == "The top overfits: its held-out loss was best at step 1, 1.9000; it is 2.0000 now."
-
-
-def test_the_best_step_can_have_another_rank_than_the_last() -> None:
-    values = [(1, 1.9), (2, 2.0)]
-    assert list(checkpoint_matters([(1, 8), (2, 16)], values, "loss")) == [
-        "checkpoint_matters: rank 8 holds at the best step (1), rank 16 at step 2"
-    ]
-    assert list(checkpoint_matters([(1, 8), (2, 16)], values, "accuracy")) == []
-    assert list(checkpoint_matters([(1, 8), (2, 8)], values, "loss")) == []
-    assert list(checkpoint_matters([], [], "loss")) == []
 
 
 def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""`SmallestAdapter` where two processes (gloo, on a CPU) share a training: under DDP and under FSDP2."""
+"""`SmallestAdapter` where two processes (gloo, on a CPU) share a training: under DDP, FSDP2, and ZeRO-3 where DeepSpeed is installed."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -27,6 +29,7 @@ from transformers import (
 )
 
 from rightrank import SmallestAdapter
+from rightrank.adapters.live_files import measure_again
 from rightrank.adapters.live_scores import HeldOutBatches, PairLoss
 
 pytestmark = pytest.mark.trains
@@ -78,19 +81,71 @@ def train_sharded(model: Any, arguments: TrainingArguments, loader: Any, callbac
     callback.on_train_end(arguments, state, control, **given)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_two_processes_give_one_answer(way: str, model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    """Both have the same answer; it is that of the adapter that was saved; and the factors are those that were trained."""
+def zero3(number: int, port: int, model: Path, rows: list[Any], out: Path) -> None:
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"}
+    torch.set_num_threads(1)
+    import_module("deepspeed").init_distributed(dist_backend="gloo")
+    config = {
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    arguments = TrainingArguments(
+        output_dir=str(out), max_steps=12, learning_rate=1e-2, per_device_train_batch_size=4, save_strategy="no", report_to=[],
+        disable_tqdm=True, dataloader_pin_memory=False, deepspeed=config,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)  # each process holds a part of it
+    peft_model: Any = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model), padding=True)
+    trainer = Trainer(peft_model, arguments, collator, rows[:140], callbacks=[SmallestAdapter(rows[140:], margin=0.1)])  # type: ignore[arg-type]
+    trainer.train()
+    trainer.save_model(str(out / "saved"))  # DeepSpeed's own gathering
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # DeepSpeed's
+def test_zero3_is_kept_for_a_fresh_process(
+    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its empty parameters are gathered; the adapter that is kept is the trained one, and a fresh process measures it."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    multiprocessing.spawn(
+        zero3, args=(free_port(), model_folder, rows_of(model_folder, completion_file), tmp_path), nprocs=2
+    )
+    kept = load_file(tmp_path / "rightrank" / "measure" / "trained" / "adapter_model.safetensors")
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert kept.keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in kept.items())
+    assert any(value.abs().max() > 0 for name, value in kept.items() if "lora_B" in name)
+    assert "has rank" in measure_again(tmp_path / "rightrank")
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port: int = free.getsockname()[1]
+    return port
+
+
+def rows_of(model_folder: Path, completion_file: Path) -> list[Any]:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     rows = []
     for line in completion_file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    multiprocessing.spawn(process, args=(port, way, model_folder, rows, tmp_path), nprocs=2)
+    return rows
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_give_one_answer(way: str, model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    """Both have the same answer; it is that of the adapter that was saved; and the factors are those that were trained."""
+    rows = rows_of(model_folder, completion_file)
+    multiprocessing.spawn(process, args=(free_port(), way, model_folder, rows, tmp_path), nprocs=2)
     answers = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
     assert answers[0] == answers[1]
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -279,26 +279,49 @@ def truncation_curve(
     report_evaluations(runtime, "the base", candidates.on_event)
     trials = [finished_trial("base", 0, runtime.evaluate("selection"), metric)]
     written: dict[int, Resized] = {}
-    top = max(candidates.ranks)
-    for rank in sorted(candidates.ranks, reverse=True):
-        plain = working / f"r{rank}"
+
+    def write(rank: int, folder: Path) -> None:
+        choice = capped(adapter, rank, gathered.moments)
+        written[rank] = write_resized(adapter, folder, choice, gathered.moments)
+
+    def score(rank: int, folder: Path) -> Scores:
         report_evaluations(runtime, f"rank {rank}", candidates.on_event)
-        written[rank] = write_resized(
-            adapter,
-            plain,
-            capped(adapter, rank, gathered.moments),
-            gathered.moments,
-        )
-        parent = None if rank == top else f"r{top}"
-        scores = _by_halves(adapter, runtime, halves, rank, working) if halves else measure(runtime, plain)
-        trials.append(finished_trial(plain.name, rank, scores, metric, truncate_from=parent))
+        return _by_halves(adapter, runtime, halves, rank, working) if halves else measure(runtime, folder)
+
+    for trial in walk(candidates.ranks, working, write, score, metric):
+        trials.append(trial)
         if candidates.recovery is not None:
-            recovered = working / f"r{rank}-recovered"
-            shutil.copytree(plain, recovered)
+            recovered = working / f"{trial.trial_id}-recovered"
+            shutil.copytree(working / trial.trial_id, recovered)
             scores, steps = measure(runtime, recovered, candidates.recovery), candidates.recovery.steps
-            trials.append(finished_trial(recovered.name, rank, scores, metric, steps=steps, truncate_from=f"r{top}"))
-        candidates.on_rank(rank, trials[-1].value)
-    return TruncationCurve(trials, written, gathered, _answer(trials, runtime))
+            top = f"r{max(candidates.ranks)}"
+            trials.append(finished_trial(recovered.name, trial.rank, scores, metric, steps=steps, truncate_from=top))
+        candidates.on_rank(trial.rank, trials[-1].value)
+    settings = runtime.settings
+    higher, is_token_loss = settings.is_higher_better(settings.metric_name), runtime.data.summary.is_token_loss
+    criterion = Criterion(settings.metric_name, higher, settings.margin, token_loss=is_token_loss)
+    return TruncationCurve(trials, written, gathered, smallest_of(trials, criterion))
+
+
+def walk(
+    ranks: Sequence[int],
+    working: Path,
+    write: Callable[[int, Path], None],
+    score: Callable[[int, Path], Scores],
+    metric: str,
+) -> Iterator[TrialFinished]:
+    """An adapter and its truncations from the highest rank down, each written to `working` as r8, r4, … and scored."""
+    top = f"r{max(ranks)}"
+    for rank in sorted(ranks, reverse=True):
+        folder = working / f"r{rank}"
+        write(rank, folder)
+        parent = None if folder.name == top else top
+        yield finished_trial(folder.name, rank, score(rank, folder), metric, truncate_from=parent)
+
+
+def smallest_of(trials: Sequence[TrialFinished], criterion: Criterion) -> AdapterAnswer:
+    """The answer of a walk: the smallest adapter that holds."""
+    return adapter_answer(trials, criterion) or trained_answer(max(trials, key=lambda trial: trial.rank), criterion)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,17 +358,6 @@ def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half]
         with adapter_attached(runtime, folder):
             found.append(runtime.evaluate("selection", half.scored))
     return found[0].with_examples_of(found[1], halves[1].scored)
-
-
-def _answer(trials: Sequence[TrialFinished], runtime: Runtime) -> AdapterAnswer:
-    metric = runtime.settings.metric_name
-    criterion = Criterion(
-        metric,
-        runtime.settings.is_higher_better(metric),
-        runtime.settings.margin,
-        token_loss=runtime.data.summary.is_token_loss,
-    )
-    return adapter_answer(trials, criterion) or trained_answer(max(trials, key=lambda trial: trial.rank), criterion)
 
 
 def _moments(adapter: AdapterFolder, runtime: Runtime) -> Gathered:

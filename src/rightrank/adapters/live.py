@@ -14,14 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rightrank.adapters.held_out import capped
+from rightrank.adapters.held_out import capped, smallest_of, walk
 from rightrank.adapters.live_scores import (
     Batch,
     HeldOutBatches,
@@ -33,17 +33,19 @@ from rightrank.adapters.live_scores import (
 )
 from rightrank.adapters.resize import candidate_ranks
 from rightrank.adapters.rewrite import write_resized
-from rightrank.decision.adapter import Criterion, adapter_answer, trained_answer
+from rightrank.decision.adapter import Criterion
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter
+from rightrank.models.base_models import base_identity
 from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.linear import Linear
+from rightrank.models.places import BASE_FILE
 from rightrank.models.truncation import Moments
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ModelError, NotFiniteError
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter import lora_modules
-from rightrank.train.adapter_runtime import finished_trial
 from rightrank.train.covariances import MOMENT_TOKENS, MomentSums, rank_space
+from rightrank.train.evaluation import Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class LiveAnswer:
     seconds: float
     notes: tuple[str, ...] = ()
     value: float = 0.0  # of the adapter as it was trained, on the held-out examples
+    truncation: Literal["kfac", "svd"] | None = None  # of the adapter that the answer names; None: as it was trained
 
 
 def smallest_adapter(live: LiveAdapter, working: Path) -> LiveAnswer:
@@ -102,17 +105,25 @@ def smallest_adapter(live: LiveAdapter, working: Path) -> LiveAnswer:
             "ZeRO-3 holds parts of each parameter, which no truncation can be written into; measure in a fresh process"
         )
     started = time.monotonic()
-    base = str(live.model.peft_config[live.name].base_model_name_or_path or "")
     with together():
-        save_adapter(live.model, working / "trained", base, live.name)
-    adapter = open_adapter(working / "trained")
+        adapter = save_trained(live, working / "trained")
     with as_it_came(live.model, live.name):
         moments, notes = gather(live)
         trials = _walk(live, adapter, moments, working)
-    answer = _answer(trials, live) or trained_answer(trials[0], _criterion(trials, live))
+    answer = smallest_of(trials, _criterion(trials, live))
     count = len(trials[0].item_losses)
     value = trials[0].metrics[live.metric]
-    return LiveAnswer(answer, working / answer.trial_id, count, time.monotonic() - started, notes, value)
+    method: Literal["kfac", "svd"] | None = ("kfac" if moments else "svd") if answer.how == "truncated" else None
+    return LiveAnswer(answer, working / answer.trial_id, count, time.monotonic() - started, notes, value, method)
+
+
+def save_trained(live: LiveAdapter, folder: Path) -> AdapterFolder:
+    """The adapter as it was trained, with what its base is known by beside it."""
+    base = live.model.get_base_model()
+    name = str(live.model.peft_config[live.name].base_model_name_or_path or base.config.name_or_path or "")
+    save_adapter(live.model, folder, name, live.name)
+    (folder / BASE_FILE).write_bytes(base_identity(base, name).content())
+    return open_adapter(folder)
 
 
 def require_truncatable(model: Any, name: str) -> None:
@@ -168,37 +179,29 @@ def _walk(
     live: LiveAdapter, adapter: AdapterFolder, moments: Mapping[str, Moments], working: Path
 ) -> list[TrialFinished]:
     """The adapter and its truncations, downward until one does not hold."""
-    ranks = sorted(candidate_ranks(adapter, live.ranks), reverse=True)
-    top = f"r{ranks[0]}"
     held_out = HeldOutBatches(live.model, live.held_out, live.pair_loss)
-    trials: list[TrialFinished] = []
-    for rank in ranks:
-        folder = working / f"r{rank}"
+
+    def write(rank: int, folder: Path) -> None:
         with together():
             if rank == adapter.rank:
                 shutil.copytree(adapter.path, folder)
             else:
                 write_resized(adapter, folder, capped(adapter, rank, moments), moments)
+
+    def score(rank: int, folder: Path) -> Scores:
         if rank < adapter.rank:
             put_in_place(live.model, live.name, open_adapter(folder))
-        parent = None if folder.name == top else top
         scores = held_out.scores()
         if not np.isfinite(scores.losses).all():
             raise NotFiniteError(f"rank {rank}: a held-out loss is NaN or infinite; the training may have diverged")
-        trials.append(finished_trial(folder.name, rank, scores, live.metric, truncate_from=parent))
-        if parent and not _holds(trials, live):
+        return scores
+
+    trials: list[TrialFinished] = []
+    for trial in walk(candidate_ranks(adapter, live.ranks), working, write, score, live.metric):
+        trials.append(trial)
+        if smallest_of(trials, _criterion(trials, live)).trial_id != trial.trial_id:
             break
     return trials
-
-
-def _holds(trials: Sequence[TrialFinished], live: LiveAdapter) -> bool:
-    """Whether the last truncation is the answer so far."""
-    answer = _answer(trials, live)
-    return answer is not None and answer.trial_id == trials[-1].trial_id
-
-
-def _answer(trials: Sequence[TrialFinished], live: LiveAdapter) -> AdapterAnswer | None:
-    return adapter_answer(trials, _criterion(trials, live))
 
 
 def _criterion(trials: Sequence[TrialFinished], live: LiveAdapter) -> Criterion:

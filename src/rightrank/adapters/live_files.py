@@ -9,8 +9,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,23 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from rightrank.adapters.live import LiveAdapter, LiveAnswer, smallest_adapter
+from rightrank.adapters.live import LiveAdapter, LiveAnswer, save_trained, smallest_adapter
 from rightrank.adapters.live_scores import Batch, PairLoss, gathered
 from rightrank.data.files import read_json_object, replacing_folder, write_text
-from rightrank.models.adapter_files import open_adapter, save_adapter
+from rightrank.decision.adapter import METHODS
+from rightrank.models.adapter_files import open_adapter
+from rightrank.models.base_models import base_identity, read_identity
+from rightrank.models.places import BASE_FILE
 from rightrank.report.adapters import candidate_table, figure_of
 from rightrank.report.figure import Axis, Figure, Series
 from rightrank.report.html import adapter_page
 from rightrank.schema.decision import AdapterAnswer, HandedOver
-from rightrank.schema.errors import ModelError, RightrankError, first_line
+from rightrank.schema.errors import ModelError, first_line
 from rightrank.search.strategies import probable_ranks
 from rightrank.train.device import peak_bytes
 from rightrank.train.targets import without_peft_noise
 
 MEASURE, TRAINED = "measure", "trained"  # folders
-# Of a configuration: what programs change in it without changing the model.
-VOLATILE = (
-    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "quantization_config", "bos_token_id",
-    "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "num_labels", "tie_word_embeddings",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +49,19 @@ class Training:
     curve: Sequence[tuple[int, int]] = ()  # (step, smallest rank that holds)
     notes: Sequence[str] = ()
     flags: Sequence[str] = ()
+    fall: float | None = None  # between the best evaluation and the last; None: not known in the metric's unit
+
+    def beside(self, rank: int, other: int) -> Training:
+        """The training whose other checkpoint was measured too: the ranks that hold at the one used and at the other."""
+        name = "best" if self.checkpoint.startswith("last") else "last"
+        told = (
+            f"rank {rank} holds at the checkpoint that is used, {self.checkpoint}, and rank {other} at the {name} one"
+        )
+        if rank == other:
+            return replace(self, notes=[*self.notes, told])
+        return replace(
+            self, notes=[*self.notes, f"checkpoint_matters: {told}"], flags=[*self.flags, "checkpoint_matters"]
+        )
 
     def cost(self, found: LiveAnswer) -> dict[str, Any]:
         """Seconds and memory of the end against the training."""
@@ -121,6 +131,7 @@ def _document(found: LiveAnswer, out: Path, training: Training) -> dict[str, Any
     return {
         "adapter_sentence": answer.sentence,
         "handed_over": handed_over.model_dump(mode="json"),
+        "truncation": found.truncation,
         "checkpoint": training.checkpoint,
         "cost": training.cost(found),
         "training_rank_estimate": {"sentence": estimate, "command": command},
@@ -133,8 +144,9 @@ def _document(found: LiveAnswer, out: Path, training: Training) -> dict[str, Any
 
 def _card(found: LiveAnswer, training: Training) -> str:
     answer = found.answer
-    how = "truncated by singular values" if any("singular" in note for note in found.notes) else "truncated by K-FAC"
-    made = f"{how} from rank {answer.trained_rank}" if answer.rank < answer.trained_rank else "as it was trained"
+    made = "as it was trained"
+    if found.truncation is not None:
+        made = f"truncated by {METHODS[found.truncation]} from rank {answer.trained_rank}"
     heading, *rows = candidate_table(answer, training.metric)
     lines = [heading, ["---"] * len(heading), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -180,7 +192,7 @@ def keep(live: LiveAdapter, out: Path, training: Training) -> None:
     base = live.model.get_base_model()
     with replacing_folder(out / MEASURE) as folder:
         with gathered(live.model):
-            save_adapter(live.model, folder / TRAINED, training.base, live.name)
+            save_trained(live, folder / TRAINED)
         base.config.save_pretrained(folder / "base")
         tensors = {
             f"{split}.{number}.{key}": value.detach().cpu().contiguous().clone()
@@ -191,20 +203,16 @@ def keep(live: LiveAdapter, out: Path, training: Training) -> None:
         }
         save_file(tensors, folder / "batches.safetensors")
         asked = {
-            "base": training.base,
             "base_class": type(base).__name__,
             "dtype": str(next(iter(base.parameters())).dtype).removeprefix("torch."),
-            "margin": live.margin,
-            "ranks": None if live.ranks is None else list(live.ranks),
-            "metric": live.metric,
-            "beta": live.pair_loss.beta,
-            "pair_loss": live.pair_loss.name,
-            "moment_tokens": live.moment_tokens,
-            "seconds": training.seconds,
-            "checkpoint": training.checkpoint,
-            "curve": [list(point) for point in training.curve],
-            "notes": list(training.notes),
-            "flags": list(training.flags),
+            "live": {
+                "margin": live.margin,
+                "ranks": None if live.ranks is None else list(live.ranks),
+                "metric": live.metric,
+                "moment_tokens": live.moment_tokens,
+            },
+            "pair_loss": asdict(live.pair_loss),
+            "training": asdict(training),
         }
         write_text(folder / "measure.json", json.dumps(asked, indent=2))
 
@@ -228,18 +236,10 @@ def measure_again(out: Path) -> str:
         model: Any = PeftModel.from_pretrained(base, str(adapter.path))
     batches = _read_batches(folder / "batches.safetensors")
     live = LiveAdapter(
-        model=model,
-        held_out=batches["held_out"],
-        train=batches.get("train", ()),
-        margin=asked["margin"],
-        ranks=asked["ranks"],
-        metric=asked["metric"],
-        pair_loss=PairLoss(asked["beta"], asked["pair_loss"]),
-        moment_tokens=asked["moment_tokens"],
+        model, batches["held_out"], batches.get("train", ()), pair_loss=PairLoss(**asked["pair_loss"]), **asked["live"]
     )
-    curve = [(step, rank) for step, rank in asked["curve"]]
-    told = asked["notes"], asked["flags"]
-    training = Training(asked["seconds"], 0, asked["checkpoint"], asked["base"], asked["metric"], curve, *told)
+    # The peak memory of the training is that of another process.
+    training = Training(**asked["training"] | {"peak_bytes": 0, "curve": list(map(tuple, asked["training"]["curve"]))})
     with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
         found = smallest_adapter(live, Path(working))
         write_answer(found, out, training)
@@ -248,32 +248,19 @@ def measure_again(out: Path) -> str:
 
 
 def _base(folder: Path, asked: Mapping[str, Any]) -> Any:
-    name = asked["base"]
+    name = asked["training"]["base"]
     if not name:
         raise ModelError("the base model has no name that it could be loaded by; the training made it in memory")
-    config = transformers.AutoConfig.from_pretrained(folder / "base")
     try:
-        own = transformers.AutoConfig.from_pretrained(name)
-        _require_same_base(name, config.to_dict(), own.to_dict())
-        base_class = getattr(import_module("transformers"), asked["base_class"])
-        return base_class.from_pretrained(name, config=config, dtype=getattr(torch, asked["dtype"]))
+        config = transformers.AutoConfig.from_pretrained(folder / "base")
+        base_class = getattr(transformers, asked["base_class"])
+        base = base_class.from_pretrained(name, config=config, dtype=getattr(torch, asked["dtype"]))
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        if isinstance(error, RightrankError):
-            raise
         raise ModelError(f"{name}: the base model cannot be loaded ({first_line(error)})") from None
-
-
-def _require_same_base(name: str, trained: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Refuse a base whose configuration or vocabulary is not that of the training.
-
-    Raises:
-        ModelError: with the first field that differs.
-    """
-    for key in sorted(trained.keys() & found.keys() - set(VOLATILE)):
-        if trained[key] != found[key]:
-            raise ModelError(
-                f"{name}: {key} is {found[key]!r}, and in the training it was {trained[key]!r}; this is not the base that was trained on"
-            )
+    difference = read_identity(folder / TRAINED / BASE_FILE).difference(base_identity(base, name))
+    if difference is not None:
+        raise ModelError(f"{name}: this is not the base that was trained on ({difference})")
+    return base
 
 
 def _read_batches(file: Path) -> dict[str, list[Batch]]:

@@ -7,7 +7,7 @@ row for classification, else one label a token. Labels never reach the model, si
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -32,7 +32,9 @@ PairLossName: TypeAlias = Literal["sigmoid", "hinge", "ipo"]
 PAIR_LOSSES: tuple[PairLossName, ...] = get_args(PairLossName)
 
 # What a measurement in someone else's process can end in; all else ends the process anyway.
-FAILURES = (RightrankError, RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError)
+FAILURES = (
+    RightrankError, RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError,
+)  # fmt: skip
 
 CHUNK = 1024  # positions whose logits exist at a time: 0.5 GB in float32 for a vocabulary of 128,256
 KEPT_BYTES = 2**30  # hidden states that are kept between passes, at most
@@ -253,13 +255,13 @@ def token_losses(model: Any, passed: Mapping[str, Any], labels: torch.Tensor) ->
     """
     head = model.get_base_model().get_output_embeddings()
     if head is None or isinstance(head, BaseTunerLayer) or (torch.is_grad_enabled() and is_sharded(model)):
-        return _from_logits(model(**passed).logits[:, :-1], labels)
+        return _in_chunks(torch.nn.Identity(), model(**passed).logits[:, :-1], labels)
     found: list[torch.Tensor] = []
 
     def before(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden = inputs[0]
         found.append(module.forward(hidden[:1, :1]).detach())
-        found.append(_in_chunks(module, hidden[:, : labels.shape[1]], labels))
+        found.append(_in_chunks(module.forward, hidden[:, : labels.shape[1]], labels))
         return hidden[:, :1], *inputs[1:]
 
     handle = head.register_forward_pre_hook(before)
@@ -268,36 +270,24 @@ def token_losses(model: Any, passed: Mapping[str, Any], labels: torch.Tensor) ->
     finally:
         handle.remove()
     if not found:  # the head's weight is used without the module
-        return _from_logits(logits[:, :-1], labels)
+        return _in_chunks(torch.nn.Identity(), logits[:, :-1], labels)
     if not torch.allclose(found[0].float(), logits[:1, :1].detach().float(), rtol=1e-3, atol=1e-4):
-        return _from_logits(model(**passed).logits[:, :-1], labels)
+        return _in_chunks(torch.nn.Identity(), model(**passed).logits[:, :-1], labels)
     return found[1]
 
 
-def _in_chunks(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    flat, targets = hidden.flatten(0, 1), labels.flatten().to(hidden.device)
+def _in_chunks(
+    head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Losses [rows, length], in float32 for `CHUNK` positions at a time; a backward pass computes them again."""
 
     def losses(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head.forward(rows).float(), wanted, reduction="none", ignore_index=-100)
+        return F.cross_entropy(head(rows).float(), wanted, reduction="none", ignore_index=-100)
 
-    keeps_graph = torch.is_grad_enabled()
-    parts = []
-    for start in range(0, len(targets), CHUNK):
-        chunk = flat[start : start + CHUNK], targets[start : start + CHUNK]
-        parts.append(
-            checkpoint(losses, *chunk, use_reentrant=False, preserve_rng_state=False) if keeps_graph else losses(*chunk)
-        )
-    return torch.cat(parts).view(labels.shape).to(labels.device)
-
-
-def _from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Losses [rows, length] from whole logits; in float32 for `CHUNK` positions at a time."""
-    flat, targets = logits.flatten(0, 1), labels.flatten().to(logits.device)
-    parts = [
-        F.cross_entropy(
-            flat[start : start + CHUNK].float(), targets[start : start + CHUNK], reduction="none", ignore_index=-100
-        )
-        for start in range(0, len(targets), CHUNK)
+    targets = labels.flatten().to(hidden.device)
+    parts: list[Any] = [
+        checkpoint(losses, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(torch.split(hidden.flatten(0, 1), CHUNK), torch.split(targets, CHUNK), strict=True)
     ]
     return torch.cat(parts).view(labels.shape).to(labels.device)
 
@@ -390,7 +380,7 @@ def upper_share(model: Any) -> float:
 
 
 def _size(module: Any) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
 class LowerBlocks:

@@ -16,8 +16,9 @@ from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import decide_rows
 from rightrank.runs.returns import first_command
 from rightrank.schema.command import next_commands
-from rightrank.schema.decision import Checkpoint, Decision
+from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError
+from rightrank.schema.settings import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -64,7 +65,7 @@ class _Question:
     confidence: float | None
     columns: Mapping[str, str]
     horizon_steps: int | None
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
 
 
 def decide(
@@ -76,7 +77,7 @@ def decide(
     confidence: float | None = None,
     columns: Mapping[str, str] | None = None,
     horizon_steps: int | None = None,
-    checkpoint: Checkpoint = "last",
+    checkpoint: Checkpoint | None = None,
 ) -> Decided:
     """Decide on trainings that have finished, whoever ran them.
 
@@ -89,7 +90,8 @@ def decide(
         confidence: name the smallest rank that is enough with this probability, where one seed was trained; None for the rule.
         columns: canonical name → column, where a column has an unusual name.
         horizon_steps: the length of training to answer for.
-        checkpoint: which evaluation of each training is compared, where there are several: the last or the best.
+        checkpoint: which evaluation of each training is compared, where there are several: `last` or `best`; None
+            for that of a run folder, else the last.
 
     Raises:
         ResultsError: the table can't be used; the message names file and row.
@@ -119,7 +121,7 @@ def _decide_table(where: str, rows: list[Row], question: _Question) -> Decided:
         question.margin,
         horizon_steps=question.horizon_steps,
         confidence=question.confidence,
-        checkpoint=question.checkpoint,
+        checkpoint=question.checkpoint or "last",
     )
     return Decided(decision, read.understood)
 

@@ -12,7 +12,7 @@ import click
 from rightrank.cli.options import comma
 
 if TYPE_CHECKING:
-    from rightrank.schema.decision import Checkpoint
+    from rightrank.schema.settings import Checkpoint
 
 
 def _mapping(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, str]:
@@ -54,9 +54,7 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
 @click.option(
     "--checkpoint",
     type=click.Choice(["last", "best"]),
-    default="last",
-    show_default=True,
-    help="Which evaluation of each training counts, where there are several.",
+    help="Which evaluation of each training counts, where there are several; by default that of the run, else the last.",
 )
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve to this .svg file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
@@ -68,7 +66,7 @@ def decide(
     confidence: float | None,
     columns: dict[str, str],
     horizon_steps: int | None,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | None,
     plot_file: Path | None,
     as_json: bool,
 ) -> None:

@@ -360,11 +360,14 @@ def _notes(
         )
     points = [-point.value if criterion.higher_is_better else point.value for point in top.trial.points]
     measures_the_metric = criterion.points_are_of_the_metric and top.trial.value_metric is None
-    if points and measures_the_metric and not is_within(points[-1] - min(points), against.margin):
+    kept = top.trial.kept_step
+    if kept is not None:
+        notes.append(f"The best checkpoint of rank {top.trial.rank} is used: step {kept} of {top.trial.steps}.")
+    elif points and measures_the_metric and not is_within(points[-1] - min(points), against.margin):
         best = top.trial.points[points.index(min(points))].step
         notes.append(
             f"The held-out value of rank {top.trial.rank} was best at step {best} of {top.trial.steps}: train again with "
-            f"--max-steps {best}."
+            f"--max-steps {best}, or with --checkpoint best."
         )
     return notes
 
@@ -377,13 +380,15 @@ class Making:
     trained_rank: int
     learning_rate: float
     steps: int  # of the training; 0: a custom trainer's own number
+    kept_step: int | None  # of the best checkpoint; None: the last
     truncation: str | None  # the method; None: it was not truncated
     recovery_steps: int
     recovery_learning_rate: float
 
     def sentence(self) -> str:
         """Such as "trained at rank 64 (learning rate 0.003, 240 steps), truncated to rank 8 by K-FAC"."""
-        steps = f", {self.steps} steps" if self.steps else ""
+        kept = "" if self.kept_step is None else f" step {self.kept_step} of"
+        steps = f",{kept} {self.steps} steps" if self.steps else ""
         parts = [f"trained at rank {self.trained_rank} (learning rate {self.learning_rate:g}{steps})"]
         if self.truncation is not None:
             parts.append(f"truncated to rank {self.rank} by {self.truncation}")
@@ -405,6 +410,7 @@ def making_of(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Making
         trained_rank=parent.rank,
         learning_rate=parent.learning_rate,
         steps=parent.steps,
+        kept_step=parent.kept_step,
         truncation=METHODS[trial.truncation or "svd"] if is_truncated else None,
         recovery_steps=recovery,
         recovery_learning_rate=trial.learning_rate if recovery else 0.0,

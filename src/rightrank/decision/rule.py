@@ -26,8 +26,9 @@ from rightrank.decision.next_run import next_runs
 from rightrank.decision.sentences import basis_note, conflict_sentence, probability_note, sentence_of
 from rightrank.decision.table import ScoreTable, at_checkpoint
 from rightrank.decision.verdicts import checkpoint_note, flags_of, shown_rank, smallest_alike, verdict_of
-from rightrank.schema.decision import Checkpoint, Decision, MetricAnswer, RankEvidence
+from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
+from rightrank.schema.settings import Checkpoint
 
 
 def decide(
@@ -68,7 +69,9 @@ def decide(
     chosen = found.chosen
     verdict = verdict_of(found)
     beside = [
-        answer for answer in (_beside(found.by_rank, other, token_loss) for other in others) if answer is not None
+        answer
+        for answer in (_beside(found.by_rank, other, token_loss, checkpoint) for other in others)
+        if answer is not None
     ]
     flags = flags_of(found, verdict, horizon_steps, [answer.metric for answer in beside], checkpoints)
     if any(answer.conflict for answer in beside) and "metric_conflict" not in flags:
@@ -105,11 +108,13 @@ def decide(
     )
 
 
-def _beside(by_rank: Mapping[int, Compared], other: ScoreTable, token_loss: bool) -> MetricAnswer | None:
+def _beside(
+    by_rank: Mapping[int, Compared], other: ScoreTable, token_loss: bool, checkpoint: Checkpoint
+) -> MetricAnswer | None:
     """The answer by another metric, and whether the two disagree; None if fewer than two ranks have the metric."""
     if len(other.ranks()) < 2:
         return None
-    answer = decide(other, token_loss=token_loss)
+    answer = decide(other, token_loss=token_loss, checkpoint=checkpoint)
     ours = {rank: one.non_inferior for rank, one in by_rank.items() if rank > 0}
     theirs = {evidence.rank: evidence for evidence in answer.ranks if evidence.rank > 0}
     against = [rank for rank in ours if rank in theirs and {ours[rank], theirs[rank].non_inferior} == {True, False}]

@@ -11,7 +11,7 @@ from rightrank.decision.collapse import without_collapsing
 from rightrank.decision.metrics import REPORTED_ONLY
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of
-from rightrank.schema.decision import AdapterCandidate, Checkpoint, Decision, TrainingRankEstimate
+from rightrank.schema.decision import AdapterCandidate, Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import (
     AdapterRecorded,
@@ -24,7 +24,7 @@ from rightrank.schema.events import (
     TestEvaluated,
 )
 from rightrank.schema.metrics import direction, unknown_direction
-from rightrank.schema.settings import PLAIN, PROFILES
+from rightrank.schema.settings import PLAIN, PROFILES, Checkpoint
 from rightrank.schema.trials import OUTCOMES, EvalPoint, TrialFinished, TrialLook, TrialOutcome, TrialStarted
 
 
@@ -130,9 +130,9 @@ def decide_on(
     higher: bool | None = None,
     horizon_steps: int | None = None,
     confidence: float | None = None,
-    checkpoint: Checkpoint = "last",
+    checkpoint: Checkpoint | None = None,
 ) -> Decision:
-    """The decision by one of the run's metrics, with the answers by the others.
+    """The decision by one of the run's metrics, with the answers by the others; at the run's checkpoint unless one is given.
 
     Raises:
         ResultsError: fewer than two ranks have the metric, or its direction is not known.
@@ -148,11 +148,16 @@ def decide_on(
         float(margin) if isinstance(margin, int | float) else None,
         token_loss=is_token_loss(records),
         horizon_steps=horizon_steps,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint or checkpoint_of(records.started),
         others=others if records.started.data.form != "own" else (),
         smallest_if_alike=isinstance(profile, str) and PROFILES.get(profile, PLAIN).smallest_if_alike,
         confidence=asked_confidence if isinstance(asked_confidence, int | float) else None,
     )
+
+
+def checkpoint_of(started: RunStarted) -> Checkpoint:
+    """Which checkpoint of its trainings the run keeps."""
+    return "best" if started.settings.get("checkpoint") == "best" else "last"
 
 
 def is_token_loss(records: Records) -> bool:
@@ -261,6 +266,9 @@ def document(
     if decision is not None:
         found |= decision.model_dump(mode="json")
     adapter = records.adapters[-1] if records.adapters else None
+    noted = adapter and adapter.answer.checkpoint
+    if noted and noted.matters:
+        found["flags"] = list(dict.fromkeys([*found.get("flags", ()), "checkpoint_matters"]))
     finished = records.finished()
     chosen = next((one for one in finished if adapter is not None and one.trial_id == adapter.answer.trial_id), None)
     started = records.started

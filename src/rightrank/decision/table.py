@@ -13,7 +13,8 @@ from rightrank.decision.intervals import Estimate, estimate
 from rightrank.decision.metrics import MetricKind, kind_of, span_of
 from rightrank.decision.seeds import adjusted_means, best_learning_rate
 from rightrank.schema.arrays import Floats
-from rightrank.schema.decision import Checkpoint, Result, ResultsTable
+from rightrank.schema.decision import Result, ResultsTable
+from rightrank.schema.settings import Checkpoint
 from rightrank.schema.trials import MetricName, TrialCollapsed, TrialFailed, TrialFinished, TrialOutcome
 
 
@@ -30,6 +31,7 @@ class Cell:
     deviation: float | None = None  # the stated standard deviation over seeds, oriented unit
     deviation_seeds: int = 1  # how many seeds the stated value is the mean of
     steps: int | None = None
+    kept_step: int | None = None  # of the value, where it is not the last evaluation's
     points: tuple[tuple[int, float], ...] = ()  # (step, value) along the training, the metric's own direction
     others: Mapping[str, float] = field(default_factory=dict)  # other metrics of the trial, in their own direction
 
@@ -143,6 +145,7 @@ def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Float
         span=span,
         train_value=trial.train_value,
         steps=trial.steps,
+        kept_step=trial.kept_step,
         points=tuple((point.step, point.value) for point in trial.points),
         others={name: value for name, value in trial.metrics.items() if name != metric},
     )
@@ -184,23 +187,29 @@ def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_be
 
 
 def at_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:
-    """The table with each training at its last evaluation, as it is, or at its best, the earliest of equal ones.
+    """The table with each training at its last evaluation or at its best, the earliest of equal ones.
 
-    Scores by example are of the last evaluation alone: where another one is the best, every training counts by its value.
+    Scores by example are of the evaluation whose weights were kept: where another one counts, every training counts by its value.
     """
-    if checkpoint == "last":
-        return table
-    best = {key: _at_best(cell, table) for key, cell in table.cells.items()}
-    if all(best[key] is cell for key, cell in table.cells.items()):
+    at = {key: _at_last(cell) if checkpoint == "last" else _at_best(cell, table) for key, cell in table.cells.items()}
+    if all(at[key] is cell for key, cell in table.cells.items()):
         return table
     bare = {
         key: replace(cell, sums=_oriented([cell.value], table.kind, table.higher_is_better), weights=np.ones(1))
-        for key, cell in best.items()
+        for key, cell in at.items()
     }
     return replace(table, cells=bare)
 
 
+def _at_last(cell: Cell) -> Cell:
+    if cell.kept_step is None or not cell.points:
+        return cell
+    return replace(cell, value=cell.points[-1][1], kept_step=None, train_value=None, others={})
+
+
 def _at_best(cell: Cell, table: ScoreTable) -> Cell:
+    if cell.kept_step is not None:
+        return cell
     sign = -1.0 if table.higher_is_better else 1.0
     step, value = min(cell.points, key=lambda point: (sign * point[1], point[0]), default=(0, cell.value))
     if sign * value >= sign * cell.value:

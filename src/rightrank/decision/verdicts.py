@@ -30,8 +30,9 @@ from rightrank.decision.comparison import CONFIDENCE, is_within, walk_down
 from rightrank.decision.evidence import Comparison, Evidence
 from rightrank.decision.metrics import default_margin, kind_of, published_deviation
 from rightrank.decision.table import Contender, ScoreTable, at_checkpoint
-from rightrank.schema.decision import Checkpoint, CheckpointNote, Verdict
+from rightrank.schema.decision import CheckpointNote, Verdict
 from rightrank.schema.metrics import direction
+from rightrank.schema.settings import Checkpoint
 
 
 def verdict_of(found: Comparison) -> Verdict:
@@ -177,7 +178,7 @@ def flags_of(
         "winner_gap": max(evidence.contenders[rank].gap for rank in answer) > found.margin / 2,
         "metric_conflict": _conflicts(evidence, found.chosen, compared_others),
         "may_be_capacity_limited": _gap_still_grows(found),
-        "checkpoint_matters": checkpoints is not None and checkpoints.last != checkpoints.best,
+        "checkpoint_matters": checkpoints is not None and checkpoints.matters,
         "extrapolated": horizon_steps is not None and 0 < trained < horizon_steps,
     }
     return [flag for flag, raise_it in raised.items() if raise_it]

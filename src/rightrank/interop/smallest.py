@@ -15,10 +15,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
@@ -46,12 +49,15 @@ from rightrank.adapters.live_scores import (
     Batch,
     PairLoss,
     batch_scores,
+    is_partitioned,
     is_sharded,
     together,
     upper_share,
 )
+from rightrank.decision.comparison import is_within
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, RightrankError, SettingsError, first_line
+from rightrank.schema.settings import Checkpoint
 from rightrank.train.covariances import MOMENT_TOKENS
 from rightrank.train.device import process_index
 
@@ -79,7 +85,8 @@ class SmallestAdapter(TrainerCallback):
         metric: `loss`, or `accuracy` of a classifier.
         max_examples: Held-out examples to score at most. None: as many as a tenth of the training's time allows, from 100 to 1000.
         every_evaluation: Also look for the smallest rank at each evaluation of the training.
-        checkpoint: What must be measured, `last` or `best`; None for what the trainer ends with, which `load_best_model_at_end` says.
+        checkpoint: What is measured: the weights of the `last` step, or those of the `best` evaluation by the trainer's
+            `metric_for_best_model`, the loss by default; None for what the trainer ends with, which `load_best_model_at_end` says.
         measure: False: at the end keep what a fresh process needs, log its command, and leave the measurement to it.
 
     Attributes:
@@ -89,7 +96,7 @@ class SmallestAdapter(TrainerCallback):
     Raises at the training's begin:
         DataError: no held-out rows, fewer than two that are not in the training set, or rows that give no loss by example.
         ModelError: an adapter that cannot be truncated.
-        SettingsError: another metric, or a loss without a value by example.
+        SettingsError: another metric, a loss without a value by example, or a checkpoint that is not at hand.
     """
 
     def __init__(
@@ -101,7 +108,7 @@ class SmallestAdapter(TrainerCallback):
         metric: str = "loss",
         max_examples: int | None = None,
         every_evaluation: bool = False,
-        checkpoint: Literal["last", "best"] | None = None,
+        checkpoint: Checkpoint | None = None,
         measure: bool = True,
     ) -> None:
         self._rows = eval_dataset
@@ -120,6 +127,8 @@ class SmallestAdapter(TrainerCallback):
         self._started = time.monotonic()
         self._shared = ""  # a line on rows that are held out and trained on
         self._values: list[tuple[int, float]] = []  # of the trained adapter at each evaluation
+        self._other: _Kept | None = None  # the best evaluation, or the last step where the trainer ends with the best
+        self._evaluated: float | None = None  # the value of the last evaluation
         self.curve: list[tuple[int, int]] = []
         self.result: LiveAnswer | None = None
 
@@ -131,16 +140,18 @@ class SmallestAdapter(TrainerCallback):
         if state.is_hyper_param_search:
             return  # a search ends many trainings, and none of them is the one to hand over
         self._loaders, self._first_step, self._shared = kwargs, state.global_step, ""
-        self.curve, self._values, self.result = [], [], None
+        self.curve, self._values, self.result, self._other, self._evaluated = [], [], None, None, None
         self._handler = _first_of_callbacks(self)
         if self._metric not in ("loss", "accuracy"):
             raise SettingsError(f"metric {self._metric!r}: the end of a training is measured by loss or accuracy")
-        if self._checkpoint is not None and (self._checkpoint == "best") != args.load_best_model_at_end:
-            raise SettingsError(
-                f"checkpoint {self._checkpoint!r}: what the trainer ends with is measured; set load_best_model_at_end="
-                f"{self._checkpoint == 'best'} in its arguments"
-            )
         model = kwargs["model"]
+        takes_other = self._checkpoint is not None and (self._checkpoint == "best") != args.load_best_model_at_end
+        if takes_other and (is_sharded(model) or args.eval_strategy == "no"):
+            why = "the model is sharded" if is_sharded(model) else "the training evaluates nothing (eval_strategy)"
+            raise SettingsError(
+                f"checkpoint {self._checkpoint!r}: {why}, so what the trainer ends with is measured; set "
+                f"load_best_model_at_end={self._checkpoint == 'best'} in its arguments"
+            )
         name = trained_adapter(model)
         require_truncatable(model, name)
         self._held_out = self._rows_to_score()
@@ -207,13 +218,29 @@ class SmallestAdapter(TrainerCallback):
                 "trainer.eval_dataset, which the trainer has tokenized"
             ) from None
         pair_loss = _pair_loss(args, batch)
+        if is_partitioned(model):
+            return  # its passes begin in DeepSpeed's engine; a fresh process measures
         found = batch_scores(model, batch, pair_loss)
         if self._metric == "accuracy" and found.correct is None:
             raise SettingsError("metric 'accuracy': only a classifier's rows are right or wrong; leave the metric out")
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the last step's weights where the trainer ends with the best."""
+        if self._is_training and args.load_best_model_at_end and state.global_step >= state.max_steps:
+            self._keep_weights(kwargs["model"], state.global_step, self._evaluated)
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add a point to `curve`, where that was asked for."""
-        if not self._every_evaluation or not self._is_training:
+        """Keep the weights of the checkpoint that the trainer does not end with; add a point to `curve`, where that was asked for."""
+        if not self._is_training:
+            return
+        metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+        value = kwargs.get("metrics", {}).get(f"eval_{metric}")
+        if value is not None:
+            self._evaluated, known = value, None if self._other is None else self._other.value
+            sign = -1 if args.greater_is_better else 1
+            if args.load_best_model_at_end or known is None or sign * value < sign * known:
+                self._keep_weights(kwargs["model"], state.global_step, value)
+        if not self._every_evaluation:
             return
         try:
             with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
@@ -242,19 +269,24 @@ class SmallestAdapter(TrainerCallback):
         if not self._is_training:
             return  # refused, or a trial of a search
         self._is_training = False
-        out = Path(args.output_dir or ".") / "rightrank"
+        out, model = Path(args.output_dir or ".") / "rightrank", kwargs["model"]
         again = ""
         try:
-            live = self._live(kwargs["model"], args, state)
-            training = self._training(live, args, state)
-            _keep(live, out, training)
-            again = f"; to measure again: {command_to_measure(out)}"
-            if not self._measure:
-                log.warning("rightrank: kept what is measured with: %s", command_to_measure(out))
-                return
-            if state.is_world_process_zero:
-                log.warning("rightrank: measuring truncations on %d batches%s", len(live.held_out), again)
-            self.result = _measured(live, out, training)
+            ends_with, other = self._checkpoints(args, state)
+            before = None if other is None else _Kept(0, None, _trained_parameters(model))
+            takes_other = other is not None and self._checkpoint not in (None, ends_with)
+            with _in_place(model, other if takes_other else None):
+                live = self._live(model, args, state)
+                training = self._training(live, args, state)
+                _keep(live, out, training)
+                again = f"; to measure again: {command_to_measure(out)}"
+                if not self._measure or is_partitioned(model):
+                    if state.is_world_process_zero:
+                        log.warning("rightrank: kept what is measured with: %s", command_to_measure(out))
+                    return
+                if state.is_world_process_zero:
+                    log.warning("rightrank: measuring truncations on %d batches%s", len(live.held_out), again)
+                self.result, training = _measured(live, out, training, before if takes_other else other)
         except FAILURES as error:
             log.warning("rightrank: no smaller adapter was looked for: %s%s", first_line(error), again)
             return
@@ -268,16 +300,45 @@ class SmallestAdapter(TrainerCallback):
         log.warning("%s %s", next_training(answer, training.base)[0], training.cost_sentence(self.result))
         log.warning("%s %s", answer.sentence, out / "adapter")
 
+    def _keep_weights(self, model: Any, step: int, value: float | None) -> None:
+        try:
+            if not is_sharded(model):
+                self._other = _Kept(step, value, _trained_parameters(model))
+        except FAILURES as error:
+            log.warning("rightrank: step %d: the weights were not kept: %s", step, first_line(error))
+
+    def _checkpoints(self, args: TrainingArguments, state: TrainerState) -> tuple[Checkpoint, _Kept | None]:
+        """What the trainer ends with; the other one, where it has other weights.
+
+        Raises:
+            SettingsError: the other one was asked for, and no evaluation gave the metric.
+        """
+        is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        ends_with: Checkpoint = "best" if is_best else "last"
+        if self._other is None and self._checkpoint not in (None, ends_with):
+            metric = args.metric_for_best_model or "loss"
+            raise SettingsError(f"checkpoint {self._checkpoint!r}: no evaluation of the training gave {metric}")
+        same = self._other is None or self._other.step == (state.best_global_step if is_best else state.global_step)
+        return ends_with, None if same else self._other
+
     def _training(self, live: LiveAdapter, args: TrainingArguments, state: TrainerState) -> Training:
         config = live.model.peft_config[live.name]
-        base = str(config.base_model_name_or_path or live.model.get_base_model().config.name_or_path or "")
-        is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        checkpoint = f"best (step {state.best_global_step})" if is_best else f"last (step {state.global_step})"
-        matters = list(checkpoint_matters(self.curve, self._values, self._metric))
-        notes = [*([self._shared] if self._shared else []), *matters]
-        flags = ["checkpoint_matters"] if matters else []
-        seconds = time.monotonic() - self._started
-        return Training(seconds, peak_so_far(), checkpoint, base, self._metric, self.curve, notes, flags)
+        ends_with, other = self._checkpoints(args, state)
+        used = self._checkpoint or ends_with
+        step = state.best_global_step if ends_with == "best" else state.global_step
+        best = state.best_metric if ends_with == "best" else other.value if other else None
+        is_comparable = (args.metric_for_best_model or "loss").removeprefix("eval_") == self._metric
+        last = self._evaluated
+        return Training(
+            seconds=time.monotonic() - self._started,
+            peak_bytes=peak_so_far(),
+            checkpoint=f"{used} (step {step if other is None or used == ends_with else other.step})",
+            base=str(config.base_model_name_or_path or live.model.get_base_model().config.name_or_path or ""),
+            metric=self._metric,
+            curve=self.curve,
+            notes=[self._shared] if self._shared else [],
+            fall=abs(best - last) if is_comparable and best is not None and last is not None else None,
+        )
 
     def _live(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
         with as_it_came(model, trained_adapter(model)):  # a collator may draw random numbers
@@ -340,14 +401,53 @@ def _keep(live: LiveAdapter, out: Path, training: Training) -> None:
                 keep(live, Path(unused), training)
 
 
-def _measured(live: LiveAdapter, out: Path, training: Training) -> LiveAnswer:
-    """The answer, written to `out` by the first process in the place of what `keep` left there."""
+def _measured(
+    live: LiveAdapter, out: Path, training: Training, other: _Kept | None = None
+) -> tuple[LiveAnswer, Training]:
+    """The answer, written to `out` by the first process in the place of what `keep` left there.
+
+    Where the two checkpoints of the training differ by more than the margin, the other one is measured too, and a note says what it gives.
+    """
     with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
         found = smallest_adapter(live, Path(working))
+        if other is not None and not (training.fall is not None and is_within(training.fall, found.answer.margin)):
+            with _in_place(live.model, other), tempfile.TemporaryDirectory(prefix="rightrank-") as further:
+                theirs = smallest_adapter(live, Path(further))
+            found = replace(found, seconds=found.seconds + theirs.seconds)
+            training = training.beside(found.answer.rank, theirs.answer.rank)
         if process_index() == 0:
             write_answer(found, out, training)
             shutil.rmtree(out / MEASURE)
-    return found
+    return found, training
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Trained parameters by name, outside the device, after a step; the value of the evaluation there, where there was one."""
+
+    step: int
+    value: float | None
+    parameters: Mapping[str, torch.Tensor]
+
+
+def _trained_parameters(model: Any) -> dict[str, torch.Tensor]:
+    return {name: one.detach().cpu().clone() for name, one in model.named_parameters() if one.requires_grad}
+
+
+@contextmanager
+def _in_place(model: Any, kept: _Kept | None) -> Iterator[None]:
+    """In the block the model has these trained parameters; afterwards it is as before, to the bit."""
+    before = {} if kept is None else _trained_parameters(model)
+    parameters = dict(model.named_parameters())
+    try:
+        with torch.no_grad():
+            for name, value in ({} if kept is None else kept.parameters).items():
+                parameters[name].copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                parameters[name].copy_(value)
 
 
 def keep_smallest(
@@ -386,7 +486,7 @@ def keep_smallest(
     training = Training(seconds, peak_so_far(), "last", base, metric)
     _keep(live, Path(out), training)
     log.warning("rightrank: measuring truncations; to measure again: %s", command_to_measure(Path(out)))
-    found = _measured(live, Path(out), training)
+    found, _ = _measured(live, Path(out), training)
     log.warning("%s %s", found.answer.sentence, Path(out) / "adapter")
     return found
 
@@ -463,28 +563,13 @@ def _batches(rows: Sequence[Mapping[str, Any]], loader: Any, size: int) -> list[
     return [loader.collate_fn(kept[start : start + size]) for start in range(0, len(kept), size)]
 
 
-def checkpoint_matters(
-    curve: Sequence[tuple[int, int]], values: Sequence[tuple[int, float]], metric: str
-) -> Iterator[str]:
-    """A line if the best evaluation by held-out value has another rank than the last one."""
-    if not curve:
-        return
-    best, ranks = _best(values, metric)[0], dict(curve)
-    last = curve[-1][0]
-    if ranks[best] != ranks[last]:
-        yield f"checkpoint_matters: rank {ranks[best]} holds at the best step ({best}), rank {ranks[last]} at step {last}"
-
-
-def _best(values: Sequence[tuple[int, float]], metric: str) -> tuple[int, float]:
-    return (max if metric == "accuracy" else min)(values, key=lambda one: one[1])
-
-
 def training_warnings(answer: AdapterAnswer, values: Sequence[tuple[int, float]], metric: str) -> Iterator[str]:
     """What the measurements so far say of the training."""
     lower = [one for one in answer.candidates if one.rank < answer.trained_rank]
     if lower and not max(lower, key=lambda one: one.rank).holds:
         yield f"The top may be too small: at rank {max(one.rank for one in lower)} it loses more than the margin."
-    sign, best = -1 if metric == "accuracy" else 1, _best(values, metric)
+    sign = -1 if metric == "accuracy" else 1
+    best = min(values, key=lambda one: sign * one[1])
     if sign * (values[-1][1] - best[1]) > answer.margin:
         yield f"The top overfits: its held-out {metric} was best at step {best[0]}, {best[1]:.4f}; it is {values[-1][1]:.4f} now."
 

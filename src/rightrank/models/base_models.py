@@ -356,7 +356,8 @@ def _identity(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.
     known = {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
     finite: dict[str, tuple[float, float]] = {}
     for found, tensor in tensors.items():
-        flat = tensor.detach().reshape(-1)
+        whole: Any = getattr(tensor, "full_tensor", None)  # of a sharded one
+        flat = (tensor if whole is None else whole()).detach().reshape(-1)
         pair = float(flat[len(flat) // 4]), float(flat[len(flat) * 3 // 4])
         if all(map(math.isfinite, pair)):
             finite[found] = pair

@@ -8,24 +8,30 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rightrank.data.files import UnreadableError, read_json_object, replacing_folder
 from rightrank.decision.adapter import adapter_answer, improved_by_training, test_difference, trained_answer
-from rightrank.decision.run import Records, best_trial, compared, question_of, trainings
+from rightrank.decision.collapse import best_point
+from rightrank.decision.comparison import is_within
+from rightrank.decision.run import Records, best_trial, checkpoint_of, compared, question_of, trainings
 from rightrank.models.adapter_files import restore_adapter
 from rightrank.models.places import BASE_FILE
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import FailingAs, Run
 from rightrank.runs.returns import Answer, Selected, answers
 from rightrank.schema.command import next_commands
-from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
+from rightrank.schema.decision import AdapterAnswer, CheckpointNote, Decision, HandedOver
 from rightrank.schema.errors import AllTrialsFailedError
-from rightrank.schema.events import AdapterRecorded, DecisionRecorded, GuardAnswer, TestEvaluated
-from rightrank.schema.trials import TrialFinished
+from rightrank.schema.events import AdapterRecorded, DecisionRecorded, GuardAnswer, Listener, TestEvaluated
+from rightrank.schema.trials import Trial, TrialFinished
 from rightrank.train.adapter_runtime import adapter_attached
+from rightrank.train.loop import run_trial
 from rightrank.train.metrics import measure
 from rightrank.train.runtime import Runtime
+from rightrank.train.trial import TrialFolders
 
 CONFIG = "adapter_config.json"
 
@@ -40,7 +46,7 @@ def answer_early(run: Run) -> None:
         return  # a custom trainer's adapter is handed over at the end
     guard = None
     if run.settings.executor == "local":  # while workers have the base, nothing is evaluated here
-        answer, guard = run.hooks.guarded(answer, run)
+        answer, guard = run.hooks.guarded(_with_other_checkpoint(run, run.prepared.runtime, answer), run)
         _read_test_split(run, run.prepared.runtime, [answer.trial_id, answer.reference_id])
     hand_over(run, answer, guard)
     run.notice(f"adapter: {answer.sentence} It is in {run.folder.adapter}.")
@@ -54,7 +60,10 @@ def finish(run: Run, decision: Decision | None) -> Selected:
     What an interrupted run has done of this already is not done again.
     """
     records, folder = run.records, run.folder
-    answer, guard = run.hooks.guarded(_final_answer(records, decision), run)
+    answer = _final_answer(records, decision)
+    if run.prepared is not None:
+        answer = _with_other_checkpoint(run, run.prepared.runtime, answer)
+    answer, guard = run.hooks.guarded(answer, run)
     if run.prepared is not None:
         _read_test_split(run, run.prepared.runtime, _compared_trials(records, answer, decision))
     saved = hand_over(run, answer, guard)
@@ -182,6 +191,42 @@ def _handed_over(records: Records, answer: AdapterAnswer, saved: Path) -> Handed
     )
 
 
+def _with_other_checkpoint(run: Run, runtime: Runtime, answer: AdapterAnswer) -> AdapterAnswer:
+    """The answer with the rank that the other checkpoint of its training would give, where the two differ by more than the margin.
+
+    Of both, plain truncations count. The other's are measured as those of the run are, and not kept.
+    """
+    trained, folder = run.finished(answer.trained_id), run.folder.other_checkpoint(answer.trained_id)
+    question = replace(question_of(run.records), margin=answer.margin)
+    children = [one for one in run.records.finished() if one.truncate_from == trained.trial_id and one.steps == 0]
+    ours = adapter_answer([trained, *children], question)
+    if answer.checkpoint is not None or ours is None or not folder.is_dir() or not trained.points:
+        return answer
+    fall = abs(best_point(trained.points, question.higher_is_better).value - trained.points[-1].value)
+    if question.points_are_of_the_metric and is_within(fall, answer.margin):
+        return answer
+    with runtime.arm(trained.arm) as model:
+        restore_adapter(model, folder)
+        others = [_scored_again(runtime, trained, question.metric)]
+    with TemporaryDirectory(dir=folder.parent) as working:
+        for child in sorted(children, key=lambda one: -one.rank):
+            place = Path(working) / child.trial_id
+            folders = TrialFolders(
+                place.with_suffix(".tmp"), place, truncate_from=folder, moments=Path(working) / "moments.safetensors"
+            )
+            outcome = run_trial(runtime, Trial(trial_id=child.trial_id, arm=child.arm), None, folders, Listener())
+            others = [*others, outcome] if isinstance(outcome, TrialFinished) else others
+            theirs = adapter_answer(others, question)
+            if theirs is None or theirs.trial_id != child.trial_id:
+                break
+    ranks = {True: ours.rank, False: trained.rank if theirs is None else theirs.rank}
+    used = checkpoint_of(run.started)
+    note = CheckpointNote(used=used, last=ranks[used == "last"], best=ranks[used == "best"])
+    told = f"By the last checkpoint of rank {trained.rank} the smallest truncation that holds has rank {note.last}, by the best {note.best}."
+    matters = f"checkpoint_matters: {told} The {used} one is used; --checkpoint {'last' if used == 'best' else 'best'} takes the other."
+    return answer.model_copy(update={"checkpoint": note, "notes": [*answer.notes, matters if note.matters else told]})
+
+
 def _max_module_rank(adapter: Path, rank: int) -> int:
     """The largest rank of any module, by the adapter's configuration; `rank` where it has none."""
     try:
@@ -215,8 +260,13 @@ def rescore(run: Run) -> None:
 
 def _rescored(folder: RunFolder, runtime: Runtime, trial: TrialFinished, metric: str) -> TrialFinished:
     with _adapter_of(folder, runtime, trial):
-        scores = runtime.evaluate("selection")
-        measured = measure(runtime, "selection")
+        return _scored_again(runtime, trial, metric)
+
+
+def _scored_again(runtime: Runtime, trial: TrialFinished, metric: str) -> TrialFinished:
+    """The trial with the scores of the adapter that is on the base now."""
+    scores = runtime.evaluate("selection")
+    measured = measure(runtime, "selection")
     values = scores.metrics | measured.values
     return trial.model_copy(
         update={

@@ -216,5 +216,6 @@ class LocalExecutor:
             None if arm.continue_from is None else folder.checkpoint(arm.continue_from),
             None if arm.truncate_from is None else folder.trial_adapter(arm.truncate_from),
             None if arm.truncate_from is None else folder.moments(arm.truncate_from),
+            folder.other_checkpoint(trial.trial_id),
             folder.answers(trial.trial_id),
         )

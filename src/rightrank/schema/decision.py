@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field
 
+from rightrank.schema.settings import Checkpoint
 from rightrank.schema.trials import Record, Whole
 
 if TYPE_CHECKING:
@@ -87,17 +88,6 @@ class NextRun(Record):
     sentence: str
 
 
-Checkpoint: TypeAlias = Literal["last", "best"]
-
-
-class CheckpointNote(Record):
-    """Which evaluation of each training was compared, and the ranks that the values alone pick at either."""
-
-    used: Checkpoint
-    last: Whole
-    best: Whole
-
-
 class MetricAnswer(Record):
     """The answer by another metric of the same trainings, with its own margin and best learning rates."""
 
@@ -175,6 +165,18 @@ class AdapterCandidate(Record):
     holds: bool  # the bound is below the margin
 
 
+class CheckpointNote(Record):
+    """Which evaluation of each training was compared, and the ranks that either gives: of a decision by the values alone."""
+
+    used: Checkpoint
+    last: Whole
+    best: Whole
+
+    @property
+    def matters(self) -> bool:
+        return self.last != self.best
+
+
 class AdapterAnswer(Record):
     """The smallest adapter of one training at the top rank that is not worse than the reference by more than the margin.
 
@@ -195,6 +197,9 @@ class AdapterAnswer(Record):
     candidates: list[AdapterCandidate]  # by descending rank
     sentence: str
     notes: list[str] = Field(default_factory=list)  # what else a person should know, each with what to do
+    checkpoint: CheckpointNote | None = (
+        None  # smallest plain truncations that hold; None: the other one was not measured
+    )
 
     @property
     def keeps_the_top(self) -> bool:

@@ -18,6 +18,7 @@ class SelectKeywords(TypedDict, total=False):
     metric: str
     margin: float
     confidence: float
+    checkpoint: Literal["last", "best"]
     metrics: Sequence[str] | str
     higher_is_better: Sequence[str] | str
     lower_is_better: Sequence[str] | str

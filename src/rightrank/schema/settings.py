@@ -23,6 +23,7 @@ DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 AutoDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 Goal: TypeAlias = Literal["adapter", "training-rank"]
+Checkpoint: TypeAlias = Literal["last", "best"]
 
 # `constant` scaling is stated through alpha too: it is the scale that alpha/r has at this rank,
 # so that alpha = 32 means s = 2 at every rank (the common "alpha = 2r" habit).
@@ -286,6 +287,13 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         continuable=True,
         ge=0.5,
         lt=1,
+    )
+    checkpoint: Checkpoint = setting(
+        "last",
+        DECIDE,
+        "`last` or `best`: which evaluation of each training counts and is kept; the best on the validation split",
+        option=True,
+        also=("load_best_model_at_end",),
     )
     metrics: tuple[str, ...] = setting(
         (),

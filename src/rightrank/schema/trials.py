@@ -149,6 +149,7 @@ class TrialFinished(ArmFields):
     item_metrics: dict[str, list[float]] = Field(default_factory=dict)
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value
     truncation: Literal["svd", "kfac"] | None = None  # how an adapter was truncated; None: it was not
+    kept_step: Whole | None = None  # of the best checkpoint, where that was kept; None: the last one
     value_metric: str | None = None  # of `value`, if not the deciding metric: early stopping measures no answers
     # held-out, of the mean of A and of B over the second half of the steps; early looks
     averaged_loss: float | None = None

@@ -90,7 +90,7 @@ class Trials:
             if arm.truncate_from is not None or not isinstance(outcome, TrialFinished):
                 continue
             losses = self.space.points_are_losses
-            if (arm.stop_at or arm.steps) == step:
+            if (arm.stop_at or arm.steps) == step and outcome.kept_step is None:
                 return outcome.metrics["loss"] if losses else oriented(outcome, self.space)
             for point in outcome.points:
                 if point.step == step:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from rightrank.data.files import UnreadableError, parse_json, replacing
 from rightrank.schema.trials import EvalPoint
 
-MEAN, MEAN_COUNT = "average.", "average_count"  # of a checkpoint's tensors
+MEAN, MEAN_COUNT, BEST = "average.", "average_count", "best."  # of a checkpoint's tensors
 
 
 class Progress(BaseModel):

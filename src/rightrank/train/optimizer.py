@@ -12,7 +12,7 @@ from transformers import get_scheduler
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch
-from rightrank.train.checkpoints import Progress, RunningMean
+from rightrank.train.checkpoints import BEST, Progress, RunningMean
 from rightrank.train.runtime import Runtime
 
 Schedule: TypeAlias = Callable[[int], float]  # the factor on the learning rate by step, counted from 0
@@ -59,6 +59,7 @@ class ArmOptimizer:
         self._optimizer = make_optimizer(named, learning_rate, runtime.settings)
         self.progress = Progress()
         self.mean: RunningMean | None = None  # of the parameters, where the training compares it
+        self.best: Mapping[str, torch.Tensor] = {}  # the parameters at the best evaluation so far
         # Of the step under way:
         self.loss_sum = 0.0
         self.labels = 0  # what the losses are divided by (`loss_weight`)
@@ -96,13 +97,22 @@ class ArmOptimizer:
         for index, parameter in enumerate(self._parameters):
             state = self._optimizer.state[parameter]
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        tensors |= {f"{BEST}{name}": value for name, value in self.best.items()}
         return tensors if self.mean is None else tensors | self.mean.tensors()
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """A copy of them, outside the device."""
+        return {name: value.detach().cpu().clone() for name, value in self.named.items()}
+
+    @torch.no_grad()
+    def put(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        for name, value in self.named.items():
+            value.copy_(parameters[name])
 
     def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, with_mean: bool) -> None:
         """Continue from the tensors and the progress of a checkpoint."""
-        with torch.no_grad():
-            for name, value in self.named.items():
-                value.copy_(tensors[f"parameter.{name}"])
+        self.put({name: tensors[f"parameter.{name}"] for name in self.named})
+        self.best = {name: tensors[f"{BEST}{name}"] for name in self.named if f"{BEST}{name}" in tensors}
         for index, parameter in enumerate(self._parameters):
             prefix = f"optimizer.{index}."
             saved = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

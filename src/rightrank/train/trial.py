@@ -42,6 +42,7 @@ class TrialFolders:
     continue_from: Path | None = None  # the checkpoint of the trial that this one resumes
     truncate_from: Path | None = None  # the adapter folder of the trial that this one truncates
     moments: Path | None = None  # file of the moments of that adapter (`covariances.py`)
+    other: Path | None = None  # folder for the adapter of the checkpoint that is not kept, during the run
     answers: Path | None = None  # file for the model's answers to the held-out examples, if a metric needs them
 
 
@@ -179,6 +180,14 @@ class ArmTraining:
             recent = progress.train_losses[progress.points[-1].step if progress.points else 0 :]
             value, train_value = self._point_value(scores), sum(recent) / len(recent)
             progress.points.append(EvalPoint(step=progress.step, value=value, train_value=train_value))
+            arm = self.trial.arm
+            if arm.truncate_from is None and not arm.is_annealed and self._best_point().step == progress.step:
+                self.optimizer.best = self.optimizer.parameters()
+
+    def _best_point(self) -> EvalPoint:
+        """The evaluation with the best value, the earliest of equal ones."""
+        sign = -1.0 if self._settings.is_higher_better(self._settings.points_metric) else 1.0
+        return min(self.progress.points, key=lambda point: (sign * point.value, point.step))
 
     def _compare_with_base(self, loss: float, which: str) -> None:
         base = self._base_loss
@@ -222,11 +231,12 @@ class ArmTraining:
         if mean is not None and mean.count > 0:
             with mean.applied():
                 averaged = self._evaluate().loss
+        kept = self._take_checkpoint() if arm.is_direct and self.optimizer.best else None
         if arm.stop_at is None:
+            scores = scores if kept is None else self._evaluate()
             measured = self._measure()
             measured.require([self._settings.metric_name])
-            peft_model, name = self._multi_lora.peft_model, self._runtime.loaded.name
-            save_adapter(peft_model, self._folders.adapter, name, self.adapter)
+            self._save_adapter(self._folders.adapter)
         elif not arm.is_annealed:
             self.save()  # another trial may resume from here
         self.remove_adapter()
@@ -240,7 +250,31 @@ class ArmTraining:
                 "pass_ranks": self.pass_ranks,
                 "truncation": self._truncation,
             }
+            | ({} if kept is None else {"kept_step": kept.step, "train_value": kept.train_value})
         )
+
+    def _take_checkpoint(self) -> EvalPoint | None:
+        """Put the parameters of the checkpoint that the settings name in place, and save the other one beside it.
+
+        None where the last one stays.
+        """
+        best = self._best_point()
+        if best.step == self.progress.step:
+            return None
+        keeps_best = self._settings.checkpoint == "best"
+        last = self.optimizer.parameters()
+        if not keeps_best:
+            self.optimizer.put(self.optimizer.best)
+        if self._folders.other is not None:
+            self._save_adapter(self._folders.other)
+        self.optimizer.put(self.optimizer.best if keeps_best else last)
+        if not keeps_best:
+            return None
+        self._measured = None
+        return best
+
+    def _save_adapter(self, folder: Path) -> None:
+        save_adapter(self._multi_lora.peft_model, folder, self._runtime.loaded.name, self.adapter)
 
     def _evaluate(self) -> Scores:
         begun = time.perf_counter()

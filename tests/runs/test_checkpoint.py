@@ -1,0 +1,182 @@
+"""`checkpoint`: which evaluation of each training a run keeps, and what the other one would have given."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from rightrank.api.deciding import decide
+from rightrank.api.selecting import Selected, select_rank
+from rightrank.runs.journal import Journal
+from rightrank.schema.errors import InterruptedRun
+from rightrank.schema.events import StepDone, TestEvaluated
+from rightrank.schema.settings import Checkpoint
+from rightrank.schema.trials import TrialFinished
+from tests.helpers import make_runtime
+from tests.tiny import small_settings, write_jsonl
+from tests.watch import Watch
+
+pytestmark = pytest.mark.trains
+
+NAMES = ("ada", "ben", "cleo", "dan", "eve", "finn", "gus", "hal")
+
+
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows with one completion, and validation rows with any: what is learned is first the names, and then too much."""
+    return write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def write_rows(folder: Path) -> Path:
+    """`data.jsonl` and `validation.jsonl` in `folder`; the first."""
+    drawn = random.Random(0)
+
+    def names(of: Sequence[str] = NAMES) -> str:
+        return " ".join(drawn.choices(of, k=4))
+
+    def rows(count: int, others: int) -> list[dict[str, Any]]:
+        return [
+            {"prompt": names(), "completion": f" {names(NAMES[4:]) if index < others else 'ada ben cleo dan'}"}
+            for index in range(count)
+        ]
+
+    write_jsonl(folder / "validation.jsonl", rows(60, others=40))
+    return write_jsonl(folder / "data.jsonl", rows(150, others=0))
+
+
+def select(
+    model: Path, data: Path, out: Path, checkpoint: Checkpoint, watch: Watch | None = None, **changes: Any
+) -> Selected:
+    values: dict[str, Any] = {
+        "ranks": (4, 8),
+        "max_steps": 60,
+        "learning_rates": (2e-2,),
+        "eval_points": 6,
+        "margin": 0.02,
+        "validation": str(data.with_name("validation.jsonl")),
+    }
+    values |= {"strategy": "bracket", "goal": "adapter", "checkpoint": checkpoint}
+    settings = small_settings(**(values | changes))
+    return select_rank(str(model), data, out, settings=settings, callbacks=[] if watch is None else [watch])
+
+
+def trials_of(run: Path) -> list[TrialFinished]:
+    return [one for one in Journal(run / "journal.jsonl").read() if isinstance(one, TrialFinished)]
+
+
+def trained(run: Path) -> TrialFinished:
+    return next(one for one in trials_of(run) if one.rank == 8 and one.arm.is_direct)
+
+
+def loss_by_peft(model: Path, adapter: Path, data: Path, cache: Path) -> float:
+    """On the validation split, by a plain forward pass with the adapter as PEFT loads it."""
+    settings = small_settings(validation=str(data.with_name("validation.jsonl")))
+    examples = make_runtime(model, data, settings, cache).examples("selection")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter).eval()
+    total, count = 0.0, 0
+    for one in examples:
+        tokens = sum(label != -100 for label in one.labels[1:])
+        with torch.no_grad():
+            passed = {"input_ids": torch.tensor([list(one.input_ids)]), "labels": torch.tensor([list(one.labels)])}
+            total, count = total + float(loaded(**passed).loss) * tokens, count + tokens
+    return total / count
+
+
+@pytest.fixture(scope="module")
+def runs(model_folder: Path, overfitted: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Checkpoint, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    found: dict[Checkpoint, Path] = {"last": folder / "last", "best": folder / "best"}
+    for checkpoint, run in found.items():
+        select(model_folder, overfitted, run, checkpoint)
+    return found
+
+
+def test_the_best_checkpoint_is_kept_and_handed_over(
+    runs: dict[Checkpoint, Path], model_folder: Path, overfitted: Path, tmp_path: Path
+) -> None:
+    last, best = trained(runs["last"]), trained(runs["best"])
+    assert last.points == best.points  # one training
+    point = min(best.points, key=lambda one: one.value)
+    assert last.kept_step is None
+    assert point.step == best.kept_step < 60
+    assert best.value == pytest.approx(point.value, abs=1e-5)
+    assert last.value == pytest.approx(last.points[-1].value, abs=1e-5)
+    adapter = runs["best"] / "trials" / best.trial_id
+    assert loss_by_peft(model_folder, adapter, overfitted, tmp_path) == pytest.approx(point.value, abs=1e-4)
+    document = json.loads((runs["best"] / "decision.json").read_text(encoding="utf-8"))
+    assert f"step {point.step} of 60 steps" in document["adapter_making"]
+    assert any(
+        f"The best checkpoint of rank 8 is used: step {point.step} of 60." in note
+        for note in document["adapter_answer"]["notes"]
+    )
+    assert document["handed_over"]["reference_adapter"] == f"trials/{best.trial_id}"
+
+
+def test_the_test_split_is_read_of_the_kept_checkpoint_alone(runs: dict[Checkpoint, Path]) -> None:
+    for run in runs.values():
+        read = [one.trial_id for one in Journal(run / "journal.jsonl").read() if isinstance(one, TestEvaluated)]
+        assert len(read) == len(set(read)) <= 3
+
+
+def test_either_run_says_what_the_other_checkpoint_gives(runs: dict[Checkpoint, Path]) -> None:
+    """The rank of the other checkpoint, measured at the end of a run, is that of the run that keeps it."""
+    documents = {name: json.loads((run / "decision.json").read_text(encoding="utf-8")) for name, run in runs.items()}
+    plain: dict[str, int] = {}
+    for name, document in documents.items():
+        note = document["adapter_answer"]["checkpoint"]
+        assert note["used"] == name
+        plain[name] = note[name]
+        assert ("checkpoint_matters" in document.get("flags", [])) == (note["last"] != note["best"])
+        assert any("By the last checkpoint of rank 8" in line for line in document["adapter_answer"]["notes"])
+    for document in documents.values():
+        note = document["adapter_answer"]["checkpoint"]
+        assert (note["last"], note["best"]) == (plain["last"], plain["best"])
+    assert not any((run / "checkpoints").exists() for run in runs.values())
+
+
+def test_an_interrupted_training_keeps_the_same_checkpoint(
+    runs: dict[Checkpoint, Path], model_folder: Path, overfitted: Path, tmp_path: Path
+) -> None:
+    whole = trained(runs["best"])
+    assert whole.kept_step is not None
+    steps: list[int] = []
+    watch = Watch(
+        lambda event: steps.append(event.step) if isinstance(event, StepDone) else None,
+        should_stop=lambda: bool(steps) and steps[-1] == 55,
+    )
+    with pytest.raises(InterruptedRun):
+        select(model_folder, overfitted, tmp_path / "run", "best", watch)
+    assert whole.kept_step < 55
+    select(model_folder, overfitted, tmp_path / "run", "best")
+    again = trained(tmp_path / "run")
+    assert (again.kept_step, again.item_losses) == (whole.kept_step, whole.item_losses)
+
+
+def test_the_training_rank_is_decided_at_the_kept_checkpoint(
+    runs: dict[Checkpoint, Path], model_folder: Path, overfitted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["best"], run)
+    selected = select(model_folder, overfitted, run, "best", goal="training-rank")
+    trials = {one.rank: one for one in trials_of(run) if one.rank and one.arm.is_direct}
+    assert selected.decision.checkpoint is not None
+    assert selected.decision.checkpoint.used == "best"
+    for evidence in selected.decision.ranks:
+        if evidence.rank:
+            assert evidence.value == pytest.approx(min(point.value for point in trials[evidence.rank].points), abs=1e-5)
+    assert decide(run).decision == selected.decision
+    at_last = decide(run, checkpoint="last").decision
+    assert at_last.checkpoint is not None
+    assert (at_last.checkpoint.used, at_last.checkpoint.best) == ("last", selected.decision.checkpoint.best)
+    for evidence in at_last.ranks:
+        if evidence.rank:
+            assert evidence.value == pytest.approx(trials[evidence.rank].points[-1].value, abs=1e-6)
