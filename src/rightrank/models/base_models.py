@@ -250,7 +250,7 @@ def prepare_model(
             module.support_avx512bf16_for_cpu = False
     if not getattr(model, "is_quantized", False):  # quantised models are loaded on their device and can't be moved
         model.to(device)
-    identity = _base_identity(model, name)
+    identity = base_identity(model, name)
     return LoadedModel(model, tokenizer, name, fingerprint or _parameter_fingerprint(model), device, identity)
 
 
@@ -329,7 +329,7 @@ def _parameter_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _base_identity(model: Any, name: str) -> BaseIdentity:
+def base_identity(model: Any, name: str) -> BaseIdentity:
     """Of a model in memory, with or without an adapter around it. Quantised matrices and a head of classes are left out."""
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     prefix = f"{model.base_model_prefix}." if is_classifier else ""
