@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import rightrank
-from rightrank.interop.targets import Written
+from rightrank.interop.exports import Written
 from rightrank.runs import plugins
 from rightrank.schema.errors import SettingsError
 from tests.tiny import write_completions
@@ -158,5 +158,5 @@ def test_a_plug_in_adds_an_export_and_a_call(tmp_path: Path, monkeypatch: pytest
         lambda task: {"loss": 1 / task.rank}, tmp_path / "run", ranks=(1, 4), learning_rates=(1e-3,), executor="twice"
     )
     assert [evidence.value for evidence in selected.decision.ranks] == [2.0, 0.5]
-    with pytest.raises(SettingsError, match=r"allowed: peft, .*, note, optuna"):
+    with pytest.raises(SettingsError, match=r"allowed: peft, .*, note"):
         rightrank.export(tmp_path / "run", "nonsense")

@@ -12,7 +12,6 @@ import ast
 import json
 import os
 import shlex
-import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.metadata import distribution, version
@@ -122,35 +121,6 @@ def check_unsloth(folder: Path) -> dict[str, Any]:
     return {"by": "source only: names in signatures", "rank": int(given["r"]), "alpha": float(given["lora_alpha"])}
 
 
-def check_ms_swift(folder: Path) -> dict[str, Any]:
-    """Our options against the fields of ms-swift's argument classes."""
-    words = words_of(folder / "ms_swift.sh")
-    given = [word.removeprefix("--") for word in words if word.startswith("--")]
-    try:
-        from swift.arguments import SftArguments
-        from transformers import HfArgumentParser
-    except ImportError as error:
-        fields = _fields("ms-swift", "swift/") | _transformers_fields()
-        assert set(given) <= fields, f"ms-swift has no {set(given) - fields}"
-        by = f"source only: names of fields (import failed: {error})"
-    else:
-        names = {name for action in HfArgumentParser(SftArguments)._actions for name in action.option_strings}
-        assert {f"--{name}" for name in given} <= names, f"ms-swift has no {set(given)}"
-        by = "HfArgumentParser(SftArguments)"
-    values = dict(pairwise(words))
-    return {"by": by, "rank": int(values["--lora_rank"]), "alpha": float(values["--lora_alpha"])}
-
-
-def check_sglang(folder: Path) -> dict[str, Any]:
-    """Our options against SGLang's server arguments."""
-    words = words_of(folder / "sglang.sh")
-    given = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
-    fields = _fields("sglang", "sglang/srt/")
-    assert given <= fields, f"SGLang has no {given - fields}"
-    values = dict(pairwise(words))
-    return {"by": "source only: names of fields", "rank": int(values["--max-lora-rank"]), "alpha": None}
-
-
 def check_vllm(folder: Path) -> dict[str, Any]:
     """vLLM's own reading of an adapter and its test against the `--max-lora-rank` of our line; options by source."""
     from vllm.config.lora import LoRAConfig
@@ -166,26 +136,6 @@ def check_vllm(folder: Path) -> dict[str, Any]:
     helper.validate_legal(LoRAConfig(max_lora_rank=int(values["--max-lora-rank"])))
     by = "PEFTHelper.from_local_dir, validate_legal against LoRAConfig; options by source"
     return {"by": by, "rank": helper.r, "alpha": helper.lora_alpha, "scaling": helper.vllm_lora_scaling_factor}
-
-
-def check_llama_cpp(folder: Path) -> dict[str, Any]:
-    """llama.cpp's own converter, from the checkout in LLAMA_CPP, run as our script runs it; its file read again."""
-    import numpy as np
-    from gguf import GGUFReader
-    from safetensors.numpy import load_file
-
-    script = (folder / "llama_cpp.sh").read_text(encoding="utf-8").splitlines()
-    line = next(line for line in script if "convert_lora_to_gguf.py" in line)
-    subprocess.run(["sh", "-c", line], cwd=folder, check=True, capture_output=True)
-    reader = GGUFReader(folder / "adapter.gguf")
-    tensors = load_file(Path(shlex.split(line)[2]) / "adapter_model.safetensors")
-    theirs = sorted(float(np.abs(tensor.data.astype("float64")).sum()) for tensor in reader.tensors)
-    ours = sorted(float(np.abs(value.astype("float64")).sum()) for value in tensors.values())
-    assert len(theirs) == len(ours), "tensors are missing"
-    assert np.allclose(theirs, ours, rtol=1e-3, atol=1e-6), "the numbers are others"  # rows of q and k change places
-    ranks = {int(min(tensor.shape)) for tensor in reader.tensors}
-    alpha = float(reader.fields["adapter.lora.alpha"].contents())
-    return {"by": "convert_lora_to_gguf.py, read by gguf", "rank": max(ranks), "alpha": alpha, "tensors": len(theirs)}
 
 
 def _signature(package: str, file: str, function: str) -> set[str]:
@@ -211,14 +161,6 @@ def _fields(package: str, prefix: str) -> set[str]:
     }
 
 
-def _transformers_fields() -> set[str]:
-    from dataclasses import fields
-
-    from transformers import TrainingArguments
-
-    return {field.name for field in fields(TrainingArguments)}
-
-
 def _source(package: str, file: str) -> str:
     path = next(path for path in distribution(package).files or [] if str(path) == file)
     return path.read_text()
@@ -230,14 +172,10 @@ CHECKS = {
     "axolotl": check_axolotl,
     "llamafactory": check_llamafactory,
     "unsloth": check_unsloth,
-    "ms-swift": check_ms_swift,
-    "sglang": check_sglang,
     "vllm": check_vllm,
-    "llama.cpp": check_llama_cpp,
 }
 
 if __name__ == "__main__":
     consumer, folder = sys.argv[1], Path(sys.argv[2])
     found = CHECKS[consumer](folder)
-    told = "gguf " + version("gguf") if consumer == "llama.cpp" else version(consumer)
-    print(json.dumps({"consumer": consumer, "version": told, **found}))
+    print(json.dumps({"consumer": consumer, "version": version(consumer), **found}))

@@ -27,12 +27,12 @@ STAGES = {
     "torch": "import torch",
     "transformers' model class": "from transformers import LlamaForCausalLM",
     "peft": "import peft",
-    "rightrank's planner and settings": "import rightrank.plugins.plan.planner; from rightrank.report import plan_table",
+    "rightrank's planner and settings": "import rightrank.plugins.plan.planner",
 }
 PLAN = (
     "from rightrank.plugins.plan.skeleton import read_config; from rightrank.plugins.plan.planner import plan_config; "
-    "from rightrank.settings import make_plan_settings; "
-    "plan_config(read_config({model!r}, False), 'm', make_plan_settings({{'ranks': [8, 16]}}), prices={prices})"
+    "from rightrank.schema.plan_settings import make_plan_settings; "
+    "plan_config(read_config({model!r}, False), 'm', make_plan_settings({{'ranks': [8, 16]}}))"
 )
 
 
@@ -53,10 +53,10 @@ def measured(model: str) -> dict[str, float]:
     for name, code in STAGES.items():
         so_far += code + "; " if code else ""
         found[name] = processor_seconds([sys.executable, "-c", so_far])
-    planned = PLAN.format(model=model, prices=False)
+    planned = PLAN.format(model=model)
     found["the table of two ranks, in a step of Trainer"] = processor_seconds([sys.executable, "-c", so_far + planned])
     command = [sys.executable, "-m", "rightrank", "plan", model, "--ranks", "8,16"]
-    found["the command: prices and a step of `select` too"] = processor_seconds(command)
+    found["the command"] = processor_seconds(command)
     return found
 
 

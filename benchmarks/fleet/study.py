@@ -103,7 +103,8 @@ def main() -> None:
         "rank": found.rank,
         "padded_to": found.padded_to,
         "sentence": found.sentence,
-        "slots": [one.model_dump() for one in found.slots],
+        "max_lora_rank": found.max_lora_rank,
+        "saved_share": found.saved_share,
         "adapters": rows,
     }
     store(result, OUT)

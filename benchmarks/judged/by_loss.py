@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import store
-from rightrank.plugins.judge.judgements import Judgement
-from rightrank.plugins.judge.win_rate import decide_judged
+from rightrank.plugins.judge.judgements import Judgement, decide_judged
 
 OUT = Path(__file__).with_name("by_loss.json")
 GRIDS = Path(__file__).parents[1] / "selection" / "seeded_grids.json"

@@ -22,7 +22,7 @@ from scipy.special import ndtr
 
 from benchmarks.machine import machine
 from benchmarks.results import store
-from rightrank.plugins.judge.win_rate import clustered_mean
+from rightrank.plugins.judge.judgements import clustered_mean
 
 OUT = Path(__file__).with_name("coverage.json")
 PROMPTS, JUDGES, ADVANTAGES, SPREADS = (50, 100, 300), (1, 2, 3, 5, 10), (0.0, -0.5), (0.0, 0.2, 0.4)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+
+from rightrank.plugins.images.training import TextToImageTrain
+from rightrank.schema.trials import TrialResult
 
 SIDE = 16  # pixels
 CAPTIONS = ("red", "blue", "green", "grey")
@@ -99,3 +105,39 @@ def classified(count: int, seed: int) -> list[tuple[torch.Tensor, int]]:
         image[:, :, (number % 2) * SIDE // 2 :][:, :, : SIDE // 2] += 1.0
         rows.append((image, number % 2))
     return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetTrain(TextToImageTrain):
+    """The same training of a transformers image classifier, the folder `pipeline`, with its head trained whole."""
+
+    held_out: Any
+    train_images: Any
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return {"modules_to_save": ["classifier"], "target_modules": ["convolution"]}
+
+    def load(self) -> tuple[Any, int, Any]:
+        from transformers import AutoModelForImageClassification
+
+        classes = 1 + max(label for _, label in (*self.train_images, *self.held_out))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            base = AutoModelForImageClassification.from_pretrained(
+                self.pipeline, num_labels=classes, ignore_mismatched_sizes=True
+            )
+        base.requires_grad_(False).eval()
+
+        def losses(model: Any, indices: Sequence[int], generator: torch.Generator | None = None) -> torch.Tensor:
+            rows = self.held_out if generator is None else self.train_images
+            pixels = torch.stack([rows[index][0] for index in indices])
+            labels = torch.tensor([rows[index][1] for index in indices])
+            return F.cross_entropy(model(pixel_values=pixels).logits, labels, reduction="none")
+
+        return base, len(self.train_images), losses
+
+    @torch.no_grad()
+    def scored(self, model: Any, losses: Any) -> TrialResult:
+        found = losses(model, range(len(self.held_out))).tolist()
+        return TrialResult(metrics={"loss": sum(found) / len(found)}, item_scores=found)

@@ -45,7 +45,6 @@ CASES: list[dict[str, Any]] = [
 ]
 BITS: list[dict[str, Any]] = [
     {"load_in_4bit": True},
-    {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
     {"load_in_4bit": True, "gradient_checkpointing": True},
     SELECT | {"load_in_4bit": True, "adapters_per_pass": 2},
     {"load_in_8bit": True},
@@ -87,7 +86,7 @@ def compare(name: str, make: Any, case: dict[str, Any]) -> dict[str, Any]:
         values["exclude_modules"] = ["shared_expert_gate"]
     settings = make_plan_settings(values)
     begun = time.perf_counter()
-    plan = plan_config(make(), name, settings, prices=False)
+    plan = plan_config(make(), name, settings)
     seconds = time.perf_counter() - begun
     row = plan.ranks[0]
     measured = measure(make(), settings, row.rank)
@@ -101,7 +100,7 @@ def compare(name: str, make: Any, case: dict[str, Any]) -> dict[str, Any]:
         "measured": measured.peak_bytes,
         "error": row.peak_bytes / measured.peak_bytes - 1,
         "formula_error": formula / measured.peak_bytes - 1,
-        "source": plan.sources["peak_bytes"],
+        "source": plan.source,
         "peak_at": row.peak_at,
         "plan_seconds": round(seconds, 2),
     }

@@ -42,7 +42,7 @@ CASES: list[dict[str, Any]] = [
     {"dtype": "float32"},
     {"loss": "chunked", "optim": "adamw_fused"},
     {"load_in_4bit": True},
-    {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "gradient_checkpointing": True},
+    {"load_in_4bit": True, "gradient_checkpointing": True},
     SELECT,
     SELECT | {"gradient_checkpointing": True},
     SELECT | {"adapters_per_pass": 2},
@@ -59,7 +59,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     if chosen.dry_run:
         for name, case, plan in dry_run(CONFIGS):
-            print(f"{name:14} {plan.ranks[0].peak_bytes:>15,} {plan.sources['peak_bytes']}  {case}", flush=True)
+            print(f"{name:14} {plan.ranks[0].peak_bytes:>15,} {plan.source}  {case}", flush=True)
         return 0
     if not torch.cuda.is_available():
         print("there is no CUDA device here: nothing was measured")
@@ -76,7 +76,7 @@ def main() -> int:
 def dry_run(configs: Configs, **changes: Any) -> list[tuple[str, dict[str, Any], Plan]]:
     """Every case planned for CUDA, on whatever machine."""
     return [
-        (name, case, plan_config(make(), name, settings_of(case | changes), prices=False))
+        (name, case, plan_config(make(), name, settings_of(case | changes)))
         for name, make in configs.items()
         for case in CASES
     ]
@@ -89,7 +89,7 @@ def settings_of(case: dict[str, Any]) -> PlanSettings:
 def compare(name: str, make: Callable[[], Any], case: dict[str, Any]) -> dict[str, Any]:
     """The plan's peaks against the device's counters; a CPU counts no reserved memory."""
     settings = settings_of(case)
-    row = plan_config(make(), name, settings, prices=False).ranks[0]
+    row = plan_config(make(), name, settings).ranks[0]
     gc.collect()
     torch.cuda.empty_cache()
     measured = measure(make(), settings, row.rank)

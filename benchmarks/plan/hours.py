@@ -4,7 +4,7 @@
 
     hours = operations of the selection / (peak operations a second · utilisation · 3600)
 
-The operations are `rightrank plan`'s: every operation of a traced step, times the steps and trainings of the strategy, with
+The operations are those of the plan: every operation of a traced step, times the steps and trainings of the strategy, with
 evaluations. Peaks are the vendor's, for BF16 on tensor cores with FP32 accumulation and without sparsity. The utilisation,
 the share of the peak that the steps reach, is an assumption: lower for the small model, whose kernels are short beside
 their launches. Half of it doubles every number.
@@ -19,23 +19,26 @@ from typing import Any
 from benchmarks.machine import machine
 from benchmarks.plan.architectures import FULL_CONFIGS
 from benchmarks.results import store
-from rightrank.plugins.plan.planner import plan_config
+from rightrank.plugins.plan.estimate import Estimator
+from rightrank.plugins.plan.planner import needed
+from rightrank.plugins.plan.selection import Workload, selection_cost
 from rightrank.report.format import duration
-from rightrank.schema.plan_settings import make_plan_settings
+from rightrank.schema.plan_settings import loop_of_select, make_plan_settings
+from rightrank.schema.settings import make_settings
+from rightrank.search.strategies import make_strategy
 
 HERE = Path(__file__).parent
 RESULT, PAGE = HERE / "results" / "hours.json", HERE / "hours.md"
 UTILISATION = {"SmolLM2-135M": 0.1, "Llama-3.2-3B": 0.3, "Llama-3.1-8B": 0.3}  # assumed
 GIB = 2**30
 RUN: dict[str, Any] = {  # 2,000 examples of 512 tokens once, in batches of 8
-    "strategy": "bracket",
     "ranks": (1, 4, 16, 64),
-    "max_steps": 250,
     "batch_size": 8,
     "seq_len": 512,
     "dtype": "bfloat16",
     "device": "cuda",
 }
+STEPS, EVAL_ITEMS, EVAL_POINTS = 250, 200, 4
 MODELS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": {},
     "Llama-3.2-3B": {"gradient_checkpointing": True},
@@ -54,14 +57,16 @@ GPUS: dict[str, tuple[float, float, str]] = {
 
 def planned(model: str) -> dict[str, Any]:
     """Operations, trainings and memory of the selection."""
-    plan = plan_config(FULL_CONFIGS[model](), model, make_plan_settings(RUN | MODELS[model]), prices=False)
-    assert plan.selection is not None
+    settings = make_plan_settings(RUN | loop_of_select(None) | MODELS[model])
+    estimator = Estimator(FULL_CONFIGS[model](), settings)
+    strategy = make_strategy(make_settings({"ranks": settings.ranks}), STEPS)
+    cost = selection_cost(estimator, strategy, Workload(STEPS, STEPS * settings.batch_size, EVAL_ITEMS, EVAL_POINTS))
     return {
-        "expected_flops": plan.selection.expected.flops,
-        "most_flops": plan.selection.most.flops,
-        "expected_trainings": plan.selection.expected.trainings,
-        "most_trainings": plan.selection.most.trainings,
-        "needed_bytes": max(row.needed_bytes for row in plan.ranks),
+        "expected_flops": cost.expected.flops,
+        "most_flops": cost.most.flops,
+        "expected_trainings": cost.expected.trainings,
+        "most_trainings": cost.most.trainings,
+        "needed_bytes": max(needed(estimator.estimate(rank).peak.reserved_bytes, settings) for rank in settings.ranks),
         "gradient_checkpointing": MODELS[model].get("gradient_checkpointing", False),
     }
 
@@ -89,7 +94,7 @@ def page(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield "**Calculated, not measured.** `python -m benchmarks.plan.hours` writes this page.\n"
     yield (
         f"Both answers by `bracket`, ranks {', '.join(map(str, RUN['ranks']))}, all linear modules, 2,000 examples of {RUN['seq_len']} "
-        f"tokens once ({RUN['max_steps']} steps of {RUN['batch_size']}), bfloat16. Hours are the plan's operations over the vendor's peak times "
+        f"tokens once ({STEPS} steps of {RUN['batch_size']}), bfloat16. Hours are the plan's operations over the vendor's peak times "
         "an assumed utilisation, below; half of it doubles every number. A dash: the highest rank does not fit.\n"
     )
     yield from table(models)

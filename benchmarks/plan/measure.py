@@ -81,7 +81,6 @@ def _built(config: Any, settings: PlanSettings) -> Any:
     options: dict[str, Any] = {"load_in_8bit": True}
     if settings.load_in_4bit:
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": TYPES[settings.dtype]}
-        options["bnb_4bit_use_double_quant"] = settings.bnb_4bit_use_double_quant
     make: Any = BitsAndBytesConfig
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -173,8 +172,6 @@ def _persistent_bytes(model: Any, optimizers: Sequence[Any]) -> int:
         constants = getattr(weight, "quant_state", None)
         if constants is not None:
             tensors += [constants.absmax, constants.code]
-            nested = constants.state2
-            tensors += [] if nested is None else [constants.offset, nested.absmax, nested.code]
         if getattr(weight, "SCB", None) is not None:
             tensors.append(weight.SCB)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -182,12 +179,7 @@ def _persistent_bytes(model: Any, optimizers: Sequence[Any]) -> int:
 
 
 def _step(model: Any, batch: Mapping[str, torch.Tensor], settings: PlanSettings, optimizer: Any) -> None:
-    autocast: Any = nullcontext()
-    if settings.autocast is not None:
-        autocast = torch.autocast(settings.device, dtype=TYPES[settings.autocast])
-    with autocast:
-        loss = _loss(model, batch, settings)
-    loss.backward()
+    _loss(model, batch, settings).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

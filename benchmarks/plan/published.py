@@ -51,18 +51,16 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
     )
     print(f"{default / 1e9:.2f} GB planned ({row['error']:+.2%})")
     for length in LENGTHS:
-        closer = reserved(case, length, padding=True, keep_logits=True)
+        closer = reserved(case, length, padding=True)
         row["closer"][length] = closer
-        print(f"    padded, logits kept, {length} tokens: {closer / 1e9:.2f} GB ({closer / case['reserved'] - 1:+.2%})")
+        print(f"    padded, {length} tokens: {closer / 1e9:.2f} GB ({closer / case['reserved'] - 1:+.2%})")
     return row
 
 
 def reserved(case: dict[str, Any], length: int, **closer: bool) -> int:
     values = {"target_modules": case["target_modules"], "ranks": (case["rank"],), "batch_size": 4, "seq_len": length}
     settings = make_plan_settings(values | {"dtype": "bfloat16"} | closer)
-    return (
-        plan_config(FULL_CONFIGS["Llama-3.2-3B"](), "Llama-3.2-3B", settings, prices=False).ranks[0].peak_reserved_bytes
-    )
+    return plan_config(FULL_CONFIGS["Llama-3.2-3B"](), "Llama-3.2-3B", settings).ranks[0].peak_reserved_bytes
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def inside(name: str) -> dict[str, Any]:
     values = {"ranks": (1, 2, 4, 8, 16, 32, 64, 96, 128, 192), "batch_size": 1, "seq_len": 512}
     settings = make_plan_settings(values)
     begun, cpu = time.perf_counter(), time.process_time()
-    plan_config(FULL_CONFIGS[name](), name, settings, prices=False)
+    plan_config(FULL_CONFIGS[name](), name, settings)
     table, table_cpu = time.perf_counter() - begun, time.process_time() - cpu
     begun, cpu = time.perf_counter(), time.process_time()
     plan_config(FULL_CONFIGS[name](), name, make_plan_settings(values | {"memory_bytes": "80GiB"}))

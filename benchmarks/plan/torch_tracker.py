@@ -68,7 +68,7 @@ def compare(name: str, make: Callable[[], Any], case: dict[str, Any]) -> dict[st
     settings = make_plan_settings(values)
     measured = measure(make(), settings, 16).peak_bytes
     begun = time.process_time()
-    planned = plan_config(make(), name, settings, prices=False).ranks[0].peak_bytes
+    planned = plan_config(make(), name, settings).ranks[0].peak_bytes
     traced = time.process_time()
     found = tracked(make, settings)
     ended = time.process_time()

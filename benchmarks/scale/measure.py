@@ -24,13 +24,12 @@ import psutil
 
 from benchmarks.machine import machine
 from benchmarks.scale.simulate import lower_bound
-from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew
+from benchmarks.scale.simulated import VERSIONS, Pace, SimulatedCrew
 from benchmarks.scale.stub_worker import StubRayWorker
-from rightrank.plugins.cluster.messages import Setup
 from rightrank.plugins.cluster.on_ray import RayCrew
 from rightrank.plugins.cluster.pool import Crew, Pool, PoolOptions
 from rightrank.plugins.cluster.processes import ProcessCrew
-from rightrank.plugins.cluster.worker import versions
+from rightrank.plugins.cluster.worker import Setup, versions
 from rightrank.schema.trials import Arm, Trial
 
 STUB = (sys.executable, "-m", "benchmarks.scale.stub_worker")
@@ -48,9 +47,8 @@ def sleeping_trials(count: int, low: int, high: int, seed: int) -> list[Trial]:
 
 
 def setup_in(folder: Path) -> Setup:
-    """Of a selection of sleeping workers, with the probe file that they read."""
-    probe = folder / "probe"
-    probe.write_text(TOKEN)
+    """Of a selection of sleeping workers."""
+    (folder / "journal.jsonl").touch()  # which they look for
     return Setup(
         model="",
         data="",
@@ -58,8 +56,6 @@ def setup_in(folder: Path) -> Setup:
         fingerprint="",
         folder=folder,
         working_folder=Path.cwd(),
-        share=str(folder.absolute()),
-        probe=probe.name,
     )
 
 
@@ -83,7 +79,7 @@ def ray_crew(folder: Path) -> Iterator[RayCrew]:
 
 def timed(crew: Crew, trials: Sequence[Trial], workers: int) -> dict[str, float]:
     """Seconds until the first start is reported, and from there to the last outcome."""
-    pool = Pool(crew, PoolOptions(workers, versions(), TOKEN))
+    pool = Pool(crew, PoolOptions(workers, versions()))
     list(pool.run(sleeping_trials(workers, 1000, 1000, 0), None))  # all are up before the clock starts
     begun, spent = time.perf_counter(), time.process_time()
     ended = [outcome.trial_id for outcome in pool.run(trials, None)]
@@ -95,7 +91,7 @@ def timed(crew: Crew, trials: Sequence[Trial], workers: int) -> dict[str, float]
 
 def predicted(trials: Sequence[Trial], workers: int, hand_over: float) -> float:
     crew = SimulatedCrew(Pace(lambda _, trial: trial.arm.steps / 1000, hand_over=hand_over))
-    pool = Pool(crew, PoolOptions(workers, VERSIONS, TOKEN), clock=crew.clock)
+    pool = Pool(crew, PoolOptions(workers, VERSIONS), clock=crew.clock)
     list(pool.run(trials, None))
     return crew.now
 
@@ -130,7 +126,7 @@ def held_by_ray(counts: Sequence[int]) -> list[dict[str, float]]:
 
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder, ray_crew(Path(folder)) as crew:
-        pool = Pool(crew, PoolOptions(4, versions(), TOKEN))
+        pool = Pool(crew, PoolOptions(4, versions()))
         done = 0
         for count in counts:
             begun = time.perf_counter()

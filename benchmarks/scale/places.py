@@ -19,7 +19,6 @@ import psutil
 from tests.watch import Watch
 
 from benchmarks.scale.measure import STUB, setup_in
-from benchmarks.scale.simulated import TOKEN
 from benchmarks.scale.stub_worker import StubRayWorker
 from rightrank.hooks.report import Report
 from rightrank.plugins.cluster.on_ray import RayCrew
@@ -201,7 +200,7 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
         run = Run(run_folder, hooks, started, settings, STEPS, strategy, nullcontext, run_folder.journal.read())
         hooks.on_prepared(run)
         crew = _crew_at(place)
-        pool = Pool(crew, PoolOptions(WORKERS, versions(), TOKEN, hang_seconds=hang_seconds), run)
+        pool = Pool(crew, PoolOptions(WORKERS, versions(), hang_seconds=hang_seconds), run)
         if isinstance(crew, ProcessCrew):
             place.busy = lambda: [crew.process_id(name) for name in pool.busy()]
         try:

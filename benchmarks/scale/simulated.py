@@ -9,12 +9,11 @@ from itertools import count
 
 from tests.tiny import UNMEASURED
 
-from rightrank.plugins.cluster.messages import Ready, Step, Stop, Task, TaskEnded, WorkerLost, WorkerMessage
+from rightrank.plugins.cluster.worker import Ready, Step, Stop, Task, TaskEnded, WorkerLost, WorkerMessage
 from rightrank.schema.events import StepDone
 from rightrank.schema.trials import Trial, TrialFinished, TrialStarted
 
 VERSIONS = {"rightrank": "simulated"}
-TOKEN = "token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class SimulatedCrew:
 
     def start(self, worker: str) -> None:
         self._begun[worker] = self.now
-        self._plan(self.now + self._pace.start, worker, Ready(versions=VERSIONS, token=TOKEN))
+        self._plan(self.now + self._pace.start, worker, Ready(versions=VERSIONS, sees_folder=True))
         end = self._ends_at(worker)
         if end is not None:
             self._plan(self.now + end, worker, WorkerLost("killed by signal 9", killed=True))

@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.scale.simulated import result_of, step_of
-from rightrank.plugins.cluster.messages import Setup, Step, WorkerMessage
 from rightrank.plugins.cluster.on_ray import RayWorker
-from rightrank.plugins.cluster.worker import Worker, main
+from rightrank.plugins.cluster.worker import Setup, Step, Worker, WorkerMessage, main
 from rightrank.runs.hook import Executor
 from rightrank.schema.trials import Trial, TrialOutcome, TrialStarted
 

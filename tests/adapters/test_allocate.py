@@ -11,27 +11,18 @@ import pytest
 import torch
 
 from rightrank.adapters.checkpoints import weight_gradients
-from rightrank.adapters.held_out import measure
-from rightrank.adapters.rewrite import RankChoice, write_resized
 from rightrank.cli import main
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.plugins.allocate.proposal import (
+    _by_spectra,
     _TrainedPattern,
-    by_sensitivity,
-    by_spectra,
     compare,
-    greedy_ranks,
-    groups_of,
-    one_rank_a_group,
-    ranks_by_group,
     shuffled,
-    truncation_sensitivity,
 )
-from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Listener
 from rightrank.schema.results import AllocationTrial
 from rightrank.schema.trials import Arm, Trial
-from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime
+from rightrank.train.adapter_runtime import DataUse, adapter_runtime
 from rightrank.train.evaluation import Scores
 from rightrank.train.loop import run_trial
 from rightrank.train.trial import TrialFolders
@@ -60,27 +51,12 @@ def cost(adapter: AdapterFolder, ranks: dict[str, int]) -> int:
     return sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules)
 
 
-@pytest.mark.parametrize("by", ["spectra", "sensitivity"])
-def test_every_measure_keeps_the_budget(trained: AdapterFolder, runtime: Any, by: str) -> None:
-    budget = cost(trained, {module.name: 4 for module in trained.modules})
-    before = runtime.evaluate("selection").losses
-    ranks = by_spectra(trained, budget) if by == "spectra" else by_sensitivity(trained, runtime, budget)
+def test_the_pattern_keeps_the_budget(trained: AdapterFolder) -> None:
+    ranks = _by_spectra(trained, 4)
     assert ranks.keys() == {module.name for module in trained.modules}
     assert min(ranks.values()) >= 1
-    assert cost(trained, ranks) <= budget
+    assert cost(trained, ranks) <= cost(trained, {module.name: 4 for module in trained.modules})
     assert len(set(ranks.values())) > 1
-    assert runtime.evaluate("selection").losses == pytest.approx(before, rel=1e-6)  # the base is as it was
-    assert not any(parameter.requires_grad for parameter in runtime.model.parameters())
-
-
-def test_sensitivity_is_the_loss_of_the_truncated_adapter(trained: AdapterFolder, runtime: Any, tmp_path: Path) -> None:
-    curves = truncation_sensitivity(trained, runtime, "selection")
-    name = trained.modules[3].name
-    ranks = {module.name: module.rank for module in trained.modules} | {name: 2}
-    write_resized(trained, tmp_path / "one", RankChoice(ranks, "test"))
-    assert curves[name][2] == pytest.approx(measure(runtime, tmp_path / "one").loss, rel=1e-5)
-    with adapter_attached(runtime, trained.path):
-        assert curves[name][8] == pytest.approx(runtime.evaluate("selection").loss, rel=1e-6)
 
 
 def test_gradients_are_those_of_the_loss(trained: AdapterFolder, runtime: Any) -> None:
@@ -96,13 +72,6 @@ def test_gradients_are_those_of_the_loss(trained: AdapterFolder, runtime: Any) -
             losses.append(float(runtime.losses("train", batch, 1 / 4).total))
             weight -= sign * step
     assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(float(gradient.norm()), rel=0.05)
-
-
-def test_greedy_ranks_jump_a_level_that_saves_nothing() -> None:
-    curves = {"a": {1: 1.0, 2: 1.0, 4: 0.1}, "b": {1: 1.0, 2: 0.9, 4: 0.85}}
-    assert greedy_ranks(curves, {"a": 10, "b": 10}, 60) == {"a": 4, "b": 2}
-    assert greedy_ranks(curves, {"a": 10, "b": 10}, 20) == {"a": 1, "b": 1}
-    assert greedy_ranks(curves, {"a": 100, "b": 10}, 150) == {"a": 1, "b": 4}
 
 
 def test_a_shuffle_keeps_the_ranks_and_nearly_the_parameters(trained: AdapterFolder) -> None:
@@ -147,9 +116,7 @@ SETS = ["--set", "seq_len=32", "--set", "eval_items=12", "--set", "batch_size=4"
 def test_allocate_answers_with_its_evidence(
     trained: AdapterFolder, completion_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, out, err = run(
-        capsys, "allocate", trained.path, completion_file, *TRAINING, *SETS, "--by", "spectra", "--json"
-    )
+    status, out, err = run(capsys, "allocate", trained.path, completion_file, *TRAINING, *SETS, "--json")
     assert status == 0, err
     answer = json.loads(out)
     assert len(answer["trials"]) == 6
@@ -181,9 +148,6 @@ def test_bad_patterns(
         )
         assert (status, out) == (2, "")
         assert word in err
-    status, _, err = run(capsys, "allocate", trained.path, completion_file, *TRAINING, "--by", "spectrum")
-    assert status == 2
-    assert "did you mean 'spectra'" in err
 
 
 def test_the_gradient_spectrum_at_the_command_line(
@@ -198,49 +162,3 @@ def test_the_gradient_spectrum_at_the_command_line(
     status, _, err = run(capsys, "inspect", model_folder, "--gradient", model_folder, completion_file)
     assert status == 2
     assert "can't be combined with" in err
-
-
-def test_groups_share_one_rank_within_the_budget(trained: AdapterFolder, runtime: Any) -> None:
-    groups = groups_of(["attention=q_proj+k_proj+v_proj+o_proj", "mlp=mlp"], trained)
-    assert set(groups.values()) == {"attention", "mlp"}
-    budget = cost(trained, {module.name: 4 for module in trained.modules})
-    ranks = one_rank_a_group(by_spectra(trained, budget), groups, trained)
-    found = ranks_by_group(ranks, groups)
-    assert all(ranks[name] == found[group] for name, group in groups.items())
-    assert cost(trained, ranks) <= budget
-    assert min(found.values()) >= 1
-
-
-def test_a_module_in_no_group_is_in_the_rest(trained: AdapterFolder) -> None:
-    groups = groups_of(["queries=q_proj"], trained)
-    assert {group for name, group in groups.items() if not name.endswith("q_proj")} == {"rest"}
-
-
-@pytest.mark.parametrize(
-    ("entries", "said"),
-    [
-        (["attention"], "give NAME=PART"),
-        (["vision=vision_tower"], "no module of the adapter has 'vision_tower'"),
-        (["a=q_proj", "b=self_attn"], "is in a and in b"),
-    ],
-)
-def test_wrong_groups_are_refused(trained: AdapterFolder, entries: list[str], said: str) -> None:
-    with pytest.raises(SettingsError, match=said):
-        groups_of(entries, trained)
-
-
-def test_ranks_by_group_are_tested_as_a_pattern(
-    trained: AdapterFolder, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "pattern.json").write_text('{"attention": 3, "rest": 1}')
-    status, out, err = run(
-        capsys,
-        "allocate", str(trained.path), str(completion_file), "--rank", "2", "--learning-rate", "1e-3",
-        "--max-steps", "2", "--groups", "attention=self_attn", "--pattern", str(tmp_path / "pattern.json"),
-        "--set", "seq_len=32", "--set", "device=cpu", "--json",
-    )  # fmt: skip
-    assert status == 0, err
-    found = json.loads(out)
-    assert found["by"] == "the pattern given (rest 1, attention 3)"
-    allocated = next(trial for trial in found["trials"] if trial["pattern"] == "allocated")
-    assert set(allocated["ranks"].values()) == {1, 3}

@@ -25,7 +25,7 @@ def test_every_case_is_traced() -> None:
     planned = dry_run({"llama": SMALL_CONFIGS["llama"]}, seq_len=32)
     assert len(planned) == len(CASES)
     for _, case, plan in planned:
-        assert plan.sources["peak_bytes"] == "traced", case
+        assert plan.source == "traced", case
         assert plan.ranks[0].peak_reserved_bytes >= plan.ranks[0].peak_bytes > 0
 
 

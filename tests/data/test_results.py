@@ -21,22 +21,6 @@ def write(folder: Path, text: str, name: str = "runs.csv") -> Path:
     return path
 
 
-def test_numbers_that_left_a_float_s_normal_ones_are_nothing(tmp_path: Path) -> None:
-    decided = decide(write(tmp_path, "rank,value\n1,1e-320\n4,0.001\n16,-1e-40\n"), margin=1e-6, higher_is_better=False)
-    assert {evidence.rank: evidence.value for evidence in decided.decision.ranks} == {1: 0.0, 4: 0.001, 16: 0.0}
-
-
-def test_a_rank_that_no_adapter_has_is_refused(tmp_path: Path) -> None:
-    assert (
-        decide(write(tmp_path, f"rank,value\n1,2\n{2**20},1\n"), higher_is_better=False).decision.reference_rank
-        == 2**20
-    )
-    with pytest.raises(
-        ResultsError, match=r"runs\.csv:3: rank 1048577 is not allowed: no adapter has more than 1,048,576"
-    ):
-        decide(write(tmp_path, f"rank,value\n1,2\n{2**20 + 1},1\n"), higher_is_better=False)
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -152,7 +136,6 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
         ("rank,lr,value\n1,0,2\n2,1e-3,3\n", "runs.csv:2: learning rate '0' is not allowed"),
         ("rank,lr,value\n1,,2\n2,1e-3,3\n", "no learning rate, though other rows have one"),
         ("rank,seed,value\n1,x,2\n2,0,3\n", "runs.csv:2: seed 'x' is not allowed"),
-        ("rank,value\n1,2\n2,1e300\n", "runs.csv:3: value is 1e+300".replace("+", "\\+")),
         ("rank,perplexity\n1,-3\n2,3\n", "perplexity of -3 is not possible"),
         ("rank,value\n1,2,3\n2,3\n", "more cells than the header"),
     ],
@@ -173,14 +156,6 @@ def test_another_encoding_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_bytes("rank,größe\n1,2\n".encode("latin-1"))
     with pytest.raises(ResultsError, match="not UTF-8"):
-        decide(path)
-
-
-def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
-    path = tmp_path / "runs.csv"
-    with path.open("wb") as file:
-        file.truncate(2**30)
-    with pytest.raises(ResultsError, match="1,024 MiB is too large"):
         decide(path)
 
 
@@ -279,37 +254,9 @@ def by_rank(table: object, **asked: object) -> dict[int, float]:
 LOSSES = {4: 2.05, 16: 2.001, 64: 2.0}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "seed,4,16,64\n0,2.05,2.001,2.0\n",
-        "seed;r4;r16;r64\n0;2,05;2,001;2,0\n",
-        "rank_4_eval_loss,rank_16_eval_loss,rank_64_eval_loss\n2.05,2.001,2.0\n",
-        '"Step","lora-r4 - eval/loss","lora-r4 - eval/loss__MIN","lora-r16 - eval/loss","lora-r64 - _step","lora-r64 - eval/loss"\n'
-        "50,3,3,3,50,3\n100,2.05,9,2.001,100,2.0\n",
-    ],
-    ids=["numbers", "decimal comma", "names", "W&B's chart"],
-)
-def test_a_column_for_each_rank(tmp_path: Path, text: str) -> None:
-    path = write(tmp_path, text)
-    assert by_rank(path, higher_is_better=False) == LOSSES
-    assert "one column a rank" in decide(path, higher_is_better=False).understood
-
-
-def test_metrics_at_a_place_are_no_ranks(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match="no column for the rank among step, recall_r1, recall_r5"):
-        decide(write(tmp_path, "step,recall_r1,recall_r5\n1,0.5,0.7\n"), higher_is_better=True)
-
-
-def test_columns_without_names_are_no_ranks() -> None:
-    with pytest.raises(ResultsError, match="no column for the rank among 0, 1, 2"):
-        decide(pandas.DataFrame([[4, 2.05, 0], [16, 2.001, 0]]), higher_is_better=False)
-
-
 def test_the_named_index_of_a_data_frame_is_a_column() -> None:
     frame = pandas.DataFrame({"eval_loss": LOSSES.values()}, index=pandas.Index(LOSSES, name="rank"))
     assert by_rank(frame) == LOSSES
-    assert by_rank(pandas.DataFrame({rank: [loss] for rank, loss in LOSSES.items()}), higher_is_better=False) == LOSSES
 
 
 def test_names_alone_say_the_ranks(tmp_path: Path) -> None:
@@ -330,43 +277,10 @@ def test_several_files_say_their_rank_by_name(tmp_path: Path) -> None:
     assert by_rank(tmp_path) == pytest.approx({rank: loss + 14.5 for rank, loss in LOSSES.items()})
 
 
-@pytest.mark.parametrize(
-    ("text", "values", "deviation"),
-    [
-        ("rank,accuracy\n4,84.06%\n16,85%\n64,85.5 %\n", (84.06, 85.0, 85.5), None),
-        ("rank,accuracy\n4,84.06 ± 0.4\n16,85.0 ± 0.5\n64,85.5 +/- 0.3\n", (84.06, 85.0, 85.5), 0.5),
-        ("rank;accuracy;lr\n4;0,8406;0,0001\n16;0,85;0,0001\n64;0,855;0,0001\n", (0.8406, 0.85, 0.855), None),
-        ("rank,accuracy,accuracy_std,n\n4,84.06,0.5,3\n16,85.0,0.5,3\n64,85.5,0.5,3\n", (84.06, 85.0, 85.5), 0.5),
-    ],
-    ids=["percent", "plus or minus", "decimal comma", "deviation of the metric"],
-)
-def test_cells_as_people_write_them(
-    tmp_path: Path, text: str, values: tuple[float, ...], deviation: float | None
-) -> None:
-    path = write(tmp_path, text)
-    assert by_rank(path) == dict(zip(LOSSES, values, strict=True))
+def test_a_stated_deviation_is_that_of_so_many_seeds(tmp_path: Path) -> None:
+    path = write(tmp_path, "rank,accuracy,accuracy_std,n\n4,84.06,0.5,3\n16,85.0,0.5,3\n64,85.5,0.5,3\n")
     decision = decide(path).decision
-    assert decision.margin == (0.5 if values[0] > 1 else 0.005)
-    assert (decision.basis == "std") == (deviation is not None)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("rank;value\n4;2,345\n16;2,101\n", "value '2,345' may be 2.345 or 2345"),
-        ("rank,accuracy\n4,84%\n16,0.85\n", "values with and without %"),
-        ("rank,accuracy\n4,0.4%\n16,0.9%\n", "a percentage up to 1; give the margin in points"),
-        ("rank,acc (%)\n4,0.4\n16,0.9\n", "a percentage up to 1; give the margin in points"),
-    ],
-)
-def test_cells_of_two_meanings_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    path = write(tmp_path, text)
-    with pytest.raises(ResultsError, match=message):
-        decide(path, **({"higher_is_better": False} if "value" in text else {}))
-
-
-def test_percentages_up_to_one_are_read_with_a_margin(tmp_path: Path) -> None:
-    assert by_rank(write(tmp_path, "rank,accuracy\n4,0.4%\n16,0.9%\n"), margin=0.5) == {4: 0.4, 16: 0.9}
+    assert (decision.margin, decision.basis) == (0.5, "std")
 
 
 @pytest.mark.parametrize("word", ["OOM", "out of memory", "crashed"])
@@ -382,13 +296,6 @@ def test_a_pruned_training_is_not_unstable(tmp_path: Path) -> None:
     assert "1 pruned training left out" in decided.understood
 
 
-def test_whole_epochs_are_steps_and_others_are_not_used(tmp_path: Path) -> None:
-    rows = [f"{rank},{epoch},{2 + 1 / rank + 1 / epoch}\n" for rank in (4, 16) for epoch in (1, 2, 3)]
-    decided = decide(write(tmp_path, "rank,epoch,eval_loss\n" + "".join(rows)), margin=0.005)
-    assert "step from column epoch" in decided.understood
-    assert "not used: epoch" in decide(write(tmp_path, "rank,epoch,eval_loss\n4,2.9,2\n16,2.9,1.9\n")).understood
-
-
 def test_columns_that_are_not_used_are_listed(tmp_path: Path) -> None:
     text = "rank,eval_loss,batch_size,note,empty\n4,2.05,8,first,\n16,2.001,8,again,\n"
     assert "not used: batch_size, note" in decide(write(tmp_path, text)).understood
@@ -399,15 +306,10 @@ def test_columns_that_are_not_used_are_listed(tmp_path: Path) -> None:
     [
         "rank,model,eval_loss\n4,gemma,2.05\n8,gemma,2.04\n32,llama,1.5\n64,llama,1.49\n",
         "rank,model,eval_loss\n4,gemma,2.05\n32,llama,1.5\n",
-        "rank,use_dora,eval_loss\n4,True,2.05\n8,False,2.04\n32,True,2.01\n",
-        "rank,seed,init,eval_loss\n4,0,a,2.05\n4,1,b,2.04\n8,0,a,2.01\n8,1,b,2.02\n",
     ],
 )
 def test_trainings_of_two_kinds_are_refused(tmp_path: Path, text: str) -> None:
-    column = text.split(",")[2 if "init" in text else 1]
-    with pytest.raises(
-        ResultsError, match=rf"the trainings differ in column {column} \(.*, which is not used; keep the"
-    ):
+    with pytest.raises(ResultsError, match=r"the trainings differ in column model \(.*, which is not used; keep the"):
         decide(write(tmp_path, text))
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from rightrank import decide
-from rightrank.plugins.judge.judgements import Judgement
-from rightrank.plugins.judge.win_rate import clustered_mean, decide_judged
+from rightrank.plugins.judge.judgements import Judgement, clustered_mean, decide_judged
 from rightrank.report.answer import answer_view, evidence_table
 from rightrank.schema.errors import ResultsError
 from tests.commands import run

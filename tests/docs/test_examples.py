@@ -22,13 +22,12 @@ WITH_DATA = (
     "plain_loop.py",
     "transformers_trainer.py",
     "trl_sft.py",
-    "trl_dpo.py",
     "trl_grpo.py",
     "lightning_trainer.py",
     "peft_classification.py",
 )
 ALL = (*WITH_DATA, "vision.py")
-NEEDS = {"trl_sft.py": "trl", "trl_dpo.py": "trl", "trl_grpo.py": "trl", "lightning_trainer.py": "lightning"}
+NEEDS = {"trl_sft.py": "trl", "trl_grpo.py": "trl", "lightning_trainer.py": "lightning"}
 OF_OTHERS = "ignore"  # a trainer's own deprecations are no failure of an example
 
 
@@ -38,7 +37,6 @@ def test_no_example_is_left_out() -> None:
         "common.py",
         "preference_pairs.py",
         "notebook.ipynb",
-        "slurm.sh",
         "the_method.py",  # test_the_method.py
         "tinker_service.py",  # test_tinker_example.py
     }
@@ -78,7 +76,6 @@ def test_it_ends_with_a_decision(
     model_folder: Path,
     completion_file: Path,
     class_file: Path,
-    pairs_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -86,7 +83,7 @@ def test_it_ends_with_a_decision(
     """In this process: what the examples import is there already."""
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
-    data = {"trl_dpo.py": pairs_file, "peft_classification.py": class_file}.get(name, completion_file)
+    data = class_file if name == "peft_classification.py" else completion_file
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setattr(sys, "argv", [name, *arguments(name, tmp_path, model_folder, data)])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")

@@ -69,7 +69,7 @@ def test_shown_commands_parse(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [*FRONT, *GUIDES], ids=name_of)
 def test_options_and_settings_exist(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8").partition("<!-- made by")[0]
     options = {
         option
         for command in (cli, *COMMANDS.values())
@@ -83,7 +83,9 @@ def test_options_and_settings_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", GUIDES, ids=name_of)
 def test_a_page_can_be_read_in_one_sitting(page: Path) -> None:
-    assert len(page.read_text(encoding="utf-8").split()) < 1500
+    """A table that a program made is looked up, not read."""
+    prose = page.read_text(encoding="utf-8").partition("<!-- made by")[0]
+    assert len(prose.split()) < 1500
 
 
 def test_the_glossary_fits_a_screen() -> None:

@@ -1,8 +1,7 @@
-"""The runs that trackers log, read back with their own code and with our importers."""
+"""The runs that trackers log, read back with their own code."""
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rightrank.api.deciding import Decided, decide
+from rightrank.api.deciding import decide
 from rightrank.api.selecting import select_rank_with
 from rightrank.decision.run import Records, decide_run, records_of
 from rightrank.hooks import trackers as registry
@@ -19,7 +18,7 @@ from rightrank.hooks.trackers import Trackers, require_trackers
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import MissingExtraError, SettingsError
 from rightrank.schema.events import DecisionRecorded
-from rightrank.schema.trials import TrialResult, TrialTask
+from rightrank.schema.trials import TrialFinished, TrialResult, TrialTask
 from tests.commands import run, select_arguments
 from tests.report.runs import journal_of
 
@@ -45,32 +44,40 @@ def log_all(records: Records, name: str) -> list[str]:
     return notices
 
 
-def require_same(found: Decided, records: Records) -> None:
-    """The same answer from the same evidence, but for the rounding of a tracker."""
-    ours, theirs = decide_run(records), found.decision
-    assert (theirs.rank, theirs.fallback_rank, theirs.verdict) == (ours.rank, ours.fallback_rank, ours.verdict)
-    assert (theirs.basis, theirs.reference_rank, theirs.margin) == (ours.basis, ours.reference_rank, ours.margin)
-    assert len(theirs.ranks) == len(ours.ranks)
-    for left, right in zip(theirs.ranks, ours.ranks, strict=True):
-        assert (left.rank, left.non_inferior, left.seeds) == (right.rank, right.non_inferior, right.seeds)
-        assert left.value == pytest.approx(right.value, rel=1e-5)
-        assert left.difference == pytest.approx(right.difference, abs=1e-5)
-        assert left.difference_high == pytest.approx(right.difference_high, abs=1e-5)
+def trained_of(records: Records) -> list[TrialFinished]:
+    return [trial for trial in records.finished() if trial.rank > 0]
 
 
-def test_tensorboard_there_and_back(records: Records) -> None:
+def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag → step and number, by TensorBoard's own reader."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard(records: Records) -> None:
     pytest.importorskip("tensorboard")
     assert log_all(records, "tensorboard") == []
-    require_same(decide(Path("run/tensorboard"), margin=decide_run(records).margin), records)
+    assert len(list(Path("run/tensorboard").iterdir())) == len(records.outcomes) + 1
+    trial = next(one for one in records.finished() if one.rank > 0 and one.arm.is_direct)
+    (folder,) = Path("run/tensorboard").glob(f"*{trial.trial_id[:6]}")
+    found = tensorboard_scalars(folder)
+    assert [value for _, value in found["train/loss"]] == pytest.approx(trial.train_losses)
+    assert found["eval/loss"][-1] == (trial.steps, pytest.approx(trial.metrics["loss"]))
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's own
-def test_mlflow_there_and_back(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     mlflow.set_tracking_uri("sqlite:///mlflow.db")
     assert log_all(records, "mlflow") == []
-    require_same(decide(Path("mlflow.db"), margin=decide_run(records).margin), records)
+    values = [{"rank": t.rank, "lr": t.learning_rate, "seed": t.seed, "value": t.value} for t in trained_of(records)]
+    ours = decide(values, higher_is_better=False).decision
+    assert decide(Path("mlflow.db")).decision.reference_rank == ours.reference_rank
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("rightrank")
     runs = client.search_runs([experiment.experiment_id], "tags.`rightrank.trial_id` = 'decision'")
@@ -90,7 +97,7 @@ def test_wandb_offline(records: Records, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {run["group"] for run in runs} == {runs[0]["group"]}
     last = next(run for run in runs if run["name"] == "decision")
     assert last["summary"]["decision/verdict"] == decide_run(records).verdict
-    trained = [trial for trial in records.finished() if trial.rank > 0]
+    trained = trained_of(records)
     by_name = {run["name"]: run for run in runs}
     for trial in trained:
         run = next(run for name, run in by_name.items() if name.endswith(trial.trial_id[:6]))
@@ -198,31 +205,12 @@ def test_a_trainer_of_ones_own_reports_too(tmp_path: Path) -> None:
     out = tmp_path / "own"
     settings = {"ranks": (1, 4, 16), "learning_rates": (1e-3,), "metric": "reward", "margin": 0.01}
     selected = select_rank_with(train, out, **settings, report_to=["tensorboard"])  # type: ignore[arg-type]
-    found = decide(out / "tensorboard", metric="eval/reward", margin=0.01).decision
-    assert (found.rank, found.verdict, found.basis) == (
-        selected.decision.rank,
-        selected.decision.verdict,
-        selected.decision.basis,
-    )
+    assert len(selected.decision.ranks) == 3
+    rewards = [tensorboard_scalars(folder)["eval/reward"] for folder in (out / "tensorboard").glob("r*")]
+    assert len(rewards) >= 3
 
 
-def test_an_optuna_study_opens_and_decides(records: Records) -> None:
-    optuna = pytest.importorskip("optuna")
-    from rightrank.api.runs import export
-
-    exported = export("run", "optuna")
-    path = exported.folder / "study.db"
-    study = optuna.load_study(study_name=None, storage=f"sqlite:///{path}")
-    whole = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
-    assert {trial.state.name for trial in study.trials} <= {"COMPLETE", "PRUNED", "FAIL"}
-    complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
-    assert sorted(trial.value for trial in complete) == sorted(trial.value for trial in whole)
-    assert study.best_params["rank"] == min(whole, key=lambda trial: trial.value).rank
-    values = [{"rank": t.rank, "lr": t.learning_rate, "seed": t.seed, "value": t.value} for t in whole]
-    assert decide(path).decision.rank_at_hand == decide(values, higher_is_better=False).decision.rank_at_hand
-
-
-def test_a_selection_that_reports_decides_the_same_from_there(
+def test_a_resumed_selection_reports_nothing_twice(
     model_folder: Path,
     completion_file: Path,
     tmp_path: Path,
@@ -232,29 +220,9 @@ def test_a_selection_that_reports_decides_the_same_from_there(
     pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)
     command = select_arguments(model_folder, completion_file, tmp_path / "out", "--report-to", "tensorboard")
-    status, out, err = run([*command, "--json", "--quiet"], capsys)
+    status, _, err = run([*command, "--json", "--quiet"], capsys)
     assert status == 0, err
-    ours = json.loads(out)
-    found = decide(tmp_path / "out" / "tensorboard", margin=ours["margin"]).decision
-    assert (found.rank, found.verdict, found.basis) == (ours["rank"], ours["verdict"], ours["basis"])
-    assert [e.difference for e in found.ranks] == pytest.approx([e["difference"] for e in ours["ranks"]], abs=1e-5)
     before = sorted(path.name for path in (tmp_path / "out" / "tensorboard").rglob("events*"))
     status, _, err = run([*command, "--json", "--quiet"], capsys)
     assert status == 0, err
     assert sorted(path.name for path in (tmp_path / "out" / "tensorboard").rglob("events*")) == before
-
-
-@pytest.mark.filterwarnings("ignore")  # its own
-def test_the_dashboard_opens_on_the_study(records: Records) -> None:
-    dashboard = pytest.importorskip("optuna_dashboard")
-    optuna = pytest.importorskip("optuna")
-    from rightrank.api.runs import export
-
-    path = export("run", "optuna").folder / "study.db"
-    application = dashboard.wsgi(optuna.storages.RDBStorage(f"sqlite:///{path}"))
-    statuses: list[str] = []
-    asked = {"REQUEST_METHOD": "GET", "PATH_INFO": "/api/studies", "wsgi.input": io.BytesIO(), "SERVER_NAME": "x",
-             "SERVER_PORT": "80", "wsgi.url_scheme": "http", "wsgi.errors": io.StringIO()}  # fmt: skip
-    body = b"".join(application(asked, lambda status, _headers, _info=None: statuses.append(status)))
-    assert statuses == ["200 OK"]
-    assert json.loads(body)["study_summaries"][0]["study_name"] == "rightrank"

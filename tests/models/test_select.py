@@ -152,4 +152,4 @@ def test_a_plan_of_dora_with_dropout_is_traced(run: Run, folder: Path) -> None:
     assert status == 0, err
     found = json.loads(out)
     assert found["ranks"][0]["trainable_parameters"] == 2 * (4 * 64 + 32)
-    assert found["sources"]["peak_bytes"] == "traced"
+    assert found["source"] == "traced"

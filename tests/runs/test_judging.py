@@ -1,32 +1,18 @@
-"""Judging a run: blind pairs, a program that judges, choices from the page, and judgements of a custom trainer's run."""
+"""Judging a run: blind pairs, and the choices of the page or a program."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rightrank import TrialTask, select_rank, select_rank_with
-from rightrank.plugins.judge.hook import JudgedBy
-from rightrank.schema.errors import ResultsError
+from rightrank import select_rank
 from tests.commands import run
 from tests.tiny import small_settings
 
 pytestmark = pytest.mark.trains
-
-ORACLE = """\
-import json, sys
-for line in open(sys.argv[1]):
-    pair = json.loads(line)
-    assert sorted(pair) == ["a", "b", "id", "prompt"]
-    lengths = len(pair["a"]), len(pair["b"])
-    outcome = "tie" if lengths[0] == lengths[1] else "a" if lengths[0] < lengths[1] else "b"
-    print(json.dumps({"id": pair["id"], "outcome": outcome}))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +23,7 @@ def finished(model_folder: Path, completion_file: Path, tmp_path_factory: pytest
     return out
 
 
-def test_pairs_are_blind_and_a_program_judges_them(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pairs_are_blind_and_judged(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(["judge", str(finished), "--prompts", "8", "--json"], capsys)
     made = json.loads(out)
     assert status == 0
@@ -53,10 +37,14 @@ def test_pairs_are_blind_and_a_program_judges_them(
     assert len(key["pairs"]) == 8
     assert made["count"] == len(shown.splitlines()) == sum("same" not in one for one in key["pairs"].values())
 
-    (tmp_path / "oracle.py").write_text(ORACLE)
-    command = f"{sys.executable} {tmp_path / 'oracle.py'} {{file}}"
+    choices = {}
+    for pair in map(json.loads, shown.splitlines()):
+        assert sorted(pair) == ["a", "b", "id", "prompt"]
+        lengths = len(pair["a"]), len(pair["b"])
+        choices[pair["id"]] = "tie" if lengths[0] == lengths[1] else "a" if lengths[0] < lengths[1] else "b"
+    (tmp_path / "oracle.json").write_text(json.dumps({"judge": "oracle", "choices": choices}))
     status, out, err = run(
-        ["judge", str(finished), "--command", command, "--judge", "oracle", "--margin", "0.4", "--json"], capsys
+        ["judge", str(finished), "--collect", str(tmp_path / "oracle.json"), "--margin", "0.4", "--json"], capsys
     )
     assert status == 0, err
     found = json.loads(out)
@@ -92,33 +80,3 @@ def test_choices_that_cannot_be_used(
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
-
-
-def train(task: TrialTask) -> dict[str, float]:
-    (task.folder / "adapter.txt").write_text(str(task.rank))
-    return {"loss": 1 / task.rank}
-
-
-def oracle(folders: Mapping[int, Path]) -> list[dict[str, object]]:
-    """Rank 4 answers as well as rank 16, rank 1 does not."""
-    assert {(folder / "adapter.txt").read_text() for folder in folders.values()} == {"1", "4", "16"}
-    even = [{"prompt": n, "rank_a": 4, "rank_b": 16, "outcome": "ab"[n % 2], "judge": "o"} for n in range(200)]
-    return even + [{"prompt": n, "rank_a": 16, "rank_b": 1, "outcome": "a", "judge": "o"} for n in range(200)]
-
-
-def test_judgements_decide_on_a_custom_trainers_run(tmp_path: Path) -> None:
-    given: dict[str, Any] = {
-        "ranks": (1, 4, 16),
-        "learning_rates": (1e-3,),
-        "callbacks": [JudgedBy(oracle, margin=0.1)],
-    }
-    found = select_rank_with(train, tmp_path / "run", **given)
-    assert (found.decision.rank, found.decision.metric, found.decision.verdict) == (4, "win_rate", "saturated")
-    assert all(one.trial_ids for one in found.decision.ranks)
-    assert json.loads((tmp_path / "run" / "decision.json").read_text())["rank"] == 4
-
-
-def test_judgements_of_a_rank_that_was_not_trained_are_refused(tmp_path: Path) -> None:
-    rows = [{"prompt": "p", "rank_a": 8, "rank_b": 16, "outcome": "a"}]
-    with pytest.raises(ResultsError, match="rank_a is 8, which was not trained; there are 4, 16"):
-        select_rank_with(train, tmp_path / "run", ranks=(4, 16), learning_rates=(1e-3,), callbacks=[JudgedBy(rows)])

@@ -118,7 +118,6 @@ def test_trainers_of_dpo_get_beta_and_pairs(selected: Selected, pair_file: Path)
     _, training, model, _ = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
     assert (training.beta, training.loss_type, training.max_steps) == (0.5, ["sigmoid"], 16)
     assert trl.get_peft_config(model).r == selected.handed_over.trained_rank
-    assert "--rlhf_type dpo --beta 0.5" in (export(selected.run, "ms-swift").folder / "ms_swift.sh").read_text()
 
 
 def test_settings_that_pairs_cannot_have_are_refused(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:

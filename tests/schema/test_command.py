@@ -23,7 +23,6 @@ PLAIN_TEXT = st.from_regex(r"[a-z][a-z0-9_.,= -]{0,12}", fullmatch=True)
 TOGETHER: dict[str, dict[str, Any]] = {  # that a setting needs beside it
     "workers": {"executor": "processes"},
     "store": {"executor": "processes"},
-    "launcher": {"executor": "processes"},
     "ray_address": {"executor": "ray"},
     "higher_is_better": {"metrics": ("wins=command:score 1,2 {file}",)},
     "lower_is_better": {"metrics": ("losses=command:score {file}",)},

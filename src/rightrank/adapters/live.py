@@ -33,6 +33,7 @@ from rightrank.adapters.live_scores import (
 )
 from rightrank.adapters.resize import candidate_ranks
 from rightrank.adapters.rewrite import write_resized
+from rightrank.data.files import write_text
 from rightrank.decision.adapter import Criterion
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter
 from rightrank.models.base_models import base_identity
@@ -122,7 +123,7 @@ def save_trained(live: LiveAdapter, folder: Path) -> AdapterFolder:
     base = live.model.get_base_model()
     name = str(live.model.peft_config[live.name].base_model_name_or_path or base.config.name_or_path or "")
     save_adapter(live.model, folder, name, live.name)
-    (folder / BASE_FILE).write_bytes(base_identity(base, name).content())
+    write_text(folder / BASE_FILE, base_identity(base, name).content().decode())
     return open_adapter(folder)
 
 

@@ -10,8 +10,7 @@ from rightrank.data.files import UnreadableError, read_json_object, report_disk_
 from rightrank.decision.run import Records, decision_so_far, last_decided, records_of
 from rightrank.hooks import report as views
 from rightrank.hooks.event_log import PROGRESS_FILE
-from rightrank.interop import exports
-from rightrank.interop.exports import STUDY, Exported, require_export, write_export, write_study
+from rightrank.interop.exports import Exported, require_target, write_export
 from rightrank.interop.recipe import recipe_of
 from rightrank.report.status import RunStatus, is_fresh, run_status
 from rightrank.runs.folder import RunFolder
@@ -73,39 +72,26 @@ def _goal(records: Records) -> Goal:
     return "adapter" if records.started.settings.get("goal") == "adapter" else "training-rank"
 
 
-def export(
-    run: str | Path, to: str, out: str | Path | None = None, *, pad: bool = False, push_to_hub: str | None = None
-) -> Exported:
+def export(run: str | Path, to: str, out: str | Path | None = None) -> Exported:
     """Write what another program needs to train or serve the run's adapter.
 
     Args:
         run: a run folder whose selection has ended.
-        to: peft, trl, axolotl, llamafactory, unsloth, ms-swift, vllm, sglang, llama.cpp or ollama; or optuna, which
-            gives a study of the trials, of an unfinished run too.
+        to: peft, trl, axolotl, llamafactory, unsloth or vllm, or a plug-in's.
         out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, replaced whole.
-        pad: for a server: also write the adapter at one rank that it serves and one scale, the same function.
-        push_to_hub: with `to="peft"`, `owner/name` of a repository to upload the adapter, its card and its plot to.
 
     Raises:
         SettingsError: an unknown target.
         RunFolderError: no run there, one without a decision or an adapter, or `out` exists.
         ResultsError: a rank that the server does not serve.
-        ModelError: an adapter that can't be padded.
-        RunError: the hub could not be reached or refused; the files are written all the same.
     """
-    require_export(to, pad, push_to_hub)
+    require_target(to)
     folder, journal, records = _opened(run, settled=False)
-    if to == STUDY:
-        with report_disk_errors(folder.path):
-            return write_study(records, _decision(journal, records), _place(folder, STUDY, out))
     recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
     if records.adapters and records.adapters[-1].guard:
         recipe = replace(recipe, guard=records.adapters[-1].guard.sentence)
     with report_disk_errors(folder.path):
-        exported = write_export(to, recipe, _place(folder, to, out), pad)
-    if push_to_hub is None:
-        return exported
-    return replace(exported, hub=exports.push_to_hub(exported.folder, push_to_hub))
+        return write_export(to, recipe, _place(folder, to, out))
 
 
 def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:

@@ -15,7 +15,7 @@ from rightrank.schema.settings import SelectSettings, make_settings
 
 if TYPE_CHECKING:
     from rightrank.hooks.event_log import JsonLog
-    from rightrank.hooks.terminal import WorkView
+    from rightrank.hooks.terminal import View
 
 EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 
@@ -143,14 +143,14 @@ def resize(
     click.echo(resized.model_dump_json() if as_json else resized_text(resized))
 
 
-def _view(quiet: bool, log_json: bool) -> AbstractContextManager[WorkView | JsonLog]:
+def _view(quiet: bool, log_json: bool) -> AbstractContextManager[View | JsonLog]:
     """What shows the progress of evaluations on stderr."""
     from rich.console import Console
 
     from rightrank.hooks.event_log import JsonLog
-    from rightrank.hooks.terminal import WorkView
+    from rightrank.hooks.terminal import make_view
 
-    return nullcontext(JsonLog(sys.stderr)) if log_json else WorkView(Console(stderr=True), quiet)
+    return nullcontext(JsonLog(sys.stderr)) if log_json else make_view(Console(stderr=True), quiet)
 
 
 @click.command(

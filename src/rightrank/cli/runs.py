@@ -23,10 +23,7 @@ def status(run: Path, as_json: bool) -> None:
     click.echo(found.model_dump_json() if as_json else status_lines(found, shutil.get_terminal_size().columns))
 
 
-TARGETS = (
-    *("peft", "trl", "axolotl", "llamafactory", "unsloth", "ms-swift", "vllm", "sglang", "llama.cpp", "ollama"),
-    "optuna",
-)
+TARGETS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "vllm")
 
 
 @click.command(short_help="Write the report and figures of a run again.", epilog="Example: rightrank report run")
@@ -63,24 +60,18 @@ def report(run: Path, atlas_row: bool, as_json: bool) -> None:
     help=f"{', '.join(TARGETS[:-1])}, or {TARGETS[-1]}.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
-@click.option("--pad", is_flag=True, help="For a server: the same function at one rank that it serves and one scale.")
-@click.option(
-    "--push-to-hub", "repository", metavar="OWNER/NAME", help="With --to peft: upload to a private repository."
-)
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
-def export(run: Path, to: str, out: Path | None, pad: bool, repository: str | None, as_json: bool) -> None:
-    """Write what another program needs to train with RUN's rank or to serve its adapter, or the trials for Optuna."""
+def export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
+    """Write what another program needs to train with RUN's rank or to serve its adapter."""
     from rightrank.api import runs as api
 
-    exported = api.export(run, to, out, pad=pad, push_to_hub=repository)
+    exported = api.export(run, to, out)
     if as_json:
         click.echo(json.dumps(exported.to_json()))
         return
     for note in exported.notes:
         click.echo(f"note: {note}", err=True)
     click.echo(f"cd {exported.folder} && {exported.command}")
-    if exported.hub is not None:
-        click.echo(exported.hub)
 
 
 @click.command(short_help="Keep the intact records of a damaged journal.", epilog="Example: rightrank repair run")

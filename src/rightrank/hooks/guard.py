@@ -28,7 +28,7 @@ MIN_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class GuardData:
+class _GuardData:
     file: str
     fingerprint: str
     encoded: EncodedData
@@ -39,7 +39,7 @@ class Guard(Hook):
     """Lets an adapter be handed over that is no worse than the base on every guard file; at most `eval_items` examples of each count."""
 
     def __init__(self) -> None:
-        self._guards: list[GuardData] = []
+        self._guards: list[_GuardData] = []
 
     def on_prepared(self, run: Run) -> None:
         prepared = _prepared(run)
@@ -62,7 +62,7 @@ def _prepared(run: Run) -> Prepared:
     return run.prepared
 
 
-def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Sequence[str] | None) -> GuardData:
+def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Sequence[str] | None) -> _GuardData:
     own = settings.of_other_data()
     try:
         listed = held_out_fields(Path(file))
@@ -77,10 +77,10 @@ def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Seq
             f"guard {file}: the data has the form {splits.form!r}, and this run trains on {task}: give guard data that the same "
             "model can be scored on"
         )
-    return GuardData(file, splits.fingerprint, encode(splits, loaded, own), own)
+    return _GuardData(file, splits.fingerprint, encode(splits, loaded, own), own)
 
 
-def _measured(run: Run, guard: GuardData, place: int) -> list[GuardEvaluated]:
+def _measured(run: Run, guard: _GuardData, place: int) -> list[GuardEvaluated]:
     """The losses of the base and of every finished adapter on a guard file; what the journal has is not computed again."""
     runtime = _prepared(run).runtime
     known = _current(run, guard)
@@ -107,7 +107,7 @@ def _measured(run: Run, guard: GuardData, place: int) -> list[GuardEvaluated]:
     return list(_current(run, guard).values())
 
 
-def _current(run: Run, guard: GuardData) -> dict[str, GuardEvaluated]:
+def _current(run: Run, guard: _GuardData) -> dict[str, GuardEvaluated]:
     """By trial, what the journal has on the guard's examples as they are now."""
     found = [one for one in run.records.guards if (one.file, one.fingerprint) == (guard.file, guard.fingerprint)]
     return {one.trial_id: one for one in found}

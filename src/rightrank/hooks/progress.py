@@ -6,12 +6,11 @@ over the remaining work is the time left, however many adapters train per pass.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rightrank.report.format import duration, size
-from rightrank.schema.events import Event, Preparing, SelectionPlanned, StepDone, TimeExpected
+from rightrank.schema.events import Evaluating, Event, Preparing, SelectionPlanned, StepDone, TimeExpected
 from rightrank.schema.trials import (
     ArmFields,
     TrialCollapsed,
@@ -23,44 +22,13 @@ from rightrank.schema.trials import (
     TrialStarted,
 )
 
-MEASURED_STEPS = 5  # after which the time of a selection is stated
-
-
-class Countdown:
-    """Smooths a time left, so that the number shown falls with the clock and follows a new estimate without a jump."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._shown: float | None = None
-        self._at = 0.0
-
-    def shown(self, estimate: float) -> float:
-        """What to show now; `estimate` is in seconds."""
-        now = self._clock()
-        if self._shown is None:
-            self._shown, self._at = estimate, now
-            return estimate
-        passed = now - self._at
-        constant = max(2.0, 0.1 * estimate)  # seconds: long enough to hide noise, short beside what is left
-        weight = 1 - math.exp(-passed / constant)
-        self._shown = max(0.0, self._shown - passed)
-        self._shown += weight * (estimate - self._shown)
-        self._at = now
-        return self._shown
-
 
 class Progress:
     """Follows a selection from its events and reports where it is, as text and in seconds."""
 
     def __init__(self) -> None:
         self._expected = 0.0  # whole trainings
-        self._maximum = 0.0  # whole trainings
         self._first_pace: float | None = None  # seconds of a whole training, before any step of this process
-        self._base_eval_seconds = 0.0  # one evaluation of the validation split
-        self._eval_points = 1
-        self._budget_seconds: float | None = None
-        self._is_announced = False
-        self._countdown = Countdown()
         self._whole_steps = 0  # of a whole training; 0: a custom trainer's own number
         self._spent = 0.0  # whole trainings that have ended
         self._ends_at: dict[str, int] = {}  # the last step of each trial that has ended
@@ -70,7 +38,7 @@ class Progress:
         self._looks: dict[str, TrialLook] = {}  # the last look of each trial of a custom trainer
         self._totals: dict[str, float] = {}  # seconds of each ended trial, including the one that it continued
         self._costs: list[float] = []  # seconds of each training alone
-        self._preparing: Preparing | None = None
+        self._work: Preparing | Evaluating | None = None  # besides trials
         self._higher_is_better = False
         self._best: dict[int, float] = {}
         self._truncated: dict[int, float] = {}
@@ -80,13 +48,10 @@ class Progress:
     def _plan(self, planned: SelectionPlanned) -> None:
         settings = planned.started.settings
         self._whole_steps = planned.steps
-        self._expected, self._maximum = planned.expected_trainings, planned.trainings_at_most
+        self._expected = planned.expected_trainings
         self._higher_is_better = planned.started.higher_is_better
-        self._eval_points = int(str(settings.get("eval_points") or 1))
         ranks = settings.get("ranks")
         self._top = max((rank for rank in ranks if isinstance(rank, int)), default=0) if isinstance(ranks, list) else 0
-        hours = settings.get("budget_hours")
-        self._budget_seconds = hours * 3600 if isinstance(hours, int | float) else None
 
     def _resume(self, outcomes: Sequence[TrialOutcome]) -> None:
         """Record the trials that ended before this process began.
@@ -97,28 +62,25 @@ class Progress:
             self._end(outcome)
         if self._spent > 0 and self._top and not any(one.rank == self._top for one in outcomes):
             self._expected += self._spent
-            self._maximum += self._spent
 
     def event(self, event: Event) -> str | None:
-        """Record the event; return a line for the log if a trial ended, or once the cost of a training is measured."""
+        """Record the event; return a line for the log if a trial ended."""
         match event:
             case SelectionPlanned():
                 self._plan(event)
                 self._resume(event.outcomes)
             case TimeExpected() if self._expected:
                 self._first_pace = event.expected_seconds / self._expected
-                self._is_announced = True
-            case Preparing():
-                self._preparing = event
+            case Preparing() | Evaluating():
+                self._work = event
             case TrialStarted():
-                self._preparing = None
+                self._work = None
                 self._running[event.trial_id] = event
                 self._started_at[event.trial_id] = time.monotonic()
             case StepDone():
                 self._steps[event.trial_id] = event
-                return self._announcement(event)
             case TrialFinished():
-                return self._line(event, held_out_text(event))
+                return self._line(event, _held_out_text(event))
             case TrialLook():
                 self._looks[event.trial_id] = event
             case TrialCollapsed():
@@ -138,23 +100,13 @@ class Progress:
         return sorted(self._truncated.items())
 
     def progress_line(self) -> str:
-        if self._preparing is not None:
-            done, of, seconds = self._preparing.items, self._preparing.of_items, self._preparing.seconds
-            left = seconds / done * (of - done)
-            return f"frozen layers, once for all trials: {done} of {of} examples · {duration(left)} for these"
-        return " · ".join([self._position(), *self._at_work(), *self._time_left()])
-
-    def _time_left(self) -> list[str]:
-        """`about 12 min left (at most 30 min)`, or the limit alone once the expected trainings are used up."""
+        if (work := self._work) is not None:
+            left = duration(work.seconds / work.items * (work.of_items - work.items))
+            what = work.what if isinstance(work, Evaluating) else "frozen layers, once for all trials"
+            return f"{what}: {work.items:,} of {work.of_items:,} examples, about {left} left"
         remaining = self.remaining_seconds()
-        if remaining is None:
-            return []
-        most, future = self._limit_seconds(), self._trainings_to_come()
-        if future == 0.0 and most is not None and most > remaining + 1:
-            return [f"{duration(remaining)} for what runs, at most {duration(most)} left"]
-        shown = self._countdown.shown(remaining)
-        limit = f" (at most {duration(most)})" if most is not None and most > 1.2 * shown else ""
-        return [f"about {duration(shown)} left{limit}"]
+        time_left = [] if remaining is None else [f"about {duration(remaining)} left"]
+        return " · ".join([self._position(), *self._at_work(), *time_left])
 
     def so_far_line(self) -> str:
         """The best rank so far and the peak memory; empty before the first result."""
@@ -179,35 +131,11 @@ class Progress:
         running = [step.seconds / step.step for step in self._steps.values() if step.step > 0]
         if not running or not self._whole_steps:
             return self._first_pace
-        return self._whole_steps * sum(running) / len(running) + self._eval_points * self._base_eval_seconds
+        return self._whole_steps * sum(running) / len(running)
 
     def _trainings_to_come(self) -> float:
         """The expected whole trainings that have not started."""
         return max(0.0, self._expected - self._spent - sum(map(self._share, self._running.values())))
-
-    def _limit_seconds(self) -> float | None:
-        """Seconds left if the strategy requests all it can, within the budget of time; None where that is unknown."""
-        pace = self._pace()
-        if pace is None:
-            return None
-        most = max(0.0, self._maximum - self._spent_now()) * pace
-        if self._budget_seconds is not None:
-            most = min(most, max(0.0, self._budget_seconds - sum(self._costs)))
-        return most
-
-    def _announcement(self, event: StepDone) -> str | None:
-        """The time of the whole selection, once, as soon as a few steps are measured."""
-        enough = event.step >= max(MEASURED_STEPS, event.steps // 50)
-        if self._is_announced or not enough or self._spent > 0:
-            return None
-        self._is_announced = True
-        remaining, most = self.remaining_seconds(), self._limit_seconds()
-        if remaining is None or most is None:
-            return None
-        return (
-            f"time: about {duration(remaining)}, at most {duration(most)} (measured over the first {event.step} steps; "
-            f"{self._expected:.3g} trainings expected, {self._maximum:.3g} at most)"
-        )
 
     def _share(self, arm: ArmFields) -> float:
         """The whole trainings that an arm adds to those of the one that it resumes."""
@@ -275,7 +203,6 @@ class Progress:
             total = event.train_seconds + event.eval_seconds
             self._peak_bytes = max(self._peak_bytes, event.peak_bytes)
             self._note_value(event)
-            self._base_eval_seconds = event.eval_seconds if event.rank == 0 else self._base_eval_seconds
         self._spent += self._share(event)
         self._ends_at[event.trial_id] = _last_step(event)
         seconds = max(0.0, total - self._before(event))
@@ -304,7 +231,7 @@ def _last_step(arm: ArmFields) -> int:
     return arm.steps if arm.stop_at is None else arm.stop_at
 
 
-def held_out_text(trial: TrialFinished) -> str:
+def _held_out_text(trial: TrialFinished) -> str:
     """The value, its metric if another one decides, and for the base the time of its generated answers."""
     text = f"held-out {trial.value:.4f}" + (f" ({trial.value_metric})" if trial.value_metric else "")
     if trial.rank == 0 and trial.answer_seconds >= 1:

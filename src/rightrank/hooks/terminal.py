@@ -11,15 +11,13 @@ from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from rightrank.hooks.progress import Progress
-from rightrank.report.format import duration, quantity
+from rightrank.report.format import quantity
 from rightrank.report.terminal_figures import MAX_CURVE_WIDTH, terminal_curve
 from rightrank.runs.hook import Hook
-from rightrank.schema.events import DataSummary, Evaluating, Event, Notice, RunStarted, SelectionPlanned
+from rightrank.schema.events import DataSummary, Event, Notice, RunStarted, SelectionPlanned
 from rightrank.schema.trials import OUTCOMES, split_name
 
 PLAIN_SECONDS = 15.0  # between progress lines
@@ -27,7 +25,7 @@ NOTEBOOK_SECONDS = 0.5  # between updates of a cell
 
 
 class View(Hook):
-    """Shows a running selection, as a context manager; `say` gets lines that come from elsewhere."""
+    """Shows a running selection, or the evaluations of `compare` and `resize`, as a context manager; `say` gets lines that come from elsewhere."""
 
     ends_run = False
 
@@ -113,49 +111,6 @@ class PlainView(View):
         if time.monotonic() - self._last_line > PLAIN_SECONDS:
             self._last_line = time.monotonic()
             self.say(self._progress.progress_line())
-
-
-class WorkView(Hook):
-    """Shows the evaluations of `compare` and `resize`: a bar on a terminal, else a line every `PLAIN_SECONDS`."""
-
-    ends_run = False
-
-    def __init__(self, console: Console, quiet: bool = False) -> None:
-        self._console, self._quiet = console, quiet
-        self._last_line = time.monotonic()
-        shown = console.is_terminal and not (quiet or console.no_color)
-        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-        self._bar = RichProgress(*columns, console=console, transient=True) if shown else None
-        self._task: tuple[str, TaskID] | None = None
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def say(self, text: str) -> None:
-        if not self._quiet:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def on_event(self, event: Event) -> None:
-        if not isinstance(event, Evaluating):
-            return
-        if self._bar is not None:
-            if self._task is None or self._task[0] != event.what:
-                if self._task is not None:
-                    self._bar.remove_task(self._task[1])
-                self._task = event.what, self._bar.add_task(event.what)
-            self._bar.update(self._task[1], completed=event.items, total=event.of_items)
-        elif time.monotonic() - self._last_line > PLAIN_SECONDS:
-            self._last_line = time.monotonic()
-            left = event.seconds / event.items * (event.of_items - event.items)
-            self.say(f"{event.what}: {event.items:,} of {event.of_items:,} examples, about {duration(left)} left")
 
 
 class NotebookView(View):

@@ -1,10 +1,8 @@
-"""The trackers of a selection. Each logs every trial once, however often the selection is resumed.
+"""The trackers of a selection. Each logs every trial, and the decision, as a run once, however often the selection is resumed.
 
 Each tracker keeps its own environment variables: `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`, `WANDB_PROJECT`,
 `WANDB_DIR`, `WANDB_MODE`, `WANDB_ENTITY`, `TRACKIO_DIR`, `TRACKIO_PROJECT`. Their own clients write, not accelerate's
 trackers: those need a state of the whole process, which starts a process group where `LOCAL_RANK` is set.
-
-A trial, or the decision, as one run of a tracker: its configuration, its numbers by step and by example, its summary.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -27,9 +25,11 @@ from rightrank.schema.errors import MissingExtraError, SettingsError, did_you_me
 from rightrank.schema.events import DecisionRecorded, Event, RunStarted, SelectionPlanned
 from rightrank.schema.trials import OUTCOMES, TrialFinished, TrialOutcome
 
+Plain: TypeAlias = str | int | float | bool | None
+
 TRACKERS = ("trackio", "wandb", "mlflow", "tensorboard")  # each is the name of its package too
 LOGGED_FILE = "tracked.json"
-MAX_PARAMS, MAX_TEXT = 100, 6000  # of MLflow: parameters in a request, characters of one
+MAX_BATCH, MAX_TEXT = 100, 6000  # of MLflow: parameters in a request, characters of one
 
 
 def require_trackers(names: Sequence[str]) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ class Trackers(Hook):
         elif isinstance(event, DecisionRecorded):
             self._log(_tracked_decision(started, event.decision, group))
 
-    def _log(self, run: TrackedRun) -> None:
+    def _log(self, run: _TrackedRun) -> None:
         assert self._run is not None
         for name in list(self._names):
             logged = self._logged.setdefault(name, [])
@@ -113,25 +113,38 @@ class Trackers(Hook):
         return logged if isinstance(logged, dict) and all(isinstance(keys, list) for keys in logged.values()) else {}
 
 
-def write_run(name: str, run: TrackedRun, folder: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class _TrackedRun:
+    """A trial, or the decision: its configuration, its numbers by step, and the words of its end."""
+
+    key: str  # the trial's identity
+    name: str  # readable, and valid as a folder name
+    group: str
+    config: Mapping[str, Plain]
+    steps: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # step → name → number
+    summary: Mapping[str, Plain] = field(default_factory=dict)
+    failed: bool = False
+
+
+def write_run(name: str, run: _TrackedRun, folder: Path) -> None:
     """Write one trial or the decision, as a whole, to the tracker `name`."""
     {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb, "trackio": _trackio}[name](run, folder)
 
 
-def _tensorboard(run: TrackedRun, folder: Path) -> None:
+def _tensorboard(run: _TrackedRun, folder: Path) -> None:
     """A folder of event files in `tensorboard/` of the run folder; configuration and summary are texts."""
     from torch.utils.tensorboard import SummaryWriter
 
-    last = max(run.steps, default=0)
     with SummaryWriter(str(folder / "tensorboard" / run.name)) as writer:
-        for step, name, value in run.points():
-            writer.add_scalar(name, value, step)
-        for name, values in (("config", run.config), ("summary", run.summary)):
-            writer.add_text(name, f"```json\n{json.dumps(dict(values), indent=1)}\n```", last)
+        for step, values in run.steps.items():
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+        for name, texts in (("config", run.config), ("summary", run.summary)):
+            writer.add_text(name, f"```json\n{json.dumps(dict(texts), indent=1)}\n```")
 
 
-def _mlflow(run: TrackedRun, _folder: Path) -> None:
-    """A run with tags for group, trial and the texts of its summary. An active run of this process is left alone."""
+def _mlflow(run: _TrackedRun, _folder: Path) -> None:
+    """A run with tags for group, trial and summary. An active run of this process is left alone."""
     import mlflow
     from mlflow.entities import Metric, Param, RunTag
 
@@ -140,18 +153,19 @@ def _mlflow(run: TrackedRun, _folder: Path) -> None:
     place = client.create_experiment(experiment) if found is None else found.experiment_id
     tags = {"rightrank.group": run.group, "rightrank.trial_id": run.key}
     key = client.create_run(place, run_name=run.name, tags=tags).info.run_id
-    now, logged = int(time.time() * 1000), [*run.points(), *run.last_points()]
-    metrics = [Metric(name, float(value), now, step) for step, name, value in logged]
+    now = int(time.time() * 1000)
+    metrics = [
+        Metric(name, float(value), now, step) for step, values in run.steps.items() for name, value in values.items()
+    ]
     params = [Param(name, str(value)[:MAX_TEXT]) for name, value in run.config.items() if value is not None]
-    texts = [RunTag(name, str(value)[:MAX_TEXT]) for name, value in run.texts().items()]
-    for start in range(0, max(len(metrics), len(params)), MAX_PARAMS):
-        part = slice(start, start + MAX_PARAMS)
+    for start in range(0, max(len(metrics), len(params)), MAX_BATCH):
+        part = slice(start, start + MAX_BATCH)
         client.log_batch(key, metrics=metrics[part], params=params[part])
-    client.log_batch(key, tags=texts)
+    client.log_batch(key, tags=[RunTag(name, str(value)[:MAX_TEXT]) for name, value in run.summary.items()])
     client.set_terminated(key, "FAILED" if run.failed else "FINISHED")
 
 
-def _wandb(run: TrackedRun, _folder: Path) -> None:
+def _wandb(run: _TrackedRun, _folder: Path) -> None:
     """A run in a group. Without a mode or a key it is offline, and `wandb sync` uploads it later: wandb would ask and wait."""
     import wandb
 
@@ -161,7 +175,6 @@ def _wandb(run: TrackedRun, _folder: Path) -> None:
         group=run.group,
         id=f"{run.group}-{run.key}",
         name=run.name,
-        job_type="decision" if run.key == "decision" else "trial",
         config=dict(run.config),
         mode=None if known else "offline",
         reinit="finish_previous",
@@ -170,15 +183,12 @@ def _wandb(run: TrackedRun, _folder: Path) -> None:
     ) as opened:
         for step, values in run.steps.items():
             opened.log(dict(values), step=step)
-        if run.examples:
-            rows = [[number, *scores] for number, scores in enumerate(zip(*run.examples.values(), strict=True))]
-            opened.log({"items": wandb.Table(columns=["item", *run.examples], data=rows)})
         opened.summary.update(dict(run.summary))
         if run.failed:
             opened.finish(exit_code=1)
 
 
-def _trackio(run: TrackedRun, _folder: Path) -> None:
+def _trackio(run: _TrackedRun, _folder: Path) -> None:
     """A run in the local store, in a group; no dashboard is opened."""
     import trackio
 
@@ -186,55 +196,17 @@ def _trackio(run: TrackedRun, _folder: Path) -> None:
         project=os.environ.get("TRACKIO_PROJECT", "rightrank"),
         name=f"{run.group}/{run.name}",
         group=run.group,
-        config=dict(run.config) | {f"summary/{name}": text for name, text in run.texts().items()},
+        config=dict(run.config) | {f"summary/{name}": value for name, value in run.summary.items()},
         embed=False,
         auto_log_gpu=False,
         auto_log_cpu=False,
     )
     for step, values in run.steps.items():
         opened.log(dict(values), step=step)
-    if numbers := run.numbers():
-        opened.log(numbers, step=max(run.steps, default=0))
     opened.finish()
 
 
-Plain: TypeAlias = str | int | float | bool | None
-
-
-@dataclass(frozen=True, slots=True)
-class TrackedRun:
-    key: str  # the trial's identity
-    name: str  # readable, and valid as a folder name
-    group: str
-    config: Mapping[str, Plain]
-    steps: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # step → name → number
-    examples: Mapping[str, list[float]] = field(default_factory=dict)  # name → one number per held-out example
-    summary: Mapping[str, Plain] = field(default_factory=dict)
-    failed: bool = False
-
-    def points(self) -> Iterator[tuple[int, str, float]]:
-        """Step, name and number; for numbers by example, the step is the example's index."""
-        for step, values in self.steps.items():
-            yield from ((step, name, value) for name, value in values.items())
-        for name, scores in self.examples.items():
-            yield from ((number, name, score) for number, score in enumerate(scores))
-
-    def last_points(self) -> Iterator[tuple[int, str, float]]:
-        """The numbers of the summary that no step has, at the last step."""
-        written = {name for values in self.steps.values() for name in values}
-        last = max(self.steps, default=0)
-        yield from ((last, name, value) for name, value in self.numbers().items() if name not in written)
-
-    def numbers(self) -> dict[str, float]:
-        """The numbers of the summary."""
-        return {name: value for name, value in self.summary.items() if isinstance(value, int | float)}
-
-    def texts(self) -> dict[str, str | None]:
-        """The rest of the summary."""
-        return {name: value for name, value in self.summary.items() if isinstance(value, str | None)}
-
-
-def _tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> TrackedRun:
+def _tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> _TrackedRun:
     """The trial as a run.
 
     A training that was stopped early, or truncated is no point of the curve. Its rank is logged
@@ -254,36 +226,21 @@ def _tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> Tr
     name = f"r{arm.rank}-lr{arm.learning_rate:g}-seed{arm.seed}-{outcome.trial_id[:6]}"
     if not isinstance(outcome, TrialFinished):
         summary = {"outcome": outcome.type, "reason": outcome.reason}
-        return TrackedRun(outcome.trial_id, name, group, config, summary=summary, failed=True)
-    prefix = "eval" if whole else "stage"
-    return TrackedRun(
-        outcome.trial_id,
-        name if whole else f"stage-{outcome.trial_id}",
-        group,
-        config,
-        steps=_steps(started, outcome, prefix),
-        examples=_by_example(started.metric, outcome) if whole else {},
-        summary={f"{prefix}/{metric}": value for metric, value in outcome.metrics.items()}
-        | {
-            "outcome": outcome.type,
-            "train_seconds": outcome.train_seconds,
-            "eval_seconds": outcome.eval_seconds,
-            "trainable_parameters": outcome.trainable_parameters,
-            "peak_bytes": outcome.peak_bytes,
-        },
-    )
+        return _TrackedRun(outcome.trial_id, name, group, config, summary=summary, failed=True)
+    name = name if whole else f"stage-{outcome.trial_id}"
+    steps = _steps(started, outcome, "eval" if whole else "stage")
+    return _TrackedRun(outcome.trial_id, name, group, config, steps, {"outcome": outcome.type})
 
 
-def _tracked_decision(started: RunStarted, decision: Decision, group: str) -> TrackedRun:
+def _tracked_decision(started: RunStarted, decision: Decision, group: str) -> _TrackedRun:
     """The decision as the last run of the group."""
     summary: dict[str, Plain] = {
         f"decision/{name}": plain(value)
         for name, value in decision.model_dump(mode="json").items()
-        if name not in ("ranks", "staircase", "next_runs", "other_metrics")
+        if name not in ("staircase", "next_runs", "other_metrics")
     }
-    summary["decision/ranks"] = json.dumps([evidence.model_dump(mode="json") for evidence in decision.ranks])
     config = {f"settings/{name}": plain(value) for name, value in started.settings.items()}
-    return TrackedRun("decision", "decision", group, config, summary=summary)
+    return _TrackedRun("decision", "decision", group, config, summary=summary)
 
 
 def plain(value: object) -> Plain:
@@ -292,25 +249,15 @@ def plain(value: object) -> Plain:
 
 
 def _steps(started: RunStarted, trial: TrialFinished, prefix: str) -> dict[int, dict[str, float]]:
+    """The losses of a training by step, its looks, and at its end the metrics and the cost."""
     along = started.points_metric or started.metric
     found: dict[int, dict[str, float]] = {}
     for step, loss in enumerate(trial.train_losses, start=1):
         found.setdefault(step, {})["train/loss"] = loss
     for point in trial.points:
         found.setdefault(point.step, {})[f"{prefix}/{along}"] = point.value
-    last = trial.steps if trial.stop_at is None else trial.stop_at
-    found.setdefault(last, {}).update({f"{prefix}/{metric}": value for metric, value in trial.metrics.items()})
-    found[last]["train_seconds"] = trial.train_seconds
+    last = found.setdefault(trial.steps if trial.stop_at is None else trial.stop_at, {})
+    last |= {f"{prefix}/{metric}": value for metric, value in trial.metrics.items()}
+    for name in ("train_seconds", "eval_seconds", "trainable_parameters", "peak_bytes"):
+        last[name] = getattr(trial, name)
     return dict(sorted(found.items()))
-
-
-def _by_example(metric: str, trial: TrialFinished) -> dict[str, list[float]]:
-    """`items/METRIC` (the mean of each example) and the weights, for the metric that decides."""
-    found = trial.items(metric)
-    if found is None:
-        return {}
-    sums, weights = found
-    return {
-        f"items/{metric}": [score / weight for score, weight in zip(sums, weights, strict=True)],
-        "items/tokens": list(weights),
-    }

@@ -1,4 +1,4 @@
-"""The roles of a table's columns, by synonyms; a table with one column a rank becomes one with a column `rank`."""
+"""The roles of a table's columns, by synonyms, and what names of trainings say."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "status": ("status", "state"),
     "trial": ("trial_id", "run_id", "run", "trial", "name", "id"),
 }
-EPOCHS = ("epoch", "epochs", "num_epochs", "train_epoch")  # steps, where there are none and all are whole numbers
 _SPLITS = ("eval", "val", "validation", "valid", "dev", "heldout", "held_out", "test")
 # Columns of the held-out value, in order of preference. A bare `loss` comes last and the output states that it was
 # taken as held-out; a training loss never is.
@@ -50,9 +49,6 @@ _NAMED = {
     "lr": re.compile(r"(?:^|[^a-z])(?:lr|learning[-_]?rate)[-_=]?(\d+(?:\.\d+)?(?:e-?\d+)?)", re.IGNORECASE),
     "seed": re.compile(r"(?:^|[^a-z])seed[-_=]?(\d+)", re.IGNORECASE),
 }
-# A column of one training: `4`, `r4_loss`, `eval_loss_rank_4`, `lora-r4 - eval/loss`; not `recall_r5`.
-_WIDE = re.compile(r"\s*\d+\s*$|r[-_=]?\d|.*(rank|lora|.* - )", re.IGNORECASE)
-_CHART_EXTRA = re.compile(r"(__(MIN|MAX)| - _step)$")  # of W&B's chart export: the band of a line, and its own steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,38 +109,6 @@ def rows_of_names(rows: list[Row], mapping: Mapping[str, str]) -> list[Row]:
     return rows
 
 
-def long_rows(rows: list[Row], mapping: Mapping[str, str]) -> list[Row]:
-    """Rows of a table with one column a rank (`4`, `rank_4`, `lora-r4 - eval/loss`) as a row for each; others as they are."""
-    names = names_of(rows)
-    if "rank" in mapping or set(map(plain, names)) & set(SYNONYMS["rank"]):
-        return rows
-    wide = {name: _wide(name) for name in names if _WIDE.match(name) and "rank" in _wide(name)[0]}
-    ranks = {settings["rank"] for settings, _ in wide.values()}
-    if len(ranks) < 2 or ranks == set(map(str, range(len(names)))):  # the numbers of columns without names
-        return rows
-    melted = []
-    for row in rows:
-        shared = {name: value for name, value in row.fields.items() if name not in wide}
-        found: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
-        for name, (settings, metric) in wide.items():
-            if not _CHART_EXTRA.search(name):
-                found.setdefault(tuple(settings.items()), {})[metric] = row.fields.get(name)
-        melted += [Row({**shared, **dict(settings), **values}, row.where) for settings, values in found.items()]
-    return melted
-
-
-def _wide(name: str) -> tuple[dict[str, str], str]:
-    """`(settings, metric)` of a column of one training; the metric is `value` where the name has no further part."""
-    if name.strip().isdigit():
-        return {"rank": name.strip()}, "value"
-    training, dash, metric = name.rpartition(" - ")
-    settings = settings_of_name(training if dash else name)
-    if not dash:
-        for pattern in _NAMED.values():
-            metric = pattern.sub("_", metric)
-    return settings, metric.strip(" _-/.") or "value"
-
-
 def identify_columns(rows: Sequence[Row], metric: str | None, mapping: Mapping[str, str], where: str) -> Columns:
     """Find the columns.
 
@@ -171,9 +135,6 @@ def identify_columns(rows: Sequence[Row], metric: str | None, mapping: Mapping[s
     roles = {name: column for name, column in near.items() if column is not None} | dict(mapping)
     if "rank" not in roles:
         raise ResultsError(f"{where}: no column for the rank among {listed(names)}; name it with --columns rank=COLUMN")
-    epoch = _first(EPOCHS, by_plain)
-    if "step" not in roles and epoch is not None and all(_is_whole(row.fields.get(epoch)) for row in rows):
-        roles["step"] = epoch
     unused = [name for name in names if name not in roles.values()]
     value, called = _value_column(unused, by_plain, metric, mapping, where)
     deviation = _first((f"{plain(value)}_{name}" for name in SYNONYMS["std"]), by_plain)
@@ -182,13 +143,6 @@ def identify_columns(rows: Sequence[Row], metric: str | None, mapping: Mapping[s
     taken = {*roles.values(), value}
     others = tuple(by_plain[name] for name in VALUES if name in by_plain and by_plain[name] not in taken)
     return Columns(roles, value, called, others)
-
-
-def _is_whole(value: Any) -> bool:
-    try:
-        return is_blank(value) or float(value).is_integer()
-    except (TypeError, ValueError, OverflowError):
-        return False
 
 
 def _value_column(

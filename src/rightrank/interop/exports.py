@@ -1,32 +1,69 @@
-"""Writes the export of a run: a target's files, an Optuna study of the trials, or a repository of the hub."""
+"""The export of a run: a target is a pure function from a recipe to files, the command that uses them, and notes on what it
+lacks; `write_export` writes them."""
 
 from __future__ import annotations
 
-import re
+import json
+import shlex
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rightrank.data.files import hub_errors, replacing_folder
-from rightrank.decision.run import Records
+import yaml
+
+from rightrank.data.files import replacing_folder
 from rightrank.interop.recipe import Recipe
-from rightrank.interop.targets import SERVERS, TARGETS
+from rightrank.models.labels import loading_lines
 from rightrank.models.ranks import served_rank
 from rightrank.runs import plugins
-from rightrank.schema.decision import Decision
-from rightrank.schema.errors import MissingExtraError, ResultsError, RunError, SettingsError, did_you_mean, first_line
+from rightrank.schema.errors import SettingsError, did_you_mean
 from rightrank.schema.scaling import rate_warning
-from rightrank.schema.trials import TrialCollapsed, TrialFinished, TrialOutcome
 
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
+LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one
+SERVED_NAME = "rightrank"
+STRINGS = "the file is for a `prompt`, `chosen` and `rejected` of text"
+PREFERENCE = ("prompt", "chosen", "rejected")
+# The entry of the data set by the shape of its rows, where a trainer knows it, else by their form.
+AXOLOTL_DATA: dict[str, dict[str, Any]] = {
+    "alpaca": {"type": "alpaca"},
+    "sharegpt": {
+        "type": "chat_template",
+        "field_messages": "conversations",
+        "message_property_mappings": {"role": "from", "content": "value"},
+    },
+    "messages": {"type": "chat_template", "field_messages": "messages"},
+    "preference": {"split": "train", "type": {f"field_{column}": column for column in PREFERENCE}},
+    "text": {"type": "completion", "field": "text"},
+}
+LLAMAFACTORY_DATA: dict[str, dict[str, Any]] = {
+    "alpaca": {"columns": {"prompt": "instruction", "query": "input", "response": "output"}},
+    "sharegpt": {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
+    "messages": {
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages"},
+        "tags": {
+            "role_tag": "role",
+            "content_tag": "content",
+            "user_tag": "user",
+            "assistant_tag": "assistant",
+            "system_tag": "system",
+        },
+    },
+    "preference": {"ranking": True, "columns": {column: column for column in PREFERENCE}},
+    "text": {"columns": {"prompt": "text"}},
+}
 
-STUDY = "optuna"
-STUDY_FILE = "study.db"
-PADDED_FOLDER = "adapter"
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The files of a target by name, the command that uses them, and what the target cannot express."""
+
+    files: dict[str, str]
+    command: str
+    notes: list[str] = field(default_factory=list)
+    with_adapter: bool = False  # copy the files of the adapter too
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,56 +75,35 @@ class Exported:
     files: list[str]
     command: str
     notes: list[str]
-    hub: str | None = None  # address of the repository, if the adapter was pushed
 
     def to_json(self) -> dict[str, object]:
         return asdict(self) | {"folder": str(self.folder)}
 
 
-def require_export(name: str, pad: bool, repository: str | None) -> None:
-    """Refuse what no export can do, before anything is read.
+def require_target(name: str) -> None:
+    """Refuse an unknown target, before anything is read.
 
     Raises:
-        SettingsError: an unknown target, padding for one that is no server, or a repository for one that is not PEFT.
+        SettingsError: such a target, with the nearest known one.
     """
-    if name == STUDY and (pad or repository is not None):
-        raise SettingsError(f"--pad and --push-to-hub are for an adapter; {STUDY!r} is a study of the trials")
-    known = [*TARGETS, *plugins.exports(), STUDY]
+    known = [*TARGETS, *plugins.exports()]
     if name not in known:
         raise SettingsError(
             f"export target {name!r} is not known{did_you_mean(name, known)}; allowed: {', '.join(known)}"
         )
-    if pad and name not in SERVERS:
-        raise SettingsError(f"--pad goes with a server ({', '.join(SERVERS)}), not with --to {name}")
-    if repository is not None and not REPOSITORY.fullmatch(repository):
-        raise SettingsError(f"--push-to-hub {repository!r}: give a repository as owner/name")
-    if repository is not None and name != "peft":
-        raise SettingsError(f"--push-to-hub goes with --to peft, not with {name!r}: the hub holds the adapter itself")
 
 
-def write_export(name: str, recipe: Recipe, folder: Path, pad: bool = False) -> Exported:
+def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
     """Write a target's files into `folder`, which is replaced.
-
-    Args:
-        pad: write a copy of the adapter with one rank and one scale for a server: vLLM's next `--max-lora-rank`, or
-            the highest rank of any module.
 
     Raises:
         ResultsError: a rank that the server does not serve.
-        ModelError: an adapter that can't be padded.
     """
     if name != "peft":  # its folder may be published, and needs neither the model nor the data
         recipe = recipe.located()
-    exported = recipe if name in (*SERVERS, "peft") else recipe.training()
-    if pad:
-        rank = served_rank(recipe.highest_rank) if name == "vllm" else recipe.highest_rank
-        exported = recipe.padded_to(rank, folder / PADDED_FOLDER)
+    exported = recipe if name in ("peft", "vllm") else recipe.training()
     written, comments = (TARGETS | plugins.exports())[name](exported), recipe.comments()
     with replacing_folder(folder) as temporary:
-        if pad:
-            from rightrank.models.adapter_files import write_padded
-
-            write_padded(recipe.adapter, temporary / PADDED_FOLDER, exported.r)
         if written.with_adapter:
             for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):
                 shutil.copy2(path, temporary / path.name)
@@ -107,116 +123,270 @@ def _commented(file: str, text: str, comments: Sequence[str]) -> str:
     return f"{first}{newline}{lines}{rest}" if first.startswith("#!") else lines + text
 
 
-def push_to_hub(folder: Path, repository: str) -> str:
-    """Upload `folder` (adapter, card, rank curve) to a private repository in one commit; return its address.
-
-    Raises:
-        RunError: offline, not logged in, or refused by the hub.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    hub = HfApi()
-    try:
-        address = hub.create_repo(repository, private=True, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="LoRA adapter chosen by rightrank")
-    except OfflineModeIsEnabled:
-        raise RunError(
-            f"{repository}: offline mode is on (HF_HUB_OFFLINE), so nothing was pushed; the files are in {folder}"
-        ) from None
-    except hub_errors() as error:
-        raise RunError(f"{repository}: could not push ({first_line(error)}); the files are in {folder}") from None
-    return str(address)
-
-
-def write_study(records: Records, decision: Decision | None, folder: Path) -> Exported:
-    """Write `study.db` into `folder`, which is replaced. An unfinished run has a study too.
-
-    Raises:
-        MissingExtraError: optuna is not installed.
-        ResultsError: no training has ended.
-    """
-    trained = [outcome for outcome in records.outcomes if outcome.rank > 0]
-    if not trained:
-        raise ResultsError("no training has ended yet; a study needs at least one")
-    try:
-        import optuna
-    except ImportError:
-        raise MissingExtraError("an Optuna study needs an extra: pip install 'rightrank[optuna]'") from None
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with replacing_folder(folder) as temporary:
-        storage = optuna.storages.RDBStorage(f"sqlite:///{temporary.resolve() / STUDY_FILE}")
-        study = optuna.create_study(
-            storage=storage,
-            study_name="rightrank",
-            direction="maximize" if records.started.higher_is_better else "minimize",
-        )
-        for name, value in _study_attributes(records, decision).items():
-            study.set_user_attr(name, value)
-        distributions = _distributions(trained)
-        study.add_trials([_frozen(outcome, distributions, records.started.metric) for outcome in trained])
-        storage.remove_session()  # the file is moved next
-        storage.engine.dispose()
-    optuna.logging.set_verbosity(before)
-    notes = ["trainings that were stopped early and truncated adapters have the state pruned"]
-    return Exported(STUDY, folder, [STUDY_FILE], f"optuna-dashboard sqlite:///{STUDY_FILE}", notes)
-
-
-def _study_attributes(records: Records, decision: Decision | None) -> dict[str, Any]:
-    settings = records.started.settings
-    attributes: dict[str, Any] = {
-        "metric": records.started.metric,
-        "model": settings.get("model"),
-        "data": settings.get("data"),
+def _peft(recipe: Recipe) -> Written:
+    """The adapter folder, and the `LoraConfig` that creates an adapter like it."""
+    arguments: dict[str, Any] = {
+        "task_type": recipe.task_type,
+        "r": recipe.r,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "use_rslora": recipe.use_rslora,
+        "target_modules": list(recipe.target_modules),
     }
-    base = next((trial for trial in records.finished() if trial.rank == 0), None)
-    if base is not None:
-        attributes["base"] = base.metrics
-    if decision is not None:
-        attributes |= {name: getattr(decision, name) for name in ("rank", "verdict", "margin")}
-        attributes["answer"] = decision.sentence
-    return attributes
-
-
-def _frozen(outcome: TrialOutcome, distributions: dict[str, Any], metric: str) -> FrozenTrial:
-    """One trial: complete, pruned if it was stopped early or truncated, failed without a result."""
-    from optuna.trial import TrialState, create_trial
-
-    arm = outcome.arm
-    attributes: dict[str, Any] = {
-        "trial_id": outcome.trial_id,
-        "lora_alpha": arm.lora_alpha,
-        "stage": arm.stage() or "whole",
-    }
-    points: Mapping[int, float] = {}
-    state, value = TrialState.FAIL, None
-    if isinstance(outcome, TrialFinished | TrialCollapsed):
-        points = {point.step: point.value for point in outcome.points}
-    if isinstance(outcome, TrialFinished):
-        whole = arm.is_direct and metric in outcome.metrics
-        state = TrialState.COMPLETE if whole else TrialState.PRUNED
-        value = outcome.metrics[metric] if whole else None
-        attributes |= {"metrics": outcome.metrics, "train_seconds": outcome.train_seconds}
-    else:
-        attributes["reason"] = outcome.reason
-    return create_trial(
-        state=state,
-        value=value,
-        params={"rank": arm.rank, "learning_rate": arm.learning_rate, "seed": arm.seed},
-        distributions=distributions,
-        user_attrs=attributes,
-        intermediate_values=dict(points),
+    arguments |= _given(
+        layers_to_transform=recipe.layers_to_transform and list(recipe.layers_to_transform),
+        modules_to_save=list(recipe.modules_to_save),
+        rank_pattern=dict(recipe.rank_pattern),
+        alpha_pattern=dict(recipe.alpha_pattern),
+        **recipe.kind,
     )
+    lines = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
+    code = f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{lines})\nlearning_rate = {recipe.learning_rate!r}\n"
+    command = f'python -c "{"; ".join(loading_lines(".", recipe.model, recipe.task_type == "SEQ_CLS"))}"'
+    return Written({"lora_config.py": code}, command, with_adapter=True)
 
 
-def _distributions(trained: list[TrialOutcome]) -> dict[str, Any]:
-    from optuna.distributions import FloatDistribution, IntDistribution
-
-    ranks = [outcome.rank for outcome in trained]
-    learning_rates = [outcome.learning_rate for outcome in trained]
-    return {
-        "rank": IntDistribution(min(ranks), max(ranks), log=True),
-        "learning_rate": FloatDistribution(min(learning_rates), max(learning_rates), log=min(learning_rates) > 0),
-        "seed": IntDistribution(0, max(outcome.seed for outcome in trained)),
+def _trl(recipe: Recipe) -> Written:
+    """A config of TRL's command line: `trl sft --config trl_sft.yaml`, or `trl dpo` for preference pairs."""
+    job = "dpo" if recipe.form == "preference" else "sft"
+    values: dict[str, Any] = {
+        "model_name_or_path": recipe.model,
+        "datasets": [{"path": _loader(recipe.data), "data_files": recipe.data}],
+        "output_dir": "trl-output",
+        "use_peft": True,
+        "lora_r": recipe.r,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "use_rslora": recipe.use_rslora,
+        "lora_target_modules": recipe.explicit_targets,
+        "lora_task_type": recipe.task_type,
+        "max_length": recipe.max_length,
+        **_transformers_arguments(recipe),
     }
+    values |= _given(
+        lora_modules_to_save=list(recipe.modules_to_save),
+        use_dora=recipe.use_dora,
+        lora_target_parameters=list(recipe.target_parameters),
+    )
+    if recipe.form == "preference":
+        values |= {"beta": recipe.beta, "loss_type": ["sigmoid"]}
+    notes = _lacking(recipe, "TRL's command line", ("use_dora", "target_parameters")) + _column_notes(recipe, "TRL")
+    if recipe.form == "classification":
+        notes.append("TRL's sft trains on text; a classification head needs a separate script")
+    return Written({f"trl_{job}.yaml": _yaml(values)}, f"trl {job} --config trl_{job}.yaml", notes)
+
+
+def _axolotl(recipe: Recipe) -> Written:
+    """A config of axolotl: `axolotl train axolotl.yaml`."""
+    prompted = {
+        "type": {
+            "field_instruction": recipe.columns.get("prompt", "prompt"),
+            "field_output": recipe.columns.get("completion", "completion"),
+            "format": "{instruction}",
+            "no_input_format": "{instruction}",
+        }
+    }
+    values: dict[str, Any] = {
+        "base_model": recipe.model,
+        "datasets": [
+            {"path": recipe.data, "ds_type": _loader(recipe.data), **_data_entry(recipe, AXOLOTL_DATA, prompted)}
+        ],
+        "output_dir": "axolotl-output",
+        "adapter": "lora",
+        "lora_r": recipe.r,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "lora_target_modules": list(recipe.target_modules),
+        "peft_use_rslora": recipe.use_rslora,
+        "sequence_len": recipe.max_length,
+        "micro_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "max_steps": recipe.max_steps,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler": recipe.lr_scheduler_type,
+        "warmup_steps": recipe.warmup_steps,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "optimizer": "adamw_torch",
+        "bf16": recipe.dtype == "bfloat16",
+        "fp16": recipe.dtype == "float16",
+        "train_on_inputs": recipe.form == "text",
+        "seed": recipe.seed,
+    }
+    values |= _given(
+        peft_layers_to_transform=recipe.layers_to_transform and list(recipe.layers_to_transform),
+        lora_modules_to_save=list(recipe.modules_to_save),
+        lora_rank_pattern=dict(recipe.rank_pattern),
+        lora_alpha_pattern={name: int(alpha) for name, alpha in recipe.alpha_pattern.items()},
+        peft_use_dora=recipe.use_dora,
+        lora_target_parameters=list(recipe.target_parameters),
+    )
+    has = ("use_dora", "target_parameters", "rank_pattern", "alpha_pattern")
+    notes = _lacking(recipe, "axolotl", has)
+    if recipe.form == "classification":
+        notes.append("axolotl trains no classification head on this data")
+    if recipe.form == "preference":
+        values |= {"rl": "dpo", "rl_beta": recipe.beta}
+        notes.append(f"axolotl: {STRINGS}; for messages, set the data set's type to `chat_template.default`")
+    return Written({"axolotl.yaml": _yaml(values)}, "axolotl train axolotl.yaml", notes)
+
+
+def _llamafactory(recipe: Recipe) -> Written:
+    """A config of LLaMA-Factory with the data set's entry: `llamafactory-cli train llamafactory.yaml`."""
+    values = {
+        "model_name_or_path": recipe.model,
+        "stage": {"text": "pt", "preference": "dpo"}.get(recipe.form, "sft"),
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_rank": recipe.r,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "use_rslora": recipe.use_rslora,
+        "lora_target": ",".join(recipe.explicit_targets),
+        "dataset": "rightrank_data",
+        "dataset_dir": ".",
+        "template": "empty" if recipe.form != "messages" else "default",
+        "cutoff_len": recipe.max_length,
+        "output_dir": "llamafactory-output",
+        **_transformers_arguments(recipe),
+    }
+    values |= _given(
+        additional_target=",".join(recipe.modules_to_save),
+        use_dora=recipe.use_dora,
+    )
+    notes = _lacking(recipe, "LLaMA-Factory", ("use_dora",))
+    if recipe.form == "preference":
+        values |= {"pref_beta": recipe.beta, "pref_loss": "sigmoid"}
+        notes.append(
+            f"LLaMA-Factory: {STRINGS}; for messages, set `formatting` to `sharegpt`, with one message an answer"
+        )
+    if recipe.form == "messages":
+        notes.append("replace the template `default` with the name of your model's template in LLaMA-Factory")
+    if recipe.form == "classification":
+        notes.append("LLaMA-Factory trains no classification head")
+    names = {"prompt": "prompt", "response": "completion"}
+    prompted = {"columns": {theirs: recipe.columns.get(ours, ours) for theirs, ours in names.items()}}
+    entry = {"rightrank_data": {"file_name": recipe.data, **_data_entry(recipe, LLAMAFACTORY_DATA, prompted)}}
+    info = json.dumps(entry, indent=2, ensure_ascii=False) + "\n"
+    files = {"llamafactory.yaml": _yaml(values), "dataset_info.json": info}
+    return Written(files, "llamafactory-cli train llamafactory.yaml", notes)
+
+
+def _unsloth(recipe: Recipe) -> Written:
+    """A snippet for Unsloth."""
+    layers = list(recipe.layers_to_transform) if recipe.layers_to_transform is not None else None
+    last_parts = {name.rsplit(".", 1)[-1] for name in recipe.target_modules}  # Unsloth matches these alone
+    dtype = "None" if recipe.dtype == "float32" else f"torch.{recipe.dtype}"
+    code = f"""import torch
+from unsloth import FastLanguageModel
+
+model, tokenizer = FastLanguageModel.from_pretrained(
+    model_name={recipe.model!r},
+    max_seq_length={recipe.max_length},
+    dtype={dtype},
+    load_in_4bit=False,
+)
+model = FastLanguageModel.get_peft_model(
+    model,
+    r={recipe.r},
+    lora_alpha={recipe.alpha!r},
+    lora_dropout={recipe.lora_dropout!r},
+    target_modules={sorted(last_parts)!r},
+    layers_to_transform={layers!r},
+    use_rslora={recipe.use_rslora},
+    random_state={recipe.seed},
+)
+learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_steps} steps of {recipe.batch_size * recipe.gradient_accumulation_steps} examples
+"""
+    notes = _lacking(recipe, "this snippet") + _column_notes(recipe, "your trainer")
+    return Written({"unsloth_lora.py": code}, "python unsloth_lora.py", notes)
+
+
+def _vllm(recipe: Recipe) -> Written:
+    """`vllm serve` with the adapter; vLLM pads adapters below the maximum itself."""
+    arguments = ["vllm", "serve", recipe.model, "--host", LOOPBACK, "--enable-lora"]
+    arguments += ["--max-lora-rank", str(served_rank(recipe.highest_rank))]
+    arguments += ["--lora-modules", f"{SERVED_NAME}={recipe.adapter.resolve()}"]
+    return Written({"vllm.sh": f"#!/bin/sh\nexec {shlex.join(arguments)}\n"}, "sh vllm.sh", _serving_notes(recipe))
+
+
+TARGETS: dict[str, Callable[[Recipe], Written]] = {
+    "peft": _peft,
+    "trl": _trl,
+    "axolotl": _axolotl,
+    "llamafactory": _llamafactory,
+    "unsloth": _unsloth,
+    "vllm": _vllm,
+}
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The values that are not empty."""
+    return {name: value for name, value in values.items() if value}
+
+
+def _loader(path: str) -> str:
+    """The `datasets` loader of a file."""
+    ending = path.rsplit(".", 1)[-1].lower()
+    return {"csv": "csv", "tsv": "csv", "parquet": "parquet"}.get(ending, "json")
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _data_entry(recipe: Recipe, known: Mapping[str, dict[str, Any]], prompted: dict[str, Any]) -> dict[str, Any]:
+    """What a trainer reads of the data, `prompted` for prompts and completions."""
+    if recipe.shape is not None and recipe.shape in known:
+        return known[recipe.shape]
+    return prompted if recipe.form == "prompt_completion" else known.get(recipe.form, known["text"])
+
+
+def _transformers_arguments(recipe: Recipe) -> dict[str, Any]:
+    """The arguments that TRL and LLaMA-Factory share with transformers' TrainingArguments."""
+    return {
+        "learning_rate": recipe.learning_rate,
+        "max_steps": recipe.max_steps,
+        "per_device_train_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "lr_scheduler_type": recipe.lr_scheduler_type,
+        "warmup_steps": recipe.warmup_steps,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "bf16": recipe.dtype == "bfloat16",
+        "fp16": recipe.dtype == "float16",
+        "seed": recipe.seed,
+    }
+
+
+def _lacking(recipe: Recipe, who: str, has: Sequence[str] = ()) -> list[str]:
+    """Notes on the patterns, and on the settings of the adapter's kind, that the target lacks."""
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(recipe, name) and name not in has]
+    consequences = {
+        "; the file has one rank for all modules": patterns,
+        ": it trains another adapter than the run did": [name for name in recipe.kind if name not in has],
+    }
+    return [f"{who} has no {' and no '.join(names)}{what}" for what, names in consequences.items() if names]
+
+
+def _column_notes(recipe: Recipe, who: str) -> list[str]:
+    """What to do with data whose columns the trainer does not know."""
+    if recipe.shape is None:
+        return []
+    return [
+        f"{who} reads the columns of the form {recipe.form}; change those of {recipe.data} as select did ({recipe.shape})"
+    ]
+
+
+def _serving_notes(recipe: Recipe) -> list[str]:
+    """What servers do not load."""
+    notes = []
+    if recipe.modules_to_save:
+        notes.append(
+            f"servers do not load modules_to_save ({', '.join(recipe.modules_to_save)}): merge the adapter instead"
+        )
+    if recipe.kind:
+        notes.append(f"servers load plain LoRA; this adapter has {' and '.join(recipe.kind)}: merge it instead")
+    if recipe.task_type != "CAUSAL_LM":
+        notes.append(f"servers load adapters of causal language models; the task of this one is {recipe.task_type}")
+    return notes

@@ -121,10 +121,6 @@ class Recipe:
             command += ["--learning-rate", f"{making.recovery_learning_rate:g}"]
         return command
 
-    def padded_to(self, rank: int, adapter: Path) -> Recipe:
-        """The recipe for the padded adapter in the folder `adapter`, with one rank and one scale."""
-        return replace(self, adapter=adapter, r=rank, use_rslora=False, rank_pattern={}, alpha_pattern={})
-
     @property
     def explicit_targets(self) -> list[str]:
         """Names that identify the adapted modules without `layers_to_transform`."""

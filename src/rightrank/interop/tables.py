@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from rightrank.data.files import UnreadableError, is_text, kind_of, parse_json
+from rightrank.data.files import UnreadableError, kind_of, parse_json
 from rightrank.data.rows import FILE_TYPES, Row, read_rows, records_of_frame
-from rightrank.decision.metrics import is_percent
 from rightrank.decision.metrics import kind_of as kind_of_metric
 from rightrank.interop.columns import (
     SYNONYMS,
@@ -21,7 +18,6 @@ from rightrank.interop.columns import (
     identify_columns,
     is_blank,
     listed,
-    long_rows,
     names_of,
     plain,
     rows_of_names,
@@ -35,27 +31,15 @@ from rightrank.schema.metrics import unknown_direction
 FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "out of memory"}
 UNFINISHED = {"running", "unfinished", "in_progress", "scheduled", "pending", "waiting", "queued", "preempting"}
 PRUNED = {"pruned"}  # stopped by a tuner because others were better: neither a result nor a failure
-MAX_RANK = 2**20
-MIN_NUMBER = 1e-30  # smaller magnitudes are read as 0, before they become subnormal
-MAX_NUMBER = 1e12  # a larger held-out value is a mistake, and its square loses precision
-MAX_FILE_BYTES = 200 * 2**20  # about 5 million rows
 MAX_DEPTH = 8
-# Columns of text that tell trainings apart and say nothing of how they were made.
-LABELS = {
-    "notes", "note", "tags", "tag", "comment", "comments", "user", "host", "hostname", "node", "gpu", "gpu_type",
-    "device", "os", "sweep", "created", "updated", "date", "time", "timestamp", "start_time", "end_time", "commit", "git_commit", "message",
-}  # fmt: skip
-# Columns of text that say that trainings can't be compared, even where each training has another one.
+# Columns of text that say that trainings can't be compared.
 KINDS = {
     "model", "base_model", "model_name", "model_name_or_path", "model_id", "base_model_name_or_path", "dataset",
     "dataset_name", "data", "task", "method", "peft_type", "optimizer", "optim",
 }  # fmt: skip
-_NUMBER = r"[-+]?(?:\d[\d.,]*|[.,]\d+)(?:e[-+]?\d+)?"
-_CELL = re.compile(rf"({_NUMBER})\s*(%?)(?:\s*(?:±|\+/-|\+-)\s*({_NUMBER})\s*(%?))?", re.IGNORECASE)
-_PERCENT = re.compile(r"%|pct|percent", re.IGNORECASE)  # in the name of a column
-SPREAD = "±"  # the column of the deviations that the cells of the value state
+DETAILS = ("std", "std_seeds", "train_value")  # fields of a result; later rows override earlier ones
 
-Key = tuple[int, float, int]  # rank, learning rate, seed
+Key: TypeAlias = tuple[int, float, int]  # rank, learning rate, seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +50,19 @@ class TableOptions:
     margin: float | None = None
 
 
-@dataclass(slots=True)
-class _Training:
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A row of a training."""
+
     where: str
     trial: str
-    by_example: dict[str, tuple[float, float, str]] = field(default_factory=dict)  # value, weight, where
-    by_step: dict[int, tuple[float, str]] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)  # fields of the result; later rows override earlier ones
-    others: dict[str, float] = field(default_factory=dict)
+    key: Key
+    status: str
+    value: float | None  # None: the training failed
+    item: str  # empty: of all examples
+    step: int
+    weight: float
+    details: dict[str, float]
 
 
 def raw_rows(*sources: Path) -> list[Row]:
@@ -102,14 +91,8 @@ def _files_of(source: Path) -> list[Path]:
 
 def _file_rows(path: Path, named: bool) -> list[Row]:
     """The rows of one file, with the settings in its name that no column has where `named`."""
-    size = path.stat().st_size
-    if size == 0:
+    if path.stat().st_size == 0:
         raise ResultsError(f"{path}: the file is empty; give a header and one row for each training")
-    if size > MAX_FILE_BYTES:
-        raise ResultsError(
-            f"{path}: {size / 2**20:,.0f} MiB is too large for a table of results (limit {MAX_FILE_BYTES // 2**20} MiB); "
-            "give one row for each training, or for each training and item"
-        )
     try:
         rows = [row for split in read_rows(path).values() for row in split]
     except DataError as error:
@@ -147,14 +130,12 @@ def flat(rows: Iterable[Row]) -> list[Row]:
 
 def _flat(fields: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     for name, value in fields.items():
-        if isinstance(value, str) and not is_text(value):
-            value = value.encode("utf-8", "replace").decode()
         if isinstance(value, str) and value[:1] == "{" and value[-1:] == "}":
             value = _object(value)
         if isinstance(value, Mapping) and depth < MAX_DEPTH:
             yield from _flat(value, f"{prefix}{name}.", depth + 1)
         else:
-            yield f"{prefix}{name}".encode("utf-8", "replace").decode(), value
+            yield f"{prefix}{name}", value
 
 
 def _object(text: str) -> Any:
@@ -172,37 +153,26 @@ def results_of_rows(rows: list[Row], asked: TableOptions, where: str) -> Results
     """
     named = rows_of_names(rows, asked.mapping)
     notes = ["rank from the names of the trainings"] if named is not rows else []
-    rows = long_rows(named, asked.mapping)
-    notes += ["one column a rank"] if rows is not named else []
-    columns = identify_columns(rows, asked.metric, asked.mapping, where)
-    rows, metric = _one_metric(rows, columns, asked.metric, where)
-    rows, columns, has_percent = _plain_cells(rows, columns, where)
-    trainings, missing, counts = _gather(rows, columns, metric)
-    results = [*_results_of(trainings, columns), *missing]
-    _require_comparable(results, trainings, where)
+    columns = identify_columns(named, asked.metric, asked.mapping, where)
+    rows, metric = _one_metric(named, columns, asked.metric, where)
+    with_rank = [row for row in rows if not is_blank(row.fields.get(columns.by_name["rank"]))]
+    results, counts = _results([_line(row, columns, metric) for row in with_rank], columns)
+    _require_comparable(results, where)
     higher, why = _direction(rows, columns, metric, asked.higher_is_better, where)
-    _require_one_kind(rows, columns, where)
-    if asked.margin is None:
-        notes += _margin_notes(
-            metric, higher, [result.value for result in results if result.value is not None], where, has_percent
+    _require_one_kind(rows, where)
+    if asked.margin is None and kind_of_metric(metric, higher) == "other":
+        notes.append(
+            f"margin: 1% of the best, as the name {metric!r} says no unit (--metric NAME or --margin changes it)"
         )
     roles = [f"{name} from column {column}" for name, column in columns.by_name.items() if name != column]
     roles.append(f"value from column {columns.value}: {'higher' if higher else 'lower'} is better ({why})")
     unused = _unused(rows, columns)
     left = [f"not used: {listed(unused)}"] if unused else []
+    rankless = len(rows) - len(with_rank)
+    left += [f"{rankless} row{'s' * (rankless != 1)} without a rank left out"] if rankless else []
     return ResultsTable(
         metric=metric, higher_is_better=higher, results=results, understood=[*roles, *notes, *left, *counts]
     )
-
-
-def _margin_notes(metric: str, higher: bool, values: list[float], where: str, has_percent: bool) -> list[str]:
-    """Why the default margin is what it is, where the metric's name does not say it."""
-    kind = kind_of_metric(metric, higher)
-    if has_percent and kind == "accuracy" and not is_percent(values):
-        raise ResultsError(f"{where}: every {metric} is a percentage up to 1; give the margin in points with --margin")
-    if kind != "other":
-        return []
-    return [f"margin: 1% of the best, as the name {metric!r} says no unit (--metric NAME or --margin changes it)"]
 
 
 def _unused(rows: Sequence[Row], columns: Columns) -> list[str]:
@@ -211,109 +181,20 @@ def _unused(rows: Sequence[Row], columns: Columns) -> list[str]:
     return [name for name in names if not all(is_blank(row.fields.get(name)) for row in rows)]
 
 
-def _require_one_kind(rows: Sequence[Row], columns: Columns, where: str) -> None:
-    """Refuse trainings that differ in a column of text that is not used, such as `model`.
-
-    A text counts if several ranks share it: one that each training has for itself is its name.
+def _require_one_kind(rows: Sequence[Row], where: str) -> None:
+    """Refuse trainings of several models, data sets or methods.
 
     Raises:
         ResultsError: names the column and two of its texts.
     """
-    rank, keys = columns.by_name["rank"], ("rank", "lr", "seed")
-    names = [columns.by_name[role] for role in ("trial",) if role in columns.by_name] + _unused(rows, columns)
-    measured = [
-        row for row in rows if not is_blank(row.fields.get(columns.value)) and not is_blank(row.fields.get(rank))
-    ]
-    for name in names:
-        if plain(name) in LABELS or plain(name).startswith("tags_"):
-            continue
-        ranks: dict[str, set[str]] = {}
-        texts: dict[tuple[str, ...], set[str]] = {}
-        for row in measured:
-            text = row.fields.get(name)
-            if _is_setting(text):
-                ranks.setdefault(str(text), set()).add(str(row.fields[rank]))
-                texts.setdefault(tuple(str(row.fields.get(columns.get(key) or "")) for key in keys), set()).add(
-                    str(text)
-                )
-        varies = any(
-            len(found) > 1 for found in texts.values()
-        )  # within a training, as the category of an example does
-        shared = any(len(found) > 1 for found in ranks.values())
-        if len(ranks) > 1 and not varies and (shared or plain(name) in KINDS):
-            one, other = [quoted(text, 40) for text in sorted(ranks)[:2]]
+    for name in names_of(rows):
+        texts = {str(row.fields.get(name)) for row in rows if not is_blank(row.fields.get(name))}
+        if plain(name) in KINDS and len(texts) > 1:
+            one, other = [quoted(text, 40) for text in sorted(texts)[:2]]
             raise ResultsError(
                 f"{where}: the trainings differ in column {name} ({one}, {other}), which is not used; keep the rows of one, "
                 "or leave the column out if it does not matter"
             )
-
-
-def _is_setting(value: Any) -> bool:
-    """Whether a cell is a text that may say how a training was made: no number and no date."""
-    text = str(value).strip()
-    is_number = _float(value) is not None and not isinstance(value, bool)
-    return not is_blank(value) and not is_number and not re.match(r"\d{4}-\d\d-\d\d|\d+ days", text)
-
-
-def _plain_cells(rows: list[Row], columns: Columns, where: str) -> tuple[list[Row], Columns, bool]:
-    """`(rows, columns, whether the values are percentages)`, with cells such as `84,06% ± 0,3` and `OOM` as plain numbers and none.
-
-    Raises:
-        ResultsError: a comma that may be a decimal or a thousands one, or percent signs on some values only.
-    """
-    names = [
-        columns.value,
-        *columns.others,
-        *filter(None, map(columns.get, ("lr", "std", "weight", "train_value"))),
-    ]
-    commas = {name for name in names if _has_decimal_commas(rows, name, where)}
-    changed, percents, spread = [], Counter[bool](), False
-    for row in rows:
-        fields = dict(row.fields)
-        for name in names:
-            text = fields.get(name)
-            if is_blank(text):
-                continue
-            percent, deviation = "", None
-            if isinstance(text, str) and _float(text) is None:
-                fields[name], percent, deviation = _parts(text, name in commas)
-            if name == columns.value and fields[name] is not None:
-                percents[bool(percent or _PERCENT.search(name))] += 1
-                if deviation is not None and columns.get("std") is None:
-                    fields[SPREAD], spread = deviation, True
-        changed.append(Row(fields, row.where))
-    if len(percents) > 1:
-        raise ResultsError(f"{where}: column {columns.value} has values with and without %; give one unit")
-    if spread:
-        columns = replace(columns, by_name={**columns.by_name, "std": SPREAD})
-    if "std" not in columns.by_name:
-        columns = replace(columns, by_name={name: at for name, at in columns.by_name.items() if name != "std_seeds"})
-    return changed, columns, percents[True] > 0
-
-
-def _parts(text: str, has_commas: bool) -> tuple[str | None, str, str | None]:
-    """`(number, percent sign, deviation)` of a cell; None and no sign for a word that says that the training failed."""
-    if text.strip().lower() in FAILED:
-        return None, "", None
-    cell = _CELL.fullmatch(text.strip())
-    if cell is None:
-        return text, "", None
-    number, deviation = (part and part.replace(",", ".") if has_commas else part for part in (cell[1], cell[3]))
-    return number, cell[2] or cell[4] or "", deviation
-
-
-def _has_decimal_commas(rows: Iterable[Row], name: str, where: str) -> bool:
-    texts = [text for row in rows if isinstance(text := row.fields.get(name), str) and "," in text]
-    cells = [cell for text in texts if (cell := _CELL.fullmatch(text.strip()))]
-    numbers = [number for cell in cells for number in (cell[1], cell[3]) if number and "," in number]
-    if not numbers or not all(re.fullmatch(r"[-+]?\d*,\d+(e[-+]?\d+)?", number, re.IGNORECASE) for number in numbers):
-        return False
-    if all(re.fullmatch(r"[-+]?[1-9]\d{0,2},\d{3}", number) for number in numbers):
-        first = numbers[0]
-        raise ResultsError(
-            f"{where}: {name} {first!r} may be {first.replace(',', '.')} or {first.replace(',', '')}; write it with a point or without comma"
-        )
-    return True
 
 
 def _one_metric(rows: list[Row], columns: Columns, asked: str | None, where: str) -> tuple[list[Row], str]:
@@ -354,48 +235,148 @@ def _direction(rows: list[Row], columns: Columns, metric: str, asked: bool | Non
     return known, f"from its name, {metric}"
 
 
-def _gather(rows: Iterable[Row], columns: Columns, metric: str) -> tuple[dict[Key, _Training], list[Result], list[str]]:
-    """`(rows by training, trainings without a result, notes on what was left out)`."""
-    trainings: dict[Key, _Training] = {}
-    left: dict[str, dict[Key, Row]] = {"failed": {}, "unfinished": {}, "pruned": {}}
-    rankless = repeated = 0
-    positive = "perplexity" in metric.lower() or metric.lower() == "ppl"
-    for row in rows:
-        if is_blank(row.fields.get(columns.by_name["rank"])):
-            rankless += 1
+def _line(row: Row, columns: Columns, metric: str) -> _Line:
+    status = str(_cell(row, columns, "status")).strip().lower()
+    failed = status in FAILED or str(row.fields.get(columns.value)).strip().lower() in FAILED
+    value = None if failed or status in UNFINISHED | PRUNED else _number(row, columns.value)
+    if value is not None and value <= 0 and ("perplexity" in metric.lower() or metric.lower() == "ppl"):
+        raise ResultsError(f"{row.where}: a perplexity of {value:g} is not possible; perplexities are above 0")
+    item, step, weight = (_cell(row, columns, name) for name in ("item", "step", "weight"))
+    return _Line(
+        row.where,
+        str(_cell(row, columns, "trial") or row.where),
+        _key(row, columns),
+        status,
+        value,
+        "" if is_blank(item) else str(item),
+        0 if is_blank(step) else _integer(row, columns.by_name["step"], "step", "an integer from 0"),
+        1.0 if is_blank(weight) else _positive(row, columns.by_name["weight"]),
+        _details(row, columns),
+    )
+
+
+def _cell(row: Row, columns: Columns, role: str) -> Any:
+    column = columns.get(role)
+    return None if column is None else row.fields.get(column)
+
+
+def _details(row: Row, columns: Columns) -> dict[str, float]:
+    """The row's further numbers: those of a result by role, those of other metrics by column."""
+    found: dict[str, float] = {}
+    for name in (*DETAILS, *columns.others):
+        column = columns.get(name) if name in SYNONYMS else name
+        number = None if column is None else _number(row, column, strict=name in ("std", "std_seeds"))
+        if number is not None:
+            found[name] = number
+    std, seeds = found.get("std", 0.0), found.get("std_seeds", 1.0)
+    if std < 0:
+        raise ResultsError(f"{row.where}: std {std:g} is not allowed: a standard deviation is 0 or above")
+    if seeds < 1 or not seeds.is_integer():
+        raise ResultsError(
+            f"{row.where}: {columns.get('std_seeds')} {seeds:g} is not allowed: give a whole number from 1"
+        )
+    return found
+
+
+def _results(lines: Sequence[_Line], columns: Columns) -> tuple[list[Result], list[str]]:
+    """`(one result for each training, notes on what was left out)`.
+
+    Raises:
+        ResultsError: a training with two values at one place, or trainings that were scored on different examples.
+    """
+    trainings: dict[Key, dict[tuple[str, int], _Line]] = {}
+    left: dict[str, dict[Key, _Line]] = {"failed": {}, "unfinished": {}, "pruned": {}}
+    repeated = 0
+    for line in lines:
+        if line.value is None:
+            kind = "unfinished" if line.status in UNFINISHED else "pruned" if line.status in PRUNED else "failed"
+            left[kind].setdefault(line.key, line)
             continue
-        key = _key(row, columns)
-        status = str(row.fields.get(columns.get("status") or "", "")).strip().lower()
-        if status in UNFINISHED | PRUNED:  # its last value is one part of the way
-            left["pruned" if status in PRUNED else "unfinished"].setdefault(key, row)
-            continue
-        value = None if status in FAILED else _number(row, columns.value)
-        if value is None:
-            left["failed"].setdefault(key, row)
-            continue
-        if positive and value <= 0:
-            raise ResultsError(f"{row.where}: a perplexity of {value:g} is not possible; perplexities are above 0")
-        name = str(row.fields.get(columns.get("trial") or "", "") or row.where)
-        repeated += _take(trainings.setdefault(key, _Training(row.where, name)), row, key, value, columns)
-    missing = [
-        Result(trial_id=row.where, rank=key[0], learning_rate=key[1], seed=key[2], value=None)
-        for key, row in left["failed"].items()
-        if key not in trainings
-    ]
+        first = trainings.setdefault(line.key, {}).setdefault((line.item, line.step), line)
+        if first.value != line.value:
+            raise _two_values(line, first, columns)
+        repeated += first is not line
+    results = [_result(list(found.values()), columns) for found in trainings.values()]
+    _require_same_examples(list(trainings.values()))
+    failed = [line for key, line in left["failed"].items() if key not in trainings]
+    for line in failed:
+        rank, learning_rate, seed = line.key
+        results.append(Result(trial_id=line.where, rank=rank, learning_rate=learning_rate, seed=seed, value=None))
     counts = (
-        (rankless, "row", "without a rank left out"),
         (repeated, "repeated row", "left out"),
-        (len(missing), "training", "without a result"),
+        (len(failed), "training", "without a result"),
         (len(left["unfinished"]), "unfinished training", "left out"),
         (len(left["pruned"].keys() - trainings.keys()), "pruned training", "left out"),
     )
-    return trainings, missing, [f"{count} {noun}{'s' * (count != 1)} {what}" for count, noun, what in counts if count]
+    return results, [f"{count} {noun}{'s' * (count != 1)} {what}" for count, noun, what in counts if count]
+
+
+def _two_values(line: _Line, first: _Line, columns: Columns) -> ResultsError:
+    rank, learning_rate, seed = line.key
+    rate = f", lr {learning_rate:g}" if learning_rate else ""
+    what = f", example {line.item}" if line.item else f", step {line.step}" if columns.get("step") else ""
+    return ResultsError(
+        f"{line.where}: rank {rank}{rate}, seed {seed}{what} occurs twice with different values (also {first.where}); add the "
+        "column that distinguishes them (seed, lr or item), or remove one"
+    )
+
+
+def _scored(lines: Iterable[_Line]) -> dict[str, _Line]:
+    """By example, the row of its last look."""
+    last = {line.item: line for line in sorted(lines, key=lambda line: line.step) if line.item}
+    return dict(sorted(last.items()))
+
+
+def _result(lines: Sequence[_Line], columns: Columns) -> Result:
+    """One training: the mean over its examples, or its last look."""
+    (rank, learning_rate, seed), examples = lines[0].key, _scored(lines).values()
+    points = sorted((line.step, line.value) for line in lines if not line.item and line.value is not None)
+    values = [line.value for line in examples if line.value is not None]
+    weights = [line.weight for line in examples]
+    mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights) if values else points[-1][1]
+    steps = max((step for step, _ in points), default=0)
+    details = {name: number for line in lines for name, number in line.details.items()}
+    return Result(
+        trial_id=lines[0].trial,
+        rank=rank,
+        learning_rate=learning_rate,
+        seed=seed,
+        value=mean,
+        item_values=values,
+        item_weights=weights if columns.get("weight") else [],
+        std=details.get("std"),
+        std_seeds=int(details.get("std_seeds", 1)) if "std" in details else 1,
+        train_value=details.get("train_value"),
+        steps=steps or None,
+        points=points if steps else [],
+        others={name: details[name] for name in columns.others if name in details},
+    )
+
+
+def _require_same_examples(trainings: Sequence[Mapping[tuple[str, int], _Line]]) -> None:
+    before: dict[str, float] = {}
+    for training in trainings:
+        scored = _scored(training.values())
+        own = {item: line.weight for item, line in scored.items()}
+        if not own:
+            continue
+        before = before or own
+        line, odd = next(iter(scored.values())), sorted(own.keys() ^ before.keys())
+        if odd:
+            raise ResultsError(
+                f"{line.where}: rank {line.key[0]} is scored on other examples than the rank before ({len(odd)} differ, such as "
+                f"{odd[0]}); score every training on the same examples"
+            )
+        if own != before:
+            raise ResultsError(
+                f"{line.where}: rank {line.key[0]} has other token counts than the rank before for the same examples; give each "
+                "example the same count in every training"
+            )
 
 
 def _key(row: Row, columns: Columns) -> Key:
+    """Rank, learning rate and seed."""
     rank = _integer(row, columns.by_name["rank"], "rank", "a positive integer, or 0 for the base")
-    if rank > MAX_RANK:
-        raise ResultsError(f"{row.where}: rank {rank} is not allowed: no adapter has more than {MAX_RANK:,}")
     learning_rate, seed = 0.0, 0
     column = columns.get("lr")
     if rank > 0 and column is not None and not is_blank(row.fields.get(column)):
@@ -410,93 +391,7 @@ def _key(row: Row, columns: Columns) -> Key:
     return rank, learning_rate, seed
 
 
-def _take(training: _Training, row: Row, key: Key, value: float, columns: Columns) -> bool:
-    """Add a row to its training; return whether it repeats another row."""
-    item, step = columns.get("item"), columns.get("step")
-    if item is not None and (step is None or not is_blank(row.fields.get(item))):
-        name = str(row.fields.get(item))
-        weight = _positive(row, columns.get("weight")) or 1.0
-        first, _, where = training.by_example.setdefault(name, (value, weight, row.where))
-        what = f", example {name}"
-    else:
-        at = 0 if step is None or is_blank(row.fields.get(step)) else _integer(row, step, "step", "an integer from 0")
-        first, where = training.by_step.setdefault(at, (value, row.where))
-        what = f", step {at}" if step else ""
-    if where == row.where:
-        _note_details(training, row, columns)
-        return False
-    if first != value:
-        learning_rate = f", lr {key[1]:g}" if key[1] else ""
-        raise ResultsError(
-            f"{row.where}: rank {key[0]}{learning_rate}, seed {key[2]}{what} occurs twice with different values (also {where}); "
-            "add the column that distinguishes them (seed, lr or item), or remove one"
-        )
-    return True
-
-
-def _note_details(training: _Training, row: Row, columns: Columns) -> None:
-    """Store the row's further numbers."""
-    std = None if columns.get("std") is None else _number(row, columns.by_name["std"])
-    if std is not None and std < 0:
-        raise ResultsError(f"{row.where}: std {std:g} is not allowed: a standard deviation is 0 or above")
-    if std is not None:
-        column = columns.get("std_seeds")
-        seeds = _positive(row, column) or 1.0
-        if not seeds.is_integer():
-            raise ResultsError(f"{row.where}: {column} {seeds:g} is not allowed: give a whole number from 1")
-        training.details |= {"std": std, "std_seeds": int(seeds)}
-    for name in ("train_value", *columns.others):
-        column = columns.get(name) if name in SYNONYMS else name
-        number = None if column is None else _number(row, column, strict=False)
-        if number is not None:
-            (training.details if name in SYNONYMS else training.others)[name] = number
-
-
-def _results_of(trainings: Mapping[Key, _Training], columns: Columns) -> Iterator[Result]:
-    """Yield one result per training, with the examples in one order.
-
-    Raises:
-        ResultsError: trainings were scored on different examples, or with different weights.
-    """
-    examples: list[str] = []
-    tokens: list[float] = []
-    for (rank, learning_rate, seed), training in trainings.items():
-        values: list[float] = []
-        weights: list[float] = []
-        if training.by_example:
-            examples = examples or sorted(training.by_example)
-            odd = sorted(set(training.by_example) ^ set(examples))
-            if odd:
-                raise ResultsError(
-                    f"{training.where}: rank {rank} is scored on other examples than the rank before ({len(odd)} differ, "
-                    f"such as {odd[0]}); score every training on the same examples"
-                )
-            values = [training.by_example[name][0] for name in examples]
-            weights = [training.by_example[name][1] for name in examples]
-            tokens = tokens or weights
-            if weights != tokens:
-                raise ResultsError(
-                    f"{training.where}: rank {rank} has other token counts than the rank before for the same examples; "
-                    "give each example the same count in every training"
-                )
-        steps = sorted(training.by_step)
-        mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights) if values else None
-        yield Result(
-            trial_id=training.trial,
-            rank=rank,
-            learning_rate=learning_rate,
-            seed=seed,
-            value=training.by_step[steps[-1]][0] if mean is None else mean,
-            item_values=values,
-            item_weights=weights if columns.get("weight") else [],
-            steps=max(steps, default=0) or None,
-            points=[(step, training.by_step[step][0]) for step in steps] if any(steps) else [],
-            others=training.others,
-            **training.details,
-        )
-
-
-def _require_comparable(results: list[Result], trainings: Mapping[Key, _Training], where: str) -> None:
+def _require_comparable(results: list[Result], where: str) -> None:
     trained = [result for result in results if result.rank > 0 and result.value is not None]
     ranks = {result.rank for result in trained}
     if not ranks:
@@ -509,9 +404,9 @@ def _require_comparable(results: list[Result], trainings: Mapping[Key, _Training
         )
     rates = {result.learning_rate > 0 for result in trained}
     if len(rates) > 1:
-        bare = next(run for key, run in trainings.items() if key[0] > 0 and key[1] == 0)
+        bare = next(result for result in trained if result.learning_rate == 0)
         raise ResultsError(
-            f"{bare.where}: no learning rate, though other rows have one; give it, or leave the column out"
+            f"{bare.trial_id}: no learning rate, though other rows have one; give it, or leave the column out"
         )
 
 
@@ -529,14 +424,12 @@ def _number(row: Row, column: str, strict: bool = True) -> float | None:
         raise ResultsError(
             f"{row.where}: {column} is {number}; leave the cell empty where a training ended without a result"
         )
-    if abs(number) > MAX_NUMBER:
-        raise ResultsError(f"{row.where}: {column} is {number:g}; give a number up to {MAX_NUMBER:g}")
-    return number if abs(number) >= MIN_NUMBER else 0.0
+    return number
 
 
-def _positive(row: Row, column: str | None) -> float | None:
-    number = None if column is None else _number(row, column)
-    if number is not None and number <= 0:
+def _positive(row: Row, column: str) -> float:
+    number = _number(row, column) or 0.0
+    if number <= 0:
         raise ResultsError(f"{row.where}: {column} {number:g} is not allowed: give a number above 0")
     return number
 

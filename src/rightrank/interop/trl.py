@@ -1,6 +1,6 @@
-"""Ready `train` functions for TRL's `GRPOTrainer` and `DPOTrainer` (extra `trl`).
+"""A ready `train` function for TRL's `GRPOTrainer` (extra `trl`).
 
-Each one trains a task with its rank, learning rate and seed, reports the held-out scores along the way, stops early a
+It trains a task with its rank, learning rate and seed, reports the held-out scores along the way, stops early a
 run that has collapsed, restores the best checkpoint by the validation rows, and measures it on the test rows.
 
     train = GRPOTrain(
@@ -15,27 +15,24 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from importlib import import_module
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rightrank.decision.collapse import best_point, should_stop_early
-from rightrank.interop.transformers import IGNORED, causal_item_losses, padded_batches
 from rightrank.schema.errors import MissingExtraError, NotFiniteError, ReportError, SettingsError, quoted
-from rightrank.schema.metrics import direction, unknown_direction
 from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
 
 RewardFunction: TypeAlias = Callable[..., Sequence[float | None]]
 
 
-def checked_reward(function: RewardFunction) -> RewardFunction:
+def _checked_reward(function: RewardFunction) -> RewardFunction:
     """The reward function, which raises where it returns the wrong count or a number that is not finite.
 
     None stands for a reward that does not apply to a completion, as in TRL.
@@ -136,14 +133,15 @@ def _greedy(model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int)
 
 
 Rows: TypeAlias = Any  # a `datasets.Dataset`, or a list of rows
-DPOMetric: TypeAlias = Literal["loss", "reward_accuracy", "reward_margin"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainWithTRL(ABC):
-    """One training with TRL: the adapter, the looks, the best checkpoint and its test.
+class GRPOTrain:
+    """One training with `GRPOTrainer`: the adapter, the looks, the best checkpoint, and its test by the reward of one greedy
+    completion of each held-out prompt.
 
-    The function that it is can be sent to another process, so it works with every `where`.
+    Rows have `prompt`, a string or a list of messages, and the columns that the reward functions read. The function can be
+    sent to another process, so it works with every executor.
     """
 
     model: str
@@ -155,6 +153,7 @@ class TrainWithTRL(ABC):
     """Rows of the looks. The best checkpoint is the one with the best mean over them."""
     test: Rows
     """Rows that measure the best checkpoint. Ranks are compared by them."""
+    reward_funcs: RewardFunction | Sequence[RewardFunction]
     looks: int = 10
     """Evaluations along the training, beside the one before the first step."""
     eval_batch_size: int = 64
@@ -169,41 +168,48 @@ class TrainWithTRL(ABC):
             return self._measured(base, tokenizer)
 
         def score(model: Any) -> list[float]:
-            return self.scores(model, tokenizer, self.validation)[self.metric]
+            return self.rewards(model, tokenizer, self.validation)
 
-        looks = Looks(task, score, self.looks, self.higher_is_better)
-        trainer = self.make_trainer(self._args_of(task), self._lora_of(task), looks)
+        lora: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **self.lora}
+        looks = _Looks(task, score, self.looks)
+        trainer = _trl().GRPOTrainer(
+            self.model,
+            reward_funcs=self._functions(),
+            args=self._args_of(task),
+            train_dataset=self.train_dataset,
+            peft_config=LoraConfig(r=task.rank, lora_alpha=task.lora_alpha, **lora),  # type: ignore[arg-type]
+            callbacks=[looks],
+        )
         trainer.train()
         looks.restore_best(trainer.model)
         trainer.model.save_pretrained(task.folder)
         return self._measured(trainer.model, tokenizer, looks)
 
     @property
-    @abstractmethod
     def metric(self) -> str:
-        """The metric that decides, one of those that `scores` returns."""
+        return "reward"
 
     @property
     def higher_is_better(self) -> bool:
-        """As the metric's name says; give your own property for a metric whose name is not known."""
-        found = direction(self.metric)
-        if found is None:
-            raise SettingsError(f"{unknown_direction(self.metric)}; define higher_is_better in {type(self).__name__}")
-        return found
+        return True
 
-    @abstractmethod
-    def make_trainer(self, args: Any, lora: Any, looks: Looks) -> Any:
-        """TRL's trainer of one task."""
+    def rewards(self, model: Any, tokenizer: Any, rows: Rows) -> list[float]:
+        """The reward of each row."""
+        functions = self._functions()
+        weights = self.args.reward_weights or [1.0] * len(functions)
+        return greedy_rewards(
+            model, tokenizer, rows, functions, weights, self.args.max_completion_length, self.eval_batch_size
+        )
 
-    @abstractmethod
-    def scores(self, model: Any, tokenizer: Any, rows: Rows) -> dict[str, list[float]]:
-        """Scores of each row, by metric."""
+    def _functions(self) -> list[RewardFunction]:
+        given = self.reward_funcs
+        return [_checked_reward(one) for one in ([given] if callable(given) else given)]
 
-    def _measured(self, model: Any, tokenizer: Any, looks: Looks | None = None) -> TrialResult:
-        scores = self.scores(model, tokenizer, self.test)
+    def _measured(self, model: Any, tokenizer: Any, looks: _Looks | None = None) -> TrialResult:
+        scores = self.rewards(model, tokenizer, self.test)
         return TrialResult(
-            metrics={name: sum(values) / len(values) for name, values in scores.items()},
-            item_scores=scores[self.metric],
+            metrics={self.metric: sum(scores) / len(scores)},
+            item_scores=scores,
             points=[] if looks is None else looks.points,
             trainable_parameters=sum(one.numel() for one in model.parameters() if one.requires_grad) if looks else 0,
         )
@@ -217,119 +223,6 @@ class TrainWithTRL(ABC):
         args.save_strategy = args.eval_strategy = "no"
         return args
 
-    def _lora_of(self, task: TrialTask) -> Any:
-        from peft import LoraConfig
-
-        settings = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **self.lora}
-        return LoraConfig(r=task.rank, lora_alpha=task.lora_alpha, **settings)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GRPOTrain(TrainWithTRL):
-    """`GRPOTrainer`: the reward of one greedy completion of each held-out prompt decides.
-
-    Rows have `prompt`, a string or a list of messages, and the columns that the reward functions read.
-    """
-
-    reward_funcs: RewardFunction | Sequence[RewardFunction]
-
-    @property
-    def metric(self) -> str:
-        return "reward"
-
-    def make_trainer(self, args: Any, lora: Any, looks: Looks) -> Any:
-        return _trl().GRPOTrainer(
-            self.model,
-            reward_funcs=self._functions(),
-            args=args,
-            train_dataset=self.train_dataset,
-            peft_config=lora,
-            callbacks=[looks],
-        )
-
-    def scores(self, model: Any, tokenizer: Any, rows: Rows) -> dict[str, list[float]]:
-        functions = self._functions()
-        weights = self.args.reward_weights or [1.0] * len(functions)
-        length, size = self.args.max_completion_length, self.eval_batch_size
-        return {"reward": greedy_rewards(model, tokenizer, rows, functions, weights, length, size)}
-
-    def _functions(self) -> list[RewardFunction]:
-        given = self.reward_funcs
-        return [checked_reward(one) for one in ([given] if callable(given) else given)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DPOTrain(TrainWithTRL):
-    """`DPOTrainer` with the sigmoid loss: the preference loss of each held-out pair decides, or another of its metrics.
-
-    Rows have `prompt`, `chosen` and `rejected`, strings or lists of messages.
-    """
-
-    decides_by: DPOMetric = "loss"
-
-    @property
-    def metric(self) -> str:
-        return self.decides_by
-
-    def make_trainer(self, args: Any, lora: Any, looks: Looks) -> Any:
-        return _trl().DPOTrainer(
-            self.model, args=args, train_dataset=self.train_dataset, peft_config=lora, callbacks=[looks]
-        )
-
-    def scores(self, model: Any, tokenizer: Any, rows: Rows) -> dict[str, list[float]]:
-        """Of each pair: the loss -log σ(margin), whether the margin is above 0, and the margin β·(log-ratio chosen - rejected)."""
-        pairs = [_encoded(tokenizer, row, self.args.max_length) for row in rows]
-        sides = zip(*pairs, strict=True)
-        batches = [padded_batches(one, tokenizer.pad_token_id, self.eval_batch_size) for one in sides]
-        trained = [_log_likelihoods(model, one) for one in batches]
-        without_adapter = model.disable_adapter() if hasattr(model, "disable_adapter") else torch.no_grad()
-        with without_adapter:
-            base = [_log_likelihoods(model, one) for one in batches]
-        margins = [
-            self.args.beta * ((good - good_base) - (bad - bad_base))
-            for good, bad, good_base, bad_base in zip(*trained, *base, strict=True)
-        ]
-        return {
-            "loss": [-math.log(1 / (1 + math.exp(-margin))) if margin > -500 else -margin for margin in margins],
-            "reward_accuracy": [float(margin > 0) for margin in margins],
-            "reward_margin": margins,
-        }
-
-
-def _log_likelihoods(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[float]:
-    found = causal_item_losses(model, batches)
-    return [-loss * tokens for loss, tokens in zip(found.scores, found.weights, strict=True)]
-
-
-def _encoded(tokenizer: Any, row: Mapping[str, Any], max_length: int | None) -> list[dict[str, list[int]]]:
-    """The chosen and the rejected answer after their prompt, with labels on the answer, tokenized as TRL does.
-
-    Tokens may merge across the end of the prompt. An answer begins where either answer diverges from the prompt's own tokens.
-    """
-    prompt, *wholes = _tokens(tokenizer, row)
-    start = min(_common_prefix(prompt, whole) for whole in wholes)
-    return [
-        {"input_ids": whole[:max_length], "labels": ([IGNORED] * start + whole[start:])[:max_length]}
-        for whole in wholes
-    ]
-
-
-def _tokens(tokenizer: Any, row: Mapping[str, Any]) -> list[list[int]]:
-    """Of the prompt, and of the prompt with either answer."""
-    prompt, answers = row["prompt"], (row["chosen"], row["rejected"])
-    if not isinstance(prompt, str):
-        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        return [start, *(tokenizer.apply_chat_template(prompt + one, return_dict=False) for one in answers)]
-    end = tokenizer.eos_token
-    texts = [prompt, *(prompt + (one if one.endswith(end) else one + end) for one in answers)]
-    return [tokenizer(text)["input_ids"] for text in texts]
-
-
-def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    return next(
-        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
-
 
 def _trl() -> Any:
     try:
@@ -338,20 +231,17 @@ def _trl() -> Any:
         raise MissingExtraError("TRL is not installed: pip install 'rightrank[trl]'") from error
 
 
-class Looks(TrainerCallback):
+class _Looks(TrainerCallback):
     """Score the validation examples before the first step and at evenly spaced steps, and report each look to the task.
 
     The callback keeps the adapter of the best look, and ends a training that has collapsed for two looks (`should_stop_early`).
     """
 
-    def __init__(
-        self, task: TrialTask, score: Callable[[Any], list[float]], looks: int, higher_is_better: bool
-    ) -> None:
+    def __init__(self, task: TrialTask, score: Callable[[Any], list[float]], looks: int) -> None:
         self.points: list[EvalPoint] = []
         self._task = task
-        self._score = score  # of the model: the metric that decides, for each validation example
+        self._score = score  # of the model: the reward of each validation row
         self._looks = looks
-        self._higher_is_better = higher_is_better
         self._best: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -364,7 +254,7 @@ class Looks(TrainerCallback):
             return
         self._look(model, step)
         drop = self._task.collapse_drop
-        if drop is not None and should_stop_early(self.points, drop, self._higher_is_better):
+        if drop is not None and should_stop_early(self.points, drop, higher_is_better=True):
             control.should_training_stop = True
 
     def restore_best(self, model: Any) -> None:
@@ -377,6 +267,6 @@ class Looks(TrainerCallback):
         value = sum(scores) / len(scores)
         self._task.report(step, value, scores)
         self.points.append(EvalPoint(step=step, value=value, item_scores=scores))
-        if best_point(self.points, self._higher_is_better).step == step:
+        if best_point(self.points, higher_is_better=True).step == step:
             state = get_peft_model_state_dict(model)
             self._best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}

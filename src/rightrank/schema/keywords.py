@@ -53,20 +53,15 @@ class PlanKeywords(TypedDict, total=False):
     """The settings that most plans use. Pass all others through `settings`."""
 
     ranks: Sequence[int] | int
-    strategy: str
-    learning_rates: Sequence[float] | float
-    seeds: Sequence[int] | int
     modules_to_save: Sequence[str] | str
     use_dora: bool
     target_modules: Sequence[str] | str
     layers_to_transform: Sequence[int] | int
     batch_size: int
     seq_len: int
-    optim: Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"]
+    optim: Literal["adamw", "adamw_fused", "adamw_8bit"]
     loss: Literal["full", "chunked"]
     adapters_per_pass: int
-    max_steps: int
-    eval_items: int
     dtype: Literal["float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
     device: Literal["cuda", "cpu"]
     memory_bytes: int | str

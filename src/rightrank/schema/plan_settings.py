@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from rightrank.schema.settings import (
-    ADAPTER,
     COMPARE,
     DATA,
     MACHINE,
@@ -19,7 +18,7 @@ from rightrank.schema.settings import (
 )
 from rightrank.schema.table import setting
 
-OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"]
+OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit"]
 TRANSFORMERS_NAMES = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw_fused", "adamw_bnb_8bit": "adamw_8bit"}
 
 DEFAULT_PLAN_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -59,11 +58,6 @@ class PlanSettings(PeftFields):
     # the adapter
     target_modules: tuple[str, ...] = _as_select("target_modules")
     layers_to_transform: tuple[int, ...] | None = _as_select("layers_to_transform")
-    rank_pattern: dict[str, int] = setting({}, ADAPTER, "ranks of single modules, as in PEFT")
-    use_rslora: bool = setting(False, ADAPTER, "as in PEFT")
-    autocast_adapter_dtype: bool = setting(
-        True, ADAPTER, "adapters in float32 whatever the base's type: PEFT's default"
-    )
 
     # the step
     batch_size: int = _as_select("batch_size")
@@ -71,7 +65,7 @@ class PlanSettings(PeftFields):
     optim: OptimizerName = setting(
         "adamw",
         TRAINING,
-        "`adamw`, `adamw_fused`, `adamw_8bit`, `paged_adamw_8bit` or `sgd`",
+        "`adamw`, `adamw_fused` or `adamw_8bit`",
         option=True,
         also=("optimizer",),
         parse=_to_optimizer,
@@ -85,12 +79,8 @@ class PlanSettings(PeftFields):
     adapters_per_pass: int = setting(
         1, TRAINING, "adapters trained in one pass over the frozen base", option=True, also=("arms",), gt=0
     )
-    autocast: Literal["bfloat16", "float16"] | None = setting(None, TRAINING, "mixed precision over weights in float32")
     padding: bool = setting(False, TRAINING, "rows of unequal length, so that attention is given a mask")
-    keep_logits: bool = setting(
-        False, TRAINING, "whoever trains holds the model's outputs until the next step; Trainer does not"
-    )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", TRAINING, "as in transformers")
+    attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", TRAINING, "as in transformers")
     packed: bool = setting(
         False,
         TRAINING,
@@ -113,45 +103,11 @@ class PlanSettings(PeftFields):
     gradient_checkpointing: bool = setting(False, MACHINE, "recompute blocks in the backward pass", option=True)
     load_in_4bit: bool = _as_select("load_in_4bit")
     load_in_8bit: bool = setting(False, MACHINE, "the base's matrices in 8 bits", option=True)
-    bnb_4bit_use_double_quant: bool = setting(False, MACHINE, "as in transformers")
-    sharding: Literal["none", "ddp", "fsdp"] = setting("none", MACHINE, "over several devices")
-    num_devices: int = setting(1, MACHINE, "devices to shard over", gt=0)
-    context_bytes: int | None = setting(None, MACHINE, "of the process beside its tensors; assumed by default", ge=0)
-    headroom: float = setting(0.03, MACHINE, "of the predicted peak, kept free", ge=0, lt=1)
     trust_remote_code: bool = _as_select("trust_remote_code")
-
-    # the selection, for its operations
-    eval_items: int = _as_select("eval_items")
-    eval_points: int = _as_select("eval_points")
-    strategy: str | None = setting(
-        None,
-        COMPARE,
-        "operations of a selection by `bracket`, `grid` or `upward`",
-        option=True,
-    )
-    learning_rates: tuple[float, ...] = _as_select("learning_rates")
-    seeds: tuple[int, ...] = _as_select("seeds")
-    max_steps: int | None = setting(
-        None,
-        TRAINING,
-        "steps of each training of that selection",
-        option=True,
-        also=("steps", "max_iters"),
-        gt=0,
-    )
-    budget_trainings: float | None = _as_select("budget_trainings")
 
     def _require_consistent(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit were both given: give one of them")
-        if self.autocast is not None and self.dtype != "float32":
-            raise ValueError(f"autocast is for weights in float32: got dtype {self.dtype}; give one of the two")
-        if self.sharding != "none" and self.num_devices < 2:
-            raise ValueError(f"sharding {self.sharding!r} needs num_devices of 2 or more, got {self.num_devices}")
-        if self.sharding == "none" and self.num_devices > 1:
-            raise ValueError(f"num_devices {self.num_devices} needs sharding: give 'ddp' or 'fsdp'")
-        if self.strategy is not None and self.max_steps is None:
-            raise ValueError("the cost of a selection needs the steps of a training: give max_steps")
         if self.adapters_per_pass > 1 and (self.use_dora or self.target_parameters or self.peft_options):
             raise ValueError(
                 "several adapters in a pass are for plain LoRA on modules, other adapters train alone: leave out use_dora and target_parameters"
@@ -164,11 +120,9 @@ class PlanSettings(PeftFields):
         return self.packed or self.adapters_per_pass > 1
 
 
-# Settings of a selection's trainings that a plan has too, and those of a step that mean the same in both.
-TRAININGS_OF_SELECT = ("strategy", "learning_rates", "seeds", "budget_trainings", "eval_items", "eval_points")
-_OWN_IN_EACH = {*TRAININGS_OF_SELECT, "max_steps", "adapters_per_pass"}
+# Settings of a step that mean the same in a selection.
 STEP_OF_SELECT = tuple(
-    name for name in PlanSettings.model_fields if name in SelectSettings.model_fields and name not in _OWN_IN_EACH
+    name for name in PlanSettings.model_fields if name in SelectSettings.model_fields and name != "adapters_per_pass"
 )
 # Settings that change the step and not the tensors of the model.
 STEP_ONLY = {
@@ -187,14 +141,10 @@ STEP_ONLY |= {"packed", "eval_batch_size"}
 def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:
     """Plan settings from plain values.
 
-    With a strategy, the settings of the step default to those that `select` uses.
-
     Raises:
         SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
     """
-    values = gathered_options(values)
-    as_select = loop_of_select(values.get("num_labels")) if values.get("strategy") is not None else {}
-    return PlanSettings(**(as_select | dict(values)))
+    return PlanSettings(**gathered_options(values))
 
 
 def loop_of_select(num_labels: object) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.events import SplitSummary
 from rightrank.schema.trials import Record, Whole
 
-Source: TypeAlias = Literal["exact", "traced", "formula", "measured", "assumed"]
 Components: TypeAlias = dict[str, int]
 
 
@@ -22,37 +21,11 @@ class RankPlan(Record):
     adapter_bytes: int  # of adapter_model.safetensors
     peak_bytes: int  # allocated, at the peak of the step
     peak_reserved_bytes: int  # with the CUDA allocator's segments; on the CPU the same as peak_bytes
-    total_bytes: int  # reserved, with the CUDA context: what nvidia-smi shows
-    needed_bytes: int  # total_bytes and the headroom; compared with the available memory
+    needed_bytes: int  # reserved, with the process and headroom; compared with the available memory
     components: Components  # they add up to peak_bytes
     peak_at: str  # where in the step the peak is
     fits: bool | None  # None: the available memory is unknown
     flops_per_step: int
-    error_share: float  # relative error of the peak
-    peak_low_bytes: int  # the peak minus and plus that error
-    peak_high_bytes: int
-    select_peak_bytes: int | None = None  # in the training loop of `select`; None: the plan is of that loop
-    select_needed_bytes: int | None = None
-    fits_in_select: bool | None = None
-
-
-class AxisPrice(Record):
-    """The cost of changing one setting, at the largest requested rank."""
-
-    axis: str  # such as "batch_size 4 → 8"
-    peak_reserved_bytes: int
-    difference_bytes: int
-    flops_factor: float
-
-
-class Change(Record):
-    """A change that saves memory, and the plan with this change and all before it."""
-
-    setting: str
-    value: str
-    peak_reserved_bytes: int
-    fits: bool
-    price: str  # what the change costs
 
 
 class Extent(Record):
@@ -63,30 +36,12 @@ class Extent(Record):
     seconds: float | None  # None: not measured on this device
 
 
-class RankTraining(Record):
-    """One complete training of one rank, including its evaluations."""
-
-    rank: int
-    flops: float
-
-
 class SelectionCost(Record):
     """The cost of a selection with one training after the other."""
 
-    strategy: str
     steps: int  # of a complete training
-    ranks: list[RankTraining]
-    prefix_flops: float  # frozen blocks below the adapters, computed once
-    evaluation_flops: float  # one pass over the held-out examples
     expected: Extent  # at the mean cost of the ranks
     most: Extent  # at the cost of the most expensive rank
-
-
-class Error(Record):
-    """The relative error of numbers from one source, and the basis of that estimate."""
-
-    share: float
-    basis: str
 
 
 class Plan(Record):
@@ -101,14 +56,10 @@ class Plan(Record):
     max_rank: int | None  # the largest requested rank that fits; None: none fits, or the memory is unknown
     largest_possible_rank: int | None = None  # of all ranks, also those that were not requested
     memory_bytes: int | None = None
-    headroom_share: float
-    context_bytes: int
-    activations: Components  # kept for the backward pass at the largest rank, by kind of module
-    prices: list[AxisPrice] = Field(default_factory=list)
-    changes: list[Change] = Field(default_factory=list)  # the fewest that make the smallest rank fit, if none fits
-    selection: SelectionCost | None = None
-    sources: dict[str, Source]
-    errors: dict[str, Error] = Field(default_factory=dict)  # by source
+    context_bytes: int  # of the process beside its tensors
+    changes: dict[str, Any] = Field(default_factory=dict)  # settings with which the smallest rank fits, if none fits
+    source: Literal["traced", "formula"]  # of the peaks
+    error_share: float  # relative error of the peaks
     notes: list[str] = Field(default_factory=list)
     seconds: float  # spent on planning
     settings: dict[str, Any]

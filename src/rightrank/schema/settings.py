@@ -189,9 +189,6 @@ class _WorkerFields(Settings):
         option=True,
         identity=False,
     )
-    launcher: str = setting(
-        "", MACHINE, "words before the command of a worker process, such as `srun --ntasks=1 --gpus=1`", identity=False
-    )
     store: str = setting(
         "",
         MACHINE,
@@ -528,7 +525,6 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         for name, given, executors in (
             ("workers", self.workers, ("processes", "ray")),
             ("ray_address", self.ray_address, ("ray",)),
-            ("launcher", self.launcher, ("processes",)),
             ("store", self.store, ("processes", "ray")),
         ):
             if given and self.executor not in executors:

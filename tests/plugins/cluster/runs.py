@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialFinished
 
@@ -25,12 +23,3 @@ def values_of(run: Path) -> dict[str, float]:
     finished = [record for record in records if isinstance(record, TrialFinished)]
     assert len({trial.trial_id for trial in finished}) == len(finished)  # none counted twice
     return {trial.trial_id: trial.value for trial in finished}
-
-
-def require_same(run: Path, alone: Path) -> None:
-    """The same decision; values within what the order of a sum leaves."""
-    ours, theirs = (json.loads((folder / "decision.json").read_text()) for folder in (run, alone))
-    assert {name: ours[name] for name in ("rank", "verdict")} == {name: theirs[name] for name in ("rank", "verdict")}
-    values, expected = values_of(run), values_of(alone)
-    assert len(values) == len(expected)
-    assert list(values.values()) == pytest.approx(list(expected.values()), rel=1e-4)

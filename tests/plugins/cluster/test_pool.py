@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from benchmarks.scale.simulated import TOKEN, VERSIONS, Pace, SimulatedCrew, result_of
+from benchmarks.scale.simulated import VERSIONS, Pace, SimulatedCrew, result_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rightrank.plugins.cluster.messages import Ready, Refused, Stop, Task, WorkerLost, WorkerMessage
 from rightrank.plugins.cluster.pool import (
     MAX_LOSSES,
     Pool,
     PoolOptions,
 )
+from rightrank.plugins.cluster.worker import Ready, Refused, Stop, Task, WorkerLost, WorkerMessage
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFailed, TrialFinished
@@ -29,9 +29,7 @@ def trials(count: int) -> list[Trial]:
 
 
 def make_pool(crew: SimulatedCrew, workers: int = 2, observer: Listener | None = None, task_trials: int = 1) -> Pool:
-    return Pool(
-        crew, PoolOptions(workers, VERSIONS, TOKEN, task_trials, hang_seconds=100.0), observer, clock=crew.clock
-    )
+    return Pool(crew, PoolOptions(workers, VERSIONS, task_trials, hang_seconds=100.0), observer, clock=crew.clock)
 
 
 def ended(pool: Pool, wanted: list[Trial]) -> list[str]:
@@ -179,10 +177,9 @@ def test_closed_after_an_outcome_it_handles_the_other_messages_next_time() -> No
 @pytest.mark.parametrize(
     ("first", "message"),
     [
-        (Ready(versions={"rightrank": "0.1"}, token=TOKEN), "worker-1 has rightrank 0.1, this process simulated"),
-        (Ready(versions={}, token=TOKEN), "has rightrank of unknown version"),
-        (Ready(versions=VERSIONS, token=None), "does not see the run folder that this process writes to"),
-        (Ready(versions=VERSIONS, token="another"), "does not see the run folder"),
+        (Ready(versions={"rightrank": "0.1"}, sees_folder=True), "worker-1 has rightrank 0.1, this process simulated"),
+        (Ready(versions={}, sees_folder=True), "has rightrank of unknown version"),
+        (Ready(versions=VERSIONS, sees_folder=False), "does not see the run folder that this process writes to"),
         (Refused(reason="./model: no such folder", exit_status=2), "no such folder"),
     ],
 )

@@ -56,7 +56,6 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.filterwarnings("ignore")
 def test_a_custom_trainer_runs_on_ray(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 

@@ -14,10 +14,8 @@ import psutil
 import pytest
 
 from rightrank import select_rank
-from rightrank.plugins.cluster.messages import WORKER_MESSAGE, Ready, Setup, Stop
 from rightrank.plugins.cluster.on_ray import connected, resources
-from rightrank.plugins.cluster.processes import ProcessCrew
-from rightrank.plugins.cluster.worker import serve, versions
+from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Ready, Setup, Stop, serve, versions
 from rightrank.schema.errors import InputError, MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.settings import make_settings
@@ -40,13 +38,12 @@ def test_processes_come_to_the_same_decision_though_one_is_killed(
             os.kill(killed[0], signal.SIGKILL)
 
     notices: list[str] = []
-    settings = small_settings(**STEPS, executor="processes", workers=2, launcher="nice -n 1")
+    settings = small_settings(**STEPS, executor="processes", workers=2)
     watching = Watch(on_event=kill_once, notice=notices.append)
     select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[watching])
     assert decision_of(tmp_path / "run") == decision_of(alone)
     assert values_of(tmp_path / "run") == values_of(alone)
     assert any("killed by signal 9" in notice for notice in notices)
-    assert not list((tmp_path / "run").glob(".share-*"))
     assert not [child for child in psutil.Process().children() if "rightrank.plugins.cluster.worker" in child.cmdline()]
 
 
@@ -56,7 +53,6 @@ def test_processes_come_to_the_same_decision_though_one_is_killed(
         ({"executor": "procesess"}, "executor: got 'procesess'"),
         ({"workers": 2}, "workers was given and the executor is 'local'"),
         ({"executor": "processes", "ray_address": "a:1"}, "ray_address was given and the executor is 'processes'"),
-        ({"executor": "ray", "launcher": "srun"}, "give executor processes"),
         ({"executor": "ray", "workers": 0}, "workers: got 0"),
     ],
 )
@@ -88,32 +84,13 @@ def test_an_address_that_does_not_answer_is_reported() -> None:
         connected("head-node")
 
 
-def setup_in(folder: Path, probe: str) -> Setup:
-    return Setup(
-        model="m",
-        data="d",
-        settings={},
-        fingerprint="f",
-        folder=folder,
-        working_folder=Path.cwd(),
-        share=str(folder),
-        probe=probe,
-    )
-
-
-def test_a_worker_sends_its_versions_and_the_token_that_it_reads(tmp_path: Path) -> None:
-    (tmp_path / "probe").write_text("secret")
-    for probe, token in (("probe", "secret"), ("elsewhere", None)):
-        setup = setup_in(tmp_path, probe)
+def test_a_worker_sends_its_versions_and_whether_it_sees_the_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").touch()
+    for folder, seen in ((tmp_path, True), (tmp_path / "elsewhere", False)):
+        setup = Setup(model="m", data="d", settings={}, fingerprint="f", folder=folder, working_folder=Path.cwd())
         sent = StringIO()
         serve(StringIO(setup.model_dump_json() + "\n" + Stop().model_dump_json() + "\n"), sent)
-        assert WORKER_MESSAGE.validate_json(sent.getvalue()) == Ready(versions=versions(), token=token)
-
-
-def test_a_missing_launcher_is_one_line(tmp_path: Path) -> None:
-    setup = setup_in(tmp_path, "probe")
-    with pytest.raises(SettingsError, match="launcher: can't run 'no-such-srun'"):
-        ProcessCrew(setup, tmp_path, launcher=["no-such-srun"]).start("worker-1")
+        assert WORKER_MESSAGE.validate_json(sent.getvalue()) == Ready(versions=versions(), sees_folder=seen)
 
 
 def test_a_worker_reserves_what_the_plan_states() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from rightrank.api.selecting import select_rank
 from rightrank.cli import main
-from rightrank.plugins.plan.budget import needed
 from rightrank.plugins.plan.estimate import Estimator
+from rightrank.plugins.plan.planner import needed
 from rightrank.plugins.plan.selection import _plan_settings, plan_selection
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import SettingsError

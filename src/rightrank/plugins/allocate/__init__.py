@@ -37,9 +37,7 @@ def allocate(
     rank: int,
     learning_rate: float,
     max_steps: int,
-    by: str = "sensitivity",
     pattern: str | Path | None = None,
-    groups: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1),
     base: str | None = None,
     settings: SelectSettings | None = None,
@@ -53,16 +51,14 @@ def allocate(
         rank: the rank of the uniform adapter that sets the number of parameters.
         learning_rate: the learning rate of every training.
         max_steps: the optimizer steps of every training.
-        by: the measure of a module's importance: sensitivity or spectra.
-        pattern: a JSON file of {module: rank}, or {group: rank}, to test instead of one made by a measure.
-        groups: such as `attention=q_proj+v_proj`: one rank for all modules with one of these parts in their names.
+        pattern: a JSON file of {module: rank}, to test in place of the one by spectra.
         seeds: one training of each pattern for each seed.
         base: the base model; None for the one that the adapter names.
         settings: see `SelectSettings`; None for the defaults.
         on_trial: receives each training that has ended.
 
     Raises:
-        InputError: the adapter, data, measure or pattern can't be used.
+        InputError: the adapter, data or pattern can't be used.
         RunError: a training diverged.
     """
     from rightrank.plugins.allocate.proposal import AllocateOptions
@@ -73,9 +69,7 @@ def allocate(
         rank,
         learning_rate,
         max_steps,
-        by,
         None if pattern is None else Path(pattern),
-        tuple(groups),
         tuple(seeds),
         base,
         settings or make_settings({}),

@@ -19,9 +19,7 @@ from rightrank.cli.options import comma, gather, whole_numbers
 @click.option("--rank", type=int, required=True, help="Rank of the uniform adapter that sets the number of parameters.")
 @click.option("--learning-rate", type=float, required=True, help="Learning rate of every training.")
 @click.option("--max-steps", type=int, required=True, help="Optimizer steps of every training.")
-@click.option("--by", default="sensitivity", show_default=True, help="Measure: sensitivity or spectra.")
 @click.option("--pattern", type=click.Path(path_type=Path), help="Test this JSON file of {module: rank} instead.")
-@click.option("--groups", callback=comma, help="One rank for each group, such as attention=q_proj+v_proj,mlp=up_proj.")
 @click.option("--seeds", callback=comma, help="Seeds (default 0,1).")
 @click.option("--base", help="The base model (default: the one that the adapter names).")
 @click.option(
@@ -34,9 +32,7 @@ def allocate(
     rank: int,
     learning_rate: float,
     max_steps: int,
-    by: str,
     pattern: Path | None,
-    groups: list[str] | None,
     seeds: list[str] | None,
     base: str | None,
     assignments: tuple[str, ...],
@@ -44,7 +40,7 @@ def allocate(
 ) -> None:
     """Propose a rank for each module if trained evidence supports it; otherwise answer uniform.
 
-    The pattern comes from the trained ADAPTER and DATA. It must beat the uniform rank at equal parameters, and the same
+    The pattern comes from the spectra of the trained ADAPTER. It must beat the uniform rank at equal parameters, and the same
     ranks shuffled over the modules.
     """
     from rightrank.schema.settings import make_settings
@@ -55,9 +51,7 @@ def allocate(
         rank=rank,
         learning_rate=learning_rate,
         max_steps=max_steps,
-        by=by,
         pattern=pattern,
-        groups=tuple(groups or ()),
         seeds=tuple(whole_numbers(seeds, "--seeds") or (0, 1)),
         base=base,
         settings=make_settings(gather(None, assignments, {})),

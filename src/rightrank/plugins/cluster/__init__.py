@@ -1,4 +1,4 @@
-"""Trainings in workers: processes on this machine or anywhere a launcher starts them, and actors of a Ray cluster.
+"""Trainings in workers: processes on this machine, and actors of a Ray cluster.
 
 A worker holds one base and trains one task at a time; a driver gives out trials and takes each outcome exactly once, whatever
 workers are lost, hang or don't fit. Adapters and checkpoints go through a shared folder or a store.

@@ -1,20 +1,17 @@
-"""Makes the pool that the settings ask for, with a probe file that proves that its workers see the run folder."""
+"""Makes the pool that the settings ask for."""
 
 from __future__ import annotations
 
-import secrets
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 
-from rightrank.data.files import write_text
-from rightrank.plugins.cluster.messages import Setup
 from rightrank.plugins.cluster.pool import Crew, Pool, PoolOptions
 from rightrank.plugins.cluster.processes import ProcessCrew
-from rightrank.plugins.cluster.worker import versions
+from rightrank.plugins.cluster.worker import Setup, versions
 from rightrank.runs.folder import Store
 from rightrank.runs.hook import Run
 from rightrank.runs.request import Prepared, Request
@@ -34,10 +31,12 @@ def worker_executor(request: Request, prepared: Prepared, run: Run) -> Iterator[
         MissingExtraError: the executor's package is not installed.
         RunError: the cluster or the store does not answer.
     """
-    settings, folder, token = request.settings, run.folder.path, secrets.token_hex(16)
+    settings, folder = request.settings, run.folder.path
     plan, on_cuda = prepared.planned, prepared.runtime.loaded.device.type == "cuda"
     needed = None if plan is None else max(plan.needed_bytes[rank] for rank in plan.ranks)
-    with _offloaded_base(prepared.runtime), _probe(settings.store, folder, token) as probe:
+    if settings.store:
+        _require_store(Store(settings.store))
+    with _offloaded_base(prepared.runtime):
         setup = Setup(
             model=request.model_name,
             data=request.data_name,
@@ -46,12 +45,10 @@ def worker_executor(request: Request, prepared: Prepared, run: Run) -> Iterator[
             fingerprint=prepared.started.fingerprint,
             folder=folder.absolute(),
             working_folder=Path.cwd(),
-            share=settings.store or str(folder.absolute()),
-            probe=probe,
         )
         crew, workers = _crew(settings, setup, needed, on_cuda)
         task_trials = settings.adapters_per_pass or (MAX_TASK_TRIALS if on_cuda else 1)
-        options = PoolOptions(workers, versions(), token, task_trials, settings.hang_seconds)
+        options = PoolOptions(workers, versions(), task_trials, settings.hang_seconds)
         pool = Pool(crew, options, run)
         try:
             yield pool
@@ -74,22 +71,11 @@ def _offloaded_base(runtime: Runtime) -> Iterator[None]:
         runtime.model.to(device)
 
 
-@contextmanager
-def _probe(address: str, folder: Path, token: str) -> Iterator[str]:
-    """Write the token to a file in the run folder, or in the store if there is one, and return the file's name."""
-    for stale in folder.glob(".share-*"):  # from a driver that was killed; this process holds the folder's lock
-        stale.unlink(missing_ok=True)
-    probe = folder / f".share-{secrets.token_hex(4)}"
-    store = Store(address) if address else None
-    write_text(probe, token)
-    try:
-        if store is not None:
-            store.put(probe, probe.name)
-        yield probe.name
-    finally:
-        probe.unlink(missing_ok=True)
-        if store is not None:
-            store.remove(probe.name)
+def _require_store(store: Store) -> None:
+    """Write a file to the store and remove it again: a store that refuses ends the run before it starts."""
+    with NamedTemporaryFile(prefix="reachable-") as file:
+        store.put(Path(file.name), "reachable")
+    store.remove("reachable")
 
 
 def _crew(settings: SelectSettings, setup: Setup, needed: int | None, on_cuda: bool) -> tuple[Crew, int]:
@@ -99,8 +85,8 @@ def _crew(settings: SelectSettings, setup: Setup, needed: int | None, on_cuda: b
 
         crew = RayCrew(setup, settings.ray_address, needed, on_cuda)
         return crew, settings.workers or crew.room()
-    devices = torch.cuda.device_count() if on_cuda and not settings.launcher else 0
+    devices = torch.cuda.device_count() if on_cuda else 0
     workers = settings.workers or devices
     if not workers:
         raise SettingsError("executor 'processes' needs the number of workers on a CPU: give it, such as --workers 2")
-    return ProcessCrew(setup, setup.folder / "workers", devices, shlex.split(settings.launcher)), workers
+    return ProcessCrew(setup, setup.folder / "workers", devices), workers

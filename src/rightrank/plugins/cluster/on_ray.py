@@ -17,8 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rightrank.plugins.cluster.messages import WORKER_MESSAGE, Setup, Stop, Task, WorkerLost, WorkerMessage
-from rightrank.plugins.cluster.worker import Send, Worker
+from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Send, Setup, Stop, Task, Worker, WorkerLost, WorkerMessage
 from rightrank.runs.calls import NO_RESULT, Call, TrainerError, TrainFunction, call_inline
 from rightrank.runs.hook import described
 from rightrank.schema.errors import InputError, MissingExtraError, RunError
@@ -70,15 +69,18 @@ class RayCrew:
         self._streams: dict[Any, str] = {}  # an actor's messages → its worker
 
     def room(self) -> int:
-        """How many workers the present nodes have room for, at least 1.
+        """How many workers the present nodes have room for.
 
         Raises:
-            InputError: no node has room for a worker.
+            InputError: no node has room for one.
         """
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         actors = sum(_fit(node, self._resources) for node in nodes)
         if not actors:
-            wanted = ", ".join(_amount(name, amount) for name, amount in self._resources.items())
+            wanted = ", ".join(
+                f"{amount / 2**30:.2f} GiB of memory" if name == "memory" else f"{amount:g} {name}"
+                for name, amount in self._resources.items()
+            )
             raise InputError(
                 f"no node of the Ray cluster has room for a worker ({wanted}); give smaller ranks, batch_size or seq_len, or larger nodes"
             )
@@ -86,14 +88,15 @@ class RayCrew:
 
     def start(self, worker: str) -> None:
         wanted = self._resources
-        actor = self._actors[worker] = self._actor.options(
+        options = self._actor.options(
             num_cpus=wanted["CPU"],
             num_gpus=wanted.get("GPU", 0),
             memory=wanted.get("memory"),
             max_concurrency=4,  # it receives commands while it sends messages
             max_restarts=0,  # the pool starts a new one
             runtime_env={"env_vars": _environment()},
-        ).remote()
+        )
+        actor = self._actors[worker] = options.remote()
         self._streams[actor.messages.options(num_returns="streaming").remote()] = worker
         actor.receive.remote(self._setup.model_dump_json())
 
@@ -114,8 +117,6 @@ class RayCrew:
             ready, _ = self._ray.wait(list(self._streams), num_returns=len(self._streams), timeout=0)
         found: list[tuple[str, WorkerMessage | WorkerLost]] = []
         for stream in ready:
-            if stream not in self._streams:
-                continue  # of a worker that was lost in this loop
             worker = self._streams[stream]
             try:
                 lines = self._ray.get(next(stream))
@@ -195,10 +196,6 @@ def _environment() -> dict[str, str]:
     """The environment variables that workers inherit from this process."""
     names = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
     return {name: os.environ[name] for name in names if name in os.environ}
-
-
-def _amount(name: str, amount: float) -> str:
-    return f"{amount / 2**30:.2f} GiB of memory" if name == "memory" else f"{amount:g} {name}"
 
 
 POLL_SECONDS = 0.2  # between looks at the reports of a call

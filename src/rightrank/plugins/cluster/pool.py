@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rightrank.plugins.cluster.messages import Ready, Refused, Step, Stop, Task, TaskEnded, WorkerLost, WorkerMessage
+from rightrank.plugins.cluster.worker import Ready, Refused, Step, Stop, Task, TaskEnded, WorkerLost, WorkerMessage
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
 from rightrank.schema.events import Listener, Notice
 from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome, TrialStarted
@@ -65,7 +65,6 @@ class PoolOptions:
 
     workers: int  # at most
     versions: dict[str, str]  # of every package that must be the same everywhere
-    token: str  # content of the probe file in the shared folder
     task_trials: int = 1  # trials per task, at most
     hang_seconds: float = 600.0  # without a message: the worker is replaced
 
@@ -204,7 +203,7 @@ class Pool:
                     f"{name} has {package} {ready.versions.get(package, 'of unknown version')}, this process {version}: "
                     "install the same version on every machine"
                 )
-        if ready.token != self._options.token:
+        if not ready.sees_folder:
             raise InputError(
                 f"{name} does not see the run folder that this process writes to: give an --out on a disk that all machines share"
             )

@@ -1,4 +1,4 @@
-"""Workers as processes on this machine, or wherever a launcher such as `srun` or `ssh` starts them.
+"""Workers as processes on this machine.
 
 A worker is `python -m rightrank.plugins.cluster.worker`, connected by pipes. Its stderr goes to a file in the run folder.
 """
@@ -18,53 +18,45 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from rightrank.plugins.cluster.messages import (
-    WORKER_MESSAGE,
-    Command,
-    Setup,
-    Stop,
-    Task,
-    WorkerLost,
-    WorkerMessage,
-)
-from rightrank.schema.errors import SettingsError
+from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Command, Setup, Stop, Task, WorkerLost, WorkerMessage
 
 WORKER = (sys.executable, "-m", "rightrank.plugins.cluster.worker")
 EXIT_SECONDS = 5.0  # for a worker to exit after its stdin is closed
 
 
 @dataclass(frozen=True, slots=True)
-class _Worker:
+class _Process:
     popen: subprocess.Popen[bytes]
-    place: int
+    place: int  # its device, where there are any
     log: Path
 
 
 class ProcessCrew:
-    """A process per worker; with CUDA devices, each gets one of them."""
+    """One process a worker; with CUDA devices, each gets one of them."""
 
-    def __init__(
-        self,
-        setup: Setup,
-        logs: Path,
-        devices: int = 0,
-        launcher: Sequence[str] = (),
-        command: Sequence[str] = WORKER,
-    ) -> None:
+    def __init__(self, setup: Setup, logs: Path, devices: int = 0, command: Sequence[str] = WORKER) -> None:
         self._setup = setup
         self._logs = logs
         self._devices = devices  # CUDA devices to use; 0: none
-        self._command = [*launcher, *command]
-        self._running: dict[str, _Worker] = {}
+        self._command = command
+        self._running: dict[str, _Process] = {}
         self._arrived: queue.SimpleQueue[tuple[str, WorkerMessage | WorkerLost]] = queue.SimpleQueue()
 
     def start(self, worker: str) -> None:
         self._logs.mkdir(parents=True, exist_ok=True)
         taken = {one.place for one in self._running.values()}
-        place = next(place for place in range(len(taken) + 1) if place not in taken)
-        log = self._logs / f"{worker}.log"
-        started = self._running[worker] = _Worker(self._launch(log, place), place, log)
-        _write(started.popen, self._setup)
+        place, log = next(n for n in range(len(taken) + 1) if n not in taken), self._logs / f"{worker}.log"
+        with log.open("wb") as errors:
+            popen = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=os.environ | self._visible(place),
+                start_new_session=True,  # Ctrl-C reaches the driver alone
+            )
+        started = self._running[worker] = _Process(popen, place, log)
+        _write(popen, self._setup)
         threading.Thread(target=self._watch, args=(worker, started), daemon=True).start()
 
     def send(self, worker: str, command: Task | Stop) -> None:
@@ -80,17 +72,17 @@ class ProcessCrew:
 
     def end(self, worker: str) -> None:
         if (ended := self._running.pop(worker, None)) is not None:
-            _kill(ended)
+            ended.popen.kill()
+            ended.popen.wait()
+            _close(ended.popen)
 
     def process_id(self, worker: str) -> int:
         return self._running[worker].popen.pid
 
     def close(self) -> None:
-        popens = [worker.popen for worker in self._running.values()]
+        popens = [one.popen for one in self._running.values()]
         for popen in popens:
-            assert popen.stdin is not None
-            with suppress(OSError):
-                popen.stdin.close()  # the worker then exits by itself
+            _close(popen)  # the worker then exits by itself
         until = time.monotonic() + EXIT_SECONDS
         for popen in popens:
             with suppress(subprocess.TimeoutExpired):
@@ -98,59 +90,33 @@ class ProcessCrew:
         for worker in list(self._running):
             self.end(worker)
 
-    def _launch(self, log: Path, device: int) -> subprocess.Popen[bytes]:
-        try:
-            with log.open("wb") as errors:
-                return subprocess.Popen(
-                    self._command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    env=self._environment(device),
-                    start_new_session=True,  # Ctrl-C reaches the driver alone
-                )
-        except OSError as error:
-            raise SettingsError(
-                f"launcher: can't run {self._command[0]!r} ({error.strerror or error}); give a program that is on the PATH"
-            ) from None
+    def _visible(self, place: int) -> dict[str, str]:
+        """The environment variable that shows a worker its device alone."""
+        if not self._devices:
+            return {}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(number) for number in range(self._devices)]
+        return {"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]}
 
-    def _environment(self, device: int) -> dict[str, str]:
-        environment = dict(os.environ)
-        if self._devices:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            devices = visible.split(",") if visible else [str(number) for number in range(self._devices)]
-            environment["CUDA_VISIBLE_DEVICES"] = devices[device % len(devices)]
-        return environment
-
-    def _watch(self, name: str, worker: _Worker) -> None:
+    def _watch(self, name: str, process: _Process) -> None:
         """Runs on a thread of its own: passes on what a process sends, then that its worker is lost."""
-        assert worker.popen.stdout is not None
-        with suppress(ValidationError), worker.popen.stdout as lines:  # what is not understood: lost too
+        assert process.popen.stdout is not None
+        with suppress(ValidationError), process.popen.stdout as lines:  # what it sends is not understood: lost too
             for line in lines:
                 self._arrived.put((name, WORKER_MESSAGE.validate_json(line)))
         with suppress(subprocess.TimeoutExpired):
-            worker.popen.wait(timeout=EXIT_SECONDS)
-        self._arrived.put((name, _why_lost(worker)))
+            process.popen.wait(timeout=EXIT_SECONDS)
+        self._arrived.put((name, _why_lost(process)))
 
 
-def _why_lost(worker: _Worker) -> WorkerLost:
-    """Why a worker's process has ended."""
-    status = worker.popen.poll()
+def _why_lost(process: _Process) -> WorkerLost:
+    status = process.popen.poll()
     if status is None or status < 0:
         signal = 9 if status is None else -status
         return WorkerLost(f"killed by signal {signal}", killed=signal == 9)
-    lines = worker.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = process.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last_line = f": {lines[-1].strip()}" if lines else ""
-    return WorkerLost(f"exit status {status}{last_line} (see {worker.log})")
-
-
-def _kill(worker: _Worker) -> None:
-    """Kill a worker's process and close its stdin."""
-    worker.popen.kill()
-    worker.popen.wait()
-    assert worker.popen.stdin is not None
-    with suppress(OSError):
-        worker.popen.stdin.close()
+    return WorkerLost(f"exit status {status}{last_line} (see {process.log})")
 
 
 def _write(popen: subprocess.Popen[bytes], command: Command) -> None:
@@ -158,3 +124,9 @@ def _write(popen: subprocess.Popen[bytes], command: Command) -> None:
     with suppress(BrokenPipeError):  # its end is reported by `messages`
         popen.stdin.write(command.model_dump_json().encode() + b"\n")
         popen.stdin.flush()
+
+
+def _close(popen: subprocess.Popen[bytes]) -> None:
+    assert popen.stdin is not None
+    with suppress(OSError):
+        popen.stdin.close()

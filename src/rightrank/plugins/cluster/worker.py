@@ -17,38 +17,106 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO, TypeAlias
 
-from pydantic import ValidationError
+from pydantic import Field, JsonValue, TypeAdapter
 
-from rightrank.plugins.cluster.messages import (
-    COMMAND,
-    Ready,
-    Refused,
-    Setup,
-    Step,
-    Stop,
-    Task,
-    TaskEnded,
-    WorkerMessage,
-)
 from rightrank.runs.hook import Executor
-from rightrank.schema.errors import InputError, InterruptedRun, RightrankError, RunError
+from rightrank.schema.errors import InterruptedRun, RightrankError, RunError
 from rightrank.schema.events import Event, Listener, Notice, Preparing, StepDone
-from rightrank.schema.trials import TrialFailed, TrialStarted
+from rightrank.schema.trials import (
+    Record,
+    Trial,
+    TrialCollapsed,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialStarted,
+)
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.plugins.cluster.store import StoreSync
     from rightrank.runs.request import Prepared
 
-NOT_UNDERSTOOD = (
-    f"the worker, rightrank {__version__}, does not understand this command: install the same version on every machine"
-)
 STEP_SECONDS = 0.5  # between two `Step` messages, at least
 SAME_EVERYWHERE = ("torch", "transformers", "peft")
+
+
+class Setup(Record):
+    """The selection. A worker prepares the same request as the driver and must compute the same fingerprint."""
+
+    type: Literal["setup"] = "setup"
+    model: str
+    data: str
+    settings: dict[str, JsonValue]  # with the ranks that the driver settled
+    begun: dict[str, JsonValue] | None = None  # see `Request`
+    fingerprint: str
+    folder: Path  # the run folder, shared by driver and workers
+    working_folder: Path  # relative paths start here
+
+
+class Task(Record):
+    """Trials for one worker, which trains several of them in one pass where that is faster."""
+
+    type: Literal["task"] = "task"
+    number: int
+    trials: list[Trial]
+    base_loss: float | None
+
+
+class Stop(Record):
+    """Stop the current task at the next step and save checkpoints."""
+
+    type: Literal["stop"] = "stop"
+
+
+class Ready(Record):
+    type: Literal["ready"] = "ready"
+    versions: dict[str, str]
+    sees_folder: bool  # the driver's run folder, which a store makes needless
+
+
+class TaskEnded(Record):
+    """The worker is idle: every trial of the task has an outcome, or the worker was stopped."""
+
+    type: Literal["task_ended"] = "task_ended"
+    number: int
+
+
+class Refused(Record):
+    """The worker can't run the selection, and no other worker could; `reason` is for the user."""
+
+    type: Literal["refused"] = "refused"
+    reason: str
+    exit_status: int
+
+
+class Step(Record):
+    """Progress, and the sign that the worker is alive."""
+
+    type: Literal["step"] = "step"
+    event: StepDone | Preparing
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker ended without being asked to. The driver's own record: no worker sends it."""
+
+    reason: str
+    killed: bool = False  # by SIGKILL, as the system does when memory is short
+
+
+Outcome: TypeAlias = TrialFinished | TrialCollapsed | TrialDiverged | TrialFailed
+Command: TypeAlias = Annotated[Setup | Task | Stop, Field(discriminator="type")]
+WorkerMessage: TypeAlias = Annotated[
+    Ready | TaskEnded | Refused | Notice | Step | TrialStarted | Outcome, Field(discriminator="type")
+]
+COMMAND: TypeAdapter[Command] = TypeAdapter(Command)
+WORKER_MESSAGE: TypeAdapter[WorkerMessage] = TypeAdapter(WorkerMessage)
 
 Send: TypeAlias = Callable[[WorkerMessage], None]
 
@@ -63,15 +131,10 @@ class Worker:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._scratch = Path(tempfile.mkdtemp(prefix="rightrank-worker-"))
         self._stop = threading.Event()
-        self._should_stop: Callable[[], bool] = self._stop.is_set
 
     def receive(self, line: str | bytes) -> None:
         """Handle a command; may be called from any thread."""
-        try:
-            command = COMMAND.validate_json(line)
-        except ValidationError:
-            self._send(Refused(reason=f"{platform.node()}: {NOT_UNDERSTOOD}", exit_status=InputError.exit_status))
-            return
+        command = COMMAND.validate_json(line)
         match command:
             case Setup():
                 self.set_up(command)
@@ -93,14 +156,12 @@ class Worker:
             self.close()
 
     def set_up(self, setup: Setup) -> None:
-        """Send `Ready` with this worker's versions and what it reads in the probe file."""
+        """Send `Ready` with this worker's versions, and whether it sees the driver's run folder."""
         self._setup = setup
         with suppress(OSError):  # no such folder here: then only absolute paths work
             os.chdir(setup.working_folder)
-        try:
-            self._send(Ready(versions=versions(), token=self._token(setup)))
-        except RightrankError as error:  # from the store
-            self._send(Refused(reason=f"{platform.node()}: {error}", exit_status=error.exit_status))
+        shares = bool(setup.settings.get("store")) or (setup.folder / "journal.jsonl").is_file()
+        self._send(Ready(versions=versions(), sees_folder=shares))
 
     def run_task(self, task: Task) -> None:
         """Train the trials of a task; an error that no other worker could avoid is sent as `Refused`."""
@@ -133,21 +194,8 @@ class Worker:
         folder = RunFolder(self._scratch / "run" if store else setup.folder)
         sync = StoreSync(folder, run_store(store, setup.fingerprint)) if store else None
         limit = prepared.planned.max_adapters_per_pass if prepared.planned else None
-        executor = LocalExecutor(prepared.runtime, folder, _Reports(self._send, self._should_stop, sync), limit)
+        executor = LocalExecutor(prepared.runtime, folder, _Reports(self._send, self._stop.is_set, sync), limit)
         return executor if sync is None else StoredExecutor(executor, sync)
-
-    def _token(self, setup: Setup) -> str | None:
-        """The content of the probe file; None where this worker does not see it."""
-        probe = Path(setup.share) / setup.probe
-        if "://" in setup.share:
-            from rightrank.runs.folder import Store
-
-            probe = self._scratch / "probe"
-            Store(setup.share).get(setup.probe, probe)
-        try:
-            return probe.read_text(encoding="utf-8")
-        except OSError:
-            return None
 
 
 def _prepared(setup: Setup, cache: Path) -> Prepared:

@@ -37,10 +37,7 @@ def fleet(
     model: str,
     data: str | Path | Sequence[str | Path],
     settings: SelectSettings | None = None,
-    ranks: Sequence[int] | None = None,
     pad: bool = False,
-    recover_steps: int = 0,
-    learning_rate: float | None = None,
     ignore_base_name: bool = False,
     notice: Callable[[str], None] = lambda _: None,
 ) -> Fleet:
@@ -52,15 +49,12 @@ def fleet(
         model: the base.
         data: held-out rows for all adapters, or one file for each in their order.
         settings: of evaluation and margin; see `SelectSettings`.
-        ranks: to measure; None for the powers of two.
         pad: write every adapter at the one rank that vLLM serves, with one scale.
-        recover_steps: of training after each truncation, at `learning_rate`.
         ignore_base_name: accept adapters that name another base, if their shapes fit.
         notice: receives each line for a person.
 
     Raises:
         InputError: an adapter of another base, data that can't be used, adapters without a common module; nothing was written.
-        RunError: recovery diverged.
     """
     from rightrank.models.places import require_adapter_folder
     from rightrank.schema.settings import make_settings
@@ -78,10 +72,7 @@ def fleet(
         [Path(file) for file in files],
         Path(out),
         settings or make_settings({}),
-        ranks,
         pad,
-        recover_steps,
-        learning_rate,
         ignore_base_name,
         notice,
     )

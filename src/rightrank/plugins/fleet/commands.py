@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 import rightrank
-from rightrank.cli.options import comma, gather, whole_numbers
+from rightrank.cli.options import gather
 
 if TYPE_CHECKING:
-    from rightrank.plugins.fleet.common_rank import Fleet, FleetSlots
+    from rightrank.plugins.fleet.common_rank import Fleet
     from rightrank.schema.decision import AdapterCandidate
 
 
@@ -32,22 +32,12 @@ def _fleet_text(found: Fleet) -> str:
         "(held-out, worse than the adapter itself by; * not shown to be within the margin)",
         "",
     ]
-    lines += [_slots(slots) for slots in found.slots]
     padded = "" if found.padded_to is None else f", each padded to rank {found.padded_to}"
     return "\n".join([*lines, f"adapters: {found.out}{padded}"])
 
 
 def _loss(one: AdapterCandidate) -> str:
     return f"{one.difference:+.4f}{'' if one.holds else '*'}"
-
-
-def _slots(slots: FleetSlots) -> str:
-    from rightrank.report.format import size
-
-    return (
-        f"{slots.server}: --max-lora-rank {slots.rank} (before {slots.rank_before}), {size(slots.bytes)} a slot in 16 bits, "
-        f"{size(slots.saved_bytes)} saved"
-    )
 
 
 @click.command(
@@ -67,10 +57,7 @@ def _slots(slots: FleetSlots) -> str:
     "--out", required=True, type=click.Path(path_type=Path), help="Folder to write, one folder for each adapter."
 )
 @click.option("--margin", type=float, help="How much an adapter may lose (default 0.005 nats a token).")
-@click.option("--ranks", callback=comma, help="Ranks to measure (default: powers of two).")
 @click.option("--pad", is_flag=True, help="Write all adapters at the one rank that vLLM serves, with one scale.")
-@click.option("--recover", type=int, default=0, show_default=True, help="Training steps after each truncation.")
-@click.option("--learning-rate", type=float, help="With --recover: the learning rate.")
 @click.option("--ignore-base-name", is_flag=True, help="Accept adapters that name another base, if their shapes fit.")
 @click.option(
     "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of select, such as seq_len=256."
@@ -82,10 +69,7 @@ def fleet(
     data: tuple[Path, ...],
     out: Path,
     margin: float | None,
-    ranks: list[str] | None,
     pad: bool,
-    recover: int,
-    learning_rate: float | None,
     ignore_base_name: bool,
     assignments: tuple[str, ...],
     as_json: bool,
@@ -99,10 +83,7 @@ def fleet(
         model=model,
         data=data,
         settings=make_settings(gather(None, assignments, {"margin": margin})),
-        ranks=whole_numbers(ranks, "--ranks"),
         pad=pad,
-        recover_steps=recover,
-        learning_rate=learning_rate,
         ignore_base_name=ignore_base_name,
         notice=lambda line: click.echo(line, err=True),
     )

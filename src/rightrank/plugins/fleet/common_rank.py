@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from rightrank.adapters.held_out import Candidates, Recovery, ScoredData, TruncationCurve, scored_data, truncation_curve
+from rightrank.adapters.held_out import Candidates, ScoredData, TruncationCurve, scored_data, truncation_curve
 from rightrank.adapters.rewrite import require_plain_update
 from rightrank.data.files import replacing_folder, require_absent
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_adapter, write_padded
@@ -44,17 +44,6 @@ class FleetAdapter(Record):
     notes: list[str] = Field(default_factory=list)
 
 
-class FleetSlots(Record):
-    """What a server reserves for one adapter, at the rank that the fleet needs before and after; 2 bytes a parameter."""
-
-    server: str
-    rank_before: Whole  # `max_lora_rank`
-    rank: Whole
-    bytes_before: Whole
-    bytes: Whole
-    saved_bytes: Whole
-
-
 class Fleet(Record):
     """`fleet --json`."""
 
@@ -62,12 +51,10 @@ class Fleet(Record):
     sentence: str
     model: str
     adapters: list[FleetAdapter]
-    slots: list[FleetSlots]
+    max_lora_rank: Whole  # of vLLM, for the adapters as written
+    saved_share: float  # of the bytes of its slot for an adapter
     padded_to: Whole | None  # the one rank of all written adapters; None: not padded
     out: str
-
-
-WHOLE_WEIGHTS = ("linear", "embedding", "convolution")  # kinds of modules with a weight of their own in the base
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,23 +66,18 @@ class FleetRequest:
     data: Sequence[Path]  # one for all adapters, or one for each
     out: Path
     settings: SelectSettings
-    ranks: Sequence[int] | None = None
     pad: bool = False
-    recover_steps: int = 0
-    learning_rate: float | None = None
     ignore_base_name: bool = False
     notice: Callable[[str], None] = field(default=lambda _: None)
 
 
-def open_adapters(request: FleetRequest) -> list[AdapterFolder]:
+def _open_adapters(request: FleetRequest) -> list[AdapterFolder]:
     if len(request.adapters) < 2:
         raise SettingsError(
             f"{len(request.adapters)} adapter given: a fleet has two or more; `rightrank resize` takes one"
         )
     require_absent(request.out)
-    if request.recover_steps and request.learning_rate is None:
-        raise SettingsError("--recover needs --learning-rate; give the one that the adapters were trained at")
-    names = folder_names(request.adapters)
+    names = _folder_names(request.adapters)
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise SettingsError(
@@ -115,7 +97,7 @@ def open_adapters(request: FleetRequest) -> list[AdapterFolder]:
     return adapters
 
 
-def folder_names(paths: Sequence[Path]) -> list[str]:
+def _folder_names(paths: Sequence[Path]) -> list[str]:
     """The name under which each adapter is written: that of its folder, of its run where several are called `adapter`.
 
     Other folders of one name get that of the folder around them in front.
@@ -128,7 +110,7 @@ def folder_names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def data_of(request: FleetRequest) -> list[Path]:
+def _data_of(request: FleetRequest) -> list[Path]:
     if not request.data:
         raise SettingsError("no data: give --data FILE once for all adapters, or once for each, in their order")
     if len(request.data) == 1:
@@ -140,33 +122,6 @@ def data_of(request: FleetRequest) -> list[Path]:
     return list(request.data)
 
 
-def load_shared_base(request: FleetRequest, scored: Sequence[ScoredData]) -> LoadedModel:
-    classes = {None if one.splits.classes is None else tuple(one.splits.classes) for one in scored}
-    if len(classes) > 1:
-        raise DataError(
-            "the data files have different labels: adapters of one fleet share one head; give data of one kind"
-        )
-    return load_base(request.model, request.settings, classes.pop())
-
-
-def require_shapes(adapters: Sequence[AdapterFolder], loaded: LoadedModel, request: FleetRequest) -> None:
-    """Refuse adapters whose modules the base does not have, or has in other shapes."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in loaded.model.named_parameters()}
-    for adapter in adapters:
-        for module in adapter.modules:
-            shape = shapes.get(f"{module.name}.weight")
-            if shape is None and module.kind in WHOLE_WEIGHTS and request.settings.weight_bits is None:
-                raise ModelError(
-                    f"{adapter.path}: {request.model} has no module {module.name}: it is an adapter of another base"
-                )
-            if shape is not None and module.kind == "linear" and sorted(shape) != sorted((module.rows, module.columns)):
-                raise ModelError(
-                    f"{adapter.path}: {module.name} is {module.rows} × {module.columns} in the adapter and "
-                    f"{' × '.join(map(str, shape))} in {request.model}: it is an adapter of another base"
-                )
-
-
-BYTES = 2  # of a parameter in a server's slot: servers hold adapters in 16 bits
 MAX_NAMED = 3  # adapters that a sentence names
 
 
@@ -188,16 +143,27 @@ def run_fleet(request: FleetRequest) -> Fleet:
 
     Raises:
         InputError: an adapter, the model, the data or `out` can't be used; nothing is written.
-        RunError: recovery diverged.
     """
-    adapters = open_adapters(request)
-    data = data_of(request)
+    adapters = _open_adapters(request)
+    data = _data_of(request)
     scored = [scored_data(adapter, file, None, request.settings) for adapter, file in zip(adapters, data, strict=True)]
-    loaded = load_shared_base(request, scored)
-    require_shapes(adapters, loaded, request)
+    classes = {None if one.splits.classes is None else tuple(one.splits.classes) for one in scored}
+    if len(classes) > 1:
+        raise DataError(
+            "the data files have different labels: adapters of one fleet share one head; give data of one kind"
+        )
+    loaded = load_base(request.model, request.settings, classes.pop())
+    names = {name for name, _ in loaded.model.named_modules()}
     for adapter in adapters:
+        whole = [module.name for module in adapter.modules if module.kind != "expert"]
+        missing = next((name for name in whole if name not in names), None)
+        if missing is not None:
+            raise ModelError(
+                f"{adapter.path}: {request.model} has no module {missing}: it is an adapter of another base"
+            )
         require_base(adapter.path, loaded, request.ignore_base_name)
-    ranks = _ranks(adapters, request.ranks)
+    powers = {2**power for power in range(max(adapter.rank for adapter in adapters).bit_length())}
+    ranks = sorted({*powers, *(adapter.rank for adapter in adapters)})
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         working = Path(name)
         measured = []
@@ -207,15 +173,6 @@ def run_fleet(request: FleetRequest) -> Fleet:
             request.notice(f"{adapter.path}: rank {measured[-1].rank} is enough of {adapter.rank}")
         rank = max(one.rank for one in measured)
         return _written(request, measured, rank, {BASE_FILE: loaded.identity.content()})
-
-
-def _ranks(adapters: Sequence[AdapterFolder], asked: Sequence[int] | None) -> list[int]:
-    """The ranks to measure: those asked, or the powers of two below the largest; and every adapter's own."""
-    own = {adapter.rank for adapter in adapters}
-    if asked is not None and (wrong := [rank for rank in asked if not 1 <= rank <= max(own)]):
-        raise SettingsError(f"rank {wrong[0]} cannot be reached by truncation; give ranks from 1 to {max(own)}")
-    powers = {2**power for power in range(max(own).bit_length())}
-    return sorted({*(asked if asked is not None else powers), *own})
 
 
 def _measure(
@@ -229,17 +186,10 @@ def _measure(
 ) -> _Measured:
     working.mkdir()
     own = [rank for rank in ranks if rank < adapter.rank] + [adapter.rank]
-    recovery = (
-        Recovery(request.recover_steps, request.learning_rate)
-        if request.recover_steps and request.learning_rate
-        else None
-    )
-    use = DataUse(data, request.settings, working / "cache", request.recover_steps, scored.splits, loaded)
+    use = DataUse(data, request.settings, working / "cache", 0, scored.splits, loaded)
     runtime = adapter_runtime(adapter, request.model, use)
     halves = scored.scores_training_examples and len(own) > 1
-    return _Measured(
-        adapter, truncation_curve(adapter, runtime, Candidates(own, recovery, by_halves=halves), working), working
-    )
+    return _Measured(adapter, truncation_curve(adapter, runtime, Candidates(own, by_halves=halves), working), working)
 
 
 def _written(request: FleetRequest, measured: Sequence[_Measured], rank: int, base: dict[str, bytes]) -> Fleet:
@@ -247,7 +197,7 @@ def _written(request: FleetRequest, measured: Sequence[_Measured], rank: int, ba
     served = max(open_adapter(folder).rank for folder, _ in chosen)
     padded = served_rank(served) if request.pad else None
 
-    names = folder_names([one.adapter.path for one in measured])
+    names = _folder_names([one.adapter.path for one in measured])
     try:
         request.out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -266,13 +216,15 @@ def _written(request: FleetRequest, measured: Sequence[_Measured], rank: int, ba
         resized.model_copy(update={"out": str(request.out / name)})
         for name, (_, resized) in zip(names, chosen, strict=True)
     ]
-    slots = _slots([one.adapter for one in measured], served)
+    before = max_module_rank(max(one.adapter.rank for one in measured))
+    after = max_module_rank(served)
     return Fleet(
         rank=rank,
-        sentence=_sentence(measured, rank, slots),
+        sentence=_sentence(measured, rank, before, after),
         model=request.model,
         adapters=[_record(one, resized, padded) for one, resized in zip(measured, written, strict=True)],
-        slots=slots,
+        max_lora_rank=after,
+        saved_share=1 - after / before,
         padded_to=padded,
         out=str(request.out),
     )
@@ -303,35 +255,15 @@ def _record(one: _Measured, resized: Resized, padded: int | None) -> FleetAdapte
     )
 
 
-def _slots(adapters: Sequence[AdapterFolder], rank: int) -> list[FleetSlots]:
-    """A slot holds every module that any adapter has, at the server's rank."""
-    sides = {module.name: module.rows + module.columns for adapter in adapters for module in adapter.modules}
-    per_rank = sum(sides.values()) * BYTES
-    before = max(adapter.rank for adapter in adapters)
-    servers: list[tuple[str, Callable[[int], int]]] = [("vllm", max_module_rank), ("sglang", lambda own: own)]
-    return [
-        FleetSlots(
-            server=server,
-            rank_before=of(before),
-            rank=of(rank),
-            bytes_before=of(before) * per_rank,
-            bytes=of(rank) * per_rank,
-            saved_bytes=(of(before) - of(rank)) * per_rank,
-        )
-        for server, of in servers
-    ]
-
-
-def _sentence(measured: Sequence[_Measured], rank: int, slots: Sequence[FleetSlots]) -> str:
+def _sentence(measured: Sequence[_Measured], rank: int, slot_before: int, slot: int) -> str:
+    """The answer; `slot` is vLLM's `--max-lora-rank`."""
     before = max(one.adapter.rank for one in measured)
-    every = folder_names([one.adapter.path for one in measured])
+    every = _folder_names([one.adapter.path for one in measured])
     names = [name for name, one in zip(every, measured, strict=True) if one.rank == rank]
     binding = ", ".join(names) if len(names) <= MAX_NAMED else f"{len(names)} of them"
-    vllm = slots[0]
     if rank == before:
         return f"The {len(measured)} adapters need rank {rank}: {binding} would lose more than the margin below it."
-    saved = vllm.saved_bytes / vllm.bytes_before
     return (
         f"All {len(measured)} adapters can be truncated to rank {rank} (from {before}) without losing more than the margin; "
-        f"{binding} {'needs' if len(names) == 1 else 'need'} it. A slot of vLLM shrinks from rank {vllm.rank_before} to {vllm.rank}, by {saved:.0%}."
+        f"{binding} {'needs' if len(names) == 1 else 'need'} it. A slot of vLLM shrinks from rank {slot_before} to {slot}, by {1 - slot / slot_before:.0%}."
     )

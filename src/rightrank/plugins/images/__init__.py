@@ -1,6 +1,6 @@
-"""Training functions for images, for `select_rank_with`: a text-to-image LoRA with diffusers, and an image classifier.
+"""A training function for images, for `select_rank_with`: a text-to-image LoRA with diffusers.
 
-`from rightrank.plugins.images.training import TextToImageTrain, ImageClassifierTrain`.
+`from rightrank.plugins.images.training import TextToImageTrain`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from rightrank.runs.plugins import Plugin
 
 
 class Images(Plugin):
-    """The functions are imported from `training`, which brings torch."""
+    """The function is imported from `training`, which brings torch."""
 
     name = "images"
 

@@ -1,8 +1,7 @@
-"""Ready `train` functions for images: a text-to-image LoRA with diffusers (extra `diffusers`), and an image classifier.
+"""A ready `train` function for a text-to-image LoRA with diffusers (extra `diffusers`), for `select_rank_with`.
 
-Both freeze the base, train the adapter with AdamW in evaluation mode (no dropout, and batch norm keeps its statistics, which
-an adapter does not store), save it in PEFT's format, and score every held-out image. `evaluate` scores a saved adapter, so that truncations
-are candidates too::
+It freezes the pipeline, trains the adapter of its U-Net with AdamW in evaluation mode, saves it in PEFT's format, and scores every
+held-out image. `evaluate` scores a saved adapter, so that truncations are candidates too::
 
     train = TextToImageTrain(pipeline="sd-1.5", train_images=pairs, held_out=others)
     select_rank_with(train, "run", evaluate=train.evaluate, metric="loss", steps=500, ranks=(4, 16, 64))
@@ -13,7 +12,6 @@ The loss of a diffusion model does not track how its images look. A judge of you
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -31,9 +29,18 @@ Judge = Callable[[Any, Sequence[str]], list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOnImages(ABC):
-    """One training on images; rank 0 is the base, which is scored and not trained."""
+class TextToImageTrain:
+    """A LoRA of a diffusion pipeline's U-Net, on images with captions. Rank 0 is the base, which is scored and not trained."""
 
+    pipeline: str
+    """Folder or hub name of a pipeline with a U-Net, such as Stable Diffusion 1.5."""
+    train_images: Sequence[tuple[Pixels, str]]
+    """Images in −1 … 1, and their captions."""
+    held_out: Sequence[tuple[Pixels, str]]
+    timesteps: Sequence[int] = (100, 300, 500, 700, 900)
+    """At which a held-out image is noised, each with a noise of its own that is the same in every trial."""
+    judge: Judge | None = None
+    """Scores the pipeline with the adapter on the held-out captions; decides in place of the loss, as metric `wins`."""
     batch_size: int = 4
     lora: Mapping[str, Any] = field(default_factory=dict)
     """Further settings of `LoraConfig`, such as `target_modules`."""
@@ -69,42 +76,15 @@ class TrainOnImages(ABC):
         return LoraConfig(**{"r": task.rank, "lora_alpha": alpha, **self.defaults, **self.lora})
 
     @property
-    @abstractmethod
-    def defaults(self) -> dict[str, Any]:
-        """Settings of `LoraConfig` that `lora` does not give."""
-
-    @abstractmethod
-    def load(self) -> tuple[Any, int, Callable[..., torch.Tensor]]:
-        """The frozen base, the number of training images, and `losses(model, indices, generator)`.
-
-        `losses` gives the loss of each training image by its index, with `generator` for what is drawn; without a generator it gives
-        those of held-out images, with nothing left to chance.
-        """
-
-    @abstractmethod
-    def scored(self, model: Any, losses: Callable[..., torch.Tensor]) -> TrialResult:
-        """The held-out scores."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextToImageTrain(TrainOnImages):
-    """A LoRA of a diffusion pipeline's U-Net, on images with captions."""
-
-    pipeline: str
-    """Folder or hub name of a pipeline with a U-Net, such as Stable Diffusion 1.5."""
-    train_images: Sequence[tuple[Pixels, str]]
-    """Images in −1 … 1, and their captions."""
-    held_out: Sequence[tuple[Pixels, str]]
-    timesteps: Sequence[int] = (100, 300, 500, 700, 900)
-    """At which a held-out image is noised, each with a noise of its own that is the same in every trial."""
-    judge: Judge | None = None
-    """Scores the pipeline with the adapter on the held-out captions; decides in place of the loss, as metric `wins`."""
-
-    @property
     def defaults(self) -> dict[str, Any]:
         return {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
 
     def load(self) -> tuple[Any, int, Callable[..., torch.Tensor]]:
+        """The frozen base, the number of training images, and `losses(model, indices, generator)`.
+
+        `losses` gives the loss of each training image by its index, with `generator` for what is drawn; without a generator it
+        gives those of held-out images, with nothing left to chance.
+        """
         pipeline = self._pipeline()
         training, held_out = (_encoded(pipeline, rows) for rows in (self.train_images, self.held_out))
         scheduler = import_module("diffusers").DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -142,46 +122,6 @@ class TextToImageTrain(TrainOnImages):
             part.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageClassifierTrain(TrainOnImages):
-    """An adapter of a transformers image classifier, with its head trained whole; `lora` names the `target_modules`."""
-
-    model: str
-    train_images: Sequence[tuple[Pixels, int]]
-    """Images as the model takes them, and their classes."""
-    held_out: Sequence[tuple[Pixels, int]]
-    head: str = "classifier"
-    """The module that is trained whole, of which the base's is drawn anew with a fixed seed if it does not fit."""
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return {"modules_to_save": [self.head]}
-
-    def load(self) -> tuple[Any, int, Callable[..., torch.Tensor]]:
-        from transformers import AutoModelForImageClassification
-
-        classes = 1 + max(label for _, label in (*self.train_images, *self.held_out))
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            base = AutoModelForImageClassification.from_pretrained(
-                self.model, num_labels=classes, ignore_mismatched_sizes=True
-            )
-        base.requires_grad_(False).eval()
-
-        def losses(model: Any, indices: Sequence[int], generator: torch.Generator | None = None) -> torch.Tensor:
-            rows = self.held_out if generator is None else self.train_images
-            pixels = torch.stack([rows[index][0] for index in indices])
-            labels = torch.tensor([rows[index][1] for index in indices])
-            return F.cross_entropy(model(pixel_values=pixels).logits, labels, reduction="none")
-
-        return base, len(self.train_images), losses
-
-    @torch.no_grad()
-    def scored(self, model: Any, losses: Callable[..., torch.Tensor]) -> TrialResult:
-        found = losses(model, range(len(self.held_out))).tolist()
-        return TrialResult(metrics={"loss": sum(found) / len(found)}, item_scores=found)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Blind judgements in place of a metric: pairs of answers for people or a program, and the decision on the choices."""
+"""Blind judgements in place of a metric: pairs of answers for people or programs, and the decision on the choices."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Judge(Plugin):
         if not are_judgements(found):
             return None
         judgements, understood = judgements_of(found)
-        from rightrank.plugins.judge.win_rate import decide_judged
+        from rightrank.plugins.judge.judgements import decide_judged
 
         return decide_judged(judgements, margin), understood
 
@@ -45,35 +45,22 @@ def judge(
     run: str | Path,
     *,
     prompts: int = 50,
-    ranks: Sequence[int] | None = None,
-    command: str | None = None,
     collect: Sequence[str | Path] = (),
-    judge_name: str | None = None,
     margin: float | None = None,
-    seed: int = 0,
-    timeout_seconds: float = 3600.0,
     notice: Callable[[str], None] = lambda _: None,
 ) -> JudgedRun:
-    """Make blind pairs of the answers of a run's ranks, and decide on what people or a program chose.
+    """Make blind pairs of the answers of a run's ranks, and decide on what people or programs chose.
 
     Args:
         run: a run folder whose data has `prompt` and `completion`.
         prompts: test prompts that every rank answers, when the pairs are made.
-        ranks: to judge against the reference; None for all.
-        command: a program that reads the pairs and prints `{"id": …, "outcome": "a"}`, `"b"` or `"tie"`, a line each.
-        collect: files that the page saved.
-        judge_name: in place of the name that the page saved, or of `command`.
+        collect: files that the page saved, or a program wrote: `{"judge": NAME, "choices": {ID: "a", "b" or "tie"}}`.
         margin: how far below 1/2 a win rate may be; None for .05.
-        seed: of the order of the pairs.
-        timeout_seconds: for the program.
         notice: receives each line for a person.
 
     Raises:
         InputError: a run without two adapters or prompts, or choices that can't be used.
-        RunError: the program failed.
     """
     from rightrank.plugins.judge.pairs import JudgeRequest, judge_run
 
-    files = [Path(file) for file in collect]
-    request = JudgeRequest(Path(run), prompts, ranks, command, files, judge_name, margin, seed, timeout_seconds, notice)
-    return judge_run(request)
+    return judge_run(JudgeRequest(Path(run), prompts, [Path(file) for file in collect], margin, notice))

@@ -1,13 +1,22 @@
-"""Rows of judgements: `prompt, rank_a, rank_b, outcome[, judge]`; every error names the row."""
+"""Rows of judgements, `prompt, rank_a, rank_b, outcome[, judge]`, of which every error names the row; and the decision on them:
+win rates against the reference, with intervals over prompts and judges."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 from rightrank.data.rows import Row
+from rightrank.decision.comparison import CONFIDENCE, Bounds, descending, examples_needed
+from rightrank.decision.intervals import RULE_OF_THREE, Estimate, two_sided
 from rightrank.interop.tables import raw_rows, rows_of_mappings
+from rightrank.schema.arrays import Floats
+from rightrank.schema.decision import Decision, NextRun, RankEvidence, StaircaseStep, Verdict
 from rightrank.schema.errors import ResultsError, quoted
 from rightrank.schema.trials import Record, Whole
 
@@ -49,21 +58,18 @@ def rows_of(source: str | Path | Iterable[Row | Mapping[str, object]]) -> list[R
     return list(rows_of_mappings([one for one in listed if not isinstance(one, Row)]))
 
 
-def judgements_of(rows: Iterable[Row], known: Collection[int] | None = None) -> tuple[list[Judgement], list[str]]:
+def judgements_of(rows: Iterable[Row]) -> tuple[list[Judgement], list[str]]:
     """`(judgements, how the rows were understood)`.
 
-    Args:
-        known: the ranks that were trained; None: any.
-
     Raises:
-        ResultsError: a missing column, a rank that is none or is unknown, an outcome besides a, b and tie, or two rows in which one
+        ResultsError: a missing column, a rank that is none, an outcome besides a, b and tie, or two rows in which one
             judge chose differently between the same answers.
     """
     seen: dict[tuple[str, int, int, str], tuple[float, str]] = {}
     found: list[Judgement] = []
     repeated = 0
     for row in rows:
-        one = _judgement(row, known)
+        one = _judgement(row)
         low, high = sorted((one.rank_a, one.rank_b))
         key, score = (one.prompt, low, high, one.judge), one.score_of(low)
         before = seen.get(key)
@@ -86,13 +92,13 @@ def judgements_of(rows: Iterable[Row], known: Collection[int] | None = None) -> 
     return found, understood
 
 
-def _judgement(row: Row, known: Collection[int] | None) -> Judgement:
+def _judgement(row: Row) -> Judgement:
     missing = [name for name in NEEDED if row.fields.get(name) in (None, "")]
     if missing:
         raise ResultsError(
             f"{row.where}: no {missing[0]}; judgements have the columns {', '.join(NEEDED)} and, if there are several, judge"
         )
-    ranks = [_rank(row, name, known) for name in ("rank_a", "rank_b")]
+    ranks = [_rank(row, name) for name in ("rank_a", "rank_b")]
     if ranks[0] == ranks[1]:
         raise ResultsError(f"{row.where}: rank_a and rank_b are both {ranks[0]}; a judgement is between two ranks")
     outcome = str(row.fields["outcome"]).strip().lower()
@@ -110,7 +116,7 @@ def _judgement(row: Row, known: Collection[int] | None) -> Judgement:
     )
 
 
-def _rank(row: Row, name: str, known: Collection[int] | None) -> int:
+def _rank(row: Row, name: str) -> int:
     value = row.fields[name]
     try:
         rank = int(str(value))
@@ -118,8 +124,257 @@ def _rank(row: Row, name: str, known: Collection[int] | None) -> int:
         rank = 0
     if rank < 1:
         raise ResultsError(f"{row.where}: {name} is {quoted(value)}; give a whole number from 1")
-    if known is not None and rank not in known:
-        raise ResultsError(
-            f"{row.where}: {name} is {rank}, which was not trained; there are {', '.join(map(str, sorted(known)))}"
-        )
     return rank
+
+
+def clustered_mean(scores: Sequence[float], prompts: Sequence[Hashable], judges: Sequence[Hashable]) -> Estimate:
+    """The mean over judgements, its prompts as `examples` and its judges as `seeds`.
+
+    With one judge the interval is over prompts alone. Where all scores are equal, nothing varies and the rule of three is used: the
+    one-sided 95% bound lies 3/prompts away.
+
+    Args:
+        scores: [judgements] 1 for a win, 1/2 for a tie, 0 for a loss.
+        prompts: [judgements] the prompt of each.
+        judges: [judgements] the judge of each.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    count = len(values)
+    residuals = values - values.mean()
+    by_prompt, by_judge = _sums(residuals, prompts), _sums(residuals, judges)
+    by_both = _sums(residuals, list(zip(prompts, judges, strict=True)))
+    of_prompts = _variance(by_prompt, count)
+    if of_prompts == 0.0:
+        of_prompts = (RULE_OF_THREE / len(by_prompt)) ** 2
+    of_judges = _variance(by_judge, count) if len(by_judge) > 1 else 0.0
+    both = min(_variance(by_both, count), of_prompts, of_judges)
+    spread = float(np.mean(by_prompt**2))
+    skewness = float(np.mean(by_prompt**3)) / spread**1.5 if spread > 0 else 0.0
+    judges_degrees = max(1.0, len(by_judge) - 1.0)
+    return Estimate(
+        float(values.mean()), of_prompts, of_judges, both, len(by_prompt), len(by_judge), judges_degrees, skewness
+    )
+
+
+def _sums(residuals: Floats, names: Sequence[Hashable]) -> Floats:
+    places: dict[Hashable, int] = {}
+    index = np.array([places.setdefault(name, len(places)) for name in names])
+    sums: Floats = np.bincount(index, weights=residuals, minlength=len(places)).astype(np.float64)
+    return sums
+
+
+def _variance(sums: Floats, count: int) -> float:
+    """Of the mean, from the sums of its clusters."""
+    clusters = len(sums)
+    return float((sums**2).sum()) / count**2 * clusters / max(1, clusters - 1)
+
+
+METRIC = "win_rate"
+WIN_RATE_MARGIN = 0.05
+EVEN = 0.5
+MIN_JUDGEMENTS = 2  # of a rank against the reference
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """One rank against the reference; `worse` is 1/2 minus its win rate."""
+
+    rank: int
+    worse: Estimate
+
+    @property
+    def low(self) -> float:
+        return max(-EVEN, self.worse.bound(1 - CONFIDENCE))
+
+    @property
+    def high(self) -> float:
+        return min(EVEN, self.worse.bound(CONFIDENCE))
+
+    def holds(self, margin: float) -> bool | None:
+        return Bounds(self.worse.mean, self.low, self.high).is_enough(margin)
+
+
+def _reference_of(judgements: Sequence[Judgement]) -> int:
+    """The rank that is compared with the most others; the largest of several."""
+    others: dict[int, set[int]] = {}
+    for one in judgements:
+        others.setdefault(one.rank_a, set()).add(one.rank_b)
+        others.setdefault(one.rank_b, set()).add(one.rank_a)
+    return max(others, key=lambda rank: (len(others[rank]), rank))
+
+
+def decide_judged(
+    judgements: Sequence[Judgement], margin: float | None = None, reference: int | None = None
+) -> Decision:
+    """The decision that the judgements support.
+
+    Args:
+        judgements: only those of a pair with the reference count.
+        margin: how far below 1/2 a win rate may be; None for .05.
+        reference: None for the rank that is compared with the most others.
+
+    Raises:
+        ResultsError: a margin that is no win rate, or no rank with two judgements against the reference.
+    """
+    margin = WIN_RATE_MARGIN if margin is None else margin
+    if not 0 < margin < EVEN:
+        raise ResultsError(f"margin {margin:g} is not allowed: a win rate's margin is above 0 and below 0.5")
+    top = _reference_of(judgements) if reference is None else reference
+    judged = _all(judgements, top)
+    if not judged:
+        raise ResultsError(f"no rank has {MIN_JUDGEMENTS} judgements against rank {top}: judge more pairs with it")
+    chosen, failing = _walk(judged, top, margin)
+    verdict = _verdict(judged, chosen, failing, top, margin)
+    may_be_better = any(one.low < -margin for one in judged.values() if one.rank > top)
+    fallback = None if chosen == top or may_be_better else chosen
+    judges = {one.judge for one in judgements}
+    runs = [_next_run(judged[failing], margin, len(judges))] if failing and verdict == "undecided" else []
+    return Decision(
+        rank=None if verdict == "undecided" else chosen,
+        fallback_rank=fallback,
+        best_so_far=_best(judged, top) if fallback is None else None,
+        verdict=verdict,
+        flags=["one_judge"] if len(judges) == 1 else [],
+        sentence=_sentence(verdict, chosen, top, judged, margin, failing),
+        next_run=runs[0].sentence if runs else "Nothing more is needed at this margin.",
+        metric=METRIC,
+        higher_is_better=True,
+        margin=margin,
+        reference_rank=top,
+        confidence=CONFIDENCE,
+        learning_rate=None,
+        staircase=_staircase(judged, top),
+        ranks=_evidence(judged, top, margin),
+        basis="items and seeds" if len(judges) > 1 else "items",
+        basis_note=_basis_note(judgements, len(judges)),
+        next_runs=runs,
+    )
+
+
+def _walk(judged: Mapping[int, _Judged], top: int, margin: float) -> tuple[int, int | None]:
+    """`(smallest rank that holds, first rank below it that does not)`; None where all hold."""
+    chosen = top
+    for rank in descending(judged, top):
+        if not judged[rank].holds(margin):
+            return chosen, rank
+        chosen = rank
+    return chosen, None
+
+
+def _best(judged: Mapping[int, _Judged], top: int) -> int:
+    """The rank that came out best: the one that wins most often, or the reference where none wins more than it loses."""
+    winner = min(judged, key=lambda rank: (judged[rank].worse.mean, rank))
+    return winner if judged[winner].worse.mean < 0 else top
+
+
+def _verdict(judged: Mapping[int, _Judged], chosen: int, failing: int | None, top: int, margin: float) -> Verdict:
+    if failing is None:
+        return "flat"
+    if judged[failing].holds(margin) is None:
+        return "undecided"
+    return "saturated" if chosen != top else "rising"
+
+
+def _all(judgements: Sequence[Judgement], top: int) -> dict[int, _Judged]:
+    found: dict[int, list[Judgement]] = {}
+    for one in judgements:
+        if top in (one.rank_a, one.rank_b):
+            found.setdefault(one.rank_b if one.rank_a == top else one.rank_a, []).append(one)
+    judged = {}
+    for rank, own in sorted(found.items()):
+        if len(own) >= MIN_JUDGEMENTS:
+            scores = [EVEN - one.score_of(rank) for one in own]
+            judged[rank] = _Judged(
+                rank, clustered_mean(scores, [one.prompt for one in own], [one.judge for one in own])
+            )
+    return judged
+
+
+def _evidence(judged: Mapping[int, _Judged], top: int, margin: float) -> list[RankEvidence]:
+    rows = [
+        RankEvidence(
+            rank=top,
+            value=EVEN,
+            low=EVEN,
+            high=EVEN,
+            difference=0.0,
+            difference_low=0.0,
+            difference_high=0.0,
+            non_inferior=True,
+        )
+    ]
+    return sorted([*rows, *(_row(one, margin) for one in judged.values())], key=lambda one: one.rank)
+
+
+def _row(one: _Judged, margin: float) -> RankEvidence:
+    low, high = (EVEN - one.worse.bound(level) for level in reversed(two_sided(CONFIDENCE)))
+    return RankEvidence(
+        rank=one.rank,
+        value=EVEN - one.worse.mean,
+        low=max(0.0, low),
+        high=min(1.0, high),
+        difference=one.worse.mean,
+        difference_low=one.low,
+        difference_high=one.high,
+        non_inferior=one.holds(margin),
+        seeds=max(1, one.worse.seeds),
+    )
+
+
+def _staircase(judged: Mapping[int, _Judged], top: int) -> list[StaircaseStep]:
+    steps, threshold = [StaircaseStep(margin=0.0, rank=top)], 0.0
+    for rank in descending(judged, top):
+        threshold = max(threshold, judged[rank].high)
+        if threshold == steps[-1].margin:
+            steps.pop()
+        steps.append(StaircaseStep(margin=threshold, rank=rank))
+    return steps
+
+
+def _sentence(
+    verdict: Verdict, chosen: int, top: int, judged: Mapping[int, _Judged], margin: float, other: int | None
+) -> str:
+    if verdict == "undecided":
+        assert other is not None
+        best = f"rank {chosen} is enough" if chosen != top else f"rank {top} is the reference"
+        return f"Cannot tell: {best}, and the judgements cannot tell whether rank {other} is: {_rate(judged[other])}, margin {margin:g}."
+    if verdict == "rising":
+        assert other is not None
+        return f"Rank {top} is needed: rank {other} is worse, {_rate(judged[other])}, margin {margin:g}."
+    held = f"Rank {chosen} is enough: against rank {top}, {_rate(judged[chosen])}, margin {margin:g}"
+    return f"{held}." if other is None else f"{held}; rank {other} is not, {_rate(judged[other])}."
+
+
+def _rate(one: _Judged) -> str:
+    low, high = EVEN - one.high, EVEN - one.low
+    return f"it wins {EVEN - one.worse.mean:.0%} (95% bounds {low:.0%} to {high:.0%}, ties as halves)"
+
+
+def _basis_note(judgements: Sequence[Judgement], judges: int) -> str:
+    prompts = len({one.prompt for one in judgements})
+    whose = (
+        "the judges are a sample of more" if judges > 1 else "other judges may differ: the interval is for this judge"
+    )
+    return f"The intervals are over {prompts} prompts and {judges} judge{'s' if judges > 1 else ''}; {whose}."
+
+
+def _next_run(one: _Judged, margin: float, judges: int) -> NextRun:
+    """How many judgements would settle the rank, if its win rate stays as it is."""
+    needed = examples_needed(one.worse, margin)
+    if needed is not None:
+        more = math.ceil(needed * max(1, judges))
+        return NextRun(
+            action="items",
+            ranks=[one.rank],
+            items=needed,
+            sentence=(
+                f"Judge rank {one.rank} on about {needed:,} prompts in place of {one.worse.examples:,} (about {more:,} judgements in "
+                f"all, each by the {'same judge' if judges == 1 else f'{judges} judges'}) to settle it, if its win rate stays as it is."
+            ),
+        )
+    cure = "more judges" if judges > 1 else "another margin"
+    return NextRun(
+        action="none",
+        ranks=[one.rank],
+        sentence=f"More prompts alone would not settle rank {one.rank} at this win rate: take {cure}.",
+    )

@@ -1,4 +1,4 @@
-"""Judging a run: blind pairs of answers for people or for a program, and what they chose.
+"""Judging a run: blind pairs of answers for people or programs, and what they chose.
 
 Every rank's best adapter answers the same test prompts as the reference's. A pair shows both answers in a random order under the
 letters A and B; the ranks are in a file of their own. Equal answers are ties and are shown to nobody.
@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shlex
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,19 +20,17 @@ from typing import Any
 
 from rightrank.data.files import UnreadableError, read_json_object, write_text
 from rightrank.decision.run import Records, best_trial, decision_so_far, last_decided, records_of
-from rightrank.plugins.judge.judgements import judgements_of, rows_of
-from rightrank.plugins.judge.win_rate import decide_judged
+from rightrank.plugins.judge.judgements import decide_judged, judgements_of, rows_of
 from rightrank.report.html import script_hash, script_json
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.prepare import prepare
 from rightrank.runs.request import Request
 from rightrank.schema.decision import Decision
-from rightrank.schema.errors import DataError, ResultsError, RunError, RunFolderError, SettingsError
+from rightrank.schema.errors import DataError, ResultsError, RunFolderError
 from rightrank.schema.events import JournalRecord
 from rightrank.schema.settings import make_settings
 from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.generation import promptable_examples, write_completion
-from rightrank.train.scorers import command_on, run_program
 
 FOLDER = "judging"
 PAIRS, KEY, PAGE, JUDGEMENTS = "pairs.jsonl", "key.json", "judge.html", "judgements.jsonl"
@@ -47,13 +43,8 @@ class JudgeRequest:
 
     run: Path
     prompts: int = 50
-    ranks: Sequence[int] | None = None
-    command: str | None = None
     collect: Sequence[Path] = ()
-    judge: str | None = None
     margin: float | None = None
-    seed: int = 0
-    timeout_seconds: float = 3600.0
     notice: Callable[[str], None] = field(default=lambda _: None)
 
 
@@ -70,27 +61,18 @@ class JudgedRun:
 
 
 def judge_run(request: JudgeRequest) -> JudgedRun:
-    """Make the pairs if there are none, ask the program or read the choices, and decide.
+    """Make the pairs if there are none, read the choices, and decide.
 
     Raises:
         InputError: a run without two adapters or without prompts, or choices that can't be used; nothing is written.
-        RunError: the program failed.
     """
     folder = RunFolder.existing(request.run)
-    if request.command is not None and request.collect:
-        raise SettingsError("--command and --collect were both given: give one of them")
     place = folder.path / FOLDER
-    program = None if request.command is None else _program(request.command)
-    collected = [_collected(file) for file in request.collect]
+    choices = dict(_collected(file) for file in request.collect)
     with folder.locked():
         if not (place / KEY).is_file():
             _make_pairs(request, folder, place)
         key = _key(place)
-        choices: dict[str, Mapping[str, str]] = {}
-        if program is not None:
-            choices[request.judge or "command"] = _asked(program, request.timeout_seconds, place / PAIRS)
-        for name, chosen in collected:
-            choices[request.judge or name] = chosen
         if choices:
             _keep(place, key, choices)
     written = place / JUDGEMENTS
@@ -110,15 +92,15 @@ def _make_pairs(request: JudgeRequest, folder: RunFolder, place: Path) -> None:
             f"{folder.path}: a custom trainer's run has no model to answer with: judge its answers yourself, and give the rows to "
             "`rightrank decide`"
         )
-    reference, trials = _contenders(records, journal, request.ranks)
+    reference, trials = _contenders(records, journal)
     answers, texts = _answers(request, folder, records, trials)
-    generator = random.Random(request.seed)
+    generator = random.Random(0)
     pairs: dict[str, dict[str, Any]] = {}
     shown: list[dict[str, str]] = []
     for prompt, text in texts.items():
         for rank in sorted(trials.keys() - {reference}):
             first, second = (rank, reference) if generator.random() < 0.5 else (reference, rank)
-            name = hashlib.sha256(f"{request.seed} {prompt} {rank} {reference}".encode()).hexdigest()[:16]
+            name = hashlib.sha256(f"{prompt} {rank} {reference}".encode()).hexdigest()[:16]
             pairs[name] = {"prompt": prompt, "rank_a": first, "rank_b": second}
             if answers[first][prompt] == answers[second][prompt]:
                 pairs[name]["same"] = True
@@ -132,9 +114,7 @@ def _make_pairs(request: JudgeRequest, folder: RunFolder, place: Path) -> None:
     write_text(place / KEY, json.dumps({"reference": reference, "pairs": pairs}, indent=1) + "\n")
 
 
-def _contenders(
-    records: Records, journal: Sequence[JournalRecord], asked: Sequence[int] | None
-) -> tuple[int, dict[int, str]]:
+def _contenders(records: Records, journal: Sequence[JournalRecord]) -> tuple[int, dict[int, str]]:
     """`(reference, trial by rank)`: the best training of each rank; with goal adapter, the best truncation of each."""
     decided = last_decided(journal)
     decision = decided.decision if decided is not None else decision_so_far(records)
@@ -149,13 +129,6 @@ def _contenders(
         trials[reference] = answer.reference_id
     else:
         trials, reference = {}, 0
-    if asked is not None:
-        unknown = [rank for rank in asked if rank not in trials]
-        if unknown:
-            raise ResultsError(
-                f"rank {unknown[0]} has no adapter in the run; there are {', '.join(map(str, sorted(trials)))}"
-            )
-        trials = {rank: trial for rank, trial in trials.items() if rank in asked or rank == reference}
     if len(trials) < 2:
         raise ResultsError("fewer than two ranks have an adapter: there is nothing to compare; train further ranks")
     return reference, trials
@@ -192,34 +165,8 @@ def _key(place: Path) -> dict[str, Any]:
         ) from None
 
 
-def _program(command: str) -> list[str]:
-    """The words of the judge's command."""
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise SettingsError(f"--command: {command!r} can't be read as a command ({error})") from None
-    if not words or shutil.which(words[0]) is None:
-        raise SettingsError(f"--command: no program {words[0] if words else ''!r} on the PATH; give its path")
-    return words
-
-
-def _asked(words: list[str], timeout_seconds: float, pairs: Path) -> dict[str, str]:
-    """The choices of a program that reads the pairs and prints `{"id": …, "outcome": "a"}` for each."""
-    printed = run_program(command_on(words, pairs), timeout_seconds)
-    found: dict[str, str] = {}
-    for number, line in enumerate(filter(str.strip, printed.splitlines()), start=1):
-        try:
-            one = json.loads(line)
-            found[str(one["id"])] = str(one["outcome"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise RunError(
-                f'--command: line {number} is {line[:80]!r}; print {{"id": …, "outcome": "a"}} for each pair'
-            ) from None
-    return found
-
-
 def _collected(file: Path) -> tuple[str, dict[str, str]]:
-    """The judge's name and choices, as the page saves them."""
+    """A judge's name and choices: `{"judge": …, "choices": {id: outcome}}`, as the page saves them."""
     try:
         found = read_json_object(file, 64 * 2**20)
     except UnreadableError as error:

@@ -1,8 +1,7 @@
 """What fits, before any weight is loaded: the memory of every rank.
 
-skeleton (the model without weights) → step, trace and kernels (what the real step allocates on the device) → stack (the
-whole depth from a few blocks) → estimate (every rank from two traces) → allocator (the peak) → planner (the plan), and
-selection (the memory and the time of a `select`, which leaves out the ranks that don't fit).
+skeleton (the model without weights) → step, trace and device (what the real step allocates there) → estimate (every rank
+from two traces) → allocator (the peak) → planner (the plan), and selection (the memory and the time of a `select`, which leaves out the ranks that don't fit).
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
-"""`plan`: memory before any training."""
+"""`plan`: memory before any training, as text: the table of ranks, the parts of the memory, what fits and what to change."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import rightrank
 from rightrank.cli.options import SettingsCommand, announce, garbage_kept, gather, setting_options
+from rightrank.report.format import size, table_lines
 from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
-
-if TYPE_CHECKING:
-    from rightrank.schema.results import Plan
+from rightrank.schema.results import Plan, RankPlan
+from rightrank.schema.scaling import LARGE_RANK, rank_change_line, rate_warning
 
 
 @click.command(
@@ -37,8 +38,64 @@ def plan(model: str, config_file: Path | None, assignments: tuple[str, ...], as_
     announce("tracing a step of the model, in shapes alone")
     with garbage_kept():
         answer: Plan = rightrank.plan(model, settings=make_plan_settings(values))
-
-    from rightrank.plugins.plan.table import plan_text
-
-    click.echo(answer.model_dump_json() if as_json else plan_text(answer))
+    click.echo(answer.model_dump_json() if as_json else _plan_text(answer))
     return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0
+
+
+def _plan_text(plan: Plan) -> str:
+    """The whole plan in plain lines."""
+    heads = ["rank", "parameters", "adapter", "peak", "reserved", "with headroom", "TFLOP/step"]
+    heads += ["fits"] * (plan.memory_bytes is not None)
+    last = plan.ranks[-1]
+    components = (f"{name.replace('_', ' ')} {size(count)}" for name, count in last.components.items() if count)
+    parts = [
+        f"{plan.architecture}: {plan.base_parameters:,} parameters, {size(plan.base_bytes)} of weights; "
+        f"{plan.targets} adapted matrices",
+        "",
+        *table_lines([heads, *map(_row, plan.ranks)]),
+        "",
+        f"rank {last.rank}, at its peak ({last.peak_at}):",
+        "  " + ", ".join(components),
+        "",
+        *_answer(plan),
+        *(f"note: {note}" for note in plan.notes),
+    ]
+    return "\n".join(parts)
+
+
+def _row(row: RankPlan) -> list[str]:
+    cells = [
+        str(row.rank),
+        f"{row.trainable_parameters:,}",
+        size(row.adapter_bytes),
+        size(row.peak_bytes),
+        size(row.peak_reserved_bytes),
+        size(row.needed_bytes),
+        f"{row.flops_per_step / 1e12:.3g}",
+    ]
+    return cells if row.fits is None else [*cells, "yes" if row.fits else "no"]
+
+
+def _answer(plan: Plan) -> Iterator[str]:
+    last = plan.ranks[-1].rank
+    yield (
+        f"peak: {plan.source}, ±{plan.error_share:.0%}; needed in addition: {size(plan.context_bytes)} for the process, "
+        "assumed, and headroom"
+    )
+    if plan.memory_bytes is not None:
+        yield _fits_line(plan, plan.memory_bytes)
+    if len(plan.ranks) > 1:
+        yield f"learning rate, {rank_change_line(plan.ranks[0].rank, last)}"
+    if last >= LARGE_RANK:
+        yield rate_warning(last, 2 * last)
+
+
+def _fits_line(plan: Plan, memory: int) -> str:
+    if plan.max_rank is None:
+        changes = ", ".join(f"{name} {value}" for name, value in plan.changes.items())
+        advice = f"it fits with {changes}" if changes else "no change of the step is enough"
+        return f"no requested rank fits in {size(memory)}; rank {plan.ranks[0].rank}: {advice}"
+    possible = ""
+    if plan.largest_possible_rank != plan.max_rank:
+        possible = f" (largest of all ranks: {plan.largest_possible_rank})"
+    return f"largest requested rank that fits in {size(memory)}: {plan.max_rank}{possible}"

@@ -1,17 +1,16 @@
 """The kernels of a device, for a step that runs on meta tensors.
 
-On the meta device torch takes the slow composite path of attention, knows no autocast, and cannot answer a branch on a
-value. A function mode answers for the device: attention goes to the fused kernel that the device would choose (flash
-without a mask, memory-efficient with one, the CPU's flash kernel there), autocast casts what CUDA's lists name, and a
-branch on a mask takes the path with padding or without, as the settings have it.
+On the meta device torch takes the slow composite path of attention and cannot answer a branch on a value. A function mode
+answers for the device: attention goes to the fused kernel that the device would choose (flash without a mask,
+memory-efficient with one, the CPU's flash kernel there), and a branch on a mask takes the path with padding or without, as
+the settings have it.
 
-Sources: torch's `aten/src/ATen/native/transformers` (choice of kernel, conversion of boolean masks, workspace of the
-backward kernels) and `aten/src/ATen/autocast_mode.h` (the lists), torch 2.x.
+Source: torch's `aten/src/ATen/native/transformers` (choice of kernel, conversion of boolean masks, workspace of the
+backward kernels), torch 2.x.
 
 Weights in 4 or 8 bits, in the shapes and types in which bitsandbytes stores them.
 
-4 bits: two weights a byte, and a float32 constant for every 64 weights; with double quantisation one byte for every 64,
-a float32 for every 256 of those and one for the matrix. 8 bits: a byte a weight and a float32 a row. A product in 4
+4 bits: two weights a byte, and a float32 constant for every 64 weights. 8 bits: a byte a weight and a float32 a row. A product in 4
 bits decompresses the whole matrix into the compute type, forward and backward, and drops it. A product in 8 bits
 quantises the input rows too, keeps the original rows for the backward pass, and decompresses there; on a CPU in training
 mode it also decompresses forward. Embeddings, norms and the output head are not quantised.
@@ -24,8 +23,7 @@ rows only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -42,17 +40,6 @@ FLASH_TYPES = (torch.float16, torch.bfloat16)
 
 aten = torch.ops.aten
 
-_LOWER_PRECISION: frozenset[Any] = frozenset(
-    {F.linear, F.conv1d, F.conv2d, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.Tensor.matmul}
-    | {torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm, torch.addbmm, torch.einsum}
-)
-_FLOAT32: frozenset[Any] = frozenset(
-    {F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, F.layer_norm, F.softplus, torch.softmax, torch.pow}
-    | {torch.Tensor.pow, torch.Tensor.softmax, torch.rsqrt, torch.exp, torch.log, torch.sum, torch.Tensor.sum}
-    | {torch.cumsum, torch.norm, torch.Tensor.__pow__, torch.nn.functional.rms_norm}
-)
-
-
 # Rows of several experts times the matrix of each expert, where this torch has it.
 _GROUPED: frozenset[Any] = frozenset(
     getattr(home, name) for home, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(home, name)
@@ -65,8 +52,6 @@ class DeviceKernels(TorchFunctionMode):
 
     device: DeviceKind
     padded: bool
-    autocast: torch.dtype | None = None
-    _casts: dict[int, torch.Tensor] = field(default_factory=dict)  # autocast's cache of trainable weights
 
     def __post_init__(self) -> None:
         TorchFunctionMode.__init__(self)
@@ -76,65 +61,41 @@ class DeviceKernels(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             if self.device == "cpu" and keywords.get("dropout_p"):
                 return func(*args, **keywords)  # the CPU has no fused kernel with dropout: torch's composite one runs
-            return self._attention(*args, **keywords)
+            return _attention(self.device, *args, **keywords)
         if func in _GROUPED:
             product: Any = _GroupedProduct.apply  # untyped in torch
             return product(args[0], args[1])
         if func is torch.Tensor.__bool__:
             return not self.padded  # the only branches ask whether there is no padding
-        if self.autocast is not None:
-            if func in _LOWER_PRECISION:
-                args, keywords = self._cast(args, self.autocast), {k: self._lower(v) for k, v in keywords.items()}
-            elif func in _FLOAT32:
-                args = self._cast(args, torch.float32)
         return func(*args, **keywords)
 
-    def _cast(self, values: Any, dtype: torch.dtype) -> Any:
-        convert: Callable[[Any], Any] = self._lower if dtype is self.autocast else _to_float32
-        return tuple(convert(value) for value in values)
 
-    def _lower(self, value: Any) -> Any:
-        """In autocast's type; trainable weights are cast once a forward pass, frozen ones at every use."""
-        if not isinstance(value, torch.Tensor) or value.dtype is not torch.float32:
-            return value
-        if not (value.requires_grad and value.is_leaf):
-            return value.to(self.autocast)
-        if id(value) not in self._casts:
-            self._casts[id(value)] = value.to(self.autocast)
-        return self._casts[id(value)]
-
-    def drop_casts(self) -> None:
-        """Clear autocast's cache at the end of the forward pass; recomputed blocks cast again."""
-        self._casts.clear()
-
-    def _attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Any:
-        if self.autocast is not None:
-            query, key, value = (self._lower(tensor) for tensor in (query, key, value))
-        bias = _additive(attn_mask, query)
-        if self.device == "cpu":
-            return aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, dropout_p, is_causal, attn_mask=bias, scale=scale
-            )[0]
-        if bias is None and query.dtype in FLASH_TYPES and query.shape[-1] <= FLASH_HEAD_LIMIT:
-            return _flash(query, key, value, dropout_p, is_causal, scale)
-        if enable_gqa and key.shape[1] != query.shape[1]:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        if bias is not None:
-            bias = _aligned(bias).expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, True, dropout_p, is_causal, scale=scale
+def _attention(
+    device: DeviceKind,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    bias = _additive(attn_mask, query)
+    if device == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=bias, scale=scale
         )[0]
+    if bias is None and query.dtype in FLASH_TYPES and query.shape[-1] <= FLASH_HEAD_LIMIT:
+        return _flash(query, key, value, dropout_p, is_causal, scale)
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if bias is not None:
+        bias = _aligned(bias).expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, dropout_p, is_causal, scale=scale
+    )[0]
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -178,10 +139,6 @@ def _aligned(bias: torch.Tensor) -> torch.Tensor:
     return F.pad(bias, [0, missing])[..., :length] if missing else bias
 
 
-def _to_float32(value: Any) -> Any:
-    return value.float() if isinstance(value, torch.Tensor) and value.dtype in FLASH_TYPES else value
-
-
 def scratch_bytes(func: Any, args: Any, device: DeviceKind) -> tuple[int, ...]:
     """Workspace that a kernel allocates and frees while it runs, bytes."""
     if device != "cuda":
@@ -206,20 +163,17 @@ def _flash_backward_scratch(query: torch.Tensor, key: torch.Tensor) -> tuple[int
 
 
 BLOCK = 64  # weights that share a 4-bit constant
-DOUBLE_BLOCK = 256  # constants that share a constant
-TABLE = 256  # values of the table that decodes the constants of double quantisation; every matrix has its own
 CLASSIFICATION_HEADS = ("score", "classifier")  # trained whole: PEFT's default for classification
 
 
-class QuantisedLinear(torch.nn.Linear):
+class _QuantisedLinear(torch.nn.Linear):
     """A linear module on the meta device with a weight in 4 or 8 bits."""
 
-    def __init__(self, features: tuple[int, int], bias: Any, kind: QuantisedKind) -> None:
+    def __init__(self, features: tuple[int, int], bias: Any, kind: _QuantisedKind) -> None:
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = features
         self.bits = bits = kind.bits
         self.compute_dtype = kind.compute_dtype
-        self.nested = kind.nested
         self.on_cpu = kind.on_cpu
         self.copies_output = False  # PEFT clones the output of an adapted 4-bit module
         weights = self.in_features * self.out_features
@@ -227,7 +181,7 @@ class QuantisedLinear(torch.nn.Linear):
         code = torch.uint8 if bits == 4 else torch.int8
         self.weight = torch.nn.Parameter(torch.empty(packed, dtype=code, device="meta"), requires_grad=False)
         self.bias = bias
-        for number, (size, constant) in enumerate(constants(self.out_features, weights, bits, self.nested)):
+        for number, (size, constant) in enumerate(_constants(self.out_features, weights, bits)):
             self.register_buffer(f"constants_{number}", torch.empty(size, dtype=constant, device="meta"))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -242,25 +196,21 @@ class QuantisedLinear(torch.nn.Linear):
         return self.weight
 
     def dequantize(self) -> torch.Tensor:
-        if self.nested:  # decompresses the constants first
-            blocks = math.ceil(self.in_features * self.out_features / BLOCK)
-            _constants = torch.empty(blocks, dtype=torch.float32, device="meta") + 0
         return torch.empty((self.out_features, self.in_features), dtype=self.compute_dtype, device="meta")
 
 
 @dataclass(frozen=True, slots=True)
-class QuantisedKind:
+class _QuantisedKind:
     """How the matrices of a model are quantised."""
 
     bits: int
     compute_dtype: torch.dtype
-    nested: bool  # 4 bits: the constants are quantised too
     on_cpu: bool
 
 
 class _QuantisedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, module: QuantisedLinear) -> torch.Tensor:
+    def forward(ctx: Any, input: torch.Tensor, module: _QuantisedLinear) -> torch.Tensor:
         ctx.module = module
         if module.bits == 4:
             return input @ module.dequantize().t()
@@ -278,16 +228,11 @@ class _QuantisedProduct(torch.autograd.Function):
         return gradients[0] @ ctx.module.dequantize(), None
 
 
-def constants(rows: int, weights: int, bits: int, double: bool) -> list[tuple[int, torch.dtype]]:
+def _constants(rows: int, weights: int, bits: int) -> list[tuple[int, torch.dtype]]:
     """`(count, type)` of each tensor of quantisation constants of one matrix."""
     if bits == 8:
         return [(rows, torch.float32)]
-    blocks = math.ceil(weights / BLOCK)
-    code = (16, torch.float32)
-    if not double:
-        return [(blocks, torch.float32), code]
-    of_constants = [(math.ceil(blocks / DOUBLE_BLOCK), torch.float32), (1, torch.float32), (TABLE, torch.float32)]
-    return [(blocks, torch.uint8), *of_constants, code]
+    return [(math.ceil(weights / BLOCK), torch.float32), (16, torch.float32)]
 
 
 def quantise(model: Any, settings: PlanSettings) -> None:
@@ -295,8 +240,7 @@ def quantise(model: Any, settings: PlanSettings) -> None:
     bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
     if bits is None:
         return
-    double = bits == 4 and settings.bnb_4bit_use_double_quant
-    kind = QuantisedKind(bits, DTYPES[settings.dtype], double, settings.device == "cpu")
+    kind = _QuantisedKind(bits, DTYPES[settings.dtype], settings.device == "cpu")
     head = model.get_output_embeddings()
     whole = (*settings.modules_to_save, *(CLASSIFICATION_HEADS if settings.num_labels is not None else ()))
     for name, module in list(model.named_modules()):
@@ -305,7 +249,7 @@ def quantise(model: Any, settings: PlanSettings) -> None:
             continue
         rows, columns = module.weight.shape
         features = (columns, rows) if isinstance(module, torch.nn.Linear) else (rows, columns)
-        replacement = QuantisedLinear(features, module.bias, kind)
+        replacement = _QuantisedLinear(features, module.bias, kind)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, replacement)
 
@@ -314,7 +258,7 @@ def mark_adapted(model: Any, by_peft: bool) -> None:
     """Set whether adapted 4-bit modules clone their output: PEFT's forward pass does, the multi-LoRA one does not."""
     for module in model.modules():
         base = getattr(module, "base_layer", None)
-        if isinstance(base, QuantisedLinear) and base.bits == 4:
+        if isinstance(base, _QuantisedLinear) and base.bits == 4:
             base.copies_output = by_peft
 
 
@@ -322,6 +266,6 @@ def count_parameters(model: Any) -> int:
     """Parameters of a model; a quantised weight counts its unquantised elements."""
     total: int = sum(parameter.numel() for parameter in model.parameters())
     for module in model.modules():
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, _QuantisedLinear):
             total += module.in_features * module.out_features - module.weight.numel()
     return total

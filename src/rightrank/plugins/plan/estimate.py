@@ -8,10 +8,9 @@ bytes. Otherwise every rank is traced.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,8 +18,7 @@ from rightrank.models.base_models import DTYPES
 from rightrank.models.ranks import safetensors_bytes
 from rightrank.plugins.plan.device import count_parameters
 from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, adapt, build_base
-from rightrank.plugins.plan.stack import TRACED_GROUPS, deepen, find_reduction, reduced_config, same_kinds
-from rightrank.plugins.plan.step import Groups, blocks_of, sharded, trace_step
+from rightrank.plugins.plan.step import trace_step
 from rightrank.plugins.plan.trace import (
     OptimizerMemory,
     Peak,
@@ -31,7 +29,7 @@ from rightrank.plugins.plan.trace import (
 )
 from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, first_line
 from rightrank.schema.plan_settings import STEP_ONLY, PlanSettings
-from rightrank.schema.results import Components, Source
+from rightrank.schema.results import Components
 from rightrank.train.loss import CHUNK_LOGITS
 from rightrank.train.prefix import find_blocks, prefix_depth
 
@@ -43,7 +41,7 @@ def _formula_peak(
 ) -> Peak:
     """The peak of a step of `settings` by formula, bytes."""
     tokens = settings.batch_size * settings.adapters_per_pass * settings.seq_len
-    width = DTYPES[settings.autocast or settings.dtype].itemsize
+    width = DTYPES[settings.dtype].itemsize
     config = model.config.get_text_config()
     # An adapted module counts once: neither its base layer nor A and B, which keep little, count again.
     inside = (".lora_", ".base_layer")
@@ -69,17 +67,16 @@ def _formula_peak(
     components["logits_and_loss"] = logits
     total = sum(components.values())
     reserved = total if settings.device == "cpu" else round(total * RESERVED_FACTOR)
-    return Peak(total, reserved, components, {}, "loss, by formula")
+    return Peak(total, reserved, components, "loss, by formula")
 
 
 # What a model's own code raises on tensors without values, or on kernels that meta tensors lack.
 UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)
 CUBLAS_BYTES = 8_519_680  # cuBLAS workspace from torch's allocator (`:4096:2:16:8`); 32 MiB on Hopper
-BLOCK_NUMBER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
+class _TensorSpec:
     """Name, shape and type of a tensor that exists before the step."""
 
     name: str
@@ -97,12 +94,12 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Inventory:
+class _Inventory:
     """The tensors of a model with an adapter of one rank."""
 
     rank: int
-    stored: tuple[TensorSpec, ...]  # parameters and buffers
-    saved: tuple[TensorSpec, ...]  # in the adapter's file as PEFT writes it
+    stored: tuple[_TensorSpec, ...]  # parameters and buffers
+    saved: tuple[_TensorSpec, ...]  # in the adapter's file as PEFT writes it
 
     @property
     def trainable_parameters(self) -> int:
@@ -125,11 +122,11 @@ class RankEstimate:
     """One rank: counts, and the peak of a training step and, where `eval_batch_size` is set, of an evaluation batch."""
 
     rank: int
-    inventory: Inventory
+    inventory: _Inventory
     training: Peak
     evaluation: Peak | None
     flops: int
-    source: Source
+    source: Literal["traced", "formula"]
 
     @property
     def peak(self) -> Peak:
@@ -153,11 +150,6 @@ class Estimator:
         self.base_parameters = count_parameters(base)
         self.skeleton = adapt(base, settings, self._ends[0])
         self._inventories = {self._ends[0]: inventory(self.skeleton, self._ends[0])}
-        self._blocks = blocks_of(self.skeleton.base)
-        # Layers selected by number do not exist in a shorter stack.
-        whole = self._blocks is None or self.settings.layers_to_transform is not None
-        self._reduction = None if whole else find_reduction(self._blocks or ())
-        self._small: dict[tuple[int, int], Skeleton] = {}  # by rank and arms
         self._traces: dict[tuple[int, bool], StepTrace] = {}
         self.untraceable: str | None = None  # why the step cannot be traced
 
@@ -197,24 +189,18 @@ class Estimator:
         tokens = self.settings.batch_size * self.settings.adapters_per_pass * self.settings.seq_len
         return RankEstimate(rank, parts, peak, None, 4 * parts.parameters * tokens, "formula")
 
-    def beyond(self, rank: int) -> RankEstimate:
-        """The estimate of a rank above the highest of the settings: on the same line, where two ranks give one."""
-        if self._ends[0] < self._ends[1]:
-            return self.estimate(rank)
-        return self.variant(ranks=(*self.settings.ranks, rank)).estimate(rank)
-
-    def inventory(self, rank: int) -> Inventory:
+    def inventory(self, rank: int) -> _Inventory:
         """The tensors of the adapted model of that rank, on the line through PEFT's own at the two ends."""
         low, high = self._ends
         if rank not in self._inventories and high not in self._inventories:
-            self._inventories[high] = self._inventory_at_high()
+            self._inventories[high] = inventory(self._adapted(high), high)
         if rank not in self._inventories:
             first, last = self._inventories[low], self._inventories[high]
             between = [
                 tuple(_between_tensors(a, b, self._ends, rank) for a, b in zip(ours, theirs, strict=True))
                 for ours, theirs in ((first.stored, last.stored), (first.saved, last.saved))
             ]
-            self._inventories[rank] = Inventory(rank, between[0], between[1])
+            self._inventories[rank] = _Inventory(rank, between[0], between[1])
         return self._inventories[rank]
 
     def flops(self, rank: int) -> int:
@@ -239,10 +225,11 @@ class Estimator:
         found = find_blocks(self.skeleton.base)
         trained = [*(target.name for target in self.skeleton.targets), *self.settings.modules_to_save]
         depth = 0 if found is None else prefix_depth(found[0], trained, len(found[1]))
-        if depth == 0 or self.untraceable is not None:
+        if found is None or depth == 0 or self.untraceable is not None:
             return 0.0
-        flops = self._trace(self._ends[0], True).flops  # adapters on some blocks only: traced block by block
-        return sum(flops.get(1 + number, 0) for number in range(depth)) / self._rows
+        below = [f".{found[0]}.{number}." for number in range(depth)]
+        flops = self._trace(self._ends[0], True).flops.items()
+        return sum(count for module, count in flops if any(block in f".{module}." for block in below)) / self._rows
 
     @property
     def head_flops(self) -> float:
@@ -275,8 +262,7 @@ class Estimator:
         ]
         if settings.device == "cuda":
             residents.append(Resident(CUBLAS_BYTES, "workspace"))
-        blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in self._blocks or ()]
-        return sharded(residents, optimizer, settings, max(blocks, default=0))
+        return residents, optimizer
 
     def _sizes(self, rank: int, training: bool) -> tuple[StepTrace, list[int]]:
         """The step's events, and the bytes of each allocation at `rank`."""
@@ -294,100 +280,38 @@ class Estimator:
 
     def _trace(self, rank: int, training: bool) -> StepTrace:
         if (rank, training) not in self._traces:
-            self._traces[rank, training] = self._reduced_trace(rank, training) or self._full_trace(rank, training)
+            self._traces[rank, training] = self._traced(rank, training)
         return self._traces[rank, training]
 
-    def _reduced_trace(self, rank: int, training: bool) -> StepTrace | None:
-        """The trace of the whole depth from four groups of blocks; None where the blocks do not repeat."""
-        if self._small_skeleton(self._ends[0]) is None:  # whether a few blocks can represent all
-            return None
-        small, reduction = self._small_skeleton(rank, self.settings.adapters_per_pass), self._reduction
-        if small is None or reduction is None:
-            return None
-        blocks = blocks_of(small.base)
-        assert blocks is not None
-        trace = trace_step(small, self.settings, Groups(blocks, reduction.period), training)
-        return deepen(trace, reduction.groups)
-
-    def _small_skeleton(self, rank: int, arms: int = 1) -> Skeleton | None:
-        reduction = self._reduction
-        if reduction is None or self._blocks is None:
-            return None
-        if (rank, arms) not in self._small:
-            small = adapt(self._base(TRACED_GROUPS * reduction.period), self.settings, rank, arms)
-            blocks = blocks_of(small.base)
-            alike = (rank, arms) != (self._ends[0], 1) or (
-                blocks and same_kinds(self._blocks, blocks, reduction.period)
-            )
-            if not alike:
-                self._reduction = None
-                return None
-            self._small[rank, arms] = small
-        return self._small[rank, arms]
-
-    def _full_trace(self, rank: int, training: bool) -> StepTrace:
-        """The trace of the whole model, one segment a block: operations of frozen blocks count separately."""
+    def _traced(self, rank: int, training: bool) -> StepTrace:
         arms = self.settings.adapters_per_pass
-        as_built = rank == self._ends[0] and arms == 1
-        skeleton = self.skeleton if as_built else adapt(self._base(), self.settings, rank, arms)
-        blocks = blocks_of(skeleton.base)
-        return trace_step(skeleton, self.settings, None if blocks is None else Groups(blocks, 1), training)
+        skeleton = self.skeleton if rank == self._ends[0] and arms == 1 else self._adapted(rank, arms)
+        return trace_step(skeleton, self.settings, training)
 
-    def _base(self, depth: int | None = None) -> Any:
-        config = self._config if depth is None else reduced_config(self._config, depth)
-        return build_base(config, self.settings)
-
-    def _inventory_at_high(self) -> Inventory:
-        """The tensors at the highest rank: by like tensors of two small models, or from the full model built again."""
-        low, high = self._ends
-        ours = self._inventories[low]
-        small = [self._small_skeleton(end) for end in self._ends]
-        if small[0] is not None and small[1] is not None:
-            pair = inventory(small[0], low), inventory(small[1], high)
-            stored = _grown(ours.stored, pair[0].stored, pair[1].stored)
-            saved = _grown(ours.saved, pair[0].saved, pair[1].saved)
-            if stored is not None and saved is not None:
-                return Inventory(high, stored, saved)
-        return inventory(adapt(self._base(), self.settings, high), high)
+    def _adapted(self, rank: int, arms: int = 1) -> Skeleton:
+        """The model built anew, with adapters of this rank."""
+        return adapt(build_base(self._config, self.settings), self.settings, rank, arms)
 
 
-def inventory(skeleton: Skeleton, rank: int) -> Inventory:
+def inventory(skeleton: Skeleton, rank: int) -> _Inventory:
     """The tensors of an adapted model; shared ones count once."""
     stored, seen = [], set()
     named = [*skeleton.model.named_parameters(), *skeleton.model.named_buffers()]
     for name, tensor in named:
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            stored.append(TensorSpec(name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad))
+            stored.append(_TensorSpec(name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad))
     saved = [
-        TensorSpec(name, tuple(value.shape), value.dtype, True) for name, value in skeleton.adapter_state().items()
+        _TensorSpec(name, tuple(value.shape), value.dtype, True) for name, value in skeleton.adapter_state().items()
     ]
-    return Inventory(rank, tuple(stored), tuple(saved))
+    return _Inventory(rank, tuple(stored), tuple(saved))
 
 
-def _grown(
-    ours: Sequence[TensorSpec], low: Sequence[TensorSpec], high: Sequence[TensorSpec]
-) -> tuple[TensorSpec, ...] | None:
-    """`ours` at the higher rank, by tensors of the same name (block numbers aside) and shape; None where ambiguous."""
-    known: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
-    for before, after in zip(low, high, strict=True):
-        key = (BLOCK_NUMBER.sub(".#.", before.name), before.shape)
-        if known.setdefault(key, after.shape) != after.shape:
-            return None
-    grown = []
-    for tensor in ours:
-        shape = known.get((BLOCK_NUMBER.sub(".#.", tensor.name), tensor.shape))
-        if shape is None:
-            return None
-        grown.append(TensorSpec(tensor.name, shape, tensor.dtype, tensor.trainable))
-    return tuple(grown)
-
-
-def _between_tensors(low: TensorSpec, high: TensorSpec, ends: tuple[int, int], rank: int) -> TensorSpec:
+def _between_tensors(low: _TensorSpec, high: _TensorSpec, ends: tuple[int, int], rank: int) -> _TensorSpec:
     shape = tuple(_between(a, b, ends, rank) for a, b in zip(low.shape, high.shape, strict=True))
     if any(part is None for part in shape):
         raise ModelError(f"{low.name}: its shape is not affine in the rank; give fewer ranks at a time")
-    return TensorSpec(low.name, tuple(part for part in shape if part is not None), low.dtype, low.trainable)
+    return _TensorSpec(low.name, tuple(part for part in shape if part is not None), low.dtype, low.trainable)
 
 
 def _between(low: int, high: int, ends: tuple[int, int], rank: int) -> int | None:

@@ -1,17 +1,26 @@
 """The plan of a selection: the memory of each rank in the training loop of `select`, the ranks that fit, and the time on this
-device, from operations at the speed of a few real steps."""
+device, from operations at the speed of a few real steps.
+
+    flops = trainings · (steps · step + eval_points · evaluation) + extra · evaluation
+            + RUN_EVALUATIONS · evaluation + prefix
+
+A strategy gives the whole trainings that it expects and its maximum (`strategies.protocol.CostEstimate`). `extra` counts
+the evaluations of arms that are stopped early or truncated from another. Each run also evaluates the base, three times
+the test split (base, chosen, reference), and computes the frozen blocks below the adapters once (`prefix`). Preference
+pairs take one more pass over every example, for the log-probabilities under the base (`reference`). The traces count operations; a few real steps give seconds. Not counted: loading, checkpoints, samples, the report.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from rightrank.data.token_store import longest_sequence
 from rightrank.models.base_models import LoadedModel, device_memory, is_known
-from rightrank.plugins.plan.budget import cheapest_changes, context_bytes, needed, rank_fits
-from rightrank.plugins.plan.duration import Speed, Workload, flops_of, prefix_flops, selection_cost
 from rightrank.plugins.plan.estimate import Estimator, NotSharedError
+from rightrank.plugins.plan.planner import changes_that_fit, context_bytes, needed, rank_fits
 from rightrank.report.format import quantity
 from rightrank.runs.plugins import Clock, MemoryPlan
 from rightrank.runs.request import Prepared
@@ -22,12 +31,12 @@ from rightrank.schema.plan_settings import (
     loop_of_select,
     make_plan_settings,
 )
+from rightrank.schema.results import Extent, SelectionCost
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
+from rightrank.search.protocol import Strategy
 from rightrank.train.pace import MAX_ADAPTERS_PER_PASS, measure_pace
 from rightrank.train.tokens import EncodedData, label_count
-
-PROBED_EXAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +180,8 @@ def _plan_settings(
 def _refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:
     smallest = min(rank for rank, size in needs.items() if size > memory)
     tensors = needs[smallest] - context_bytes(estimator.settings)
-    changes = [change for change in cheapest_changes(estimator) if change.setting in SelectSettings.model_fields]
-    advice = ", ".join(f"{change.setting} {change.value}" for change in changes)
+    changes = changes_that_fit(estimator)
+    advice = ", ".join(f"{name} {value}" for name, value in changes.items() if name in SelectSettings.model_fields)
     return (
         f"rank {smallest} needs {_gib(needs[smallest])} ({_gib(tensors)} for tensors, the rest for the process), and "
         f"{_gib(memory)} are available; give more --memory, lower ranks{', or ' + advice if advice else ''}"
@@ -203,7 +212,7 @@ def _measured_speed(estimator: Estimator, prepared: Prepared) -> tuple[Speed, st
     if pace is None:
         return None
     work = _workload(prepared, pace.batches, pace.evaluated)
-    flops, filled = flops_of(estimator, rank, work), prefix_flops(estimator) * work.filled * pace.filled
+    flops, filled = _flops_of(estimator, rank, work), _prefix_flops(estimator) * work.filled * pace.filled
     speed = Speed(
         pace.train_seconds / flops.training,
         pace.eval_seconds / flops.evaluation,
@@ -248,3 +257,84 @@ def _workload(
         labelled=1.0 if data.is_classification else labels / computed,
         reference=trained / held_out + 2 if data.is_preference else 0.0,
     )
+
+
+RUN_EVALUATIONS = 4  # of the base, and three of the test split, which is about as large
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The size of one training, beside the plan's settings."""
+
+    steps: int  # optimizer steps of a whole training
+    examples: int  # different training examples that it sees
+    eval_examples: int
+    eval_points: int
+    passes: int = 1  # micro-batches in a step
+    filled: float = 1.0  # mean positions computed for an example, padding included, as a share of the planned length
+    labelled: float = 1.0  # share of positions with a label, where the output head runs
+    reference: float = 0.0  # the passes for the reference of preference pairs, in evaluations
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Seconds per operation, of training steps and of forward passes."""
+
+    seconds_per_flop: float
+    seconds_per_forward_flop: float
+    seconds_per_prefix_flop: float | None = None  # of the blocks that are computed once; None: as of forward passes
+
+    def seconds(self, training: float, forward: float, prefix: float) -> float:
+        of_prefix = self.seconds_per_prefix_flop or self.seconds_per_forward_flop
+        return training * self.seconds_per_flop + forward * self.seconds_per_forward_flop + prefix * of_prefix
+
+
+@dataclass(frozen=True, slots=True)
+class _Flops:
+    """Operations of one rank: the steps of a whole training, and one pass over the held-out examples."""
+
+    training: float
+    evaluation: float
+
+
+def selection_cost(
+    estimator: Estimator, strategy: Strategy, work: Workload, speed: Speed | None = None
+) -> SelectionCost:
+    """The cost of the selection, expected and at most; its seconds where the speed of this device was measured."""
+    counted = {rank: _flops_of(estimator, rank, work) for rank in estimator.settings.ranks}
+    mean = _Flops(fmean(f.training for f in counted.values()), fmean(f.evaluation for f in counted.values()))
+    costliest = max(counted.values(), key=lambda flops: flops.training)
+    prefix = _prefix_flops(estimator) * (work.examples + 2 * work.eval_examples) * work.filled
+    shared = mean.evaluation * (RUN_EVALUATIONS + work.reference)
+    cost = strategy.cost()
+
+    def extent(trainings: float, arms: float, each: _Flops) -> Extent:
+        training, extra = each.training * trainings, max(0.0, arms - 1 - trainings)
+        forward = each.evaluation * (trainings * work.eval_points + extra) + shared
+        seconds = None if speed is None else speed.seconds(training, forward, prefix)
+        return Extent(trainings=trainings, flops=training + forward + prefix, seconds=seconds)
+
+    return SelectionCost(
+        steps=work.steps,
+        expected=extent(cost.expected, strategy.expected_arms(), mean),
+        most=extent(cost.maximum, strategy.max_arms(), costliest),
+    )
+
+
+def _flops_of(estimator: Estimator, rank: int, work: Workload) -> _Flops:
+    """Operations of one rank, less what the cached prefix and positions without a label save."""
+    settings = estimator.settings
+    rows = settings.batch_size * settings.adapters_per_pass
+    prefix = _prefix_flops(estimator)
+    head = estimator.head_flops * (1 - work.labelled)
+    step = estimator.flops(rank) - rows * (prefix + 2 * head)  # the head runs forward and backward
+    forward = estimator.forward_flops(rank) - prefix - head
+    scale = work.filled
+    return _Flops(
+        step / settings.adapters_per_pass * scale * work.passes * work.steps, forward * scale * work.eval_examples
+    )
+
+
+def _prefix_flops(estimator: Estimator) -> float:
+    """Forward operations of one row through the blocks that `select` computes once."""
+    return estimator.frozen_flops if estimator.settings.is_packed else 0.0

@@ -6,9 +6,7 @@ Only `config.json` (or a GGUF header) is downloaded or read, and a model's own c
 from __future__ import annotations
 
 import copy
-import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,16 +149,14 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
         ModelError: a target that matches nothing, or one that PEFT cannot adapt.
     """
     require_targets(model, settings)
-    _require_patterns(model, settings.rank_pattern)
     names = ("default", *(f"arm_{number}" for number in range(1, arms)))
-    how: dict[str, Any] = {"autocast_adapter_dtype": settings.autocast_adapter_dtype, "low_cpu_mem_usage": True}
     try:
         with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # a user cannot act on them
             config = lora_config(model, settings, rank)
             config.init_lora_weights = False  # meta tensors have no values to initialise
-            adapted = get_peft_model(model, config, **how)
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
             for name in names[1:]:
-                adapted.add_adapter(name, copy.deepcopy(config), **how)
+                adapted.add_adapter(name, copy.deepcopy(config), low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
         raise ModelError(f"PEFT cannot adapt the model ({first_line(error)})") from None
     for name, parameter in adapted.named_parameters():
@@ -178,7 +174,7 @@ def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
     largest = max(settings.ranks)
     for target in skeleton.targets:
         limit = target.max_rank
-        if largest > limit and not any(target.name.endswith(name) for name in settings.rank_pattern):
+        if largest > limit:
             raise ModelError(
                 f"rank {largest} is above the {limit} that {target.name} ({target.out_features} × "
                 f"{target.in_features}) can have; give ranks up to {limit}, or leave it out: "
@@ -199,17 +195,5 @@ def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
         r=rank,
         target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else (list(targets) or None),
         target_parameters=parameters or None,
-        rank_pattern=settings.rank_pattern,
-        use_rslora=settings.use_rslora,
         **common_fields(settings, settings.num_labels is not None),
     )
-
-
-def _require_patterns(model: Any, rank_pattern: Mapping[str, int]) -> None:
-    """PEFT ignores a misspelt key of `rank_pattern`; the plan refuses it."""
-    names = [name for name, _ in model.named_modules()]
-    for key, rank in rank_pattern.items():
-        if rank < 1:
-            raise ModelError(f"rank_pattern: got {key}: {rank}; give integers from 1")
-        if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
-            raise ModelError(f"rank_pattern: no module matches {key!r}; keys are ends of module names, or patterns")

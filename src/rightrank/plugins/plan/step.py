@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,87 +11,36 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
-from rightrank.models.base_models import DTYPES
 from rightrank.models.kinds.base import Routing
 from rightrank.plugins.plan.device import DeviceKernels, mark_adapted
 from rightrank.plugins.plan.skeleton import Skeleton
-from rightrank.plugins.plan.trace import OptimizerMemory, Resident, StepTrace, Tracer
+from rightrank.plugins.plan.trace import StepTrace, Tracer
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.train.device import gradient_checkpointing_on
 from rightrank.train.loss import OutputHead, chunked_cross_entropy
 from rightrank.train.multi_lora import install
-from rightrank.train.prefix import find_blocks
-
-WHOLE_BLOCKS = 2
 
 
-def sharded(
-    residents: Sequence[Resident], optimizer: OptimizerMemory, settings: PlanSettings, block_bytes: int = 0
-) -> tuple[list[Resident], OptimizerMemory]:
-    """What one of the devices holds, `block_bytes` being the weights of the largest block."""
-    count = settings.num_devices
-    if settings.sharding == "none":
-        return list(residents), optimizer
-    if settings.sharding == "ddp":
-        buckets = sum(resident.size for resident in residents if resident.component == "adapter")
-        return [*residents, Resident(buckets, "buckets")], optimizer
-    split = [
-        Resident(-(-resident.size // count), resident.component)
-        if resident.component in ("weights", "adapter")
-        else resident
-        for resident in residents
-    ]
-    states = OptimizerMemory(
-        tuple(-(-size // count) for size in optimizer.states),
-        tuple(tuple(-(-size // count) for size in stage) for stage in optimizer.work),
-    )
-    return [*split, Resident(WHOLE_BLOCKS * block_bytes, "gathered_blocks")], states
-
-
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """Blocks in groups of `period`: the parts of a stack that repeat."""
-
-    blocks: Sequence[Any]
-    period: int
-
-    @property
-    def count(self) -> int:
-        return len(self.blocks) // self.period
-
-
-def trace_step(skeleton: Skeleton, settings: PlanSettings, groups: Groups | None, training: bool = True) -> StepTrace:
-    """The allocations of a step (or, without `training`, of an evaluation batch) of `settings` on the device.
-
-    Segments of the trace, for G groups of blocks:
-
-        0         1 … G     G+1         G+2         G+3 … 2G+2
-        embedding groups    head, loss  the same,   groups from the last to the first, backward
-                                        backward
-    """
+def trace_step(skeleton: Skeleton, settings: PlanSettings, training: bool = True) -> StepTrace:
+    """The allocations of a step (or, without `training`, of an evaluation batch) of `settings` on the device."""
     model, device = skeleton.model, settings.device
-    autocast = None if settings.autocast is None else DTYPES[settings.autocast]
     tracer = Tracer(skeleton.stored(), skeleton.base.config.get_text_config().vocab_size, device)
-    kernels = DeviceKernels(device, settings.padding, autocast)
+    kernels = DeviceKernels(device, settings.padding)
     batch = settings.batch_size if training else settings.eval_batch_size or settings.batch_size
     with ExitStack() as stack:
         stack.enter_context(_multi_lora_forward(skeleton, settings, batch))
         stack.enter_context(_training_mode(model, settings, training))
         stack.enter_context(tracer.named_modules(model))
-        stack.enter_context(_segments(tracer, groups))
         stack.enter_context(nullcontext() if training else torch.no_grad())
         for mode in (tracer, kernels, torch.device("meta")):
             stack.enter_context(mode)
-        loss, kept = _loss(skeleton, settings, batch * len(skeleton.arms))
+        loss = _loss(skeleton, settings, batch * len(skeleton.arms))
         tracer.phase = "backward"
-        kernels.drop_casts()
         if training:
-            tracer.segment = 2 if groups is None else groups.count + 2
             _backward(loss)
             trainable = skeleton.trainable()
             tracer.trace.gradients = tracer.gradient_storages(trainable)
     tracer.stop()
-    del kept
     for parameter in skeleton.trainable():
         parameter.grad = None
     return tracer.trace
@@ -105,22 +53,21 @@ def _backward(loss: torch.Tensor) -> None:
     engine((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-def _loss(skeleton: Skeleton, settings: PlanSettings, rows: int) -> tuple[torch.Tensor, Any]:
-    """The loss, and whatever else the training loop keeps alive."""
+def _loss(skeleton: Skeleton, settings: PlanSettings, rows: int) -> torch.Tensor:
     ids = torch.empty((rows, settings.seq_len), dtype=torch.long)
     mask = {"attention_mask": torch.empty_like(ids)} if settings.padding else {}
     if settings.num_labels is not None:
         out = skeleton.model(input_ids=ids, **mask)
         labels = torch.empty((rows,), dtype=torch.long)
-        return F.cross_entropy(out.logits.float(), labels), out if settings.keep_logits else None
+        return F.cross_entropy(out.logits.float(), labels)
     if settings.loss == "full":
-        out = skeleton.model(input_ids=ids, labels=torch.empty_like(ids), use_cache=False, **mask)
-        return out.loss, out if settings.keep_logits else None
+        loss: torch.Tensor = skeleton.model(input_ids=ids, labels=torch.empty_like(ids), use_cache=False, **mask).loss
+        return loss
     base = skeleton.base
     hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
     kept = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     targets = ids[:, 1:].reshape(-1)
-    return chunked_cross_entropy(kept, targets, OutputHead(base), 1.0)[0].sum(), None
+    return chunked_cross_entropy(kept, targets, OutputHead(base), 1.0)[0].sum()
 
 
 @contextmanager
@@ -163,50 +110,3 @@ def _training_mode(model: Any, settings: PlanSettings, training: bool) -> Iterat
                 if getattr(module, "gradient_checkpointing", False):
                     module.training = True
         yield
-
-
-@contextmanager
-def _segments(tracer: Tracer, groups: Groups | None) -> Iterator[None]:
-    """Within the block, the tracer's segment is that of the group of blocks that runs, forward or backward."""
-    if groups is None:
-        yield
-        return
-    count, period = groups.count, groups.period
-    handles = []
-
-    def enter(number: int) -> Any:
-        def hook(_module: Any, _inputs: Any) -> None:
-            if tracer.phase == "forward":
-                tracer.segment = 1 + number
-
-        return hook
-
-    def leave(number: int) -> Any:
-        def mark(_gradient: torch.Tensor) -> None:
-            tracer.segment = count + 3 + (count - 1 - number)
-
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            if tracer.phase == "backward":
-                return
-            if number == count - 1:
-                tracer.segment = count + 1
-            hidden = output[0] if isinstance(output, tuple) else output
-            if hidden.requires_grad:
-                hidden.register_hook(mark)
-
-        return hook
-
-    for number in range(count):
-        handles.append(groups.blocks[number * period].register_forward_pre_hook(enter(number)))
-        handles.append(groups.blocks[(number + 1) * period - 1].register_forward_hook(leave(number)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def blocks_of(model: Any) -> Sequence[Any] | None:
-    """The model's one stack of blocks, or None."""
-    found = find_blocks(model)
-    return None if found is None else list(found[1])

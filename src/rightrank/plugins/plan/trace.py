@@ -37,7 +37,6 @@ from rightrank.schema.plan_settings import OptimizerName
 from rightrank.schema.results import Components
 
 MIN_8BIT_ELEMENTS = 4096  # smaller tensors keep 32-bit states
-MIN_PAGED_ELEMENTS = 100_000
 BLOCK_8BIT = 256
 CODE_BYTES = 2 * 256 * 4  # two tables that decode 8-bit states
 STEP_BYTES = 4  # of each parameter's step count, which the fused form keeps on the device
@@ -54,26 +53,20 @@ class OptimizerMemory:
 def optimizer_memory(parameters: Sequence[torch.Tensor], name: OptimizerName, device: DeviceKind) -> OptimizerMemory:
     """The memory of optimizer `name` for these parameters, bytes."""
     sizes = [parameter.numel() * parameter.element_size() for parameter in parameters]
-    if name == "sgd":
-        return OptimizerMemory((), ())
     if name == "adamw_fused":
         return OptimizerMemory(tuple(part for size in sizes for part in (STEP_BYTES, size, size)), ())
     if name == "adamw":
         states = tuple(part for size in sizes for part in (size, size))
         work = (tuple(sizes),) if device == "cuda" else tuple((size, size) for size in sizes)
         return OptimizerMemory(states, work)
-    if device == "cpu":
-        name = "adamw_8bit"  # bitsandbytes has no paged states there
-    states = tuple(part for parameter in parameters for part in _states_8bit(parameter.numel(), name))
+    states = tuple(part for parameter in parameters for part in _states_8bit(parameter.numel()))
     return OptimizerMemory((CODE_BYTES // 2, CODE_BYTES // 2, *states), ())
 
 
-def _states_8bit(elements: int, name: OptimizerName) -> tuple[int, ...]:
+def _states_8bit(elements: int) -> tuple[int, ...]:
     if elements < MIN_8BIT_ELEMENTS:
         return (elements * 4, elements * 4)
     blocks = math.ceil(elements / BLOCK_8BIT) * 4
-    if name == "paged_adamw_8bit" and elements >= MIN_PAGED_ELEMENTS:
-        return (blocks, blocks)
     return (elements, elements, blocks, blocks)
 
 
@@ -87,7 +80,7 @@ _IN_PLACE: dict[Any, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class _Origin:
     """The place in the step where a storage is allocated."""
 
     op: str
@@ -101,23 +94,22 @@ class StepTrace:
     """Births (+n) and deaths (−n) of allocation n−1, in order; an allocation without a death lives until the step ends."""
 
     sizes: list[int] = field(default_factory=list)  # bytes, not rounded
-    origins: list[Origin] = field(default_factory=list)
+    origins: list[_Origin] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
-    segments: list[int] = field(default_factory=list)  # of each event
-    flops: dict[int, int] = field(default_factory=dict)  # by segment; a multiply and an add count as two
+    flops: dict[str, int] = field(
+        default_factory=dict
+    )  # by module of the forward pass, "" after it; a multiply and an add are two
     gradients: frozenset[int] = frozenset()  # allocations that hold gradients of trained parameters at the end
 
-    def add(self, size: int, origin: Origin, segment: int) -> int:
+    def add(self, size: int, origin: _Origin) -> int:
         """Record a birth, and return its number."""
         self.sizes.append(size)
         self.origins.append(origin)
         self.events.append(len(self.sizes))
-        self.segments.append(segment)
         return len(self.sizes)
 
-    def end(self, number: int, segment: int) -> None:
+    def end(self, number: int) -> None:
         self.events.append(-number)
-        self.segments.append(segment)
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
@@ -127,7 +119,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = StepTrace()
         self.phase: Phase = "forward"
-        self.segment = 0
         self._vocabulary = vocabulary
         self._device: DeviceKind = device
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
@@ -140,20 +131,18 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
             return 0  # no value is known; `kernels` answers branches on values
         keywords = kwargs or {}
         out = func(*args, **keywords)
-        scratch = [
-            self.trace.add(size, self._origin(func, False), self.segment)
-            for size in scratch_bytes(func, args, self._device)
-        ]
+        scratch = [self.trace.add(size, self._origin(func, False)) for size in scratch_bytes(func, args, self._device)]
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor, func)
         for number in reversed(scratch):
-            self.trace.end(number, self.segment)
+            self.trace.end(number)
         packet = _IN_PLACE.get(func._overloadpacket, func._overloadpacket)
         formula = flop_registry.get(packet)
         if formula is not None:
             count = int(formula(*args, **keywords, out_val=out))
-            self.trace.flops[self.segment] = self.trace.flops.get(self.segment, 0) + count
+            module = self._origin(func, False).module if self.phase == "forward" else ""
+            self.trace.flops[module] = self.trace.flops.get(module, 0) + count
         return out
 
     def gradient_storages(self, parameters: Iterable[torch.Tensor]) -> frozenset[int]:
@@ -194,12 +183,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
         if key in self._known or key in self._alive:
             return
         origin = self._origin(func, self._vocabulary in tensor.shape)
-        self._alive[key] = self.trace.add(storage.nbytes(), origin, self.segment)
-        self._deaths.append(weakref.ref(storage, lambda _: self.trace.end(self._alive.pop(key), self.segment)))
+        self._alive[key] = self.trace.add(storage.nbytes(), origin)
+        self._deaths.append(weakref.ref(storage, lambda _: self.trace.end(self._alive.pop(key))))
 
-    def _origin(self, func: Any, has_vocabulary: bool) -> Origin:
+    def _origin(self, func: Any, has_vocabulary: bool) -> _Origin:
         module = self._modules[-1] if self._modules else ""
-        return Origin(func.__name__, module, self.phase, has_vocabulary)
+        return _Origin(func.__name__, module, self.phase, has_vocabulary)
 
 
 STEPS = 3  # the first creates the optimizer's states; after two more the reserved bytes no longer grow
@@ -221,7 +210,6 @@ class Peak:
     peak_bytes: int  # allocated
     reserved_bytes: int
     components: Components  # bytes by component; they add up to peak_bytes
-    activations: Components  # the component of that name by kind of module, bytes
     at: str  # where in the step
 
 
@@ -300,7 +288,6 @@ def _described(
 ) -> Peak:
     best, reserved, where = found
     components: Components = {}
-    activations: Components = {}
     for resident in residents:
         components[resident.component] = components.get(resident.component, 0) + resident.size
     components["optimizer"] = sum(optimizer.states)
@@ -309,15 +296,11 @@ def _described(
         origin, size = trace.origins[number - 1], sizes[number - 1]
         component = _component(origin, number - 1 in trace.gradients, number in kept)
         components[component] = components.get(component, 0) + size
-        if component == "activations":
-            kind = _kind_of_module(origin.module)
-            activations[kind] = activations.get(kind, 0) + size
     at = _place(trace, where)
     if where == len(trace.events):
         components["temporary"] = components.get("temporary", 0) + max(sum(stage) for stage in optimizer.work)
     components["rounding"] = best - sum(components.values())
-    ordered = dict(sorted(activations.items(), key=lambda item: -item[1]))
-    return Peak(best, reserved, components, ordered, at)
+    return Peak(best, reserved, components, at)
 
 
 def _alive_at(trace: StepTrace, where: int) -> set[int]:
@@ -343,7 +326,7 @@ def _kept_for_backward(trace: StepTrace) -> set[int]:
     return alive
 
 
-def _component(origin: Origin, is_gradient: bool, kept: bool) -> str:
+def _component(origin: _Origin, is_gradient: bool, kept: bool) -> str:
     if is_gradient:
         return "gradients"
     if origin.has_vocabulary:

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rightrank.api.runs import export
 from rightrank.models.adapter_files import write_padded
-from rightrank.schema.errors import ModelError, SettingsError
+from rightrank.schema.errors import ModelError
 from tests.adapters.adapters import load_strictly, logits, make_adapter, make_base, tensors_of
 
 pytestmark = pytest.mark.trains
@@ -74,8 +73,3 @@ def test_below_the_rank_is_refused(tmp_path: Path) -> None:
     adapter = make_adapter(make_base(tmp_path / "base"), tmp_path / "adapter")
     with pytest.raises(ModelError, match="has rank 8, above 4; resize the adapter first"):
         write_padded(adapter, tmp_path / "padded", 4)
-
-
-def test_padding_is_for_servers(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"--pad goes with a server \(vllm, .*\), not with --to trl"):
-        export(tmp_path, "trl", pad=True)
