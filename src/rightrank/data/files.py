@@ -241,33 +241,6 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _parse_yaml(text: str) -> Any:
-    """A YAML value without tags and aliases.
-
-    Raises:
-        UnreadableError: not YAML, tags or aliases, nested too deeply, or an invalid date or number.
-    """
-    try:
-        return yaml.load(text, _PlainLoader)
-    except RecursionError:
-        raise UnreadableError("nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UnreadableError(" ".join(str(error).split())) from None
-
-
-def _read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Any:
-    """The JSON value in a file.
-
-    Raises:
-        UnreadableError: as `read_text` and `parse_json`.
-    """
-    text = read_text(path, max_bytes)
-    value = parse_json(text)
-    if "\\ud" in text.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
-        raise UnreadableError("a lone surrogate, which is not text")
-    return value
-
-
 def is_text(text: str) -> bool:
     """Whether the string can be encoded as UTF-8; one with a lone surrogate can't."""
     try:
@@ -281,9 +254,12 @@ def read_json_object(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> dict[str, A
     """The JSON object in a file.
 
     Raises:
-        UnreadableError: as `_read_json`, or a value other than an object.
+        UnreadableError: as `read_text` and `parse_json`, or a value other than an object.
     """
-    value = _read_json(path, max_bytes)
+    text = read_text(path, max_bytes)
+    value = parse_json(text)
+    if "\\ud" in text.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
+        raise UnreadableError("a lone surrogate, which is not text")
     if not isinstance(value, dict):
         raise UnreadableError(f"a {type(value).__name__}, not one JSON object")
     return value
@@ -303,9 +279,12 @@ def read_config(path: Path) -> dict[str, Any]:
     except UnreadableError as error:
         raise SettingsError(f"{path}: can't read it ({error}); give a YAML file of settings") from None
     try:
-        values = _parse_yaml(text)
-    except UnreadableError as error:
-        raise SettingsError(f"{path}: not YAML of plain values ({error}); give `name: value` lines") from None
+        values = yaml.load(text, _PlainLoader)
+    except RecursionError:
+        raise SettingsError(f"{path}: nested too deeply; give `name: value` lines") from None
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{path}: not YAML of plain values ({reason}); give `name: value` lines") from None
     if not isinstance(values, dict):
         raise SettingsError(f"{path}: got a {type(values).__name__}; give `name: value` lines")
     return {str(name).replace("-", "_"): value for name, value in values.items()}

@@ -70,7 +70,16 @@ def guarded(
         chosen_id = min(both, key=lambda one: (one.task.rank, one.file.loss, one.task.trial_id)).task.trial_id
     by_id = {one.task.trial_id: one for one in measured}
     chosen = by_id[chosen_id]
-    files = [_file(name, found, confidence, margin) for name, found in chosen.guards.items()]
+    files = [
+        GuardFile(
+            file=name,
+            difference=found.mean,
+            difference_high=(high := found.bound(confidence)),
+            holds=is_within(high, margin),
+            examples=found.examples,
+        )
+        for name, found in chosen.guards.items()
+    ]
     worst = max(files, key=lambda one: one.difference_high)
     guard = GuardAnswer(
         difference=worst.difference,
@@ -109,13 +118,6 @@ def _measured(
         for trial_id, file in files.items()
         if all((trial_id, name) in losses for name in bases)
     ]
-
-
-def _file(name: str, found: Estimate, confidence: float, margin: float) -> GuardFile:
-    high = found.bound(confidence)
-    return GuardFile(
-        file=name, difference=found.mean, difference_high=high, holds=is_within(high, margin), examples=found.examples
-    )
 
 
 def _moved(answer: AdapterAnswer, chosen: _Measured) -> AdapterAnswer:

@@ -148,20 +148,16 @@ def _extend(evidence: Evidence) -> NextRun:
 def _beyond_the_edge(found: Comparison) -> NextRun:
     evidence, ranks = found.evidence, sorted({found.chosen, found.reference.rank})
     rank = next(rank for rank in ranks if evidence.is_at_edge(rank))
-    lr = _lr_beyond_the_edge(evidence, rank)
+    lrs = evidence.table.tried_learning_rates(rank)  # outward by the same factor as the last step inward
+    if evidence.contenders[rank].learning_rate == lrs[0]:
+        lr = lrs[0] ** 2 / lrs[1]
+    else:
+        lr = lrs[-1] ** 2 / lrs[-2] if lrs[-2] > 0 else EDGE_FACTOR * lrs[-1]
     sentence = (
         f"The best learning rate of rank {rank} is at the edge of those tried: train {_ranks(ranks)} at {lr:.2g} too "
         f"({_cost(len(ranks))})."
     )
     return NextRun(action="rates", ranks=ranks, learning_rates=[lr], trials=len(ranks), sentence=sentence)
-
-
-def _lr_beyond_the_edge(evidence: Evidence, rank: int) -> float:
-    """The next learning rate outward, by the same factor as the last step inward."""
-    lrs = evidence.table.tried_learning_rates(rank)
-    if evidence.contenders[rank].learning_rate == lrs[0]:
-        return lrs[0] ** 2 / lrs[1]
-    return lrs[-1] ** 2 / lrs[-2] if lrs[-2] > 0 else EDGE_FACTOR * lrs[-1]
 
 
 def _prove(found: Comparison) -> NextRun:

@@ -383,7 +383,7 @@ def require_base(adapter: Path, base: LoadedModel, ignore_name: bool = False) ->
     Raises:
         ModelError: another base, or a damaged `base.json`.
     """
-    stored, named = adapter / BASE_FILE, _base_named(adapter)
+    stored, named = adapter / BASE_FILE, _name_in(adapter / CONFIG_FILE, "base_model_name_or_path")
     if stored.is_file():
         known = read_identity(stored)
         if (difference := known.difference(base.identity)) is not None:
@@ -392,7 +392,8 @@ def require_base(adapter: Path, base: LoadedModel, ignore_name: bool = False) ->
                 "was trained on"
             )
         return
-    names = [_last_part(name) for name in (base.name, _name_in_config(base.name))]
+    saved = _name_in(Path(base.name) / "config.json", "_name_or_path")
+    names = [_last_part(name) for name in (base.name, saved or base.name)]
     if not ignore_name and named is not None and _last_part(named) not in names:
         raise ModelError(
             f"{adapter}: it was trained on {named!r}, not on {base.name!r}; give that base, or if they are the same model, write the "
@@ -414,21 +415,13 @@ def read_identity(file: Path) -> BaseIdentity:
         ) from None
 
 
-def _base_named(adapter: Path) -> str | None:
+def _name_in(file: Path, key: str) -> str | None:
+    """The text under `key` of a configuration; None where there is none."""
     try:
-        named = read_json_object(adapter / CONFIG_FILE).get("base_model_name_or_path")
+        found = read_json_object(file).get(key)
     except UnreadableError:
         return None
-    return named if isinstance(named, str) and named else None
-
-
-def _name_in_config(model: str) -> str:
-    """The name under which the model was saved; the model's own where there is none."""
-    try:
-        found = read_json_object(Path(model) / "config.json").get("_name_or_path")
-    except UnreadableError:
-        return model
-    return found if isinstance(found, str) and found else model
+    return found if isinstance(found, str) and found else None
 
 
 def _last_part(name: str) -> str:

@@ -68,11 +68,12 @@ class Bracket(Strategy):
 
     def unbounded_cost(self) -> CostEstimate:
         space = self.space
-        to_adapter = find_learning_rate_cost(space) + _adapter_question_cost(space)
+        adapter, at_most = _adapter_cost(space)
+        to_adapter = find_learning_rate_cost(space) + adapter
         if space.goal == "adapter":
-            return CostEstimate(to_adapter, max_search_trainings(space) + _max_adapter_cost(space), to_adapter)
+            return CostEstimate(to_adapter, max_search_trainings(space) + at_most, to_adapter)
         expected = to_adapter + min(2.0, len(space.ranks) - 1.0) + confirmation_cost(space)
-        return CostEstimate(expected, max_trainings(space) + _max_adapter_cost(space), to_adapter)
+        return CostEstimate(expected, max_trainings(space) + at_most, to_adapter)
 
     def min_trainings(self) -> float:
         found = min_trainings(self.space)
@@ -126,7 +127,7 @@ class Grid(Strategy):
         yield from _answer_adapter_question(trials, learning_rate)
 
     def unbounded_cost(self) -> CostEstimate:
-        maximum = self._cells() + _max_adapter_cost(self.space)
+        maximum = self._cells() + _adapter_cost(self.space)[1]
         return CostEstimate(maximum, maximum, maximum)
 
     def max_script_arms(self) -> int:
@@ -231,20 +232,12 @@ def _holds(trials: Trials, parent: TrialFinished, rank: int) -> bool:
     return answer is not None and any(one.holds for one in answer.candidates if one.rank == rank)
 
 
-def _adapter_question_cost(space: Space) -> float:
-    """Expected trainings: the extra steps of the top and of two or three truncations."""
-    return 3.5 * _recovery_part(space)
-
-
 def _max_adapter_arms(space: Space) -> int:
     """An upper bound of the arms: a truncation and a recovery of every rank, and the extra steps of the top."""
     return 2 * len(space.truncated_ranks) + 1 if space.truncates else 0
 
 
-def _max_adapter_cost(space: Space) -> float:
-    return _max_adapter_arms(space) * _recovery_part(space)
-
-
-def _recovery_part(space: Space) -> float:
-    """One recovery in whole trainings."""
-    return space.recovery_steps / space.steps if space.truncates and space.recovery_steps else 0.0
+def _adapter_cost(space: Space) -> tuple[float, float]:
+    """Trainings for the first question, expected and at most: the extra steps of the top and of two or three truncations, or of all."""
+    part = space.recovery_steps / space.steps if space.truncates and space.recovery_steps else 0.0
+    return 3.5 * part, _max_adapter_arms(space) * part
