@@ -161,7 +161,7 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        if "IoError" not in str(error):
+        if not re.search("IoError|I/O error", str(error)):
             raise
         raise RunError(f"{folder}: can't write there ({error}); {advice}") from None
     except OSError as error:
