@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.page import MARK, write_page
-from benchmarks.gpu.parts import PARTS, Job
+from benchmarks.gpu.parts import PARTS, VARIANTS, Job
+
+from rightrank.schema.errors import MissingExtraError
 
 pytestmark = pytest.mark.trains
 QUICK = [name for name in PARTS if name not in ("plan", "speed", "packs")]  # those have tests of their own
@@ -22,6 +25,12 @@ def test_a_part_is_rehearsed(name: str, model_folder: Path, completion_file: Pat
     assert all(row.keys() == rows[0].keys() for row in rows)
     differences = [row[key] for row in rows for key in ("to_peft", "to_alone") if row.get(key) is not None]
     assert all(difference < 1e-2 for difference in differences)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="it would load them")
+def test_the_bits_of_a_part_reach_the_base(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingExtraError, match="load_in_4bit needs"):
+        Job("cpu", model_folder, completion_file, tmp_path, rehearse=True).runtime("bits", **VARIANTS["4 bits"])
 
 
 def test_a_rehearsal_is_kept_and_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,8 @@ class Batch:
         numbers = torch.arange(self.sequences, device=device)
         if self.lengths is None:
             return numbers[:, None].expand_as(self.input_ids)
-        return numbers.repeat_interleave(torch.tensor(self.lengths, device=device))[None]
+        repeats, size = torch.tensor(self.lengths, device=device), sum(self.lengths)  # no device waits for the size
+        return numbers.repeat_interleave(repeats, output_size=size)[None]
 
 
 def batch_plan(examples: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
@@ -217,7 +218,8 @@ def _by_example(plain: Any, lengths: Sequence[int]) -> Any:
 def _padded(plain: Any, lengths: Sequence[int], device: torch.device) -> Any:
     count, longest = len(lengths), max(lengths)
     begins = torch.arange(count, device=device) * longest
-    places = begins.repeat_interleave(torch.tensor(lengths, device=device)) + position_ids(lengths, device)[0]
+    repeats = torch.tensor(lengths, device=device)
+    places = begins.repeat_interleave(repeats, output_size=sum(lengths)) + position_ids(lengths, device)[0]
 
     def padded(row: torch.Tensor) -> torch.Tensor:
         """[1, heads, T, d] → [b, heads, n, d], zeros at the end of shorter examples"""

@@ -1,0 +1,154 @@
+"""A device that is not the CPU, on a machine that has no other: tensors on `pretend` hold values, and refuse those of the CPU.
+
+torch without CUDA can't move a fake tensor to CUDA, nor run its backward pass ("PyTorch is not linked with support for cuda devices"). So
+this is a device of its own, as torch's seam for Python back ends makes one. Each tensor wraps one of the CPU, where its operations run, forward
+and backward. What CUDA refuses is refused here: operands on two devices (but a number of the CPU, and copies), a generator of the CPU for values
+on the device, `numpy()`. One thing more is refused: an index of the CPU, for which CUDA waits.
+
+`install()` holds for the rest of the process: torch has one such device, and no way back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "pretend"
+COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default, torch.ops.aten._copy_from.default)
+CREATED = (  # from numbers alone
+    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.arange.default, torch.ops.aten.arange.start,
+    torch.ops.aten.arange.start_step, torch.ops.aten.linspace.default, torch.ops.aten.eye.default, torch.ops.aten.randperm.default,
+)  # fmt: skip
+_libraries: list[torch.library.Library] = []  # registrations last as long as their library
+
+
+class MixedDevicesError(RuntimeError):
+    pass
+
+
+class _Module:
+    """What `torch.cuda` is for CUDA, as far as torch asks: one device, whose random numbers come from the CPU's generator."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    is_available = is_initialized
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def get_rng_state(self, _: object = 0) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, _: object = 0) -> None:
+        torch.set_rng_state(state)
+
+
+class PretendTensor(torch.Tensor):
+    """A tensor on the device; `inner` is the one on the CPU that holds its values."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> PretendTensor:
+        make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]  # untyped in torch
+        found: PretendTensor = make(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=_device()
+        )  # fmt: skip
+        found.inner = inner
+        return found
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()  # torch gives none for subclasses
+
+    def storage(self) -> Any:
+        return self.inner.storage()  # by which who saves it sees what shares memory
+
+    def untyped_storage(self) -> Any:
+        return self.inner.untyped_storage()
+
+    def __repr__(self, **_: Any) -> str:
+        return f"PretendTensor({self.inner})"
+
+
+def install() -> torch.device:
+    """Make the device known to torch, once."""
+    if not _libraries:
+        setup: Any = _setup_privateuseone_for_python_backend
+        setup(NAME, backend_module=_Module())
+        library = torch.library.Library("aten", "IMPL")
+        for operation in CREATED:  # no tensor brings its class along
+            library.impl(operation, _created(operation), "PrivateUse1")
+        library.impl(torch.ops.aten._copy_from.default, _copied, "PrivateUse1")
+        _libraries.append(library)
+    return _device()
+
+
+def _device() -> torch.device:
+    return torch.device(NAME, 0)
+
+
+def _created(operation: Any) -> Any:
+    return lambda *args, **kwargs: _run(operation, args, kwargs | {"device": _device()})
+
+
+def _copied(source: torch.Tensor, target: torch.Tensor, _non_blocking: bool = False) -> torch.Tensor:
+    _inner(target).copy_(_inner(source))
+    return target
+
+
+def _inner(value: Any) -> Any:
+    return value.inner if isinstance(value, PretendTensor) else value
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The operation on the CPU's tensors; its results are on the device of its operands, or on the one that it names."""
+    tensors: list[torch.Tensor] = []
+    tree_map(lambda value: tensors.append(value) if isinstance(value, torch.Tensor) else None, (args, kwargs))
+    is_here = any(isinstance(value, PretendTensor) for value in tensors)
+    if (
+        is_here
+        and func not in COPIES
+        and any(not isinstance(value, PretendTensor) and value.dim() for value in tensors)
+    ):
+        raise MixedDevicesError(f"{func}: tensors on {NAME} and on the CPU")
+    named = kwargs.get("device")
+    if named is not None:
+        is_here = torch.device(named).type == NAME
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    generator = kwargs.get("generator")
+    if is_here and generator is not None and generator.device.type == "cpu":
+        raise MixedDevicesError(f"{func}: a generator of the CPU for values on {NAME}")
+    if func is torch.ops.aten.histc.default and not args[0].is_floating_point():
+        args = (args[0].float(), *args[1:])  # of whole numbers CUDA has one, and the CPU none
+    found = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+    assert all(value.shape == _inner(value).shape for value in tensors), f"{func} resizes a tensor"
+    written = {
+        id(_inner(value)): value for value in tensors
+    }  # what an operation in place returns stays the same tensor
+
+    def wrapped(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return written.get(id(value)) if id(value) in written else PretendTensor(value) if is_here else value
+
+    return tree_map(wrapped, found)
