@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.in_training.measure import language_score, paired
+from benchmarks.in_training.measure import LINEAR, language_score, paired
 from benchmarks.machine import machine
 
 HERE = Path(__file__).parent
@@ -239,8 +239,9 @@ def _adapted(given: Any) -> tuple[Any, Any]:
     base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     count = base.config.num_hidden_layers
     last = list(range(count - given.blocks, count)) if given.blocks else None
+    targets = "all-linear" if last is None else LINEAR  # PEFT takes layers beside names alone
     config = LoraConfig(
-        r=given.rank, lora_alpha=32, target_modules="all-linear", layers_to_transform=last, task_type="CAUSAL_LM"
+        r=given.rank, lora_alpha=32, target_modules=targets, layers_to_transform=last, task_type="CAUSAL_LM"
     )
     return get_peft_model(base, config), AutoTokenizer.from_pretrained(given.model)
 
