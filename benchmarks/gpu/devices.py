@@ -233,7 +233,7 @@ class Lines(contextlib.AbstractContextManager[None]):
                 seen = self.seen.get(str(path), set())
                 for name, lines in _functions(compile(path.read_text(encoding="utf-8"), str(path), "exec")):
                     known, ran = known + len(lines), ran + len(lines & seen)
-                    silent += [f"{path.name}:{name}"] if not lines & seen else []
+                    silent += [f"{path.name}:{name}"] if lines and not lines & seen else []
             rows.append({"folder": part, "lines": known, "ran": ran, "share": ran / known, "silent": silent})
         return rows
 
