@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from rightrank.data.forms import Example
-from rightrank.data.splits import load_data
-from rightrank.data.token_store import ExampleStore
+from rightrank.data.splits import ExampleStore, load_data
 from tests.tiny import small_settings
 
 

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow
 
 from rightrank.data.files import is_text
 from rightrank.data.forms import DataForm, Example, Shape, example_of, shape_of, strings
 from rightrank.data.rows import Row, RowsBySplit, read_rows, rows_from_memory
-from rightrank.data.token_store import ExampleStore
+from rightrank.data.token_store import Store
 from rightrank.schema.errors import DataError
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName, split_name
@@ -39,6 +41,27 @@ FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # the first form whose 
     ("classification", ("text", "label")),
     ("text", ("text",)),
 )
+
+
+class ExampleStore(Store[Example]):
+    """Examples in the order in which they came."""
+
+    schema = pyarrow.schema(
+        {"number": pyarrow.uint64(), "content": pyarrow.large_string(), "where": pyarrow.large_string()}
+    )
+
+    def row(self, entry: Example) -> Mapping[str, Any]:
+        content = json.dumps(dict(entry.content), default=str)
+        return {"number": int(entry.item_id, 16), "content": content, "where": entry.where}
+
+    def entry(self, row: Mapping[str, Any]) -> Example:
+        return Example(f"{row['number']:016x}", json.loads(row["content"]), row["where"])
+
+    @property
+    def numbers(self) -> npt.NDArray[np.uint64]:
+        """[examples], the identities."""
+        found: npt.NDArray[np.uint64] = self.table["number"].to_numpy()
+        return found
 
 
 @dataclass(frozen=True, slots=True)

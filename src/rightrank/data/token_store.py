@@ -1,4 +1,4 @@
-"""Examples and their tokens in Arrow files, so that the process holds only a few bytes per example.
+"""Entries, such as the tokens of examples, in Arrow files, so that the process holds only a few bytes of each.
 
 The files have no name, and the system removes them with the process. It reads the pages that a batch needs and evicts them when
 memory is short.
@@ -6,7 +6,6 @@ memory is short.
 
 from __future__ import annotations
 
-import json
 import mmap
 import tempfile
 from abc import abstractmethod
@@ -21,14 +20,12 @@ import numpy.typing as npt
 import pyarrow
 import pyarrow.compute
 
-from rightrank.data.forms import Example
-
 IGNORED = -100  # the label without loss in torch and transformers
 ROWS = 256  # collected before a write
 Entry = TypeVar("Entry")
 
 
-class _Store(Sequence[Entry]):
+class Store(Sequence[Entry]):
     """Entries as rows of an Arrow file, written once and read one by one. A subclass has the columns of an entry."""
 
     schema: ClassVar[Any]
@@ -70,27 +67,6 @@ class _Store(Sequence[Entry]):
         return self.entry(self._batches[batch].slice(place, 1).to_pylist()[0])
 
 
-class ExampleStore(_Store[Example]):
-    """Examples in the order in which they came."""
-
-    schema = pyarrow.schema(
-        {"number": pyarrow.uint64(), "content": pyarrow.large_string(), "where": pyarrow.large_string()}
-    )
-
-    def row(self, entry: Example) -> Mapping[str, Any]:
-        content = json.dumps(dict(entry.content), default=str)
-        return {"number": int(entry.item_id, 16), "content": content, "where": entry.where}
-
-    def entry(self, row: Mapping[str, Any]) -> Example:
-        return Example(f"{row['number']:016x}", json.loads(row["content"]), row["where"])
-
-    @property
-    def numbers(self) -> npt.NDArray[np.uint64]:
-        """[examples], the identities."""
-        found: npt.NDArray[np.uint64] = self.table["number"].to_numpy()
-        return found
-
-
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
     """Token ids of one example [n], with its labels [n], or its class for classification.
@@ -120,7 +96,7 @@ class EncodedExample:
         return [(ids[:first], labels[:first]), (ids[first:], labels[first:])]
 
 
-class TokenStore(_Store[EncodedExample]):
+class TokenStore(Store[EncodedExample]):
     """Encoded examples."""
 
     schema = pyarrow.schema(
