@@ -94,7 +94,9 @@ def answer_view(
         adapter_notes=tuple(filter(None, _adapter_notes(answers))),
         training_rank=decision.sentence if decision is not None else _missing(answers),
         estimate=(answers.get("training_rank_estimate") or {}).get("sentence", ""),
-        verdict="" if decision is None else _verdict(decision),
+        verdict=""
+        if decision is None
+        else decision.verdict + (f" ({', '.join(decision.flags)})" if decision.flags else ""),
         safe_choice="" if decision is None or decision.verdict != "undecided" else _safe_choice(decision),
         metrics=() if decision is None else tuple(map(_metric_text, decision.other_metrics)),
         next_runs=()
@@ -152,10 +154,6 @@ def _missing(answers: Mapping[str, Any]) -> str:
     if answers.get("goal") == "adapter":
         return "not asked (--goal adapter)."
     return f"{quantity(answers['cost']['trainings'], 'training')} so far. A comparison needs two ranks with a result."
-
-
-def _verdict(decision: Decision) -> str:
-    return decision.verdict + (f" ({', '.join(decision.flags)})" if decision.flags else "")
 
 
 def _metric_text(other: MetricAnswer) -> str:

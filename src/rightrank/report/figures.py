@@ -240,13 +240,8 @@ def _best_trials(records: Records, decision: Decision | None) -> dict[int, list[
         named = {e.rank: [by_id[i] for i in e.trial_ids if i in by_id] for e in trained(decision)}
         return {rank: trials for rank, trials in named.items() if trials}
     groups = by_rank([trial for trial in finished if trial.rank > 0 and trial.arm.is_direct])
-    return {rank: [_best_of(trials, records)] for rank, trials in groups.items()}
-
-
-def _best_of(trials: Sequence[TrialFinished], records: Records) -> TrialFinished:
-    """The trial with the best held-out value."""
     sign = -1 if records.started.higher_is_better else 1
-    return min(trials, key=lambda trial: sign * trial.value)
+    return {rank: [min(trials, key=lambda trial: sign * trial.value)] for rank, trials in groups.items()}
 
 
 def by_rank(trials: Sequence[TrialFinished]) -> dict[int, list[TrialFinished]]:

@@ -182,17 +182,16 @@ def _series(series: Series, x: _Scale, y: _Scale) -> str:
         parts.append(f'<path d="{path}" fill="none" stroke="currentColor" stroke-width="2"{dashes}/>')
     if series.kind in ("both", "points"):
         parts += [f'<circle cx="{a}" cy="{b}" r="3.6" fill="currentColor"/>' for a, b in places]
-    numbers = " ".join(f'data-{name}="{_numbers(values)}"' for name, values in (("x", series.x), ("y", series.y)))
+    numbers = " ".join(
+        f'data-{name}="{" ".join(f"{value:.5g}" for value in values)}"'
+        for name, values in (("x", series.x), ("y", series.y))
+    )
     return f'<g class="series" data-label="{_text(series.label)}" {numbers} color="{_colour(series.tone)}">{"".join(parts)}</g>'
 
 
 def _whisker(x: float, low: float, high: float) -> str:
     caps = f"M{x} {low}V{high}M{x - 4:.1f} {low}h8M{x - 4:.1f} {high}h8"
     return f'<path d="{caps}" fill="none" stroke="currentColor" stroke-width="1.3" opacity=".6"/>'
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return " ".join(f"{value:.5g}" for value in values)
 
 
 def _colour(tone: Tone) -> str:

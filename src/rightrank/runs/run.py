@@ -107,7 +107,8 @@ def loop(run: Run, executor: Executor) -> None:
         told = max(told, len(notes))
         if not trials:
             return
-        for outcome in executor.run(trials, _base_loss(run)):
+        base = next((trial for trial in run.records.finished() if trial.rank == 0), None)
+        for outcome in executor.run(trials, None if base is None else base.metrics.get("loss")):
             run.on_event(_with_plan(run, outcome))
             failed = [one for one in run.records.outcomes if isinstance(one, TrialFailed)]
             if len(failed) >= MAX_FAILED_AT_START and not run.records.finished():
@@ -134,11 +135,6 @@ def decide(run: Run) -> Decision:
             f"{run.advice}, or a larger budget"
         ) from None
     return run.hooks.decided(decision, run)
-
-
-def _base_loss(run: Run) -> float | None:
-    """The base's held-out loss, once it has been evaluated."""
-    return next((trial.metrics.get("loss") for trial in run.records.finished() if trial.rank == 0), None)
 
 
 def _with_plan(run: Run, outcome: TrialOutcome) -> TrialOutcome:

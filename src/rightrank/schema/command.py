@@ -82,19 +82,19 @@ def next_commands(
     if started.data.form == "own":
         return [None] * len(decision.next_runs)
     further = [] if margin is None else ["--margin", f"{margin:g}"]
-    return [_command(_further_options(started, wanted), further, run) for wanted in decision.next_runs]
-
-
-def _command(options: list[str], further: list[str], run: str) -> str | None:
-    return shlex.join(["rightrank", "select", "--out", run, *options, *further]) if options else None
+    return [
+        shlex.join(["rightrank", "select", "--out", run, *options, *further]) if options else None
+        for options in (_further_options(started, wanted) for wanted in decision.next_runs)
+    ]
 
 
 def _further_options(started: RunStarted, wanted: NextRun) -> list[str]:
-    settings, options = started.settings, list[str]()
+    settings: dict[str, Any] = started.settings
+    options: list[str] = []
     held_out = len(started.evaluation_items) + started.data.not_evaluated  # at most so many examples can be evaluated
     if wanted.items is not None and len(started.evaluation_items) < wanted.items <= held_out:
         options += ["--eval-items", str(wanted.items)]
-    ranks, rates, seeds = (_numbers(settings.get(name)) for name in ("ranks", "learning_rates", "seeds"))
+    ranks, rates, seeds = (settings[name] for name in ("ranks", "learning_rates", "seeds"))
     if wanted.action == "seeds" and wanted.seeds is not None:
         further = (seed for seed in range(MAX_SEED) if seed not in seeds)
         options += _with_added("--seeds", seeds, [*seeds, *islice(further, wanted.seeds - len(seeds))])
@@ -109,7 +109,3 @@ def _with_added(option: str, before: Sequence[float], after: Sequence[float]) ->
     """The option with all values; empty where nothing is added."""
     added = sorted(set(after))
     return [option, ",".join(f"{value:g}" for value in added)] if set(after) > set(before) else []
-
-
-def _numbers(value: object) -> list[float]:
-    return [one for one in value if isinstance(one, int | float)] if isinstance(value, list | tuple) else []
