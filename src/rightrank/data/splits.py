@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from array import array
 from collections import Counter
@@ -47,15 +48,15 @@ class ExampleStore(Store[Example]):
     """Examples in the order in which they came."""
 
     schema = pyarrow.schema(
-        {"number": pyarrow.uint64(), "content": pyarrow.large_string(), "where": pyarrow.large_string()}
+        {"number": pyarrow.uint64(), "content": pyarrow.large_string(), "where": pyarrow.large_binary()}
     )
 
     def row(self, entry: Example) -> Mapping[str, Any]:
         content = json.dumps(dict(entry.content), default=str)
-        return {"number": int(entry.item_id, 16), "content": content, "where": entry.where}
+        return {"number": int(entry.item_id, 16), "content": content, "where": os.fsencode(entry.where)}
 
     def entry(self, row: Mapping[str, Any]) -> Example:
-        return Example(f"{row['number']:016x}", json.loads(row["content"]), row["where"])
+        return Example(f"{row['number']:016x}", json.loads(row["content"]), os.fsdecode(row["where"]))
 
     @property
     def numbers(self) -> npt.NDArray[np.uint64]:

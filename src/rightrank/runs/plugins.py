@@ -276,8 +276,8 @@ def _of_others() -> Iterator[tuple[str, Callable[[], Plugin]]]:
 
 def _names_the_group(folder: str) -> bool:
     """Whether a distribution in this folder of `sys.path`, other than rightrank itself, names the group."""
-    with suppress(OSError):
-        for one in os.scandir(folder or "."):
+    with suppress(OSError), os.scandir(folder or ".") as found:
+        for one in found:
             if one.name.endswith("-info") and not one.name.startswith("rightrank-"):
                 with suppress(FileNotFoundError):
                     if GROUP.encode() in Path(one.path, "entry_points.txt").read_bytes():
