@@ -2,7 +2,8 @@
 
 A sweep of a source is asked for as a question, with every source of its group left out of the atlas. Each rank that the sweep tried is
 one probability against one answer, enough or not. Scores are means over a sweep's ranks, then over a group's sweeps, then over groups.
-The power of the likeness is chosen on two thirds of the groups; the last third fitted nothing, and is judged once.
+The power of the likeness is chosen on two thirds of the groups that were read until `FIXED`; the last third fitted nothing. Groups that were read
+later came after every choice and are judged once.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import math
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from rightrank.plugins.atlas.estimate import LIKENESS, TOKENS_A_ROW, probabilities, question_of
+from rightrank.plugins.atlas.estimate import TOKENS_A_ROW, Question, likeness, probabilities, question_of
 from rightrank.plugins.atlas.rows import Atlas, Sweep, load
 from rightrank.report.figure import Axis, Figure, Series
 from rightrank.report.svg import svg_file
@@ -26,6 +28,7 @@ from rightrank.report.svg import svg_file
 HERE = Path(__file__).parent
 POWERS = (0.0, 0.5, 1.0, 2.0)
 BITS_A_TOKEN, BITS_A_PARAMETER = 2.0, 2.0
+FIXED = "2026-11-27"  # the day on which the estimate was fixed
 LEAST = 0.01  # a probability is never closer to 0 or 1 when it is scored
 Answers = list[tuple[float, bool]]
 Rule = Callable[[Sweep], float]
@@ -67,9 +70,18 @@ def predicted(atlas: Atlas, power: float, margin: float | None) -> dict[str, Ans
     answers: dict[str, Answers] = {}
     for sweep in _judged(atlas):
         others = [other for other in atlas.sweeps if atlas.group(other) != atlas.group(sweep)]
-        found = probabilities(question_of(sweep, margin), others, atlas.group, sweep.ranks, power)
+        found = probabilities(margin, others, atlas.group, sweep.ranks)
+        if power:
+            prior = {rank: share for rank, (share, _) in found.items()}
+            near = partial(weight, question_of(sweep, margin), power)
+            found = probabilities(margin, others, atlas.group, sweep.ranks, near, prior)
         answers[sweep.id] = [(found[rank][0], told) for rank, told in _told(sweep, margin)]
     return answers
+
+
+def weight(question: Question, power: float, sweep: Sweep) -> float:
+    """Of a sweep, by its likeness to the question."""
+    return likeness(question, sweep) ** power
 
 
 def ruled(atlas: Atlas, rule: Rule, margin: float | None, fit: Sequence[str]) -> dict[str, Answers]:
@@ -143,7 +155,8 @@ def _mean_over_groups(atlas: Atlas, values: Mapping[str, Sequence[float]], group
 def judge(margin: float | None = None) -> dict[str, Any]:
     atlas = load()
     groups = sorted({atlas.group(sweep) for sweep in _judged(atlas) if _told(sweep, margin)})
-    fit, test = [g for g in groups if not held_out(g)], [g for g in groups if held_out(g)]
+    fresh = sorted({atlas.group(s) for s in _judged(atlas) if atlas.sources[s.source].read > FIXED} & set(groups))
+    fit, test = ([g for g in groups if g not in fresh and held_out(g) is side] for side in (False, True))
     models = {f"likeness^{power:g}": predicted(atlas, power, margin) for power in POWERS}
     chosen = max(POWERS[1:], key=lambda power: scores(atlas, models[f"likeness^{power:g}"], fit)["log_score"])
     named = {
@@ -153,12 +166,13 @@ def judge(margin: float | None = None) -> dict[str, Any]:
     }
     return {
         "sweeps": len(_judged(atlas)),
-        "groups": {"fit": len(fit), "held_out": len(test)},
+        "groups": {"fit": len(fit), "held_out": len(test), "fresh": len(fresh)},
         "powers_on_fit": {name: scores(atlas, answers, fit) for name, answers in models.items()},
-        "printed": f"likeness^{LIKENESS:g}",
+        "printed": "likeness^0",
         "chosen": f"likeness^{chosen:g}",
         "fit": {name: scores(atlas, answers, fit) for name, answers in named.items()},
         "held_out": {name: scores(atlas, answers, test) for name, answers in named.items()},
+        "fresh": {name: scores(atlas, answers, fresh) for name, answers in named.items()},
         "all": {name: scores(atlas, answers, groups) for name, answers in named.items()},
         "base_rate_minus": {
             name: {

@@ -4,9 +4,10 @@ A reading is what a row holds under `read`:
 
     {"file": "results/sweep.csv", "rank": "lora_r", "value": "eval_loss", "rate": "lr", "seed": "seed", "where": {"task": "sst2"}}
 
-`file` is a path in the source's repository; with `{rank}` in it there is a file a rank, of the ranks in `ranks`. A table (`.csv`) and a
-list of records (`.json`, found at `at`) give a cell each; `pattern` reads any text with the groups `rank`, `value` and `rate`. `scale`
-multiplies a value (per cent: .01), `log` takes its logarithm (a perplexity).
+`file` is a path in the source's repository; with `{rank}` in it there is a file a rank, of the ranks in `ranks`, and `files` names those of
+each rank, a file a seed. A table (`.csv`), lines (`.jsonl`) and a list of records (`.json`, found at `at`) give a cell each; `grid` is the
+place in a record of a value by rank, rate and seed; `pattern` reads any text with the groups `rank`, `value` and `rate`. A number in a dotted
+path counts in a list, from its end where negative. `scale` multiplies a value (per cent: .01), `log` takes its logarithm (a perplexity).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
@@ -27,6 +29,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 Fetch = Callable[[str], str]
+OURS = Path(__file__).parent.parent / "selection"
 csv.field_size_limit(1 << 27)
 
 
@@ -75,51 +78,81 @@ def cells(read: Mapping[str, Any], fetch: Fetch) -> Iterator[Cell]:
 
 
 def _raw(read: Mapping[str, Any], fetch: Fetch) -> Iterator[tuple[Any, ...]]:
-    path = read["file"]
-    if "ranks" in read:
-        for rank in read["ranks"]:
-            for seed in read.get("seeds", [""]):
-                record = json.loads(fetch(path.replace("{rank}", str(rank)).replace("{seed}", str(seed))))
-                yield rank, at(record, read["value"]), "", seed
-        return
-    text = fetch(path)
-    if "pattern" in read:
-        if "between" in read:
-            text = text.split(read["between"][0], 1)[1].split(read["between"][1], 1)[0]
-        for match in re.finditer(read["pattern"], text):
-            found = match.groupdict()
-            yield found["rank"], found["value"], found.get("rate", ""), ""
-        return
-    for record in _records(read, text):
-        if all(str(at(record, key)) == str(value) for key, value in read.get("where", {}).items()):
-            yield tuple(at(record, read[key]) if key in read else "" for key in ("rank", "value", "rate", "seed"))
+    for rank, seed, path in _files(read):
+        text = fetch(path)
+        if "pattern" in read:
+            yield from _matches(read, text)
+            continue
+        for record in _records(read, path, text, one=rank != ""):
+            if "grid" in read:
+                yield from _grid(at(record, read["grid"]))
+            else:
+                of = {key: at(record, read[key]) for key in ("rank", "value", "rate", "seed") if key in read}
+                yield rank or of["rank"], of["value"], of.get("rate", ""), seed or of.get("seed", "")
 
 
-def _records(read: Mapping[str, Any], text: str) -> list[Any]:
-    if read["file"].endswith(".csv"):
-        return list(csv.DictReader(io.StringIO(text)))
-    found = at(json.loads(text), read.get("at", ""))
-    return list(found.values()) if isinstance(found, dict) else list(found)
+def _files(read: Mapping[str, Any]) -> Iterator[tuple[Any, Any, str]]:
+    """Rank and seed, where the file's name has them, and its path."""
+    if "files" in read:
+        yield from ((rank, seed, path) for rank, paths in read["files"].items() for seed, path in enumerate(paths))
+    elif "ranks" in read:
+        for rank, seed in product(read["ranks"], read.get("seeds", [""])):
+            yield rank, seed, read["file"].replace("{rank}", str(rank)).replace("{seed}", str(seed))
+    else:
+        yield "", "", read["file"]
+
+
+def _matches(read: Mapping[str, Any], text: str) -> Iterator[tuple[Any, ...]]:
+    if "between" in read:
+        text = text.split(read["between"][0], 1)[1].split(read["between"][1], 1)[0]
+    for match in re.finditer(read["pattern"], text):
+        found = match.groupdict()
+        yield found["rank"], found["value"], found.get("rate", ""), ""
+
+
+def _grid(by_rank: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[tuple[Any, ...]]:
+    for rank, rates in by_rank.items():
+        for rate, seeds in rates.items():
+            yield from ((rank, value, rate, seed) for seed, value in seeds.items())
+
+
+def _records(read: Mapping[str, Any], path: str, text: str, *, one: bool) -> list[Any]:
+    """Those that the reading asks for; of a file of one rank, the file itself."""
+    if path.endswith(".csv"):
+        found: Any = list(csv.DictReader(io.StringIO(text)))
+    elif path.endswith(".jsonl"):
+        found = [json.loads(line) for line in text.splitlines() if line.strip()]
+    else:
+        found = at(json.loads(text), read.get("at", ""))
+        if one:
+            return [found]
+    records = list(found.values()) if isinstance(found, dict) else list(found)
+    return [r for r in records if all(str(at(r, key)) == str(value) for key, value in read.get("where", {}).items())]
 
 
 def at(record: Any, path: str) -> Any:
-    """What is at a dotted path of nested mappings; the record itself for an empty path given as the place of records."""
+    """What is at a dotted path of nested mappings and lists; the record itself for an empty path."""
     for key in path.split(".") if path else ():
-        record = record.get(key, "") if isinstance(record, Mapping) else ""
+        if isinstance(record, list):
+            record = record[int(key)]
+        else:
+            record = record.get(key, "") if isinstance(record, Mapping) else ""
     return record
 
 
 def mirror(folder: Path, repo: str, commit: str) -> Fetch | None:
-    """Reads files of a local copy of a repository, `FOLDER/owner+name/repo`; None where there is none."""
-    place = folder / repo.replace("/", "+") / "repo"
-    if not place.exists():
-        return None
+    """Reads files of a local copy of a repository, `FOLDER/owner+name/repo` (git) or `/files` (plain); None where there is none."""
+    place = folder / repo.replace("/", "+")
+    if (place / "repo").exists():
+        return lambda path: subprocess.run(
+            ["git", "-C", str(place / "repo"), "show", f"{commit}:{path}"], capture_output=True, check=True
+        ).stdout.decode("utf-8", "replace")
+    return plain(place / "files") if (place / "files").exists() else None
 
-    def fetch(path: str) -> str:
-        command = ["git", "-C", str(place), "show", f"{commit}:{path}"]
-        return subprocess.run(command, capture_output=True, check=True).stdout.decode("utf-8", "replace")
 
-    return fetch
+def plain(folder: Path) -> Fetch:
+    """Reads files of a folder."""
+    return lambda path: (folder / path).read_text(encoding="utf-8")
 
 
 def online(repo: str, commit: str) -> Fetch:
@@ -133,9 +166,13 @@ def online(repo: str, commit: str) -> Fetch:
     return fetch
 
 
+READS = {"pattern", "rank", "ranks", "files", "grid"}  # a reading with one of them is read by a program
+OUTCOMES = ("same", "differs", "unreachable", "printed in a paper", "not by a program")
+
+
 def check(atlas: Mapping[str, Any], folder: Path | None) -> dict[str, list[str]]:
-    """Rows by what became of them: `same`, `differs`, `unreachable`, and `not by a program` (papers, transcribed logs)."""
-    outcome: dict[str, list[str]] = {"same": [], "differs": [], "unreachable": [], "not by a program": []}
+    """Rows by what became of them, one of `OUTCOMES`: a paper's table was read by a person and is not read again."""
+    outcome: dict[str, list[str]] = {name: [] for name in OUTCOMES}
     for row in atlas["sweeps"]:
         outcome[_checked(row, atlas["sources"][row["source"]], folder)].append(row["id"])
     return outcome
@@ -143,11 +180,11 @@ def check(atlas: Mapping[str, Any], folder: Path | None) -> dict[str, list[str]]
 
 def _checked(row: Mapping[str, Any], source: Mapping[str, Any], folder: Path | None) -> str:
     read = row.get("read", {})
-    if "repo" not in source or not {"pattern", "rank", "ranks"} & read.keys():
+    if source["kind"] == "paper":
+        return "printed in a paper"
+    if not READS & read.keys():
         return "not by a program"
-    fetch = (
-        online(source["repo"], source["commit"]) if folder is None else mirror(folder, source["repo"], source["commit"])
-    )
+    fetch = _fetch_of(source, folder)
     if fetch is None:
         return "unreachable"
     try:
@@ -155,6 +192,14 @@ def _checked(row: Mapping[str, Any], source: Mapping[str, Any], folder: Path | N
     except (URLError, OSError, subprocess.CalledProcessError):
         return "unreachable"
     return "same" if found["ranks"] == row["ranks"] and found["values"] == row["values"] else "differs"
+
+
+def _fetch_of(source: Mapping[str, Any], folder: Path | None) -> Fetch | None:
+    if "repo" not in source:
+        return plain(OURS)
+    if folder is None:
+        return online(source["repo"], source["commit"])
+    return mirror(folder, source["repo"], source["commit"])
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from rightrank.models.labels import loading_lines
 from rightrank.models.ranks import served_rank
 from rightrank.runs import plugins
 from rightrank.schema.errors import SettingsError, did_you_mean
-from rightrank.schema.scaling import rate_warning
+from rightrank.schema.scaling import rank_change_line, rate_warning
 
 LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one
 SERVED_NAME = "rightrank"
@@ -110,8 +110,10 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
         for file, text in written.files.items():
             (temporary / file).write_text(_commented(file, text, comments), encoding="utf-8")
     files = sorted(path.name for path in folder.iterdir())
-    warnings = filter(None, [rate_warning(exported.r, exported.lora_alpha, exported.learning_rate)])
-    return Exported(name, folder, files, written.command, [*written.notes, *comments, *warnings])
+    rates = [rate_warning(exported.r, exported.lora_alpha, exported.learning_rate)]
+    if name not in ("peft", "vllm") and not exported.use_rslora:
+        rates.append(f"for another rank: {rank_change_line(exported.r, 4 * exported.r, exported.lora_alpha)}")
+    return Exported(name, folder, files, written.command, [*written.notes, *comments, *filter(None, rates)])
 
 
 def _commented(file: str, text: str, comments: Sequence[str]) -> str:

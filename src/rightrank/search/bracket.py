@@ -12,7 +12,7 @@ while they hold, or upward until one holds. `decision.adapter` judges the candid
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from itertools import product
 
 from rightrank.decision.adapter import Criterion, adapter_answer
@@ -52,19 +52,23 @@ class Bracket(Strategy):
         yield from _answer_adapter_question(trials, learning_rate)
         if space.goal == "adapter":
             return
-        start = _smallest_truncation_that_holds(trials, learning_rate)
-        if start is None:
-            second = space.a_quarter_of_the_top()
-            yield from try_rank(trials, second, learning_rate)
-            start = _predicted_rank(trials, second)
-        elif start == space.top:
-            start = space.below(start) or start
+        start = yield from self.start(trials, learning_rate)
         yield from walk(trials, start, learning_rate)
         yield from settle(trials)
         yield from support(trials)
         yield from confirm(trials)
         yield from settle(trials)
         yield from confirm(trials)
+
+    def start(self, trials: Trials, learning_rate: float) -> Generator[Sequence[Arm], None, int]:
+        """The rank at which the walk down begins."""
+        space = self.space
+        start = _smallest_truncation_that_holds(trials, learning_rate)
+        if start is None:
+            second = space.a_quarter_of_the_top()
+            yield from try_rank(trials, second, learning_rate)
+            return _predicted_rank(trials, second)
+        return (space.below(start) or start) if start == space.top else start
 
     def unbounded_cost(self) -> CostEstimate:
         space = self.space

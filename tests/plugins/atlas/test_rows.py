@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from benchmarks.atlas.readings import figures
+from benchmarks.atlas.readings import READS, check, figures
 
 from rightrank.plugins.atlas.rows import ATLAS, FAMILIES, Sweep, load, parse
 from tests.plugins.atlas.made_up import sweep
@@ -22,7 +22,7 @@ def test_the_packaged_atlas_is_small_and_has_what_a_reader_checks() -> None:
     assert ATLAS.stat().st_size <= 200_000
     atlas = load()
     assert len(atlas.sweeps) >= 250
-    assert len(atlas.sources) >= 50
+    assert len(atlas.sources) >= 60
     assert {row.source for row in atlas.sweeps} == set(atlas.sources)
     for name, source in atlas.sources.items():
         assert source.address.startswith("https://") or name == "rightrank", name
@@ -30,7 +30,14 @@ def test_the_packaged_atlas_is_small_and_has_what_a_reader_checks() -> None:
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", source.read), name
         assert REFUSED not in source.address
     for row in atlas.sweeps:
-        assert row.read or atlas.sources[row.source].kind == "paper", f"{row.id}: no file is named"
+        assert READS & row.read.keys() or atlas.sources[row.source].kind == "paper", f"{row.id}: no program reads it"
+
+
+def test_the_rows_of_our_own_grids_are_those_of_the_grids() -> None:
+    content = json.loads(ATLAS.read_text(encoding="utf-8"))
+    ours = {"sources": content["sources"], "sweeps": [r for r in content["sweeps"] if r["source"] == "rightrank"]}
+    outcome = check(ours, None)
+    assert len(outcome["same"]) == len(ours["sweeps"]) >= 6
 
 
 def test_no_two_rows_are_the_same_sweep() -> None:
@@ -110,3 +117,23 @@ def test_figures_are_read_again_from_tables_records_and_logs() -> None:
         texts.__getitem__,
     )
     assert files["values"] == log["values"] == [0.5, 0.6]
+
+
+def test_figures_are_read_again_from_seeds_in_files_and_from_grids() -> None:
+    looks = '{"step": 1, "m": {"loss": 9}}\n\n{"step": 2, "m": {"loss": %s}}\n'
+    texts = {
+        **{f"{name}.jsonl": looks % value for name, value in {"a": 2.0, "b": 2.2, "c": 1.8, "d": 1.9}.items()},
+        "grids.json": json.dumps({"curves": [{"id": "x"}, {"id": "y", "grid": {"4": {"0.1": {"0": 1.0, "1": 3.0}}}}]}),
+        "state4.json": json.dumps({"log": [{"loss": 3.0}, {"loss": 2.5}]}),
+    }
+    seeds = {
+        "files": {"4": ["a.jsonl", "b.jsonl"], "8": ["c.jsonl", "d.jsonl"]},
+        "value": "m.loss",
+        "where": {"step": 2},
+    }
+    found = figures(seeds, "low", texts.__getitem__)
+    assert (found["ranks"], found["values"], found["seeds"]) == ([4, 8], [2.1, 1.85], 2)
+    grid = {"file": "grids.json", "at": "curves", "where": {"id": "y"}, "grid": "grid"}
+    assert figures(grid, "low", texts.__getitem__)["values"] == [2.0]
+    last = {"file": "state{rank}.json", "ranks": [4], "value": "log.-1.loss"}
+    assert figures(last, "low", texts.__getitem__)["values"] == [2.5]

@@ -68,7 +68,7 @@ def expect(
         margin: in nats, as a share of answers, or as a share of another metric; None for the default of each sweep's metric.
 
     Raises:
-        SettingsError: a number that can't be, or data that can't be read.
+        SettingsError: a number or rank that can't be, or data that can't be read.
     """
     from rightrank.plugins.atlas.estimate import expectation
     from rightrank.plugins.atlas.question import ask

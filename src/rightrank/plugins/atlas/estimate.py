@@ -2,29 +2,28 @@
 
 A rank's probability is a weighted share of the sweeps that say whether it was enough:
 
-    p(r) = (Σ w · enough(r) + SHRINK · base(r)) / (Σ w + SHRINK)      w = quality · resolution · likeness^LIKENESS / √(sweeps of its group)
+    p(r) = (Σ w · enough(r) + SHRINK / 2) / (Σ w + SHRINK)      w = quality · resolution / √(sweeps of its group)
 
-`base` is the same share over all sweeps, without likeness. Quality is 1, .5 or .2 (`Sweep.quality`), resolution is the margin over the
-sweep's noise where that is larger. Likeness is a product of four factors, 1 for the same and lower for the less alike: task family,
-kind of metric, size of the base, tokens for each parameter. What is not known, of the question or of the sweep, is neutral.
+Quality is 1, .5 or .2 (`Sweep.quality`), resolution is the margin over the sweep's noise where that is larger.
 
-On sources that it has not seen, likeness adds nothing to the base rate (`benchmarks/atlas`), so LIKENESS is 0: the probabilities are the base
-rate. Likeness only names the sweeps that are counted and shown beside them.
+On sources that it has not seen, a weight by likeness adds nothing to this base rate (`benchmarks/atlas`). So likeness only names the sweeps
+that are counted and shown beside it. It is a product of four factors, 1 for the same and lower for the less alike: task family, kind of
+metric, size of the base, tokens for each parameter. What is not known, of the question or of the sweep, is neutral.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rightrank.plugins.atlas.rows import Atlas, Sweep, load
+from rightrank.schema.errors import SettingsError
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-LIKENESS = 0.0  # the power of the likeness: 0 gives the base rate, 1 is as good and no better
-SHRINK = 4.0  # the base rate weighs as much as this many independent sweeps of the best quality
+SHRINK = 4.0  # an even chance weighs as much as this many independent sweeps of the best quality
 OTHER_FAMILY, OTHER_KIND = 0.2, 0.5  # of a sweep of another task family, of another kind of metric
 NEUTRAL = 0.5  # of a factor that is not known
 SIZE_DECADES, DATA_DECADES = 1.0, 2.0  # at these ratios, of parameters and of tokens a parameter, the factor is 1/e
@@ -73,7 +72,9 @@ class Expectation:
     ranks: tuple[RankExpectation, ...]
     start_rank: int
     top_rank: int
-    nearest: tuple[dict[str, Any], ...]  # the five most alike
+    nearest: tuple[
+        dict[str, Any], ...
+    ]  # the five most alike, one a source; none where nothing is known of the question
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -106,37 +107,27 @@ def _near(one: float | None, other: float | None, decades: float) -> float:
 
 
 def probabilities(
-    question: Question,
-    sweeps: Sequence[Sweep],
-    group: Callable[[Sweep], str],
-    ranks: Sequence[int],
-    power: float = LIKENESS,
-) -> dict[int, tuple[float, float]]:
-    """By rank, the probability that it is enough and the number of sweeps, of the best quality, that it rests on."""
-    counted = [sweep for sweep in sweeps if not sweep.diverges]
-    base = _shares(counted, [1.0] * len(counted), question.margin, group, ranks, dict.fromkeys(ranks, 0.5))
-    if power == 0:
-        return base
-    alike = [likeness(question, sweep) ** power for sweep in counted]
-    return _shares(counted, alike, question.margin, group, ranks, {rank: share for rank, (share, _) in base.items()})
-
-
-def _shares(
-    sweeps: Sequence[Sweep],
-    alike: Sequence[float],
     margin: float | None,
+    sweeps: Sequence[Sweep],
     group: Callable[[Sweep], str],
     ranks: Sequence[int],
-    prior: dict[int, float],
+    alike: Callable[[Sweep], float] = lambda sweep: 1.0,
+    prior: Mapping[int, float] | None = None,
 ) -> dict[int, tuple[float, float]]:
+    """By rank, the probability that it is enough and the number of sweeps, of the best quality, that it rests on.
+
+    Args:
+        alike: a further factor of a sweep's weight, and
+        prior: by rank, what the shares shrink to, an even chance by default: what `benchmarks/atlas` judges beside the base rate.
+    """
+    sweeps = [sweep for sweep in sweeps if not sweep.diverges]
     crowd = Counter(map(group, sweeps))
+    prior = prior or dict.fromkeys(ranks, 0.5)
     weights = [
-        near
-        * sweep.quality
-        * min(1.0, sweep.margin(margin) / max(sweep.noise or 0.0, 1e-12))
+        alike(sweep) * sweep.quality * min(1.0, sweep.margin(margin) / max(sweep.noise or 0.0, 1e-12))
         / math.sqrt(crowd[group(sweep)])
-        for sweep, near in zip(sweeps, alike, strict=True)
-    ]
+        for sweep in sweeps
+    ]  # fmt: skip
     shares: dict[int, tuple[float, float]] = {}
     least = 0.0
     for rank in sorted(ranks):
@@ -158,24 +149,32 @@ def expectation(question: Question, ranks: Sequence[int] | None = None, atlas: A
         question: what is known.
         ranks: of the answer; None for powers of two to 256.
         atlas: None for the packaged one.
+
+    Raises:
+        SettingsError: a rank below 1.
     """
     atlas = atlas or load()
     shown = sorted(set(ranks or RANKS))
-    found = probabilities(question, atlas.sweeps, atlas.group, sorted({*shown, *RANKS}))
+    if shown[0] < 1:
+        raise SettingsError(f"rank {shown[0]}: give ranks from 1 on")
+    found = probabilities(question.margin, atlas.sweeps, atlas.group, sorted({*shown, *RANKS}))
     by_likeness = sorted(
         (sweep for sweep in atlas.sweeps if not sweep.diverges), key=lambda sweep: -likeness(question, sweep)
     )
     asked = replace(question, margin=None) != Question()
     like = [sweep for sweep in by_likeness if asked and _is_like(question, sweep)]
     counted = like or by_likeness
+    first_of_source = {sweep.source: sweep for sweep in reversed(by_likeness)}
     return Expectation(
         sweeps=len(counted),
         like=_description(question) if like else "all of the atlas",
         ranks=tuple(_expected(rank, found[rank], counted, question.margin) for rank in shown),
         start_rank=_first(shown, found, START),
         top_rank=_first(shown, found, TOP),
-        nearest=tuple(_near_row(sweep, question.margin, atlas) for sweep in by_likeness[:5]),
-        notes=tuple(_notes(question, like, counted)),
+        nearest=tuple(
+            _near_row(s, question.margin, atlas) for s in by_likeness if asked and first_of_source[s.source] is s
+        )[:5],
+        notes=tuple(_notes(question, bool(like) or not asked, counted)),
     )
 
 
@@ -238,7 +237,7 @@ def amount(value: float) -> str:
     return f"{value:.0f}"
 
 
-def _notes(question: Question, like: Sequence[Sweep], counted: Sequence[Sweep]) -> list[str]:
+def _notes(question: Question, like: bool, counted: Sequence[Sweep]) -> list[str]:
     notes = [] if like else ["no sweep of the atlas is like this one: these are the rates of all"]
     if not any(sweep.resolves(question.margin) and sweep.noise is not None for sweep in counted):
         notes.append("no sweep among them has seeds or examples enough to resolve this margin")

@@ -65,17 +65,16 @@ def text(found: Expectation) -> str:
         f"{row['base']}, {row['task']} ({row['not_tuned'] or 'rates by rank, with seeds'}) {row['source']}"
         for row in found.nearest
     ]
-    to = max(found.start_rank, 16)
     return "\n".join(
         [
             sentence(found),
             f"{'rank':>6}   {'enough in':>10}   chance, over all sweeps",
             *bars,
             f"start at rank {found.start_rank}, top {found.top_rank}; a start, not a bound: `rightrank select` measures it on your data",
-            "the five most alike, with the smallest rank that was enough:",
+            *(["the most alike, one a source, with the smallest rank that was enough:"] if nearest else []),
             *nearest,
             *found.notes,
-            rank_change_line(16, 64 if to == 16 else to),
+            rank_change_line(16, 64),
             *([rate_warning()] if found.ranks[-1].rank >= LARGE_RANK else []),
         ]
     )
