@@ -21,7 +21,7 @@ from typing import TypeAlias
 from rightrank.data.files import write_text
 from rightrank.runs.hook import Hook, Run
 from rightrank.schema.decision import Decision
-from rightrank.schema.errors import MissingExtraError, SettingsError, did_you_mean
+from rightrank.schema.errors import MissingExtraError, SettingsError, did_you_mean, one_line
 from rightrank.schema.events import DecisionRecorded, Event, RunStarted, SelectionPlanned
 from rightrank.schema.trials import OUTCOMES, TrialFinished, TrialOutcome
 
@@ -95,7 +95,7 @@ class Trackers(Hook):
                 with redirect_stdout(sys.stderr):  # stdout is reserved for the answer
                     write_run(name, run, self._folder)
             except Exception as error:  # noqa: BLE001 - an unreachable tracker must not end the selection
-                reason = " ".join(str(error).split())[:200]
+                reason = one_line(str(error))[:200]
                 self._run.notice(
                     f"{name}: logging stopped ({type(error).__name__}: {reason}); run again to log the missing trials"
                 )

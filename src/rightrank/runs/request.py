@@ -12,6 +12,7 @@ from rightrank.models.places import require_model
 from rightrank.runs.plugins import executors
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
+from rightrank.schema.table import require_no_secret
 from rightrank.search.strategies import make_strategy
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def check(request: Request) -> None:
         MissingExtraError: an optimizer that is not installed.
     """
     settings = request.settings
+    _require_storable(request)
     make_strategy(settings, settings.max_steps or 1)
     for source in (request.data, settings.validation or None):
         if isinstance(source, str | Path):
@@ -90,3 +92,11 @@ def check(request: Request) -> None:
                 f"executor {settings.executor!r}: the {what} is in memory, which workers can't read; "
                 "give a path or a name, or executor 'local'"
             )
+
+
+def _require_storable(request: Request) -> None:
+    try:
+        require_no_secret("model", request.model_name)
+        require_no_secret("data", request.data_name)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None

@@ -24,6 +24,7 @@ All errors survive pickling: they carry one string and nothing else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -116,19 +117,37 @@ class TerminatedRun(InterruptedRun):
 
 
 def one_line(message: str) -> str:
-    """The message on one line, with control characters escaped and the middle of a long one left out.
+    """The message on one line, with control characters escaped, without secrets, and the middle of a long one left out.
 
     Text quoted from a file then can't move the cursor or fill the screen.
     """
-    text = " ".join(message.split()).translate(_INVISIBLE)
+    text = without_secrets(" ".join(message.split())).translate(_INVISIBLE)
     if len(text) <= MAX_MESSAGE_CHARACTERS:
         return text
     return f"{text[: MAX_MESSAGE_CHARACTERS - 500]} … {text[-400:]}"
 
 
+# What tells a secret: its place in an address, the name before it, or a well-known beginning.
+_SECRET = re.compile(
+    r"(:/+)[^\s/@:]*:[^\s/@]+(?=@)"
+    r"|([?&][\w.-]*(?:token|key|secret|password|signature)=)[^\s&'\"]+"
+    r"|((?:password|secret|api[-_]?key|(?:access|auth)[-_]?(?:key|token))(?:[\"']\s*[=:]\s*[\"']|[=:]))[^\s'\",}]+"
+    r"|(--[\w-]*(?:password|secret|key|token)\s)\S+"
+    r"|(\bbearer\s+)[^\s'\"]+"
+    r"|(\b(?:hf_|sk-|ghp_|glpat-|AKIA))[A-Za-z0-9]{16,}",
+    re.IGNORECASE,
+)
+
+
+def without_secrets(text: str) -> str:
+    """The text with `…` in place of what looks like a password, a key or a token."""
+    return _SECRET.sub(lambda found: f"{next(filter(None, found.groups()))}…", text)
+
+
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's message."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first non-empty line of an error's message, without secrets."""
+    lines = (without_secrets(line.strip()) for line in str(error).splitlines() if line.strip())
+    return next(lines, type(error).__name__)
 
 
 def quoted(value: object, limit: int = 60) -> str:

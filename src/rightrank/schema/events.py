@@ -11,6 +11,7 @@ from rightrank.schema.errors import MAX_WHOLE
 from rightrank.schema.trials import (
     SCHEMA_VERSION,
     Record,
+    ToldText,
     TrialCollapsed,
     TrialDiverged,
     TrialFailed,
@@ -237,14 +238,14 @@ class TimeExpected(Record):
 class RunStopped(Record):
     """The selection ends without an answer; the journal holds what has finished."""
 
-    reason: str
+    reason: ToldText
 
 
 class Notice(Record):
     """A line for a person."""
 
     type: Literal["notice"] = "notice"
-    text: str
+    text: ToldText
 
 
 class StepDone(Record):

@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
 
-from rightrank.schema.errors import MAX_WHOLE, SettingsError, did_you_mean
+from rightrank.schema.errors import MAX_WHOLE, SettingsError, did_you_mean, without_secrets
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -178,6 +178,7 @@ def _validated(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any
                     )
             check = kind.model_fields[name].check
             found[name] = value if check is None else check(value)
+            require_no_secret(name, value)
     except ValidationError as error:
         first = error.errors()[0]
         message = first["msg"].partition(", unable to parse")[0]
@@ -227,6 +228,14 @@ def _model(kind: type[Settings]) -> type[BaseModel]:
     }
     kind.checked_by = create_model(kind.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
     return kind.checked_by
+
+
+def require_no_secret(name: str, value: object) -> None:
+    """Refuse what would be stored in the journal and shown in the report, with ValueError."""
+    if not isinstance(value, int | float | None) and without_secrets(str(value)) != str(value):
+        raise ValueError(
+            f"{name}: this looks like a password, key or token, and would be stored; give it through the environment"
+        )
 
 
 _QUOTED = reprlib.Repr()

@@ -12,14 +12,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, model_validator
 
-from rightrank.schema.errors import MAX_WHOLE, NotFiniteError, ReportError, quoted
+from rightrank.schema.errors import MAX_WHOLE, NotFiniteError, ReportError, quoted, without_secrets
 
 SCHEMA_VERSION = 4  # of the journal: no other is read
 IDENTITY_VERSION = 1  # of the content that a trial id is a hash of; a change gives every trial a new id
 
 Whole: TypeAlias = Annotated[int, Field(ge=-MAX_WHOLE, le=MAX_WHOLE)]
+ToldText: TypeAlias = Annotated[
+    str, AfterValidator(without_secrets)
+]  # of an error of others: a secret in it is left out
 
 MetricName: TypeAlias = str  # `loss`, `accuracy`, or the name of a metric in the settings
 SplitName: TypeAlias = Literal["train", "selection", "test"]  # as stored; `split_name` gives the name that is shown
@@ -196,7 +199,7 @@ class TrialDiverged(ArmFields):
     schema_version: Whole = SCHEMA_VERSION
     trial_id: str
     step: Whole
-    reason: str
+    reason: ToldText
 
 
 class TrialCollapsed(ArmFields):
@@ -209,7 +212,7 @@ class TrialCollapsed(ArmFields):
     value: float  # at that step
     best_step: Whole
     best_value: float
-    reason: str
+    reason: ToldText
     points: list[EvalPoint] = Field(default_factory=list)
     train_seconds: float = 0.0
 
@@ -236,7 +239,7 @@ class TrialFailed(ArmFields):
     schema_version: Whole = SCHEMA_VERSION
     trial_id: str
     error: Literal["out_of_memory", "error"]
-    reason: str
+    reason: ToldText
 
 
 TrialOutcome: TypeAlias = TrialFinished | TrialCollapsed | TrialDiverged | TrialFailed
