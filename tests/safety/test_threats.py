@@ -61,7 +61,7 @@ def texts() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("form", ["an address", "an option", "a token of the hub"])
-@pytest.mark.parametrize("name", texts())
+@pytest.mark.parametrize("name", list(texts()))
 def test_a_setting_that_holds_a_secret_is_refused(name: str, form: str) -> None:
     """Settings are in the journal, the report, the card and the trackers."""
     with pytest.raises(SettingsError) as caught:
@@ -102,10 +102,10 @@ def test_a_secret_in_a_trainer_s_error_reaches_no_file_and_no_line(
 ) -> None:
     """The callback, the tracker and the trainer of a user fail with a secret in their messages."""
 
-    def train(task: Any) -> float:
+    def train(task: Any) -> dict[str, float]:
         if task.rank == 4:
             raise ConnectionError(f"no answer from {FORMS['an address']}; {FORMS['JSON']}")
-        return 2 + 1 / float(task.rank)
+        return {"loss": 2 + 1 / float(task.rank)}
 
     def unreachable(*_: object) -> None:
         raise OSError(f"401 for {FORMS['a query']}")

@@ -60,20 +60,27 @@ class ScoreTable:
     kind: MetricKind = "token_loss"
     tried: Mapping[int, Collection[float]] = field(default_factory=dict)
     collapsed: int = 0  # trials whose held-out value fell far below its own best; they are missing too
+    _seeds: Mapping[int, Mapping[float, Sequence[int]]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        seeds: dict[int, dict[float, list[int]]] = {}
+        for rank, learning_rate, seed in sorted(self.cells):
+            seeds.setdefault(rank, {}).setdefault(learning_rate, []).append(seed)
+        object.__setattr__(self, "_seeds", seeds)
 
     def ranks(self) -> list[int]:
         """The ranks with a finished trial, ascending, without the base."""
-        return sorted({rank for rank, _, _ in self.cells if rank > 0})
+        return [rank for rank in self._seeds if rank > 0]
 
     def learning_rates(self, rank: int) -> list[float]:
-        return sorted({learning_rate for r, learning_rate, _ in self.cells if r == rank})
+        return list(self._seeds.get(rank, ()))
 
     def tried_learning_rates(self, rank: int) -> list[float]:
         """Those with a finished trial, and those that were stopped early or diverged."""
         return sorted({*self.learning_rates(rank), *self.tried.get(rank, ())})
 
     def seeds(self, rank: int, learning_rate: float) -> list[int]:
-        return sorted(seed for r, lr, seed in self.cells if (r, lr) == (rank, learning_rate))
+        return list(self._seeds.get(rank, {}).get(learning_rate, ()))
 
     def column(self, rank: int, learning_rate: float) -> list[Cell]:
         """The cells of one rank at one learning rate, by seed."""

@@ -39,7 +39,7 @@ from rightrank.schema.decision import Decision, TrainingRankEstimate
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome, split_name
 
-MAX_VISIBLE_ROWS = 24  # of the trial table; a longer one is folded
+MAX_VISIBLE_ROWS, MAX_ROWS = 24, 1000  # of the trial table: a longer one is folded, and its newest are shown
 IN_THEIR_SECTIONS = ("adapters", "rank_curve", "staircase")
 MAX_NUMBERS = 200  # rows of a figure's numbers; its CSV file has all of them
 
@@ -95,7 +95,8 @@ def render_report(
             slider=_slider(decision),
             plots=plots,
             further_plots=[figure for name, figure in plots.items() if name not in IN_THEIR_SECTIONS],
-            rows=[_row(outcome) for outcome in records.outcomes],
+            rows=[_row(outcome) for outcome in records.outcomes[-MAX_ROWS:]],
+            trials=len(records.outcomes),
             fold_rows=len(records.outcomes) > MAX_VISIBLE_ROWS,
             tests=test_rows(records),
             certificates=records.certificates,
