@@ -19,7 +19,7 @@ from rightrank.api.selecting import Selected, select_rank
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import StepDone, TestEvaluated
-from rightrank.schema.settings import Checkpoint
+from rightrank.schema.metrics import Checkpoint
 from rightrank.schema.trials import TrialFinished
 from tests.helpers import make_runtime
 from tests.tiny import small_settings, write_jsonl

@@ -18,7 +18,7 @@ from rightrank.runs.returns import first_command
 from rightrank.schema.command import next_commands
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.settings import Checkpoint
+from rightrank.schema.metrics import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, repr=False)

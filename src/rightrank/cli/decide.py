@@ -12,7 +12,7 @@ import click
 from rightrank.cli.options import comma
 
 if TYPE_CHECKING:
-    from rightrank.schema.settings import Checkpoint
+    from rightrank.schema.metrics import Checkpoint
 
 
 def _mapping(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, str]:

@@ -28,7 +28,7 @@ from rightrank.decision.table import ScoreTable, at_checkpoint
 from rightrank.decision.verdicts import checkpoint_note, flags_of, shown_rank, smallest_alike, verdict_of
 from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.settings import Checkpoint
+from rightrank.schema.metrics import Checkpoint
 
 
 def decide(

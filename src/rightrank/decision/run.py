@@ -23,8 +23,8 @@ from rightrank.schema.events import (
     RunStarted,
     TestEvaluated,
 )
-from rightrank.schema.metrics import direction, unknown_direction
-from rightrank.schema.settings import PLAIN, PROFILES, Checkpoint
+from rightrank.schema.metrics import Checkpoint, direction, unknown_direction
+from rightrank.schema.settings import PLAIN, PROFILES
 from rightrank.schema.trials import OUTCOMES, EvalPoint, TrialFinished, TrialLook, TrialOutcome, TrialStarted
 
 

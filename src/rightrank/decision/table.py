@@ -14,7 +14,7 @@ from rightrank.decision.metrics import MetricKind, kind_of, span_of
 from rightrank.decision.seeds import adjusted_means, best_learning_rate
 from rightrank.schema.arrays import Floats
 from rightrank.schema.decision import Result, ResultsTable
-from rightrank.schema.settings import Checkpoint
+from rightrank.schema.metrics import Checkpoint
 from rightrank.schema.trials import MetricName, TrialCollapsed, TrialFailed, TrialFinished, TrialOutcome
 
 

@@ -31,8 +31,7 @@ from rightrank.decision.evidence import Comparison, Evidence
 from rightrank.decision.metrics import default_margin, kind_of, published_deviation
 from rightrank.decision.table import Contender, ScoreTable, at_checkpoint
 from rightrank.schema.decision import CheckpointNote, Verdict
-from rightrank.schema.metrics import direction
-from rightrank.schema.settings import Checkpoint
+from rightrank.schema.metrics import Checkpoint, direction
 
 
 def verdict_of(found: Comparison) -> Verdict:

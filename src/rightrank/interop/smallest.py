@@ -57,7 +57,7 @@ from rightrank.adapters.live_scores import (
 from rightrank.decision.comparison import is_within
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, RightrankError, SettingsError, first_line
-from rightrank.schema.settings import Checkpoint
+from rightrank.schema.metrics import Checkpoint
 from rightrank.train.covariances import MOMENT_TOKENS
 from rightrank.train.device import process_index
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field
 
-from rightrank.schema.settings import Checkpoint
+from rightrank.schema.metrics import Checkpoint
 from rightrank.schema.trials import Record, Whole
 
 if TYPE_CHECKING:

@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from rightrank.schema.errors import did_you_mean
 
+Checkpoint: TypeAlias = Literal["last", "best"]  # which evaluation of a training counts
+
 LOWER_IS_BETTER = frozenset({
     # losses and perplexities
     "loss", "nll", "nll_loss", "negative_log_likelihood", "cross_entropy", "cross_entropy_loss", "ce_loss", "bce_loss",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from rightrank.schema.errors import MAX_WHOLE, SettingsError, did_you_mean
-from rightrank.schema.metrics import MetricSpec, direction, parse_metrics, unknown_direction
+from rightrank.schema.metrics import Checkpoint, MetricSpec, direction, parse_metrics, unknown_direction
 from rightrank.schema.table import Group, Settings, parsed_json, setting
 
 COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
@@ -23,7 +23,6 @@ DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 AutoDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 Goal: TypeAlias = Literal["adapter", "training-rank"]
-Checkpoint: TypeAlias = Literal["last", "best"]
 
 # `constant` scaling is stated through alpha too: it is the scale that alpha/r has at this rank,
 # so that alpha = 32 means s = 2 at every rank (the common "alpha = 2r" habit).
