@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 
@@ -44,9 +45,10 @@ def steps_of(arm: Arm, history: History) -> int:
 def seconds_of(outcome: TrialFinished, history: History) -> float:
     """Seconds of training and evaluation that `outcome` adds to those of the trial that it resumed."""
     seconds = outcome.train_seconds + outcome.eval_seconds
-    for before in history.finished():
-        if before.trial_id == outcome.continue_from:
-            return seconds - before.train_seconds - before.eval_seconds
+    if outcome.continue_from is not None:
+        for before in history.finished():
+            if before.trial_id == outcome.continue_from:
+                return seconds - before.train_seconds - before.eval_seconds
     return seconds
 
 
@@ -58,6 +60,8 @@ class Trials:
     outcomes: dict[Arm, TrialOutcome] = field(default_factory=dict)
     adapter: AdapterAnswer | None = None  # the answer to the first question, once the script has it
     notes: list[str] = field(default_factory=list)  # lines for a person that the script wrote
+    _whole: dict[int, dict[float, dict[int, TrialFinished]]] = field(default_factory=dict)  # rank → rate → seed
+    _indexed: int = 0  # outcomes that `_whole` knows; more only append
 
     def finished(self, arm: Arm) -> TrialFinished | None:
         outcome = self.outcomes.get(arm)
@@ -99,15 +103,19 @@ class Trials:
 
     def direct(self) -> dict[tuple[int, float, int], TrialFinished]:
         """Whole trainings by (rank, learning rate, seed)."""
-        return {
-            (arm.rank, arm.learning_rate, arm.seed): outcome
-            for arm, outcome in self.outcomes.items()
-            if arm.is_direct and arm.rank > 0 and isinstance(outcome, TrialFinished)
-        }
+        cells = ((rank, rate, seeds) for rank, rates in self._by_rank().items() for rate, seeds in rates.items())
+        return {(rank, rate, seed): outcome for rank, rate, seeds in cells for seed, outcome in seeds.items()}
+
+    def _by_rank(self) -> dict[int, dict[float, dict[int, TrialFinished]]]:
+        for arm, outcome in islice(self.outcomes.items(), self._indexed, None):
+            if arm.is_direct and arm.rank > 0 and isinstance(outcome, TrialFinished):
+                self._whole.setdefault(arm.rank, {}).setdefault(arm.learning_rate, {})[arm.seed] = outcome
+        self._indexed = len(self.outcomes)
+        return self._whole
 
     def ranks(self) -> list[int]:
         """Ranks with a whole training, descending."""
-        return sorted({rank for rank, _, _ in self.direct()}, reverse=True)
+        return sorted(self._by_rank(), reverse=True)
 
     def asked(self) -> set[int]:
         """The ranks of which the script asked for a training, whatever its outcome."""
@@ -115,17 +123,18 @@ class Trials:
 
     def learning_rates(self, rank: int) -> list[float]:
         """Learning rates at which the rank has a whole training, ascending; without those at which others collapsed."""
-        found = {lr for r, lr, _ in self.direct() if r == rank}
-        return sorted(found - {lr for r, lr in collapsing_cells(self.outcomes.values()) if r == rank})
+        return sorted(
+            self._by_rank().get(rank, {}).keys()
+            - {lr for r, lr in collapsing_cells(self.outcomes.values()) if r == rank}
+        )
 
     def mean_loss(self, rank: int, learning_rate: float) -> float:
         """The mean over seeds."""
-        cell = (rank, learning_rate)
-        return float(np.mean([oriented(t, self.space) for key, t in self.direct().items() if key[:2] == cell]))
+        return float(np.mean([oriented(t, self.space) for t in self.by_seed(rank, learning_rate).values()]))
 
     def whole_loss(self, rank: int, learning_rate: float) -> float:
         """Of the whole training with the first seed; infinite without a result."""
-        outcome = self.direct().get((rank, learning_rate, self.space.seeds[0]))
+        outcome = self.by_seed(rank, learning_rate).get(self.space.seeds[0])
         return math.inf if outcome is None else oriented(outcome, self.space)
 
     def best_learning_rate(self, rank: int) -> float | None:
@@ -142,7 +151,7 @@ class Trials:
 
     def by_seed(self, rank: int, learning_rate: float) -> dict[int, TrialFinished]:
         """Whole trainings of the rank at the learning rate."""
-        return {seed: trial for (r, lr, seed), trial in self.direct().items() if (r, lr) == (rank, learning_rate)}
+        return dict(self._by_rank().get(rank, {}).get(learning_rate, {}))
 
     def best_loss(self, rank: int) -> float:
         learning_rate = self.best_learning_rate(rank)

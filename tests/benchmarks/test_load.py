@@ -1,0 +1,67 @@
+"""Large runs, in a short form: what `benchmarks/load` measures grows with the size and no faster, and pages stay small."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from benchmarks.load.measure import HERE, RANKS, RATES, SIZES, journal
+
+from rightrank.api.runs import status, write_report
+from rightrank.decision.run import decide_run
+from rightrank.report.html import MAX_ROWS
+from rightrank.schema.settings import make_settings
+from rightrank.schema.trials import TrialFinished
+from rightrank.search.history import Trials
+from rightrank.search.space import space_of
+from tests.report.runs import made_up_run
+
+STORED = json.loads((HERE / "measured.json").read_text(encoding="utf-8"))
+PAGE_KIB = 300
+
+
+def test_the_report_of_two_thousand_trials_is_a_small_page(tmp_path: Path) -> None:
+    run = journal(tmp_path, 2000)
+    write_report(run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert len(page.encode()) <= PAGE_KIB * 1024
+    assert f"The newest {MAX_ROWS} of 2001 trials" in page
+    assert status(run).trials_ended == 2001
+
+
+def test_a_wide_grid_is_decided_in_time_that_grows_with_its_cells() -> None:
+    """1,600 cells of one seed each: a scan of all cells for each cell would take 2.6 million steps a look."""
+    records = made_up_run(range(1, 41), [1e-5 * 1.1**n for n in range(40)])
+    begun = time.process_time()
+    decision = decide_run(records)
+    assert decision.rank is not None or decision.best_so_far is not None
+    assert time.process_time() - begun < 10
+
+
+def test_what_a_strategy_knows_of_a_cell_does_not_scan_all_trials() -> None:
+    records = made_up_run(RANKS, [1e-5 * 1.05**n for n in range(100)], range(2))
+    space = space_of(make_settings({"ranks": RANKS}), 40)
+    trials = Trials(space, {trial.arm: trial for trial in records.finished()})
+    begun = time.process_time()
+    for _ in range(3):
+        found = {cell: trials.by_seed(*cell) for cell in {(rank, rate) for rank, rate, _ in trials.direct()}}
+    assert time.process_time() - begun < 1
+    assert len(found) == 800
+    assert all(isinstance(trial, TrialFinished) for seeds in found.values() for trial in seeds.values())
+
+
+@pytest.mark.parametrize("case", [case for case in SIZES if case in STORED])
+def test_the_stored_load_is_linear_and_its_pages_are_small(case: str) -> None:
+    rows = [row for row in STORED[case].values() if "failed" not in row]
+    assert len(rows) >= 3
+    first, last = rows[0], rows[-1]
+    growth = last["size"] / first["size"]
+    assert last["seconds"] <= 1.5 * growth * first["seconds"]
+    if case == "report":
+        assert max(row["report_kib"] for row in rows) <= PAGE_KIB
+
+
+def test_the_trials_of_the_table_are_those_it_says() -> None:
+    assert len(RANKS) * len(RATES) == SIZES["status"][0]
