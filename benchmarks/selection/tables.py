@@ -7,7 +7,6 @@ asks for. What a table does not hold (a truncation, a training stopped early) co
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -224,18 +223,16 @@ class Recommendation:
 def recommend(strategy: Strategy, history: History) -> Recommendation:
     """The rank that the outcomes support best. The decision, which has intervals, may differ."""
     trials = strategy.trials(history)
-    rank = _smallest_unbeaten(trials) if isinstance(strategy, Upward) else trials.smallest_that_holds()
+    rank = _smallest_unbeaten(strategy, trials) if isinstance(strategy, Upward) else trials.smallest_that_holds()
     learning_rate = None if rank is None else trials.best_learning_rate(rank)
     return Recommendation(rank, learning_rate, trials.reference())
 
 
-def _smallest_unbeaten(trials: Trials) -> int | None:
+def _smallest_unbeaten(strategy: Upward, trials: Trials) -> int | None:
     """The smallest rank that no higher one is shown to beat by more than the margin."""
     chosen: int | None = None
     for rank in sorted(trials.ranks()):
-        best = math.inf if chosen is None else trials.best_loss(chosen)
-        gains = best - trials.best_loss(rank) > trials.space.margin_at(best)
-        if chosen is None or (gains and trials.excess(rank, chosen).high < 0):
+        if chosen is None or (strategy.gains(trials, rank, [chosen]) and trials.excess(rank, chosen).high < 0):
             chosen = rank
     return chosen
 

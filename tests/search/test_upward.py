@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 from benchmarks.selection.tables import recommend
@@ -13,7 +15,7 @@ from rightrank.decision.seeds import detectable_difference, needed_seeds
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 from rightrank.search.history import History
 from rightrank.search.space import Space
-from rightrank.search.upward import Upward
+from rightrank.search.upward import REASONER_START, Upward, is_distilled_reasoner
 from tests.search.worlds import World, make_space, run_all
 
 LOW, MIDDLE, HIGH = 1e-4, 3e-4, 1e-3
@@ -58,6 +60,37 @@ def test_it_climbs_while_a_rank_gains_more_than_the_margin(gain: float, ranks: s
     assert set(ranks_of(known)) == ranks
     assert ranks_of(known) == sorted(ranks_of(known))
     assert all(outcome.stop_at is None and outcome.truncate_from is None for outcome in known)
+
+
+@pytest.mark.parametrize(
+    ("gain", "ranks", "chosen"),
+    [(0.0, [16, 64, 4, 1], 1), (0.025, [16, 64, 4, 1], 4), (0.06, [16, 64, 4], 16), (1.0, [16, 64], 64)],
+)
+def test_on_a_distilled_reasoner_it_starts_at_eight_and_goes_down_while_it_holds(
+    gain: float, ranks: list[int], chosen: int
+) -> None:
+    strategy = Upward(space(start_rank=REASONER_START))
+    known = run_all(strategy, World(gain=gain))
+    assert list(dict.fromkeys(ranks_of(known))) == ranks
+    assert recommend(strategy, History.of(known)).rank == chosen
+    assert strategy.notes(History.of(known))[0] == (
+        "The base is a distilled reasoner: the climb starts at rank 16, and goes down from there."
+    )
+
+
+def test_a_distilled_reasoner_is_known_by_its_name_or_its_configuration(tmp_path: Path) -> None:
+    names = (
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+        "models/open_thinker/OpenThinker-7B",
+        "agentica/DeepScaleR-1.5B",
+    )
+    assert all(is_distilled_reasoner(name) for name in names)
+    assert not any(is_distilled_reasoner(name) for name in ("Qwen/Qwen3-1.7B", "distilgpt2", "distilbert-base-uncased"))
+    base = tmp_path / "base"
+    base.mkdir()
+    assert not is_distilled_reasoner(str(base))
+    (base / "config.json").write_text(json.dumps({"_name_or_path": names[0]}))
+    assert is_distilled_reasoner(str(base))
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(0.0, 1), (1.0, 64)])

@@ -38,7 +38,7 @@ from rightrank.schema.settings import (
 from rightrank.schema.trials import TrialResult, TrialTask, content_hash
 from rightrank.search.space import space_of
 from rightrank.search.strategies import make_strategy, strategy_in
-from rightrank.search.upward import Upward
+from rightrank.search.upward import REASONER_START, Upward, is_distilled_reasoner
 from rightrank.version import __version__
 
 
@@ -139,12 +139,14 @@ def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, floa
 def open_own_run(request: OwnRequest, folder: RunFolder, hooks: Hooks) -> Run:
     """A run whose trials the user's function trains; the journal is read, and nothing is written."""
     journal = folder.journal.read(hooks.notice)
+    model = getattr(request.train, "model", None)  # of the ready functions for TRL
     space = replace(
         space_of(request.settings, request.steps),
         stages=False,
         evaluates_base=request.given.get("with_base", False),
         truncates=request.evaluate is not None,
         higher_is_better=request.higher_is_better,
+        start_rank=REASONER_START if isinstance(model, str) and is_distilled_reasoner(model) else 0,
     )
     return Run(
         folder,

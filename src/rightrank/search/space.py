@@ -37,6 +37,12 @@ class Space:
     trusts_values: bool = False  # whether values without scores by example can show that a truncation holds (tables)
     budget_steps: float | None = None  # optimizer steps over all arms
     budget_seconds: float | None = None  # of training and evaluation, over all arms
+    start_rank: int = 0  # the smallest rank that a climb from below starts at; see `start`
+
+    @property
+    def start(self) -> int:
+        """The first rank of a climb: the smallest of at least `start_rank`, the top where there is none."""
+        return next((rank for rank in self.ranks if rank >= self.start_rank), self.top)
 
     @property
     def top(self) -> int:

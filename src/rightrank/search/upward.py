@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Generator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -17,10 +20,24 @@ from rightrank.search.space import Space
 
 MEASURING_SEEDS = 3  # of the smallest rank at its best learning rate, before any other rank is trained
 NEIGHBOURS = 1  # learning rates to either side of the previous rank's best one
+REASONER_START = 8  # where the climb starts on a distilled reasoner: below it such bases lost (docs/how-to/reinforcement-learning.md)
+_DISTILLED_REASONER = re.compile(
+    r"r1.*distill|distill.*(r1|qwq|reason)|open-?r1|openthinker|openreasoning|bespoke-stratos|sky-t1|deepscaler"
+)
+
+
+def is_distilled_reasoner(model: str) -> bool:
+    """Whether the base was trained on the answers of a reasoning model, by its name or by the name in its configuration."""
+    names, config = [Path(model).name], Path(model) / "config.json"
+    if config.is_file():
+        names.append(str(json.loads(config.read_text(encoding="utf-8")).get("_name_or_path", "")))
+    return any(_DISTILLED_REASONER.search(name.lower().replace("_", "-")) for name in names)
 
 
 class Upward(Strategy):
     """All learning rates at the smallest rank; the seed noise there; then higher ranks until one gains less than the margin.
+
+    The climb may start higher (`Space.start_rank`). Where no higher rank gains from there, lower ones follow while they hold.
 
     In reinforcement learning the values of the first fifth of a run say little about its end, and the fastest runs collapse.
     So every training is whole: no learning rate is dropped for being behind early, and none is kept for being ahead early.
@@ -30,18 +47,36 @@ class Upward(Strategy):
     name = "upward"
 
     def script(self, trials: Trials) -> Requests:
-        start = self.space.ranks[0]
+        start = self.space.start
+        if start > self.space.ranks[0]:
+            trials.notes.append(
+                f"The base is a distilled reasoner: the climb starts at rank {start}, and goes down from there."
+            )
         yield [self.space.arm(start, learning_rate) for learning_rate in self.space.learning_rates]
         learning_rate = yield from self._train_seeds(trials, start, self.space.seeds[:MEASURING_SEEDS])
         seeds = self._seeds_to_use(trials, start, learning_rate)
-        known = yield from self._train_seeds(trials, start, seeds)
-        for rank in self.space.ranks[1:]:
-            yield [self.space.arm(rank, near) for near in self._near(known)]
-            found = yield from self._train_seeds(trials, rank, seeds)
+        learning_rate = yield from self._train_seeds(trials, start, seeds)
+        known = learning_rate
+        for rank in (rank for rank in self.space.ranks if rank > start):
+            found = yield from self._train_near(trials, rank, known, seeds)
             known = known if found is None else found
-            lower = min((trials.best_loss(other) for other in trials.ranks() if other < rank), default=math.inf)
-            if found is not None and lower < math.inf and lower - trials.best_loss(rank) <= self.space.margin_at(lower):
+            below = [other for other in trials.ranks() if other < rank]
+            if found is not None and below and not self.gains(trials, rank, below):
+                break
+            if found is not None and below:
+                learning_rate = None  # a higher rank gains: the start is not the answer, and no lower one is
+        lower = [rank for rank in reversed(self.space.ranks) if rank < start]
+        for rank in lower if learning_rate is not None else ():
+            found = yield from self._train_near(trials, rank, learning_rate, seeds)
+            if found is None or self.gains(trials, start, [rank]):
                 return
+
+    def _train_near(
+        self, trials: Trials, rank: int, learning_rate: float | None, seeds: Sequence[int]
+    ) -> Generator[Sequence[Arm], None, float | None]:
+        """Train the rank near the best learning rate of another one; see `_train_seeds`."""
+        yield [self.space.arm(rank, near) for near in self._near(learning_rate)]
+        return (yield from self._train_seeds(trials, rank, seeds))
 
     def unbounded_cost(self) -> CostEstimate:
         seeds, learning_rates = len(self.space.seeds), len(self.space.learning_rates)
@@ -93,6 +128,11 @@ class Upward(Strategy):
             return rates
         place = rates.index(learning_rate)
         return rates[max(0, place - NEIGHBOURS) : place + NEIGHBOURS + 1]
+
+    def gains(self, trials: Trials, rank: int, lower: Sequence[int]) -> bool:
+        """Whether the rank's mean is better than the best of the lower ranks by more than the margin."""
+        best = min((trials.best_loss(other) for other in lower), default=math.inf)
+        return best - trials.best_loss(rank) > self.space.margin_at(best)
 
 
 def _noise_note(space: Space, rank: int, measured: int, deviation: float, margin: float, needed: int) -> str:
