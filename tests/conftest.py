@@ -35,7 +35,7 @@ def traced_once() -> Iterator[None]:
     """A step of one model with one setting is traced once: traces take a sixth of a small selection."""
     from rightrank.plugins.plan.estimate import Estimator
 
-    trace, known = Estimator._traced, {}
+    trace, known = Estimator._trace, {}
 
     def remembered(self: Estimator, rank: int, training: bool) -> Any:
         key = self._config.to_json_string(), json.dumps(self.settings.model_dump(mode="json")), rank, training
@@ -44,7 +44,7 @@ def traced_once() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Estimator, "_traced", remembered)
+        patch.setattr(Estimator, "_trace", remembered)
         yield
 
 

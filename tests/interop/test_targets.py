@@ -149,15 +149,6 @@ def test_what_a_target_cannot_express_is_a_note(recipe: Recipe) -> None:
     assert len(TARGETS["vllm"](with_head).notes) == 2
 
 
-@pytest.mark.parametrize("target", ["peft", "trl", "axolotl", "llamafactory", "unsloth"])
-def test_8_bit_adam_is_carried(recipe: Recipe, target: str) -> None:
-    """Under transformers' name, which all of them take; the default is left to the trainer where it has AdamW too."""
-    files = [TARGETS[target](replace(recipe, optim=name)).files for name in ("adamw_8bit", "adamw_torch")]
-    text = ["".join(found.values()) for found in files]
-    assert "adamw_8bit" in text[0]
-    assert "8bit" not in text[1]
-
-
 def test_vllm_serves_the_next_rank_that_it_has() -> None:
     for rank in range(1, 513):
         served = served_rank(rank)

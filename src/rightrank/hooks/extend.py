@@ -35,7 +35,8 @@ def select_extended(request: Request, folder: RunFolder, hooks: Sequence[Hook]) 
             break
         if set(run.settings.ranks) == set(settings.ranks) and further.ranks != settings.ranks:
             break  # the next rank does not fit the memory
-        run.notes = [*run.notes, f"extending: {_why(selected)} {_what(settings, further)}"]
+        why = selected.answers["adapter_sentence"] if selected.decided is None else selected.decided.sentence
+        run.notes = [*run.notes, f"extending: {why} {_what(settings, further)}"]
         selected = complete(run)
         if selected.cost["trainings"] == before:
             break  # the budget is spent
@@ -59,10 +60,6 @@ def extended(settings: SelectSettings, selected: Selected) -> SelectSettings | N
         rates = tuple(sorted({*settings.learning_rates, *wanted.learning_rates}))
         further = settings.model_copy(update={"learning_rates": rates})
     return None if further == settings else further
-
-
-def _why(selected: Selected) -> str:
-    return selected.answers["adapter_sentence"] if selected.decided is None else selected.decided.sentence
 
 
 def _what(before: SelectSettings, after: SelectSettings) -> str:

@@ -122,7 +122,8 @@ class Progress:
         pace = self._pace()
         if pace is None:
             return None
-        return self._trainings_to_come() * pace + sum(self._left(key, pace) for key in self._running)
+        to_come = max(0.0, self._expected - self._spent - sum(map(self._share, self._running.values())))
+        return to_come * pace + sum(self._left(key, pace) for key in self._running)
 
     def _pace(self) -> float | None:
         """Seconds of a whole training with its evaluations: of those that ended, of the one that runs, or expected."""
@@ -132,10 +133,6 @@ class Progress:
         if not running or not self._whole_steps:
             return self._first_pace
         return self._whole_steps * sum(running) / len(running)
-
-    def _trainings_to_come(self) -> float:
-        """The expected whole trainings that have not started."""
-        return max(0.0, self._expected - self._spent - sum(map(self._share, self._running.values())))
 
     def _share(self, arm: ArmFields) -> float:
         """The whole trainings that an arm adds to those of the one that it resumes."""

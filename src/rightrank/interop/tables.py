@@ -166,19 +166,16 @@ def results_of_rows(rows: list[Row], asked: TableOptions, where: str) -> Results
         )
     roles = [f"{name} from column {column}" for name, column in columns.by_name.items() if name != column]
     roles.append(f"value from column {columns.value}: {'higher' if higher else 'lower'} is better ({why})")
-    unused = _unused(rows, columns)
+    taken = {*columns.by_name.values(), columns.value, *columns.others, ""}
+    unused = [
+        name for name in names_of(rows) if name not in taken and not all(is_blank(row.fields.get(name)) for row in rows)
+    ]
     left = [f"not used: {listed(unused)}"] if unused else []
     rankless = len(rows) - len(with_rank)
     left += [f"{rankless} row{'s' * (rankless != 1)} without a rank left out"] if rankless else []
     return ResultsTable(
         metric=metric, higher_is_better=higher, results=results, understood=[*roles, *notes, *left, *counts]
     )
-
-
-def _unused(rows: Sequence[Row], columns: Columns) -> list[str]:
-    taken = {*columns.by_name.values(), columns.value, *columns.others, ""}
-    names = [name for name in names_of(rows) if name not in taken]
-    return [name for name in names if not all(is_blank(row.fields.get(name)) for row in rows)]
 
 
 def _require_one_kind(rows: Sequence[Row], where: str) -> None:

@@ -13,11 +13,8 @@ run that has collapsed, restores the best checkpoint by the validation rows, and
 from __future__ import annotations
 
 import copy
-import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 from importlib import import_module
 from typing import Any, TypeAlias
 
@@ -26,46 +23,10 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rightrank.decision.collapse import best_point, should_stop_early
-from rightrank.schema.errors import MissingExtraError, NotFiniteError, ReportError, SettingsError, quoted
+from rightrank.schema.errors import MissingExtraError, ReportError
 from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
 
 RewardFunction: TypeAlias = Callable[..., Sequence[float | None]]
-
-
-def _checked_reward(function: RewardFunction) -> RewardFunction:
-    """The reward function, which raises where it returns the wrong count or a number that is not finite.
-
-    None stands for a reward that does not apply to a completion, as in TRL.
-
-    Raises:
-        SettingsError: not a plain function; reward models and coroutines need a `train` function of your own.
-    """
-    if not callable(function) or isinstance(function, torch.nn.Module) or inspect.iscoroutinefunction(function):
-        raise SettingsError(
-            f"reward_funcs: got {type(function).__name__}; give plain functions of prompts and completions that return one number each"
-        )
-    name = getattr(function, "__name__", type(function).__name__)
-
-    def checked(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        returned = function(completions=completions, **columns)
-        if isinstance(returned, str | Mapping) or not hasattr(returned, "__iter__"):
-            raise ReportError(
-                f"{name} returned {type(returned).__name__} {quoted(returned)}; return a number for each completion"
-            )
-        rewards = list(returned)
-        if len(rewards) != len(completions):
-            raise ReportError(
-                f"{name} returned {len(rewards)} rewards for {len(completions)} completions; return one for each"
-            )
-        odd = next((one for one in rewards if one is not None and not hasattr(one, "__float__")), None)
-        if odd is not None:
-            raise ReportError(f"{name} returned a reward of {type(odd).__name__} {quoted(odd)}; return numbers or None")
-        bad = next((reward for reward in rewards if reward is not None and not math.isfinite(reward)), None)
-        if bad is not None:
-            raise NotFiniteError(f"{name} returned {bad}; return finite rewards, or None where it does not apply")
-        return [None if reward is None else float(reward) for reward in rewards]
-
-    return wraps(function)(checked)
 
 
 @torch.no_grad()
@@ -80,8 +41,13 @@ def greedy_rewards(
 ) -> list[float]:
     """The weighted sum of the rewards of each row's greedy completion, in the order of the rows.
 
+    None stands for a reward that does not apply to a completion, as in TRL.
+
     Args:
         rows: `prompt`, a string or a list of messages, and the columns that the functions read.
+
+    Raises:
+        ReportError: a function returned too few or too many rewards.
     """
     was_training, rewards = model.training, []
     model.eval()
@@ -91,10 +57,15 @@ def greedy_rewards(
         columns = {name: [row[name] for row in batch] for name in batch[0] if name != "prompt"}
         prompts = [row["prompt"] for row in batch]
         found = [
-            function(prompts=prompts, completions=completions, completion_ids=ids, **columns) for function in functions
+            list(function(prompts=prompts, completions=completions, completion_ids=ids, **columns))
+            for function in functions
         ]
+        wrong = next((len(one) for one in found if len(one) != len(batch)), None)
+        if wrong is not None:
+            raise ReportError(f"got {wrong} rewards for {len(batch)} completions from a reward function")
         rewards += [
-            sum(w * r for w, r in zip(weights, one, strict=True) if r is not None) for one in zip(*found, strict=True)
+            sum(w * float(r) for w, r in zip(weights, one, strict=True) if r is not None)
+            for one in zip(*found, strict=True)
         ]
     model.train(was_training)
     return rewards
@@ -203,7 +174,7 @@ class GRPOTrain:
 
     def _functions(self) -> list[RewardFunction]:
         given = self.reward_funcs
-        return [_checked_reward(one) for one in ([given] if callable(given) else given)]
+        return [given] if callable(given) else list(given)
 
     def _measured(self, model: Any, tokenizer: Any, looks: _Looks | None = None) -> TrialResult:
         scores = self.rewards(model, tokenizer, self.test)

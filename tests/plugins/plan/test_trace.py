@@ -37,7 +37,6 @@ def test_components_add_up_to_the_peak() -> None:
 
 
 def test_a_step_that_cannot_be_traced_is_planned_by_formula_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rightrank.plugins.plan import estimate
     from rightrank.plugins.plan.planner import plan_config
 
     settings = settings_of(memory_bytes=2**40)
@@ -46,7 +45,7 @@ def test_a_step_that_cannot_be_traced_is_planned_by_formula_with_a_note(monkeypa
     def fail(*_: Any) -> None:
         raise NotImplementedError("aten::nonzero: attempted to run this operator with Meta tensors")
 
-    monkeypatch.setattr(estimate, "trace_step", fail)
+    monkeypatch.setattr(Estimator, "_trace", fail)
     plan = plan_config(CONFIGS["llama"](), "llama", settings)
     assert plan.source == "formula"
     assert any("cannot be traced" in note for note in plan.notes)

@@ -75,7 +75,9 @@ class RayCrew:
             InputError: no node has room for one.
         """
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        actors = sum(_fit(node, self._resources) for node in nodes)
+        actors = sum(
+            int(min(node.get(name, 0.0) / amount + 1e-9 for name, amount in self._resources.items())) for node in nodes
+        )
         if not actors:
             wanted = ", ".join(
                 f"{amount / 2**30:.2f} GiB of memory" if name == "memory" else f"{amount:g} {name}"
@@ -186,10 +188,6 @@ def resources(bytes_planned: int | None, on_cuda: bool) -> dict[str, float]:
     if on_cuda:
         return {"CPU": 1.0, "GPU": 1.0}
     return {"CPU": 1.0} if bytes_planned is None else {"CPU": 1.0, "memory": float(bytes_planned)}
-
-
-def _fit(node: dict[str, float], wanted: dict[str, float]) -> int:
-    return int(min(node.get(name, 0.0) / amount + 1e-9 for name, amount in wanted.items()))
 
 
 def _environment() -> dict[str, str]:

@@ -63,17 +63,16 @@ def fleet(
         if not adapter.is_file():
             require_adapter_folder(adapter)  # before what brings torch
 
-    from rightrank.plugins.fleet.common_rank import FleetRequest, run_fleet
+    from rightrank.plugins.fleet.common_rank import run_fleet
 
     files = [data] if isinstance(data, str | Path) else list(data)
-    request = FleetRequest(
+    return run_fleet(
         [Path(adapter) for adapter in adapters],
-        model,
-        [Path(file) for file in files],
         Path(out),
-        settings or make_settings({}),
-        pad,
-        ignore_base_name,
-        notice,
+        model=model,
+        files=[Path(file) for file in files],
+        settings=settings or make_settings({}),
+        pad=pad,
+        ignore_base_name=ignore_base_name,
+        notice=notice,
     )
-    return run_fleet(request)

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
 
-from rightrank.adapters.held_out import Candidates, ScoredData, TruncationCurve, scored_data, truncation_curve
+from rightrank.adapters.held_out import Candidates, TruncationCurve, scored_data, truncation_curve
 from rightrank.adapters.rewrite import require_plain_update
 from rightrank.data.files import replacing_folder, require_absent
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_adapter, write_padded
-from rightrank.models.base_models import LoadedModel, load_base, require_base
+from rightrank.models.base_models import load_base, require_base
 from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank, served_rank
 from rightrank.schema.decision import AdapterCandidate
@@ -57,33 +57,17 @@ class Fleet(Record):
     out: str
 
 
-@dataclass(frozen=True, slots=True)
-class FleetRequest:
-    """What to bring to one rank; see `rightrank.plugins.fleet.fleet` for each field."""
-
-    adapters: Sequence[Path]
-    model: str
-    data: Sequence[Path]  # one for all adapters, or one for each
-    out: Path
-    settings: SelectSettings
-    pad: bool = False
-    ignore_base_name: bool = False
-    notice: Callable[[str], None] = field(default=lambda _: None)
-
-
-def _open_adapters(request: FleetRequest) -> list[AdapterFolder]:
-    if len(request.adapters) < 2:
-        raise SettingsError(
-            f"{len(request.adapters)} adapter given: a fleet has two or more; `rightrank resize` takes one"
-        )
-    require_absent(request.out)
-    names = _folder_names(request.adapters)
+def _open_adapters(paths: Sequence[Path], out: Path) -> list[AdapterFolder]:
+    if len(paths) < 2:
+        raise SettingsError(f"{len(paths)} adapter given: a fleet has two or more; `rightrank resize` takes one")
+    require_absent(out)
+    names = _folder_names(paths)
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise SettingsError(
             f"two adapters are in folders named {twice!r}; rename one, since OUT gets one folder for each adapter"
         )
-    adapters = [open_adapter(path) for path in request.adapters]
+    adapters = [open_adapter(path) for path in paths]
     for adapter in adapters:
         require_plain_update(adapter)
     for adapter in adapters:
@@ -110,16 +94,14 @@ def _folder_names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _data_of(request: FleetRequest) -> list[Path]:
-    if not request.data:
+def _data_of(files: Sequence[Path], adapters: int) -> list[Path]:
+    if not files:
         raise SettingsError("no data: give --data FILE once for all adapters, or once for each, in their order")
-    if len(request.data) == 1:
-        return [request.data[0]] * len(request.adapters)
-    if len(request.data) != len(request.adapters):
+    if len(files) not in (1, adapters):
         raise SettingsError(
-            f"{len(request.data)} data files for {len(request.adapters)} adapters; give one for all, or one for each in their order"
+            f"{len(files)} data files for {adapters} adapters; give one for all, or one for each in their order"
         )
-    return list(request.data)
+    return list(files) * adapters if len(files) == 1 else list(files)
 
 
 MAX_NAMED = 3  # adapters that a sentence names
@@ -138,73 +120,67 @@ class _Measured:
         return self.curve.answer.rank
 
 
-def run_fleet(request: FleetRequest) -> Fleet:
-    """Measure, decide and write.
+def run_fleet(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    model: str,
+    files: Sequence[Path],
+    settings: SelectSettings,
+    pad: bool,
+    ignore_base_name: bool,
+    notice: Callable[[str], None],
+) -> Fleet:
+    """Measure, decide and write; see `rightrank.plugins.fleet.fleet` for the arguments.
 
     Raises:
         InputError: an adapter, the model, the data or `out` can't be used; nothing is written.
     """
-    adapters = _open_adapters(request)
-    data = _data_of(request)
-    scored = [scored_data(adapter, file, None, request.settings) for adapter, file in zip(adapters, data, strict=True)]
+    adapters = _open_adapters(paths, out)
+    data = _data_of(files, len(adapters))
+    scored = [scored_data(adapter, file, None, settings) for adapter, file in zip(adapters, data, strict=True)]
     classes = {None if one.splits.classes is None else tuple(one.splits.classes) for one in scored}
     if len(classes) > 1:
         raise DataError(
             "the data files have different labels: adapters of one fleet share one head; give data of one kind"
         )
-    loaded = load_base(request.model, request.settings, classes.pop())
+    loaded = load_base(model, settings, classes.pop())
     names = {name for name, _ in loaded.model.named_modules()}
     for adapter in adapters:
         whole = [module.name for module in adapter.modules if module.kind != "expert"]
         missing = next((name for name in whole if name not in names), None)
         if missing is not None:
-            raise ModelError(
-                f"{adapter.path}: {request.model} has no module {missing}: it is an adapter of another base"
-            )
-        require_base(adapter.path, loaded, request.ignore_base_name)
+            raise ModelError(f"{adapter.path}: {model} has no module {missing}: it is an adapter of another base")
+        require_base(adapter.path, loaded, ignore_base_name)
     powers = {2**power for power in range(max(adapter.rank for adapter in adapters).bit_length())}
     ranks = sorted({*powers, *(adapter.rank for adapter in adapters)})
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-        working = Path(name)
         measured = []
         for place, (adapter, one) in enumerate(zip(adapters, scored, strict=True)):
-            request.notice(f"{adapter.path}: {one.note}")
-            measured.append(_measure(request, adapter, one, loaded, ranks, data[place], working / str(place)))
-            request.notice(f"{adapter.path}: rank {measured[-1].rank} is enough of {adapter.rank}")
-        rank = max(one.rank for one in measured)
-        return _written(request, measured, rank, {BASE_FILE: loaded.identity.content()})
+            notice(f"{adapter.path}: {one.note}")
+            working = Path(name) / str(place)
+            working.mkdir()
+            use = DataUse(data[place], settings, working / "cache", 0, one.splits, loaded)
+            own = [rank for rank in ranks if rank < adapter.rank] + [adapter.rank]
+            candidates = Candidates(own, by_halves=one.scores_training_examples and len(own) > 1)
+            curve = truncation_curve(adapter, adapter_runtime(adapter, model, use), candidates, working)
+            measured.append(_Measured(adapter, curve, working))
+            notice(f"{adapter.path}: rank {curve.answer.rank} is enough of {adapter.rank}")
+        return _written(measured, out, model, pad, {BASE_FILE: loaded.identity.content()})
 
 
-def _measure(
-    request: FleetRequest,
-    adapter: AdapterFolder,
-    scored: ScoredData,
-    loaded: LoadedModel,
-    ranks: Sequence[int],
-    data: Path,
-    working: Path,
-) -> _Measured:
-    working.mkdir()
-    own = [rank for rank in ranks if rank < adapter.rank] + [adapter.rank]
-    use = DataUse(data, request.settings, working / "cache", 0, scored.splits, loaded)
-    runtime = adapter_runtime(adapter, request.model, use)
-    halves = scored.scores_training_examples and len(own) > 1
-    return _Measured(adapter, truncation_curve(adapter, runtime, Candidates(own, by_halves=halves), working), working)
-
-
-def _written(request: FleetRequest, measured: Sequence[_Measured], rank: int, base: dict[str, bytes]) -> Fleet:
+def _written(measured: Sequence[_Measured], out: Path, model: str, pad: bool, base: dict[str, bytes]) -> Fleet:
+    rank = max(one.rank for one in measured)
     chosen = [_at(one, rank) for one in measured]
     served = max(open_adapter(folder).rank for folder, _ in chosen)
-    padded = served_rank(served) if request.pad else None
+    padded = served_rank(served) if pad else None
 
     names = _folder_names([one.adapter.path for one in measured])
     try:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunFolderError(
-            f"{request.out}: cannot write there ({error.strerror or error}); give a writable folder"
-        ) from None
-    with replacing_folder(request.out) as temporary:
+        raise RunFolderError(f"{out}: cannot write there ({error.strerror or error}); give a writable folder") from None
+    with replacing_folder(out) as temporary:
         for name, (folder, _) in zip(names, chosen, strict=True):
             if padded is not None:
                 write_padded(folder, temporary / name, padded, base)
@@ -213,20 +189,19 @@ def _written(request: FleetRequest, measured: Sequence[_Measured], rank: int, ba
                 tensors = {key: source.tensor(key) for key in source.keys}
                 write_adapter(temporary / name, source.config, tensors, folder, base)
     written = [
-        resized.model_copy(update={"out": str(request.out / name)})
-        for name, (_, resized) in zip(names, chosen, strict=True)
+        resized.model_copy(update={"out": str(out / name)}) for name, (_, resized) in zip(names, chosen, strict=True)
     ]
     before = max_module_rank(max(one.adapter.rank for one in measured))
     after = max_module_rank(served)
     return Fleet(
         rank=rank,
         sentence=_sentence(measured, rank, before, after),
-        model=request.model,
+        model=model,
         adapters=[_record(one, resized, padded) for one, resized in zip(measured, written, strict=True)],
         max_lora_rank=after,
         saved_share=1 - after / before,
         padded_to=padded,
-        out=str(request.out),
+        out=str(out),
     )
 
 

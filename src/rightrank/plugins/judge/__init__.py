@@ -61,6 +61,6 @@ def judge(
     Raises:
         InputError: a run without two adapters or prompts, or choices that can't be used.
     """
-    from rightrank.plugins.judge.pairs import JudgeRequest, judge_run
+    from rightrank.plugins.judge.pairs import judge_run
 
-    return judge_run(JudgeRequest(Path(run), prompts, [Path(file) for file in collect], margin, notice))
+    return judge_run(Path(run), prompts, [Path(file) for file in collect], margin, notice)

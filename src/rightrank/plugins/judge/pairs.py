@@ -13,7 +13,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,6 @@ OUTCOMES = ("a", "b", "tie")
 
 
 @dataclass(frozen=True, slots=True)
-class JudgeRequest:
-    """What to judge; see `rightrank.plugins.judge.judge` for each field."""
-
-    run: Path
-    prompts: int = 50
-    collect: Sequence[Path] = ()
-    margin: float | None = None
-    notice: Callable[[str], None] = field(default=lambda _: None)
-
-
-@dataclass(frozen=True, slots=True)
 class JudgedRun:
     """The files of a judging, and the decision once somebody has judged."""
 
@@ -60,18 +49,20 @@ class JudgedRun:
     understood: list[str]
 
 
-def judge_run(request: JudgeRequest) -> JudgedRun:
+def judge_run(
+    run: Path, prompts: int, collect: Sequence[Path], margin: float | None, notice: Callable[[str], None]
+) -> JudgedRun:
     """Make the pairs if there are none, read the choices, and decide.
 
     Raises:
         InputError: a run without two adapters or without prompts, or choices that can't be used; nothing is written.
     """
-    folder = RunFolder.existing(request.run)
+    folder = RunFolder.existing(run)
     place = folder.path / FOLDER
-    choices = dict(_collected(file) for file in request.collect)
+    choices = dict(_collected(file) for file in collect)
     with folder.locked():
         if not (place / KEY).is_file():
-            _make_pairs(request, folder, place)
+            _make_pairs(folder, place, prompts, notice)
         key = _key(place)
         if choices:
             _keep(place, key, choices)
@@ -80,11 +71,11 @@ def judge_run(request: JudgeRequest) -> JudgedRun:
     if not written.is_file():
         return JudgedRun(place / PAGE, place / PAIRS, count, None, None, [])
     judgements, understood = judgements_of(rows_of(written))
-    decision = decide_judged(judgements, request.margin, key["reference"])
+    decision = decide_judged(judgements, margin, key["reference"])
     return JudgedRun(place / PAGE, place / PAIRS, count, written, decision, understood)
 
 
-def _make_pairs(request: JudgeRequest, folder: RunFolder, place: Path) -> None:
+def _make_pairs(folder: RunFolder, place: Path, prompts: int, notice: Callable[[str], None]) -> None:
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
     if records.started.data.form == "own":
@@ -93,7 +84,8 @@ def _make_pairs(request: JudgeRequest, folder: RunFolder, place: Path) -> None:
             "`rightrank decide`"
         )
     reference, trials = _contenders(records, journal)
-    answers, texts = _answers(request, folder, records, trials)
+    answers, texts = _answers(folder, records, trials, prompts)
+    notice(f"{len(trials)} ranks answered {len(texts)} prompts")
     generator = random.Random(0)
     pairs: dict[str, dict[str, Any]] = {}
     shown: list[dict[str, str]] = []
@@ -135,7 +127,7 @@ def _contenders(records: Records, journal: Sequence[JournalRecord]) -> tuple[int
 
 
 def _answers(
-    request: JudgeRequest, folder: RunFolder, records: Records, trials: Mapping[int, str]
+    folder: RunFolder, records: Records, trials: Mapping[int, str], prompts: int
 ) -> tuple[dict[int, dict[str, str]], dict[str, str]]:
     """`(answers by rank and prompt id, prompt texts by id)`."""
     values = dict(records.started.settings)
@@ -144,7 +136,7 @@ def _answers(
     with tempfile.TemporaryDirectory(prefix="rightrank-") as cache:
         prepared = prepare(Request(model, None, data, settings), Path(cache) / "cache")
         runtime = prepared.runtime
-        examples = promptable_examples(runtime, request.prompts)
+        examples = promptable_examples(runtime, prompts)
         if not examples:
             raise DataError(f"{data}: no test example has a prompt to answer; judging needs `prompt` and `completion`")
         texts = {example.item_id: str(example.content["prompt"]) for example in examples}
@@ -152,7 +144,6 @@ def _answers(
         for rank, trial in sorted(trials.items()):
             with adapter_attached(runtime, folder.finished_adapter(trial)):
                 found[rank] = {example.item_id: write_completion(runtime, example) for example in examples}
-            request.notice(f"rank {rank}: {len(examples)} prompts answered")
     return found, texts
 
 

@@ -280,13 +280,10 @@ class Estimator:
 
     def _trace(self, rank: int, training: bool) -> StepTrace:
         if (rank, training) not in self._traces:
-            self._traces[rank, training] = self._traced(rank, training)
+            arms = self.settings.adapters_per_pass
+            skeleton = self.skeleton if rank == self._ends[0] and arms == 1 else self._adapted(rank, arms)
+            self._traces[rank, training] = trace_step(skeleton, self.settings, training)
         return self._traces[rank, training]
-
-    def _traced(self, rank: int, training: bool) -> StepTrace:
-        arms = self.settings.adapters_per_pass
-        skeleton = self.skeleton if rank == self._ends[0] and arms == 1 else self._adapted(rank, arms)
-        return trace_step(skeleton, self.settings, training)
 
     def _adapted(self, rank: int, arms: int = 1) -> Skeleton:
         """The model built anew, with adapters of this rank."""

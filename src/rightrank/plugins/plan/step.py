@@ -37,20 +37,17 @@ def trace_step(skeleton: Skeleton, settings: PlanSettings, training: bool = True
         loss = _loss(skeleton, settings, batch * len(skeleton.arms))
         tracer.phase = "backward"
         if training:
-            _backward(loss)
+            # `loss.backward()` with the function modes on: torch disables them inside `Tensor.backward`, where checkpointed
+            # blocks would then run on other kernels than in the forward pass.
+            engine: Any = torch.autograd.graph._engine_run_backward
+            ones = (torch.ones_like(loss),)
+            engine((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
             trainable = skeleton.trainable()
             tracer.trace.gradients = tracer.gradient_storages(trainable)
     tracer.stop()
     for parameter in skeleton.trainable():
         parameter.grad = None
     return tracer.trace
-
-
-def _backward(loss: torch.Tensor) -> None:
-    """`loss.backward()` with the function modes on: torch disables them inside `Tensor.backward`, where checkpointed
-    blocks would then run on other kernels than in the forward pass."""
-    engine: Any = torch.autograd.graph._engine_run_backward
-    engine((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _loss(skeleton: Skeleton, settings: PlanSettings, rows: int) -> torch.Tensor:
