@@ -22,6 +22,5 @@ selected = select_rank(
 )
 assert selected.decision is not None
 print(selected.decision)
-print(selected.answers["adapter_preference"])
 for other in selected.decision.other_metrics:
     print(f"by {other.metric}: {other.sentence}")
