@@ -112,7 +112,7 @@ def read_imported(data: bytes, folder: Path) -> None:
 def _decide(path: Path) -> None:
     decided = decide(path)
     decided.decision.model_dump_json()
-    decision_text(decided.decision, decided.understood, False, 80).encode()
+    decision_text(decided.decision, decided.understood, 80).encode()
 
 
 def read_settings(data: bytes, folder: Path) -> None:

@@ -61,7 +61,8 @@ def settings_from_path(folder: Path, root: Path) -> dict[str, Any]:
         settings = settings_of_name(place.name) | settings
     for place in places:
         paths = [place / "adapter_config.json", *sorted(place.glob("*/adapter_config.json"))]
-        ranks = {_object(path).get("r") for path in paths if path.is_file()}
+        found = [_object(path).get("r") for path in paths if path.is_file()]
+        ranks = {rank for rank in found if isinstance(rank, int)}
         if ranks:
             return settings | {"rank": ranks.pop()} if len(ranks) == 1 else settings
     return settings
@@ -93,7 +94,7 @@ def _sqlite_rows(source: Path, study: str | None = None) -> list[Row]:
             with closing(sqlite3.connect(copy)) as connection:
                 found = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
                 tables = {str(name) for (name,) in found}
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise ResultsError(f"{source}: not a readable SQLite file ({error}); restore it") from None
         if {"trials", "trial_params", "trial_values", "studies"} <= tables:
             return _optuna_rows(source, f"sqlite:///{copy}", study)

@@ -39,6 +39,8 @@ KINDS = {
 }  # fmt: skip
 DETAILS = ("std", "std_seeds", "train_value")  # fields of a result; later rows override earlier ones
 
+MAX_RANK = 2**20
+
 Key: TypeAlias = tuple[int, float, int]  # rank, learning rate, seed
 
 
@@ -374,6 +376,8 @@ def _require_same_examples(trainings: Sequence[Mapping[tuple[str, int], _Line]])
 def _key(row: Row, columns: Columns) -> Key:
     """Rank, learning rate and seed."""
     rank = _integer(row, columns.by_name["rank"], "rank", "a positive integer, or 0 for the base")
+    if rank > MAX_RANK:
+        raise ResultsError(f"{row.where}: rank {rank} is not allowed: no adapter has more than {MAX_RANK:,}")
     learning_rate, seed = 0.0, 0
     column = columns.get("lr")
     if rank > 0 and column is not None and not is_blank(row.fields.get(column)):

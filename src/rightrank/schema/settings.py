@@ -45,7 +45,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     unit = {name.lower(): size for name, size in UNITS.items()}.get(match[2].lower(), 0) if match is not None else 0
-    size = round(float(match[1]) * unit) if match is not None else 0
+    size = round(min(float(match[1]) * unit, 2.0 * MAX_BYTES)) if match is not None else 0
     if not 0 < size <= MAX_BYTES:
         raise SettingsError(
             f"memory {text!r} is not a size: give a number and one of {', '.join(UNITS)}, such as 24GiB"
