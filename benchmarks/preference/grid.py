@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.selection.real_training import COMMON, Workshop, curve_of, open_workshop, store, train_grid
+from benchmarks.selection.real_training import COMMON, Workshop, changed, curve_of, open_workshop, store, train_grid
 from rightrank.schema.settings import SelectSettings, make_settings
 
 SETTINGS = COMMON | {
@@ -53,7 +53,7 @@ def main() -> None:
         train_grid(shop)
     extra = {
         "model": Path(options.model).name,
-        "settings": shop.settings.model_dump(mode="json", exclude_defaults=True),
+        "settings": changed(shop.settings),
     }
     store([curve_of("gloss_pairs", shop, 1.0, extra)], options.out)
 

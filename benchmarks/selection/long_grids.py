@@ -22,6 +22,7 @@ from benchmarks.selection.real_training import (
     COMMON,
     LONG,
     Workshop,
+    changed,
     curve_of,
     cuts_of,
     open_workshop,
@@ -115,7 +116,7 @@ def run_all(shop: Workshop, arms: Sequence[Arm]) -> None:
 def store_grid(name: str, shop: Workshop, model: str, out: Path) -> None:
     """The whole seeds so far, joined to those that the grid's file has."""
     settings, file = shop.settings, out / f"{name}.json"
-    extra = {"model": model, "settings": settings.model_dump(mode="json", exclude_defaults=True)}
+    extra = {"model": model, "settings": changed(settings)}
     curve = curve_of(name, shop, 1.0, extra) | {"source": "benchmarks/selection/long_grids.py"}
     curve["test_grids"], curve["test_items"] = test_grids(shop, set(curve["seeds"]))
     curve |= along(shop, set(curve["seeds"]))

@@ -98,6 +98,12 @@ GRIDS: dict[str, dict[str, object]] = {
 }
 
 
+def changed(settings: SelectSettings) -> dict[str, Any]:
+    """The settings whose values are not the defaults, as JSON."""
+    values, rows = settings.model_dump(mode="json"), settings.model_fields
+    return {name: value for name, value in values.items() if getattr(settings, name) != rows[name].default}
+
+
 def horizons(settings: SelectSettings) -> tuple[float, ...]:
     """Parts of the trainings' steps that are whole trainings."""
     return (0.5, 1.0) if settings.lr_scheduler_type == "constant" else (1.0,)
@@ -428,7 +434,7 @@ def main() -> None:
     shop = open_workshop(options.model, options.data, settings, options.work)
     if not options.store_only:
         train_grid(shop)
-    extra = {"model": Path(options.model).name, "settings": settings.model_dump(mode="json", exclude_defaults=True)}
+    extra = {"model": Path(options.model).name, "settings": changed(settings)}
     curves = [curve_of(options.name, shop, horizon, extra) for horizon in horizons(settings)]
     curves[-1]["test_grids"], _ = test_grids(shop, set(curves[-1]["seeds"]))
     store(curves, options.out)

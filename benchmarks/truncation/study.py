@@ -197,7 +197,11 @@ def truncate(study: Study, methods: Sequence[str], ranks: Sequence[int], split: 
                 with adapter_attached(study.runtime, Path(name) / "t"):
                     scores = study.runtime.evaluate(split)
             study.record(
-                key, split, scores, parameters=parameters(study.adapter, choice), max_module_rank=choice.common
+                key,
+                split,
+                scores,
+                parameters=parameters(study.adapter, choice),
+                max_module_rank=max(choice.ranks.values()),
             )
 
 
