@@ -107,7 +107,7 @@ def answer_view(
 
 def _safe_choice(decision: Decision) -> str:
     if decision.fallback_rank is None:
-        return f"No rank is shown to be enough; rank {decision.best_so_far} came out best so far, and is shown to be nothing."
+        return f"No rank is shown to be enough; rank {decision.best_so_far} came out best so far, without proof."
     if decision.confidence is None:
         return f"Rank {decision.fallback_rank} is the smallest that one seed indicates to be enough at the margin of {decision.margin:g}."
     return (
