@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from rightrank.data.token_store import IGNORED
 from rightrank.schema.errors import DataError, RightrankError, RunError
 from rightrank.train.adapter import lora_modules
 from rightrank.train.device import all_reduce, process_index, world_size
@@ -207,7 +208,7 @@ def batch_scores(
         )
     positions = tensors.get("position_ids")
     starts = _starts(labels, positions)
-    labels = labels.masked_fill(starts, -100)  # no example predicts the first token of the next one
+    labels = labels.masked_fill(starts, IGNORED)  # no example predicts the first token of the next one
     losses = token_losses(model, _passed(model, tensors), labels[:, 1:])
     return _by_segment(losses, labels[:, 1:], starts[:, 1:])
 
@@ -230,7 +231,7 @@ def reference(model: Any, batch: Batch) -> torch.Tensor:
 
 def _completion_logps(model: Any, batch: Batch) -> torch.Tensor:
     tensors = _on_device(model, batch)
-    labels = tensors["input_ids"].masked_fill(tensors["completion_mask"] == 0, -100)[:, 1:]
+    labels = tensors["input_ids"].masked_fill(tensors["completion_mask"] == 0, IGNORED)[:, 1:]
     return -token_losses(model, _passed(model, tensors), labels).sum(1)
 
 
@@ -282,7 +283,7 @@ def _in_chunks(
     """Losses [rows, length], in float32 for `CHUNK` positions at a time; a backward pass computes them again."""
 
     def losses(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head(rows).float(), wanted, reduction="none", ignore_index=-100)
+        return F.cross_entropy(head(rows).float(), wanted, reduction="none", ignore_index=IGNORED)
 
     targets = labels.flatten().to(hidden.device)
     parts: list[Any] = [
@@ -310,7 +311,7 @@ def _by_segment(losses: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor
     starts[:, 0] = True
     number = starts.flatten().cumsum(0) - 1
     count = int(number[-1]) + 1
-    labelled = labels.flatten() != -100
+    labelled = labels.flatten() != IGNORED
     sums = losses.new_zeros(count).index_add(0, number, losses.flatten())
     tokens = torch.zeros(count, dtype=torch.long, device=labels.device).index_add(0, number, labelled.long())
     kept = tokens > 0

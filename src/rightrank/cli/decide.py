@@ -73,7 +73,7 @@ def decide(
     """Decide on finished trainings, whoever ran them.
 
     RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
-    folder; or results of W&B, MLflow, TensorBoard, Trainer, Optuna or Ray Tune.
+    folder; or results of W&B, MLflow, Trainer or Optuna.
     """
     from rightrank.api import deciding as api
 

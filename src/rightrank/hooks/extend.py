@@ -1,4 +1,4 @@
-"""`--extend`: the run continues with the next rank or learning rate, as long as an answer is the top rank, rises or lies at the edge."""
+"""`--extend`: the run continues with a larger top while the answer needs it, and with the next learning rate at an edge."""
 
 from __future__ import annotations
 

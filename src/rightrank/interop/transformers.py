@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from rightrank.data.token_store import IGNORED
 from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
-
-IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,7 +198,6 @@ class LocalExecutor:
             self._runtime.prepare(self._listener.on_event, self._listener.should_stop)
             self._prepared = True
         arms = [trial.arm for trial in trained]
-        # Processes that share an arm must agree: all use the number that process 0 has measured.
         size = adapters_per_pass_for(
             self._runtime, arms, lambda text: self._listener.on_event(Notice(text=text)), self._max_adapters_per_pass
         )

@@ -124,9 +124,7 @@ class Decision(Record):
     rank: Whole | None  # None: the evidence names no rank
     # the smallest rank whose comparison with the reference passed, where no higher rank may be better; None: no rank did
     fallback_rank: Whole | None
-    best_so_far: Whole | None = (
-        None  # without a `fallback_rank`, the rank that came out best, without proof
-    )
+    best_so_far: Whole | None = None  # without a `fallback_rank`, the rank that came out best, without proof
     verdict: Verdict
     flags: list[str]
     sentence: str  # for a person

@@ -254,7 +254,7 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
     extend: bool | None = setting(
         None,
         COMPARE,
-        "add the next rank while an answer is the top one or rises, and the next learning rate at an edge, up to three times, "
+        "add a larger rank while the adapter keeps the top one or the answer rises, and the next learning rate at an edge, up to three times, "
         "within memory and budget; by default with a time budget",
         option=True,
         identity=False,

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
+from rightrank.data.token_store import IGNORED
 from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.base import CurrentRouting, Routing, salt_of
 from rightrank.schema.settings import SelectSettings
@@ -171,7 +172,7 @@ def concatenated(batches: Sequence[Batch], pad_id: int) -> Batch:
     return Batch(
         padded([batch.input_ids for batch in batches], pad_id),
         padded([batch.attention_mask for batch in batches], 0),
-        torch.cat(labels) if labels[0].dim() == 1 else padded(labels, -100),
+        torch.cat(labels) if labels[0].dim() == 1 else padded(labels, IGNORED),
         tuple(index for batch in batches for index in batch.indices),
         sum(batch.tokens for batch in batches),
         reference=torch.cat(references) if references else None,

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from peft import LoraConfig, set_peft_model_state_dict
 
+from rightrank.decision.collapse import best_point
 from rightrank.models.adapter_files import save_adapter
 from rightrank.models.truncation import load_moments, truncated_tensors
 from rightrank.schema.events import Listener, StepDone
@@ -186,8 +187,7 @@ class ArmTraining:
 
     def _best_point(self) -> EvalPoint:
         """The evaluation with the best value, the earliest of equal ones."""
-        sign = -1.0 if self._settings.is_higher_better(self._settings.points_metric) else 1.0
-        return min(self.progress.points, key=lambda point: (sign * point.value, point.step))
+        return best_point(self.progress.points, self._settings.is_higher_better(self._settings.points_metric))
 
     def _compare_with_base(self, loss: float, which: str) -> None:
         base = self._base_loss

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,13 @@ def test_a_run_gives_a_row_without_data_or_names() -> None:
     assert (row["family"], row["kind"], row["better"]) == ("language", "loss", "low")
     assert not row.keys() & {"base", "model", "data", "task", "run", "path"}
     assert not any(isinstance(value, (dict, str)) and len(value) > 20 for value in row.values())
+
+
+def test_a_row_says_which_checkpoint_the_run_kept() -> None:
+    records = made_up_run()
+    assert atlas_row(records)["checkpoint"] == "last"
+    started = records.started.model_copy(update={"settings": {**records.started.settings, "checkpoint": "best"}})
+    assert atlas_row(replace(records, started=started))["checkpoint"] == "best"
 
 
 def test_the_figure_has_its_numbers() -> None:

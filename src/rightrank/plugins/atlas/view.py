@@ -129,6 +129,8 @@ def atlas_row(records: Records) -> dict[str, Any]:
 
     A rank has its best rate's mean over seeds, of direct trainings of the deciding metric on the validation split.
     """
+    from rightrank.decision.run import checkpoint_of  # `expect` needs none of it and answers at once
+
     started = records.started
     question = of_run(started)
     trials = [t for t in records.finished() if t.rank > 0 and t.arm.is_direct and t.value_metric is None]
@@ -151,7 +153,7 @@ def atlas_row(records: Records) -> dict[str, Any]:
         "values": [round(value, 5) for value, _ in by_rank.values()],
         "seeds": min((seeds for _, seeds in by_rank.values()), default=0),
         "tuned": min(rates.values(), default=0) > 1,
-        "checkpoint": "last",
+        "checkpoint": checkpoint_of(started),
         "rightrank_version": started.rightrank_version,
     }
 

@@ -136,7 +136,7 @@ def plan_selection(
 
 
 def _within_matrices(settings: SelectSettings, limit: int) -> SelectSettings:
-    """Without the default ranks that the smallest adapted matrix can't have; two are left. Given ranks stay."""
+    """The settings without default ranks that the smallest adapted matrix can't have; at least two stay. Given ranks stay as they are."""
     if "ranks" in settings.model_fields_set:
         return settings
     kept = [rank for rank in settings.ranks if rank <= limit]
