@@ -28,7 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, permutations, product
@@ -71,6 +71,7 @@ WITHIN_A_TRAINING = (CHOSEN, ("looks",), ("spread", "looks"), ("truncation",), (
 EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 RESAMPLES = 200  # of grids
+LONG = 400  # steps
 FLOOR = 1e-3  # of what was learned: no feature is below it
 PULL = 0.02  # of the exponents towards each other, in nats
 
@@ -107,7 +108,10 @@ class Seen:
 Forecast = Callable[[Seen, int, float], float]  # that the rank is enough at the margin
 
 
-def curves() -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
+Row = tuple[str, str, dict[str, Any], dict[str, Any]]
+
+
+def curves() -> Iterator[Row]:
     """Source, family, the grid in the form of `seed_coverage`, and what else its file says; with examples and two seeds or more."""
     bases = {
         curve["id"]: curve["base"]
@@ -117,7 +121,10 @@ def curves() -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
     for name, grid in stored_grids().items():
         if grid["family"] == "planted":
             yield "planted", "planted", grid | {"name": name}, {"base": bases[name]}
-    files = sorted(path for pattern in FILES for path in HERE.glob(pattern))
+    yield from curves_in(sorted(path for pattern in FILES for path in HERE.glob(pattern)))
+
+
+def curves_in(files: Sequence[Path]) -> Iterator[Row]:
     stored = {curve["id"]: curve for file in files for curve in json.loads(file.read_text())["curves"]}  # the later one
     for name, curve in stored.items():
         cells = [
@@ -131,13 +138,13 @@ def curves() -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
             tokens = curve["item_tokens"] or [1] * len(cells[0][3])
             metric = curve.get("metric") or "loss"
             found = _grid("real", source, metric, curve.get("steps", 0), tokens, cells) | {"name": name}
-            yield source, "long" if name.endswith("_400_steps") else "short", found, curve
+            yield source, "long" if curve.get("steps", 0) >= LONG else "short", found, curve
 
 
-def every_seed() -> list[Seen]:
+def every_seed(rows: Iterable[Row]) -> list[Seen]:
     """Each seed of each grid in turn as the one that is seen."""
     found = []
-    for source, family, grid, curve in curves():
+    for source, family, grid, curve in rows:
         table = source_of(grid["name"], grid)
         sign = -1.0 if grid["metric"] == "accuracy" else 1.0
         for seed in table.seeds:
@@ -398,10 +405,10 @@ def picks(every: Sequence[Seen], choose: Callable[[Seen, float], int]) -> dict[s
     return found
 
 
-def picks_after_bracket() -> dict[str, Any]:
+def picks_after_bracket(families: Sequence[str]) -> dict[str, Any]:
     """What `decide` says of the trainings that `bracket` runs with one seed, against the mean of all seeds of the grid."""
     found: dict[str, Any] = {}
-    for family in ("real, short", "real, 400 steps"):
+    for family in families:
         rows: dict[str, dict[str, int]] = {}
         for curve, margin in product(curves_of(family), FAMILIES[family][2]):
             space = space_of_grid(curve, margin, 1)
@@ -481,7 +488,7 @@ def draw(tables: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def study(sweeps: Path | None) -> dict[str, Any]:
-    every = every_seed()
+    every = every_seed(curves())
     pairs = [pair for seen in every for pair in seen.pairs]
     subset = [pair for pair in pairs if {"looks", "truncation", "means"} <= pair.features.keys()]
     fits = left_out(pairs, CHOSEN, DEGREES)
@@ -515,7 +522,7 @@ def study(sweeps: Path | None) -> dict[str, Any]:
     result["picks"]["present rule"] = picks(every, lambda seen, margin: seen.rule[margin])
     result["picks"]["whole one-seed grid"] = picks(every, lambda seen, margin: smallest_within(seen.losses, margin))
     result["picks"]["always 16"] = picks(every, lambda seen, margin: 16)
-    result["picks after bracket"] = picks_after_bracket()
+    result["picks after bracket"] = picks_after_bracket(("real, short", "real, 400 steps"))
     if sweeps is not None:
         result["public"] = public(sweeps, result["ratio"])
     return result

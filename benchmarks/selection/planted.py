@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -224,8 +225,12 @@ class Training:
         self._updates = 0
         self._learning_rates = torch.tensor(students.rates)[:, None, None]
         self._scale = scale_of(students)
-        self._seeds = sorted(set(students.seeds))
-        self._index = torch.tensor([self._seeds.index(seed) for seed in students.seeds])
+        self.follow(students.seeds)
+
+    def follow(self, seeds: Sequence[int]) -> None:
+        """From here on, each student reads the batches of its seed here."""
+        self._seeds = sorted(set(seeds))
+        self._index = torch.tensor([self._seeds.index(seed) for seed in seeds])
 
     def copy(self) -> Training:
         """With its own adapters and optimizer state."""
@@ -238,7 +243,7 @@ class Training:
         """One step on batch `number`, at this factor of every student's learning rate."""
         batches = [self._data.batch(seed, number) for seed in self._seeds]
         tokens, targets = (torch.cat(parts)[self._index] for parts in zip(*batches, strict=True))
-        log_q = torch.log_softmax(logits(self._data.weights, tokens, deltas(self.adapters, self._scale)), -1)
+        log_q = torch.log_softmax(logits(self._data.weights, tokens, self.products(self.adapters)), -1)
         losses = -(targets * log_q).sum(-1).mean((1, 2))
         parameters = self._parameters()
         gradients = torch.autograd.grad(losses.sum(), parameters)
@@ -253,7 +258,11 @@ class Training:
                 parameter.sub_(self._learning_rates * factor * m_hat / (v_hat.sqrt() + 1e-8))
 
     def values(self) -> list[float]:
-        return self._data.evaluate(deltas(self.detached(), self._scale))
+        return self._data.evaluate(self.products(self.detached()))
+
+    def products(self, adapters: Adapters) -> dict[str, Tensor]:
+        """The update of every student."""
+        return deltas(adapters, self._scale)
 
     def detached(self) -> Adapters:
         return {name: (a.detach(), b.detach()) for name, (a, b) in self.adapters.items()}

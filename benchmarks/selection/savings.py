@@ -212,9 +212,10 @@ def fit(cases: Sequence[Half]) -> np.ndarray:
     return minimize(loss, np.array([-2.0, 0.7, 1.0]), method="Nelder-Mead", options={"maxiter": 120}).x
 
 
-def stops(every: Sequence[Half]) -> dict[str, Any]:
+def stops(every: Sequence[Half], families: Sequence[str] = USED) -> dict[str, Any]:
+    """Each of `families` is predicted by what the others of `every` fit."""
     found: dict[str, Any] = {}
-    for family in USED:
+    for family in families:
         parameters = fit([case for case in every if case.family != family][::3])
         own = [case for case in every if case.family == family]
         for margin in FAMILIES[family][2]:

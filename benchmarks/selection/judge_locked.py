@@ -1,0 +1,117 @@
+"""The locked grids judge what was found on the others, once.
+
+    python -m benchmarks.selection.judge_locked
+
+Refused while fewer than six locked grids are whole, where a file differs from its hash, and once `judged.json` is there.
+What is judged was written down before (`locked/README.md`): the probability of one seed with the constant that the open grids fit, what each
+confidence picks, every strategy and baseline of `compare.py`, the adapter answer, and the savings of `savings.py`. `--rehearse`
+takes the open grids of `grids/` in their place, to see that everything runs; its figures judge nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from benchmarks.selection import compare, locks, one_seed, savings
+
+FAMILY = "locked"
+MARGINS = one_seed.MARGINS["long"]
+NEEDED = 6  # whole grids
+JUDGED = compare.HERE / "judged.json"
+
+
+def refusal(judged: Path = JUDGED) -> str | None:
+    """Why the locked grids can't judge now."""
+    if judged.exists():
+        return f"the locked grids judged on {json.loads(judged.read_text())['date']}: they judge once"
+    known = locks.read_lock()
+    touched = [name for name, entry in known.items() if locks.digest(locks.LOCKED / name) != entry["sha256"]]
+    if touched:
+        return f"touched after their lock: {', '.join(touched)}"
+    whole = [name for name, entry in known.items() if not entry["partial"]]
+    if len(whole) < NEEDED:
+        return f"{len(whole)} of {NEEDED} locked grids are whole: {', '.join(whole)}"
+    return None
+
+
+def judge(files: Sequence[Path]) -> dict[str, Any]:
+    """Everything about the grids of `files`."""
+    names = " ".join(str(file.relative_to(compare.HERE)) for file in files)
+    compare.FAMILIES[FAMILY] = (names, slice(None), MARGINS)
+    return {
+        "machine": machine(),
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "grids": [file.stem for file in files],
+        "one seed": one_seed_judged(files),
+        "compare": {key: value for key, value in compare.compare([FAMILY]).items() if key != "machine"},
+        "savings": savings_judged(),
+    }  # fmt: skip
+
+
+def one_seed_judged(files: Sequence[Path]) -> dict[str, Any]:
+    """The probability against other answers; nothing here is fitted on these grids."""
+    every = one_seed.every_seed(one_seed.curves_in(files))
+    opened = [pair for seen in one_seed.every_seed(one_seed.curves()) for pair in seen.pairs]
+    ratio = math.exp(one_seed.fit(opened, one_seed.CHOSEN, one_seed.DEGREES)[0])
+    ratios = dict.fromkeys({seen.source for seen in every}, ratio)
+    found: dict[str, Any] = {"ratio": round(ratio, 4), "brier": {}, "by grid": {}, "reliability": {}, "picks": {}}
+    for name, forecast in one_seed.forecasts(ratios).items():
+        events = one_seed.events(every, forecast)
+        found["brier"][name] = {"all": round(one_seed.brier(events), 3), "interval": one_seed.over_grids(events)}
+        found["by grid"][name] = {
+            grid: round(one_seed.brier([event for event in events if event.grid == grid]), 3)
+            for grid in sorted({event.grid for event in events})
+        }
+        if name in ("probability", "examples alone"):
+            found["reliability"][name] = one_seed.reliability(events)
+    for confidence in one_seed.CONFIDENCES:
+        found["picks"][f"at {confidence:g}"] = one_seed.picks(
+            every, lambda seen, margin, level=confidence: one_seed.pick(seen, margin, level, ratios)
+        )["long"]
+    found["picks"]["present rule"] = one_seed.picks(every, lambda seen, margin: seen.rule[margin])["long"]
+    found["picks"]["whole one-seed grid"] = one_seed.picks(
+        every, lambda seen, margin: one_seed.smallest_within(seen.losses, margin)
+    )["long"]
+    found["picks"]["always 16"] = one_seed.picks(every, lambda seen, margin: 16)["long"]
+    found["picks after bracket"] = one_seed.picks_after_bracket((FAMILY,))[FAMILY]
+    return found
+
+
+def savings_judged() -> dict[str, Any]:
+    curves = compare.whole_grids_of(FAMILY)
+    opened = [case for family in savings.USED for case in savings.halves(family, compare.whole_grids_of(family))]
+    locked = list(savings.halves(FAMILY, curves))
+    return {
+        "noise": savings.noise(curves),
+        "learning rates": savings.learning_rates(curves, MARGINS[1]),
+        "stops": savings.stops([*opened, *locked], (FAMILY,)),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rehearse", type=Path, metavar="FILE", help="judge the open grids of `grids/` and write FILE")
+    options = parser.parse_args()
+    if options.rehearse is None and (reason := refusal()) is not None:
+        print(f"judge_locked: {reason}")
+        return 2
+    locked = [locks.LOCKED / name for name in locks.read_lock()]
+    result = judge(sorted(locked if options.rehearse is None else compare.HERE.glob("grids/*.json")))
+    (options.rehearse or JUDGED).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["one seed"], indent=1))
+    print(compare.text(result["compare"]))
+    print(json.dumps(result["savings"], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
