@@ -8,13 +8,12 @@ from pathlib import Path
 
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
 from rightrank.decision.run import Records, decision_so_far, last_decided, records_of
-from rightrank.hooks import report as views
 from rightrank.hooks.event_log import PROGRESS_FILE
 from rightrank.interop.exports import Exported, require_target, write_export
 from rightrank.interop.recipe import recipe_of
 from rightrank.report.status import RunStatus, is_fresh, run_status
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.journal import Repaired
+from rightrank.runs.journal import Repaired, collector_paused
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import JournalRecord
@@ -28,6 +27,8 @@ def write_report(run: str | Path) -> Path:
     Raises:
         RunFolderError: no run there.
     """
+    from rightrank.hooks import report as views  # which `status` does without
+
     folder, journal, records = _opened(run, settled=False)
     goal = _goal(records)
     decision = None if goal == "adapter" else _decision(journal, records)
@@ -130,6 +131,7 @@ def _place(folder: RunFolder, to: str, out: str | Path | None) -> Path:
     return Path(out)
 
 
+@collector_paused()
 def status(run: str | Path) -> RunStatus:
     """Report where a run stands, from its files; nothing in the folder is written.
 

@@ -78,7 +78,7 @@ def collapsing_cells(outcomes: Iterable[TrialOutcome]) -> set[tuple[int, float]]
 
     A learning rate that some seeds do not survive is no learning rate to recommend, however well the others did.
     """
-    outcomes = [outcome for outcome in outcomes if outcome.rank > 0 and outcome.arm.is_direct]
+    outcomes = [outcome for outcome in outcomes if outcome.rank > 0 and outcome.is_direct]
     collapsed = {(one.rank, one.learning_rate) for one in outcomes if isinstance(one, TrialCollapsed)}
     stable = {(one.rank, one.learning_rate) for one in outcomes if isinstance(one, TrialFinished)} - collapsed
     return {cell for cell in collapsed if any(rank == cell[0] for rank, _ in stable)}
@@ -90,5 +90,5 @@ def without_collapsing(outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:
     return [
         one
         for one in outcomes
-        if not (isinstance(one, TrialFinished) and one.arm.is_direct and (one.rank, one.learning_rate) in cells)
+        if not (isinstance(one, TrialFinished) and one.is_direct and (one.rank, one.learning_rate) in cells)
     ]

@@ -60,7 +60,7 @@ def decide(
         table = replace(table, kind="loss")
     given, table = table, at_checkpoint(table, checkpoint)
     evidence, unit, margin = _prepared(table, margin)
-    checkpoints = checkpoint_note(given, checkpoint, unit.oriented_margin(margin))
+    checkpoints = checkpoint_note(given, evidence, checkpoint, unit.oriented_margin(margin))
     found = compare(evidence, unit.oriented_margin(margin))
     if confidence is not None:
         if not 0.5 <= confidence < 1:

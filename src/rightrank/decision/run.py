@@ -207,7 +207,7 @@ def _direction_in(started: RunStarted, metric: str) -> bool | None:
 
 def comparable(records: Records) -> list[TrialOutcome]:
     """The outcomes that may be compared: whole trainings."""
-    return without_collapsing([outcome for outcome in records.outcomes if outcome.arm.is_direct])
+    return without_collapsing([outcome for outcome in records.outcomes if outcome.is_direct])
 
 
 def best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from rightrank.schema.metrics import Checkpoint
 from rightrank.schema.trials import MetricName, TrialCollapsed, TrialFailed, TrialFinished, TrialOutcome
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Cell:
     """One finished trial. Scores are oriented so that lower is better; a perplexity is its logarithm."""
 
@@ -40,7 +41,7 @@ class Cell:
         """The number of examples; 0 if there is only one number for the trial."""
         return len(self.sums) if len(self.sums) > 1 else 0
 
-    @property
+    @cached_property
     def loss(self) -> float:
         """The oriented mean: lower is better."""
         return float(self.sums.sum() / self.weights.sum())

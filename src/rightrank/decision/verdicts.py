@@ -249,21 +249,23 @@ def _late_growth(found: Comparison) -> float | None:
     return gaps[-1] - gaps[len(gaps) // 2 - 1]
 
 
-def checkpoint_note(table: ScoreTable, used: Checkpoint, margin: float) -> CheckpointNote | None:
+def checkpoint_note(table: ScoreTable, evidence: Evidence, used: Checkpoint, margin: float) -> CheckpointNote | None:
     """The ranks that the values pick at the last and at the best evaluation; None without evaluations during the training.
 
     Args:
+        evidence: of the table at the checkpoint `used`.
         margin: in the oriented unit.
     """
     if not any(cell.points for (rank, _, _), cell in table.cells.items() if rank > 0):
         return None
-    last, best = (_pick(at_checkpoint(table, checkpoint), margin) for checkpoint in CHECKPOINTS)
+    tables = [at_checkpoint(table, checkpoint) for checkpoint in CHECKPOINTS]
+    last, best = (_pick(evidence if at is evidence.table else Evidence(at), margin) for at in tables)
     return CheckpointNote(used=used, last=last, best=best)
 
 
-def _pick(table: ScoreTable, margin: float) -> int:
+def _pick(evidence: Evidence, margin: float) -> int:
     """The rule on bare values."""
-    losses = {rank: found.fair_loss for rank, found in Evidence(table).contenders.items()}
+    losses = {rank: found.fair_loss for rank, found in evidence.contenders.items()}
     reference = min(losses, key=lambda rank: (losses[rank], rank))
     return walk_down(losses, reference, lambda rank: is_within(losses[rank] - losses[reference], margin))
 

@@ -19,11 +19,12 @@ Only journals of today's `SCHEMA_VERSION` are read: a change of a record's field
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,18 @@ def read_line(line: bytes) -> JournalRecord | Damage:
     if zlib.crc32(body) != checksum:
         return Damage("damaged: its checksum does not match")
     return _parsed(body + b"}")
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Within the block, Python's collector of cycles rests: it would visit thousands of records, none in a cycle, again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def split_torn(whole: bytes) -> tuple[bytes, bytes]:
@@ -173,6 +186,7 @@ class Journal:
         self._replace(b"".join(line + b"\n" for line in kept))
         return Repaired(len(kept), len(damaged), aside)
 
+    @collector_paused()
     def _records(self, body: bytes) -> list[JournalRecord]:
         records: list[JournalRecord] = []
         damaged: list[str] = []

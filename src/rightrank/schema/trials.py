@@ -66,14 +66,14 @@ class ArmFields(Record):
     def arm(self) -> Arm:
         return Arm(**{name: getattr(self, name) for name in ArmFields.model_fields})
 
-
-class Arm(ArmFields):
-    """One training to run. Trials are runs of an arm."""
-
     @property
     def is_direct(self) -> bool:
         """Whether this is a complete training from the start, as the comparison of ranks requires."""
         return self.stop_at is None and self.truncate_from is None
+
+
+class Arm(ArmFields):
+    """One training to run. Trials are runs of an arm."""
 
     @property
     def is_annealed(self) -> bool:

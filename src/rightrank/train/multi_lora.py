@@ -142,8 +142,9 @@ class MultiLora:
 
     def _settle(self) -> None:
         """Make every adapter trainable, not only PEFT's active one, and install the multi-LoRA forward pass."""
-        for name in self._names:
-            for parameter in self.parameters(name).values():
+        names = set(self._names)
+        for name, parameter in self.peft_model.named_parameters():
+            if not parameter.requires_grad and not names.isdisjoint(name.split(".")):
                 parameter.requires_grad_(True)
         for name, module in self._model.named_modules():
             if isinstance(module, LoraLayer | ModulesToSaveWrapper) and "forward" not in module.__dict__:

@@ -13,7 +13,7 @@ pairs take one more pass over every example, for the log-probabilities under the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -44,6 +44,7 @@ class SelectionPlan(MemoryPlan):
     """Predicted peaks by rank, and the ranks that fit."""
 
     estimator: Estimator
+    _shares: dict[int, int] = field(default_factory=dict, repr=False)  # rank → bytes of one more arm; traced once
 
     def notice(self) -> str | None:
         """One line for the user: the ranks left out, and why; None where all fit."""
@@ -59,10 +60,13 @@ class SelectionPlan(MemoryPlan):
             return None
         if len(ranks) == 1:
             return self.peak_bytes[ranks[0]]
-        pairs = self.estimator.variant(adapters_per_pass=2)
-        shares = {rank: pairs.estimate(rank).peak.peak_bytes - self.peak_bytes[rank] for rank in set(ranks)}
+        if missing := set(ranks) - self._shares.keys():
+            pairs = self.estimator.variant(adapters_per_pass=2)
+            self._shares.update(
+                {rank: pairs.estimate(rank).peak.peak_bytes - self.peak_bytes[rank] for rank in missing}
+            )
         first = ranks[0]
-        return self.peak_bytes[first] - shares[first] + sum(shares[rank] for rank in ranks)
+        return self.peak_bytes[first] - self._shares[first] + sum(self._shares[rank] for rank in ranks)
 
     def clock(self, prepared: Prepared) -> Clock | None:
         measured = _measured_speed(self.estimator, prepared)
