@@ -25,9 +25,8 @@ from rightrank.plugins.atlas.estimate import Question, expectation
 from rightrank.plugins.atlas.rows import Atlas, load
 from rightrank.schema.trials import Arm
 from rightrank.search.bracket import Bracket
-from rightrank.search.history import Trials
+from rightrank.search.history import Space, Trials
 from rightrank.search.protocol import Strategy
-from rightrank.search.space import Space
 
 HERE = Path(__file__).parent
 OWN = {"published": "tinker"}  # the atlas's source of a family's grids; of the others: ours

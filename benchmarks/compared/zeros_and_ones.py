@@ -3,7 +3,7 @@
     python -m benchmarks.compared.zeros_and_ones     # writes zeros_and_ones.json
 
 Pairs of answers get worse in one share of examples and better in another, for 36 to 400 examples. Beside the score test of `compare`: its
-bounds for other metrics, and those of `select` with and without the rule of three (`rightrank.decision.intervals`).
+bounds for other metrics, and those of `select` with and without the rule of three (`rightrank.decision.comparison`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import numpy as np
 from benchmarks.compared.calibration import Floats
 from benchmarks.machine import machine
 from benchmarks.results import store
-from rightrank.decision.comparison import Bounds, bounds_of, bounds_of_files
-from rightrank.decision.intervals import estimate, estimate_of_files
+from rightrank.decision.comparison import Bounds, bounds_of, bounds_of_files, estimate, estimate_of_files
 
 OUT = Path(__file__).parent / "zeros_and_ones.json"
 ROUNDS = 4000

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from benchmarks.decide.simulated import RANKS, World, draw_table, truth
 from benchmarks.machine import machine
+from rightrank.decision.comparison import estimate
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.intervals import estimate
 from rightrank.decision.table import ScoreTable
 
 HERE = Path(__file__).parent

@@ -26,9 +26,8 @@ import numpy as np
 
 from benchmarks.decide.simulated import MARGIN, Floats, Shape
 from benchmarks.machine import machine
-from rightrank.decision.comparison import is_within, walk_down
+from rightrank.decision.comparison import is_within, walk_down, winners_gap
 from rightrank.decision.evidence import Comparison, Evidence, compare
-from rightrank.decision.intervals import winners_gap
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.decision.verdicts import shown_rank, verdict_of
 

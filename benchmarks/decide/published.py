@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from rightrank.decision.metrics import kind_of, published_deviation
 from rightrank.decision.rule import decide
 from rightrank.decision.table import table_of_results
 from rightrank.schema.decision import Decision, Result, ResultsTable
+from rightrank.schema.metrics import kind_of, published_deviation
 
 HERE = Path(__file__).parent
 CURVES = HERE / "published_curves.json"

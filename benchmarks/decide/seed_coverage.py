@@ -35,8 +35,8 @@ import numpy as np
 from scipy.special import stdtrit
 
 from benchmarks.machine import machine
+from rightrank.decision.comparison import Estimate, estimate
 from rightrank.decision.evidence import Evidence, measured_noise
-from rightrank.decision.intervals import Estimate, estimate
 from rightrank.decision.rule import decide
 from rightrank.decision.seeds import PairNoise, pair_noise, start_of
 from rightrank.decision.table import Cell, Contender, ScoreTable

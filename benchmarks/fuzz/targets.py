@@ -13,13 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.fuzz import seeds
+from rightrank.adapters.checkpoints import open_weights
 from rightrank.api.adapters import inspect
 from rightrank.api.deciding import decide
 from rightrank.api.runs import status
 from rightrank.cli.options import gather
 from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data
-from rightrank.models.weights import open_weights
 from rightrank.plugins.plan.planner import make_plan
 from rightrank.report.html import render_report
 from rightrank.report.tables import decision_text

@@ -38,7 +38,7 @@ from benchmarks.gpu.pretend import install
 from benchmarks.results import store
 from rightrank.models import base_models
 from rightrank.runs import prepare as preparation
-from rightrank.runs.request import Request
+from rightrank.runs.values import Request
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train import targets

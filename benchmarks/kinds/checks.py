@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.kinds.cases import ARM, RANK, STEPS, Trained, make_runtime, settings_of
 from rightrank import inspect, resize
-from rightrank.models.adapter_files import open_adapter, write_padded
+from rightrank.adapters.rewrite import write_padded
+from rightrank.models.adapter_files import open_adapter
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.selection import plan_selection
 from rightrank.schema.errors import InterruptedRun, ModelError

@@ -25,7 +25,7 @@ from rightrank import resize
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.skeleton import read_config
 from rightrank.runs.prepare import Prepared, prepare
-from rightrank.runs.request import Request
+from rightrank.runs.values import Request
 from rightrank.schema.errors import RightrankError
 from rightrank.schema.events import Listener
 from rightrank.schema.plan_settings import make_plan_settings

@@ -19,7 +19,7 @@ from benchmarks.preference.grid import SETTINGS
 from benchmarks.selection.real_training import Workshop, open_workshop
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search.space import base_arm
+from rightrank.search.history import base_arm
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 STEPS = 24

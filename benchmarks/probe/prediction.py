@@ -25,9 +25,9 @@ from scipy.stats import spearmanr
 from tests.tiny import UNMEASURED
 
 from benchmarks.probe.common import store
+from rightrank.adapters import spectra
 from rightrank.decision.rule import decide
 from rightrank.decision.table import table_of
-from rightrank.models import spectra
 from rightrank.models.truncation import resized_factors
 from rightrank.schema.decision import Decision
 from rightrank.schema.trials import TrialFinished

@@ -20,7 +20,7 @@ import yaml
 
 from benchmarks.probe.common import store
 from rightrank.adapters.held_out import Candidates, Recovery, truncation_curve
-from rightrank.decision.intervals import estimate
+from rightrank.decision.comparison import estimate
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.train.adapter_runtime import DataUse, adapter_runtime

@@ -32,8 +32,7 @@ from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.settings import PROFILES
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome, trial_id
-from rightrank.search.history import History
-from rightrank.search.space import Space
+from rightrank.search.history import History, Space
 from rightrank.search.upward import Upward
 
 HERE = Path(__file__).parent

@@ -27,8 +27,8 @@ from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.worker import versions
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hooks, Run
-from rightrank.runs.returns import Selected
 from rightrank.runs.run import decide, loop
+from rightrank.runs.values import Selected
 from rightrank.schema.events import DataSummary, Event, RunStarted
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished

@@ -35,8 +35,8 @@ from benchmarks.selection.real_training import (
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm, Trial, TrialFinished, trial_id
 from rightrank.search.bracket import outside_in
+from rightrank.search.history import base_arm
 from rightrank.search.learning_rates import ANNEAL, LOOK
-from rightrank.search.space import base_arm
 
 ADAPTERS_PER_PASS = 16
 SHORT_TEXTS = {"seq_len": 32, "eval_items": 256, "test_fraction": 0.06, "adapters_per_pass": ADAPTERS_PER_PASS}

@@ -35,7 +35,7 @@ from benchmarks.selection.real_training import GRIDS, Workshop, open_workshop, p
 from rightrank.models.kinds import linear
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
-from rightrank.search.space import base_arm
+from rightrank.search.history import base_arm
 from rightrank.train.adapter_runtime import adapter_attached
 
 HERE = Path(__file__).parent

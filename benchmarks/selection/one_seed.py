@@ -47,7 +47,7 @@ from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import decide
 from rightrank.decision.seeds import pair_noise
 from rightrank.decision.table import Contender, ScoreTable, table_of
-from rightrank.schema.arrays import Floats
+from rightrank.schema.trials import Floats
 from rightrank.search.strategies import STRATEGIES
 
 HERE = Path(__file__).parent

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rightrank.search.history import RECOVERY_LR_FACTOR, RECOVERY_PART
 from rightrank.search.learning_rates import ANNEAL, LOOK
-from rightrank.search.space import RECOVERY_LR_FACTOR, RECOVERY_PART
 
 Tensor = torch.Tensor
 

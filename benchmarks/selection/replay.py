@@ -20,8 +20,8 @@ from pathlib import Path
 from benchmarks.selection.tables import GridCurve, Replayed, read_grids, replay, space_of_grid
 from rightrank.schema.errors import InputError, ResultsError, SettingsError
 from rightrank.schema.settings import Goal
+from rightrank.search.history import Space
 from rightrank.search.protocol import Strategy
-from rightrank.search.space import Space
 from rightrank.search.strategies import strategy_named
 
 

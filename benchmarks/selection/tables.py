@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from rightrank.decision.metrics import kind_of
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ResultsError
+from rightrank.schema.metrics import kind_of
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, trial_id
-from rightrank.search.history import History, Trials, steps_of
+from rightrank.search.history import History, Space, Trials, steps_of
 from rightrank.search.protocol import Strategy
-from rightrank.search.space import Space
 from rightrank.search.upward import Upward
 
 REPLAY_STEPS = 1000  # of a whole training: costs are counted in these

@@ -19,7 +19,7 @@ from benchmarks.machine import machine
 from benchmarks.results import store
 from benchmarks.truncation.study import RANKS, TOP
 from benchmarks.truncation.tops import whole_trainings
-from rightrank.decision.intervals import Estimate, estimate
+from rightrank.decision.comparison import Estimate, estimate
 from rightrank.schema.trials import TrialFinished
 
 Row = dict[str, Any]

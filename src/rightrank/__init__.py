@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rightrank.api.runs import export, write_report
     from rightrank.api.selecting import preflight, select_rank, select_rank_with
     from rightrank.interop.smallest import SmallestAdapter
-    from rightrank.runs.returns import Selected
+    from rightrank.runs.values import Selected
     from rightrank.schema.decision import Decision
     from rightrank.schema.plan_settings import PlanSettings
     from rightrank.schema.settings import SelectSettings
@@ -30,7 +30,7 @@ _PLACES = {
     "EvalPoint": "schema.trials",
     "PlanSettings": "schema.plan_settings",
     "SelectSettings": "schema.settings",
-    "Selected": "runs.returns",
+    "Selected": "runs.values",
     "SmallestAdapter": "interop.smallest",
     "TrialResult": "schema.trials",
     "TrialTask": "schema.trials",

@@ -19,7 +19,7 @@ from rightrank.api.selecting import select_rank
 from rightrank.data.files import replacing, replacing_folder, report_disk_errors
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, Hooks
-from rightrank.runs.returns import Selected
+from rightrank.runs.values import Selected
 from rightrank.schema.errors import MissingExtraError
 from rightrank.schema.settings import SelectSettings
 

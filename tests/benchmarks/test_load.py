@@ -13,8 +13,7 @@ from rightrank.decision.run import decide_run
 from rightrank.report.html import MAX_ROWS
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
-from rightrank.search.history import Trials
-from rightrank.search.space import space_of
+from rightrank.search.history import Trials, space_of
 from tests.report.runs import made_up_run
 
 STORED = json.loads((HERE / "measured.json").read_text(encoding="utf-8"))

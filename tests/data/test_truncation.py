@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rightrank.models import spectra
+from rightrank.adapters import spectra
 from rightrank.models.truncation import resized_factors
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 10_000))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rightrank.decision.adapter import Criterion, adapter_answer, compared_adapters
+from rightrank.decision.comparison import estimate
 from rightrank.decision.guard import guarded
-from rightrank.decision.intervals import estimate
 from rightrank.report.adapters import figure_of
 from rightrank.report.svg import svg_file
 from rightrank.schema.decision import AdapterAnswer

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from benchmarks.decide.simulated import MARGIN, RANKS, World, draw_table, truth
 
+from rightrank.decision.comparison import estimate
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.intervals import estimate
 from rightrank.decision.rule import decide
 from rightrank.decision.table import Cell, ScoreTable, table_of
 from rightrank.report.answer import answer_view, evidence_table

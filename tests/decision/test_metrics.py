@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rightrank.decision.metrics import MetricKind, default_margin, is_percent, kind_of, published_deviation
+from rightrank.schema.metrics import MetricKind, default_margin, is_percent, kind_of, published_deviation
 
 
 @pytest.mark.parametrize(

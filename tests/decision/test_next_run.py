@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, examples_needed, seeds_needed, settles
-from rightrank.decision.intervals import estimate
+from rightrank.decision.comparison import CONFIDENCE, estimate, examples_needed, seeds_needed, settles
 
 
 def test_the_examples_needed_settle_it_in_four_of_five_runs() -> None:

@@ -5,16 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.seeds import (
-    START,
-    WITHIN_DEGREES,
-    PairNoise,
-    Prior,
-    adjusted_means,
-    best_learning_rate,
-    pair_noise,
-    prior_of,
-)
+from rightrank.decision.seeds import START, WITHIN_DEGREES, PairNoise, Prior, pair_noise, prior_of
+from rightrank.decision.table import adjusted_means, best_learning_rate
 
 
 def test_the_noise_of_a_difference_by_hand() -> None:

@@ -16,7 +16,7 @@ import pytest
 from rightrank import compare, export, resize, select_rank
 from rightrank.data.splits import load_data
 from rightrank.models.labels import adopted_labels, base_arguments, labels_of_side, loading_lines
-from rightrank.runs.returns import Selected
+from rightrank.runs.values import Selected
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.settings import make_settings
 from tests.tiny import save_tiny_llama, small_settings, write_jsonl

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rightrank.models import spectra
+from rightrank.adapters import spectra
 
 
 def factors(rows: int, columns: int, rank: int, seed: int) -> tuple[spectra.Floats, spectra.Floats]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rightrank.models.truncation import Moments, components, damped, ranks_within, resized_factors
-from rightrank.schema.arrays import Floats
+from rightrank.schema.trials import Floats
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 10_000))
 

@@ -21,7 +21,7 @@ from rightrank.report.html import render_report
 from rightrank.report.sentences import cost_of
 from rightrank.report.svg import write_figures
 from rightrank.runs.journal import Journal
-from rightrank.runs.returns import answers
+from rightrank.runs.values import answers
 from rightrank.schema.events import RunContinued
 from rightrank.search.strategies import training_rank_estimate
 from tests.report.elements import Elements

@@ -12,7 +12,7 @@ from rightrank.cli import main
 from rightrank.decision.run import records_of
 from rightrank.hooks.extend import extended
 from rightrank.runs.journal import Journal
-from rightrank.runs.returns import Selected
+from rightrank.runs.values import Selected
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, NextRun
 from rightrank.schema.settings import SelectSettings, make_settings
 from tests.tiny import sentences, small_settings, write_jsonl

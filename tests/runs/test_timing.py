@@ -16,7 +16,7 @@ from rightrank.plugins.plan.selection import Speed
 from rightrank.report.format import duration
 from rightrank.report.tables import FINISH_SECONDS, preflight_text
 from rightrank.runs.journal import Journal
-from rightrank.runs.returns import Selected
+from rightrank.runs.values import Selected
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
 from rightrank.schema.results import Extent, SelectionCost
 from rightrank.schema.trials import Arm, TrialFinished, TrialStarted

@@ -15,13 +15,13 @@ import pytest
 from benchmarks.fuzz.guard import find_in
 from safetensors.numpy import save_file
 
+from rightrank.adapters.checkpoints import open_weights
 from rightrank.api.adapters import inspect
 from rightrank.api.deciding import decide
 from rightrank.api.runs import status
 from rightrank.data.files import read_config
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_model
-from rightrank.models.weights import open_weights
 from rightrank.plugins.plan import plan
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import DataError, InputError, ModelError, ResultsError, RunFolderError, SettingsError

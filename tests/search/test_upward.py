@@ -13,8 +13,7 @@ from benchmarks.selection.tables import recommend
 from rightrank.decision.collapse import collapse_of, should_stop_early, without_collapsing
 from rightrank.decision.seeds import detectable_difference, needed_seeds
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
-from rightrank.search.history import History
-from rightrank.search.space import Space
+from rightrank.search.history import History, Space
 from rightrank.search.upward import REASONER_START, Upward, is_distilled_reasoner
 from tests.search.worlds import World, make_space, run_all
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from rightrank.schema.trials import Arm, EvalPoint, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome, trial_id
-from rightrank.search.history import History
+from rightrank.search.history import History, Space
 from rightrank.search.protocol import Strategy
-from rightrank.search.space import Space
 from tests.tiny import UNMEASURED
 
 STEPS = 100

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rightrank.decision.comparison import bounds_of, bounds_of_files
-from rightrank.decision.intervals import estimate
+from rightrank.decision.comparison import bounds_of, bounds_of_files, estimate
 from rightrank.train.scores import exact_match, macro_f1, macro_f1_shares, rouge_l, rouge_n, token_f1
 
 

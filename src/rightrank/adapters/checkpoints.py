@@ -7,19 +7,22 @@ and Tropp 2011) gives the leading singular values; the energy ‖Δ‖²_F is ex
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from rightrank.adapters.spectra import Update, inspection_of
+from rightrank.data.files import kind_of
 from rightrank.models.adapter_files import natural_order
-from rightrank.models.weights import WeightFolder, open_weights
-from rightrank.schema.arrays import Floats
+from rightrank.models.places import read_header, safe_shards
 from rightrank.schema.errors import ModelError
 from rightrank.schema.results import Inspection
 from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import Floats
 from rightrank.train.adapter_runtime import DataUse, make_runtime
 from rightrank.train.runtime import Runtime
 
@@ -178,3 +181,35 @@ def weight_gradients(
         for weight in weights.values():
             weight.requires_grad_(False)
             weight.grad = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFolder:
+    """Names, files and shapes of the tensors; a tensor is read on access."""
+
+    path: Path
+    files: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        # Closing the file releases its mapped pages, so that memory holds one tensor at a time.
+        with safe_open(self.files[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+
+def open_weights(path: Path) -> WeightFolder:
+    """Read the headers of a model folder's tensors.
+
+    Raises:
+        ModelError: no such folder, no safetensors, pickled weights, or a shard that is missing or damaged.
+    """
+    if kind_of(path) != "folder":
+        raise ModelError(f"{path}: no such folder; give a model folder that save_pretrained wrote")
+    files: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in safe_shards(path):
+        found, _ = read_header(shard)
+        files |= dict.fromkeys(found, shard)
+        shapes |= found
+    return WeightFolder(path, files, shapes)

@@ -14,15 +14,14 @@ from pathlib import Path
 
 from rightrank.data.rows import held_out_fields
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.decision.comparison import bounds_of_files, examples_needed
-from rightrank.decision.intervals import estimate_of_files
-from rightrank.decision.metrics import default_margin
+from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
 from rightrank.decision.table import Cell, ScoreTable, minus, table_of
 from rightrank.models.base_models import load_base, require_base
 from rightrank.models.labels import shared_labels
 from rightrank.models.places import BASE, CONFIG_FILE, require_side
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.events import Evaluating
+from rightrank.schema.metrics import default_margin
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.schema.settings import PAIR_MARGIN, SelectSettings
 from rightrank.schema.trials import TrialFinished

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rightrank.adapters.rewrite import RankChoice, require_plain_update, write_resized
+from rightrank.adapters.spectra import energy_rank, factored_singular_values
 from rightrank.data.files import require_absent
 from rightrank.data.rows import read_rows
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
-from rightrank.models.spectra import energy_rank, factored_singular_values
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import Evaluating
 from rightrank.schema.results import Resized

@@ -14,7 +14,7 @@ from rightrank.decision.table import table_of_results
 from rightrank.interop.tables import TableOptions, flat, raw_rows, results_of_rows, rows_of_mappings
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import decide_rows
-from rightrank.runs.returns import first_command
+from rightrank.runs.values import first_command
 from rightrank.schema.command import next_commands
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Unpack
 
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Hooks
-from rightrank.runs.returns import Selected
+from rightrank.runs.values import Selected
 from rightrank.schema.configs import settings_of_configs
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.keywords import SelectKeywords
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from rightrank.runs.calls import EvaluateFunction, TrainFunction
     from rightrank.runs.own_trainer import TrainerSettings
-    from rightrank.runs.request import Rows
+    from rightrank.runs.values import Rows
 
 
 def select_rank(
@@ -66,7 +66,7 @@ def select_rank(
     from rightrank.hooks.interrupts import Interrupts
     from rightrank.hooks.trackers import Trackers
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.request import Request, check
+    from rightrank.runs.values import Request, check
 
     request = Request(model, tokenizer, data, _overridden(settings, keywords, peft_config, args))
     check(request)
@@ -120,7 +120,7 @@ def preflight(
         InputError: model, data or settings can't be used.
     """
     from rightrank.hooks.trackers import require_trackers
-    from rightrank.runs.request import Request, check
+    from rightrank.runs.values import Request, check
 
     begun = time.monotonic()  # torch is imported below
     request = Request(model, tokenizer, data, _overridden(settings, keywords))

@@ -18,7 +18,7 @@ from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
     from rightrank.runs.hook import Hook
-    from rightrank.runs.returns import Selected
+    from rightrank.runs.values import Selected
 
 
 @click.command(
@@ -77,7 +77,7 @@ def select(
     rows = Path(str(begun.pop("data"))) if data is None else data
     settings = make_settings(begun | gather(config_file, assignments, options))
     if not (quiet or log_json or as_json or sys.stderr.isatty()):  # on a terminal, a line comes before the check
-        from rightrank.runs.request import Request, check
+        from rightrank.runs.values import Request, check
 
         check(Request(base, None, rows, settings))  # before torch is imported
         announce("loading model and data", anywhere=True)

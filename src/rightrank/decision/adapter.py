@@ -18,14 +18,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rightrank.decision.comparison import bounds_of, is_within
-from rightrank.decision.intervals import Estimate, estimate
-from rightrank.decision.metrics import default_margin, kind_of, span_of
+from rightrank.decision.comparison import Estimate, bounds_of, estimate, is_within, span_of
 from rightrank.decision.table import Cell, ScoreTable, estimate_of, minus, table_of
-from rightrank.schema.arrays import Floats
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterOrigin
 from rightrank.schema.events import TestEvaluated
-from rightrank.schema.trials import TrialFinished, TrialOutcome
+from rightrank.schema.metrics import default_margin, kind_of
+from rightrank.schema.trials import Floats, TrialFinished, TrialOutcome
 
 SEARCH = "(--goal training-rank, the default)"  # what searches the training rank, in a note's words
 MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)

@@ -9,25 +9,48 @@
     ===========  ===================================
 
 Within the margin is at most the margin (`is_within`), for bounds, for means and for bare values.
+
+The bounds are of means over two crossed random factors, examples and seeds, in closed form.
+
+The model of one score (or of one paired difference) x of seed s and example i is
+
+    x_si = w_i (θ + seed_s) + example_i + interaction_si
+
+with random seeds and examples. The mean's variance is V = V_examples + V_seeds - V_interaction: each of the first two
+contains the interaction, so it is subtracted once. Degrees of freedom follow Satterthwaite (1946). The skewness of the
+examples shifts the quantiles as in Hall (1992, "On the removal of skewness by transformation"). A two-way bootstrap (Owen
+2007) covers about as well at thirty to a hundred times the cost; `benchmarks/decide` compares both.
+
+Where nothing but two files is compared (`estimate_of_files`), the degrees follow the kurtosis of the examples, and skewness widens a
+bound and never narrows it: `benchmarks/compared` shows that these bounds err less often there. No bound of a bounded score has
+zero width: where at most three examples differ, the standard error is at least that of the rule of three.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import ndtri, stdtrit
 
-from rightrank.decision.intervals import Estimate, binary_bound, estimate_of_files, normal_quantile
-from rightrank.schema.arrays import Floats
+from rightrank.schema.metrics import MetricKind, is_percent
+from rightrank.schema.trials import Floats
 
 CONFIDENCE = 0.95  # of each bound
 POWER = 0.8  # with which a planned run settles a comparison
 TIE = 1e-9  # of the margin: a difference that exceeds it by rounding alone is within it
 MAX_EXAMPLE_GROWTH = 64
 MAX_SEEDS = 32
+MAX_DEGREES = 1e6  # beyond it the t distribution is normal
+MAX_SKEWNESS_SHIFT = 0.5  # of the quantile: the correction is of first order and must stay small
+BOOTSTRAP_DRAWS = 2000  # from a fixed seed
+RULE_OF_THREE = 3 / 1.645  # a standard error times the number of examples: the 95% bound lies 3/n away
+MAX_RARE = 3  # examples that differ, up to which the rule of three is wider than their own variance
+BISECTIONS = 60
 
 
 def is_within(difference: float, margin: float) -> bool:
@@ -116,3 +139,247 @@ def walk_down(ranks: Iterable[int], reference: int, holds: Callable[[int], bool]
 def descending(ranks: Iterable[int], reference: int) -> list[int]:
     """The ranks between 0 and `reference`, both excluded, from the top downward."""
     return sorted((rank for rank in ranks if 0 < rank < reference), reverse=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with the parts of its variance, which are those of the mean over `examples` and `seeds`."""
+
+    mean: float
+    examples_variance: float  # 0 without examples
+    seeds_variance: float
+    interaction_variance: float  # contained in both of the above
+    examples: int
+    seeds: int
+    seeds_degrees: float
+    skewness: float  # of the examples' influence
+    kurtosis: float | None = None  # of the examples' influence, where two files are compared
+
+    @property
+    def variance(self) -> float:
+        """The variance of the mean, at least that of either factor alone."""
+        whole = self.examples_variance + self.seeds_variance - self.interaction_variance
+        return max(whole, self.examples_variance, self.seeds_variance, 0.0)
+
+    @property
+    def standard_error(self) -> float:
+        return math.sqrt(self.variance)
+
+    @property
+    def degrees(self) -> float:
+        """Satterthwaite's degrees of freedom of the sum of the parts; of two files, those of a variance of this kurtosis."""
+        if self.kurtosis is not None:
+            return max(1.0, min(self.examples - 1.0, 2 * self.examples / max(self.kurtosis - 1, 1e-9)))
+        squares = 0.0
+        if self.examples > 1:
+            squares += self.examples_variance**2 / (self.examples - 1)
+        if self.seeds_degrees > 0:
+            squares += self.seeds_variance**2 / self.seeds_degrees
+        if self.examples > 1 and self.seeds > 1:
+            squares += self.interaction_variance**2 / ((self.examples - 1) * (self.seeds - 1))
+        return MAX_DEGREES if squares <= 0 else float(min(MAX_DEGREES, max(1.0, self.variance**2 / squares)))
+
+    def bound(self, confidence: float) -> float:
+        """The one-sided confidence bound of the true mean: an upper one above one half, a lower one below it."""
+        return self.mean + self.standard_error * self._reach(confidence)
+
+    def _reach(self, confidence: float) -> float:
+        reach: float = float(stdtrit(self.degrees, confidence))
+        if self.examples < 2 or self.variance <= 0:
+            return reach
+        # the distribution over seeds is taken as symmetric
+        share = float((self.examples_variance / self.variance) ** 1.5)
+        shift = share * self.skewness * (2 * reach * reach + 1) / (6 * math.sqrt(self.examples))
+        shift = max(-MAX_SKEWNESS_SHIFT * abs(reach), min(MAX_SKEWNESS_SHIFT * abs(reach), shift))
+        if self.kurtosis is not None and shift * reach < 0:
+            return reach
+        return reach + shift
+
+    def with_seeds(self, variance: float, degrees: float) -> Estimate:
+        """The same mean with another seed variance, such as a pooled or a published one."""
+        return replace(self, seeds_variance=variance, seeds_degrees=degrees)
+
+    def of_a_further_seed(self) -> Estimate:
+        """The estimate of the difference that one further seed shows: the seed part times 1 + seeds."""
+        return replace(self, seeds_variance=self.seeds_variance * (1 + self.seeds))
+
+    def reversed(self) -> Estimate:
+        """The estimate of the opposite difference."""
+        return replace(self, mean=-self.mean, skewness=-self.skewness)
+
+    def at(self, examples: int, seeds: int) -> Estimate:
+        """The estimate that a run of another size is expected to give: the same mean, with each part of the variance scaled."""
+        example_ratio = self.examples / examples if self.examples > 1 and examples > 0 else 1.0
+        seed_ratio = self.seeds / seeds
+        pure_examples = max(self.examples_variance - self.interaction_variance, 0.0) * example_ratio
+        pure_seeds = max(self.seeds_variance - self.interaction_variance, 0.0) * seed_ratio
+        both = self.interaction_variance * example_ratio * seed_ratio
+        degrees = self.seeds_degrees
+        if degrees > 0:
+            degrees = max(degrees + seeds - self.seeds, 1.0)
+        return Estimate(
+            self.mean,
+            pure_examples + both,
+            pure_seeds + both,
+            both,
+            examples,
+            seeds,
+            degrees,
+            self.skewness,
+            self.kurtosis,
+        )
+
+
+def estimate(sums: Floats, weights: Floats, span: float = 0.0) -> Estimate:
+    """The weighted mean over seeds and examples, Σ sums / Σ weights averaged over seeds.
+
+    With one seed the seed variance is 0 with no degrees of freedom, and the caller replaces it (`with_seeds`).
+
+    Args:
+        sums: [seeds, examples] the score of each example times its weight, or the difference of two such scores.
+        weights: [examples] the tokens of each example, or ones.
+        span: the range of one example's score; 0 for losses, which have no bound and are equal for equal functions alone.
+    """
+    seeds, examples = sums.shape
+    by_seed = sums.sum(axis=1) / weights.sum()
+    mean = float(by_seed.mean())
+    seeds_variance = float(by_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
+    if examples < 2:
+        return Estimate(mean, 0.0, seeds_variance, 0.0, 0, seeds, float(seeds - 1), 0.0)
+    influence = (sums.mean(axis=0) - weights * mean) / weights.mean()
+    examples_variance = float((influence**2).sum()) / (examples * (examples - 1))
+    if span and _is_rare(int(np.count_nonzero((sums != np.median(sums)).any(axis=0))), influence):
+        examples_variance = max(examples_variance, (RULE_OF_THREE * span / examples) ** 2)
+    interaction_variance = 0.0
+    if seeds > 1:
+        rest = (sums - np.outer(by_seed, weights)) / weights.mean() - influence
+        interaction_variance = float((rest**2).sum()) / ((seeds - 1) * (examples - 1) * examples * seeds)
+    interaction_variance = min(interaction_variance, examples_variance, seeds_variance)
+    return Estimate(
+        mean,
+        examples_variance,
+        seeds_variance,
+        interaction_variance,
+        examples,
+        seeds,
+        float(seeds - 1),
+        _skewness(influence),
+    )
+
+
+def span_of(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 1.0) -> float:
+    """The range of one example's score; 0 for losses, which have no bound.
+
+    Args:
+        sums: [..., examples] scores times weights.
+        weights: [examples]
+    """
+    if kind in ("token_loss", "loss", "perplexity"):
+        return 0.0
+    scores = np.abs(np.divide(sums, weights))
+    if kind != "accuracy":
+        return float(np.max(scores)) or 1.0
+    # shares of a metric that is no mean of examples exceed 1 one by one, but not on average
+    return 100.0 if is_percent([float(np.mean(scores))]) or (np.isin(scores, (0, 100)).all() and scores.any()) else 1.0
+
+
+def _is_rare(differing: int, influence: Floats) -> bool:
+    """Whether so few examples differ that their own variance says too little.
+
+    Of shares (`train.scores.shares`) one other prediction moves nearly all of them a little: what counts is how many carry the variance.
+    """
+    if differing <= MAX_RARE or 2 * differing <= len(influence):
+        return differing <= MAX_RARE
+    squares = influence**2
+    return float(squares.sum()) ** 2 <= MAX_RARE * float((squares**2).sum())
+
+
+def estimate_of_files(sums: Floats, weights: Floats, span: float = 0.0) -> Estimate:
+    """The estimate of one paired difference of two files, [examples]; see `estimate`."""
+    found = estimate(sums[None, :], weights, span)
+    influence = sums - weights * found.mean
+    spread = float(np.mean(influence**2))
+    return replace(found, kurtosis=float(np.mean(influence**4)) / spread**2) if spread > 0 else found
+
+
+def binary_bound(worse: int, better: int, examples: int, confidence: float) -> float:
+    """The one-sided upper bound of a difference of two shares, of `examples` pairs of which so many differ each way.
+
+    It inverts the score test of Tango (1998, "Equivalence test and confidence interval for the difference in proportions for the
+    paired-sample design", Statistics in Medicine 17), whose error is that of the difference under test. Where no pair differs it is
+    the exact 1 - (1 - confidence)^(1/examples), about 3/examples.
+    """
+    if worse == better == 0:
+        return float(1 - (1 - confidence) ** (1 / examples))
+    low, high, reach = (worse - better) / examples, 1.0, normal_quantile(confidence)
+    observed = low
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        inside = middle - observed < reach * _score_error(middle, worse, better, examples)
+        low, high = (middle, high) if inside else (low, middle)
+    return high
+
+
+def _score_error(difference: float, worse: int, better: int, examples: int) -> float:
+    """The standard error of the difference of shares where its true value is `difference`: the other share by maximum likelihood."""
+    b = (2 * examples - worse + better) * difference - worse - better
+    c = -better * difference * (1 - difference)
+    share = (math.sqrt(max(b * b - 8 * examples * c, 0.0)) - b) / (4 * examples)
+    return math.sqrt(max(2 * share + difference * (1 - difference), 0.0) / examples)
+
+
+def _skewness(influence: Floats) -> float:
+    spread = float(np.mean(influence**2))
+    return float(np.mean(influence**3)) / spread**1.5 if spread > 0 else 0.0
+
+
+def seed_parts(means: Floats) -> tuple[float, float]:
+    """`(common, individual)` variances over seeds of a [ranks, seeds] matrix of means, with two seeds or more.
+
+    `common` is the variance of the seeds' level, which all ranks share. `individual` is the variance of the residuals,
+    with (ranks - 1)(seeds - 1) degrees of freedom; a paired difference of two ranks has twice this variance.
+    """
+    ranks, seeds = means.shape
+    level = means.mean(axis=0)
+    common = float(level.var(ddof=1))
+    if ranks < 2:
+        return common, 0.0
+    rest = means - means.mean(axis=1, keepdims=True) - level + means.mean()
+    return common, float((rest**2).sum()) / ((ranks - 1) * (seeds - 1))
+
+
+def winners_gap(means: Floats, covariance: Floats, degrees: float = MAX_DEGREES) -> float:
+    """The winner's curse: how much better, on average, the best of several noisy means looks than it is.
+
+    With shown means m and noise ε ~ N(0, Σ), the bias of the pick is estimated by the parametric bootstrap as
+
+        gap = -E[ε_J],  J = argmin_j (m_j + ε_j)
+
+    so that m_J + gap is the corrected mean. It grows with the noise and with the number of close candidates: for n equal
+    means with independent noise of deviation σ it is σ/√π = .56σ (n = 2) or .85σ (n = 3); for a clear winner it is 0.
+
+    Sources: Smith and Winkler (2006), "The Optimizer's Curse", Management Science 52, for the bias of a selected best;
+    Efron and Tibshirani (1993), "An Introduction to the Bootstrap", chapter 10, for its estimate.
+
+    Args:
+        means: [n], oriented so that lower is better.
+        covariance: [n, n] of their noise.
+        degrees: with which the covariance is known. The noise is a multivariate t below `MAX_DEGREES`.
+    """
+    if len(means) < 2:
+        return 0.0
+    generator = np.random.default_rng(0x5EED)
+    noise = generator.multivariate_normal(np.zeros(len(means)), covariance, size=BOOTSTRAP_DRAWS, method="eigh")
+    if degrees < MAX_DEGREES:
+        noise /= np.sqrt(generator.chisquare(degrees, size=BOOTSTRAP_DRAWS) / degrees)[:, None]
+    picks = np.argmin(means + noise, axis=1)
+    return max(0.0, -float(noise[np.arange(BOOTSTRAP_DRAWS), picks].mean()))
+
+
+def two_sided(confidence: float) -> tuple[float, float]:
+    """The quantiles of a two-sided interval: `(0.025, 0.975)` for 0.95."""
+    return (1 - confidence) / 2, (1 + confidence) / 2
+
+
+def normal_quantile(probability: float) -> float:
+    return float(ndtri(probability))

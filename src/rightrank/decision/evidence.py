@@ -21,23 +21,22 @@ from itertools import permutations
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, Bounds, descending, is_within, walk_down
-from rightrank.decision.intervals import Estimate, seed_parts, winners_gap
-from rightrank.decision.metrics import MetricKind
-from rightrank.decision.seeds import (
-    MIN_EXAMPLES,
-    PairNoise,
-    Prior,
-    adjusted_means,
-    pair_noise,
-    prior_of,
-    probability_within,
-    start_of,
+from rightrank.decision.comparison import (
+    CONFIDENCE,
+    Bounds,
+    Estimate,
+    descending,
+    is_within,
+    seed_parts,
+    walk_down,
+    winners_gap,
 )
+from rightrank.decision.seeds import MIN_EXAMPLES, PairNoise, Prior, pair_noise, prior_of, probability_within, start_of
 from rightrank.decision.table import (
     Cell,
     Contender,
     ScoreTable,
+    adjusted_means,
     cells_by_seed,
     cells_of_shared_seeds,
     contender_of,
@@ -46,8 +45,9 @@ from rightrank.decision.table import (
     on_common_seeds,
     paired_cells,
 )
-from rightrank.schema.arrays import Floats
 from rightrank.schema.decision import Basis, StaircaseStep
+from rightrank.schema.metrics import MetricKind
+from rightrank.schema.trials import Floats
 
 MIN_CURVE_RANKS = 4  # one more than the power law has parameters
 # The power law's exponent: 61 candidates, with a prior twice as wide as 26 published curves are (median .57, quartiles .38 and .64).

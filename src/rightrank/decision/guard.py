@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rightrank.decision.adapter import AdapterFile, Criterion, against_reference, files_of, with_adapter
-from rightrank.decision.comparison import CONFIDENCE, bounds_of, examples_needed, is_within
-from rightrank.decision.intervals import Estimate, estimate
+from rightrank.decision.comparison import CONFIDENCE, Estimate, bounds_of, estimate, examples_needed, is_within
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.events import GuardAnswer, GuardEvaluated, GuardFile
 from rightrank.schema.trials import TrialOutcome

@@ -6,9 +6,15 @@ difference is itself uncertain, so the result is a plan and no guarantee.
 
 from __future__ import annotations
 
-from rightrank.decision.comparison import MAX_EXAMPLE_GROWTH, MAX_SEEDS, examples_needed, seeds_needed, settles
+from rightrank.decision.comparison import (
+    MAX_EXAMPLE_GROWTH,
+    MAX_SEEDS,
+    Estimate,
+    examples_needed,
+    seeds_needed,
+    settles,
+)
 from rightrank.decision.evidence import Comparison, Evidence
-from rightrank.decision.intervals import Estimate
 from rightrank.decision.verdicts import inconclusive_rank, lengths, possible_rival, shown_rank, underpowered
 from rightrank.schema.decision import NextRun, Verdict
 

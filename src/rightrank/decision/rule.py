@@ -18,17 +18,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from rightrank.decision.comparison import CONFIDENCE
+from rightrank.decision.comparison import CONFIDENCE, two_sided
 from rightrank.decision.evidence import Compared, Comparison, Evidence, Unit, compare, staircase
-from rightrank.decision.intervals import two_sided
-from rightrank.decision.metrics import default_margin
 from rightrank.decision.next_run import next_runs
 from rightrank.decision.sentences import basis_note, conflict_sentence, probability_note, sentence_of
 from rightrank.decision.table import ScoreTable, at_checkpoint
 from rightrank.decision.verdicts import checkpoint_note, flags_of, shown_rank, smallest_alike, verdict_of
 from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.metrics import Checkpoint
+from rightrank.schema.metrics import Checkpoint, default_margin
 
 
 def decide(

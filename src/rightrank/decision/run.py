@@ -8,7 +8,6 @@ from typing import Any
 
 from rightrank.decision.adapter import Criterion, compared_adapters, making_of
 from rightrank.decision.collapse import without_collapsing
-from rightrank.decision.metrics import REPORTED_ONLY
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of
 from rightrank.schema.decision import AdapterCandidate, Decision, TrainingRankEstimate
@@ -23,7 +22,7 @@ from rightrank.schema.events import (
     RunStarted,
     TestEvaluated,
 )
-from rightrank.schema.metrics import Checkpoint, direction, unknown_direction
+from rightrank.schema.metrics import REPORTED_ONLY, Checkpoint, direction, unknown_direction
 from rightrank.schema.settings import PLAIN, PROFILES
 from rightrank.schema.trials import OUTCOMES, EvalPoint, TrialFinished, TrialLook, TrialOutcome, TrialStarted
 

@@ -13,18 +13,17 @@ further seed is a probability beside it (`probability_within`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import stdtr
 
-from rightrank.decision.intervals import normal_quantile
-from rightrank.decision.metrics import MetricKind
-from rightrank.schema.arrays import Floats
+from rightrank.decision.comparison import CONFIDENCE, POWER, normal_quantile
+from rightrank.schema.metrics import MetricKind
+from rightrank.schema.trials import Floats
 
-CONFIDENCE, POWER = 0.95, 0.8  # one-sided: of the test, and of a true difference to pass it
-REACH = normal_quantile(CONFIDENCE) + normal_quantile(POWER)
+REACH = normal_quantile(CONFIDENCE) + normal_quantile(POWER)  # of the test, and of a true difference to pass it
 
 
 def needed_seeds(deviation: float, difference: float) -> int:
@@ -75,7 +74,6 @@ class Prior:
 START = {"loss": Prior(0.1**2, 0.5), "score": Prior(0.08**2, 2.0)}
 WITHIN_DEGREES = 8.0  # how alike the ratios of one run's ranks are: the degrees of their scaled F distribution
 BARE_WITHIN_DEGREES = 3.0  # the same for variances that no spread between examples scales
-RIDGE = 1e-4  # keeps seed effects at 0 where the seeds that rows share do not determine them
 SHARED_REFERENCE = 0.5  # weight of a pair in the ratio at hand: all pairs share the reference's noise
 
 
@@ -121,42 +119,3 @@ def pair_noise(sums: Floats, weights: Floats) -> PairNoise:
         return PairNoise(variance, seeds - 1.0, 1.0)
     influence = (sums - np.outer(by_seed, weights)) / weights.mean()
     return PairNoise(variance, seeds - 1.0, float((influence**2).sum()) / (seeds * (examples - 1)))
-
-
-def adjusted_means(losses: Sequence[Mapping[int, float]]) -> list[float]:
-    """The mean of each row (seed → loss), as if all rows had all seeds.
-
-    Rows are compared on the seeds that they share: the least-squares fit of loss = row + seed, with seed effects that sum
-    to 0. Rows without a seed in common keep their plain means.
-    """
-    seeds = sorted({seed for row in losses for seed in row})
-    if all(len(row) == len(seeds) for row in losses):
-        return [float(np.mean(list(row.values()))) for row in losses]
-    cells = [(place, seeds.index(seed), loss) for place, row in enumerate(losses) for seed, loss in row.items()]
-    level = float(np.mean([loss for _, _, loss in cells]))
-    design = np.zeros((len(cells) + len(seeds), len(losses) + len(seeds)))
-    target = np.zeros(len(design))
-    for number, (place, seed, loss) in enumerate(cells):
-        design[number, place] = design[number, len(losses) + seed] = 1.0
-        target[number] = loss - level
-    design[len(cells) :, len(losses) :] = RIDGE * np.eye(len(seeds))
-    solution = np.linalg.lstsq(design, target, rcond=None)[0]
-    return [float(row) + level for row in solution[: len(losses)]]
-
-
-def best_learning_rate(
-    losses: Mapping[float, Mapping[int, float]], is_surely_lower: Callable[[float, float], bool]
-) -> float:
-    """The learning rate with the lowest mean (losses by seed), compared on shared seeds; the lower one on ties.
-
-    Those with the most seeds are compared first. One with fewer seeds replaces the best of them only where
-    `is_surely_lower(one, best)` on the seeds that both have, so that a lucky seed does not.
-    """
-    most = max(len(by_seed) for by_seed in losses.values())
-    leaders = [lr for lr in sorted(losses) if len(losses[lr]) == most]
-    means = dict(zip(leaders, adjusted_means([losses[lr] for lr in leaders]), strict=True))
-    best = min(leaders, key=lambda lr: (means[lr], lr))
-    for lr in sorted(losses.keys() - means.keys(), key=lambda lr: (-len(losses[lr]), lr)):
-        if losses[lr].keys() & losses[best].keys() and is_surely_lower(lr, best):
-            best = lr
-    return best

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
-from rightrank.decision.comparison import bounds_of
-from rightrank.decision.intervals import Estimate, estimate
-from rightrank.decision.metrics import MetricKind, kind_of, span_of
-from rightrank.decision.seeds import adjusted_means, best_learning_rate
-from rightrank.schema.arrays import Floats
+from rightrank.decision.comparison import Estimate, bounds_of, estimate, span_of
 from rightrank.schema.decision import Result, ResultsTable
-from rightrank.schema.metrics import Checkpoint
-from rightrank.schema.trials import MetricName, TrialCollapsed, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.schema.metrics import Checkpoint, MetricKind, kind_of
+from rightrank.schema.trials import Floats, MetricName, TrialCollapsed, TrialFailed, TrialFinished, TrialOutcome
+
+RIDGE = 1e-4  # keeps seed effects at 0 where the seeds that rows share do not determine them
 
 
 @dataclass(frozen=True)
@@ -269,6 +267,45 @@ def on_common_seeds(contenders: list[Contender]) -> dict[int, Contender]:
         contender.rank: replace(contender, seed_shift=mean - contender.loss)
         for contender, mean in zip(contenders, adjusted, strict=True)
     }
+
+
+def adjusted_means(losses: Sequence[Mapping[int, float]]) -> list[float]:
+    """The mean of each row (seed → loss), as if all rows had all seeds.
+
+    Rows are compared on the seeds that they share: the least-squares fit of loss = row + seed, with seed effects that sum
+    to 0. Rows without a seed in common keep their plain means.
+    """
+    seeds = sorted({seed for row in losses for seed in row})
+    if all(len(row) == len(seeds) for row in losses):
+        return [float(np.mean(list(row.values()))) for row in losses]
+    cells = [(place, seeds.index(seed), loss) for place, row in enumerate(losses) for seed, loss in row.items()]
+    level = float(np.mean([loss for _, _, loss in cells]))
+    design = np.zeros((len(cells) + len(seeds), len(losses) + len(seeds)))
+    target = np.zeros(len(design))
+    for number, (place, seed, loss) in enumerate(cells):
+        design[number, place] = design[number, len(losses) + seed] = 1.0
+        target[number] = loss - level
+    design[len(cells) :, len(losses) :] = RIDGE * np.eye(len(seeds))
+    solution = np.linalg.lstsq(design, target, rcond=None)[0]
+    return [float(row) + level for row in solution[: len(losses)]]
+
+
+def best_learning_rate(
+    losses: Mapping[float, Mapping[int, float]], is_surely_lower: Callable[[float, float], bool]
+) -> float:
+    """The learning rate with the lowest mean (losses by seed), compared on shared seeds; the lower one on ties.
+
+    Those with the most seeds are compared first. One with fewer seeds replaces the best of them only where
+    `is_surely_lower(one, best)` on the seeds that both have, so that a lucky seed does not.
+    """
+    most = max(len(by_seed) for by_seed in losses.values())
+    leaders = [lr for lr in sorted(losses) if len(losses[lr]) == most]
+    means = dict(zip(leaders, adjusted_means([losses[lr] for lr in leaders]), strict=True))
+    best = min(leaders, key=lambda lr: (means[lr], lr))
+    for lr in sorted(losses.keys() - means.keys(), key=lambda lr: (-len(losses[lr]), lr)):
+        if losses[lr].keys() & losses[best].keys() and is_surely_lower(lr, best):
+            best = lr
+    return best
 
 
 def estimate_of(cells: list[Cell], shift: float = 0.0) -> Estimate:

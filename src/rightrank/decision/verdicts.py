@@ -28,10 +28,9 @@ import numpy as np
 
 from rightrank.decision.comparison import CONFIDENCE, is_within, walk_down
 from rightrank.decision.evidence import Comparison, Evidence
-from rightrank.decision.metrics import default_margin, kind_of, published_deviation
 from rightrank.decision.table import Contender, ScoreTable, at_checkpoint
 from rightrank.schema.decision import CheckpointNote, Verdict
-from rightrank.schema.metrics import Checkpoint, direction
+from rightrank.schema.metrics import Checkpoint, default_margin, direction, kind_of, published_deviation
 
 
 def verdict_of(found: Comparison) -> Verdict:

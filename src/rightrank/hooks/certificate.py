@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rightrank.runs.hook import Hook, Run
-from rightrank.runs.returns import Selected
+from rightrank.runs.values import Selected
 from rightrank.schema.errors import RunError
 from rightrank.schema.events import Certified, Event, Listener, StepDone
 from rightrank.schema.trials import Trial, TrialFinished

@@ -8,9 +8,8 @@ from dataclasses import replace
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, Hooks
 from rightrank.runs.prepare import Bases
-from rightrank.runs.request import Request
-from rightrank.runs.returns import Selected
 from rightrank.runs.run import complete, open_run
+from rightrank.runs.values import Request, Selected
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.settings import SelectSettings

@@ -11,14 +11,14 @@ from typing import Any
 from rightrank.data.rows import held_out_fields
 from rightrank.data.splits import load_data
 from rightrank.decision.guard import GUARD_MARGIN, guarded
-from rightrank.decision.metrics import default_margin
 from rightrank.decision.run import question_of
 from rightrank.models.base_models import LoadedModel
 from rightrank.runs.hook import Hook, Run
-from rightrank.runs.request import Prepared
+from rightrank.runs.values import Prepared
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, InputError
 from rightrank.schema.events import GuardAnswer, GuardEvaluated
+from rightrank.schema.metrics import default_margin
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.runtime import Runtime

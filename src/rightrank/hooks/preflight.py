@@ -7,9 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from rightrank.decision.comparison import CONFIDENCE
-from rightrank.decision.intervals import normal_quantile
-from rightrank.decision.metrics import TOKEN_LOSS_MARGIN, default_margin, kind_of
+from rightrank.decision.comparison import CONFIDENCE, normal_quantile
 from rightrank.hooks.terminal import left_out
 from rightrank.report.format import duration
 from rightrank.report.tables import labels_line, memory_lines, took_line
@@ -17,15 +15,14 @@ from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.plugins import Clock
 from rightrank.runs.prepare import prepare, strategy_of
-from rightrank.runs.request import Prepared, Request
-from rightrank.runs.returns import Selected
+from rightrank.runs.values import Prepared, Request, Selected
 from rightrank.schema.events import Event, RunStarted, SelectionPlanned, TimeExpected
+from rightrank.schema.metrics import TOKEN_LOSS_MARGIN, default_margin, kind_of
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, SelectionCost
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import split_name
-from rightrank.search.history import seconds_of, steps_of
+from rightrank.search.history import MIN_RECOVERY_PART, recovery_steps, seconds_of, steps_of
 from rightrank.search.protocol import Strategy
-from rightrank.search.space import MIN_RECOVERY_PART, recovery_steps
 from rightrank.train.metrics import end_metrics
 
 

@@ -20,7 +20,7 @@ from rightrank.report.svg import write_figures
 from rightrank.runs import plugins
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, Run
-from rightrank.runs.returns import Selected, answers
+from rightrank.runs.values import Selected, answers
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import InputError
 from rightrank.schema.events import AdapterRecorded, Event, RunStopped

@@ -16,10 +16,9 @@ import yaml
 from rightrank.data.files import replacing_folder
 from rightrank.interop.recipe import Recipe
 from rightrank.models.labels import loading_lines
-from rightrank.models.ranks import served_rank
+from rightrank.models.ranks import rank_change_line, rate_warning, served_rank
 from rightrank.runs import plugins
 from rightrank.schema.errors import SettingsError, did_you_mean
-from rightrank.schema.scaling import rank_change_line, rate_warning
 
 LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one
 SERVED_NAME = "rightrank"

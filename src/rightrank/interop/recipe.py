@@ -11,9 +11,9 @@ from typing import Any
 
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.decision.adapter import METHODS, Making, making_of
+from rightrank.models.ranks import peft_scaling
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunStarted
-from rightrank.schema.scaling import peft_scaling
 from rightrank.schema.settings import stored_settings
 from rightrank.schema.trials import TrialFinished
 

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 
 from rightrank.data.files import UnreadableError, kind_of, parse_json
 from rightrank.data.rows import FILE_TYPES, Row, read_rows, records_of_frame
-from rightrank.decision.metrics import kind_of as kind_of_metric
 from rightrank.interop.columns import (
     SYNONYMS,
     Columns,
@@ -26,6 +25,7 @@ from rightrank.interop.columns import (
 from rightrank.interop.importers import import_rows
 from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.errors import MAX_WHOLE, DataError, ResultsError, quoted
+from rightrank.schema.metrics import kind_of as kind_of_metric
 from rightrank.schema.metrics import unknown_direction
 
 FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "out of memory"}

@@ -26,8 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rightrank.data.files import LIBRARY_ERRORS, UnreadableError, read_json_object
-from rightrank.models.places import BASE_FILE, CONFIG_FILE, ModelSource, find_model
-from rightrank.models.weights import safe_shards
+from rightrank.models.places import BASE_FILE, CONFIG_FILE, ModelSource, find_model, safe_shards
 from rightrank.schema.errors import (
     DeviceMemoryError,
     MissingExtraError,

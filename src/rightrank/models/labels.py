@@ -12,8 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from rightrank.data.files import UnreadableError, read_json_object, write_text
-from rightrank.models.places import BASE, CONFIG_FILE
-from rightrank.models.weights import read_header
+from rightrank.models.places import BASE, CONFIG_FILE, read_header
 from rightrank.schema.errors import ModelError
 
 CLASSIFIER_FILE = "classifier.json"

@@ -1,4 +1,5 @@
-"""Where models and adapters are, looked up without torch: what refuses a wrong name before anything heavy is imported."""
+"""Where models and adapters are, and the headers of their files, without torch: what refuses a wrong name before anything heavy is
+imported."""
 
 from __future__ import annotations
 
@@ -11,10 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from rightrank.data.files import HUB_SECONDS, UnreadableError, hub_errors, kind_of, read_json_object
 from rightrank.schema.errors import MissingExtraError, ModelError, did_you_mean, first_line
 
 CONFIG_FILE = "adapter_config.json"
+INDEX_FILE = "model.safetensors.index.json"
 BASE_FILE = "base.json"  # beside an adapter: what its base is known by
 TRAINER_STATE = "trainer_state.json"  # of transformers
 OWN_FOLDER = "rightrank"  # in a trainer's output: what was measured at its end
@@ -235,3 +239,52 @@ def _adapter_in(folder: Path) -> str:
     if len(inner) == 1:
         return f"give {inner[0]}, the adapter in it"
     return f"give one of the adapters in it: {', '.join(map(str, inner[:5]))}" if inner else ""
+
+
+def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Names and shapes of a file's tensors, and its metadata.
+
+    Raises:
+        ModelError: no readable safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
+            return shapes, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error}); copy or save it again") from None
+
+
+def safe_shards(path: Path) -> list[Path]:
+    """The safetensors files of a model folder: those in its index if it has one, else all.
+
+    Raises:
+        ModelError: no safetensors, a damaged index, an index with files outside the folder, or a missing shard.
+    """
+    index = path / INDEX_FILE
+    if index.exists():
+        names = _shard_names(index)
+        missing = [name for name in names if kind_of(path / name) != "file"]
+        if missing:
+            raise ModelError(f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); copy it too")
+        return [path / name for name in names]
+    found = sorted(file for file in path.glob("*.safetensors") if file.name != "adapter_model.safetensors")
+    if found:
+        return found
+    if next(path.glob("*.bin"), None) is not None:
+        raise ModelError(
+            f"{path}: only pickled weights (*.bin), which can run code when read; save the model again with save_pretrained(safe_serialization=True)"
+        )
+    raise ModelError(f"{path}: no weights (*.safetensors) in the folder; give a folder that save_pretrained wrote")
+
+
+def _shard_names(index: Path) -> list[str]:
+    """The shards in an index, all of which must be safetensors files in the folder."""
+    try:
+        names = read_json_object(index)["weight_map"].values()
+    except (UnreadableError, KeyError, AttributeError):
+        raise ModelError(f"{index}: not a shard index; save the model again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index}: names the shard {name!r}; shards are *.safetensors files of the folder itself")
+    return sorted(set(names))

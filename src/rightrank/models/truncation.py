@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from rightrank.models.adapter_files import WEIGHTS_FILE, AdapterFolder, open_adapter
 from rightrank.models.ranks import exact_pattern, lora_scaling, max_module_rank, pattern_value
-from rightrank.schema.arrays import Floats
+from rightrank.schema.trials import Floats
 
 Weighting: TypeAlias = Literal["none", "inputs", "both"]
 

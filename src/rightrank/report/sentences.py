@@ -8,10 +8,10 @@ from typing import Any
 
 from rightrank.decision.run import Records, trainings
 from rightrank.models.labels import base_arguments, loading_lines
+from rightrank.models.ranks import peft_scaling
 from rightrank.report.format import duration, metric_unit, quantity
 from rightrank.schema.decision import Decision, HandedOver
 from rightrank.schema.events import RunStarted, TestEvaluated
-from rightrank.schema.scaling import peft_scaling
 from rightrank.schema.trials import TrialFinished, split_name
 
 

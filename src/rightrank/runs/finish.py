@@ -21,7 +21,7 @@ from rightrank.models.adapter_files import restore_adapter
 from rightrank.models.places import BASE_FILE
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import FailingAs, Run
-from rightrank.runs.returns import Answer, Selected, answers
+from rightrank.runs.values import Answer, Selected, answers
 from rightrank.schema.command import next_commands
 from rightrank.schema.decision import AdapterAnswer, CheckpointNote, Decision, HandedOver
 from rightrank.schema.errors import AllTrialsFailedError

@@ -36,8 +36,7 @@ from rightrank.search.history import History
 from rightrank.search.protocol import Strategy
 
 if TYPE_CHECKING:  # these bring torch, which a hook may not need
-    from rightrank.runs.request import Prepared
-    from rightrank.runs.returns import Selected
+    from rightrank.runs.values import Prepared, Selected
     from rightrank.schema.decision import AdapterAnswer, Decision
 
 

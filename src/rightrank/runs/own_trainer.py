@@ -36,7 +36,7 @@ from rightrank.schema.settings import (
     with_identity_of,
 )
 from rightrank.schema.trials import TrialResult, TrialTask, content_hash
-from rightrank.search.space import space_of
+from rightrank.search.history import space_of
 from rightrank.search.strategies import make_strategy, strategy_in
 from rightrank.search.upward import REASONER_START, Upward, is_distilled_reasoner
 from rightrank.version import __version__

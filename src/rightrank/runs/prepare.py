@@ -19,7 +19,7 @@ from rightrank.models.base_models import DTYPES, LoadedModel, adopt_model, load_
 from rightrank.models.labels import adopted_labels
 from rightrank.models.places import find_model
 from rightrank.runs.plugins import MemoryPlan, memory_plan
-from rightrank.runs.request import Prepared, Request
+from rightrank.runs.values import Prepared, Request
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings, settings_of_identity, with_identity_of

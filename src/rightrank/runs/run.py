@@ -18,8 +18,7 @@ from rightrank.runs.folder import RunFolder, run_store
 from rightrank.runs.hook import Executor, FailingAs, Hook, Hooks, Run
 from rightrank.runs.plugins import executors
 from rightrank.runs.prepare import Bases, prepare, resuming, strategy_of
-from rightrank.runs.request import Prepared, Request
-from rightrank.runs.returns import Selected
+from rightrank.runs.values import Prepared, Request, Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import AllTrialsFailedError, DeviceMemoryError, InterruptedRun, ResultsError
 from rightrank.schema.events import Listener, Notice, RunStopped

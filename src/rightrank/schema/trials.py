@@ -10,11 +10,15 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, model_validator
 
 from rightrank.schema.errors import MAX_WHOLE, NotFiniteError, ReportError, quoted, without_secrets
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 SCHEMA_VERSION = 4  # of the journal: no other is read
 IDENTITY_VERSION = 1  # of the content that a trial id is a hash of; a change gives every trial a new id
@@ -24,6 +28,7 @@ ToldText: TypeAlias = Annotated[
     str, AfterValidator(without_secrets)
 ]  # of an error of others: a secret in it is left out
 
+Floats: TypeAlias = "NDArray[np.float64]"
 MetricName: TypeAlias = str  # `loss`, `accuracy`, or the name of a metric in the settings
 SplitName: TypeAlias = Literal["train", "selection", "test"]  # as stored; `split_name` gives the name that is shown
 

@@ -29,8 +29,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TypeAlias
 
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search.history import Trials, oriented
-from rightrank.search.space import Space, base_arm
+from rightrank.search.history import Space, Trials, base_arm, oriented
 
 Requests: TypeAlias = Iterator[Sequence[Arm]]  # what a script yields: arms that may run at the same time
 

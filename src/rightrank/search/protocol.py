@@ -14,9 +14,8 @@ from itertools import chain
 
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome
-from rightrank.search.history import History, Trials, seconds_of, steps_of
+from rightrank.search.history import History, Space, Trials, base_arm, seconds_of, steps_of
 from rightrank.search.learning_rates import Requests
-from rightrank.search.space import Space, base_arm
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from rightrank.schema.decision import AdapterAnswer, TrainingRankEstimate
 from rightrank.schema.errors import SettingsError, did_you_mean
 from rightrank.schema.settings import SelectSettings, stored_settings
 from rightrank.search.bracket import Bracket, Grid
+from rightrank.search.history import Space, space_of
 from rightrank.search.protocol import Strategy
-from rightrank.search.space import Space, space_of
 from rightrank.search.upward import Upward
 
 STRATEGIES: dict[str, Callable[[Space], Strategy]] = {

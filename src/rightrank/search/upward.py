@@ -13,10 +13,9 @@ import numpy as np
 from rightrank.decision.collapse import without_collapsing
 from rightrank.decision.seeds import detectable_difference, needed_seeds
 from rightrank.schema.trials import Arm, TrialOutcome
-from rightrank.search.history import History, Trials, oriented
+from rightrank.search.history import History, Space, Trials, oriented
 from rightrank.search.learning_rates import Requests
 from rightrank.search.protocol import CostEstimate, Strategy
-from rightrank.search.space import Space
 
 MEASURING_SEEDS = 3  # of the smallest rank at its best learning rate, before any other rank is trained
 NEIGHBOURS = 1  # learning rates to either side of the previous rank's best one

@@ -16,13 +16,12 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
 from rightrank.models.base_models import find_device
-from rightrank.models.kinds import kind_of
+from rightrank.models.kinds import WRAPPED, kind_of
 from rightrank.models.kinds.base import AdapterKind
 from rightrank.models.kinds.linear import Linear
-from rightrank.models.kinds.other import WRAPPED
+from rightrank.models.ranks import peft_scaling
 from rightrank.schema.errors import ModelError, did_you_mean, first_line
 from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.scaling import peft_scaling
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 

@@ -19,9 +19,9 @@ from peft import LoraConfig, set_peft_model_state_dict
 
 from rightrank.decision.collapse import best_point
 from rightrank.models.adapter_files import save_adapter
+from rightrank.models.ranks import lora_scale
 from rightrank.models.truncation import load_moments, truncated_tensors
 from rightrank.schema.events import Listener, StepDone
-from rightrank.schema.scaling import lora_scale
 from rightrank.schema.trials import EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
 from rightrank.train.batches import Batch
 from rightrank.train.checkpoints import Checkpoint, Progress, RunningMean, load_checkpoint, save_checkpoint

@@ -22,6 +22,7 @@ import rightrank
 from rightrank.cli import cli
 from rightrank.decision.run import decide_run
 from rightrank.hooks.report import write_report
+from rightrank.models.ranks import rank_change_line, rate_warning
 from rightrank.plugins.atlas.estimate import RANKS, Question, expectation, likeness, probabilities, wilson
 from rightrank.plugins.atlas.question import kind_of, of_run, size_of
 from rightrank.plugins.atlas.rows import load
@@ -29,7 +30,6 @@ from rightrank.plugins.atlas.view import atlas_row, figure_of, outlook, sentence
 from rightrank.report.svg import svg_file
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.scaling import rank_change_line, rate_warning
 from tests.plugins.atlas.made_up import sweep
 from tests.report.runs import made_up_run
 

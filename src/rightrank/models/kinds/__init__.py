@@ -1,12 +1,191 @@
-"""The kinds of adapters that `rightrank` knows."""
+"""The kinds of adapters that `rightrank` knows: linear layers (`linear.py`), embeddings, convolutions, DoRA, and any other layer.
+
+Embeddings: ΔW = s·B·A [width, vocabulary], of which a token takes one column. B starts from the draw, A at zero.
+
+Convolutions: ΔW = s·B·A as the matrix [out, in × kernel] that PEFT's kernels imply. PEFT adapts a convolution by two: A of
+the same kernel, stride and padding to r channels, and B of a kernel of one. The composition has the kernel
+s·Σᵣ B[o, r]·A[r, i, …], so that its norm and its best approximation of a lower rank are those of the matrix. A convolution
+in groups is left out: PEFT's B then sees a part of the r channels.
+
+DoRA (Liu et al. 2024): W = m · (W₀ + s·B·A) / ‖W₀ + s·B·A‖, with a trained magnitude m for each row of W. The direction
+is a low-rank update of any of the other kinds, in whose layout A and B are stored. The magnitudes start at ‖W₀‖, so that an
+untrained adapter changes nothing; PEFT sets them. The norm of a row depends on the adapter, and the backward pass treats it
+as a constant, as PEFT does.
+
+Fused experts: a parameter [experts, …] of a mixture that PEFT adapts through `target_parameters`, a ΔW for each expert.
+
+PEFT wraps the module that holds the parameter, and the wrapper of a second parameter of that module wraps the first: in a
+file, `experts.base_layer` is the parameter that the module registered first, `experts` the last. For E experts A is stored as
+[E·r, in], the r rows of one expert after those of another, and B as [out, r·E], in which the E columns of one direction
+are neighbours. The adapter is added to the parameter before the layer runs, so that one pass holds one adapter.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
-from rightrank.models.kinds.base import AdapterKind, StoredPair
+import torch
+
+from rightrank.models.kinds.base import AdapterKind, Draw, Factors, Layout, StoredPair
 from rightrank.models.kinds.linear import Linear
-from rightrank.models.kinds.other import Convolution, Dora, Embedding, Experts, Other
+
+CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+MAGNITUDE = ("lora_magnitude_vector", "lora_magnitude_vector.weight")  # after the module's name, in PEFT's files
+
+
+class Embedding(AdapterKind):
+    """A `torch.nn.Embedding`. The names of A and B are those of a linear layer, and their roles are swapped."""
+
+    name = "embedding"
+    label = "an embedding"
+    why_alone = "only PEFT's own forward pass computes it"
+
+    def adapts(self, module: Any) -> bool:
+        return isinstance(module.base_layer, torch.nn.Embedding) and not module.lora_variant
+
+    def start(self, module: Any, adapter: str, draw: Draw) -> None:
+        b = module.lora_embedding_B[adapter]
+        module.lora_embedding_A[adapter].zero_()
+        b.copy_(draw.normal(b.shape[1], b.shape[0]).T.to(b))
+
+    def stores(self, pair: StoredPair) -> bool:
+        return pair.embedding
+
+
+class Convolution(AdapterKind):
+    """A `Conv1d`, `Conv2d` or `Conv3d` without groups."""
+
+    name = "convolution"
+    label = "a convolution"
+    why_alone = "only PEFT's own forward pass computes it"
+    why_not_select = "select trains text models; select_rank_with trains convolutions"
+    why_not_padded = "servers of language models have no adapters on convolutions"
+
+    def adapts(self, module: Any) -> bool:
+        return isinstance(module.get_base_layer(), CONVOLUTIONS) and not module.lora_variant
+
+    def shapes(self, module: Any) -> list[tuple[str, int, int]]:
+        layer = module.get_base_layer()
+        return [("", int(layer.out_channels), int(layer.in_channels) * math.prod(layer.kernel_size))]
+
+    def stores(self, pair: StoredPair) -> bool:
+        return not pair.embedding and len(pair.a) > 2
+
+    def layout(self, pair: StoredPair, rank: int) -> Layout | None:
+        return super().layout(pair, rank) if len(pair.b) == len(pair.a) else None
+
+
+class Dora(AdapterKind):
+    """DoRA on a linear layer, an embedding or a convolution."""
+
+    name = "linear"
+    label = "DoRA"
+    why_alone = "each adapter has its own norm of every row of the weight"
+    why_not_padded = "servers do not rescale rows"
+
+    def adapts(self, module: Any) -> bool:
+        variants = [type(variant).__name__ for variant in module.lora_variant.values()]
+        return bool(variants) and all(name.startswith("Dora") for name in variants)
+
+    def shapes(self, module: Any) -> list[tuple[str, int, int]]:
+        if isinstance(module.get_base_layer(), CONVOLUTIONS):
+            return Convolution().shapes(module)
+        return super().shapes(module)
+
+    def parameters(self, rank: int, rows: int, columns: int) -> int:
+        return rank * (rows + columns) + rows
+
+    def start(self, module: Any, adapter: str, draw: Draw) -> None:
+        if adapter in module.lora_embedding_A:
+            Embedding().start(module, adapter, draw)
+        else:
+            super().start(module, adapter, draw)
+
+
+class Other(AdapterKind):
+    """Any layer that no other kind claims."""
+
+    name = "linear"
+    label = "an adapter of a kind that rightrank does not know"
+    why_alone = "only PEFT's own forward pass computes it"
+    why_not_truncated = "what its tensors mean is unknown"
+    why_not_padded = "what its tensors mean is unknown"
+
+    def adapts(self, module: Any) -> bool:
+        return True
+
+    def start(self, module: Any, adapter: str, draw: Draw) -> None:
+        """PEFT's own start, made from the arm's seed; that of a plain layer where B has a bias alone (`lora_bias`)."""
+        if any(module.lora_bias.values()) and not module.lora_variant and adapter in module.lora_A:
+            super().start(module, adapter, draw)
+
+
+WRAPPED = ".base_layer"  # PEFT's suffix for each wrapper inside another
+LAST_IN_A_LAYER = ("down", "w2", "output")  # in the names of parameters that modules register last
+
+
+class Experts(AdapterKind):
+    """PEFT's `ParamWrapper`."""
+
+    name = "expert"
+    label = "adapters on fused experts (target_parameters)"
+    why_alone = "an expert's rows come from any example"
+    why_not_padded = "servers load experts in formats of their own"
+
+    def adapts(self, module: Any) -> bool:
+        return type(module).__name__ == "ParamWrapper" and not module.lora_variant
+
+    def shapes(self, module: Any) -> list[tuple[str, int, int]]:
+        rows, columns = int(module.out_features), int(module.in_features)
+        return [(name, rows, columns) for name in _names(module.parameter_name, int(module.num_experts))]
+
+    def start(self, module: Any, adapter: str, draw: Draw) -> None:
+        a, experts = module.lora_A[adapter].weight, int(module.num_experts)
+        rank = a.shape[0] // experts
+        drawn = [draw.rows(rank, a.shape[1], expert) for expert in range(experts)]
+        a.copy_(torch.cat(drawn).to(a))
+        module.lora_B[adapter].weight.zero_()
+
+    def stores(self, pair: StoredPair) -> bool:
+        return not pair.embedding and len(pair.a) == 2 and bool(_parameters(pair))
+
+    def address(self, pair: StoredPair) -> str:
+        """The parameter's name in the base: that of the wrapper at this depth."""
+        parameters = sorted(_parameters(pair), key=lambda name: any(part in name for part in LAST_IN_A_LAYER))
+        depth = pair.module.count(WRAPPED)
+        parameter = parameters[max(0, len(parameters) - 1 - depth)]
+        return f"{pair.module.replace(WRAPPED, '')}.{parameter}"
+
+    def layout(self, pair: StoredPair, rank: int) -> Layout | None:
+        if rank < 1 or pair.b[1] != pair.a[0] or pair.a[0] % rank:
+            return None
+        names = _names(self.address(pair), pair.a[0] // rank)
+        return Layout(rank, pair.b[0], pair.a[1], tuple(names))
+
+    def matrices(self, a: torch.Tensor, b: torch.Tensor, rank: int) -> list[Factors]:
+        experts = a.shape[0] // rank
+        by_expert = b.reshape(b.shape[0], rank, experts)
+        return [(by_expert[:, :, expert], a[expert * rank : (expert + 1) * rank]) for expert in range(experts)]
+
+    def tensors(
+        self, factors: Sequence[Factors], a: torch.Tensor, b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        new_b = torch.stack([one_b for one_b, _ in factors], dim=2)
+        return torch.cat([one_a for _, one_a in factors]), new_b.reshape(b.shape[0], -1)
+
+
+def _names(parameter: str, experts: int) -> list[str]:
+    return [parameter] if experts == 1 else [f"{parameter}.{expert}" for expert in range(experts)]
+
+
+def _parameters(pair: StoredPair) -> list[str]:
+    """The last parts of those `target_parameters` that lie on the pair's module."""
+    module = f".{pair.module.replace(WRAPPED, '')}"
+    found = [str(target).rpartition(".") for target in pair.config.get("target_parameters") or ()]
+    return [parameter for path, _, parameter in found if path and module.endswith(f".{path}")]
+
 
 KINDS: tuple[AdapterKind, ...] = (Experts(), Dora(), Embedding(), Convolution(), Linear(), Other())
 """The first that claims a module or a pair describes it; the last claims any module."""

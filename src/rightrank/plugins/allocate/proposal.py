@@ -20,12 +20,11 @@ from typing import Literal
 import numpy as np
 
 from rightrank.adapters.resize import by_rank
+from rightrank.adapters.spectra import factored_singular_values
 from rightrank.data.files import UnreadableError, read_json_object
-from rightrank.decision.comparison import bounds_of
-from rightrank.decision.intervals import estimate
+from rightrank.decision.comparison import bounds_of, estimate
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.ranks import exact_pattern
-from rightrank.models.spectra import factored_singular_values
 from rightrank.models.truncation import ranks_within
 from rightrank.schema.errors import SettingsError, did_you_mean
 from rightrank.schema.results import Allocation, AllocationTrial, AllocationVerdict

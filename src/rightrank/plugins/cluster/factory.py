@@ -14,7 +14,7 @@ from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.worker import Setup, versions
 from rightrank.runs.folder import Store
 from rightrank.runs.hook import Run
-from rightrank.runs.request import Prepared, Request
+from rightrank.runs.values import Prepared, Request
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.runtime import Runtime

@@ -40,7 +40,7 @@ from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.plugins.cluster.store import StoreSync
-    from rightrank.runs.request import Prepared
+    from rightrank.runs.values import Prepared
 
 STEP_SECONDS = 0.5  # between two `Step` messages, at least
 SAME_EVERYWHERE = ("torch", "transformers", "peft")
@@ -205,7 +205,7 @@ def _prepared(setup: Setup, cache: Path) -> Prepared:
         RunError: its fingerprint is not the driver's.
     """
     from rightrank.runs.prepare import prepare
-    from rightrank.runs.request import Request
+    from rightrank.runs.values import Request
     from rightrank.schema.settings import make_settings
 
     prepared = prepare(Request(setup.model, None, setup.data, make_settings(setup.settings), setup.begun), cache)

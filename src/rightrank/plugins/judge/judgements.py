@@ -12,13 +12,19 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from rightrank.data.rows import Row
-from rightrank.decision.comparison import CONFIDENCE, Bounds, descending, examples_needed
-from rightrank.decision.intervals import RULE_OF_THREE, Estimate, two_sided
+from rightrank.decision.comparison import (
+    CONFIDENCE,
+    RULE_OF_THREE,
+    Bounds,
+    Estimate,
+    descending,
+    examples_needed,
+    two_sided,
+)
 from rightrank.interop.tables import raw_rows, rows_of_mappings
-from rightrank.schema.arrays import Floats
 from rightrank.schema.decision import Decision, NextRun, RankEvidence, StaircaseStep, Verdict
 from rightrank.schema.errors import ResultsError, quoted
-from rightrank.schema.trials import Record, Whole
+from rightrank.schema.trials import Floats, Record, Whole
 
 Outcome: TypeAlias = Literal["a", "b", "tie"]
 SCORES: dict[str, float] = {"a": 1.0, "tie": 0.5, "b": 0.0}  # by outcome, of rank_a

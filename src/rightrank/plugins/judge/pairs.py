@@ -24,7 +24,7 @@ from rightrank.plugins.judge.judgements import decide_judged, judgements_of, row
 from rightrank.report.html import script_hash, script_json
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.prepare import prepare
-from rightrank.runs.request import Request
+from rightrank.runs.values import Request
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import DataError, ResultsError, RunFolderError
 from rightrank.schema.events import JournalRecord

@@ -10,10 +10,10 @@ import click
 
 import rightrank
 from rightrank.cli.options import SettingsCommand, announce, garbage_kept, gather, setting_options
+from rightrank.models.ranks import LARGE_RANK, rank_change_line, rate_warning
 from rightrank.report.format import size, table_lines
 from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
 from rightrank.schema.results import Plan, RankPlan
-from rightrank.schema.scaling import LARGE_RANK, rank_change_line, rate_warning
 
 
 @click.command(

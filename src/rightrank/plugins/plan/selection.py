@@ -23,7 +23,7 @@ from rightrank.plugins.plan.estimate import Estimator, NotSharedError
 from rightrank.plugins.plan.planner import changes_that_fit, context_bytes, needed, rank_fits
 from rightrank.report.format import quantity
 from rightrank.runs.plugins import Clock, MemoryPlan
-from rightrank.runs.request import Prepared
+from rightrank.runs.values import Prepared
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.plan_settings import (
     STEP_OF_SELECT,
