@@ -18,8 +18,8 @@ from rightrank.report.tables import FINISH_SECONDS, preflight_text
 from rightrank.runs.journal import Journal
 from rightrank.runs.values import Selected
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
-from rightrank.schema.results import Extent, SelectionCost
 from rightrank.schema.trials import Arm, TrialFinished, TrialStarted
+from rightrank.search.protocol import Extent, SelectionCost
 from rightrank.train.pace import TIMED_STEPS_PACE as TIMED_STEPS
 from rightrank.train.pace import measure_pace
 from rightrank.train.runtime import Runtime

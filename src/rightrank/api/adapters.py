@@ -8,11 +8,7 @@ from pathlib import Path
 from rightrank.models.places import find_adapter, require_adapter_folder, require_side
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Evaluating
-from rightrank.schema.results import (
-    AdapterComparison,
-    Inspection,
-    Resized,
-)
+from rightrank.schema.results import AdapterComparison, Inspection, Resized
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.table import given_values
 

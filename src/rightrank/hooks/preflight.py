@@ -18,11 +18,11 @@ from rightrank.runs.prepare import prepare, strategy_of
 from rightrank.runs.values import Prepared, Request, Selected
 from rightrank.schema.events import Event, RunStarted, SelectionPlanned, TimeExpected
 from rightrank.schema.metrics import TOKEN_LOSS_MARGIN, default_margin, kind_of
-from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, SelectionCost
+from rightrank.schema.results import Preflight, PreflightCost, PreflightRank
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import split_name
 from rightrank.search.history import MIN_RECOVERY_PART, recovery_steps, seconds_of, steps_of
-from rightrank.search.protocol import Strategy
+from rightrank.search.protocol import SelectionCost, Strategy
 from rightrank.train.metrics import end_metrics
 
 

@@ -8,7 +8,8 @@ from rightrank.report.answer import answer_view, brief, certainty_rows, evidence
 from rightrank.report.format import duration, size, table_lines, visible
 from rightrank.report.terminal_figures import terminal_curve
 from rightrank.schema.decision import Decision
-from rightrank.schema.results import Preflight, SelectionCost
+from rightrank.schema.results import Preflight
+from rightrank.search.protocol import SelectionCost
 
 FINISH_SECONDS = 5  # the test split and the report of a small run; a longer one's are a small part of its time
 

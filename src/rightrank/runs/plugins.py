@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from rightrank.models.base_models import LoadedModel
     from rightrank.schema.decision import Decision
     from rightrank.schema.events import RunStarted
-    from rightrank.schema.results import SelectionCost
     from rightrank.schema.settings import SelectSettings
-    from rightrank.search.protocol import Strategy
+    from rightrank.search.protocol import SelectionCost, Strategy
     from rightrank.train.tokens import EncodedData
 
 GROUP = "rightrank.plugins"

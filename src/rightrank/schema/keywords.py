@@ -25,11 +25,11 @@ class SelectKeywords(TypedDict, total=False):
     guard: Sequence[str] | str
     guard_margin: float
     budget_hours: float
+    target_modules: Sequence[str] | str
+    layers_to_transform: Sequence[int] | int
     modules_to_save: Sequence[str] | str
     use_dora: bool
     lora_alpha: float
-    target_modules: Sequence[str] | str
-    layers_to_transform: Sequence[int] | int
     max_steps: int
     num_train_epochs: float
     batch_size: int
@@ -53,10 +53,10 @@ class PlanKeywords(TypedDict, total=False):
     """The settings that most plans use. Pass all others through `settings`."""
 
     ranks: Sequence[int] | int
-    modules_to_save: Sequence[str] | str
-    use_dora: bool
     target_modules: Sequence[str] | str
     layers_to_transform: Sequence[int] | int
+    modules_to_save: Sequence[str] | str
+    use_dora: bool
     batch_size: int
     seq_len: int
     optim: Literal["adamw", "adamw_fused", "adamw_8bit"]

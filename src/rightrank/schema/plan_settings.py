@@ -55,10 +55,6 @@ class PlanSettings(PeftFields):
         check=_require_ranks,
     )
 
-    # the adapter
-    target_modules: tuple[str, ...] = _as_select("target_modules")
-    layers_to_transform: tuple[int, ...] | None = _as_select("layers_to_transform")
-
     # the step
     batch_size: int = _as_select("batch_size")
     seq_len: int = _as_select("seq_len")

@@ -28,22 +28,6 @@ class RankPlan(Record):
     flops_per_step: int
 
 
-class Extent(Record):
-    """An amount of training and its cost, including evaluations and the frozen prefix."""
-
-    trainings: float  # complete ones; early stopping counts in proportion
-    flops: float
-    seconds: float | None  # None: not measured on this device
-
-
-class SelectionCost(Record):
-    """The cost of a selection with one training after the other."""
-
-    steps: int  # of a complete training
-    expected: Extent  # at the mean cost of the ranks
-    most: Extent  # at the cost of the most expensive rank
-
-
 class Plan(Record):
     """The cost of every rank, and the largest rank that fits."""
 

@@ -135,6 +135,17 @@ class PeftFields(Settings):
     """Fields of PEFT's LoraConfig that the adapters of all ranks get as they are."""
 
     lora_dropout: float = setting(0.0, ADAPTER, "dropout before A", also=("dropout",), ge=0, lt=1)
+    target_modules: tuple[str, ...] = setting(
+        ("all-linear",),
+        ADAPTER,
+        "module names as PEFT matches them, or `all-linear`",
+        option=True,
+        also=("targets", "lora_target_modules"),
+        split=True,
+    )
+    layers_to_transform: tuple[int, ...] | None = setting(
+        None, ADAPTER, "layer numbers, such as 26,27; by default all", option=True, also=("layers",), split=True
+    )
     exclude_modules: tuple[str, ...] = setting((), ADAPTER, "module names to leave out", split=True)
     modules_to_save: tuple[str, ...] = setting(
         (), ADAPTER, "modules trained whole and saved with the adapter", option=True, split=True
@@ -349,17 +360,6 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
     )
     init_lora_weights: Literal["default", "gaussian"] = setting(
         "default", ADAPTER, "`default` (PEFT's: uniform A, zero B) or `gaussian`"
-    )
-    target_modules: tuple[str, ...] = setting(
-        ("all-linear",),
-        ADAPTER,
-        "module names as PEFT matches them, or `all-linear`",
-        option=True,
-        also=("targets", "lora_target_modules"),
-        split=True,
-    )
-    layers_to_transform: tuple[int, ...] | None = setting(
-        None, ADAPTER, "layer numbers, such as 26,27; by default all", option=True, also=("layers",), split=True
     )
     max_steps: int | None = setting(
         None,

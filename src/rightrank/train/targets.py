@@ -21,8 +21,7 @@ from rightrank.models.kinds.base import AdapterKind
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.ranks import peft_scaling
 from rightrank.schema.errors import ModelError, did_you_mean, first_line
-from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import PeftFields, SelectSettings
 from rightrank.schema.trials import Arm
 
 ALL_LINEAR = "all-linear"
@@ -103,7 +102,7 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
     return Targets(tuple(sorted(names)), modules, tuple(parameters), left_out)
 
 
-def require_targets(model: Any, settings: SelectSettings | PlanSettings) -> None:
+def require_targets(model: Any, settings: PeftFields) -> None:
     """Check that every name of modules and parameters matches one, in layers that the model has and the settings name.
 
     PEFT accepts a list if one of its names matches, and takes a module by its whole name from any layer.
@@ -138,7 +137,7 @@ def require_targets(model: Any, settings: SelectSettings | PlanSettings) -> None
             raise ModelError(f"target_parameters: no parameter is named {target!r}{near or listed}")
 
 
-def in_layers(model: Any, settings: SelectSettings | PlanSettings) -> list[str]:
+def in_layers(model: Any, settings: PeftFields) -> list[str]:
     """`target_parameters` in the layers of the settings: full names, since PEFT looks at the layers of modules alone."""
     targets, layers = settings.target_parameters, settings.layers_to_transform
     if layers is None or not targets:
@@ -153,9 +152,7 @@ def _layer(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def named_targets(
-    model: Any, settings: SelectSettings | PlanSettings, classification: bool
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def named_targets(model: Any, settings: PeftFields, classification: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of `target_modules`, and the parameters that PEFT's `all-linear` adds to them.
 
     `all-linear` is resolved by PEFT, in the layers of the settings: every linear module but the output head and those of Mamba
@@ -190,7 +187,7 @@ def all_linear_leaves_out(model: Any, classification: bool) -> list[str]:
     return names
 
 
-def _is_in_layers(name: str, settings: SelectSettings | PlanSettings) -> bool:
+def _is_in_layers(name: str, settings: PeftFields) -> bool:
     """Whether PEFT's layer test accepts a module of this name; without `layers_to_transform` it accepts any."""
     layers = settings.layers_to_transform
     if layers is None:
@@ -278,7 +275,7 @@ def lora_config(
     )
 
 
-def common_fields(settings: SelectSettings | PlanSettings, classification: bool) -> dict[str, Any]:
+def common_fields(settings: PeftFields, classification: bool) -> dict[str, Any]:
     """The fields of PEFT's configuration that training and planning fill alike."""
     layers = settings.layers_to_transform
     return {

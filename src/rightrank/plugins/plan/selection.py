@@ -31,10 +31,9 @@ from rightrank.schema.plan_settings import (
     loop_of_select,
     make_plan_settings,
 )
-from rightrank.schema.results import Extent, SelectionCost
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.search.protocol import Strategy
+from rightrank.search.protocol import Extent, SelectionCost, Strategy
 from rightrank.train.pace import MAX_ADAPTERS_PER_PASS, measure_pace
 from rightrank.train.tokens import EncodedData, label_count
 
