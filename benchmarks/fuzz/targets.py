@@ -27,7 +27,7 @@ from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import seal
 from rightrank.schema.errors import InputError
 from rightrank.schema.plan_settings import make_plan_settings
-from rightrank.schema.settings import make_settings, parse_bytes
+from rightrank.schema.settings import make_settings, to_bytes
 from rightrank.train.tokens import encode
 
 PART = b"\n--part--\n"  # between the files of one input
@@ -120,7 +120,7 @@ def read_settings(data: bytes, folder: Path) -> None:
     text = data.decode("utf-8", "replace")
     for line in text.splitlines()[:5]:
         _refusable(lambda line=line: make_settings(gather(None, (line.replace(": ", "="),), {})))  # type: ignore[misc]
-        _refusable(lambda line=line: parse_bytes(line))  # type: ignore[misc]
+        _refusable(lambda line=line: to_bytes(line))  # type: ignore[misc]
     path = folder / "config.yaml"
     path.write_bytes(data)
     values = gather(path, (), {})

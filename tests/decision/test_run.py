@@ -12,7 +12,6 @@ from rightrank.decision.run import (
     decide_run,
     decision_so_far,
     last_decided,
-    last_outcomes,
     records_of,
     run_table,
     running_trial,
@@ -54,7 +53,8 @@ def test_the_last_word_on_a_trial_counts() -> None:
     first = made_up_run().finished()[1]
     again = altered(first, value=1.5)
     failed = TrialFailed(trial_id="other", **first.arm.model_dump(), error="error", reason="x")
-    assert last_outcomes([begun(first), first, failed, again]) == [again, failed]
+    started = made_up_run().started
+    assert Records.of(started, [begun(first), first, failed, again]).outcomes == [again, failed]
 
 
 def test_the_trial_that_began_last_and_has_not_ended_is_running() -> None:

@@ -13,7 +13,7 @@ from rightrank.decision.run import comparable, decide_on, metrics_of, records_of
 from rightrank.decision.table import table_of_results
 from rightrank.interop.tables import TableOptions, flat, raw_rows, results_of_rows, rows_of_mappings
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.plugins import decide_rows
+from rightrank.runs.plugins import first
 from rightrank.runs.values import first_command
 from rightrank.schema.command import next_commands
 from rightrank.schema.decision import Decision
@@ -111,7 +111,7 @@ def _decide(results: str | Path | Iterable[Mapping[str, Any]], question: _Questi
 
 
 def _decide_table(where: str, rows: list[Row], question: _Question) -> Decided:
-    decided = decide_rows(rows, question.margin)
+    decided = first(lambda plugin: plugin.decide_rows(rows, question.margin))
     if decided is not None:
         return Decided(*decided)
     options = TableOptions(question.metric, question.higher_is_better, question.columns, question.margin)

@@ -171,10 +171,6 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
 
 
 MAX_TEXT_BYTES = 64 * 2**20  # of a file that is read at once
-# What libraries raise, beside errors of their own, for damaged or unknown files.
-LIBRARY_ERRORS = (
-    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
-)  # fmt: skip
 
 
 class UnreadableError(ValueError):

@@ -246,6 +246,7 @@ class Against:
             difference = self._unit(found.mean)
             if file.cell.examples:
                 low, high = self._unit(found.low), self._unit(found.high)
+        decides = high if high is not None else difference if self.criterion.trusts_values else math.inf
         return AdapterCandidate(
             rank=file.trial.rank,
             how=file.how,
@@ -254,13 +255,8 @@ class Against:
             difference=difference,
             difference_low=low,
             difference_high=high,
-            holds=self._holds(difference, high),
+            holds=is_within(decides, self.margin),
         )
-
-    def _holds(self, difference: float, high: float | None) -> bool:
-        if high is None:
-            return self.criterion.trusts_values and is_within(difference, self.margin)
-        return is_within(high, self.margin)
 
     def _unit(self, oriented: float) -> float:
         if self.table.kind != "perplexity":

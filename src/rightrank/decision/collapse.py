@@ -46,7 +46,10 @@ def collapse_of(points: Sequence[EvalPoint], drop: float, higher_is_better: bool
     ordered = sorted(points, key=lambda point: point.step)
     best, last = best_point(ordered, higher_is_better), ordered[-1]
     fall = (best.value - last.value) * (1.0 if higher_is_better else -1.0)
-    noise = _standard_error(best, last)
+    left, right = best.item_scores or [], last.item_scores or []
+    noise = 0.0  # the standard error of the mean paired difference
+    if len(left) == len(right) >= 2:
+        noise = float(np.std(np.subtract(left, right), ddof=1) / np.sqrt(len(left)))
     return Collapse(best, last) if fall > max(drop, SURE_DEVIATIONS * noise) else None
 
 
@@ -63,14 +66,6 @@ def should_stop_early(points: Sequence[EvalPoint], drop: float, higher_is_better
     below = [(middle - point.value) * (1.0 if higher_is_better else -1.0) > 0 for point in ordered[-2:]]
     both = (ordered, ordered[:-1])
     return all(below) and all(collapse_of(found, drop, higher_is_better) is not None for found in both)
-
-
-def _standard_error(one: EvalPoint, other: EvalPoint) -> float:
-    """Of the mean paired difference; 0 without scores by example."""
-    left, right = one.item_scores or [], other.item_scores or []
-    if len(left) != len(right) or len(left) < 2:
-        return 0.0
-    return float(np.std(np.subtract(left, right), ddof=1) / np.sqrt(len(left)))
 
 
 def collapsing_cells(outcomes: Iterable[TrialOutcome]) -> set[tuple[int, float]]:

@@ -247,6 +247,7 @@ def estimate(sums: Floats, weights: Floats, span: float = 0.0) -> Estimate:
     if examples < 2:
         return Estimate(mean, 0.0, seeds_variance, 0.0, 0, seeds, float(seeds - 1), 0.0)
     influence = (sums.mean(axis=0) - weights * mean) / weights.mean()
+    spread = float(np.mean(influence**2))
     examples_variance = float((influence**2).sum()) / (examples * (examples - 1))
     if span and _is_rare(int(np.count_nonzero((sums != np.median(sums)).any(axis=0))), influence):
         examples_variance = max(examples_variance, (RULE_OF_THREE * span / examples) ** 2)
@@ -263,7 +264,7 @@ def estimate(sums: Floats, weights: Floats, span: float = 0.0) -> Estimate:
         examples,
         seeds,
         float(seeds - 1),
-        _skewness(influence),
+        float(np.mean(influence**3)) / spread**1.5 if spread > 0 else 0.0,
     )
 
 
@@ -326,11 +327,6 @@ def _score_error(difference: float, worse: int, better: int, examples: int) -> f
     c = -better * difference * (1 - difference)
     share = (math.sqrt(max(b * b - 8 * examples * c, 0.0)) - b) / (4 * examples)
     return math.sqrt(max(2 * share + difference * (1 - difference), 0.0) / examples)
-
-
-def _skewness(influence: Floats) -> float:
-    spread = float(np.mean(influence**2))
-    return float(np.mean(influence**3)) / spread**1.5 if spread > 0 else 0.0
 
 
 def seed_parts(means: Floats) -> tuple[float, float]:

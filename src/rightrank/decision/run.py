@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,25 +29,46 @@ from rightrank.schema.trials import OUTCOMES, EvalPoint, TrialFinished, TrialLoo
 
 @dataclass(slots=True)
 class Records:
+    """What a journal says, by kind."""
+
     started: RunStarted
-    outcomes: list[TrialOutcome]
-    tests: list[TestEvaluated]
+    outcomes: list[TrialOutcome] = field(default_factory=list)  # the last one of each trial
+    tests: list[TestEvaluated] = field(default_factory=list)
     certificates: list[Certified] = field(default_factory=list)
     adapters: list[AdapterRecorded] = field(default_factory=list)  # answers to the first question, the last one valid
     guards: list[GuardEvaluated] = field(default_factory=list)
     looks: dict[str, list[EvalPoint]] = field(default_factory=dict)  # by trial: what custom trainers reported
+    _places: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # in `outcomes`, by trial
 
     @classmethod
-    def of(cls, started: RunStarted, records: Sequence[JournalRecord]) -> Records:
-        return cls(
-            started,
-            last_outcomes(records),
-            [record for record in records if isinstance(record, TestEvaluated)],
-            [record for record in records if isinstance(record, Certified)],
-            [record for record in records if isinstance(record, AdapterRecorded)],
-            [record for record in records if isinstance(record, GuardEvaluated)],
-            _looks_of(records),
-        )
+    def of(cls, started: RunStarted, records: Iterable[JournalRecord]) -> Records:
+        found = cls(started)
+        for record in records:
+            found.keep(record)
+        return found
+
+    def keep(self, record: JournalRecord) -> None:
+        """Add the next record of the journal.
+
+        The looks of a trial that starts again are dropped. A step that is reported again replaces the earlier report and all later ones.
+        """
+        match record:
+            case TestEvaluated():
+                self.tests.append(record)
+            case Certified():
+                self.certificates.append(record)
+            case AdapterRecorded():
+                self.adapters.append(record)
+            case GuardEvaluated():
+                self.guards.append(record)
+            case TrialStarted():
+                self.looks.pop(record.trial_id, None)
+            case TrialLook():
+                before = [point for point in self.looks.get(record.trial_id, []) if point.step < record.step]
+                self.looks[record.trial_id] = [*before, record.point]
+            case _ if isinstance(record, OUTCOMES):
+                place = self._places.setdefault(record.trial_id, len(self.outcomes))
+                self.outcomes[place : place + 1] = [record]
 
     def finished(self) -> list[TrialFinished]:
         return [outcome for outcome in self.outcomes if isinstance(outcome, TrialFinished)]
@@ -75,27 +96,6 @@ def settled_start(journal: Sequence[JournalRecord]) -> RunStarted:
         if one.evaluation_items is not None:
             update |= {"evaluation_items": one.evaluation_items, "data": one.data or started.data}
     return started.model_copy(update=update) if update else started
-
-
-def last_outcomes(records: Sequence[JournalRecord]) -> list[TrialOutcome]:
-    """The outcome of each trial; the last one if it ran more than once."""
-    ended = [record for record in records if isinstance(record, OUTCOMES)]
-    return list({outcome.trial_id: outcome for outcome in ended}.values())
-
-
-def _looks_of(records: Sequence[JournalRecord]) -> dict[str, list[EvalPoint]]:
-    """The values that each trial reported along the way. Those of a trial that started again are dropped.
-
-    A step that is reported again replaces the earlier report and all later ones.
-    """
-    found: dict[str, list[EvalPoint]] = {}
-    for record in records:
-        if isinstance(record, TrialStarted):
-            found.pop(record.trial_id, None)
-        elif isinstance(record, TrialLook):
-            before = [point for point in found.get(record.trial_id, []) if point.step < record.step]
-            found[record.trial_id] = [*before, record.point]
-    return found
 
 
 def last_decided(journal: Sequence[JournalRecord]) -> DecisionRecorded | None:
@@ -225,9 +225,6 @@ def decision_so_far(records: Records, outcomes: Sequence[TrialOutcome] | None = 
         return None
 
 
-SECOND_QUESTION = ("rank", "verdict", "confidence", "sentence")
-
-
 def question_of(records: Records) -> Criterion:
     """The metric and the margin of the run."""
     started = records.started
@@ -261,7 +258,7 @@ def document(
     records: Records, decision: Decision | None, goal: str, estimate: TrainingRankEstimate | None = None
 ) -> dict[str, Any]:
     """Both answers as one JSON object. `estimate` is of the second question, where it was not asked."""
-    found: dict[str, Any] = dict.fromkeys(SECOND_QUESTION)
+    found: dict[str, Any] = dict.fromkeys(("rank", "verdict", "confidence", "sentence"))
     if decision is not None:
         found |= decision.model_dump(mode="json")
     adapter = records.adapters[-1] if records.adapters else None

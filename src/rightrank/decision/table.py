@@ -124,16 +124,11 @@ def table_of(
         else:
             missing[outcome.rank] = missing.get(outcome.rank, 0) + 1
     collapsed = sum(isinstance(outcome, TrialCollapsed) for outcome in outcomes)
-    return ScoreTable(metric, higher_is_better, cells, missing, kind, _tried([*outcomes, *looks]), collapsed)
-
-
-def _tried(outcomes: Iterable[TrialOutcome]) -> dict[int, set[float]]:
-    """Learning rates by rank, of trainings from their own start that did not run out of memory or fail with an error."""
-    found: dict[int, set[float]] = {}
-    for outcome in outcomes:
+    tried: dict[int, set[float]] = {}
+    for outcome in (*outcomes, *looks):
         if outcome.rank > 0 and outcome.truncate_from is None and not isinstance(outcome, TrialFailed):
-            found.setdefault(outcome.rank, set()).add(outcome.learning_rate)
-    return found
+            tried.setdefault(outcome.rank, set()).add(outcome.learning_rate)
+    return ScoreTable(metric, higher_is_better, cells, missing, kind, tried, collapsed)
 
 
 def _oriented(scores: Sequence[float], kind: MetricKind, higher: bool) -> Floats:

@@ -163,6 +163,9 @@ def flags_of(
     evidence, top = found.evidence, found.ranks[-1]
     answer = {found.chosen, found.reference.rank}
     trained = max((cell.steps or 0 for cell in found.reference.cells.values()), default=0)
+    growth = _late_growth(found) or 0.0
+    named = [set(cell.others) for one in evidence.contenders.values() for cell in one.cells.values()]
+    others = set.intersection(*named) - set(compared_others)
     raised = {
         "underpowered": underpowered(found, verdict),
         "rising": verdict == "undecided"
@@ -174,8 +177,10 @@ def flags_of(
         "collapsed": evidence.table.collapsed > 0,
         "one_seed": found.is_indication,
         "winner_gap": max(evidence.contenders[rank].gap for rank in answer) > found.margin / 2,
-        "metric_conflict": _conflicts(evidence, found.chosen, compared_others),
-        "may_be_capacity_limited": _gap_still_grows(found),
+        "metric_conflict": any(_conflicts_in(evidence, found.chosen, name) for name in sorted(others)),
+        # the chosen rank's gap exceeds the margin if it grows by as much again
+        "may_be_capacity_limited": growth > 0
+        and not is_within(found.by_rank[found.chosen].difference.mean + growth, found.margin),
         "checkpoint_matters": checkpoints is not None and checkpoints.matters,
         "extrapolated": horizon_steps is not None and 0 < trained < horizon_steps,
     }
@@ -196,21 +201,8 @@ def lengths(evidence: Evidence) -> set[int]:
     return {cell.steps for found in evidence.contenders.values() for cell in found.cells.values() if cell.steps}
 
 
-def _gap_still_grows(found: Comparison) -> bool:
-    """Whether the chosen rank's gap exceeds the margin if it grows by as much again."""
-    growth = _late_growth(found)
-    if growth is None or growth <= 0:
-        return False
-    return not is_within(found.by_rank[found.chosen].difference.mean + growth, found.margin)
-
-
-def _conflicts(evidence: Evidence, chosen: int, compared_others: Collection[str]) -> bool:
-    """Whether by another metric, of which only values are known, the chosen rank is clearly worse than the best."""
-    names = set.intersection(*(set(cell.others) for c in evidence.contenders.values() for cell in c.cells.values()))
-    return any(_conflicts_in(evidence, chosen, name) for name in sorted(names - set(compared_others)))
-
-
 def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:
+    """Whether by another metric, of which only values are known, the chosen rank is clearly worse than the best."""
     higher = direction(name)
     if higher is None:
         return False

@@ -15,10 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rightrank.data.files import LIBRARY_ERRORS, UnreadableError, kind_of, read_json_object
+from rightrank.data.files import UnreadableError, kind_of, read_json_object
 from rightrank.data.rows import FILE_TYPES, Row, records_of_frame
 from rightrank.interop.columns import settings_of_name
-from rightrank.schema.errors import MissingExtraError, ResultsError, first_line
+from rightrank.schema.errors import LIBRARY_ERRORS, MissingExtraError, ResultsError, first_line
 
 SQLITE = b"SQLite format 3\x00"
 MAX_RUNS = 50_000  # MLflow's own limit of a request

@@ -373,7 +373,8 @@ def write_like(
         write_adapter(out, config, tensors, adapter.path, files)
         return
     _, metadata = read_header(adapter.path)
-    write_file(out, tensors, updated_header(metadata, config))
+    metadata = {name: str(config["r"]) if name == RANK else value for name, value in metadata.items()}
+    write_file(out, tensors, metadata)
 
 
 def write_adapter(
@@ -503,11 +504,6 @@ def config_of_file(path: Path) -> dict[str, Any]:
 
 def is_alpha(key: str) -> bool:
     return key.endswith(".alpha")
-
-
-def updated_header(metadata: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of a file whose modules have the ranks of `config`."""
-    return {name: str(config["r"]) if name == RANK else value for name, value in metadata.items()}
 
 
 def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

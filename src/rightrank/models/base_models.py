@@ -25,9 +25,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rightrank.data.files import LIBRARY_ERRORS, UnreadableError, read_json_object
+from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.models.places import BASE_FILE, CONFIG_FILE, ModelSource, find_model, safe_shards
 from rightrank.schema.errors import (
+    LIBRARY_ERRORS,
     DeviceMemoryError,
     MissingExtraError,
     ModelError,
@@ -167,7 +168,9 @@ def model_config(reference: str, trust_remote_code: bool, classification: bool) 
         ModelError: no configuration, an unknown architecture, an encoder-decoder, or one that needs its own code.
     """
     source = find_model(reference)
-    quiet_third_parties()
+    logging: Any = transformers_logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(source.name, **source.loading_arguments(trust_remote_code))
     except LOADING_ERRORS as error:
@@ -339,28 +342,21 @@ def base_identity(model: Any, name: str) -> BaseIdentity:
     }
     embedding = getattr(model.get_input_embeddings(), "weight", None)
     first = [found for found, parameter in matrices.items() if parameter is embedding]
-    shapes = {
-        found: tuple(parameter.shape) for found, parameter in matrices.items() if parameter.dtype in DTYPES.values()
-    }
-    return _identity(name, model.config.to_dict(), {found: matrices[found] for found in _looked_at(shapes, first)})
-
-
-def _looked_at(shapes: Mapping[str, tuple[int, ...]], first: Sequence[str] = ()) -> list[str]:
-    """Some matrices, the same of a model with and without a head: `first`, and those whose names have the lowest hashes."""
-    matrices = [found for found, shape in shapes.items() if len(shape) > 1]
-    return sorted(matrices, key=lambda found: (found not in first, hashlib.sha256(found.encode()).digest()))[:MATRICES]
-
-
-def _identity(name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> BaseIdentity:
-    known = {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
-    finite: dict[str, tuple[float, float]] = {}
-    for found, tensor in tensors.items():
-        whole: Any = getattr(tensor, "full_tensor", None)  # of a sharded one
-        flat = (tensor if whole is None else whole()).detach().reshape(-1)
+    # the same of a model with and without a head: the embedding, and those whose names have the lowest hashes
+    order = sorted(
+        (name for name, one in matrices.items() if one.dtype in DTYPES.values() and one.dim() > 1),
+        key=lambda found: (found not in first, hashlib.sha256(found.encode()).digest()),
+    )
+    weights: dict[str, tuple[float, float]] = {}
+    for found in order[:MATRICES]:
+        whole: Any = getattr(matrices[found], "full_tensor", None)  # of a sharded one
+        flat = (matrices[found] if whole is None else whole()).detach().reshape(-1)
         pair = float(flat[len(flat) // 4]), float(flat[len(flat) * 3 // 4])
         if all(map(math.isfinite, pair)):
-            finite[found] = pair
-    return BaseIdentity(name=name, config=known, weights=finite)
+            weights[found] = pair
+    config = model.config.to_dict()
+    known = {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
+    return BaseIdentity(name=name, config=known, weights=weights)
 
 
 def _precision(values: Sequence[float]) -> torch.dtype:
@@ -426,13 +422,6 @@ def _name_in(file: Path, key: str) -> str | None:
 def _last_part(name: str) -> str:
     """Of a path or a hub name: whoever holds a copy."""
     return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
-
-
-def quiet_third_parties() -> None:
-    """Switch off the progress bars and notices of transformers."""
-    logging: Any = transformers_logging
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def _file_fingerprint(source: ModelSource) -> str | None:

@@ -255,12 +255,8 @@ def rescore(run: Run) -> None:
     run.notice(f"scoring {len(stale)} adapters on {count:,} validation examples, in place of {before:,}")
     records.adapters.clear()  # the first question is answered again, on all examples
     for trial in stale:
-        run.record(_rescored(folder, run.prepared.runtime, trial, records.started.metric))
-
-
-def _rescored(folder: RunFolder, runtime: Runtime, trial: TrialFinished, metric: str) -> TrialFinished:
-    with _adapter_of(folder, runtime, trial):
-        return _scored_again(runtime, trial, metric)
+        with _adapter_of(folder, run.prepared.runtime, trial):
+            run.record(_scored_again(run.prepared.runtime, trial, records.started.metric))
 
 
 def _scored_again(runtime: Runtime, trial: TrialFinished, metric: str) -> TrialFinished:

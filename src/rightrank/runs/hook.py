@@ -16,11 +16,8 @@ from rightrank.decision.run import Records, settled_start
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import RightrankError, RunError, RunFolderError, first_line
 from rightrank.schema.events import (
-    AdapterRecorded,
-    Certified,
     Event,
     GuardAnswer,
-    GuardEvaluated,
     Journaled,
     JournalRecord,
     Listener,
@@ -28,10 +25,9 @@ from rightrank.schema.events import (
     RunContinued,
     RunStarted,
     SelectionPlanned,
-    TestEvaluated,
 )
 from rightrank.schema.settings import CONTINUABLE, SelectSettings, settings_difference
-from rightrank.schema.trials import OUTCOMES, Trial, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.search.history import History
 from rightrank.search.protocol import Strategy
 
@@ -221,11 +217,9 @@ class Run(Listener):
     def __post_init__(self) -> None:
         if self.journal:
             _require_same_run(self.folder, self.journal[0], self.started)
-        self.records = Records.of(self.started, self.journal)
         # The cause of a failure may have been removed since; a device's memory does not grow.
-        self.records.outcomes = [
-            one for one in self.records.outcomes if not isinstance(one, TrialFailed) or one.error == "out_of_memory"
-        ]
+        kept = (one for one in self.journal if not isinstance(one, TrialFailed) or one.error == "out_of_memory")
+        self.records = Records.of(self.started, kept)
 
     def begin(self) -> None:
         """Journal the start, or the settings with which the run continues, and tell what is to come."""
@@ -256,7 +250,7 @@ class Run(Listener):
     def record(self, record: JournalRecord) -> None:
         """Keep a record in the journal."""
         self.folder.journal.append(record)
-        self._keep(record)
+        self.records.keep(record)
 
     def notice(self, text: str) -> None:
         """Tell a line for a person."""
@@ -277,21 +271,6 @@ class Run(Listener):
     def finished(self, trial_id: str) -> TrialFinished:
         """The finished trial of that id."""
         return next(trial for trial in self.records.finished() if trial.trial_id == trial_id)
-
-    def _keep(self, record: JournalRecord) -> None:
-        records = self.records
-        match record:
-            case TestEvaluated():
-                records.tests.append(record)
-            case Certified():
-                records.certificates.append(record)
-            case AdapterRecorded():
-                records.adapters.append(record)
-            case GuardEvaluated():
-                records.guards.append(record)
-            case _ if isinstance(record, OUTCOMES):
-                ended = {one.trial_id: one for one in records.outcomes} | {record.trial_id: record}
-                records.outcomes = list(ended.values())
 
 
 def _continued(journal: Sequence[JournalRecord], started: RunStarted) -> RunContinued | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rightrank.schema.errors import one_line
+from rightrank.schema.errors import LIBRARY_ERRORS, one_line
 
 if TYPE_CHECKING:
     import click
@@ -32,17 +32,7 @@ if TYPE_CHECKING:
     from rightrank.train.tokens import EncodedData
 
 GROUP = "rightrank.plugins"
-FAULTS = (
-    ImportError,
-    SyntaxError,
-    AttributeError,
-    NameError,
-    TypeError,
-    ValueError,
-    LookupError,
-    OSError,
-    RuntimeError,
-)
+FAULTS = (ImportError, SyntaxError, NameError, *LIBRARY_ERRORS)
 
 Found = TypeVar("Found")
 
@@ -192,28 +182,13 @@ def outlook(started: RunStarted, measured: int | None = None) -> list[str]:
     return [line for found in _asked(lambda plugin: plugin.outlook(started, measured)) for line in found]
 
 
-def memory_plan(
-    loaded: LoadedModel,
-    encoded: EncodedData,
-    classes: int | None,
-    settings: SelectSettings,
-    notice: Callable[[str], None],
-) -> MemoryPlan | None:
-    """Of the first plug-in that has one for this model."""
-    return _first(plugin.memory_plan(loaded, encoded, classes, settings, notice) for plugin in plugins())
-
-
-def decide_rows(rows: str | Path | Iterable[Any], margin: float | None) -> tuple[Decision, list[str]] | None:
-    """Of the first plug-in whose kind of results these are."""
-    return _first(plugin.decide_rows(rows, margin) for plugin in plugins())
-
-
 def _merged(mappings: Iterable[Mapping[str, Found]]) -> dict[str, Found]:
     return {name: one for found in mappings for name, one in found.items()}
 
 
-def _first(answers: Iterable[Found | None]) -> Found | None:
-    return next((answer for answer in answers if answer is not None), None)
+def first(question: Callable[[Plugin], Found | None]) -> Found | None:
+    """The answer of the first plug-in that has one."""
+    return next((answer for answer in map(question, plugins()) if answer is not None), None)
 
 
 def plugins() -> list[Plugin]:

@@ -18,7 +18,7 @@ from rightrank.decision.run import settled_start
 from rightrank.models.base_models import DTYPES, LoadedModel, adopt_model, load_base, model_skeleton, resolve_dtype
 from rightrank.models.labels import adopted_labels
 from rightrank.models.places import find_model
-from rightrank.runs.plugins import MemoryPlan, memory_plan
+from rightrank.runs.plugins import MemoryPlan, first
 from rightrank.runs.values import Prepared, Request
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, RunStarted
@@ -194,7 +194,7 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
 def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, MemoryPlan | None]:
     """The settings with the ranks that fit: those given, or the default ones that the matrices can have."""
     classes = len(sources.splits.classes or ()) if sources.encoded.is_classification else None
-    planned = memory_plan(sources.loaded, sources.encoded, classes, settings, notice)
+    planned = first(lambda plugin: plugin.memory_plan(sources.loaded, sources.encoded, classes, settings, notice))
     return (settings if planned is None else settings.model_copy(update={"ranks": planned.ranks})), planned
 
 

@@ -20,18 +20,13 @@ def reproduce_command(settings: Mapping[str, Any]) -> str | None:
     model, data = settings.get("model"), settings.get("data")
     if not isinstance(model, str) or not isinstance(data, str) or "in memory" in (model + data):
         return None
-    return shlex.join(["rightrank", "select", model, data, "--out", "run", *_command_arguments(settings)])
-
-
-def _command_arguments(settings: Mapping[str, Any]) -> list[str]:
-    """The arguments that give these settings, of those whose values differ from the default."""
     arguments: list[str] = []
     for name, row in SelectSettings.model_fields.items():
         value = settings.get(name)
         value = tuple(value) if isinstance(value, list) else value
         if value is not None and value != row.default:
             arguments += _arguments_of(name, row, value)
-    return arguments
+    return shlex.join(["rightrank", "select", model, data, "--out", "run", *arguments])
 
 
 def _arguments_of(name: str, row: Setting, value: Any) -> list[str]:

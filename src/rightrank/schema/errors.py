@@ -30,6 +30,10 @@ from difflib import get_close_matches
 
 MAX_WHOLE = 2**53  # the integers that a float holds exactly; a larger one in a file is damage
 MAX_MESSAGE_CHARACTERS = 1500  # a longer message quotes a long value, whose middle is left out
+# What libraries raise, beside errors of their own, for damaged or unknown files.
+LIBRARY_ERRORS = (
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
+)  # fmt: skip
 # Control characters, bidirectional and invisible marks, and surrogates: replaced by their escapes.
 _INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 161))} | {
     code: f"\\u{code:04x}"

@@ -24,10 +24,6 @@ TRANSFORMERS_NAMES = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw_fused"
 DEFAULT_PLAN_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-def _to_optimizer(name: object) -> object:
-    return TRANSFORMERS_NAMES.get(name, name) if isinstance(name, str) else name
-
-
 def _require_ranks(ranks: tuple[int, ...]) -> tuple[int, ...]:
     if not ranks:
         raise ValueError("ranks is empty: give at least one")
@@ -64,7 +60,7 @@ class PlanSettings(PeftFields):
         "`adamw`, `adamw_fused` or `adamw_8bit`",
         option=True,
         also=("optimizer",),
-        parse=_to_optimizer,
+        parse=lambda name: TRANSFORMERS_NAMES.get(name, name) if isinstance(name, str) else name,
     )
     loss: Literal["full", "chunked"] = setting(
         "full",

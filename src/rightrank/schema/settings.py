@@ -37,12 +37,17 @@ UNITS = {
 }
 
 
-def parse_bytes(text: str) -> int:
-    """`24GiB` as bytes.
+# What people write, as the values that the types take.
+
+
+def to_bytes(text: object) -> object:
+    """`24GiB` as bytes; any value but a text as it is.
 
     Raises:
         SettingsError: no number above 0 with a unit.
     """
+    if not isinstance(text, str):
+        return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     unit = {name.lower(): size for name, size in UNITS.items()}.get(match[2].lower(), 0) if match is not None else 0
     size = round(min(float(match[1]) * unit, 2.0 * MAX_BYTES)) if match is not None else 0
@@ -51,13 +56,6 @@ def parse_bytes(text: str) -> int:
             f"memory {text!r} is not a size: give a number and one of {', '.join(UNITS)}, such as 24GiB"
         )
     return size
-
-
-# What people write, as the values that the types take.
-
-
-def to_bytes(memory: object) -> object:
-    return parse_bytes(memory) if isinstance(memory, str) else memory
 
 
 def to_dtype(name: object) -> object:

@@ -81,7 +81,7 @@ class Bracket(Strategy):
         to_adapter = find_learning_rate_cost(space) + adapter
         if space.goal == "adapter":
             return CostEstimate(to_adapter, max_search_trainings(space) + at_most, to_adapter)
-        expected = to_adapter + min(2.0, len(space.ranks) - 1.0) + confirmation_cost(space)
+        expected = to_adapter + min(2.0, len(space.ranks) - 1.0) + 3.0 * (len(space.seeds) - 1)
         return CostEstimate(expected, max_trainings(space) + at_most, to_adapter)
 
     def min_trainings(self) -> float:
@@ -419,7 +419,3 @@ def max_trainings(space: Space) -> float:
     tried = min(len(space.learning_rates), 3)
     others = tried * (1 + 2 * ANNEAL) * (len(space.ranks) - 1)
     return max_search_trainings(space) + others + (len(space.seeds) - 1) * tried * len(space.ranks)
-
-
-def confirmation_cost(space: Space) -> float:
-    return 3.0 * (len(space.seeds) - 1)

@@ -92,15 +92,14 @@ class _Group:
         """
         if self.dropout == 0 or self.parts[0].dropout_seed is None:
             return None
-        drawn = [self._draw(part, width) for part in self.parts]
+        drawn: list[torch.Tensor] = []
+        for part in self.parts:
+            assert part.dropout_seed is not None
+            generator = torch.Generator().manual_seed((part.dropout_seed * 0x9E3779B1 + self.salt) % 2**63)
+            kept = torch.rand((part.alone_rows, width), generator=generator) >= self.dropout
+            chosen = kept if part.alone_index is None else kept[part.alone_index.cpu()]
+            drawn.append(chosen / (1 - self.dropout))
         return torch.stack(drawn).to(like)
-
-    def _draw(self, part: Part, width: int) -> torch.Tensor:
-        assert part.dropout_seed is not None
-        generator = torch.Generator().manual_seed((part.dropout_seed * 0x9E3779B1 + self.salt) % 2**63)
-        kept = torch.rand((part.alone_rows, width), generator=generator) >= self.dropout
-        chosen = kept if part.alone_index is None else kept[part.alone_index.cpu()]
-        return chosen / (1 - self.dropout)
 
 
 def _groups(module: Any, routing: Routing, rows: int, table: Any) -> tuple[list[_Group], list[str]]:
