@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import queue
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import TypedDict
 
-from rightrank.decision.collapse import DROP_IN_MARGINS
+from rightrank.decision.collapse import DROP_IN_MARGINS, Collapse, collapse_of
 from rightrank.runs.calls import (
     Call,
-    CustomExecutor,
     EvaluateFunction,
-    Measure,
+    TrainerDivergedError,
+    TrainerError,
     TrainFunction,
+    WrongResultError,
     call_in_process,
     call_inline,
+    parse_result,
 )
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hooks, Run
 from rightrank.runs.plugins import calls
-from rightrank.schema.errors import SettingsError, did_you_mean
+from rightrank.schema.errors import AllTrialsFailedError, InputError, InterruptedRun, SettingsError, did_you_mean
 from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.metrics import direction, unknown_direction
 from rightrank.schema.settings import (
@@ -35,7 +44,20 @@ from rightrank.schema.settings import (
     profile_named,
     with_identity_of,
 )
-from rightrank.schema.trials import TrialResult, TrialTask, content_hash
+from rightrank.schema.trials import (
+    EvalPoint,
+    Trial,
+    TrialCollapsed,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialLook,
+    TrialOutcome,
+    TrialResult,
+    TrialStarted,
+    TrialTask,
+    content_hash,
+)
 from rightrank.search.history import space_of
 from rightrank.search.strategies import make_strategy, strategy_in
 from rightrank.search.upward import REASONER_START, Upward, is_distilled_reasoner
@@ -155,7 +177,7 @@ def open_own_run(request: OwnRequest, folder: RunFolder, hooks: Hooks) -> Run:
         request.settings,
         request.steps,
         strategy_in(request.settings.strategy, space),
-        lambda run: nullcontext(_executor(request, run)),
+        lambda run: nullcontext(_Executor(request, run)),
         journal,
         advice="give another range of learning rates, and a new out",
     )
@@ -176,18 +198,6 @@ def _metric_of(train: object, given: str | None) -> str | None:
             f"metric {given!r}: {name} scores the examples by {own!r}; leave metric out, or give{decides}"
         )
     return own
-
-
-def _executor(request: OwnRequest, run: Run) -> CustomExecutor:
-    return CustomExecutor(
-        request.call,
-        Measure(request.metric, request.higher_is_better, request.collapse_drop),
-        run.records.finished(),
-        run.folder.trial_adapter,
-        run,
-        request.given.get("workers", 1),
-        request.evaluate,
-    )
 
 
 def _settings(profile: Profile, compared: Mapping[str, object], given: TrainerSettings) -> SelectSettings:
@@ -269,3 +279,168 @@ def _run_started(request: OwnRequest, journal: Sequence[JournalRecord]) -> RunSt
         higher_is_better=request.higher_is_better,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+class _Executor:
+    """Runs trials through a function. An error inside it fails the trial and not the run.
+
+    A result that can't be used ends the run at once, unless the same function has returned a good one before.
+    """
+
+    def __init__(self, request: OwnRequest, run: Run) -> None:
+        self._request = request
+        self._run = run
+        earlier = run.records.finished()
+        self._base = next((trial for trial in earlier if trial.rank == 0), None)
+        # The held-out examples that earlier trials scored, at the end and at their looks; None: not known yet.
+        self._examples = next((len(trial.item_scores) for trial in earlier if trial.item_scores), None)
+        scored = (point.item_scores for trial in earlier for point in trial.points)
+        self._look_examples = next((len(scores) for scores in scored if scores), None)
+        # The functions that have returned well.
+        self._good = {"train" if trial.truncate_from is None else "evaluate" for trial in earlier}
+        self._wrong: str | None = None  # what the first result was that can't be used
+
+    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
+        for ended, outcome in enumerate(self._outcomes(trials), 1):
+            yield outcome
+            if self._wrong is None and self._run.should_stop():
+                raise InterruptedRun(f"stopped after {ended} trials")
+        if self._wrong is not None:
+            raise AllTrialsFailedError(
+                f"{self._wrong}; what has finished is kept: correct the function, and call again with the same arguments"
+            )
+
+    def _outcomes(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
+        """Yield outcomes as calls end; if the iterator is closed early, wait for the running calls.
+
+        A single call runs on this thread. Looks and ends of several calls pass through one queue, so that this thread alone
+        writes to the journal.
+        """
+        waiting, running, parallel = deque(trials), 0, self._request.given.get("workers", 1)
+        arrived: queue.SimpleQueue[TrialLook | Future[TrialOutcome]] = queue.SimpleQueue()
+        with ThreadPoolExecutor(parallel) as threads:
+            while (waiting and self._wrong is None) or running:
+                while waiting and self._wrong is None and running < parallel:
+                    trial = waiting.popleft()
+                    self._run.on_event(TrialStarted(**trial.fields))
+                    if parallel == 1:
+                        yield self._run_one(trial, self._run.on_event)
+                        continue
+                    threads.submit(self._run_one, trial, arrived.put).add_done_callback(arrived.put)
+                    running += 1
+                if not running:
+                    return
+                event = arrived.get()
+                if isinstance(event, TrialLook):
+                    self._run.on_event(event)
+                else:
+                    running -= 1
+                    yield event.result()
+
+    def _run_one(self, trial: Trial, on_look: Callable[[TrialLook], None]) -> TrialOutcome:
+        arm, request, folder = trial.arm, self._request, self._run.folder.trial_adapter(trial.trial_id)
+        name, call = "train", request.call
+        if arm.truncate_from is not None and request.evaluate is not None:
+            name, call = "evaluate", request.evaluate
+            try:
+                _write_truncated(self._run.folder.trial_adapter(arm.truncate_from), folder, arm.rank)
+            except InputError as error:
+                return TrialFailed(**trial.fields, error="error", reason=str(error))
+        folder.mkdir(parents=True, exist_ok=True)
+        looks: list[EvalPoint] = []
+
+        def receive(point: EvalPoint) -> None:
+            looks[:] = [*(look for look in looks if look.step < point.step), point]
+            on_look(TrialLook(trial_id=trial.trial_id, **point.model_dump(exclude={"train_value"})))
+
+        fields = arm.model_dump(include={"rank", "learning_rate", "lora_alpha", "seed", "steps"})
+        task = TrialTask(trial_id=trial.trial_id, folder=folder, collapse_drop=request.collapse_drop, **fields)
+        task = task.reporting_to(receive)
+        begun = time.perf_counter()
+        try:
+            result = parse_result(call(task), request.metric, self._examples)
+            by_step = {
+                point.step: point for point in (*looks, *result.points)
+            }  # one that was returned replaces a report
+            result = result.model_copy(update={"points": [by_step[step] for step in sorted(by_step)]})
+            self._require_same_looks(result.points)
+        except TrainerDivergedError as error:
+            return TrialDiverged(**trial.fields, step=looks[-1].step if looks else 0, reason=str(error))
+        except TrainerError as error:
+            reason = f"{name} {error}"
+            if isinstance(error, WrongResultError) and name not in self._good:
+                self._wrong = self._wrong or reason
+            return TrialFailed(**trial.fields, error="error", reason=reason)
+        self._good.add(name)
+        return self._judged(trial, result, time.perf_counter() - begun)
+
+    def _judged(self, trial: Trial, result: TrialResult, seconds: float) -> TrialOutcome:
+        """The outcome of a trial whose function returned."""
+        bad = next((name for name, value in _numbers_of(result) if not math.isfinite(value)), None)
+        if bad is not None:
+            return TrialDiverged(**trial.fields, step=trial.arm.steps, reason=f"{bad} is not a finite number")
+        collapse = self._collapse_of(trial, result)
+        if collapse is not None:
+            return TrialCollapsed(
+                **trial.fields,
+                step=collapse.last.step,
+                value=collapse.last.value,
+                best_step=collapse.best.step,
+                best_value=collapse.best.value,
+                reason=collapse.reason,
+                points=result.points,
+                train_seconds=seconds if result.train_seconds is None else result.train_seconds,
+            )
+        self._examples = len(result.item_scores) if result.item_scores is not None else self._examples
+        outcome = outcome_of(trial, result, self._request.metric, seconds)
+        self._base = outcome if trial.arm.rank == 0 else self._base
+        return outcome
+
+    def _collapse_of(self, trial: Trial, result: TrialResult) -> Collapse | None:
+        """A fall along the looks, or to an end below the base."""
+        drop, higher = self._request.collapse_drop, self._request.higher_is_better
+        if drop is None or trial.arm.rank == 0:
+            return None
+        end = EvalPoint(
+            step=trial.arm.steps, value=result.metrics[self._request.metric], item_scores=result.item_scores
+        )
+        start = [EvalPoint(step=0, value=self._base.value, item_scores=self._base.item_scores)] if self._base else []
+        return collapse_of(result.points, drop, higher) or collapse_of([*start, end], drop, higher)
+
+    def _require_same_looks(self, points: Sequence[EvalPoint]) -> None:
+        """Check that all looks score as many examples, in this trial and in earlier ones."""
+        counts = {len(point.item_scores) for point in points if point.item_scores is not None}
+        known = counts if self._look_examples is None else counts | {self._look_examples}
+        if len(known) > 1 or 0 in known:
+            listed = " and ".join(map(str, sorted(known)))
+            raise TrainerError(f"reported {listed} item_scores; score the same examples at every look of every trial")
+        self._look_examples = next(iter(known), None)
+
+
+def _write_truncated(parent: Path, folder: Path, rank: int) -> None:
+    """Write the PEFT adapter in `parent`, truncated to `rank` by singular values, to `folder`, which is replaced.
+
+    Raises:
+        InputError: no PEFT adapter there, or of a kind that can't be truncated.
+    """
+    from rightrank.adapters.rewrite import RankChoice, write_resized
+    from rightrank.models.adapter_files import open_adapter  # these bring torch, which a trainer may not need
+
+    adapter = open_adapter(parent)
+    ranks = {module.name: min(rank, module.rank) for module in adapter.modules}
+    shutil.rmtree(folder, ignore_errors=True)
+    write_resized(adapter, folder, RankChoice(ranks, f"rank {rank} at most"))
+
+
+def outcome_of(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:
+    returned = dict(result) | {"train_seconds": seconds if result.train_seconds is None else result.train_seconds}
+    return TrialFinished(**trial.fields, **returned, value=result.metrics[metric], item_losses=[], item_tokens=[])
+
+
+def _numbers_of(result: TrialResult) -> Iterator[tuple[str, float]]:
+    yield from result.metrics.items()
+    yield from (("an example's score", score) for score in result.item_scores or [])
+    if result.train_value is not None:
+        yield "train_value", result.train_value
+    yield from (("a point's value", point.value) for point in result.points)
+    yield from (("a point's score", score) for point in result.points for score in point.item_scores or [])
