@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from rightrank.adapters.rewrite import RankChoice, write_resized, write_truncated
+from rightrank.adapters.rewrite import RankChoice, write_like, write_resized, write_truncated
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.adapter import SEARCH, Criterion, adapter_answer, trained_answer
 from rightrank.decision.comparison import bounds_of_files
 from rightrank.decision.table import minus, table_of
-from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter, write_like
+from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter
 from rightrank.models.labels import labels_of_side
 from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank

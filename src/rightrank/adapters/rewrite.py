@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from rightrank.adapters.spectra import factored_distance
-from rightrank.data.files import require_absent
+from rightrank.data.files import creating, replacing, replacing_folder, require_absent
 from rightrank.models.adapter_files import (
+    MLX_FILE,
+    RANK,
     AdapterFolder,
     AdapterModule,
     is_alpha,
+    mlx_key,
     open_adapter,
     write_adapter,
-    write_like,
 )
+from rightrank.models.places import CONFIG_FILE, read_header
 from rightrank.models.ranks import exact_pattern, lora_scaling
 from rightrank.models.truncation import Moments, resized_factors
 from rightrank.schema.errors import ModelError
@@ -235,3 +240,48 @@ def _require_plain(adapter: AdapterFolder, rank: int) -> None:
         )
     if (above := max(adapter.modules, key=lambda module: module.rank)).rank > rank:
         raise ModelError(f"{adapter.path}: {above.name} has rank {above.rank}, above {rank}; resize the adapter first")
+
+
+def write_like(
+    adapter: AdapterFolder,
+    out: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a changed adapter in the format of `adapter`: a folder of PEFT or mlx-lm, or a LoRA file.
+
+    PEFT's keeps what lies beside it, and gets further `files`.
+
+    Raises:
+        RunFolderError: `out` exists, or can't be written.
+    """
+    if adapter.mlx is not None:
+        _write_mlx(out, adapter.mlx, config, tensors)
+        return
+    if not adapter.is_file:
+        write_adapter(out, config, tensors, adapter.path, files)
+        return
+    _, metadata = read_header(adapter.path)
+    metadata = {name: str(config["r"]) if name == RANK else value for name, value in metadata.items()}
+    with creating(out), replacing(out) as temporary:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
+
+
+def _write_mlx(
+    out: Path, stored: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Write a folder that mlx-lm loads, whole or not at all: `stored` at the rank of `config`, and PEFT's tensors.
+
+    Raises:
+        ModelError: modules of several ranks.
+        RunFolderError: `out` exists, or can't be written.
+    """
+    if config["rank_pattern"] or config["alpha_pattern"]:
+        raise ModelError("mlx-lm loads one rank for all modules: add --uniform, or give one rank")
+    parameters = dict(stored["lora_parameters"]) | {"rank": config["r"], "scale": config["lora_alpha"] / config["r"]}
+    with creating(out), replacing_folder(out) as temporary:
+        named = {mlx_key(key): value.T.contiguous() for key, value in tensors.items()}
+        save_file(named, temporary / MLX_FILE, {"format": "mlx"})
+        text = json.dumps(dict(stored) | {"lora_parameters": parameters}, indent=4, sort_keys=True) + "\n"
+        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")

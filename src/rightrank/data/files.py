@@ -79,6 +79,20 @@ def require_absent(out: Path) -> None:
         raise RunFolderError(f"{out}: exists already; give a folder that does not exist yet, or remove it first")
 
 
+@contextmanager
+def creating(out: Path) -> Iterator[None]:
+    """A block that makes `out`.
+
+    Raises:
+        RunFolderError: `out` exists, or can't be written.
+    """
+    require_absent(out)
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(f"{out}: can't write there ({error.strerror or error}); give a writable folder") from None
+
+
 def write_text(path: Path, text: str, flush: bool = True) -> None:
     with replacing(path, flush) as temporary:
         temporary.write_text(text, encoding="utf-8")

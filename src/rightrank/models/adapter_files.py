@@ -33,13 +33,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from rightrank.data.files import UnreadableError, read_json_object, replacing, replacing_folder, require_absent
+from rightrank.data.files import UnreadableError, creating, read_json_object, replacing_folder
 from rightrank.models.kinds import MAGNITUDE, stored_kind
 from rightrank.models.kinds.base import AdapterKind, Layout, StoredPair
 from rightrank.models.labels import CLASSIFIER_FILE, write_classifier
 from rightrank.models.places import BASE_FILE, CONFIG_FILE, read_header, require_adapter_folder
 from rightrank.models.ranks import exact_pattern, lora_scaling, pattern_matches, pattern_value
-from rightrank.schema.errors import ModelError, RunFolderError
+from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Floats
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -352,31 +352,6 @@ def natural_order(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() and len(part) < 10 else (1, 0, part) for part in parts]
 
 
-def write_like(
-    adapter: AdapterFolder,
-    out: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    files: Mapping[str, bytes] | None = None,
-) -> None:
-    """Write a changed adapter in the format of `adapter`: a folder of PEFT or mlx-lm, or a LoRA file.
-
-    PEFT's keeps what lies beside it, and gets further `files`.
-
-    Raises:
-        RunFolderError: `out` exists, or can't be written.
-    """
-    if adapter.mlx is not None:
-        write_mlx(out, adapter.mlx, config, tensors)
-        return
-    if not adapter.is_file:
-        write_adapter(out, config, tensors, adapter.path, files)
-        return
-    _, metadata = read_header(adapter.path)
-    metadata = {name: str(config["r"]) if name == RANK else value for name, value in metadata.items()}
-    write_file(out, tensors, metadata)
-
-
 def write_adapter(
     out: Path,
     config: Mapping[str, Any],
@@ -393,22 +368,18 @@ def write_adapter(
     Raises:
         RunFolderError: `out` exists, or can't be written.
     """
-    require_absent(out)
-    try:
-        with replacing_folder(out) as temporary:
-            save_file(
-                {key: value.contiguous() for key, value in tensors.items()}, temporary / WEIGHTS_FILE, {"format": "pt"}
-            )
-            text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
-            (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
-            if source is not None:
-                for file in (source / name for name in BESIDE):
-                    if file.is_file():
-                        shutil.copy2(file, temporary)
-            for name, content in (files or {}).items():
-                (temporary / name).write_bytes(content)
-    except OSError as error:
-        raise RunFolderError(f"{out}: can't write there ({error.strerror or error}); give a writable folder") from None
+    with creating(out), replacing_folder(out) as temporary:
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()}, temporary / WEIGHTS_FILE, {"format": "pt"}
+        )
+        text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
+        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+        if source is not None:
+            for file in (source / name for name in BESIDE):
+                if file.is_file():
+                    shutil.copy2(file, temporary)
+        for name, content in (files or {}).items():
+            (temporary / name).write_bytes(content)
 
 
 @contextmanager
@@ -506,21 +477,6 @@ def is_alpha(key: str) -> bool:
     return key.endswith(".alpha")
 
 
-def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a LoRA file, whole or not at all.
-
-    Raises:
-        RunFolderError: `path` exists, or can't be written.
-    """
-    require_absent(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, dict(metadata))
-    except OSError as error:
-        raise RunFolderError(f"{path}: can't write there ({error.strerror or error}); give a writable place") from None
-
-
 def _usual(values: Mapping[str, Any]) -> Any:
     return Counter(values.values()).most_common(1)[0][0]
 
@@ -568,26 +524,3 @@ def mlx_key(key: str) -> str:
     """`model.….q_proj.lora_a` for PEFT's `base_model.model.model.….q_proj.lora_A.weight`. The matrix is transposed."""
     module, _, side = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
     return f"{module}.{side.lower()}"
-
-
-def write_mlx(
-    out: Path, stored: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Write a folder that mlx-lm loads, whole or not at all: `stored` at the rank of `config`, and PEFT's tensors.
-
-    Raises:
-        ModelError: modules of several ranks.
-        RunFolderError: `out` exists, or can't be written.
-    """
-    if config["rank_pattern"] or config["alpha_pattern"]:
-        raise ModelError("mlx-lm loads one rank for all modules: add --uniform, or give one rank")
-    require_absent(out)
-    parameters = dict(stored["lora_parameters"]) | {"rank": config["r"], "scale": config["lora_alpha"] / config["r"]}
-    try:
-        with replacing_folder(out) as temporary:
-            named = {mlx_key(key): value.T.contiguous() for key, value in tensors.items()}
-            save_file(named, temporary / MLX_FILE, {"format": "mlx"})
-            text = json.dumps(dict(stored) | {"lora_parameters": parameters}, indent=4, sort_keys=True) + "\n"
-            (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunFolderError(f"{out}: can't write there ({error.strerror or error}); give a writable folder") from None

@@ -18,7 +18,7 @@ from rightrank.decision.run import settled_start
 from rightrank.models.base_models import DTYPES, LoadedModel, adopt_model, load_base, model_skeleton, resolve_dtype
 from rightrank.models.labels import adopted_labels
 from rightrank.models.places import find_model
-from rightrank.runs.plugins import MemoryPlan, first
+from rightrank.runs.plugins import first
 from rightrank.runs.values import Prepared, Request
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, RunStarted
@@ -67,7 +67,9 @@ def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, base
     given = request.settings.of_form(sources.splits.form)
     if given.margin != request.settings.margin:
         notice(f"margin: {given.margin:g} nats a pair, the default for preference pairs")
-    settings, planned = _settle(sources, given, notice)
+    classes = len(sources.splits.classes or ()) if sources.encoded.is_classification else None
+    planned = first(lambda plugin: plugin.memory_plan(sources.loaded, sources.encoded, classes, given, notice))
+    settings = given if planned is None else given.model_copy(update={"ranks": planned.ranks})  # those that fit
     steps = settings.training_steps(len(sources.encoded.splits["train"]))
     targets = None if planned is None else sources.targets  # without a plan the ranks are checked on the model
     runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache, targets)
@@ -144,21 +146,14 @@ def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
 
 def _base(request: Request, classes: list[str] | None, bases: Bases) -> LoadedModel:
     """The frozen base, loaded once for all requests that name it with the same settings."""
-    if not isinstance(request.model, str):
-        return _loaded(request, classes)
     settings, labels = request.settings, None if classes is None else tuple(classes)
+    if not isinstance(request.model, str):
+        return adopt_model(request.model, request.tokenizer, settings.device, classes)
     how = (settings.dtype, settings.device, settings.trust_remote_code, settings.weight_bits)
     key = (request.model, labels, *how)
     if key not in bases:
-        bases[key] = _loaded(request, classes)
+        bases[key] = load_base(request.model, settings, classes)
     return bases[key]
-
-
-def _loaded(request: Request, classes: list[str] | None) -> LoadedModel:
-    settings = request.settings
-    if isinstance(request.model, str):
-        return load_base(request.model, settings, classes)
-    return adopt_model(request.model, request.tokenizer, settings.device, classes)
 
 
 def _targets(model: str, splits: DataSplits, settings: SelectSettings) -> Targets:
@@ -189,13 +184,6 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
                 f"metric {spec.name!r} needs the model to write for a prompt, and the data has the form {form!r}: "
                 "give `prompt` and `completion`, or metric 'loss'"
             )
-
-
-def _settle(sources: _Sources, settings: SelectSettings, notice: Notice) -> tuple[SelectSettings, MemoryPlan | None]:
-    """The settings with the ranks that fit: those given, or the default ones that the matrices can have."""
-    classes = len(sources.splits.classes or ()) if sources.encoded.is_classification else None
-    planned = first(lambda plugin: plugin.memory_plan(sources.loaded, sources.encoded, classes, settings, notice))
-    return (settings if planned is None else settings.model_copy(update={"ranks": planned.ranks})), planned
 
 
 def _started(request: Request, sources: _Sources, settings: SelectSettings, steps: int) -> RunStarted:

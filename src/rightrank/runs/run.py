@@ -24,8 +24,6 @@ from rightrank.schema.errors import AllTrialsFailedError, DeviceMemoryError, Int
 from rightrank.schema.events import Listener, Notice, RunStopped
 from rightrank.schema.trials import (
     Trial,
-    TrialCollapsed,
-    TrialDiverged,
     TrialFailed,
     TrialFinished,
     TrialOutcome,
@@ -139,20 +137,16 @@ def decide(run: Run) -> Decision:
 def _with_plan(run: Run, outcome: TrialOutcome) -> TrialOutcome:
     """The outcome with the peak memory that was planned for it, where there is a plan."""
     planned = run.prepared and run.prepared.planned
-    if (
-        not planned
-        or outcome.rank == 0
-        or outcome.arm.steps == 0
-        or isinstance(outcome, TrialCollapsed | TrialDiverged)
-    ):
+    if not planned or outcome.rank == 0 or outcome.arm.steps == 0:
         return outcome
     if isinstance(outcome, TrialFinished):
         predicted = planned.peak_of(outcome.pass_ranks or [outcome.rank])
         return outcome.model_copy(update={"predicted_peak_bytes": predicted})
-    predicted = planned.peak_of([outcome.rank])
-    if predicted is None or outcome.error != "out_of_memory":
-        return outcome
-    return outcome.model_copy(update={"reason": f"{outcome.reason}; the plan said {size(predicted)}"})
+    if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":
+        predicted = planned.peak_of([outcome.rank])
+        told = "" if predicted is None else f"; the plan said {size(predicted)}"
+        return outcome.model_copy(update={"reason": f"{outcome.reason}{told}"})
+    return outcome
 
 
 @contextmanager

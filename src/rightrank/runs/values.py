@@ -81,7 +81,11 @@ def check(request: Request) -> None:
         MissingExtraError: an optimizer that is not installed.
     """
     settings = request.settings
-    _require_storable(request)
+    try:
+        require_no_secret("model", request.model_name)
+        require_no_secret("data", request.data_name)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
     make_strategy(settings, settings.max_steps or 1)
     for source in (request.data, settings.validation or None):
         if isinstance(source, str | Path):
@@ -96,14 +100,6 @@ def check(request: Request) -> None:
                 f"executor {settings.executor!r}: the {what} is in memory, which workers can't read; "
                 "give a path or a name, or executor 'local'"
             )
-
-
-def _require_storable(request: Request) -> None:
-    try:
-        require_no_secret("model", request.model_name)
-        require_no_secret("data", request.data_name)
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
 
 
 def answers(records: Records, decision: Decision | None, goal: Goal) -> dict[str, Any]:
