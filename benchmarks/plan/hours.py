@@ -25,7 +25,7 @@ from rightrank.plugins.plan.selection import Workload, selection_cost
 from rightrank.report.format import duration
 from rightrank.schema.plan_settings import loop_of_select, make_plan_settings
 from rightrank.schema.settings import make_settings
-from rightrank.search.strategies import make_strategy
+from rightrank.search import make_strategy
 
 HERE = Path(__file__).parent
 RESULT, PAGE = HERE / "results" / "hours.json", HERE / "hours.md"

@@ -32,7 +32,7 @@ from rightrank.runs.values import Selected
 from rightrank.schema.events import DataSummary, Event, RunStarted
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
-from rightrank.search.strategies import make_strategy
+from rightrank.search import make_strategy
 
 WORKERS = 3
 STEPS = 700  # of a sleeping trial: milliseconds

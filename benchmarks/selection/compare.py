@@ -22,7 +22,7 @@ from benchmarks.selection.baselines import STOCHASTIC as OPTUNA_AND_CHANCE
 from benchmarks.selection.ray_asha import ray_asha
 from benchmarks.selection.replay import Judged, judge, replay_all, summary
 from benchmarks.selection.tables import GridCurve, each_seed_first, read_grids
-from rightrank.search.strategies import STRATEGIES, strategy_named
+from rightrank.search import STRATEGIES, strategy_named
 
 HERE = Path(__file__).parent
 FAMILIES = {  # file, which of its grids, and margins in the metric's unit

@@ -20,8 +20,8 @@ import numpy as np
 from benchmarks.machine import machine
 from benchmarks.selection.tables import REPLAY_STEPS, GridCurve, TableRunner, read_grids, space_of_grid
 from rightrank.schema.trials import TrialFinished, TrialOutcome
+from rightrank.search import STRATEGIES
 from rightrank.search.history import History, steps_of
-from rightrank.search.strategies import STRATEGIES
 
 HERE = Path(__file__).parent
 NEAR = (0.001, 0.005)  # nats a token

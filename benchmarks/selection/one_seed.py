@@ -48,7 +48,7 @@ from rightrank.decision.rule import decide
 from rightrank.decision.seeds import pair_noise
 from rightrank.decision.table import Contender, ScoreTable, table_of
 from rightrank.schema.trials import Floats
-from rightrank.search.strategies import STRATEGIES
+from rightrank.search import STRATEGIES
 
 HERE = Path(__file__).parent
 FILES = ("real_grids.json", "seeded_short_grids.json", "seeded_grids.json", "grids/*.json")

@@ -20,9 +20,9 @@ from pathlib import Path
 from benchmarks.selection.tables import GridCurve, Replayed, read_grids, replay, space_of_grid
 from rightrank.schema.errors import InputError, ResultsError, SettingsError
 from rightrank.schema.settings import Goal
+from rightrank.search import strategy_named
 from rightrank.search.history import Space
 from rightrank.search.protocol import Strategy
-from rightrank.search.strategies import strategy_named
 
 
 @dataclass(frozen=True)

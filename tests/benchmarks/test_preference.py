@@ -11,7 +11,7 @@ from benchmarks.selection.replay import replay_all, summary
 from benchmarks.selection.tables import read_grids
 
 from rightrank.schema.settings import PAIR_MARGIN
-from rightrank.search.strategies import strategy_named
+from rightrank.search import strategy_named
 
 GRIDS = Path(__file__).parents[2] / "benchmarks/preference/grids.json"
 LN2 = 0.69315

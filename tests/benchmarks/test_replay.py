@@ -9,7 +9,7 @@ import pytest
 from benchmarks.selection.replay import judge, main, replay_all, summary
 from benchmarks.selection.tables import TableRunner, each_seed_first, read_grids, space_of_grid
 
-from rightrank.search.strategies import STRATEGIES, strategy_named
+from rightrank.search import STRATEGIES, strategy_named
 
 pytestmark = pytest.mark.trains
 

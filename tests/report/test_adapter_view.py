@@ -21,9 +21,8 @@ from rightrank.report.html import render_report
 from rightrank.report.sentences import cost_of
 from rightrank.report.svg import write_figures
 from rightrank.runs.journal import Journal
-from rightrank.runs.values import answers
+from rightrank.runs.values import answers, training_rank_estimate
 from rightrank.schema.events import RunContinued
-from rightrank.search.strategies import training_rank_estimate
 from tests.report.elements import Elements
 from tests.report.runs import answered_folder, answered_run
 

@@ -8,8 +8,8 @@ import pytest
 from benchmarks.selection.tables import recommend
 
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome
+from rightrank.search import STRATEGIES
 from rightrank.search.history import History, Space, steps_of
-from rightrank.search.strategies import STRATEGIES
 from tests.search.worlds import STEPS, World, make_space, rounds, run_all
 
 WORLDS = {

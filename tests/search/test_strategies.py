@@ -11,11 +11,11 @@ from benchmarks.selection.tables import recommend
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
+from rightrank.search import make_strategy, strategy_named
 from rightrank.search.bracket import outside_in, try_rank
 from rightrank.search.history import History, Trials, base_arm, excess_of
 from rightrank.search.learning_rates import Requests, find_learning_rate
 from rightrank.search.protocol import Strategy
-from rightrank.search.strategies import make_strategy, strategy_named
 from tests.search.worlds import STEPS, World, make_space, rounds, run_all
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from benchmarks.selection.tables import recommend
 
-from rightrank.decision.collapse import collapse_of, should_stop_early, without_collapsing
 from rightrank.decision.seeds import detectable_difference, needed_seeds
+from rightrank.decision.table import collapse_of, should_stop_early, without_collapsing
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 from rightrank.search.history import History, Space
 from rightrank.search.upward import REASONER_START, Upward, is_distilled_reasoner

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from rightrank.adapters.live import LiveAdapter, LiveAnswer, save_trained, smallest_adapter
 from rightrank.adapters.live_scores import Batch, PairLoss, gathered
 from rightrank.data.files import read_json_object, replacing_folder, write_text
-from rightrank.decision.adapter import METHODS
+from rightrank.decision.adapter import METHODS, probable_ranks
 from rightrank.models.adapter_files import open_adapter
 from rightrank.models.base_models import base_identity, read_identity
 from rightrank.models.places import BASE_FILE
@@ -30,7 +30,6 @@ from rightrank.report.figure import Axis, Figure, Series
 from rightrank.report.html import adapter_page
 from rightrank.schema.decision import AdapterAnswer, HandedOver
 from rightrank.schema.errors import ModelError, first_line
-from rightrank.search.strategies import probable_ranks
 from rightrank.train.device import peak_bytes
 from rightrank.train.targets import without_peft_noise
 

@@ -366,6 +366,24 @@ def _notes(
     return notes
 
 
+def probable_ranks(answer: AdapterAnswer) -> tuple[int, int]:
+    """Where the training rank probably lies, lowest and highest, by the smallest truncation that holds."""
+    holding = smallest_holding_truncation(answer)
+    return holding if holding > MAX_DIRECT_RANK else max(1, holding // 2), min(answer.trained_rank, 2 * holding)
+
+
+def smallest_holding_truncation(answer: AdapterAnswer) -> int:
+    """The smallest plain truncation within the margin of the top as trained, from the top downward; else the top's rank."""
+    top = next((one for one in answer.candidates if one.trial_id == answer.trained_id), None)
+    found = answer.trained_rank
+    truncated = [one for one in answer.candidates if one.how == "truncated"]
+    for one in sorted(truncated, key=lambda one: -one.rank):
+        if not is_within(one.difference - (0.0 if top is None else top.difference), answer.margin):
+            break
+        found = one.rank
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Making:
     """How an adapter was made; enough to make it again."""

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rightrank.decision.adapter import Criterion, compared_adapters, making_of
-from rightrank.decision.collapse import without_collapsing
 from rightrank.decision.rule import decide
-from rightrank.decision.table import ScoreTable, table_of
+from rightrank.decision.table import ScoreTable, table_of, without_collapsing
 from rightrank.schema.decision import AdapterCandidate, Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import (

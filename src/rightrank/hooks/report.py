@@ -20,13 +20,12 @@ from rightrank.report.svg import write_figures
 from rightrank.runs import plugins
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, Run
-from rightrank.runs.values import Selected, answers
+from rightrank.runs.values import Selected, answers, training_rank_estimate
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import InputError
 from rightrank.schema.events import AdapterRecorded, Event, RunStopped
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import OUTCOMES
-from rightrank.search.strategies import training_rank_estimate
 
 MAX_SHARE = 0.05  # of the wall time, for writing the report while trials run
 

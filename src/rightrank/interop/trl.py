@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from rightrank.decision.collapse import best_point, should_stop_early
+from rightrank.decision.table import best_point, should_stop_early
 from rightrank.schema.errors import MissingExtraError, ReportError
 from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
 

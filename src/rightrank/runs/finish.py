@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 
 from rightrank.data.files import UnreadableError, read_json_object, replacing_folder
 from rightrank.decision.adapter import adapter_answer, improved_by_training, test_difference, trained_answer
-from rightrank.decision.collapse import best_point
 from rightrank.decision.comparison import is_within
 from rightrank.decision.run import Records, best_trial, checkpoint_of, compared, question_of, trainings
+from rightrank.decision.table import best_point
 from rightrank.models.adapter_files import restore_adapter
 from rightrank.models.places import BASE_FILE
 from rightrank.runs.folder import RunFolder

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
-from rightrank.decision.collapse import DROP_IN_MARGINS, Collapse, collapse_of
+from rightrank.decision.table import DROP_IN_MARGINS, Collapse, collapse_of
 from rightrank.runs.calls import (
     Call,
     EvaluateFunction,
@@ -58,8 +58,8 @@ from rightrank.schema.trials import (
     TrialTask,
     content_hash,
 )
+from rightrank.search import make_strategy, strategy_in
 from rightrank.search.history import space_of
-from rightrank.search.strategies import make_strategy, strategy_in
 from rightrank.search.upward import REASONER_START, Upward, is_distilled_reasoner
 from rightrank.version import __version__
 

@@ -24,8 +24,8 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings, settings_of_identity, with_identity_of
 from rightrank.schema.trials import content_hash
+from rightrank.search import make_strategy
 from rightrank.search.protocol import Strategy
-from rightrank.search.strategies import make_strategy
 from rightrank.train.metrics import require_scorers
 from rightrank.train.runtime import Runtime, visible_label
 from rightrank.train.targets import Targets, find_targets

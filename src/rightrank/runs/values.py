@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.data.rows import require_rows
-from rightrank.decision.run import Records, document
+from rightrank.decision.adapter import probable_ranks, smallest_holding_truncation
+from rightrank.decision.run import Records, document, is_token_loss
 from rightrank.models.places import require_model
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import executors
-from rightrank.schema.decision import AdapterCandidate, Decision, HandedOver
+from rightrank.schema.decision import AdapterCandidate, Decision, HandedOver, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, SettingsError
-from rightrank.schema.settings import Goal, SelectSettings
+from rightrank.schema.settings import Goal, SelectSettings, stored_settings
 from rightrank.schema.table import require_no_secret
-from rightrank.search.strategies import make_strategy, training_rank_estimate
+from rightrank.search import make_strategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,6 +101,36 @@ def check(request: Request) -> None:
                 f"executor {settings.executor!r}: the {what} is in memory, which workers can't read; "
                 "give a path or a name, or executor 'local'"
             )
+
+
+def training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
+    """Estimate the training rank from the plain truncations of the top adapter; None without an answer to the first question.
+
+    Above rank 4 a training loses more than a truncation to the same rank, at lower ranks it may lose less. So the
+    smallest truncation that loses at most the margin is near the lower end of where the training rank lies.
+    """
+    answer = records.adapters[-1].answer if records.adapters else None
+    if answer is None or records.started.data.form == "own":
+        return None
+    low, high = probable_ranks(answer)
+    where = f"{low}" if low == high else f"{low} to {high}"
+    unlimited = dict.fromkeys(("budget_trainings", "budget_steps", "budget_hours"))
+    settings = stored_settings({**records.started.settings, **unlimited, "goal": "training-rank"})
+    ranks = settings.ranks
+    compared = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
+    steps = max((trial.steps for trial in records.finished() if trial.arm.is_direct), default=1) or 1
+    settings = settings.model_copy(update={"ranks": compared})
+    cost = make_strategy(settings, steps, token_loss=is_token_loss(records)).cost()
+    trainings = round(cost.expected - cost.to_adapter, 2)
+    noun = "training" if trainings == 1 else "trainings"
+    takes = f"about {trainings:.2g} more {noun}" if trainings else "no further training"
+    further = "" if compared == ranks else f" --ranks {','.join(map(str, compared))}"
+    sentence = (
+        f"An estimate, not evidence: the rank to train at probably is {where}, since the smallest truncation that loses at "
+        f"most the margin has rank {smallest_holding_truncation(answer)}. To show it takes {takes}: run the same command with "
+        f"--goal training-rank{further}."
+    )
+    return TrainingRankEstimate(low=low, high=high, trainings=trainings, sentence=sentence)
 
 
 def answers(records: Records, decision: Decision | None, goal: Goal) -> dict[str, Any]:

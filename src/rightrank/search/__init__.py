@@ -1,1 +1,65 @@
-"""What to train next: strategies, pure functions of the outcomes so far."""
+"""Strategies decide what to train next. A strategy is a pure function of the outcomes so far (`protocol`).
+
+To add one, write it in a file of this folder and name it in `STRATEGIES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from rightrank.schema.errors import SettingsError, did_you_mean
+from rightrank.schema.settings import SelectSettings
+from rightrank.search.bracket import Bracket, Grid
+from rightrank.search.history import Space, space_of
+from rightrank.search.protocol import Strategy
+from rightrank.search.upward import Upward
+
+STRATEGIES: dict[str, Callable[[Space], Strategy]] = {
+    "bracket": Bracket,
+    "grid": Grid,
+    "upward": Upward,
+}
+
+
+def make_strategy(
+    settings: SelectSettings, steps: int, token_loss: bool = True, unseen_steps: int = 0, truncates: bool = True
+) -> Strategy:
+    """The strategy that `settings.strategy` names, for trainings of `steps` optimizer steps; see `space_of`.
+
+    Raises:
+        SettingsError: an unknown name, or a budget too small to compare two ranks.
+    """
+    space = space_of(settings, steps, token_loss, unseen_steps)
+    return strategy_in(settings.strategy, replace(space, truncates=truncates))
+
+
+def strategy_in(name: str, space: Space) -> Strategy:
+    """The strategy of that name in a space.
+
+    Raises:
+        SettingsError: an unknown name, or a budget too small to compare two ranks.
+    """
+    strategy = strategy_named(name)(space)
+    least = strategy.min_trainings()
+    if space.budget_steps is not None and space.budget_steps < least * space.steps:
+        raise SettingsError(
+            f"a budget of {space.budget_steps / space.steps:.3g} trainings is too small: {name!r} with "
+            f"{len(space.learning_rates)} learning rates needs {least:g} to compare two ranks; give budget_trainings {least:g} "
+            f"(budget_steps {math.ceil(least * space.steps)}), fewer learning rates, or a smaller max_steps"
+        )
+    return strategy
+
+
+def strategy_named(name: str) -> Callable[[Space], Strategy]:
+    """The class of the strategy of that name.
+
+    Raises:
+        SettingsError: an unknown name.
+    """
+    factory = STRATEGIES.get(name)
+    if factory is None:
+        near = did_you_mean(name, STRATEGIES)
+        raise SettingsError(f"unknown strategy {name!r}{near}; there are: {', '.join(STRATEGIES)}")
+    return factory

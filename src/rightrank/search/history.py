@@ -9,9 +9,8 @@ from itertools import islice, pairwise
 
 import numpy as np
 
-from rightrank.decision.collapse import collapsing_cells
 from rightrank.decision.comparison import Bounds, bounds_of, estimate, is_within, span_of, walk_down
-from rightrank.decision.table import adjusted_means, best_learning_rate
+from rightrank.decision.table import adjusted_means, best_learning_rate, collapsing_cells
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.metrics import MetricKind, default_margin, kind_of

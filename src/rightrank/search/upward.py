@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rightrank.decision.collapse import without_collapsing
 from rightrank.decision.seeds import detectable_difference, needed_seeds
+from rightrank.decision.table import without_collapsing
 from rightrank.schema.trials import Arm, TrialOutcome
 from rightrank.search.history import History, Space, Trials, oriented
 from rightrank.search.learning_rates import Requests

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from peft import LoraConfig, set_peft_model_state_dict
 
-from rightrank.decision.collapse import best_point
+from rightrank.decision.table import best_point
 from rightrank.models.adapter_files import save_adapter
 from rightrank.models.ranks import lora_scale
 from rightrank.models.truncation import load_moments, truncated_tensors
