@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rightrank.adapters.held_out import labels_of_side
 from rightrank.data.rows import held_out_fields
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
 from rightrank.decision.table import Cell, ScoreTable, minus, table_of
 from rightrank.models.base_models import load_base, require_base
-from rightrank.models.labels import shared_labels
 from rightrank.models.places import BASE, CONFIG_FILE, require_side
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.events import Evaluating
@@ -211,3 +211,22 @@ def _sentence(a: str, b: str, worst: MetricComparison, count: int) -> str:
         else "more examples would show whether it is worse"
     )
     return f"{names}: these examples cannot tell; {figures}; {cure}.{among}"
+
+
+def shared_labels(sides: Sequence[str]) -> list[str] | None:
+    """The labels that both sides of a comparison have; None where neither is a classifier.
+
+    Raises:
+        ModelError: two classifiers of other labels, or of another order.
+    """
+    known = [(side, found) for side in sides if (found := labels_of_side(side)) is not None]
+    if not known:
+        return None
+    (first, labels), *others = known
+    for side, theirs in others:
+        if theirs != labels:
+            raise ModelError(
+                f"{side}: its labels are {', '.join(theirs)}, and those of {first} are {', '.join(labels)}: classifiers are "
+                "compared with the same labels in the same order"
+            )
+    return labels

@@ -15,8 +15,8 @@ import yaml
 
 from rightrank.data.files import replacing_folder
 from rightrank.interop.recipe import Recipe
-from rightrank.models.labels import loading_lines
 from rightrank.models.ranks import rank_change_line, rate_warning, served_rank
+from rightrank.report.sentences import loading_lines
 from rightrank.runs import plugins
 from rightrank.schema.errors import SettingsError, did_you_mean
 

@@ -33,11 +33,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from rightrank.data.files import UnreadableError, creating, read_json_object, replacing_folder
+from rightrank.data.files import UnreadableError, creating, read_json_object, replacing_folder, write_text
 from rightrank.models.kinds import MAGNITUDE, stored_kind
 from rightrank.models.kinds.base import AdapterKind, Layout, StoredPair
-from rightrank.models.labels import CLASSIFIER_FILE, write_classifier
-from rightrank.models.places import BASE_FILE, CONFIG_FILE, read_header, require_adapter_folder
+from rightrank.models.places import BASE_FILE, CLASSIFIER_FILE, CONFIG_FILE, read_header, require_adapter_folder
 from rightrank.models.ranks import exact_pattern, lora_scaling, pattern_matches, pattern_value
 from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Floats
@@ -380,6 +379,23 @@ def write_adapter(
                     shutil.copy2(file, temporary)
         for name, content in (files or {}).items():
             (temporary / name).write_bytes(content)
+
+
+def write_classifier(folder: Path, config: Any) -> None:
+    """Write the labels of a classifier's adapter: their number, names and order.
+
+    PEFT's configuration has no room for them, and a base without them gets a head of two labels. The file holds the arguments of
+    `from_pretrained` with which the base gets the head that was trained: `num_labels`, `id2label`, `label2id` and `pad_token_id`.
+    """
+    names = {int(number): str(label) for number, label in config.id2label.items()}
+    arguments = {
+        "num_labels": len(names),
+        "id2label": {str(number): names[number] for number in sorted(names)},
+        "label2id": {names[number]: number for number in sorted(names)},
+    }
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    arguments |= {} if pad is None else {"pad_token_id": pad}  # the last token of a shorter row is found by it
+    write_text(folder / CLASSIFIER_FILE, json.dumps(arguments, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager

@@ -276,6 +276,33 @@ def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | No
     return prepare_model(model, tokenizer, name, find_device(device))
 
 
+def adopted_labels(config: Any, classes: Sequence[str]) -> list[str]:
+    """The labels in the order of the head of a model in memory: its own names, else the data's, which it then gets.
+
+    Raises:
+        ModelError: the model names other labels than the data.
+    """
+    names = [str(config.id2label[number]) for number in sorted(config.id2label)]
+    if len(names) != len(classes) and not set(classes) <= set(names):
+        return list(classes)  # `adopt_model` refuses the number
+    if are_unnamed(names):
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {label: number for number, label in enumerate(classes)}
+        return list(classes)
+    if set(classes) <= set(names):
+        return names
+    if list(classes) == [str(number) for number in range(len(names))]:
+        return list(classes)
+    raise ModelError(
+        f"model: its labels are {', '.join(names)}, and those of the data {', '.join(classes)}; give data with the model's "
+        "labels, or with the numbers of its logits"
+    )
+
+
+def are_unnamed(names: Sequence[str]) -> bool:
+    return all(name == f"LABEL_{number}" for number, name in enumerate(names))
+
+
 def _require_quantisation(bits: int, device: torch.device) -> None:
     if device.type not in ("cuda", "cpu"):
         raise SettingsError(

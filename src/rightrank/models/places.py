@@ -20,6 +20,7 @@ from rightrank.schema.errors import MissingExtraError, ModelError, did_you_mean,
 CONFIG_FILE = "adapter_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 BASE_FILE = "base.json"  # beside an adapter: what its base is known by
+CLASSIFIER_FILE = "classifier.json"  # beside it: the labels of a classifier
 TRAINER_STATE = "trainer_state.json"  # of transformers
 OWN_FOLDER = "rightrank"  # in a trainer's output: what was measured at its end
 KOHYA_STEP = re.compile(r"-(?:step)?(\d{6,8})$")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rightrank.decision.adapter import Making
-from rightrank.models.labels import loading_lines
 from rightrank.report.answer import evidence_table
 from rightrank.report.html import templates
+from rightrank.report.sentences import loading_lines
 from rightrank.schema.decision import Decision, HandedOver
 from rightrank.schema.events import GuardAnswer, RunStarted, TestEvaluated
 from rightrank.schema.trials import TrialFinished

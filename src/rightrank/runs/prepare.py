@@ -15,8 +15,15 @@ from typing import TypeAlias
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.run import settled_start
-from rightrank.models.base_models import DTYPES, LoadedModel, adopt_model, load_base, model_skeleton, resolve_dtype
-from rightrank.models.labels import adopted_labels
+from rightrank.models.base_models import (
+    DTYPES,
+    LoadedModel,
+    adopt_model,
+    adopted_labels,
+    load_base,
+    model_skeleton,
+    resolve_dtype,
+)
 from rightrank.models.places import find_model
 from rightrank.runs.plugins import first
 from rightrank.runs.values import Prepared, Request
