@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rightrank.data.files import UnreadableError, read_json_object, replacing_folder
-from rightrank.decision.adapter import adapter_answer, improved_by_training, test_difference, trained_answer
+from rightrank.decision.adapter import Criterion, adapter_answer, improved_by_training, test_difference, trained_answer
 from rightrank.decision.comparison import is_within
 from rightrank.decision.run import Records, best_trial, checkpoint_of, compared, question_of, trainings
 from rightrank.decision.table import best_point
@@ -194,7 +194,7 @@ def _handed_over(records: Records, answer: AdapterAnswer, saved: Path) -> Handed
 def _with_other_checkpoint(run: Run, runtime: Runtime, answer: AdapterAnswer) -> AdapterAnswer:
     """The answer with the rank that the other checkpoint of its training would give, where the two differ by more than the margin.
 
-    Of both, plain truncations count. The other's are measured as those of the run are, and not kept.
+    Of both, plain truncations count.
     """
     trained, folder = run.finished(answer.trained_id), run.folder.other_checkpoint(answer.trained_id)
     question = replace(question_of(run.records), margin=answer.margin)
@@ -205,26 +205,36 @@ def _with_other_checkpoint(run: Run, runtime: Runtime, answer: AdapterAnswer) ->
     fall = abs(best_point(trained.points, question.higher_is_better).value - trained.points[-1].value)
     if question.points_are_of_the_metric and is_within(fall, answer.margin):
         return answer
+    theirs, used = _smallest_of(runtime, trained, children, folder, question), checkpoint_of(run.started)
+    last, best = (ours.rank, theirs) if used == "last" else (theirs, ours.rank)
+    note = CheckpointNote(used=used, last=last, best=best)
+    told = f"By the last checkpoint of rank {trained.rank} the smallest truncation that holds has rank {last}, by the best {best}."
+    if note.matters:
+        other = "best" if used == "last" else "last"
+        told = f"checkpoint_matters: {told} The {used} one is used; --checkpoint {other} takes the other."
+    return answer.model_copy(update={"checkpoint": note, "notes": [*answer.notes, told]})
+
+
+def _smallest_of(
+    runtime: Runtime, trained: TrialFinished, children: list[TrialFinished], checkpoint: Path, question: Criterion
+) -> int:
+    """The smallest plain truncation of the checkpoint that holds, measured as the run's `children` are, and not kept."""
     with runtime.arm(trained.arm) as model:
-        restore_adapter(model, folder)
+        restore_adapter(model, checkpoint)
         others = [_scored_again(runtime, trained, question.metric)]
-    with TemporaryDirectory(dir=folder.parent) as working:
+    smallest = trained.rank
+    with TemporaryDirectory(dir=checkpoint.parent) as working:
+        moments = Path(working) / "moments.safetensors"
         for child in sorted(children, key=lambda one: -one.rank):
             place = Path(working) / child.trial_id
-            folders = TrialFolders(
-                place.with_suffix(".tmp"), place, truncate_from=folder, moments=Path(working) / "moments.safetensors"
-            )
+            folders = TrialFolders(place.with_suffix(".tmp"), place, truncate_from=checkpoint, moments=moments)
             outcome = run_trial(runtime, Trial(trial_id=child.trial_id, arm=child.arm), None, folders, Listener())
             others = [*others, outcome] if isinstance(outcome, TrialFinished) else others
-            theirs = adapter_answer(others, question)
-            if theirs is None or theirs.trial_id != child.trial_id:
+            found = adapter_answer(others, question)
+            smallest = trained.rank if found is None else found.rank
+            if found is None or found.trial_id != child.trial_id:
                 break
-    ranks = {True: ours.rank, False: trained.rank if theirs is None else theirs.rank}
-    used = checkpoint_of(run.started)
-    note = CheckpointNote(used=used, last=ranks[used == "last"], best=ranks[used == "best"])
-    told = f"By the last checkpoint of rank {trained.rank} the smallest truncation that holds has rank {note.last}, by the best {note.best}."
-    matters = f"checkpoint_matters: {told} The {used} one is used; --checkpoint {'last' if used == 'best' else 'best'} takes the other."
-    return answer.model_copy(update={"checkpoint": note, "notes": [*answer.notes, matters if note.matters else told]})
+    return smallest
 
 
 def _max_module_rank(adapter: Path, rank: int) -> int:

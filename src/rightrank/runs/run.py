@@ -2,8 +2,6 @@
 
 A strategy requests arms, an executor runs them, and whatever happens goes through `Run.on_event` to the journal and the hooks.
 The journal is the only state, so a run that was killed resumes where it stopped.
-
-The choice of an executor: this process, or workers that a plug-in has.
 """
 
 from __future__ import annotations
