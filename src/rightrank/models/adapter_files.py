@@ -72,9 +72,9 @@ def open_adapter(path: Path) -> AdapterFolder:
     """
     stored = None
     if path.is_file() and path.suffix == ".safetensors":
-        config, (shapes, _) = config_of_file(path), read_header(path)
+        config, (shapes, _) = _config_of_file(path), read_header(path)
     elif (path / MLX_FILE).is_file() and not (path / WEIGHTS_FILE).exists():
-        config, shapes, stored = config_of_mlx(path)
+        config, shapes, stored = _config_of_mlx(path)
         _check_config(path / CONFIG_FILE, config)
     else:
         config, shapes = _read_config(path), _read_shapes(path)
@@ -279,7 +279,7 @@ def _factor_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     for key in shapes:
         match = FACTOR.match(key)
         if match is not None:
-            pairs.setdefault(match["module"], {})["A" if is_a(match) else "B"] = key
+            pairs.setdefault(match["module"], {})["A" if _is_a(match) else "B"] = key
     if not pairs:
         raise ModelError(f"{path}: the weights hold no LoRA factors (…lora_A.weight); save the adapter again")
     for module, keys in pairs.items():
@@ -450,12 +450,12 @@ def restore_adapter(peft_model: Any, folder: Path) -> None:
     set_peft_model_state_dict(peft_model, load_file(folder / "adapter_model.safetensors"))
 
 
-def is_a(match: re.Match[str]) -> bool:
+def _is_a(match: re.Match[str]) -> bool:
     """Whether a match of `FACTOR` is a module's A, and not its B."""
     return match["side"] == "A" or match["name"] == "down"
 
 
-def config_of_file(path: Path) -> dict[str, Any]:
+def _config_of_file(path: Path) -> dict[str, Any]:
     """PEFT's configuration of a LoRA file of kohya: ranks from the shapes, alphas from `.alpha` tensors.
 
     Raises:
@@ -465,7 +465,7 @@ def config_of_file(path: Path) -> dict[str, Any]:
     ranks = {}
     for key, shape in shapes.items():
         match = FACTOR.match(key)
-        if match is not None and is_a(match) and shape:
+        if match is not None and _is_a(match) and shape:
             ranks[match["module"]] = int(shape[0])
     foreign = next(
         (key for key in shapes if key.endswith((".dora_scale", ".hada_w1_a", ".lokr_w1", ".lora_mid.weight"))), None
@@ -497,7 +497,7 @@ def _usual(values: Mapping[str, Any]) -> Any:
     return Counter(values.values()).most_common(1)[0][0]
 
 
-def config_of_mlx(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Any]]:
+def _config_of_mlx(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Any]]:
     """`(PEFT's configuration, shapes by PEFT's keys, the configuration as it is stored)` of a folder that mlx-lm wrote.
 
     Raises:

@@ -82,14 +82,14 @@ class Bracket(Strategy):
         if space.goal == "adapter":
             return CostEstimate(to_adapter, max_search_trainings(space) + at_most, to_adapter)
         expected = to_adapter + min(2.0, len(space.ranks) - 1.0) + 3.0 * (len(space.seeds) - 1)
-        return CostEstimate(expected, max_trainings(space) + at_most, to_adapter)
+        return CostEstimate(expected, _max_trainings(space) + at_most, to_adapter)
 
     def min_trainings(self) -> float:
         found = min_trainings(self.space)
         return found - 1.0 if self.space.goal == "adapter" else found
 
     def max_script_arms(self) -> int:
-        return 1 + STAGES * math.ceil(max_trainings(self.space)) + _max_adapter_arms(self.space)
+        return 1 + STAGES * math.ceil(_max_trainings(self.space)) + _max_adapter_arms(self.space)
 
 
 def _smallest_truncation_that_holds(trials: Trials, learning_rate: float) -> int | None:
@@ -414,7 +414,7 @@ def confirm(trials: Trials) -> Requests:
             return
 
 
-def max_trainings(space: Space) -> float:
+def _max_trainings(space: Space) -> float:
     """An upper bound: all learning rates at the top, three at every other rank, and every further seed."""
     tried = min(len(space.learning_rates), 3)
     others = tried * (1 + 2 * ANNEAL) * (len(space.ranks) - 1)

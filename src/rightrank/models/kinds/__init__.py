@@ -35,7 +35,7 @@ CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 MAGNITUDE = ("lora_magnitude_vector", "lora_magnitude_vector.weight")  # after the module's name, in PEFT's files
 
 
-class Embedding(AdapterKind):
+class _Embedding(AdapterKind):
     """A `torch.nn.Embedding`. The names of A and B are those of a linear layer, and their roles are swapped."""
 
     name = "embedding"
@@ -54,7 +54,7 @@ class Embedding(AdapterKind):
         return pair.embedding
 
 
-class Convolution(AdapterKind):
+class _Convolution(AdapterKind):
     """A `Conv1d`, `Conv2d` or `Conv3d` without groups."""
 
     name = "convolution"
@@ -77,7 +77,7 @@ class Convolution(AdapterKind):
         return super().layout(pair, rank) if len(pair.b) == len(pair.a) else None
 
 
-class Dora(AdapterKind):
+class _Dora(AdapterKind):
     """DoRA on a linear layer, an embedding or a convolution."""
 
     name = "linear"
@@ -91,7 +91,7 @@ class Dora(AdapterKind):
 
     def shapes(self, module: Any) -> list[tuple[str, int, int]]:
         if isinstance(module.get_base_layer(), CONVOLUTIONS):
-            return Convolution().shapes(module)
+            return _Convolution().shapes(module)
         return super().shapes(module)
 
     def parameters(self, rank: int, rows: int, columns: int) -> int:
@@ -99,12 +99,12 @@ class Dora(AdapterKind):
 
     def start(self, module: Any, adapter: str, draw: Draw) -> None:
         if adapter in module.lora_embedding_A:
-            Embedding().start(module, adapter, draw)
+            _Embedding().start(module, adapter, draw)
         else:
             super().start(module, adapter, draw)
 
 
-class Other(AdapterKind):
+class _Other(AdapterKind):
     """Any layer that no other kind claims."""
 
     name = "linear"
@@ -187,7 +187,7 @@ def _parameters(pair: StoredPair) -> list[str]:
     return [parameter for path, _, parameter in found if path and module.endswith(f".{path}")]
 
 
-KINDS: tuple[AdapterKind, ...] = (Experts(), Dora(), Embedding(), Convolution(), Linear(), Other())
+KINDS: tuple[AdapterKind, ...] = (Experts(), _Dora(), _Embedding(), _Convolution(), Linear(), _Other())
 """The first that claims a module or a pair describes it; the last claims any module."""
 
 
