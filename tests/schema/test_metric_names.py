@@ -1,4 +1,7 @@
-"""Which metrics' directions are known from their names: names that public trackers and libraries log, none read wrongly."""
+"""Which metrics' directions are known from their names: names that public trackers and libraries log, none read wrongly.
+
+Also the kind of a metric, its margin and its published noise.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.schema.metrics import HIGHER_IS_BETTER, LOWER_IS_BETTER, direction
+from rightrank.schema.metrics import (
+    HIGHER_IS_BETTER,
+    LOWER_IS_BETTER,
+    MetricKind,
+    default_margin,
+    direction,
+    is_percent,
+    kind_of,
+    published_deviation,
+)
 
 # By where they are logged: transformers' Trainer and its example scripts, TRL, Lightning and torchmetrics, `evaluate`,
 # scikit-learn, Keras, timm, Ultralytics, MMDetection, lm-evaluation-harness, HELM, ESPnet and NeMo, Stable-Baselines3, nanoGPT.
@@ -321,3 +333,46 @@ def test_there_are_two_hundred_known_ones_among_them() -> None:
 
 def test_no_name_is_in_both_lists() -> None:
     assert not LOWER_IS_BETTER & HIGHER_IS_BETTER
+
+
+@pytest.mark.parametrize(
+    ("name", "higher", "kind"),
+    [
+        ("eval_loss", False, "token_loss"),
+        ("nll", False, "token_loss"),
+        ("nats", False, "token_loss"),
+        ("ppl", False, "perplexity"),
+        ("eval_perplexity", False, "perplexity"),
+        ("wer", False, "other"),
+        ("accuracy", True, "accuracy"),
+        ("bleu", True, "other"),
+        ("accuracy", False, "other"),
+        ("loss", True, "other"),
+    ],
+)
+def test_kind(name: str, higher: bool, kind: MetricKind) -> None:
+    assert kind_of(name, higher) == kind
+
+
+def test_percent_begins_above_what_a_fraction_can_be() -> None:
+    assert not is_percent([0.2, 1.0])
+    assert is_percent([0.9, 1.2])
+    assert is_percent([0.2, 1.6])
+
+
+@pytest.mark.parametrize(
+    ("kind", "reference", "values", "margin", "deviation"),
+    [
+        ("token_loss", 2.0, [2.0], 0.005, 0.0003),
+        ("perplexity", 8.0, [8.0], 0.04, 0.0003),
+        ("accuracy", 0.8, [0.8], 0.005, 0.007),
+        ("accuracy", 80.0, [80.0], 0.5, 0.7),
+        ("loss", -2.0, [2.0], 0.02, 0.008),
+        ("other", -50.0, [50.0], 0.5, 0.2),
+    ],
+)
+def test_margin_and_published_noise(
+    kind: MetricKind, reference: float, values: list[float], margin: float, deviation: float
+) -> None:
+    assert default_margin(kind, reference, values) == pytest.approx(margin)
+    assert published_deviation(kind, reference, values) == pytest.approx(deviation)
