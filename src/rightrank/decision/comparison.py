@@ -94,9 +94,7 @@ def bounds_of_files(sums: Floats, weights: Floats, span: float = 0.0) -> Bounds:
     return bounds_of(estimate_of_files(sums, weights, span))
 
 
-def examples_needed(
-    estimate: Estimate, margin: float, confidence: float = CONFIDENCE, power: float = POWER
-) -> int | None:
+def examples_needed(estimate: Estimate, margin: float, confidence: float = CONFIDENCE) -> int | None:
     """The fewest examples that are expected to settle the difference, rounded up to two digits.
 
     None if `MAX_EXAMPLE_GROWTH` times as many are not enough, or if examples were not scored one by one.
@@ -105,7 +103,7 @@ def examples_needed(
         return None
     growth = (1.15**power for power in range(1, 31))
     sizes = (_rounded_up(estimate.examples * factor) for factor in growth if factor <= MAX_EXAMPLE_GROWTH)
-    return next((size for size in sizes if settles(estimate.at(size, estimate.seeds), margin, confidence, power)), None)
+    return next((size for size in sizes if settles(estimate.at(size, estimate.seeds), margin, confidence)), None)
 
 
 def seeds_needed(estimate: Estimate, margin: float) -> int | None:
@@ -114,9 +112,9 @@ def seeds_needed(estimate: Estimate, margin: float) -> int | None:
     return next((size for size in sizes if settles(estimate.at(estimate.examples, size), margin)), None)
 
 
-def settles(estimate: Estimate, margin: float, confidence: float = CONFIDENCE, power: float = POWER) -> bool:
-    """Whether such runs tell enough from not enough in this share of cases, if the true mean is the estimated one."""
-    error = normal_quantile(power) * estimate.standard_error
+def settles(estimate: Estimate, margin: float, confidence: float = CONFIDENCE) -> bool:
+    """Whether such runs tell enough from not enough with a chance of `POWER`, if the true mean is the estimated one."""
+    error = normal_quantile(POWER) * estimate.standard_error
     if estimate.mean < margin:
         return is_within(estimate.bound(confidence) + error, margin)
     return not is_within(estimate.bound(1 - confidence) - error, margin)

@@ -224,13 +224,11 @@ def _loaded(name: str, classes: list[str] | None, arguments: Mapping[str, Any]) 
     return AutoModelForSequenceClassification.from_pretrained(name, **head, **arguments)
 
 
-def load_base(
-    name: str, settings: SelectSettings, classes: Sequence[str] | None, device: str | None = None
-) -> LoadedModel:
-    """`load_model` as the settings say, on their device or on `device`."""
+def load_base(name: str, settings: SelectSettings, classes: Sequence[str] | None) -> LoadedModel:
+    """`load_model` as the settings say."""
     listed = None if classes is None else list(classes)
     trusted, bits = settings.trust_remote_code, settings.weight_bits
-    return load_model(name, settings.dtype, device or settings.device, listed, trusted, bits)
+    return load_model(name, settings.dtype, settings.device, listed, trusted, bits)
 
 
 def prepare_model(
