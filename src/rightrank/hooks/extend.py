@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, Hooks
-from rightrank.runs.prepare import Bases
 from rightrank.runs.run import complete, open_run
 from rightrank.runs.values import Request, Selected
 from rightrank.schema.decision import AdapterAnswer
@@ -19,8 +18,9 @@ MAX_EXTENSIONS = 3
 
 def select_extended(request: Request, folder: RunFolder, hooks: Sequence[Hook]) -> Selected:
     """As `runs.run.select`, and again with further settings as long as the answer asks for them, and memory and budget allow."""
-    told, bases = Hooks(hooks), Bases()
-    run = open_run(request, folder, told, bases)
+    told = Hooks(hooks)
+    run = open_run(request, folder, told)
+    loaded = None if run.prepared is None else run.prepared.runtime.loaded
     selected = complete(run)
     for _ in range(MAX_EXTENSIONS):
         settings, before = run.settings, selected.cost["trainings"]
@@ -28,7 +28,7 @@ def select_extended(request: Request, folder: RunFolder, hooks: Sequence[Hook]) 
         if further is None:
             break
         try:
-            run = open_run(replace(request, settings=further), folder, told, bases)
+            run = open_run(replace(request, settings=further), folder, told, loaded)
         except (ModelError, SettingsError) as error:  # no matrix has that rank, or it fits no memory
             told.notice(f"not extended: {error}")
             break

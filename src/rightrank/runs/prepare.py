@@ -55,22 +55,21 @@ class _Sources:
     targets: Targets | None  # None: a model in memory
 
 
-Bases: TypeAlias = dict[tuple[object, ...], LoadedModel]  # loaded base models, by everything that loading depends on
-
-
-def prepare(request: Request, cache: Path, notice: Notice = lambda _: None, bases: Bases | None = None) -> Prepared:
+def prepare(
+    request: Request, cache: Path, notice: Notice = lambda _: None, loaded: LoadedModel | None = None
+) -> Prepared:
     """Load, encode and plan.
 
     Args:
         cache: the folder for what all arms share on disk.
         notice: receives each line for a person.
-        bases: base models that other requests have loaded; this one adds its own.
+        loaded: the base, where a request that differs in ranks and learning rates alone has loaded it.
 
     Raises:
         InputError: model, data or settings can't be used.
     """
     request = _with_dtype(request)
-    sources = _load(request, {} if bases is None else bases, cache.parent)
+    sources = _load(request, loaded, cache.parent)
     given = request.settings.of_form(sources.splits.form)
     if given.margin != request.settings.margin:
         notice(f"margin: {given.margin:g} nats a pair, the default for preference pairs")
@@ -133,7 +132,7 @@ def _with_dtype(request: Request) -> Request:
     return replace(request, settings=settings.model_copy(update={"dtype": dtype}))
 
 
-def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
+def _load(request: Request, loaded: LoadedModel | None, folder: Path) -> _Sources:
     settings = request.settings
     require_scorers(settings)
     if isinstance(request.model, str):
@@ -147,20 +146,11 @@ def _load(request: Request, bases: Bases, folder: Path) -> _Sources:
         splits = replace(splits, classes=adopted_labels(request.model.config, splits.classes))
     _require_metrics_fit(settings, splits.form)
     targets = _targets(request.model, splits, settings) if isinstance(request.model, str) else None
-    loaded = _base(request, splits.classes, bases)
+    if loaded is None and isinstance(request.model, str):
+        loaded = load_base(request.model, settings, splits.classes)
+    elif loaded is None:
+        loaded = adopt_model(request.model, request.tokenizer, settings.device, splits.classes)
     return _Sources(splits, loaded, encode(splits, loaded, settings, folder), targets)
-
-
-def _base(request: Request, classes: list[str] | None, bases: Bases) -> LoadedModel:
-    """The frozen base, loaded once for all requests that name it with the same settings."""
-    settings, labels = request.settings, None if classes is None else tuple(classes)
-    if not isinstance(request.model, str):
-        return adopt_model(request.model, request.tokenizer, settings.device, classes)
-    how = (settings.dtype, settings.device, settings.trust_remote_code, settings.weight_bits)
-    key = (request.model, labels, *how)
-    if key not in bases:
-        bases[key] = load_base(request.model, settings, classes)
-    return bases[key]
 
 
 def _targets(model: str, splits: DataSplits, settings: SelectSettings) -> Targets:

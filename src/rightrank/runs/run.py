@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rightrank.decision.run import decide_run
+from rightrank.models.base_models import LoadedModel
 from rightrank.report.format import size
 from rightrank.runs.finish import answer_early, finish, rescore
 from rightrank.runs.folder import RunFolder, run_store
 from rightrank.runs.hook import Executor, FailingAs, Hook, Hooks, Run
 from rightrank.runs.plugins import executors
-from rightrank.runs.prepare import Bases, prepare, resuming, strategy_of
+from rightrank.runs.prepare import prepare, resuming, strategy_of
 from rightrank.runs.values import Prepared, Request, Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import AllTrialsFailedError, DeviceMemoryError, InterruptedRun, ResultsError
@@ -40,17 +41,17 @@ def select(request: Request, folder: RunFolder, hooks: Sequence[Hook] = ()) -> S
     return complete(open_run(request, folder, Hooks(hooks)))
 
 
-def open_run(request: Request, folder: RunFolder, hooks: Hooks, bases: Bases | None = None) -> Run:
+def open_run(request: Request, folder: RunFolder, hooks: Hooks, loaded: LoadedModel | None = None) -> Run:
     """Data and base loaded, the journal read; nothing is written.
 
-    `bases` holds the base models that other selections have loaded.
+    `loaded` is the base, where a selection that differs in ranks and learning rates alone has loaded it.
 
     Raises:
         InputError: model, data, settings or folder can't be used.
     """
     journal = folder.journal.read(hooks.notice)
     resumed, notes = resuming(request, journal), list[str]()
-    prepared = prepare(resumed, folder.cache, notes.append, bases)
+    prepared = prepare(resumed, folder.cache, notes.append, loaded)
     if request.settings.store:
         folder.store = run_store(request.settings.store, prepared.started.fingerprint)
     return Run(

@@ -79,7 +79,6 @@ def check(request: Request) -> None:
         SettingsError: an unknown strategy, one that can't work within its budget, or workers for what is in memory.
         DataError: a data file that is missing or of a type that is not read.
         ModelError: a model folder that is missing or holds no model, or a name that the hub does not know.
-        MissingExtraError: an optimizer that is not installed.
     """
     settings = request.settings
     try:
