@@ -26,8 +26,9 @@ import numpy as np
 
 from benchmarks.decide.simulated import MARGIN, Floats, Shape
 from benchmarks.machine import machine
-from rightrank.decision.comparison import is_within, walk_down, winners_gap
+from rightrank.decision.comparison import is_within, walk_down
 from rightrank.decision.evidence import Comparison, Evidence, compare
+from rightrank.decision.seeds import winners_gap
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.decision.verdicts import shown_rank, verdict_of
 

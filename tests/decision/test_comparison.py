@@ -15,10 +15,9 @@ from rightrank.decision.comparison import (
     estimate_of_files,
     examples_needed,
     is_within,
-    seed_parts,
-    winners_gap,
 )
 from rightrank.decision.rule import decide
+from rightrank.decision.seeds import seed_parts, winners_gap
 from rightrank.decision.table import table_of
 from rightrank.report.answer import evidence_table
 from rightrank.schema.trials import TrialFinished

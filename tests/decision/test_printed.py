@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from benchmarks.decide.printed import SHAPES, Design, study
 
-from rightrank.decision.comparison import winners_gap
 from rightrank.decision.evidence import ALIKE, Evidence
+from rightrank.decision.seeds import winners_gap
 from tests.decision.tables import bare, scored
 
 TABLES = 24

@@ -47,7 +47,6 @@ MAX_EXAMPLE_GROWTH = 64
 MAX_SEEDS = 32
 MAX_DEGREES = 1e6  # beyond it the t distribution is normal
 MAX_SKEWNESS_SHIFT = 0.5  # of the quantile: the correction is of first order and must stay small
-BOOTSTRAP_DRAWS = 2000  # from a fixed seed
 RULE_OF_THREE = 3 / 1.645  # a standard error times the number of examples: the 95% bound lies 3/n away
 MAX_RARE = 3  # examples that differ, up to which the rule of three is wider than their own variance
 BISECTIONS = 60
@@ -325,49 +324,6 @@ def _score_error(difference: float, worse: int, better: int, examples: int) -> f
     c = -better * difference * (1 - difference)
     share = (math.sqrt(max(b * b - 8 * examples * c, 0.0)) - b) / (4 * examples)
     return math.sqrt(max(2 * share + difference * (1 - difference), 0.0) / examples)
-
-
-def seed_parts(means: Floats) -> tuple[float, float]:
-    """`(common, individual)` variances over seeds of a [ranks, seeds] matrix of means, with two seeds or more.
-
-    `common` is the variance of the seeds' level, which all ranks share. `individual` is the variance of the residuals,
-    with (ranks - 1)(seeds - 1) degrees of freedom; a paired difference of two ranks has twice this variance.
-    """
-    ranks, seeds = means.shape
-    level = means.mean(axis=0)
-    common = float(level.var(ddof=1))
-    if ranks < 2:
-        return common, 0.0
-    rest = means - means.mean(axis=1, keepdims=True) - level + means.mean()
-    return common, float((rest**2).sum()) / ((ranks - 1) * (seeds - 1))
-
-
-def winners_gap(means: Floats, covariance: Floats, degrees: float = MAX_DEGREES) -> float:
-    """The winner's curse: how much better, on average, the best of several noisy means looks than it is.
-
-    With shown means m and noise ε ~ N(0, Σ), the bias of the pick is estimated by the parametric bootstrap as
-
-        gap = -E[ε_J],  J = argmin_j (m_j + ε_j)
-
-    so that m_J + gap is the corrected mean. It grows with the noise and with the number of close candidates: for n equal
-    means with independent noise of deviation σ it is σ/√π = .56σ (n = 2) or .85σ (n = 3); for a clear winner it is 0.
-
-    Sources: Smith and Winkler (2006), "The Optimizer's Curse", Management Science 52, for the bias of a selected best;
-    Efron and Tibshirani (1993), "An Introduction to the Bootstrap", chapter 10, for its estimate.
-
-    Args:
-        means: [n], oriented so that lower is better.
-        covariance: [n, n] of their noise.
-        degrees: with which the covariance is known. The noise is a multivariate t below `MAX_DEGREES`.
-    """
-    if len(means) < 2:
-        return 0.0
-    generator = np.random.default_rng(0x5EED)
-    noise = generator.multivariate_normal(np.zeros(len(means)), covariance, size=BOOTSTRAP_DRAWS, method="eigh")
-    if degrees < MAX_DEGREES:
-        noise /= np.sqrt(generator.chisquare(degrees, size=BOOTSTRAP_DRAWS) / degrees)[:, None]
-    picks = np.argmin(means + noise, axis=1)
-    return max(0.0, -float(noise[np.arange(BOOTSTRAP_DRAWS), picks].mean()))
 
 
 def two_sided(confidence: float) -> tuple[float, float]:

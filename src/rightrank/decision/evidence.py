@@ -21,17 +21,18 @@ from itertools import permutations
 
 import numpy as np
 
-from rightrank.decision.comparison import (
-    CONFIDENCE,
-    Bounds,
-    Estimate,
-    descending,
-    is_within,
+from rightrank.decision.comparison import CONFIDENCE, Bounds, Estimate, descending, is_within, walk_down
+from rightrank.decision.seeds import (
+    MIN_EXAMPLES,
+    PairNoise,
+    Prior,
+    pair_noise,
+    prior_of,
+    probability_within,
     seed_parts,
-    walk_down,
+    start_of,
     winners_gap,
 )
-from rightrank.decision.seeds import MIN_EXAMPLES, PairNoise, Prior, pair_noise, prior_of, probability_within, start_of
 from rightrank.decision.table import (
     Cell,
     Contender,

@@ -37,10 +37,6 @@ class _Measured:
         """The difference with the highest upper bound of any file."""
         return max(self.guards.values(), key=lambda found: found.bound(confidence))
 
-    def is_broken(self, margin: float) -> bool:
-        """Whether a file is shown to be worse by more than the margin."""
-        return any(bounds_of(found).is_enough(margin) is False for found in self.guards.values())
-
 
 def guarded(
     answer: AdapterAnswer,
@@ -144,7 +140,7 @@ def _sentence(chosen: _Measured, worst: GuardFile, task: _Measured, margin: floa
             f"alone the answer would be rank {task.task.rank} at learning rate {task.file.trial.learning_rate:g}, which is not "
             f"shown to keep it (upper bound {task.high(confidence):+.3g})."
         )
-    if chosen.is_broken(margin):
+    if any(bounds_of(found).is_enough(margin) is False for found in chosen.guards.values()):
         return f"Guard: broken, and no adapter of the run is both enough on the task and within it; {figures}."
     found = chosen.worst(confidence)
     needed = examples_needed(found, margin, confidence)

@@ -70,7 +70,7 @@ class Bracket(Strategy):
         space = self.space
         start = _smallest_truncation_that_holds(trials, learning_rate)
         if start is None:
-            second = space.a_quarter_of_the_top()
+            second = max((rank for rank in space.ranks if rank <= space.top / 4), default=space.ranks[0])
             yield from try_rank(trials, second, learning_rate)
             return _predicted_rank(trials, second)
         return (space.below(start) or start) if start == space.top else start
@@ -387,7 +387,7 @@ def support(trials: Trials) -> Requests:
     """Train ranks above the chosen one until an upper bound holds: a fallback for the decision, which goes by bounds."""
     space = trials.space
     rank, reference = trials.smallest_that_holds(), trials.reference()
-    while rank is not None and reference is not None and rank < reference and not trials.surely_holds(rank):
+    while rank is not None and reference is not None and rank < reference and not trials.holds(rank, surely=True):
         rank = space.above(rank)
         if rank is None or rank >= reference or rank in trials.ranks():
             continue

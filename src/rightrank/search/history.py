@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 
@@ -79,10 +79,6 @@ class Space:
     def below(self, rank: int) -> int | None:
         """The next lower rank, None at the bottom."""
         return next((low for low, high in pairwise(self.ranks) if high == rank), None)
-
-    def a_quarter_of_the_top(self) -> int:
-        """The highest rank of at most a quarter of the top; the lowest where there is none."""
-        return max((rank for rank in self.ranks if rank <= self.top / 4), default=self.ranks[0])
 
     def above(self, rank: int) -> int | None:
         """The next higher rank, None at the top."""
@@ -246,10 +242,6 @@ class Trials:
             - {lr for r, lr in collapsing_cells(self.outcomes.values()) if r == rank}
         )
 
-    def mean_loss(self, rank: int, learning_rate: float) -> float:
-        """The mean over seeds."""
-        return float(np.mean([oriented(t, self.space) for t in self.by_seed(rank, learning_rate).values()]))
-
     def whole_loss(self, rank: int, learning_rate: float) -> float:
         """Of the whole training with the first seed; infinite without a result."""
         outcome = self.by_seed(rank, learning_rate).get(self.space.seeds[0])
@@ -273,7 +265,9 @@ class Trials:
 
     def best_loss(self, rank: int) -> float:
         learning_rate = self.best_learning_rate(rank)
-        return math.inf if learning_rate is None else self.mean_loss(rank, learning_rate)
+        if learning_rate is None:
+            return math.inf
+        return float(np.mean([oriented(trial, self.space) for trial in self.by_seed(rank, learning_rate).values()]))
 
     def reference(self) -> int | None:
         """The rank with the best mean, compared on shared seeds."""
@@ -287,27 +281,18 @@ class Trials:
 
     def excess(self, rank: int, reference: int) -> Bounds:
         """How much worse `rank` is than `reference`, each at its best learning rate, over the seeds that both have."""
-        rates = [self.best_learning_rate(one) for one in (rank, reference)]
-        left, right = (
-            {} if lr is None else self.by_seed(one, lr) for one, lr in zip((rank, reference), rates, strict=True)
-        )
+        rates = [(one, self.best_learning_rate(one)) for one in (rank, reference)]
+        left, right = ({} if lr is None else self.by_seed(one, lr) for one, lr in rates)
         pairs = _pairs(left, right)
         return excess_of(pairs, self.space) if pairs else Bounds(math.inf, math.inf, math.inf)
 
-    def holds(self, rank: int) -> bool:
-        """Whether the rank's mean is within the margin of the reference's. The search goes by this."""
-        return self._holds(rank, lambda excess: excess.mean)
-
-    def surely_holds(self, rank: int) -> bool:
-        """Whether the 95% upper bound is within the margin. The decision goes by this."""
-        return self._holds(rank, lambda excess: excess.high)
-
-    def _holds(self, rank: int, figure: Callable[[Bounds], float]) -> bool:
+    def holds(self, rank: int, *, surely: bool = False) -> bool:
+        """Whether the rank's mean, by which the search goes, is within the margin of the reference's; or its 95% upper bound."""
         reference = self.reference()
-        if reference is None or rank not in self.ranks():
-            return False
-        margin = self.space.margin_at(self.best_loss(reference))
-        return rank == reference or is_within(figure(self.excess(rank, reference)), margin)
+        if reference is None or rank not in self.ranks() or rank == reference:
+            return rank == reference
+        excess, margin = self.excess(rank, reference), self.space.margin_at(self.best_loss(reference))
+        return is_within(excess.high if surely else excess.mean, margin)
 
     def smallest_that_holds(self) -> int | None:
         """The result of the walk down from the reference over the ranks trained."""
