@@ -6,6 +6,7 @@ from rightrank.decision.comparison import walk_down
 from rightrank.decision.rule import decide
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.schema.errors import ResultsError
+from rightrank.schema.trials import EvalPoint
 from tests.decision.tables import bare, scored
 
 RISING = {1: 2.4, 2: 2.3, 4: 2.2, 8: 2.1}
@@ -193,7 +194,7 @@ def test_a_diverged_training_is_a_missing_cell() -> None:
 
 def test_order_still_changing_is_flagged() -> None:
     def cell(rank: int, gaps: tuple[float, ...]) -> Cell:
-        points = tuple((25 * (n + 1), 2.0 + gap) for n, gap in enumerate(gaps))
+        points = tuple(EvalPoint(step=25 * (n + 1), value=2.0 + gap) for n, gap in enumerate(gaps))
         return Cell(str(rank), 2.0 + gaps[-1], *_one(2.0 + gaps[-1]), points=points, steps=100)
 
     parting = {(4, 0.0, 0): cell(4, (0.0, 0.001, 0.002, 0.004)), (64, 0.0, 0): cell(64, (0.0, 0.0, 0.0, 0.0))}

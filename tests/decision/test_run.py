@@ -126,7 +126,7 @@ def test_a_cell_holds_what_its_trial_measured() -> None:
     assert cell.loss == pytest.approx(trial.value)
     assert (cell.examples, float(cell.weights[0])) == (ITEMS, TOKENS)
     assert (cell.steps, cell.train_value, cell.others) == (trial.steps, trial.train_value, {})
-    assert cell.points == tuple((point.step, point.value) for point in trial.points)
+    assert cell.points == tuple(trial.points)
     assert run_table(records).missing == {4: 1}
 
 
@@ -162,7 +162,7 @@ def test_trainings_of_a_custom_trainer_have_any_metric() -> None:
     assert (cell.value, cell.loss, cell.examples) == (3.0, -3.0, 2)
     assert cell.others == {"loss": 1.0}
     assert cell.steps == one.steps
-    assert cell.points == tuple((point.step, point.value) for point in one.points)
+    assert cell.points == tuple(one.points)
     assert cell.train_value == one.train_value
     assert table.cells[4, 1e-3, 0].value == 4.0
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rightrank.decision.comparison import Estimate, bounds_of, estimate, is_within, span_of
-from rightrank.decision.table import Cell, ScoreTable, estimate_of, minus, table_of
+from rightrank.decision.table import Cell, ScoreTable, best_point, estimate_of, minus, table_of
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterOrigin
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import default_margin, kind_of
@@ -352,16 +352,16 @@ def _notes(
             f"Rank {quarter[0].rank} is better than rank {top.trial.rank} by {-quarter[0].difference:.2g}: the top rank "
             f"overfits; train again with --ranks up to {max(one.rank for one in quarter)}, or fewer steps."
         )
-    points = [-point.value if criterion.higher_is_better else point.value for point in top.trial.points]
     measures_the_metric = criterion.points_are_of_the_metric and top.trial.value_metric is None
+    points = top.trial.points if measures_the_metric else []
+    best = best_point(points, criterion.higher_is_better) if points else None
     kept = top.trial.kept_step
     if kept is not None:
         notes.append(f"The best checkpoint of rank {top.trial.rank} is used: step {kept} of {top.trial.steps}.")
-    elif points and measures_the_metric and not is_within(points[-1] - min(points), against.margin):
-        best = top.trial.points[points.index(min(points))].step
+    elif best is not None and not is_within(abs(points[-1].value - best.value), against.margin):
         notes.append(
-            f"The held-out value of rank {top.trial.rank} was best at step {best} of {top.trial.steps}: train again with "
-            f"--max-steps {best}, or with --checkpoint best."
+            f"The held-out value of rank {top.trial.rank} was best at step {best.step} of {top.trial.steps}: train again with "
+            f"--max-steps {best.step}, or with --checkpoint best."
         )
     return notes
 

@@ -45,7 +45,7 @@ class Cell:
     deviation_seeds: int = 1  # how many seeds the stated value is the mean of
     steps: int | None = None
     kept_step: int | None = None  # of the value, where it is not the last evaluation's
-    points: tuple[tuple[int, float], ...] = ()  # (step, value) along the training, the metric's own direction
+    points: tuple[EvalPoint, ...] = ()  # along the training, the metric's own direction
     others: Mapping[str, float] = field(default_factory=dict)  # other metrics of the trial, in their own direction
 
     @property
@@ -161,7 +161,7 @@ def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Float
         train_value=trial.train_value,
         steps=trial.steps,
         kept_step=trial.kept_step,
-        points=tuple((point.step, point.value) for point in trial.points),
+        points=tuple(trial.points),
         others={name: value for name, value in trial.metrics.items() if name != metric},
     )
 
@@ -196,7 +196,7 @@ def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_be
         deviation=deviation,
         deviation_seeds=result.std_seeds,
         steps=result.steps,
-        points=tuple(result.points),
+        points=tuple(EvalPoint(step=step, value=value) for step, value in result.points),
         others=result.others,
     )
 
@@ -219,18 +219,17 @@ def at_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:
 def _at_last(cell: Cell) -> Cell:
     if cell.kept_step is None or not cell.points:
         return cell
-    return replace(cell, value=cell.points[-1][1], kept_step=None, train_value=None, others={})
+    return replace(cell, value=cell.points[-1].value, kept_step=None, train_value=None, others={})
 
 
 def _at_best(cell: Cell, table: ScoreTable) -> Cell:
-    if cell.kept_step is not None:
+    if cell.kept_step is not None or not cell.points:
         return cell
-    sign = -1.0 if table.higher_is_better else 1.0
-    step, value = min(cell.points, key=lambda point: (sign * point[1], point[0]), default=(0, cell.value))
-    if sign * value >= sign * cell.value:
+    best, sign = best_point(cell.points, table.higher_is_better), -1.0 if table.higher_is_better else 1.0
+    if sign * best.value >= sign * cell.value:
         return cell
-    earlier = tuple(point for point in cell.points if point[0] <= step)
-    return replace(cell, value=value, steps=step, points=earlier, train_value=None, deviation=None, others={})
+    earlier = tuple(point for point in cell.points if point.step <= best.step)
+    return replace(cell, value=best.value, steps=best.step, points=earlier, train_value=None, deviation=None, others={})
 
 
 @dataclass(frozen=True, slots=True)

@@ -263,6 +263,6 @@ def _pick(evidence: Evidence, margin: float) -> int:
 
 def _curve(contender: Contender) -> dict[int, float]:
     """Step → mean over seeds, at the steps that all seeds have."""
-    by_seed = [dict(cell.points) for cell in contender.cells.values()]
+    by_seed = [{point.step: point.value for point in cell.points} for cell in contender.cells.values()]
     shared = set.intersection(*(set(points) for points in by_seed))
     return {step: sum(points[step] for points in by_seed) / len(by_seed) for step in shared}
