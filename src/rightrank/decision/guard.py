@@ -87,7 +87,17 @@ def guarded(
         task_trial_id=task_id,
         sentence=_sentence(chosen, worst, by_id[task_id], margin, confidence),
     )
-    return (answer if chosen_id == answer.trial_id else _moved(answer, chosen)), guard
+    if chosen_id == answer.trial_id:
+        return answer, guard
+    task = chosen.task
+    moved = with_adapter(
+        answer,
+        task,
+        f"The smallest adapter that loses nothing on the task and keeps the guard has rank {task.rank} ({task.how}, "
+        f"learning rate {chosen.file.trial.learning_rate:g}): its held-out difference from the reference is "
+        f"{task.difference:+.2g}, within the margin of {answer.margin:g}.",
+    )
+    return moved, guard
 
 
 def _measured(
@@ -113,18 +123,6 @@ def _measured(
         for trial_id, file in files.items()
         if all((trial_id, name) in losses for name in bases)
     ]
-
-
-def _moved(answer: AdapterAnswer, chosen: _Measured) -> AdapterAnswer:
-    """The answer with the adapter that keeps the guard in place of the task's."""
-    task = chosen.task
-    return with_adapter(
-        answer,
-        task,
-        f"The smallest adapter that loses nothing on the task and keeps the guard has rank {task.rank} ({task.how}, "
-        f"learning rate {chosen.file.trial.learning_rate:g}): its held-out difference from the reference is "
-        f"{task.difference:+.2g}, within the margin of {answer.margin:g}.",
-    )
 
 
 def _sentence(chosen: _Measured, worst: GuardFile, task: _Measured, margin: float, confidence: float) -> str:

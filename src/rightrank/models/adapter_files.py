@@ -77,7 +77,13 @@ def open_adapter(path: Path) -> AdapterFolder:
         config, shapes, stored = _config_of_mlx(path)
         _check_config(path / CONFIG_FILE, config)
     else:
-        config, shapes = _read_config(path), _read_shapes(path)
+        require_adapter_folder(path)
+        try:
+            config = read_json_object(path / CONFIG_FILE, MAX_CONFIG_BYTES)
+        except UnreadableError as error:
+            raise ModelError(f"{path / CONFIG_FILE}: not readable as JSON ({error}); save the adapter again") from None
+        _check_config(path / CONFIG_FILE, config)
+        shapes = _read_shapes(path)
     pairs = _factor_keys(path, shapes)
     modules = tuple(
         module
@@ -219,17 +225,6 @@ class AdapterFolder:
             )
         values[np.abs(values) < MIN_VALUE] = 0.0
         return values
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / CONFIG_FILE
-    require_adapter_folder(path)
-    try:
-        config = read_json_object(file, MAX_CONFIG_BYTES)
-    except UnreadableError as error:
-        raise ModelError(f"{file}: not readable as JSON ({error}); save the adapter again") from None
-    _check_config(file, config)
-    return config
 
 
 def _check_config(file: Path, config: dict[str, Any]) -> None:

@@ -83,28 +83,17 @@ def prepare(
 
 
 def strategy_of(prepared: Prepared) -> Strategy:
-    """The strategy of the settings, for this selection's steps and data."""
-    return make_strategy(
-        prepared.settings,
-        prepared.steps,
-        token_loss=prepared.is_token_loss,
-        unseen_steps=prepared.unseen_steps,
-        truncates=_truncates(prepared),
-    )
-
-
-def _truncates(prepared: Prepared) -> bool:
-    """Whether adapters can be truncated, which the first question needs.
+    """The strategy of the settings, for this selection's steps and data.
 
     Raises:
-        SettingsError: goal `adapter` with adapters that can't be.
+        SettingsError: goal `adapter` with adapters that can't be truncated, which the first question needs.
     """
-    reason = prepared.runtime.targets.why_not_truncated
-    if reason is not None and prepared.settings.goal == "adapter":
+    reason, settings = prepared.runtime.targets.why_not_truncated, prepared.settings
+    if reason is not None and settings.goal == "adapter":
         raise SettingsError(
             f"goal 'adapter' needs adapters that can be truncated ({reason}); give goal 'training-rank'"
         )
-    return reason is None
+    return make_strategy(settings, prepared.steps, prepared.is_token_loss, prepared.unseen_steps, reason is None)
 
 
 def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
