@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from benchmarks.scale.simulated import VERSIONS, Pace, SimulatedCrew, result_of
+from benchmarks.scale.simulated import VERSIONS, Pace, SimulatedCrew, result_of, step_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +14,7 @@ from rightrank.plugins.cluster.pool import (
     Pool,
     PoolOptions,
 )
-from rightrank.plugins.cluster.worker import Ready, Refused, Stop, Task, WorkerLost, WorkerMessage
+from rightrank.plugins.cluster.worker import Ready, Refused, Step, Stop, Task, WorkerLost, WorkerMessage
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFailed, TrialFinished
@@ -82,6 +82,29 @@ def test_a_trial_that_loses_every_worker_fails_and_the_others_continue() -> None
     assert failed[0].error == "out_of_memory"
     assert f"lost {MAX_LOSSES} workers" in failed[0].reason
     assert len(outcomes) == 4
+
+
+@pytest.mark.parametrize("why", ["the trial gets further each time", "the machine was lost each time"])
+def test_losses_that_are_not_the_trial_s_do_not_fail_it(why: str) -> None:
+    """A cluster of nodes that come and go may lose more workers than `MAX_LOSSES` in one long training."""
+
+    class Unlucky(SimulatedCrew):
+        lost = 0
+
+        def send(self, worker: str, command: Task | Stop) -> None:
+            self.lost += 1
+            if self.lost > 2 * MAX_LOSSES:
+                return super().send(worker, command)
+            assert isinstance(command, Task)
+            if why.startswith("the trial"):
+                step = step_of(command.trials[0]).model_copy(update={"step": self.lost})
+                self._plan(self.now + 1.0, worker, Step(event=step))
+            self._plan(self.now + 2.0, worker, WorkerLost("lost", with_machine=why.startswith("the machine")))
+            return None
+
+    crew = Unlucky(Pace(trial=lambda *_: 10.0))
+    assert [type(outcome) for outcome in make_pool(crew).run(trials(1), None)] == [TrialFinished]
+    assert crew.lost == 2 * MAX_LOSSES + 1
 
 
 def test_a_hung_worker_is_replaced_and_its_late_messages_are_ignored() -> None:

@@ -133,6 +133,40 @@ def test_a_store_keeps_files_and_folders(share: str, tmp_path: Path) -> None:
     assert not store.get("checkpoints/a", tmp_path / "nothing")
 
 
+def test_a_store_that_fails_for_a_while_is_waited_for(
+    share: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("first")
+    waited: list[float] = []
+    monkeypatch.setattr("rightrank.runs.folder.time.sleep", waited.append)
+    for patience, error in ((0.0, OSError("503")), (60.0, PermissionError("403"))):
+        store = Store(share, patience)
+        monkeypatch.setattr(store._files, "put_file", raising([error]))
+        with pytest.raises(RunError, match=r"can't write a to the store .*: 503|403"):
+            store.put(tmp_path / "file", "a")
+        assert not waited
+    monkeypatch.undo()
+    monkeypatch.setattr("rightrank.runs.folder.time.sleep", waited.append)
+    store = Store(share, 60.0)
+    monkeypatch.setattr(store._files, "put_file", raising([OSError("503")] * 3, store._files.put_file))
+    store.put(tmp_path / "file", "a")
+    assert waited == [0.5, 1.0, 2.0]
+    assert store.get("a", tmp_path / "back")
+    monkeypatch.setattr(store._files, "get_file", raising([FileNotFoundError("removed by another run")]))
+    assert not store.get("a", tmp_path / "again")
+
+
+def raising(errors: list[OSError], then: Any = None) -> Any:
+    """A call that fails so often, then does the real thing."""
+
+    def call(*arguments: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return then(*arguments)
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [

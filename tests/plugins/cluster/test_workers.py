@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from benchmarks.scale.simulated import result_of
 
 from rightrank import select_rank
-from rightrank.plugins.cluster.on_ray import connected, resources
-from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Ready, Setup, Stop, serve, versions
+from rightrank.plugins.cluster import on_ray
+from rightrank.plugins.cluster import worker as workers
+from rightrank.plugins.cluster.on_ray import RayWorker, connected, resources
+from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Ready, Setup, Stop, Task, WorkerLost, serve, versions
 from rightrank.schema.errors import InputError, MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.settings import make_settings
+from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from tests.plugins.cluster.runs import STEPS, decision_of, values_of
+from tests.plugins.cluster.test_pool import trials
 from tests.tiny import small_settings
 from tests.watch import Watch
 
@@ -97,3 +105,90 @@ def test_a_worker_reserves_what_the_plan_states() -> None:
     assert resources(3 * 2**30, on_cuda=False) == {"CPU": 1.0, "memory": 3.0 * 2**30}
     assert resources(None, on_cuda=False) == {"CPU": 1.0}
     assert resources(3 * 2**30, on_cuda=True) == {"CPU": 1.0, "GPU": 1.0}
+
+
+class FullAtFirst:
+    """An executor on a disk that is full for a while."""
+
+    def __init__(self, failures: list[OSError]) -> None:
+        self._failures = failures
+
+    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
+        for trial in trials:
+            if self._failures and trial.arm.rank > 1:
+                raise self._failures.pop()
+            yield result_of(trial)
+
+
+@pytest.mark.parametrize(("seconds", "ends"), [(60.0, ["task_ended"]), (-1.0, ["refused", "task_ended"])])
+def test_a_worker_waits_for_a_full_disk(monkeypatch: pytest.MonkeyPatch, seconds: float, ends: list[str]) -> None:
+    full = [OSError(errno.ENOSPC, "No space left on device") for _ in range(2)]
+    sent: list[Any] = []
+    monkeypatch.setattr(workers, "DISK_PAUSE", 0.01)
+    monkeypatch.setattr(workers, "DISK_SECONDS", seconds)
+    monkeypatch.setattr(workers.Worker, "make_executor", lambda *_: FullAtFirst(full))
+    worker = workers.Worker(sent.append)
+    worker.set_up(Setup(model="m", data="d", settings={}, fingerprint="f", folder=Path(), working_folder=Path.cwd()))
+    worker.run_task(Task(number=1, trials=trials(2), base_loss=None))
+    worker.close()
+    finished = [message.trial_id for message in sent if isinstance(message, TrialFinished)]
+    assert finished == [trial.trial_id for trial in trials(2 if seconds > 0 else 1)]
+    told = [getattr(message, "text", getattr(message, "reason", "")) for message in sent]
+    assert sum("No space left on device" in text for text in told) == 1
+    assert [message.type for message in sent][-len(ends) :] == ends
+
+
+def test_an_actor_whose_worker_fails_ends_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the driver would wait for it as for one that hangs."""
+    actor = RayWorker()
+    actor.receive(Stop().model_dump_json())
+    actor._worker.leave()
+    assert list(actor.messages()) == []
+
+
+class RestartedHead:
+    """As much of Ray as `RayCrew` asks when the head that it joined is gone."""
+
+    class exceptions:  # noqa: N801 - as Ray has it
+        class RayError(Exception):
+            pass
+
+    def __init__(self) -> None:
+        self.joined, self.is_other = 1, False
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}]
+
+    def remote(self, actor: Any) -> Any:
+        return actor
+
+    def shutdown(self) -> None:
+        self.is_other = False
+
+    def exists(self, _key: bytes) -> bool:
+        if self.is_other:
+            raise self.exceptions.RayError("WrongClusterID")
+        return False
+
+
+def test_a_restarted_head_is_joined_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, failures = RestartedHead(), [RunError("no Ray cluster answers")]
+
+    def join(_address: str | None) -> RestartedHead:
+        if ray.joined > 1 and failures:
+            raise failures.pop()
+        ray.joined += 1
+        return ray
+
+    monkeypatch.setattr(on_ray, "connected", join)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray.experimental.internal_kv", SimpleNamespace(_internal_kv_exists=ray.exists))
+    setup = Setup(model="m", data="d", settings={}, fingerprint="f", folder=Path(), working_folder=Path.cwd())
+    crew = on_ray.RayCrew(setup, "head:1", None, on_cuda=False)
+    crew._actors["worker-1"] = object()
+    assert crew.messages(0.0) == []
+    ray.is_other, crew._next_look = True, 0.0
+    assert crew.messages(0.0) == [
+        ("worker-1", WorkerLost("the head of the Ray cluster was restarted", with_machine=True))
+    ]
+    assert (ray.joined, crew._actors, failures) == (3, {}, [])

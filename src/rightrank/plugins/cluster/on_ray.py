@@ -14,6 +14,7 @@ import queue
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,8 @@ from rightrank.schema.errors import InputError, MissingExtraError, RunError
 from rightrank.schema.trials import TrialTask
 
 CONNECT_SECONDS = 10.0
+HEAD_SECONDS = 10.0  # between looks at the cluster's head
+REJOIN_SECONDS = 180.0  # for a head that was lost to come back
 
 
 class RayWorker:
@@ -34,7 +37,13 @@ class RayWorker:
     def __init__(self) -> None:
         self._sent: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._worker = type(self).make_worker(lambda message: self._sent.put(message.model_dump_json()))
-        threading.Thread(target=self._worker.run, daemon=True).start()
+        threading.Thread(target=self._train, daemon=True).start()
+
+    def _train(self) -> None:
+        try:
+            self._worker.run()
+        finally:
+            self._sent.put("")  # the stream ends with the worker
 
     def receive(self, line: str) -> None:
         self._worker.receive(line)
@@ -44,7 +53,10 @@ class RayWorker:
             lines = [self._sent.get()]
             while not self._sent.empty():
                 lines.append(self._sent.get())
-            yield "\n".join(lines)
+            if sent := "\n".join(filter(None, lines)):
+                yield sent
+            if "" in lines:
+                return
 
 
 class RayCrew:
@@ -60,10 +72,12 @@ class RayCrew:
     ) -> None:
         ray = sys.modules.get("ray")
         self._joined_before = ray is not None and bool(ray.is_initialized())  # the caller's session is left open
-        self._ray = connected(address)
+        self._ray, self._address = connected(address), address
         self._setup = setup
         self._resources = resources(bytes_planned, on_cuda)
+        self._actor_class = actor
         self._actor = self._ray.remote(actor)
+        self._next_look = 0.0  # at the cluster's head, on the monotonic clock
         self.room()
         self._actors: dict[str, Any] = {}
         self._streams: dict[Any, str] = {}  # an actor's messages → its worker
@@ -111,8 +125,10 @@ class RayCrew:
             self._ray.kill(actor, no_restart=True)
 
     def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
+        if not self._has_head():
+            return self._join_again()
         if not self._streams:
-            threading.Event().wait(seconds)
+            time.sleep(seconds)
             return []
         ready, _ = self._ray.wait(list(self._streams), num_returns=1, timeout=seconds)
         if ready:  # take all that has arrived, not only the first
@@ -124,10 +140,45 @@ class RayCrew:
                 lines = self._ray.get(next(stream))
             except (self._ray.exceptions.RayError, StopIteration) as error:
                 self.end(worker)
-                found.append((worker, WorkerLost(described(error))))
+                found.append((worker, WorkerLost(described(error), with_machine=_is_of_machine(error))))
             else:
                 found.extend((worker, WORKER_MESSAGE.validate_json(line)) for line in lines.split("\n"))
         return found
+
+    def _has_head(self) -> bool:
+        """Whether the head is the one that was joined. Where another took its place, Ray would wait for new actors for ever."""
+        from ray.experimental.internal_kv import _internal_kv_exists
+
+        if time.monotonic() > self._next_look:
+            try:
+                _internal_kv_exists(b"rightrank")
+            except self._ray.exceptions.RayError:
+                return False
+            self._next_look = time.monotonic() + HEAD_SECONDS
+        return True
+
+    def _join_again(self) -> list[tuple[str, WorkerMessage | WorkerLost]]:
+        """Join the cluster of the new head. All workers are lost.
+
+        Raises:
+            RunError: there is none within `REJOIN_SECONDS`, or the session is the caller's.
+        """
+        lost = "the head of the Ray cluster was restarted"
+        if self._joined_before:
+            raise RunError(f"{lost}; join it again with ray.init(), and give the same call to resume")
+        workers, self._actors, self._streams = list(self._actors), {}, {}
+        until = time.monotonic() + REJOIN_SECONDS
+        self._ray.shutdown()
+        while True:
+            try:
+                self._ray = connected(self._address)
+                break
+            except RunError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(1.0)
+        self._actor = self._ray.remote(self._actor_class)
+        return [(worker, WorkerLost(lost, with_machine=True)) for worker in workers]
 
     def close(self) -> None:
         for worker in list(self._actors):
@@ -165,6 +216,11 @@ def connected(address: str | None) -> Any:
         where = "on this machine" if address is None else f"at {address}"
         raise RunError(f"can't join the Ray cluster {where}: {' '.join(str(error).split())}") from None
     return ray
+
+
+def _is_of_machine(error: Exception) -> bool:
+    """Whether Ray says that an actor was lost with its node, or is out of reach."""
+    return type(error).__name__ == "ActorUnavailableError" or "its node has died" in str(error)
 
 
 def _require_answer(address: str) -> None:

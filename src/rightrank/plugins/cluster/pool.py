@@ -14,10 +14,10 @@ from typing import Protocol
 
 from rightrank.plugins.cluster.worker import Ready, Refused, Step, Stop, Task, TaskEnded, WorkerLost, WorkerMessage
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
-from rightrank.schema.events import Listener, Notice
+from rightrank.schema.events import Listener, Notice, StepDone
 from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome, TrialStarted
 
-MAX_LOSSES = 3  # workers that a trial may lose before it counts as failed
+MAX_LOSSES = 3  # workers that a trial may lose without getting further before it counts as failed
 STARTUP_FACTOR = 6  # longer silence is allowed while a worker loads, prepares or evaluates the base
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 25.0  # for a worker to stop on request
@@ -76,6 +76,7 @@ class _Worker:
     remaining: dict[str, Trial] = field(default_factory=dict)  # trials of the task without an outcome
     last_message: float = 0.0  # when it arrived, or when the task was assigned
     is_stepping: bool = False  # has reported a step of its task
+    step: int = 0  # the furthest that was reported
     longest_silence: float = 0.0  # seconds between two messages while stepping
 
 
@@ -98,7 +99,8 @@ class Pool:
         self._queue: deque[Task] = deque()
         self._unread: deque[tuple[str, WorkerMessage | WorkerLost]] = deque()
         self._unfinished: set[str] = set()  # trials without an outcome
-        self._losses: Counter[str] = Counter()  # trial → workers lost while they trained it
+        self._losses: Counter[str] = Counter()  # trial → workers lost while they trained it, since it last got further
+        self._lost_at: dict[str, int] = {}  # trial → the furthest step at which it lost one
         self._started = self._tasks = self._failed_starts = 0
         self._any_was_ready = False
 
@@ -155,7 +157,7 @@ class Pool:
         while self._queue and self._idle:
             name, task = self._idle.pop(0), self._queue.popleft()
             worker = self._workers[name]
-            worker.task, worker.last_message, worker.is_stepping = task, self._clock(), False
+            worker.task, worker.last_message, worker.is_stepping, worker.step = task, self._clock(), False, 0
             worker.remaining = {trial.trial_id: trial for trial in task.trials}
             self._crew.send(name, task)
 
@@ -185,6 +187,8 @@ class Pool:
                 if worker.is_stepping:
                     worker.longest_silence = max(worker.longest_silence, now - before)
                 worker.is_stepping = True
+                if isinstance(message.event, StepDone):
+                    worker.step = max(worker.step, message.event.step)
                 self._listener.on_event(message.event)
             case Notice():
                 self._listener.on_event(message)
@@ -222,7 +226,7 @@ class Pool:
         worker.task, worker.remaining = None, {}
         self._idle.append(name)
         if task is not None:
-            yield from self._requeue(task, remaining, WorkerLost(f"{name} left it unfinished"))
+            yield from self._requeue(task, remaining, worker.step, WorkerLost(f"{name} left it unfinished"))
 
     def _replace(self, name: str, lost: WorkerLost) -> Iterator[TrialOutcome]:
         """Remove a worker that is lost; another starts for its trials."""
@@ -233,12 +237,17 @@ class Pool:
                 raise RunError(f"no worker could start (the last: {lost.reason})")
         self._listener.on_event(Notice(text=f"{name} was lost: {lost.reason}"))
         if worker.task is not None:
-            yield from self._requeue(worker.task, list(worker.remaining.values()), lost)
+            yield from self._requeue(worker.task, list(worker.remaining.values()), worker.step, lost)
 
-    def _requeue(self, task: Task, trials: Sequence[Trial], lost: WorkerLost) -> Iterator[TrialOutcome]:
-        """Queue each trial as a task of its own; a trial that has lost `MAX_LOSSES` workers fails."""
+    def _requeue(self, task: Task, trials: Sequence[Trial], step: int, lost: WorkerLost) -> Iterator[TrialOutcome]:
+        """Queue each trial as a task of its own; one that has lost `MAX_LOSSES` workers without getting further fails.
+
+        Workers that were lost with their machine do not count: no training does that.
+        """
         for trial in trials:
-            self._losses[trial.trial_id] += 1
+            if step > self._lost_at.get(trial.trial_id, 0):
+                self._losses[trial.trial_id], self._lost_at[trial.trial_id] = 0, step
+            self._losses[trial.trial_id] += not lost.with_machine
             if trial.trial_id not in self._unfinished:
                 continue
             if self._losses[trial.trial_id] < MAX_LOSSES:
@@ -269,6 +278,7 @@ class Pool:
             self._remove(name)
         self._queue.clear()  # stopped trials were queued again
         self._losses.clear()
+        self._lost_at.clear()
 
     def _remove(self, name: str) -> _Worker:
         self._crew.end(name)

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from rightrank.runs.values import Prepared
 
 STEP_SECONDS = 0.5  # between two `Step` messages, at least
+DISK_SECONDS = 600.0  # for which a worker waits for a disk that is full or fails
+DISK_PAUSE = 5.0  # between two attempts
 SAME_EVERYWHERE = ("torch", "transformers", "peft")
 
 
@@ -108,6 +110,7 @@ class WorkerLost:
 
     reason: str
     killed: bool = False  # by SIGKILL, as the system does when memory is short
+    with_machine: bool = False  # the machine or the network failed, whatever the worker did
 
 
 Outcome: TypeAlias = TrialFinished | TrialCollapsed | TrialDiverged | TrialFailed
@@ -131,6 +134,7 @@ class Worker:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._scratch = Path(tempfile.mkdtemp(prefix="rightrank-worker-"))
         self._stop = threading.Event()
+        self._said = ""  # the last notice about the disk
 
     def receive(self, line: str | bytes) -> None:
         """Handle a command; may be called from any thread."""
@@ -167,17 +171,41 @@ class Worker:
         """Train the trials of a task; an error that no other worker could avoid is sent as `Refused`."""
         self._stop.clear()
         assert self._setup is not None
-        try:
-            self._executor = self._executor or self.make_executor(self._setup)
-            for outcome in self._executor.run(task.trials, task.base_loss):
-                self._send(outcome)
-                if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":
-                    self._send(Notice(text=outcome.reason))
-        except InterruptedRun:
-            pass  # the trials have checkpoints
-        except RightrankError as error:
-            self._send(Refused(reason=str(error), exit_status=error.exit_status))
+        remaining = {trial.trial_id: trial for trial in task.trials}
+        until = time.monotonic() + DISK_SECONDS
+        while remaining and not self._stop.is_set():
+            try:
+                self._train(self._setup, remaining, task.base_loss)
+            except InterruptedRun:
+                break  # the trials have checkpoints
+            except RightrankError as error:
+                self._send(Refused(reason=str(error), exit_status=error.exit_status))
+                break
+            except OSError as error:
+                self._executor = None  # what it was doing is not undone
+                self._wait_for_disk(error, until)
         self._send(TaskEnded(number=task.number))
+
+    def _train(self, setup: Setup, remaining: dict[str, Trial], base_loss: float | None) -> None:
+        """Send an outcome for each trial, which is then no longer in `remaining`."""
+        self._executor = self._executor or self.make_executor(setup)
+        for outcome in self._executor.run(list(remaining.values()), base_loss):
+            del remaining[outcome.trial_id]
+            self._send(outcome)
+            if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":
+                self._send(Notice(text=outcome.reason))
+
+    def _wait_for_disk(self, error: OSError, until: float) -> None:
+        """Say that this machine's disk fails, and wait for a while."""
+        text = f"a worker on {platform.node()}: {error.filename or 'its disk'}: {error.strerror or error}"
+        if time.monotonic() > until:
+            self._send(Refused(reason=f"{text}, for {DISK_SECONDS:.0f} s; free some space", exit_status=1))
+            self._stop.set()
+            return
+        if text != self._said:
+            self._send(Notice(text=f"{text}; it tries again until that has passed"))
+        self._said = text
+        self._stop.wait(DISK_PAUSE)
 
     def close(self) -> None:
         """Remove the worker's files from the local disk."""

@@ -1,0 +1,692 @@
+"""Faults of several hosts, and what they lose: selections over namespaces that share no disk, with a store between them.
+
+    sudo python -m benchmarks.reliability.hosts --minutes 50 --seed 0 --out benchmarks/reliability/hosts.json \\
+        --smollm2 FILE.gguf --minilm FOLDER
+    python -m benchmarks.reliability.hosts --table benchmarks/reliability/hosts.json
+
+Host 0 has the driver and Ray's head, hosts 1 and 2 the workers, host 3 an S3 server (`namespaces` makes them). With `processes`, host 0
+has driver and workers. A run takes several faults, one after the other, at moments drawn from the seed while trainings are under way.
+A driver that ends with an error is started again by the same command. Afterwards the decision, the value of every trial and the bytes
+of every adapter must be those of a run without faults; a trial may neither be missing nor have ended twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tests.tiny import save_tiny_llama, write_completions, write_jsonl
+
+from benchmarks.machine import machine
+from benchmarks.reliability.namespaces import Host, Network, why_impossible
+
+PORT, STORE_PORT = 6379, 9000
+CORES = 2  # of each host with workers
+LIMIT_SECONDS = 420.0  # without a new trial: the run counts as hung
+LONGEST = 60.0  # seconds that a fault lasts, at most; at least 1
+PAUSE = (1.0, 7.0)  # seconds between two faults
+STARTS = 12  # of a driver in one run, at most
+RAY = {  # less to start, and a lost node is noticed after 15 s
+    "RAY_worker_niceness": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+S3_SERVER = """
+import time, pathlib
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, run_simple
+mode, served = pathlib.Path("/tmp/mode"), DomainDispatcherApplication(create_backend_app)
+def answer(environ, start):
+    how = mode.read_text()
+    if how == "slow":
+        time.sleep(3)
+    if how == "refuse":
+        start("503 Slow Down", [("Content-Length", "0")])
+        return [b""]
+    return served(environ, start)
+WSGIRequestHandler.log_request = lambda *_: None
+run_simple("0.0.0.0", PORT, answer, threaded=True)
+"""
+LIST_STORE = """
+import boto3, json, sys
+found = boto3.resource("s3").Bucket("bucket").objects.filter(Prefix=sys.argv[1])
+print(json.dumps({one.key: one.e_tag.strip('"') for one in found}))
+"""
+SHORT = ["--set", "checkpoint_seconds=0.5", "--device", "cpu", "--set", "eval_points=1", "--dtype", "fp32"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A selection: a model that every host has, its data, and options."""
+
+    name: str
+    model: Path
+    data: Path
+    options: tuple[str, ...]
+
+    def put_on(self, host: Host) -> None:
+        """Copy the data, and a model that is small; a large one is read where it is."""
+        shutil.copy(self.data, host.disk / "data.jsonl")
+        if self.name.startswith("tiny"):
+            shutil.copytree(self.model, host.disk / "model", dirs_exist_ok=True)
+
+    def command(self, out: str, *more: str) -> list[str]:
+        model = "/tmp/disk/model" if self.name.startswith("tiny") else str(self.model)
+        where = [model, "/tmp/disk/data.jsonl", "--out", f"/tmp/disk/{out}"]
+        return [sys.executable, "-m", "rightrank", "select", *where, *self.options, *SHORT, *more]
+
+
+@dataclass
+class Hit:
+    """A fault that came, and what the run printed afterwards."""
+
+    kind: str
+    host: int  # of those with workers, if it hits one
+    after: int  # outcomes in the journal when it came
+    seconds: float  # for which it lasted
+    line: str = ""
+
+
+@dataclass
+class Field:
+    """The hosts, and what runs on them."""
+
+    network: Network
+    random: random.Random
+    work: Work
+    executor: str
+    folder: Path  # of this machine, for logs
+    nodes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)  # host → its Ray
+    s3: subprocess.Popen[bytes] | None = None
+
+    @property
+    def hosts(self) -> list[Host]:
+        return self.network.hosts[:3]
+
+    @property
+    def with_workers(self) -> list[Host]:
+        return self.hosts[1:] if self.executor == "ray" else self.hosts[:1]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        address = f"http://{self.network.hosts[3].address}:{STORE_PORT}"
+        keys = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1"}
+        return {"AWS_ENDPOINT_URL": address, **keys, **RAY}
+
+    def start(self, host: Host, command: Sequence[str], log: str) -> subprocess.Popen[bytes]:
+        return host.start(command, self.folder / log, **self.environment)
+
+    def answer(self, host: Host, code: str, *arguments: str) -> str:
+        """What a short program prints."""
+        out = self.folder / "answer"
+        out.unlink(missing_ok=True)
+        if host.start([sys.executable, "-c", code, *arguments], out, **self.environment).wait():
+            raise RuntimeError(out.read_text())
+        return out.read_text()
+
+    def open_store(self) -> None:
+        host = self.network.hosts[3]
+        (host.root / "tmp/mode").write_text("")
+        self.s3 = self.start(host, [sys.executable, "-c", S3_SERVER.replace("PORT", str(STORE_PORT))], "store.log")
+        code = (
+            "import boto3, time\nfor _ in range(60):\n try: boto3.client('s3').create_bucket(Bucket='bucket'); break\n"
+        )
+        self.answer(host, code + " except Exception: time.sleep(1)\nelse: raise SystemExit('no store')")
+
+    def set_store(self, mode: str) -> None:
+        (self.network.hosts[3].root / "tmp/mode").write_text(mode)
+
+    def keep_nodes(self) -> None:
+        """Start what is missing of the Ray cluster, as a supervisor does."""
+        if self.executor != "ray":
+            return
+        for host in self.hosts:
+            running = self.nodes.get(host.number)
+            if host.init and not host.link.is_cut and (running is None or running.poll() is not None):
+                self._clear(host)
+                log = self._node_log(host)
+                begin = len(log.read_text(errors="replace")) if log.exists() else 0
+                self.nodes[host.number] = self.start(host, self._node_command(host), log.name)
+                self._await(host, begin)
+
+    def _node_command(self, host: Host) -> list[str]:
+        ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
+        own = [f"--node-ip-address={host.address}", f"--object-store-memory={80 * 2**20}"]
+        if host.number == 0:
+            return [*ray, *own, "--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false"]
+        return [*ray, *own, f"--address={self.hosts[0].address}:{PORT}", f"--num-cpus={CORES}", "--num-gpus=0"]
+
+    def _clear(self, host: Host) -> None:
+        for process in host.matching("raylet", "gcs_server", "ray/dashboard", "ray::", "default_worker", "ray start"):
+            with suppress(psutil.Error):
+                process.kill()
+        shutil.rmtree(host.disk / "tmp/ray", ignore_errors=True)
+
+    def _await(self, host: Host, begin: int) -> None:
+        """Until a node has joined the cluster, or has failed."""
+        until = time.monotonic() + 90
+        while self.nodes[host.number].poll() is None and time.monotonic() < until:
+            if "Ray runtime started" in self._node_log(host).read_text(errors="replace")[begin:]:
+                return
+            time.sleep(0.3)
+
+    def _node_log(self, host: Host) -> Path:
+        return self.folder / f"ray-{host.number}.log"
+
+    def workers(self) -> list[psutil.Process]:
+        """Worker processes."""
+        words = ("ray::RayWorker",) if self.executor == "ray" else ("rightrank.plugins.cluster.worker",)
+        return [process for host in self.with_workers for process in host.matching(*words)]
+
+    def reboot(self, host: Host, off_seconds: float) -> None:
+        """Kill a host, and bring one with the same name and an empty disk."""
+        host.kill()
+        time.sleep(off_seconds)
+        host.boot()
+        self.work.put_on(host)
+        host.link.is_cut = False
+
+    def heal(self) -> None:
+        self.set_store("")
+        for host in self.hosts:
+            host.link.is_cut, host.link.delay = False, 0.0
+            if host.init:
+                (host.disk / "ballast").unlink(missing_ok=True)
+
+
+@dataclass
+class Run:
+    """One selection with faults, from its first command to its answer."""
+
+    field: Field
+    name: str
+    hits: list[Hit] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)  # the last line of each driver that failed
+    driver: subprocess.Popen[bytes] | None = None
+    second: subprocess.Popen[bytes] | None = None
+    read: int = 0  # characters of the log that were read
+    seen: int = 0  # progress when something was last killed
+    over: threading.Event = field(default_factory=threading.Event)
+    lasting: list[threading.Thread] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        return self.field.hosts[0].disk / self.name
+
+    @property
+    def log(self) -> Path:
+        return self.field.folder / f"{self.name}.log"
+
+    def start(self) -> None:
+        self.driver = self.field.start(self.field.hosts[0], self.command(), self.log.name)
+
+    def command(self) -> list[str]:
+        return self.field.work.command(self.name, *options_of(self.field, self.name))
+
+    def start_second(self) -> None:
+        name = f"{self.name}-second"
+        command = self.field.work.command(name, *options_of(self.field, self.name))
+        self.second = self.field.start(self.field.hosts[0], command, f"{name}.log")
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        journal = self.folder / "journal.jsonl"
+        if not journal.exists():
+            return []
+        lines = [json.loads(line) for line in journal.read_text().splitlines() if line.endswith("}")]
+        return [line for line in lines if line["type"] == kind]
+
+    def outcomes(self) -> int:
+        return len(self.records("trial_finished"))
+
+    def go(self, kinds: Sequence[str]) -> list[str]:
+        """Faults of these kinds until the selection has ended, once a training has begun. Returns the kinds that were not tried."""
+        self.field.keep_nodes()
+        self.start()
+        waiting, progress, last, next_at = list(kinds), 0, time.monotonic(), 0.0
+        try:
+            while not self.has_ended():
+                self.field.keep_nodes()
+                if self.progress() != progress:
+                    progress, last = self.progress(), time.monotonic()
+                if time.monotonic() > last + LIMIT_SECONDS:
+                    raise TimeoutError(f"no new trial for {LIMIT_SECONDS:.0f} s: hung")
+                if waiting and progress and time.monotonic() > next_at:
+                    kind = waiting.pop(0)
+                    if self.can_take(kind, progress):
+                        self.strike(kind)
+                        next_at, last = time.monotonic() + self.field.random.uniform(*PAUSE), time.monotonic()
+                    else:
+                        waiting.append(kind)
+                time.sleep(0.3)
+        finally:
+            self.over.set()
+            for thread in self.lasting:
+                thread.join()
+            self.field.heal()
+        self.note_line()
+        for _ in range(STARTS):
+            if self.second is not None and self.second.wait(timeout=LIMIT_SECONDS) != 0:
+                self.start_second()
+        return waiting
+
+    def can_take(self, kind: str, progress: int) -> bool:
+        """Whether there is something to hit. After a fault that starts things anew, the next such one waits for a training to begin."""
+        if kind in ("worker killed", "worker stopped, continued") and not self.field.workers():
+            return False
+        if kind not in CHEAP:
+            if progress <= self.seen:
+                return False
+            self.seen = progress
+        return True
+
+    def progress(self) -> int:
+        """How many trainings have begun or ended."""
+        return len(self.records("trial_started")) + self.outcomes()
+
+    def has_ended(self) -> bool:
+        """Whether the answer is there; a driver that failed is started again."""
+        assert self.driver is not None
+        status = self.driver.poll()
+        if status:
+            lines = self.log.read_text(errors="replace").strip().splitlines()
+            self.ends.append(f"exit status {status}: {lines[-1] if lines else ''}")
+            if len(self.ends) > STARTS:
+                raise RuntimeError(f"the driver failed {STARTS} times: {self.ends}")
+            self.field.keep_nodes()
+            self.start()
+        return status == 0
+
+    def strike(self, kind: str) -> None:
+        self.note_line()
+        seconds = LONGEST ** self.field.random.random() if kind in LASTING else 0.0
+        host = self.field.random.choice(self.field.with_workers)
+        self.hits.append(Hit(kind, host.number, self.outcomes(), round(seconds, 1)))
+        print(f"  {self.name} {kind} at {host.number} for {seconds:.1f} s after {self.outcomes()}", flush=True)
+        thread = threading.Thread(target=FAULTS[kind], args=(self, host, seconds))
+        thread.start()
+        if kind in LASTING:
+            self.lasting.append(thread)
+        else:
+            thread.join()
+
+    def note_line(self) -> None:
+        """The last notice since the fault before."""
+        text = self.log.read_text(errors="replace")[self.read :] if self.log.exists() else ""
+        self.read += len(text)
+        told = [line for line in re.split(r"[\r\n]+", text) if TOLD.search(line)]
+        if self.hits:
+            self.hits[-1].line = told[-1].strip()[:300] if told else "nothing: no training noticed"
+
+
+TOLD = re.compile(r"was lost|no message|can.t |no Ray|resuming|stopped|refused|left it|space|store [a-z]*:")
+
+
+def options_of(place: Field, name: str) -> list[str]:
+    more = ["--executor", place.executor, "--workers", "2", "--set", f"store=s3://bucket/{name}"]
+    return more + (["--ray-address", f"{place.hosts[0].address}:{PORT}"] if place.executor == "ray" else [])
+
+
+def kill_worker(run: Run, _host: Host, _seconds: float) -> None:
+    if workers := run.field.workers():
+        run.field.random.choice(workers).kill()
+
+
+def pause_worker(run: Run, _host: Host, seconds: float) -> None:
+    if workers := run.field.workers():
+        worker = run.field.random.choice(workers)
+        with suppress(psutil.Error):
+            worker.suspend()
+            run.over.wait(seconds)
+            worker.resume()
+
+
+def kill_node(run: Run, host: Host, _seconds: float) -> None:
+    run.field.reboot(host, 1.0)
+
+
+def kill_head(run: Run, _host: Host, _seconds: float) -> None:
+    for process in run.field.hosts[0].matching("gcs_server", "raylet", "ray start"):
+        with suppress(psutil.Error):
+            process.kill()
+    time.sleep(1.0)
+
+
+def kill_driver(run: Run, _host: Host, _seconds: float) -> None:
+    for process in run.field.hosts[0].matching(f"/tmp/disk/{run.name} "):
+        with suppress(psutil.Error):
+            process.kill()
+
+
+def partition(run: Run, host: Host, seconds: float) -> None:
+    host.link.is_cut = True
+    run.over.wait(seconds)
+    host.link.is_cut = False
+
+
+def partition_for_good(run: Run, host: Host, _seconds: float) -> None:
+    """The host never comes back; another takes its place after the cluster has given it up."""
+    host.link.is_cut = True
+    run.over.wait(20.0)
+    run.field.reboot(host, 0.0)
+
+
+def slow_link(run: Run, host: Host, seconds: float) -> None:
+    host.link.bytes_per_second, host.link.delay = 1e6 / 8, 0.3
+    run.over.wait(seconds)
+    host.link.delay = 0.0
+
+
+def store_refuses(run: Run, _host: Host, seconds: float) -> None:
+    _store_is(run, "refuse", seconds)
+
+
+def store_is_slow(run: Run, _host: Host, seconds: float) -> None:
+    _store_is(run, "slow", seconds)
+
+
+def _store_is(run: Run, mode: str, seconds: float) -> None:
+    run.field.set_store(mode)
+    run.over.wait(seconds)
+    run.field.set_store("")
+
+
+def fill_disk(run: Run, host: Host, seconds: float) -> None:
+    ballast = host.fill_disk()
+    run.over.wait(seconds)
+    ballast.unlink(missing_ok=True)
+
+
+def shift_clock(run: Run, host: Host, _seconds: float) -> None:
+    host.set_clock(run.field.random.choice([3600, -3600]) if not host.clock else 0)
+
+
+def second_driver(run: Run, _host: Host, _seconds: float) -> None:
+    """The same selection with the same store, at the same time, in another folder."""
+    if run.second is None:
+        run.start_second()
+
+
+LASTING = {  # kinds that end by themselves, after 1 to 60 s
+    "worker stopped, continued",
+    "partition, healed",
+    "link of 1 Mbit and 300 ms",
+    "store refuses",
+    "store is slow",
+    "disk full",
+}
+CHEAP = LASTING | {"clock off by an hour"}  # after them nothing starts anew
+FAULTS: dict[str, Callable[[Run, Host, float], None]] = {
+    "worker killed": kill_worker,
+    "worker stopped, continued": pause_worker,
+    "node killed": kill_node,
+    "head killed, restarted": kill_head,
+    "driver killed, resumed": kill_driver,
+    "partition, healed": partition,
+    "partition, not healed": partition_for_good,
+    "link of 1 Mbit and 300 ms": slow_link,
+    "store refuses": store_refuses,
+    "store is slow": store_is_slow,
+    "disk full": fill_disk,
+    "clock off by an hour": shift_clock,
+    "two drivers on one store": second_driver,
+}
+NOT_OF_PROCESSES = {"node killed", "head killed, restarted", "partition, not healed"}  # the host has driver and disk
+
+
+def kinds_for(executor: str) -> list[str]:
+    return [kind for kind in FAULTS if executor == "ray" or kind not in NOT_OF_PROCESSES]
+
+
+def bag_of(kinds: Sequence[str], chosen: random.Random) -> list[str]:
+    """Each kind in random order; those after which nothing starts anew cost little, so they come three times."""
+    bag = [*kinds, *(2 * [kind for kind in kinds if kind in CHEAP])]
+    return chosen.sample(bag, len(bag))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run came to, and the files of its adapters."""
+
+    decision: dict[str, Any]
+    values: dict[str, float]
+    trials: Counter[str]  # outcomes of each
+    adapter: str  # its checksum
+    adapters: dict[str, str]  # trial → checksum of its adapter
+
+    def against(self, right: Found) -> dict[str, Any]:
+        stored = {trial: found for trial, found in right.adapters.items() if self.adapters.get(trial, found) != found}
+        return {
+            "right_decision": self.decision == right.decision and self.values == right.values,
+            "right_adapters": self.adapter == right.adapter and not stored,
+            "adapters_compared": len(set(self.adapters) & set(right.adapters)),
+            "lost": len(set(right.trials) - set(self.trials)),
+            "twice": sum(count - 1 for count in self.trials.values()),
+        }
+
+
+def found_in(folder: Path, adapters: dict[str, str]) -> Found:
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    ended = [line for line in lines if line["type"] in ("trial_finished", "trial_failed", "trial_diverged")]
+    decision = json.loads((folder / "decision.json").read_text())
+    return Found(
+        {name: value for name, value in decision.items() if name not in ("next_run", "next_runs")},
+        {line["trial_id"]: line["value"] for line in ended if line["type"] == "trial_finished"},
+        Counter(line["trial_id"] for line in ended),
+        checksum(folder / "adapter/adapter_model.safetensors"),
+        adapters,
+    )
+
+
+def checksum(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.exists() else "none"
+
+
+def reference_of(place: Field) -> Found:
+    """The selection in one process, without a fault; kept for the next time."""
+    folder = place.folder / f"reference-{place.work.name}"
+    if not folder.exists():
+        log = place.folder / f"{folder.name}.log"
+        if place.start(place.hosts[0], place.work.command("reference"), log.name).wait():
+            raise RuntimeError(log.read_text()[-2000:])
+        shutil.copytree(place.hosts[0].disk / "reference", folder)
+    adapters = {path.parent.name: checksum(path) for path in folder.glob("trials/*/adapter_model.safetensors")}
+    return found_in(folder, adapters)
+
+
+def stored_adapters(place: Field, name: str) -> dict[str, str]:
+    """Trial → checksum of its adapter in the store."""
+    files = json.loads(place.answer(place.network.hosts[3], LIST_STORE, name))
+    return {key.split("/")[-2]: etag for key, etag in files.items() if key.endswith("/adapter_model.safetensors")}
+
+
+def one_run(place: Field, name: str, kinds: Sequence[str], right: Found) -> tuple[dict[str, Any], list[str]]:
+    """A run, what came of it, and the kinds of fault for which it was too short."""
+    run, begun, left = Run(place, name), time.monotonic(), list(kinds)
+    try:
+        left = run.go(kinds)
+        folders = [run.folder, *([] if run.second is None else [place.hosts[0].disk / f"{name}-second"])]
+        adapters = stored_adapters(place, name)
+        judged = [found_in(folder, adapters).against(right) for folder in folders]
+        found = {
+            key: min(one[key] for one in judged) for key in ("right_decision", "right_adapters", "adapters_compared")
+        }
+        found |= {key: max(one[key] for one in judged) for key in ("lost", "twice")}
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+        shutil.copytree(run.folder, place.folder / f"{name}-run", dirs_exist_ok=True, ignore_dangling_symlinks=True)
+        found = {"right_decision": False, "right_adapters": False, "lost": -1, "twice": -1, "error": str(error)}
+    faults = [vars(hit) for hit in run.hits]
+    seconds = round(time.monotonic() - begun, 1)
+    row = {"model": place.work.name, "executor": place.executor, **found, "seconds": seconds, "ends": run.ends}
+    return row | {"faults": faults}, left
+
+
+@dataclass
+class Campaign:
+    """Runs of one selection with one executor. What a run was too short for comes in the next."""
+
+    work: Work
+    executor: str
+    seed: int
+    until: float  # on the monotonic clock
+    folder: Path
+    kinds: Sequence[str]
+    bag: list[str] = field(default_factory=list)
+    runs: int = 0
+
+    def rows(self, faults: int) -> Iterator[dict[str, Any]]:
+        """At least so many faults, unless a run fails or time is over."""
+        chosen, tried = random.Random(f"{self.work.name} {self.executor} {self.seed} {self.runs}"), 0
+        with Network(4) as network:
+            place = Field(network, chosen, self.work, self.executor, self.folder)
+            right = self._open(place)
+            row: dict[str, Any] = {}
+            while tried < faults and time.monotonic() < self.until and "error" not in row:
+                self.runs, self.bag = self.runs + 1, self.bag or bag_of(self.kinds, chosen)
+                row, self.bag = one_run(place, f"{self.executor}-{self.work.name}-{self.runs}", self.bag, right)
+                tried += len(row["faults"])
+                yield row
+
+    def _open(self, place: Field) -> Found:
+        for host in place.hosts:
+            self.work.put_on(host)
+        place.open_store()
+        return reference_of(place)
+
+
+def tiny(folder: Path, strategy: str, steps: int) -> Work:
+    """A random Llama of three layers that learns to repeat words."""
+    model = folder / "tiny"
+    if not model.exists():
+        save_tiny_llama(model)
+    data = write_completions(folder / "completions.jsonl")
+    options = f"--strategy {strategy} --ranks 1,2,4,8 --learning-rates 3e-3,1e-2 --seeds 0,1,2 --max-steps {steps}"
+    small = "--batch-size 4 --seq-len 32 --eval-items 12"
+    return Work(f"tiny-{strategy}", model, data, (*options.split(), *small.split()))
+
+
+def smollm2(path: Path, folder: Path) -> Work:
+    """The last layer of SmolLM2 on short texts."""
+    data = write_completions(folder / "short.jsonl", count=60)
+    options = "--strategy grid --ranks 1,4 --learning-rates 1e-3,3e-3 --seeds 0,1 --max-steps 8 --batch-size 2"
+    small = "--seq-len 24 --eval-items 8 --layers-to-transform 29"
+    return Work("SmolLM2", path, data, (*options.split(), *small.split()))
+
+
+def minilm(path: Path, folder: Path) -> Work:
+    """The last layer of MiniLM: whether a text speaks of the sea."""
+    texts = [f"the {place} number {number} is old and quiet" for number in range(60) for place in ("sea", "house")]
+    rows = [{"text": text, "label": "sea" if "sea" in text else "land"} for text in texts]
+    options = "--strategy grid --ranks 1,4,16 --learning-rates 1e-3,3e-3 --seeds 0,1,2 --max-steps 16 --batch-size 4"
+    small = "--seq-len 24 --eval-items 20 --layers-to-transform 5"
+    return Work("MiniLM", path, write_jsonl(folder / "labels.jsonl", rows), (*options.split(), *small.split()))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Of each executor and kind of fault: how often it was tried with each model, and what came of it."""
+    models = sorted({row["model"] for row in rows}, key=str.lower)
+    lines = ["| fault | " + " | ".join(models) + " | tried | ended right | trials lost | counted twice |"]
+    lines.append("|---|" + "---|" * (len(models) + 4))
+    for executor in ("ray", "processes"):
+        for kind in kinds_for(executor):
+            of_kind = [
+                (row, hit)
+                for row in rows
+                for hit in row["faults"]
+                if (row["executor"], hit["kind"]) == (executor, kind)
+            ]
+            counts = [str(sum(row["model"] == model for row, _ in of_kind)) for model in models]
+            sums = [len(of_kind), sum(is_right(row) for row, _ in of_kind)]
+            sums += [sum(max(0, row[what]) for row, _ in of_kind) for what in ("lost", "twice")]
+            lines.append(f"| {executor}: {kind} | " + " | ".join([*counts, *map(str, sums)]) + " |")
+    return "\n".join(lines)
+
+
+def is_right(row: dict[str, Any]) -> bool:
+    return bool(row["right_decision"] and row["right_adapters"]) and row["lost"] == row["twice"] == 0
+
+
+def stored(out: Path | None, seed: int, rows: list[dict[str, Any]]) -> None:
+    if out is not None:
+        out.write_text(json.dumps({"machine": machine(), "seed": seed, "runs": rows}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=50.0, help="no run is begun later than this")
+    parser.add_argument(
+        "--faults", type=int, default=20, help="of each model and executor, and twice as many of the tiny ones"
+    )
+    parser.add_argument("--only", default="", help="part of a model's and an executor's name, such as 'tiny-grid ray'")
+    parser.add_argument("--kind", default="", help="part of a fault's name")
+    parser.add_argument("--smollm2", type=Path, help="a GGUF file")
+    parser.add_argument("--minilm", type=Path, help="a folder")
+    parser.add_argument("--logs", type=Path, help="keep logs in this folder")
+    parser.add_argument("--out", type=Path, help="where what is found is stored; runs that are there stay")
+    parser.add_argument("--table", type=Path, help="print the table of stored runs, and run nothing")
+    options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text())["runs"]))
+        return
+    if reason := why_impossible():
+        print(f"skipped: {reason}")
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell starts this in the background
+    rows = json.loads(options.out.read_text())["runs"] if options.out and options.out.exists() else []
+    with tempfile.TemporaryDirectory() as temporary:
+        logs = options.logs or Path(temporary) / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        for row in all_rows(options, works(options, Path(temporary)), logs):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            stored(options.out, options.seed, rows)
+    print(table(rows))
+
+
+def works(options: argparse.Namespace, folder: Path) -> list[Work]:
+    found = [minilm(options.minilm, folder)] if options.minilm else []
+    found += [smollm2(options.smollm2, folder)] if options.smollm2 else []
+    return [*found, tiny(folder, "bracket", 40), tiny(folder, "grid", 40)]
+
+
+def all_rows(options: argparse.Namespace, found: Sequence[Work], logs: Path) -> Iterator[dict[str, Any]]:
+    """Each model with each executor in turn, until so many faults were tried or time is over."""
+    until, tried = time.monotonic() + 60 * options.minutes, 0
+    campaigns = [
+        Campaign(work, executor, options.seed, until, logs, kinds)
+        for work in found
+        for executor in ("ray", "processes")
+        if options.only in f"{work.name} {executor}"
+        and (kinds := [kind for kind in kinds_for(executor) if options.kind in kind])
+    ]
+    while tried < options.faults and time.monotonic() < until:
+        for campaign in campaigns:
+            if time.monotonic() < until:
+                for row in campaign.rows(min(16, options.faults)):
+                    tried += len(row["faults"])
+                    yield row
+
+
+if __name__ == "__main__":
+    main()

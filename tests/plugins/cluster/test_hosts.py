@@ -1,0 +1,65 @@
+"""Twelve faults of several hosts, made of namespaces: a tiny model, a Ray cluster, and a store between them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from benchmarks.reliability.hosts import FAULTS, Field, Work, bag_of, is_right, kinds_for, one_run, reference_of, table
+from benchmarks.reliability.namespaces import Network, why_impossible
+
+pytestmark = pytest.mark.trains
+
+SHORT = (
+    "--strategy grid --ranks 1,4 --learning-rates 3e-3,1e-2 --max-steps 40 --batch-size 4 --seq-len 32 --eval-items 12"
+)
+KINDS = [
+    "link of 1 Mbit and 300 ms",
+    "store is slow",
+    "clock off by an hour",
+    "worker killed",
+    "store refuses",
+    "partition, healed",
+    "disk full",
+    "node killed",
+    "worker stopped, continued",
+    "store refuses",
+    "clock off by an hour",
+    "partition, healed",
+]
+
+
+@pytest.fixture
+def field(model_folder: Path, completion_file: Path, tmp_path: Path) -> Iterator[Field]:
+    for module in ("ray", "moto", "s3fs"):
+        pytest.importorskip(module)
+    if reason := why_impossible():
+        pytest.skip(reason)
+    work = Work("tiny", model_folder, completion_file, tuple(SHORT.split()))
+    with Network(4) as network:
+        field = Field(network, random.Random(0), work, "ray", tmp_path)
+        for host in field.hosts:
+            work.put_on(host)
+        field.open_store()
+        yield field
+
+
+def test_twelve_faults_lose_nothing(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.reliability.hosts.PAUSE", (0.1, 1.0))
+    monkeypatch.setattr("benchmarks.reliability.hosts.LONGEST", 4.0)
+    right, left, rows = reference_of(field), list(KINDS), []
+    while left and len(rows) < 4:  # a fast machine may end before the last fault
+        row, left = one_run(field, f"run-{len(rows)}", left, right)
+        rows.append(row)
+        assert is_right(row), row
+        assert row["adapters_compared"] >= 4
+    assert not left
+    assert "| ray: worker killed | 1 | 1 | 1 | 0 | 0 |" in table(rows)
+
+
+def test_a_bag_holds_each_kind() -> None:
+    for executor in ("ray", "processes"):
+        kinds = kinds_for(executor)
+        assert set(bag_of(kinds, random.Random(0))) == set(kinds) <= set(FAULTS)
