@@ -181,11 +181,15 @@ class Host:
     def start(self, command: Sequence[str], output: Path | None = None, **more: str) -> subprocess.Popen[bytes]:
         """Start a process on this host. `output` is a file of this machine."""
         enter = ["nsenter", "-t", str(self.init), "-n", "-m", "-u", "-i", "-p", f"--wd={ROOT}"]
-        out = subprocess.DEVNULL if output is None else output.open("ab")
-        environment = self.environment(more)
-        process = subprocess.Popen(
-            [*enter, *command], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment
-        )
+        with Path(os.devnull if output is None else output).open("ab") as out:
+            process = subprocess.Popen(
+                [*enter, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=self.environment(more),
+                start_new_session=True,
+            )
         self.started.append(process)
         return process
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rightrank import select_rank
-from rightrank.plugins.cluster import factory as pool_factory
+from rightrank.plugins import cluster
 from rightrank.plugins.cluster.worker import Setup, Stop, Task, Worker, WorkerLost, WorkerMessage
 from rightrank.runs.folder import RunFolder, Store, run_store
 from rightrank.schema.errors import MissingExtraError, RunError, SettingsError
@@ -87,7 +87,7 @@ def test_the_decision_is_that_of_one_process(
     completion_file: Path,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(pool_factory, "_crew", lambda settings, setup, *_: (InProcessCrew(setup), settings.workers))
+    monkeypatch.setattr(cluster, "_crew", lambda settings, setup, *_: (InProcessCrew(setup), settings.workers))
     address = request.getfixturevalue(kind)
     how: dict[str, Any] = {"strategy": strategy, "ranks": (1, 2, 4), "learning_rates": (3e-3, 1e-2), "max_steps": 6}
     how["checkpoint_seconds"] = 0.01

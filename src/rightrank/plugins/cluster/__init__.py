@@ -6,18 +6,31 @@ workers are lost, hang or don't fit. Adapters and checkpoints go through a share
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING, Any
 
 from rightrank.runs.plugins import Plugin
+from rightrank.schema.errors import SettingsError
+
+if TYPE_CHECKING:
+    from rightrank.plugins.cluster.pool import Crew, Pool
+    from rightrank.plugins.cluster.worker import Setup
+    from rightrank.runs.hook import Run
+    from rightrank.runs.values import Prepared, Request
+    from rightrank.schema.settings import SelectSettings
+    from rightrank.train.runtime import Runtime
+
+MAX_TASK_TRIALS = 16  # the worker measures how many of them to train in one pass
 
 
 class Cluster(Plugin):
     name = "cluster"
 
     def executors(self) -> Mapping[str, Callable[..., AbstractContextManager[Any]]]:
-        return {"processes": _workers, "ray": _workers}
+        return {"processes": worker_executor, "ray": worker_executor}
 
     def calls(self) -> Mapping[str, Callable[..., Any]]:
         return {"ray": _on_ray}
@@ -26,13 +39,88 @@ class Cluster(Plugin):
 PLUGIN = Cluster()
 
 
-def _workers(*selection: Any) -> AbstractContextManager[Any]:
-    from rightrank.plugins.cluster.factory import worker_executor
-
-    return worker_executor(*selection)
-
-
 def _on_ray(train: Any) -> Callable[..., Any]:
     from rightrank.plugins.cluster.on_ray import call_on_ray
 
     return call_on_ray(train)
+
+
+@contextmanager
+def worker_executor(request: Request, prepared: Prepared, run: Run) -> Iterator[Pool]:
+    """The executor of workers in processes or on Ray. They start on demand and run as long as the block.
+
+    Raises:
+        SettingsError: no number of workers.
+        MissingExtraError: the executor's package is not installed.
+        RunError: the cluster or the store does not answer.
+    """
+    from rightrank.plugins.cluster.pool import Pool, PoolOptions
+    from rightrank.plugins.cluster.worker import Setup, versions
+
+    settings, on_cuda = request.settings, prepared.runtime.loaded.device.type == "cuda"
+    plan = prepared.planned
+    needed = None if plan is None else max(plan.needed_bytes[rank] for rank in plan.ranks)
+    if settings.store:
+        _require_store(settings.store)
+    with _offloaded_base(prepared.runtime):
+        setup = Setup(
+            model=request.model_name,
+            data=request.data_name,
+            settings=prepared.settings.model_dump(mode="json"),
+            begun=None if request.begun is None else dict(request.begun),
+            fingerprint=prepared.started.fingerprint,
+            folder=run.folder.path.absolute(),
+            working_folder=Path.cwd(),
+        )
+        crew, workers = _crew(settings, setup, needed, on_cuda)
+        task_trials = settings.adapters_per_pass or (MAX_TASK_TRIALS if on_cuda else 1)
+        pool = Pool(crew, PoolOptions(workers, versions(), task_trials, settings.hang_seconds), run)
+        try:
+            yield pool
+        finally:
+            pool.close()
+
+
+@contextmanager
+def _offloaded_base(runtime: Runtime) -> Iterator[None]:
+    """Move the driver's base to the CPU while workers use the accelerator."""
+    import torch
+
+    device = runtime.loaded.device
+    if device.type == "cpu" or runtime.settings.weight_bits is not None:  # quantised matrices can't be moved
+        yield
+        return
+    runtime.model.to("cpu")
+    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        runtime.model.to(device)
+
+
+def _require_store(address: str) -> None:
+    """Write a file to the store and remove it again: a store that refuses ends the run before it starts."""
+    from rightrank.runs.folder import Store
+
+    store = Store(address)
+    with NamedTemporaryFile(prefix="reachable-") as file:
+        store.put(Path(file.name), "reachable")
+    store.remove("reachable")
+
+
+def _crew(settings: SelectSettings, setup: Setup, needed: int | None, on_cuda: bool) -> tuple[Crew, int]:
+    """The crew and its maximum number of workers; `needed` is a worker's planned memory, None where there is no plan."""
+    import torch
+
+    if settings.executor == "ray":
+        from rightrank.plugins.cluster.on_ray import RayCrew
+
+        crew = RayCrew(setup, settings.ray_address, needed, on_cuda)
+        return crew, settings.workers or crew.room()
+    from rightrank.plugins.cluster.processes import ProcessCrew
+
+    devices = torch.cuda.device_count() if on_cuda else 0
+    workers = settings.workers or devices
+    if not workers:
+        raise SettingsError("executor 'processes' needs the number of workers on a CPU: give it, such as --workers 2")
+    return ProcessCrew(setup, setup.folder / "workers", devices), workers

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,12 +34,13 @@ from rightrank.schema.trials import (
     TrialDiverged,
     TrialFailed,
     TrialFinished,
+    TrialOutcome,
     TrialStarted,
 )
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.plugins.cluster.store import StoreSync
+    from rightrank.runs.folder import RunFolder, Store
     from rightrank.runs.values import Prepared
 
 STEP_SECONDS = 0.5  # between two `Step` messages, at least
@@ -213,17 +214,17 @@ class Worker:
 
     def make_executor(self, setup: Setup) -> Executor:
         """The executor of this process, at the first task."""
-        from rightrank.plugins.cluster.store import StoredExecutor, StoreSync
         from rightrank.runs.folder import RunFolder, run_store
         from rightrank.runs.run import LocalExecutor
 
         prepared = _prepared(setup, self._scratch / "cache")
         store = prepared.settings.store
         folder = RunFolder(self._scratch / "run" if store else setup.folder)
-        sync = StoreSync(folder, run_store(store, setup.fingerprint)) if store else None
+        stored = StoredExecutor(folder, run_store(store, setup.fingerprint)) if store else None
+        reports = _Reports(self._send, self._stop.is_set, stored)
         limit = prepared.planned.max_adapters_per_pass if prepared.planned else None
-        executor = LocalExecutor(prepared.runtime, folder, _Reports(self._send, self._stop.is_set, sync), limit)
-        return executor if sync is None else StoredExecutor(executor, sync)
+        executor = LocalExecutor(prepared.runtime, folder, reports, limit)
+        return executor if stored is None else stored.around(executor)
 
 
 def _prepared(setup: Setup, cache: Path) -> Prepared:
@@ -245,11 +246,92 @@ def _prepared(setup: Setup, cache: Path) -> Prepared:
     return prepared
 
 
+class StoredExecutor:
+    """For machines that share no disk: wraps an executor, and keeps in the store what trials start from and leave.
+
+    The files of an outcome are there before the outcome is yielded.
+    """
+
+    _executor: Executor
+
+    def __init__(self, folder: RunFolder, store: Store) -> None:
+        self._folder, self._store = folder, store
+        self._checkpoints: list[Path] = []  # of the current task's trials
+        self._uploaded: dict[Path, int] = {}  # checkpoint → its modification time in the store, ns
+        self._next_upload = 0.0  # on the monotonic clock
+
+    def around(self, executor: Executor) -> StoredExecutor:
+        self._executor = executor
+        return self
+
+    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
+        self._download_for(trials)
+        try:
+            for outcome in self._executor.run(trials, base_loss):
+                self._upload(outcome)
+                yield outcome
+                self._clean_up(outcome)
+        except InterruptedRun:
+            self._upload_checkpoints()
+            raise
+
+    def upload_due(self) -> None:
+        """Send new checkpoints, so seldom that uploads take at most `CHECKPOINT_SHARE` of the time."""
+        from rightrank.train.trial import CHECKPOINT_SHARE
+
+        begun = time.monotonic()
+        if begun >= self._next_upload and self._upload_checkpoints():
+            ended = time.monotonic()
+            self._next_upload = ended + (ended - begun) / CHECKPOINT_SHARE
+
+    def _download_for(self, trials: Sequence[Trial]) -> None:
+        """Fetch checkpoints that other workers may have left, and parents' checkpoints and adapters."""
+        self._checkpoints = [self._folder.checkpoint(trial.trial_id) for trial in trials]
+        for path in self._checkpoints:
+            if self._download(path):
+                self._uploaded[path] = path.stat().st_mtime_ns
+        for arm in (trial.arm for trial in trials):
+            if arm.continue_from is not None:
+                self._download(self._folder.checkpoint(arm.continue_from))
+            if arm.truncate_from is not None:
+                self._download(self._folder.trial_adapter(arm.truncate_from))
+
+    def _upload(self, outcome: TrialOutcome) -> None:
+        """Send the trial's adapter and answers, and its checkpoint if it was stopped early: any worker may resume it."""
+        for path in (self._folder.trial_adapter(outcome.trial_id), self._folder.answers(outcome.trial_id)):
+            if path.exists():
+                self._store.put(path, self._name(path))
+        if outcome.arm.stop_at is not None:
+            self._upload_checkpoints()
+
+    def _clean_up(self, outcome: TrialOutcome) -> None:
+        """Remove the local adapter, and the stored checkpoint of a trial that has ended and is never resumed."""
+        shutil.rmtree(self._folder.trial_adapter(outcome.trial_id), ignore_errors=True)
+        checkpoint = self._folder.checkpoint(outcome.trial_id)
+        if outcome.arm.stop_at is None and self._uploaded.pop(checkpoint, None) is not None:
+            self._store.remove(self._name(checkpoint))
+
+    def _upload_checkpoints(self) -> bool:
+        """Send checkpoints that have changed since their last upload; whether there were any."""
+        written = {path: path.stat().st_mtime_ns for path in self._checkpoints if path.exists()}
+        changed = {path: at for path, at in written.items() if self._uploaded.get(path) != at}
+        for path in changed:
+            self._store.put(path, self._name(path))
+        self._uploaded |= changed
+        return bool(changed)
+
+    def _download(self, path: Path) -> bool:
+        return self._store.get(self._name(path), path)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._folder.path).as_posix()
+
+
 class _Reports(Listener):
     """Sends the starts, the steps and the notices of a worker's trials to the driver."""
 
-    def __init__(self, send: Send, stops: Callable[[], bool], sync: StoreSync | None) -> None:
-        self._send, self._stops, self._sync = send, stops, sync
+    def __init__(self, send: Send, stops: Callable[[], bool], stored: StoredExecutor | None) -> None:
+        self._send, self._stops, self._stored = send, stops, stored
         self._last_step = 0.0
 
     def on_event(self, event: Event) -> None:
@@ -260,8 +342,8 @@ class _Reports(Listener):
             if now - self._last_step >= STEP_SECONDS:
                 self._last_step = now
                 self._send(Step(event=event))
-        if self._sync is not None and isinstance(event, StepDone):
-            self._sync.upload_due()
+        if self._stored is not None and isinstance(event, StepDone):
+            self._stored.upload_due()
 
     def should_stop(self) -> bool:
         return self._stops()
