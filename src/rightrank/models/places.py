@@ -264,7 +264,16 @@ def safe_shards(path: Path) -> list[Path]:
     """
     index = path / INDEX_FILE
     if index.exists():
-        names = _shard_names(index)
+        try:
+            listed = read_json_object(index)["weight_map"].values()
+        except (UnreadableError, KeyError, AttributeError):
+            raise ModelError(f"{index}: not a shard index; save the model again") from None
+        for name in listed:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ModelError(
+                    f"{index}: names the shard {name!r}; shards are *.safetensors files of the folder itself"
+                )
+        names = sorted(set(listed))
         missing = [name for name in names if kind_of(path / name) != "file"]
         if missing:
             raise ModelError(f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); copy it too")
@@ -277,15 +286,3 @@ def safe_shards(path: Path) -> list[Path]:
             f"{path}: only pickled weights (*.bin), which can run code when read; save the model again with save_pretrained(safe_serialization=True)"
         )
     raise ModelError(f"{path}: no weights (*.safetensors) in the folder; give a folder that save_pretrained wrote")
-
-
-def _shard_names(index: Path) -> list[str]:
-    """The shards in an index, all of which must be safetensors files in the folder."""
-    try:
-        names = read_json_object(index)["weight_map"].values()
-    except (UnreadableError, KeyError, AttributeError):
-        raise ModelError(f"{index}: not a shard index; save the model again") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(f"{index}: names the shard {name!r}; shards are *.safetensors files of the folder itself")
-    return sorted(set(names))

@@ -225,19 +225,12 @@ def resized_factors(
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, vt = torch.linalg.svd(scale_ratio * r_b @ r_a.T, full_matrices=False)
-    core_b, core_a = _balanced_factors(u, s, vt, rank)
-    return _padded(q_b @ core_b, core_a @ q_a.T, rank)
-
-
-def _balanced_factors(u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor, rank: int) -> Factors:
-    """The leading `rank` triplets of an SVD (fewer where it has fewer), the root of each singular value on either side.
-
-    A direction without energy has a zero column of B and keeps a row of A, so that further training can use it.
-    """
     s = s[:rank]
-    root = s.sqrt()
-    alive = s > ZERO_SHARE * s[:1]
-    return u[:, :rank] * torch.where(alive, root, 0), torch.where(alive, root, root[:1])[:, None] * vt[:rank]
+    root, alive = s.sqrt(), s > ZERO_SHARE * s[:1]
+    # the root of each singular value on either side; a direction without energy keeps a row of A, so that further training can use it
+    core_b = u[:, :rank] * torch.where(alive, root, 0)
+    core_a = torch.where(alive, root, root[:1])[:, None] * vt[:rank]
+    return _padded(q_b @ core_b, core_a @ q_a.T, rank)
 
 
 def _padded(b: torch.Tensor, a: torch.Tensor, rank: int) -> Factors:

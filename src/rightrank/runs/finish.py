@@ -65,7 +65,12 @@ def finish(run: Run, decision: Decision | None) -> Selected:
         answer = _with_other_checkpoint(run, run.prepared.runtime, answer)
     answer, guard = run.hooks.guarded(answer, run)
     if run.prepared is not None:
-        _read_test_split(run, run.prepared.runtime, _compared_trials(records, answer, decision))
+        shown = [next(trial.trial_id for trial in records.finished() if trial.rank == 0)]
+        shown += [answer.trial_id, answer.reference_id]
+        if decision is not None:
+            ranks = (decision.rank_at_hand, decision.reference_rank)
+            shown += [best_trial(records, decision, rank).trial_id for rank in ranks]
+        _read_test_split(run, run.prepared.runtime, shown)
     saved = hand_over(run, answer, guard)
     if decision is not None:
         run.on_event(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
@@ -91,15 +96,6 @@ def _training(run: Run, decision: Decision | None) -> Answer | None:
     path = run.folder.trial_adapter(best_trial(run.records, decision, decision.rank_at_hand).trial_id)
     has_files = path.is_dir() and any(path.iterdir())
     return Answer(decision.rank, decision.sentence, path if has_files else None)
-
-
-def _compared_trials(records: Records, answer: AdapterAnswer, decision: Decision | None) -> Iterator[str]:
-    """The trials whose values on the test split are shown: base, adapter and reference of both answers."""
-    yield next(trial.trial_id for trial in records.finished() if trial.rank == 0)
-    yield from (answer.trial_id, answer.reference_id)
-    if decision is not None:
-        for rank in (decision.rank_at_hand, decision.reference_rank):
-            yield best_trial(records, decision, rank).trial_id
 
 
 def _read_test_split(run: Run, runtime: Runtime, trial_ids: Iterable[str]) -> None:

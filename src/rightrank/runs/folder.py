@@ -107,7 +107,11 @@ class RunFolder:
                 f"{self.path}: can't write there ({error.strerror or error}); give a writable --out"
             ) from None
         try:
-            self._require_run_folder()
+            known = {".lock", "base_model", "progress.json"}
+            if not self.journal.path.exists() and any(entry.name not in known for entry in self.path.iterdir()):
+                raise RunFolderError(
+                    f"{self.path}: the folder holds files but no journal.jsonl; give an empty or a new folder"
+                )
             sweep_leftovers(self.path)
             yield
         finally:
@@ -124,13 +128,6 @@ class RunFolder:
             return True
         except OSError:
             return False  # a read-only folder: no process uses it
-
-    def _require_run_folder(self) -> None:
-        known = {".lock", "base_model", "progress.json"}
-        if not self.journal.path.exists() and any(entry.name not in known for entry in self.path.iterdir()):
-            raise RunFolderError(
-                f"{self.path}: the folder holds files but no journal.jsonl; give an empty or a new folder"
-            )
 
     def write_config(self, values: dict[str, Any]) -> None:
         write_text(self.config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
