@@ -178,19 +178,15 @@ class Estimate:
 
     def bound(self, confidence: float) -> float:
         """The one-sided confidence bound of the true mean: an upper one above one half, a lower one below it."""
-        return self.mean + self.standard_error * self._reach(confidence)
-
-    def _reach(self, confidence: float) -> float:
-        reach: float = float(stdtrit(self.degrees, confidence))
-        if self.examples < 2 or self.variance <= 0:
-            return reach
-        # the distribution over seeds is taken as symmetric
-        share = float((self.examples_variance / self.variance) ** 1.5)
-        shift = share * self.skewness * (2 * reach * reach + 1) / (6 * math.sqrt(self.examples))
-        shift = max(-MAX_SKEWNESS_SHIFT * abs(reach), min(MAX_SKEWNESS_SHIFT * abs(reach), shift))
+        reach, shift = float(stdtrit(self.degrees, confidence)), 0.0
+        if self.examples > 1 and self.variance > 0:
+            # the distribution over seeds is taken as symmetric
+            share = float((self.examples_variance / self.variance) ** 1.5)
+            shift = share * self.skewness * (2 * reach * reach + 1) / (6 * math.sqrt(self.examples))
+            shift = max(-MAX_SKEWNESS_SHIFT * abs(reach), min(MAX_SKEWNESS_SHIFT * abs(reach), shift))
         if self.kurtosis is not None and shift * reach < 0:
-            return reach
-        return reach + shift
+            shift = 0.0
+        return self.mean + self.standard_error * (reach + shift)
 
     def with_seeds(self, variance: float, degrees: float) -> Estimate:
         """The same mean with another seed variance, such as a pooled or a published one."""

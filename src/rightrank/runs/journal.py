@@ -66,7 +66,15 @@ def read_line(line: bytes) -> JournalRecord | Damage:
         return Damage(f"damaged: {len(body)} bytes where {length} were written")
     if zlib.crc32(body) != checksum:
         return Damage("damaged: its checksum does not match")
-    return _parsed(body + b"}")
+    try:
+        record = JOURNAL_RECORD.validate_json(body + b"}")
+    except ValidationError as error:
+        return Damage(f"not a record of schema {SCHEMA_VERSION} ({error.errors()[0]['msg']})")
+    if record.schema_version != SCHEMA_VERSION:
+        return Damage(
+            f"schema {record.schema_version}, and this version reads {SCHEMA_VERSION}: use the version that wrote it"
+        )
+    return record
 
 
 @contextmanager
@@ -85,18 +93,6 @@ def split_torn(whole: bytes) -> tuple[bytes, bytes]:
     """Split into `(complete lines, what follows the last line end)`."""
     end = whole.rfind(b"\n") + 1
     return whole[:end], whole[end:]
-
-
-def _parsed(text: bytes) -> JournalRecord | Damage:
-    try:
-        record = JOURNAL_RECORD.validate_json(text)
-    except ValidationError as error:
-        return Damage(f"not a record of schema {SCHEMA_VERSION} ({error.errors()[0]['msg']})")
-    if record.schema_version != SCHEMA_VERSION:
-        return Damage(
-            f"schema {record.schema_version}, and this version reads {SCHEMA_VERSION}: use the version that wrote it"
-        )
-    return record
 
 
 Notice = Callable[[str], None]
@@ -123,7 +119,9 @@ class Journal:
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
-                _write_all(file.fileno(), sealed(record))
+                rest = memoryview(sealed(record))
+                while rest:  # a disk that fills up accepts a part first and then raises an error
+                    rest = rest[os.write(file.fileno(), rest) :]
                 os.fsync(file.fileno())
             except OSError:
                 with suppress(OSError):  # the disk has failed; `read` will find the incomplete line
@@ -216,10 +214,3 @@ class Journal:
     def _replace(self, body: bytes) -> None:
         with replacing(self.path) as temporary:
             temporary.write_bytes(body)
-
-
-def _write_all(descriptor: int, line: bytes) -> None:
-    """Write all bytes; a disk that fills up accepts a part first and then raises an error."""
-    view = memoryview(line)
-    while view:
-        view = view[os.write(descriptor, view) :]

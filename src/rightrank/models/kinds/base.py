@@ -208,9 +208,20 @@ class AdapterKind(ABC):
     def forward(self, module: Any, routing: CurrentRouting) -> Forward:
         """The forward pass that replaces the module's own: each row with the tensors of its adapter.
 
-        By default PEFT's own, which computes one adapter at a time.
+        By default PEFT's own for the one adapter of a pass; without a routing, the base's.
         """
-        return _alone_forward(module, routing, self.label)
+        by_peft = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            current = routing()
+            if current is None:
+                return module.base_layer(*args, **kwargs)
+            if len(current.adapters) > 1:
+                raise MultiLoraError(f"{self.label} trains alone, through PEFT's own forward pass")
+            with _training(module, current.adapters[0], current.dropout_seeds[0]):
+                return by_peft(*args, **kwargs)
+
+        return forward
 
     def stores(self, pair: StoredPair) -> bool:
         """Whether the pair is of this kind; by default no file is."""
@@ -237,22 +248,6 @@ class AdapterKind(ABC):
         ((new_b, new_a),) = factors
         rank = new_a.shape[0]
         return new_a.reshape(rank, *a.shape[1:]), new_b.reshape(b.shape[0], rank, *b.shape[2:])
-
-
-def _alone_forward(module: Any, routing: CurrentRouting, label: str) -> Forward:
-    """PEFT's own forward pass for the one adapter of a pass; without a routing, the base's."""
-    by_peft = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        current = routing()
-        if current is None:
-            return module.base_layer(*args, **kwargs)
-        if len(current.adapters) > 1:
-            raise MultiLoraError(f"{label} trains alone, through PEFT's own forward pass")
-        with _training(module, current.adapters[0], current.dropout_seeds[0]):
-            return by_peft(*args, **kwargs)
-
-    return forward
 
 
 def salt_of(name: str) -> int:
