@@ -1,4 +1,4 @@
-"""What two runs are compared by."""
+"""Trials for the workers of a test, and what two runs are compared by."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.runs.journal import Journal
-from rightrank.schema.trials import TrialFinished
+from rightrank.schema.trials import Arm, Trial, TrialFinished
 
 STEPS: dict[str, Any] = {"max_steps": 12, "ranks": (1, 4), "checkpoint_seconds": 0.01}
+
+
+def trials(count: int) -> list[Trial]:
+    arms = [Arm(rank=1 + n, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=10 + n) for n in range(count)]
+    return [Trial(trial_id=f"trial-{n:03}", arm=arm) for n, arm in enumerate(arms)]
 
 
 def decision_of(run: Path) -> dict[str, Any]:

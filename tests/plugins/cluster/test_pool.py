@@ -17,15 +17,11 @@ from rightrank.plugins.cluster.pool import (
 from rightrank.plugins.cluster.worker import Ready, Refused, Step, Stop, Task, WorkerLost, WorkerMessage
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
 from rightrank.schema.events import Listener
-from rightrank.schema.trials import Arm, Trial, TrialFailed, TrialFinished
+from rightrank.schema.trials import Trial, TrialFailed, TrialFinished
+from tests.plugins.cluster.runs import trials
 from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
-
-
-def trials(count: int) -> list[Trial]:
-    arms = [Arm(rank=1 + n, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=10 + n) for n in range(count)]
-    return [Trial(trial_id=f"trial-{n:03}", arm=arm) for n, arm in enumerate(arms)]
 
 
 def make_pool(crew: SimulatedCrew, workers: int = 2, observer: Listener | None = None, task_trials: int = 1) -> Pool:

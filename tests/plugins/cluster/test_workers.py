@@ -26,8 +26,7 @@ from rightrank.schema.errors import InputError, MissingExtraError, RunError, Set
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
-from tests.plugins.cluster.runs import STEPS, decision_of, values_of
-from tests.plugins.cluster.test_pool import trials
+from tests.plugins.cluster.runs import STEPS, decision_of, trials, values_of
 from tests.tiny import small_settings
 from tests.watch import Watch
 
