@@ -41,7 +41,7 @@ PORT, STORE_PORT = 6379, 9000
 CORES = 2  # of each host with workers
 LIMIT_SECONDS = 420.0  # without a new trial: the run counts as hung
 LONGEST = 60.0  # seconds that a fault lasts, at most; at least 1
-PAUSE = (1.0, 7.0)  # seconds between two faults
+PAUSE = (0.5, 5.0)  # seconds between two faults
 STARTS = 12  # of a driver in one run, at most
 RAY = {  # less to start, and a lost node is noticed after 15 s
     "RAY_worker_niceness": "0",
@@ -225,6 +225,7 @@ class Run:
     driver: subprocess.Popen[bytes] | None = None
     second: subprocess.Popen[bytes] | None = None
     read: int = 0  # characters of the log that were read
+    begun: int = 0  # progress when the driver was last started
     seen: int = 0  # progress when something was last killed
     over: threading.Event = field(default_factory=threading.Event)
     lasting: list[threading.Thread] = field(default_factory=list)
@@ -238,6 +239,7 @@ class Run:
         return self.field.folder / f"{self.name}.log"
 
     def start(self) -> None:
+        self.begun = self.progress()
         self.driver = self.field.start(self.field.hosts[0], self.command(), self.log.name)
 
     def command(self) -> list[str]:
@@ -290,8 +292,8 @@ class Run:
         return waiting
 
     def can_take(self, kind: str, progress: int) -> bool:
-        """Whether there is something to hit. After a fault that starts things anew, the next such one waits for a training to begin."""
-        if kind in ("worker killed", "worker stopped, continued") and not self.field.workers():
+        """Whether the driver has begun a training, and after a fault that starts things anew whether one began since."""
+        if progress <= self.begun or not self.field.workers():
             return False
         if kind not in CHEAP:
             if progress <= self.seen:
@@ -665,9 +667,9 @@ def main() -> None:
 
 
 def works(options: argparse.Namespace, folder: Path) -> list[Work]:
-    found = [minilm(options.minilm, folder)] if options.minilm else []
+    found = [tiny(folder, "grid", 40), tiny(folder, "bracket", 40)]
     found += [smollm2(options.smollm2, folder)] if options.smollm2 else []
-    return [*found, tiny(folder, "bracket", 40), tiny(folder, "grid", 40)]
+    return [*found, *([minilm(options.minilm, folder)] if options.minilm else [])]
 
 
 def all_rows(options: argparse.Namespace, found: Sequence[Work], logs: Path) -> Iterator[dict[str, Any]]:
@@ -675,8 +677,8 @@ def all_rows(options: argparse.Namespace, found: Sequence[Work], logs: Path) -> 
     until, tried = time.monotonic() + 60 * options.minutes, 0
     campaigns = [
         Campaign(work, executor, options.seed, until, logs, kinds)
-        for work in found
         for executor in ("ray", "processes")
+        for work in found
         if options.only in f"{work.name} {executor}"
         and (kinds := [kind for kind in kinds_for(executor) if options.kind in kind])
     ]

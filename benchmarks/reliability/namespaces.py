@@ -149,10 +149,14 @@ class Host:
     def plug_in(self) -> None:
         """Make the network namespace and its card."""
         run(f"ip netns add {self.name}")
-        self.device = _tap_in(f"/run/netns/{self.name}")
-        run(f"ip -n {self.name} link set lo up")
-        run(f"ip -n {self.name} addr add {self.address}/24 dev eth0")
-        run(f"ip -n {self.name} link set eth0 mtu {MTU} up")
+        try:
+            self.device = _tap_in(f"/run/netns/{self.name}")
+            run(f"ip -n {self.name} link set lo up")
+            run(f"ip -n {self.name} addr add {self.address}/24 dev eth0")
+            run(f"ip -n {self.name} link set eth0 mtu {MTU} up")
+        except BaseException:
+            run(f"ip netns del {self.name}")
+            raise
         self.switch.links[self.device] = Link()
 
     def boot(self) -> None:
@@ -304,7 +308,7 @@ def _tap_in(namespace: str) -> int:
     found: list[int] = []
 
     def enter_and_open() -> None:  # a namespace belongs to a thread
-        with Path(namespace).open("rb") as file:
+        with suppress(OSError), Path(namespace).open("rb") as file:
             if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000) == 0:
                 device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
                 fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH22x", b"eth0", IFF_TAP | IFF_NO_PI))
@@ -314,5 +318,5 @@ def _tap_in(namespace: str) -> int:
     thread.start()
     thread.join()
     if not found:
-        raise RuntimeError("no network card for a namespace")
+        raise RuntimeError("no network card for a namespace (/dev/net/tun)")
     return found[0]

@@ -140,7 +140,7 @@ class RayCrew:
                 lines = self._ray.get(next(stream))
             except (self._ray.exceptions.RayError, StopIteration) as error:
                 self.end(worker)
-                found.append((worker, WorkerLost(described(error), with_machine=_is_of_machine(error))))
+                found.append((worker, WorkerLost(_cause(error), with_machine=_is_of_machine(error))))
             else:
                 found.extend((worker, WORKER_MESSAGE.validate_json(line)) for line in lines.split("\n"))
         return found
@@ -216,6 +216,13 @@ def connected(address: str | None) -> Any:
         where = "on this machine" if address is None else f"at {address}"
         raise RunError(f"can't join the Ray cluster {where}: {' '.join(str(error).split())}") from None
     return ray
+
+
+def _cause(error: Exception) -> str:
+    """The sentence in which Ray says why, or its first line."""
+    return next(
+        (line.strip().split(". ")[0] for line in str(error).splitlines() if " because " in line), described(error)
+    )
 
 
 def _is_of_machine(error: Exception) -> bool:
