@@ -170,8 +170,10 @@ class RestartedHead:
         return False
 
 
-def test_a_restarted_head_is_joined_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["another answers", "none answers for a while"])
+def test_a_lost_head_is_waited_for_and_joined_again(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ray, failures = RestartedHead(), [RunError("no Ray cluster answers")]
+    silent: list[RunError] = []
 
     def join(_address: str | None) -> RestartedHead:
         if ray.joined > 1 and failures:
@@ -179,15 +181,24 @@ def test_a_restarted_head_is_joined_again(monkeypatch: pytest.MonkeyPatch) -> No
         ray.joined += 1
         return ray
 
+    def answer(_address: str) -> None:
+        if silent:
+            raise silent[0]
+
     monkeypatch.setattr(on_ray, "connected", join)
+    monkeypatch.setattr(on_ray, "_require_answer", answer)
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setitem(sys.modules, "ray.experimental.internal_kv", SimpleNamespace(_internal_kv_exists=ray.exists))
     setup = Setup(model="m", data="d", settings={}, fingerprint="f", folder=Path(), working_folder=Path.cwd())
     crew = on_ray.RayCrew(setup, "head:1", None, on_cuda=False)
     crew._actors["worker-1"] = object()
     assert crew.messages(0.0) == []
-    ray.is_other, crew._next_look = True, 0.0
-    assert crew.messages(0.0) == [
-        ("worker-1", WorkerLost("the head of the Ray cluster was restarted", with_machine=True))
-    ]
+    crew._next_look = 0.0
+    if how == "another answers":
+        ray.is_other = True
+    else:
+        silent.append(RunError("no Ray cluster answers"))
+        assert crew.messages(0.0) == []  # it may come back
+        crew._next_look, crew._answered = 0.0, crew._answered - on_ray.SILENT_SECONDS
+    assert crew.messages(0.0) == [("worker-1", WorkerLost("the head of the Ray cluster was lost", with_machine=True))]
     assert (ray.joined, crew._actors, failures) == (3, {}, [])

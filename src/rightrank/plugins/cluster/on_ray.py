@@ -26,6 +26,7 @@ from rightrank.schema.trials import TrialTask
 
 CONNECT_SECONDS = 10.0
 HEAD_SECONDS = 10.0  # between looks at the cluster's head
+SILENT_SECONDS = 30.0  # without an answer: the head is lost
 REJOIN_SECONDS = 180.0  # for a head that was lost to come back
 
 
@@ -78,6 +79,7 @@ class RayCrew:
         self._actor_class = actor
         self._actor = self._ray.remote(actor)
         self._next_look = 0.0  # at the cluster's head, on the monotonic clock
+        self._answered = time.monotonic()  # when the head last did
         self.room()
         self._actors: dict[str, Any] = {}
         self._streams: dict[Any, str] = {}  # an actor's messages → its worker
@@ -146,15 +148,25 @@ class RayCrew:
         return found
 
     def _has_head(self) -> bool:
-        """Whether the head is the one that was joined. Where another took its place, Ray would wait for new actors for ever."""
+        """Whether the head is the one that was joined.
+
+        Where another took its place, Ray would wait for new actors for ever; where none answers for a minute, it would abort.
+        """
         from ray.experimental.internal_kv import _internal_kv_exists
 
-        if time.monotonic() > self._next_look:
-            try:
-                _internal_kv_exists(b"rightrank")
-            except self._ray.exceptions.RayError:
-                return False
-            self._next_look = time.monotonic() + HEAD_SECONDS
+        now = time.monotonic()
+        if now < self._next_look:
+            return True
+        self._next_look = now + HEAD_SECONDS
+        try:
+            if self._address is not None:
+                _require_answer(self._address)
+            self._answered = now
+            _internal_kv_exists(b"rightrank")
+        except self._ray.exceptions.RayError:
+            return False
+        except RunError:
+            return now < self._answered + SILENT_SECONDS
         return True
 
     def _join_again(self) -> list[tuple[str, WorkerMessage | WorkerLost]]:
@@ -163,7 +175,7 @@ class RayCrew:
         Raises:
             RunError: there is none within `REJOIN_SECONDS`, or the session is the caller's.
         """
-        lost = "the head of the Ray cluster was restarted"
+        lost = "the head of the Ray cluster was lost"
         if self._joined_before:
             raise RunError(f"{lost}; join it again with ray.init(), and give the same call to resume")
         workers, self._actors, self._streams = list(self._actors), {}, {}
@@ -177,7 +189,7 @@ class RayCrew:
                 if time.monotonic() > until:
                     raise
             time.sleep(1.0)
-        self._actor = self._ray.remote(self._actor_class)
+        self._actor, self._answered = self._ray.remote(self._actor_class), time.monotonic()
         return [(worker, WorkerLost(lost, with_machine=True)) for worker in workers]
 
     def close(self) -> None:
