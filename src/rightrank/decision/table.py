@@ -206,7 +206,7 @@ def at_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:
 
     Scores by example are of the evaluation whose weights were kept: where another one counts, every training counts by its value.
     """
-    at = {key: _at_last(cell) if checkpoint == "last" else _at_best(cell, table) for key, cell in table.cells.items()}
+    at = {key: _at(cell, checkpoint, table.higher_is_better) for key, cell in table.cells.items()}
     if all(at[key] is cell for key, cell in table.cells.items()):
         return table
     bare = {
@@ -216,16 +216,12 @@ def at_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:
     return replace(table, cells=bare)
 
 
-def _at_last(cell: Cell) -> Cell:
-    if cell.kept_step is None or not cell.points:
+def _at(cell: Cell, checkpoint: Checkpoint, higher_is_better: bool) -> Cell:
+    if not cell.points or (cell.kept_step is None) == (checkpoint == "last"):
         return cell
-    return replace(cell, value=cell.points[-1].value, kept_step=None, train_value=None, others={})
-
-
-def _at_best(cell: Cell, table: ScoreTable) -> Cell:
-    if cell.kept_step is not None or not cell.points:
-        return cell
-    best, sign = best_point(cell.points, table.higher_is_better), -1.0 if table.higher_is_better else 1.0
+    if checkpoint == "last":
+        return replace(cell, value=cell.points[-1].value, kept_step=None, train_value=None, others={})
+    best, sign = best_point(cell.points, higher_is_better), -1.0 if higher_is_better else 1.0
     if sign * best.value >= sign * cell.value:
         return cell
     earlier = tuple(point for point in cell.points if point.step <= best.step)

@@ -174,9 +174,14 @@ def _final_answer(records: Records, decision: Decision | None) -> AdapterAnswer:
 def _handed_over(records: Records, answer: AdapterAnswer, saved: Path) -> HandedOver:
     tests = {test.trial_id: test for test in records.tests}
     test = test_difference(tests.get(answer.trial_id), tests.get(answer.reference_id), question_of(records))
+    try:
+        pattern = read_json_object(saved / CONFIG).get("rank_pattern")
+    except UnreadableError:  # a custom trainer may write none
+        pattern = None
+    of_modules = pattern.values() if isinstance(pattern, dict) else ()
     return HandedOver(
         rank=answer.rank,
-        max_module_rank=_max_module_rank(saved, answer.rank),
+        max_module_rank=max([answer.rank, *(rank for rank in of_modules if isinstance(rank, int))]),
         how=answer.how,
         trained_rank=answer.trained_rank,
         reference_adapter=f"trials/{answer.reference_id}",
@@ -231,17 +236,6 @@ def _smallest_of(
             if found is None or found.trial_id != child.trial_id:
                 break
     return smallest
-
-
-def _max_module_rank(adapter: Path, rank: int) -> int:
-    """The largest rank of any module, by the adapter's configuration; `rank` where it has none."""
-    try:
-        config = read_json_object(adapter / CONFIG)
-    except UnreadableError:
-        return rank
-    pattern = config.get("rank_pattern")
-    ranks = [value for value in pattern.values() if isinstance(value, int)] if isinstance(pattern, dict) else []
-    return max([rank, *ranks])
 
 
 def rescore(run: Run) -> None:

@@ -101,7 +101,12 @@ class Settings:
         Raises:
             SettingsError: an unknown name (with the nearest known one), or a value that is not allowed.
         """
-        _require_known(type(self), values)
+        unknown = next((name for name in values if name not in self.model_fields), None)
+        if unknown is not None:
+            meant = names_elsewhere(type(self)).get(unknown)
+            near = f" (did you mean {meant!r}?)" if meant else did_you_mean(unknown, self.model_fields)
+            nearest = ", ".join(get_close_matches(unknown, self.model_fields, n=NEAREST_NAMES, cutoff=0.0))
+            raise SettingsError(f"unknown setting {unknown!r}{near or '; the nearest: ' + nearest}")
         defaults = {name: row.default for name, row in self.model_fields.items()}
         self.__dict__.update(defaults | _validated(type(self), values), model_fields_set=frozenset(values))
         try:
@@ -151,16 +156,6 @@ def is_list(hint: Any) -> bool:
 def names_elsewhere(kind: type[Settings]) -> dict[str, str]:
     """Names of other tools → the setting that has the same meaning."""
     return {other: name for name, row in kind.model_fields.items() for other in row.also}
-
-
-def _require_known(kind: type[Settings], values: Mapping[str, object]) -> None:
-    unknown = next((name for name in values if name not in kind.model_fields), None)
-    if unknown is None:
-        return
-    meant = names_elsewhere(kind).get(unknown)
-    near = f" (did you mean {meant!r}?)" if meant else did_you_mean(unknown, kind.model_fields)
-    nearest = ", ".join(get_close_matches(unknown, kind.model_fields, n=NEAREST_NAMES, cutoff=0.0))
-    raise SettingsError(f"unknown setting {unknown!r}{near or '; the nearest: ' + nearest}")
 
 
 def _validated(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
