@@ -144,7 +144,7 @@ def decide_on(
     return decide(
         run_table(records, outcomes, metric, higher),
         float(margin) if isinstance(margin, int | float) else None,
-        token_loss=is_token_loss(records),
+        token_loss=records.started.data.is_token_loss,
         horizon_steps=horizon_steps,
         checkpoint=checkpoint or checkpoint_of(records.started),
         others=others if records.started.data.form != "own" else (),
@@ -156,11 +156,6 @@ def decide_on(
 def checkpoint_of(started: RunStarted) -> Checkpoint:
     """Which checkpoint of its trainings the run keeps."""
     return "best" if started.settings.get("checkpoint") == "best" else "last"
-
-
-def is_token_loss(records: Records) -> bool:
-    """Whether the run's loss is one a token, for which a default margin is known."""
-    return records.started.data.is_token_loss
 
 
 def metrics_of(records: Records) -> list[str]:
@@ -232,7 +227,7 @@ def question_of(records: Records) -> Criterion:
         started.metric,
         started.higher_is_better,
         float(margin) if isinstance(margin, int | float) else None,
-        is_token_loss(records),
+        started.data.is_token_loss,
         points_are_of_the_metric=(started.points_metric or started.metric) == started.metric,
     )
 

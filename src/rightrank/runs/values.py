@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.data.rows import require_rows
 from rightrank.decision.adapter import probable_ranks, smallest_holding_truncation
-from rightrank.decision.run import Records, document, is_token_loss
+from rightrank.decision.run import Records, document
 from rightrank.models.places import require_model
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import executors
@@ -63,7 +63,7 @@ class Prepared:
 
     @property
     def is_token_loss(self) -> bool:
-        return self.runtime.data.summary.is_token_loss
+        return self.started.data.is_token_loss
 
     @property
     def unseen_steps(self) -> int:
@@ -119,7 +119,7 @@ def training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
     compared = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
     steps = max((trial.steps for trial in records.finished() if trial.arm.is_direct), default=1) or 1
     settings = settings.model_copy(update={"ranks": compared})
-    cost = make_strategy(settings, steps, token_loss=is_token_loss(records)).cost()
+    cost = make_strategy(settings, steps, token_loss=records.started.data.is_token_loss).cost()
     trainings = round(cost.expected - cost.to_adapter, 2)
     noun = "training" if trainings == 1 else "trainings"
     takes = f"about {trainings:.2g} more {noun}" if trainings else "no further training"

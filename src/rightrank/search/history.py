@@ -143,9 +143,6 @@ class History:
     def of(cls, outcomes: Iterable[TrialOutcome]) -> History:
         return cls({outcome.arm: outcome for outcome in outcomes})
 
-    def finished(self) -> list[TrialFinished]:
-        return [outcome for outcome in self.outcomes.values() if isinstance(outcome, TrialFinished)]
-
 
 def steps_of(arm: Arm, history: History) -> int:
     """Optimizer steps that `arm` adds. An arm that resumes a stopped one does not pay for its steps again."""
@@ -160,8 +157,8 @@ def seconds_of(outcome: TrialFinished, history: History) -> float:
     """Seconds of training and evaluation that `outcome` adds to those of the trial that it resumed."""
     seconds = outcome.train_seconds + outcome.eval_seconds
     if outcome.continue_from is not None:
-        for before in history.finished():
-            if before.trial_id == outcome.continue_from:
+        for before in history.outcomes.values():
+            if isinstance(before, TrialFinished) and before.trial_id == outcome.continue_from:
                 return seconds - before.train_seconds - before.eval_seconds
     return seconds
 
