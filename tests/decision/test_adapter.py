@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.adapter import Criterion, adapter_answer
+from rightrank.decision.adapter import Criterion, adapter_answer, probable_ranks, smallest_holding_truncation
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import EvalPoint, TrialFinished
 from tests.tiny import UNMEASURED
@@ -57,6 +57,29 @@ def test_the_smallest_truncation_whose_bound_is_within_the_margin() -> None:
     assert 0.002 < found.difference_high < 0.005
     assert [one.holds for one in found.candidates] == [True, True, True, False]
     assert "rank 16" in found.sentence
+    top, *lower = found.candidates
+    assert (top.difference, top.difference_low, top.difference_high) == (0.0, 0.0, 0.0)
+    for one in lower:
+        assert one.difference_low is not None
+        assert one.difference_high is not None
+        assert one.difference_low < one.difference < one.difference_high
+
+
+@pytest.mark.parametrize(
+    ("shifts", "holding", "probable"),
+    [
+        ({32: 0.001, 16: 0.002, 8: 0.02, 4: 0.001}, 16, (16, 32)),  # nothing is tested below a failure
+        ({32: 0.001, 4: 0.002, 2: 0.02}, 4, (2, 8)),
+        ({32: 0.001, 8: 0.002, 1: 0.003}, 1, (1, 2)),
+        ({32: 0.02, 16: 0.001}, 64, (64, 64)),
+    ],
+)
+def test_where_the_training_rank_probably_lies(
+    shifts: dict[int, float], holding: int, probable: tuple[int, int]
+) -> None:
+    found = answer(TOP, *(trial(str(rank), rank, shift, parent="top") for rank, shift in shifts.items()))
+    assert smallest_holding_truncation(found) == holding
+    assert probable_ranks(found) == probable
 
 
 def test_the_first_failure_ends_the_sequence() -> None:
@@ -102,9 +125,12 @@ def test_no_answer_before_a_training_is_truncated() -> None:
 
 def test_notes_offer_a_direct_training_and_name_a_top_that_overfits() -> None:
     low = answer(TOP, trial("a", 8, 0.001, parent="top"), trial("b", 4, 0.05, parent="top"))
-    assert "rank 4" in low.notes[0]
+    search = "the search for the training rank (--goal training-rank, the default) tries it."
+    assert low.notes == [f"At rank 4 a direct training can beat a truncation; {search}"]
     better = answer(TOP, trial("a", 32, -0.001, parent="top"), trial("b", 16, -0.03, parent="top"))
-    assert any("overfits" in note for note in better.notes)
+    assert better.notes == [
+        "Rank 16 is better than rank 64 by 0.03: the top rank overfits; train again with --ranks up to 16, or fewer steps."
+    ]
 
 
 @pytest.mark.parametrize("metric_points", [True, False])
@@ -117,4 +143,7 @@ def test_the_best_step_is_named_from_points_of_the_metric_alone(metric_points: b
         for one in (TOP.model_copy(update={"points": points}), trial("a", 16, 0.0, parent="top"))
     )
     notes = answer(top, small, criterion=criterion).notes
-    assert any("was best at step 10" in note for note in notes) is metric_points
+    told = "The held-out value of rank 64 was best at step 10 of 100: train again with --max-steps 10, or with --checkpoint best."
+    assert (told in notes) is metric_points
+    kept = answer(top.model_copy(update={"kept_step": 10}), small, criterion=criterion).notes
+    assert kept == ["The best checkpoint of rank 64 is used: step 10 of 100."]

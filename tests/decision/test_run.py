@@ -18,9 +18,9 @@ from rightrank.decision.run import (
 )
 from rightrank.decision.table import table_of
 from rightrank.schema.errors import RunFolderError
-from rightrank.schema.events import DecisionRecorded, JournalRecord
-from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialStarted
-from tests.report.runs import ITEMS, TOKENS, made_up_run
+from rightrank.schema.events import Certified, DecisionRecorded, GuardEvaluated, JournalRecord
+from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialLook, TrialStarted
+from tests.report.runs import ITEMS, TOKENS, answered_run, made_up_run
 
 
 def journal_of(records: Records) -> list[JournalRecord]:
@@ -55,6 +55,43 @@ def test_the_last_word_on_a_trial_counts() -> None:
     failed = TrialFailed(trial_id="other", **first.arm.model_dump(), error="error", reason="x")
     started = made_up_run().started
     assert Records.of(started, [begun(first), first, failed, again]).outcomes == [again, failed]
+
+
+def test_every_kind_of_record_is_kept_apart() -> None:
+    made = made_up_run()
+    trial = made.finished()[1]
+    guard = GuardEvaluated(
+        file="g", fingerprint="f", trial_id=trial.trial_id, rank=trial.rank, item_losses=[1.0], item_tokens=[1]
+    )
+    same = dict.fromkeys(("first_step_difference", "loss_difference", "adapter_difference", "value_difference"), 0.0)
+    certified = Certified(
+        trial_id=trial.trial_id,
+        rank=trial.rank,
+        adapters_per_pass=2,
+        steps=1,
+        seed_difference=None,
+        exact=True,
+        passed=True,
+        **same,
+    )
+    answered = answered_run().adapters
+    found = Records.of(made.started, [guard, *answered, certified, *made.tests])
+    assert (found.guards, found.certificates, found.adapters) == ([guard], [certified], answered)
+    assert (found.tests, found.outcomes, found.looks) == (made.tests, [], {})
+
+
+def test_a_look_that_is_reported_again_replaces_all_later_ones_and_a_new_start_drops_them() -> None:
+    first = begun(made_up_run().finished()[1])
+    looks = [
+        TrialLook(trial_id=first.trial_id, step=step, value=value) for step, value in ((0, 1.0), (10, 2.0), (20, 3.0))
+    ]
+    again = TrialLook(trial_id=first.trial_id, step=10, value=4.0)
+    other = TrialLook(trial_id="other", step=5, value=5.0)
+    started = made_up_run().started
+    found = Records.of(started, [first, *looks, other, again])
+    assert found.looks == {first.trial_id: [looks[0].point, again.point], "other": [other.point]}
+    found.keep(first)
+    assert found.looks == {"other": [other.point]}
 
 
 def test_the_trial_that_began_last_and_has_not_ended_is_running() -> None:
