@@ -1,7 +1,7 @@
 """Faults of several hosts, and what they lose: selections over namespaces that share no disk, with a store between them.
 
     sudo python -m benchmarks.reliability.hosts --minutes 50 --seed 0 --out benchmarks/reliability/hosts.json \\
-        --smollm2 FILE.gguf --minilm FOLDER
+        --smollm2 FOLDER --minilm FOLDER
     python -m benchmarks.reliability.hosts --table benchmarks/reliability/hosts.json
 
 Host 0 has the driver and Ray's head, hosts 1 and 2 the workers, host 3 an S3 server (`namespaces` makes them). With `processes`, host 0
@@ -460,8 +460,8 @@ def kinds_for(executor: str) -> list[str]:
 
 
 def bag_of(kinds: Sequence[str], chosen: random.Random) -> list[str]:
-    """Each kind in random order; those after which nothing starts anew cost little, so they come three times."""
-    bag = [*kinds, *(2 * [kind for kind in kinds if kind in CHEAP])]
+    """Each kind in random order; those after which nothing starts anew cost little, so they come five times."""
+    bag = [*kinds, *(4 * [kind for kind in kinds if kind in CHEAP])]
     return chosen.sample(bag, len(bag))
 
 
@@ -641,7 +641,9 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="part of a model's and an executor's name, such as 'tiny-grid ray'")
     parser.add_argument("--kind", default="", help="part of a fault's name")
-    parser.add_argument("--smollm2", type=Path, help="a GGUF file")
+    parser.add_argument(
+        "--smollm2", type=Path, help="a folder, or a GGUF file, which takes each worker half a minute to unpack"
+    )
     parser.add_argument("--minilm", type=Path, help="a folder")
     parser.add_argument("--logs", type=Path, help="keep logs in this folder")
     parser.add_argument("--out", type=Path, help="where what is found is stored; runs that are there stay")
@@ -667,8 +669,8 @@ def main() -> None:
 
 
 def works(options: argparse.Namespace, folder: Path) -> list[Work]:
-    found = [tiny(folder, "grid", 40), tiny(folder, "bracket", 40)]
-    found += [smollm2(options.smollm2, folder)] if options.smollm2 else []
+    found = [smollm2(options.smollm2, folder)] if options.smollm2 else []
+    found += [tiny(folder, "bracket", 40), tiny(folder, "grid", 40)]
     return [*found, *([minilm(options.minilm, folder)] if options.minilm else [])]
 
 
@@ -677,8 +679,8 @@ def all_rows(options: argparse.Namespace, found: Sequence[Work], logs: Path) -> 
     until, tried = time.monotonic() + 60 * options.minutes, 0
     campaigns = [
         Campaign(work, executor, options.seed, until, logs, kinds)
-        for executor in ("ray", "processes")
         for work in found
+        for executor in ("ray", "processes")
         if options.only in f"{work.name} {executor}"
         and (kinds := [kind for kind in kinds_for(executor) if options.kind in kind])
     ]

@@ -119,7 +119,8 @@ class RayCrew:
         actor.receive.remote(self._setup.model_dump_json())
 
     def send(self, worker: str, command: Task | Stop) -> None:
-        self._actors[worker].receive.remote(command.model_dump_json())
+        if worker in self._actors:  # otherwise its end is reported already
+            self._actors[worker].receive.remote(command.model_dump_json())
 
     def end(self, worker: str) -> None:
         self._streams = {stream: whose for stream, whose in self._streams.items() if whose != worker}
