@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rightrank.decision.comparison import walk_down
@@ -190,6 +192,17 @@ def test_a_diverged_training_is_a_missing_cell() -> None:
     decision = decide(ScoreTable(table.metric, False, table.cells, {64: 1}, table.kind), 0.005)
     assert "unstable" in decision.flags
     assert decision.rank == 16
+
+
+def test_trainings_of_unequal_length_and_collapsed_ones_are_flagged() -> None:
+    table = bare(SATURATED)
+    for steps, unequal in ({"short": 100, "long": 200}, True), ({"short": 200, "long": 200}, False):
+        cells = {
+            key: replace(cell, steps=steps["short" if key[0] < 64 else "long"]) for key, cell in table.cells.items()
+        }
+        assert ("unequal_length" in decide(replace(table, cells=cells), 0.005).flags) is unequal
+    assert "collapsed" in decide(replace(table, collapsed=1), 0.005).flags
+    assert "collapsed" not in decide(table, 0.005).flags
 
 
 def test_order_still_changing_is_flagged() -> None:

@@ -94,6 +94,22 @@ def test_a_look_that_is_reported_again_replaces_all_later_ones_and_a_new_start_d
     assert found.looks == {"other": [other.point]}
 
 
+def test_a_rate_counts_as_tried_where_a_training_of_its_own_start_stopped_or_diverged() -> None:
+    one, base = made_up_run().finished()[1], made_up_run().finished()[0]
+    fields = one.arm.model_dump()
+    looks = [
+        base,
+        altered(one, trial_id="stopped", learning_rate=0.1, stop_at=5),
+        altered(one, trial_id="truncated", learning_rate=0.2, truncate_from=one.trial_id),
+        TrialDiverged(trial_id="diverged", **(fields | {"learning_rate": 0.3}), step=1, reason="x"),
+        TrialFailed(trial_id="failed", **(fields | {"learning_rate": 0.4}), error="error", reason="x"),
+        altered(one, trial_id="higher", rank=2 * one.rank, learning_rate=0.5),
+    ]
+    table = table_of([one], "loss", False, looks=looks)
+    assert base.rank == 0
+    assert table.tried == {one.rank: {one.learning_rate, 0.1, 0.3}, 2 * one.rank: {0.5}}
+
+
 def test_the_trial_that_began_last_and_has_not_ended_is_running() -> None:
     one, two, three = made_up_run().finished()[:3]
     assert running_trial([]) is None
