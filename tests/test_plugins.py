@@ -88,7 +88,7 @@ def test_a_selection_needs_no_plug_in(model_folder: Path, tmp_path: Path) -> Non
 @pytest.mark.trains
 def test_a_plug_in_that_cannot_be_imported_costs_one_notice_and_its_commands(tmp_path: Path) -> None:
     source = source_without([], tmp_path)
-    broken = source / "rightrank" / "plugins" / "fleet" / "commands.py"
+    broken = source / "rightrank" / "plugins" / "fleet" / "__init__.py"
     broken.write_text("import no_such_package\n", encoding="utf-8")
     done = python(source, "-m", "rightrank", "--help")
     assert done.returncode == 0

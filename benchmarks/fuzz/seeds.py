@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from rightrank.schema.trials import Record
@@ -58,21 +56,6 @@ def result_files() -> list[tuple[str, bytes]]:
         (".json", json.dumps(ppl).encode()),
         (".parquet", _parquet(rows)),
     ]
-
-
-def event_file() -> bytes:
-    """Two scalars as tensorboard writes them."""
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped,unused-ignore]
-    from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped,unused-ignore] # isort: skip
-    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped,unused-ignore]
-
-    with tempfile.TemporaryDirectory() as folder:
-        writer = EventFileWriter(folder)
-        for step in (1, 2):
-            value = Summary.Value(tag="eval/loss", simple_value=2.0 / step)
-            writer.add_event(Event(step=step, wall_time=1.7e9, summary=Summary(value=[value])))
-        writer.close()
-        return next(Path(folder).iterdir()).read_bytes()
 
 
 def adapters() -> list[tuple[bytes, bytes, bytes]]:

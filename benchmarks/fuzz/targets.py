@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,14 +14,13 @@ from typing import Any
 from benchmarks.fuzz import seeds
 from rightrank.adapters.checkpoints import open_weights
 from rightrank.api.adapters import inspect
-from rightrank.api.deciding import decide
-from rightrank.api.runs import status
+from rightrank.api.runs import decide, status
 from rightrank.cli.options import gather
 from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data
-from rightrank.plugins.plan.planner import make_plan
+from rightrank.plugins.plan import plan
 from rightrank.report.html import render_report
-from rightrank.report.tables import decision_text
+from rightrank.report.terminal import decision_text
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import seal
 from rightrank.schema.errors import InputError
@@ -75,37 +73,14 @@ def read_results(data: bytes, folder: Path) -> None:
     _decide(path)
 
 
-_BESIDE: dict[int, Callable[[str], str]] = {
-    1: lambda name: name.replace("a-r8", "b-r16"),
-    2: lambda name: name.replace("0/run", "0/other"),
-    3: lambda name: name.replace("trial_1", "trial_2"),
-    4: lambda name: name.replace("lora_r8", "lora_r16"),
-}
-
-
 def read_imported(data: bytes, folder: Path) -> None:
-    """What other programs leave."""
-    kind, first, second = data[0] % 5 if data else 0, *_parts(data[1:], 2)
-    if kind == 0:
-        (folder / "study.db").write_bytes(data[1:])
-        return _decide(folder / "study.db")
-    layout = {
-        1: ("a-r8/checkpoint-5/trainer_state.json", "a-r8/adapter_config.json"),
-        2: ("0/run/metrics/eval_loss", "0/run/params/lora_r"),
-        3: ("trial_1/result.json", "trial_1/params.json"),
-        4: ("lora_r8/events.out.tfevents.1.x", "lora_r8/adapter_config.json"),
-    }[kind]
-    whole = imported_seeds()[kind][1:]  # a right one of another rank beside it: one rank alone is not compared
-    for told, other in ((b"8", b"16"), (b" 1.5", b" 1.7"), (b" 1.4", b" 1.6"), (b" 1.0", b" 1.2")):
-        whole = whole.replace(told, other)
-    for name, body in zip(layout, (first, second), strict=True):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(body)
-    for name, body in zip(layout, _parts(whole, 2), strict=True):
-        (folder / _BESIDE[kind](name)).parent.mkdir(parents=True, exist_ok=True)
-        (folder / _BESIDE[kind](name)).write_bytes(body)
-    for meta in folder.glob("0/*/metrics/.."):
-        (meta / "meta.yaml").write_text("x: 1\n")
+    """A folder of transformers' Trainer, with a right one of another rank beside it: one rank alone is not compared."""
+    trainings = {"a-r8": data, "b-r16": imported_seeds()[0].replace(b"8", b"16")}
+    for training, content in trainings.items():
+        (folder / training / "checkpoint-5").mkdir(parents=True)
+        places = ("checkpoint-5/trainer_state.json", "adapter_config.json")
+        for name, body in zip(places, _parts(content, 2), strict=True):
+            (folder / training / name).write_bytes(body)
     return _decide(folder)
 
 
@@ -156,7 +131,7 @@ def read_weights(data: bytes, folder: Path) -> None:
 def read_model(data: bytes, folder: Path) -> None:
     """A model's configuration, planned for."""
     (folder / "config.json").write_bytes(data)
-    make_plan(str(folder), make_plan_settings({"ranks": (2,), "batch_size": 1, "seq_len": 16})).model_dump_json()
+    plan(str(folder), settings=make_plan_settings({"ranks": (2,), "batch_size": 1, "seq_len": 16})).model_dump_json()
 
 
 def read_journal(data: bytes, folder: Path) -> None:
@@ -205,34 +180,7 @@ def imported_seeds() -> list[bytes]:
             {"step": 5, "eval_loss": 1.5, "eval_runtime": 1.0},
         ],
     }
-    report = b"".join(json.dumps({"eval_loss": 2.0 / n, "training_iteration": n}).encode() + b"\n" for n in (1, 2))
-    return [
-        b"\x00" + _optuna_file(),
-        b"\x01" + json.dumps(trainer).encode() + PART + b'{"r": 8, "lora_alpha": 16}',
-        b"\x02" + b"1700000000 1.5 1\n1700000001 1.4 2\n" + PART + b"8",
-        b"\x03" + report + PART + b'{"lora_r": 8, "lr": 0.001}',
-        b"\x04" + seeds.event_file() + PART + b'{"r": 8}',
-    ]
-
-
-def _optuna_file() -> bytes:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    ranks = {"lora_r": optuna.distributions.CategoricalDistribution([4, 8, 16])}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "study.db"
-        storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
-        study = optuna.create_study(storage=storage, study_name="s")
-        for number, rank in enumerate((4, 8, 16)):
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params={"lora_r": rank}, distributions=ranks, value=2.0 - number / 10, user_attrs={"note": "x"}
-                )
-            )
-        storage.remove_session()
-        storage.engine.dispose()
-        return path.read_bytes()
+    return [json.dumps(trainer).encode() + PART + b'{"r": 8, "lora_alpha": 16}']
 
 
 def settings_seeds() -> list[bytes]:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.machine import machine
 from rightrank.adapters.held_out import capped
 from rightrank.adapters.live import LiveAdapter, as_it_came, gather, put_in_place
-from rightrank.adapters.rewrite import write_resized
+from rightrank.adapters.resize import write_resized
 from rightrank.decision.adapter import Criterion, adapter_answer
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.trials import TrialFinished

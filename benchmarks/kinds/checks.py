@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.kinds.cases import ARM, RANK, STEPS, Trained, make_runtime, settings_of
 from rightrank import inspect, resize
-from rightrank.adapters.rewrite import write_padded
+from rightrank.adapters.resize import write_padded
 from rightrank.models.adapter_files import open_adapter
-from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.selection import plan_selection
 from rightrank.schema.errors import InterruptedRun, ModelError
 from rightrank.schema.events import Listener, StepDone
@@ -85,7 +84,7 @@ class Suite:
             "target_modules", ()
         ):  # PEFT's own default also saves embeddings
             assert parts.adapter_bytes == (self.trained.adapter / "adapter_model.safetensors").stat().st_size
-        return "traced" if plan.estimator.untraceable is None else _formula(plan.estimator)
+        return "traced"
 
     def is_inspected(self) -> str:
         """Singular values are those of PEFT's own ΔW."""
@@ -259,7 +258,3 @@ def peft_updates(model: Any) -> dict[str, torch.Tensor]:
         else:
             found[name] = delta.reshape(delta.shape[0], -1)
     return found
-
-
-def _formula(estimator: Estimator) -> str:
-    return f"by formula ({estimator.untraceable})"

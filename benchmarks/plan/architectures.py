@@ -10,13 +10,13 @@ import transformers
 Configs: TypeAlias = dict[str, Callable[[], Any]]
 
 
-def small_configs(width: int, heads: int, vocabulary: int, positions: int) -> Configs:
-    """Seven architectures of six blocks, from their own configuration classes."""
+def small_configs(width: int, heads: int, vocabulary: int, positions: int, blocks: int = 6) -> Configs:
+    """Seven architectures of so many blocks, from their own configuration classes."""
     decoder: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": width * 5 // 2,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": blocks,
         "num_attention_heads": heads,
         "num_key_value_heads": heads // 2,
         "max_position_embeddings": positions,
@@ -29,7 +29,7 @@ def small_configs(width: int, heads: int, vocabulary: int, positions: int) -> Co
         "decoder_sparse_step": 1,
     }
     head = width // heads
-    gpt2 = {"n_embd": width, "n_layer": 6, "n_head": heads, "n_positions": positions}
+    gpt2 = {"n_embd": width, "n_layer": blocks, "n_head": heads, "n_positions": positions}
     encoder = {name: decoder[name] for name in decoder if name != "num_key_value_heads"}
     return {
         "llama": lambda: transformers.LlamaConfig(**decoder, tie_word_embeddings=True),

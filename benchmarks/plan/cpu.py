@@ -2,9 +2,8 @@
 
     python -m benchmarks.plan.cpu [--out benchmarks/plan/results/cpu.json] [--bits]
 
-Prints the error of every case and the worst of all, and ends with status 1 when the worst is above 3%. Beside the
-trace, the formula of the same case, which the plan uses where a model cannot be traced. `--bits` runs the cases in
-4 and 8 bits alone, which need bitsandbytes.
+Prints the error of every case and the worst of all, and ends with status 1 when the worst is above 3%. `--bits` runs the
+cases in 4 and 8 bits alone, which need bitsandbytes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from typing import Any
 from benchmarks.machine import machine
 from benchmarks.plan.architectures import SMALL_CONFIGS
 from benchmarks.plan.measure import measure
-from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.planner import plan_config
 from rightrank.schema.plan_settings import make_plan_settings
 
@@ -71,8 +69,7 @@ def main() -> int:
                 print(line(rows[-1]), flush=True)
     print(machine())
     worst = max(abs(row["error"]) for row in rows)
-    formula = [row["formula_error"] for row in rows]
-    print(f"{len(rows)} cases, worst error {worst:.2%}; of the formula {min(formula):+.0%} to {max(formula):+.0%}")
+    print(f"{len(rows)} cases, worst error {worst:.2%}")
     if chosen.out is not None:
         chosen.out.write_text(json.dumps({"machine": machine(), "worst": worst, "cases": rows}, indent=1) + "\n")
     return int(worst > LIMIT)
@@ -90,16 +87,12 @@ def compare(name: str, make: Any, case: dict[str, Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     row = plan.ranks[0]
     measured = measure(make(), settings, row.rank)
-    estimator = Estimator(make(), settings)
-    estimator.untraceable = "by request"
-    formula = estimator.estimate(row.rank).peak.peak_bytes
     return {
         "architecture": name,
         "case": case,
         "predicted": row.peak_bytes,
         "measured": measured.peak_bytes,
         "error": row.peak_bytes / measured.peak_bytes - 1,
-        "formula_error": formula / measured.peak_bytes - 1,
         "source": plan.source,
         "peak_at": row.peak_at,
         "plan_seconds": round(seconds, 2),
@@ -108,7 +101,7 @@ def compare(name: str, make: Any, case: dict[str, Any]) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     case = ", ".join(f"{key}={value}" for key, value in row["case"].items()) or "defaults"
-    return f"{row['architecture']:8} {row['predicted']:>12,} {row['measured']:>12,} {row['error']:+7.2%} {row['formula_error']:+5.0%}  {case}"
+    return f"{row['architecture']:8} {row['predicted']:>12,} {row['measured']:>12,} {row['error']:+7.2%}  {case}"
 
 
 if __name__ == "__main__":

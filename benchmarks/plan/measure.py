@@ -53,6 +53,7 @@ def measure(config: Any, settings: PlanSettings, rank: int) -> Measured:
             r=rank,
             target_modules=targets,
             exclude_modules=list(settings.exclude_modules) or None,
+            target_parameters=list(settings.target_parameters) or None,
             use_dora=settings.use_dora,
             modules_to_save=list(settings.modules_to_save) or None,
         ),

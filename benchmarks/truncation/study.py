@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.selection.real_training import COMMON
 from benchmarks.truncation.tops import Top, best_tops
-from rightrank.adapters.rewrite import RankChoice, write_resized
+from rightrank.adapters.resize import RankChoice, write_resized
 from rightrank.data.splits import load_data
 from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_adapter, save_adapter
 from rightrank.models.base_models import load_model

@@ -15,8 +15,7 @@ from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.api.adapters import compare, inspect, resize
-    from rightrank.api.deciding import decide
-    from rightrank.api.runs import export, write_report
+    from rightrank.api.runs import decide, export, write_report
     from rightrank.api.selecting import preflight, select_rank, select_rank_with
     from rightrank.interop.smallest import SmallestAdapter
     from rightrank.runs.values import Selected
@@ -35,7 +34,7 @@ _PLACES = {
     "TrialResult": "schema.trials",
     "TrialTask": "schema.trials",
     "compare": "api.adapters",
-    "decide": "api.deciding",
+    "decide": "api.runs",
     "export": "api.runs",
     "inspect": "api.adapters",
     "preflight": "api.selecting",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rightrank.adapters.rewrite import write_padded
+from rightrank.adapters.resize import write_padded
 from rightrank.schema.errors import ModelError
 from tests.adapters.adapters import load_strictly, logits, make_adapter, make_base, tensors_of
 

@@ -1,9 +1,10 @@
-"""A request that can't work is refused before torch is imported, and a line appears before anything is loaded."""
+"""What starts without torch: a request that can't work is refused, a line appears, and commands on a run folder need none."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,43 @@ def test_a_pipe_gets_a_line_before_torch_is_imported(files: Path) -> None:
     done = subprocess.run([sys.executable, "-c", watching, given], capture_output=True, text=True, cwd=files)
     assert done.stdout.split() == ["2", "False"], done.stderr
     assert done.stderr.splitlines()[0].endswith("loading model and data …")
+
+
+LIGHT = """\
+import sys
+from rightrank.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as ended:
+    assert ended.code == 0, ended.code
+print(sorted({"torch", "transformers"} & set(sys.modules)), file=sys.stderr)
+"""
+
+REFUSED = LIGHT.replace("ended.code == 0", "ended.code == 2")
+
+
+@pytest.fixture
+def run_folder(small_run: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    shutil.copytree(small_run / "run", folder)
+    return folder
+
+
+def test_the_adapter_of_a_run_folder_is_named_without_torch(run_folder: Path) -> None:
+    for command in (
+        ["inspect", str(run_folder)],
+        ["resize", str(run_folder), "out", "--rank", "1"],
+        ["compare", "base", str(run_folder), "--model", "model", "--data", "x.jsonl"],
+    ):
+        done = subprocess.run([sys.executable, "-c", REFUSED, *command], capture_output=True, text=True)
+        message, modules = done.stderr.splitlines()
+        assert message.endswith(f"give {run_folder / 'adapter'}, the adapter in it")
+        assert modules == "[]"
+
+
+@pytest.mark.parametrize("command", [["status"], ["decide"], ["export", "--to", "vllm"], ["repair"]])
+def test_a_command_on_a_run_folder_imports_no_torch(run_folder: Path, command: list[str]) -> None:
+    arguments = [sys.executable, "-c", LIGHT, command[0], str(run_folder), *command[1:]]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"

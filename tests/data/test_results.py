@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas
 import pytest
 
-from rightrank.api.deciding import decide
+from rightrank.api.runs import decide
 from rightrank.report.answer import evidence_table
 from rightrank.schema.errors import ResultsError
 

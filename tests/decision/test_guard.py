@@ -10,7 +10,7 @@ import pytest
 from rightrank.decision.adapter import Criterion, adapter_answer, compared_adapters
 from rightrank.decision.comparison import estimate
 from rightrank.decision.guard import guarded
-from rightrank.report.adapters import figure_of
+from rightrank.report.figures import figure_of
 from rightrank.report.svg import svg_file
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.events import GuardAnswer, GuardEvaluated

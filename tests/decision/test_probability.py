@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from scipy.stats import t as student
 
 import benchmarks
-from rightrank.cli.decide import decide as decide_command
+from rightrank.cli.runs import decide as decide_command
 from rightrank.decision.rule import decide
 from rightrank.decision.run import decide_run
 from rightrank.decision.seeds import FURTHER_SEED_DEGREES, FURTHER_SEED_RATIO

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rightrank.api.deciding import decide
+from rightrank.api.runs import decide
 from rightrank.api.selecting import select_rank_with
 from rightrank.decision.run import Records, decide_run, records_of
 from rightrank.hooks import trackers as registry

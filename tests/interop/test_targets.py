@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from rightrank import Selected, export, inspect, select_rank, write_report
 from rightrank.interop.exports import TARGETS, write_export
@@ -297,3 +298,18 @@ def test_existing_paths_are_not_overwritten(
 def test_a_new_folder_is_made_with_its_parents(selected: Selected, tmp_path: Path) -> None:
     exported = export(selected.run, "peft", tmp_path / "a" / "b")
     assert (exported.folder / "adapter_config.json").exists()
+
+
+def test_the_card_names_the_base(selected: Selected, model_folder: Path) -> None:
+    assert selected.adapter is not None
+    card = ModelCard.load(selected.adapter.path / "README.md")  # the hub's own reader
+    values = card.data.to_dict()
+    assert values["library_name"] == "peft"
+    assert values["base_model"] == str(model_folder)
+
+
+def test_the_plot_goes_where_the_card_goes(selected: Selected) -> None:
+    folder = export(selected.run, "peft").folder
+    assert "](rank_curve.svg)" in (folder / "README.md").read_text(encoding="utf-8")
+    assert (folder / "rank_curve.svg").read_bytes() == (selected.run / "figures" / "rank_curve.svg").read_bytes()
+    assert (folder / "rank_curve.svg").read_bytes().startswith(b"<svg")

@@ -158,11 +158,13 @@ def test_a_reward_that_does_not_apply_counts_nothing(model_folder: Path, tmp_pat
 def test_greedy_rewards_do_not_depend_on_the_batch(model_folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rightrank.interop.trl import greedy_rewards
-
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     model.train()
-    both = [greedy_rewards(model, tokenizer, PROMPTS[:6], [letters, letters], [1.0, 0.5], 8, size) for size in (1, 6)]
+    both = []
+    for size in (1, 6):
+        train = grpo(model_folder, [letters, letters], eval_batch_size=size)
+        train.args.reward_weights, train.args.max_completion_length = [1.0, 0.5], 8
+        both.append(train.rewards(model, tokenizer, PROMPTS[:6]))
     assert both[0] == pytest.approx(both[1])
     assert model.training
     messages = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in PROMPTS[:3]]
@@ -172,5 +174,7 @@ def test_greedy_rewards_do_not_depend_on_the_batch(model_folder: Path) -> None:
         seen.extend(completions)
         return [1.0] * len(completions)
 
-    assert greedy_rewards(model, tokenizer, messages, [judge], [2.0], 4, 2) == [2.0] * 3
+    train = grpo(model_folder, judge, eval_batch_size=2)
+    train.args.reward_weights = [2.0]
+    assert train.rewards(model, tokenizer, messages) == [2.0] * 3
     assert [one[0]["role"] for one in seen] == ["assistant"] * 3

@@ -11,8 +11,7 @@ import pytest
 
 from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.report.figures import rank_figure
-from rightrank.report.html import render_report
-from rightrank.report.sentences import use_it
+from rightrank.report.html import render_report, use_it
 from rightrank.schema.command import reproduce_command
 from tests.report.elements import Elements
 from tests.report.runs import answered_run, made_up_run

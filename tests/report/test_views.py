@@ -17,12 +17,12 @@ from rich.console import Console
 from rightrank.api.runs import status
 from rightrank.cli import cli
 from rightrank.decision.run import decide_run
-from rightrank.hooks.event_log import JsonLog, ProgressFile
+from rightrank.hooks.process import JsonLog, ProgressFile
 from rightrank.hooks.terminal import LiveView, PlainView, make_view, plan_line
 from rightrank.report.answer import answer_view, notebook_html
 from rightrank.report.figures import rank_figure
 from rightrank.report.svg import svg_file
-from rightrank.report.terminal_figures import CURVE_ROWS, terminal_curve
+from rightrank.report.terminal import CURVE_ROWS, terminal_curve
 from rightrank.schema.events import Notice, SelectionPlanned, StepDone
 from tests.commands import COMMANDS
 from tests.report.elements import Elements

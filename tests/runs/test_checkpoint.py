@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from rightrank.api.deciding import decide
+from rightrank.api.runs import decide
 from rightrank.api.selecting import Selected, select_rank
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import InterruptedRun

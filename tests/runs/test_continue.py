@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.api.deciding import decide
-from rightrank.api.runs import write_report
+from rightrank.api.runs import decide, write_report
 from rightrank.api.selecting import select_rank
 from rightrank.cli import main
 from rightrank.runs.journal import Journal

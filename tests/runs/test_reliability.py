@@ -23,8 +23,7 @@ from benchmarks.reliability.checkpoints import save_llama
 from benchmarks.reliability.memory import MIB, limited
 
 from rightrank.cli import main
-from rightrank.hooks import event_log
-from rightrank.hooks import interrupts as stopping
+from rightrank.hooks import process as processes
 from rightrank.runs import prepare as preparation
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Journal
@@ -133,7 +132,7 @@ def test_a_clock_set_back_changes_nothing(
     calls = iter(range(1, 10**9))
     monkeypatch.setattr(time, "time", lambda: before - 3600 * next(calls))
     monkeypatch.setattr(preparation, "datetime", _Backwards)
-    monkeypatch.setattr(event_log, "datetime", _Backwards)
+    monkeypatch.setattr(processes, "datetime", _Backwards)
     assert selected(capsys, "--set", "checkpoint_seconds=0.001")[0] == 0
     assert _Backwards.asked > 0
     require_right(work, small_run)
@@ -203,12 +202,12 @@ def test_of_many_processes_at_once_one_works_and_the_others_are_told(tmp_path: P
     context = multiprocessing.get_context("fork")
     gate, held, over = context.Barrier(3), context.Queue(), context.Event()
     processes = [context.Process(target=_hold, args=(tmp_path / "run", gate, held, over)) for _ in range(3)]
-    for process in processes:
-        process.start()
+    for one in processes:
+        one.start()
     told = sorted(held.get(timeout=GENEROUS_SECONDS) for _ in processes)
     over.set()
-    for process in processes:
-        process.join()
+    for one in processes:
+        one.join()
     assert told.count("held") == 1
     assert sum("another process is using this folder" in text for text in told) == 2
 
@@ -238,14 +237,14 @@ def _has_stepped(file: Path) -> bool:
 
 
 def _work_on_and_on() -> None:
-    with stopping.Interrupts(lambda _: None, of_process=True) as stop:
+    with processes.Interrupts(lambda _: None, of_process=True) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
         time.sleep(GENEROUS_SECONDS)
 
 
 def test_a_step_longer_than_the_grace_is_left_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.05)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TerminatedRun, match="the run resumes from the last checkpoint"):
         _work_on_and_on()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.api.deciding import decide
+from rightrank.api.runs import decide
 from rightrank.runs.journal import Journal
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.trials import TrialFinished

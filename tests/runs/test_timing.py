@@ -14,7 +14,7 @@ from rightrank.hooks.preflight import time_line
 from rightrank.hooks.progress import Progress
 from rightrank.plugins.plan.selection import Speed
 from rightrank.report.format import duration
-from rightrank.report.tables import FINISH_SECONDS, preflight_text
+from rightrank.report.terminal import FINISH_SECONDS, preflight_text
 from rightrank.runs.journal import Journal
 from rightrank.runs.values import Selected
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected

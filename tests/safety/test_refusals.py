@@ -17,8 +17,7 @@ from safetensors.numpy import save_file
 
 from rightrank.adapters.checkpoints import open_weights
 from rightrank.api.adapters import inspect
-from rightrank.api.deciding import decide
-from rightrank.api.runs import status
+from rightrank.api.runs import decide, status
 from rightrank.data.files import read_config
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_model

@@ -96,7 +96,6 @@ def test_dora_over_quantised_matrices_is_planned(bits: int) -> None:
     config = LlamaConfig(vocab_size=300, **SIZES)
     settings = small_settings(**{"use_dora": True, f"load_in_{bits}bit": True})
     plan = plan_selection(config, settings, 32, "cpu")
-    assert plan.estimator.untraceable is None
     plain = plan_selection(config, settings.model_copy(update={"use_dora": False}), 32, "cpu")
     magnitudes = [one.estimator.inventory(4).trainable_parameters for one in (plan, plain)]
     assert magnitudes[0] > magnitudes[1]

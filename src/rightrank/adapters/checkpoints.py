@@ -140,7 +140,7 @@ def _sketched_values(delta: torch.Tensor, rank: int) -> Floats:
     return values
 
 
-def inspect_gradient(model: str, data: Path, settings: SelectSettings, sketch_rank: int) -> Inspection:
+def inspect_gradient(model: str, data: Path, settings: SelectSettings) -> Inspection:
     """The spectra of the gradient of the mean training loss over the first examples, of the settings' target modules.
 
     Raises:
@@ -155,7 +155,7 @@ def inspect_gradient(model: str, data: Path, settings: SelectSettings, sketch_ra
         target = shapes[module]
         # Conv1D stores its weight as in × out
         matrix = gradient if gradient.shape[0] == target.out_features else gradient.T
-        updates.append(_matrix_update(module, matrix.float(), sketch_rank))
+        updates.append(_matrix_update(module, matrix.float(), SKETCH_RANK))
     note = f"mean loss over the first {min(GRADIENT_EXAMPLES, len(runtime.examples('train')))} training examples, base without adapter"
     parameters = sum(update.parameters for update in updates)
     return inspection_of(

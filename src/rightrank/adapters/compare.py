@@ -16,7 +16,7 @@ from rightrank.adapters.held_out import labels_of_side
 from rightrank.data.rows import held_out_fields
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
-from rightrank.decision.table import Cell, ScoreTable, minus, table_of
+from rightrank.decision.table import minus, table_of
 from rightrank.models.base_models import load_base, require_base
 from rightrank.models.places import BASE, CONFIG_FILE, require_side
 from rightrank.schema.errors import DataError, ModelError, SettingsError
@@ -164,7 +164,12 @@ def _compare(sides: _Sides, metric: str, data: Path, settings: SelectSettings) -
         )
     worse = minus(cells[1], cells[0])
     found = bounds_of_files(worse.sums, worse.weights, worse.span)
-    margin = settings.margin if settings.margin is not None else _default_margin(tables[0], cells[0], a)
+    margin = settings.margin
+    if margin is None and metric == "loss" and "reward_accuracy" in a.item_metrics:
+        margin = PAIR_MARGIN
+    if margin is None:
+        kind = "loss" if tables[0].kind == "token_loss" and a.item_correct is not None else tables[0].kind
+        margin = default_margin(kind, cells[0].value, [cells[0].value])
     verdict = VERDICTS[found.is_enough(margin)]
     return MetricComparison(
         data=str(data),
@@ -182,13 +187,6 @@ def _compare(sides: _Sides, metric: str, data: Path, settings: SelectSettings) -
         if verdict == "cannot_tell"
         else None,
     )
-
-
-def _default_margin(table: ScoreTable, cell: Cell, trial: TrialFinished) -> float:
-    if table.metric == "loss" and "reward_accuracy" in trial.item_metrics:
-        return PAIR_MARGIN
-    kind = "loss" if table.kind == "token_loss" and trial.item_correct is not None else table.kind
-    return default_margin(kind, cell.value, [cell.value])
 
 
 def _sentence(a: str, b: str, worst: MetricComparison, count: int) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rightrank.adapters.rewrite import RankChoice, write_like, write_resized, write_truncated
+from rightrank.adapters.resize import RankChoice, candidate_ranks, write_like, write_resized, write_truncated
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
@@ -30,12 +31,19 @@ from rightrank.models.ranks import max_module_rank
 from rightrank.models.truncation import Moments, components, ranks_within
 from rightrank.runs.journal import Journal
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import DataError, ModelError
+from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.events import Evaluating, RunStarted
 from rightrank.schema.results import HeldOut, Resized
 from rightrank.schema.settings import OF_SPLITS, SelectSettings, make_settings
 from rightrank.schema.trials import TrialFinished
-from rightrank.train.adapter_runtime import adapter_attached, finished_trial, report_evaluations, train_attached
+from rightrank.train.adapter_runtime import (
+    DataUse,
+    adapter_attached,
+    adapter_runtime,
+    finished_trial,
+    report_evaluations,
+    train_attached,
+)
 from rightrank.train.covariances import Gathered, gather_moments, moment_tokens, unseen_first
 from rightrank.train.evaluation import Scores
 from rightrank.train.runtime import Runtime
@@ -56,46 +64,37 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
     Raises:
         DataError: rows that can't be used, or fewer than two that the adapter was not trained on.
     """
-    started = _run_of(adapter) if train is None else None
     classes = None if adapter.is_file else labels_of_side(str(adapter.path))
-    source = None if started is None else _existing(started.settings.get("data"))
-    trained = (
-        _trained_on(train, data, settings, classes)
-        if train is not None
-        else _trained_in(source, started, settings, classes)
-    )
+    trained, source = _trained(adapter, data, train, settings, classes)
     if trained is None and None not in read_rows(data):
         every = _all(settings, sum(len(list(rows)) for rows in read_rows(data).values()))
         splits = load_data(data, every, classes=classes)
-        scored = _at_most(splits.examples["selection"], settings)
-        return ScoredData(_with(splits, scored), False, _note(data, scored, "its validation split"))
+        return _scored(splits, _at_most(splits.examples["selection"], settings), f"{data} (its validation split)")
     if trained is not None and source is not None and data.exists() and source.resolve() == data.resolve():
-        scored = trained.examples["selection"]
-        return ScoredData(
-            _with(trained, scored), False, _note(data, scored, "the validation split of the adapter's run")
-        )
+        own = trained.examples["selection"]
+        return _scored(trained, own, f"{data} (the validation split of the adapter's run)")
     whole = _whole(data, settings, classes)
+    every_row = whole.examples["selection"]
     if trained is None:
-        scored = _at_most(whole.examples["selection"], settings)
         unknown = "if the adapter was trained on some of them, name its training data with --train"
-        return ScoredData(_with(whole, scored), True, f"{_note(data, scored, 'all rows')}; {unknown}")
+        return _scored(whole, _at_most(every_row, settings), f"{data} (all rows); {unknown}", of_training=True)
     if whole.form != trained.form:
         raise DataError(f"{data}: has the form {whole.form}, and the adapter's training data {trained.form}")
-    seen = _ids(trained.examples["train"])
-    unseen = [example for example in whole.examples["selection"] if example.item_id not in seen]
-    left_out = len(whole.examples["selection"]) - len(unseen)
+    seen = {example.item_id for example in trained.examples["train"]}
+    unseen = [example for example in every_row if example.item_id not in seen]
+    left_out = len(every_row) - len(unseen)
     if len(unseen) < 2:
         raise DataError(
-            f"{data}: {left_out} of {left_out + len(unseen)} distinct rows are among the adapter's training examples; "
+            f"{data}: {left_out} of {len(every_row)} distinct rows are among the adapter's training examples; "
             "give rows that it was not trained on"
         )
-    scored = _at_most(unseen, settings)
-    note = f"{_note(data, scored, 'not in its training data')}; {left_out:,} training examples of the adapter left out"
-    return ScoredData(_with(trained, scored), False, note)
+    without = f"{data} (not in its training data); {left_out:,} training examples of the adapter left out"
+    return _scored(trained, _at_most(unseen, settings), without)
 
 
-def _with(splits: DataSplits, scored: Sequence[Example]) -> DataSplits:
-    return replace(splits, examples={"train": splits.examples["train"], "selection": scored, "test": []})
+def _scored(splits: DataSplits, scored: Sequence[Example], where: str, of_training: bool = False) -> ScoredData:
+    kept = replace(splits, examples={"train": splits.examples["train"], "selection": scored, "test": []})
+    return ScoredData(kept, of_training, f"scored on {len(scored):,} examples of {where}")
 
 
 def _at_most(examples: Sequence[Example], settings: SelectSettings) -> Sequence[Example]:
@@ -103,49 +102,27 @@ def _at_most(examples: Sequence[Example], settings: SelectSettings) -> Sequence[
     return examples[: settings.eval_items] if "eval_items" in settings.model_fields_set else examples
 
 
-def _note(data: Path, scored: Sequence[Example], what: str) -> str:
-    return f"scored on {len(scored):,} examples of {data} ({what})"
+def _trained(
+    adapter: AdapterFolder, data: Path, train: Path | None, settings: SelectSettings, classes: Sequence[str] | None
+) -> tuple[DataSplits | None, Path | None]:
+    """`(the splits with the adapter's training examples, the data of its run)`; None for what is not known.
 
-
-def _ids(examples: Sequence[Example]) -> set[str]:
-    return {example.item_id for example in examples}
-
-
-def _trained_on(train: Path, data: Path, settings: SelectSettings, classes: Sequence[str] | None) -> DataSplits:
-    """The training examples in the file `train`.
-
-    Where training data and scored data are one file without splits, `select`'s training split of it.
+    They are in the file `train`, or they are those of the run whose `adapter/` or `trials/<trial_id>/` this is. Where training data and
+    scored data are one file without splits, `select`'s training split of it.
     """
-    if train.exists() and data.exists() and train.resolve() == data.resolve():
-        return load_data(train, settings, classes=classes)
-    if None not in read_rows(train):
-        return load_data(train, settings, classes=classes)
-    return _whole(train, settings, classes)
-
-
-def _trained_in(
-    source: Path | None, started: RunStarted | None, settings: SelectSettings, classes: Sequence[str] | None
-) -> DataSplits | None:
-    """The splits that a run made of its data; None where they are not known."""
-    if started is None or source is None:
-        return None
+    if train is not None:
+        is_same = train.exists() and data.exists() and train.resolve() == data.resolve()
+        split = is_same or None not in read_rows(train)
+        return (load_data(train, settings, classes=classes) if split else _whole(train, settings, classes)), None
+    parent = adapter.path.resolve().parent
+    journal = next((place for at in (parent, parent.parent) if (place := at / "journal.jsonl").is_file()), None)
+    started = None if journal is None else next(iter(Journal(journal).read_settled()), None)
+    source = started.settings.get("data") if isinstance(started, RunStarted) else None
+    if not isinstance(started, RunStarted) or not isinstance(source, str) or not Path(source).exists():
+        return None, None
     values = {name: started.settings[name] for name in OF_SPLITS if name in started.settings}
     of_run = settings.model_copy(update=make_settings(values).model_dump(include=set(values)))
-    return load_data(source, of_run, classes=classes)
-
-
-def _existing(place: object) -> Path | None:
-    return Path(place) if isinstance(place, str) and Path(place).exists() else None
-
-
-def _run_of(adapter: AdapterFolder) -> RunStarted | None:
-    """The start of the run whose `adapter/` or `trials/<trial_id>/` this is."""
-    parent = adapter.path.resolve().parent
-    for folder in (parent, parent.parent):
-        if (folder / "journal.jsonl").is_file():
-            first = next(iter(Journal(folder / "journal.jsonl").read_settled()), None)
-            return first if isinstance(first, RunStarted) else None
-    return None
+    return load_data(Path(source), of_run, classes=classes), Path(source)
 
 
 def _whole(data: Path, settings: SelectSettings, classes: Sequence[str] | None) -> DataSplits:
@@ -177,9 +154,8 @@ class Candidates:
     ranks: Sequence[int]
     recovery: Recovery | None = None
     on_rank: Callable[[int, float], None] = lambda _rank, _value: None
-    by_halves: bool = (
-        False  # moments and scores come from the same examples: each half is scored with the other's moments
-    )
+    # moments and scores come from the same examples: each half is scored with the other's moments
+    by_halves: bool = False
     on_event: Callable[[Evaluating], None] = lambda _: None
 
 
@@ -193,28 +169,70 @@ class TruncationCurve:
     answer: AdapterAnswer
 
 
-def resize_by_data(
-    adapter: AdapterFolder,
-    out: Path,
-    runtime: Runtime,
-    candidates: Candidates,
-    working: Path,
-) -> Resized:
-    """Measure the candidates in the folder `working`, decide, and write the chosen one to `out`.
+MANY_EXAMPLES = 2000  # above which scoring may take long, and fewer are proposed
+
+
+@dataclass(frozen=True, slots=True)
+class DataRule:
+    """The smallest rank that is enough on held-out rows; see `rightrank.resize` for each field."""
+
+    data: Path
+    train: Path | None
+    base: str | None
+    settings: SelectSettings
+    ranks: Sequence[int] | None
+    recover_steps: int
+    learning_rate: float | None
+    on_rank: Callable[[int, float], None]
+    notice: Callable[[str], None]
+    on_event: Callable[[Evaluating], None]
+
+
+def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized:
+    """Measure the candidates, decide, and write the chosen one to `out`.
 
     Raises:
-        ModelError: the adapter does not fit the base.
+        InputError: the adapter or the data can't be used, or the adapter does not fit the base.
         RunError: recovery diverged.
     """
-    curve = truncation_curve(adapter, runtime, candidates, working)
-    answer = curve.answer
-    chosen = open_adapter(working / answer.trial_id)
-    tensors = {key: chosen.tensor(key) for key in chosen.keys}
-    # Training works in the dtype of the base.
-    tensors |= {key: tensors[key].to(adapter.tensor(key).dtype) for key in tensors if key in adapter.keys}
-    write_like(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.content()})
-    resized = curve.written[answer.rank]
-    notes = [*resized.notes, *curve.gathered.notices]
+    recovery = None
+    if rule.recover_steps:
+        if rule.learning_rate is None:
+            raise SettingsError("--recover needs --learning-rate; give the one that the adapter was trained at")
+        recovery = Recovery(rule.recover_steps, rule.learning_rate)
+    if not any(module.scaling for module in adapter.modules):
+        raise ModelError(
+            f"{adapter.path}: lora_alpha is 0, so that the adapter changes nothing; verl's merger writes 0 where it does not know it: "
+            "set it in adapter_config.json"
+        )
+    ranks = candidate_ranks(adapter, rule.ranks)
+    # recovery needs training examples: the split that select makes
+    train = rule.data if recovery and rule.train is None and None in read_rows(rule.data) else rule.train
+    scored = scored_data(adapter, rule.data, train, rule.settings)
+    rule.notice(scored.note)
+    measured = ", ".join(map(str, sorted(ranks, reverse=True)))
+    count = len(scored.splits.examples["selection"])
+    fewer = "" if count <= MANY_EXAMPLES else "; --set eval_items=1000 measures on fewer"
+    rule.notice(f"measuring the base, then ranks {measured}, each on {count:,} examples{fewer}")
+    candidates = Candidates(ranks, recovery, rule.on_rank, scored.scores_training_examples, rule.on_event)
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
+        use = DataUse(rule.data, rule.settings, Path(name) / "cache", rule.recover_steps, scored.splits)
+        runtime = adapter_runtime(adapter, rule.base, use)
+        curve = truncation_curve(adapter, runtime, candidates, Path(name))
+        chosen = open_adapter(Path(name) / curve.answer.trial_id)
+        tensors = {key: chosen.tensor(key) for key in chosen.keys}
+        # Training works in the dtype of the base.
+        tensors |= {key: tensors[key].to(adapter.tensor(key).dtype) for key in tensors if key in adapter.keys}
+        write_like(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.content()})
+        resized = _resized(curve, chosen, runtime, recovery)
+    notes = [*resized.notes, scored.note]
+    return resized.model_copy(update={"out": str(out), "notes": notes, "scored_examples": count})
+
+
+def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, recovery: Recovery | None) -> Resized:
+    """What is reported of the chosen candidate."""
+    answer, written = curve.answer, curve.written[curve.answer.rank]
+    notes = [*written.notes, *curve.gathered.notices]
     if curve.gathered.moments:
         notes.append(f"truncated by K-FAC over {curve.gathered.tokens} tokens of the training split")
     if chosen.rank != answer.rank:
@@ -222,20 +240,23 @@ def resize_by_data(
             f"r is {chosen.rank} in the written configuration: the parameters of rank {answer.rank} are shared out over the "
             f"modules, which have ranks up to {chosen.rank} (rank_pattern)"
         )
-    gain = _gain(curve.trials, answer, runtime)
     if answer.how == "recovered":
         notes.append("recovered: the error is that of the truncation, before training")
-    recovery = candidates.recovery
-    return resized.model_copy(
+    gain = _gain(curve.trials, answer, runtime)
+    listed = ",".join(map(str, sorted({one.rank for one in answer.candidates})))
+    search = shlex.join(
+        ["rightrank", "select", runtime.loaded.name, "TRAINING_DATA", "--out", "run", "--ranks", listed]
+    )
+    named = {"notes": [note.replace(SEARCH, f"({search})") for note in answer.notes]}
+    return written.model_copy(
         update={
-            "out": str(out),
             "rank": answer.rank,
             "bytes_after": chosen.weights.stat().st_size,
             "chosen_by": f"data, margin {answer.margin:g}" + (f", {recovery.steps} recovery steps" if recovery else ""),
             "held_out": [
                 HeldOut(rank=trial.rank, value=trial.value, recovered_steps=trial.steps) for trial in curve.trials
             ],
-            "answer": answer.model_copy(update=gain | {"notes": _with_command(answer, runtime)}),
+            "answer": answer.model_copy(update=gain | named),
             "no_gain": bool(gain),
             "notes": notes,
         }
@@ -257,15 +278,6 @@ def _gain(trials: Sequence[TrialFinished], answer: AdapterAnswer, runtime: Runti
     }
 
 
-def _with_command(answer: AdapterAnswer, runtime: Runtime) -> list[str]:
-    """The answer's notes, a search for the training rank named by its command."""
-    ranks = ",".join(map(str, sorted({one.rank for one in answer.candidates})))
-    command = shlex.join(
-        ["rightrank", "select", runtime.loaded.name, "TRAINING_DATA", "--out", "run", "--ranks", ranks]
-    )
-    return [note.replace(SEARCH, f"({command})") for note in answer.notes]
-
-
 def truncation_curve(
     adapter: AdapterFolder, runtime: Runtime, candidates: Candidates, working: Path
 ) -> TruncationCurve:
@@ -275,7 +287,11 @@ def truncation_curve(
         ModelError: the adapter does not fit the base.
         RunError: recovery diverged.
     """
-    gathered = _moments(adapter, runtime)
+    # Over the examples that `select` reads after a training with these settings: which ones another training saw is not known.
+    steps = runtime.settings.training_steps(len(runtime.examples("train")))
+    examples = unseen_first(runtime, runtime.settings.seeds[0], steps)
+    with adapter_attached(runtime, adapter.path) as peft_model:
+        gathered = gather_moments(runtime, peft_model, examples, moment_tokens(runtime, steps))
     halves = _halves(adapter, runtime) if candidates.by_halves else []
     metric = runtime.settings.metric
     report_evaluations(runtime, "the base", candidates.on_event)
@@ -360,18 +376,6 @@ def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half]
         with adapter_attached(runtime, folder):
             found.append(runtime.evaluate("selection", half.scored))
     return found[0].with_examples_of(found[1], halves[1].scored)
-
-
-def _moments(adapter: AdapterFolder, runtime: Runtime) -> Gathered:
-    """Moments over the examples that `select` reads after a training with these settings.
-
-    Which examples another training saw is not known.
-    """
-    settings = runtime.settings
-    steps = settings.training_steps(len(runtime.examples("train")))
-    examples = unseen_first(runtime, settings.seeds[0], steps)
-    with adapter_attached(runtime, adapter.path) as peft_model:
-        return gather_moments(runtime, peft_model, examples, moment_tokens(runtime, steps))
 
 
 def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> RankChoice:

@@ -31,8 +31,7 @@ from rightrank.adapters.live_scores import (
     is_partitioned,
     together,
 )
-from rightrank.adapters.resize import candidate_ranks
-from rightrank.adapters.rewrite import write_resized
+from rightrank.adapters.resize import candidate_ranks, write_resized
 from rightrank.data.files import write_text
 from rightrank.decision.adapter import Criterion
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter
@@ -232,7 +231,9 @@ def put_in_place(model: Any, name: str, adapter: AdapterFolder) -> None:
 @contextmanager
 def as_it_came(model: Any, name: str) -> Iterator[None]:
     """In the block the model evaluates with the adapter `name`; afterwards it is as before, to the bit."""
-    weights = {id(one): (one, one.detach().clone()) for one in _adapter_weights(model, name)}
+    layers = lora_modules(model).values()
+    factors = [part[name].weight for layer in layers for part in (layer.lora_A, layer.lora_B) if name in part]
+    weights = {id(one): (one, one.detach().clone()) for one in factors}
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
@@ -257,15 +258,6 @@ def as_it_came(model: Any, name: str) -> Iterator[None]:
         random.setstate(states[2])
         if devices:
             torch.cuda.set_rng_state_all(devices)
-
-
-def _adapter_weights(model: Any, name: str) -> list[torch.Tensor]:
-    return [
-        part[name].weight
-        for layer in lora_modules(model).values()
-        for part in (layer.lora_A, layer.lora_B)
-        if name in part
-    ]
 
 
 def gather(live: LiveAdapter) -> tuple[dict[str, Moments], tuple[str, ...]]:

@@ -25,8 +25,9 @@ from rightrank.decision.adapter import METHODS, probable_ranks
 from rightrank.models.adapter_files import open_adapter
 from rightrank.models.base_models import base_identity, read_identity
 from rightrank.models.places import BASE_FILE
-from rightrank.report.adapters import candidate_table, figure_of
+from rightrank.report.answer import candidate_table
 from rightrank.report.figure import Axis, Figure, Series
+from rightrank.report.figures import figure_of
 from rightrank.report.html import adapter_page
 from rightrank.schema.decision import AdapterAnswer, HandedOver
 from rightrank.schema.errors import ModelError, first_line

@@ -188,7 +188,10 @@ def batch_scores(
         DataError: labels of another form than one class a row or one token a position.
     """
     if "completion_mask" in batch:
-        return _pair_scores(model, batch, pair_loss, reference_logps)
+        before = reference(model, batch) if reference_logps is None else reference_logps
+        logps = _completion_logps(model, batch)
+        losses = pair_loss(logps - before.to(logps), batch["completion_mask"].sum(1).to(logps.device))
+        return BatchScores(losses, torch.ones(len(losses), dtype=torch.long, device=losses.device))
     base = model.get_base_model()
     tensors = _on_device(model, batch)
     labels = tensors.get("labels")
@@ -211,13 +214,6 @@ def batch_scores(
     labels = labels.masked_fill(starts, IGNORED)  # no example predicts the first token of the next one
     losses = token_losses(model, _passed(model, tensors), labels[:, 1:])
     return _by_segment(losses, labels[:, 1:], starts[:, 1:])
-
-
-def _pair_scores(model: Any, batch: Batch, pair_loss: PairLoss, known: torch.Tensor | None) -> BatchScores:
-    before = reference(model, batch) if known is None else known
-    logps = _completion_logps(model, batch)
-    losses = pair_loss(logps - before.to(logps), batch["completion_mask"].sum(1).to(logps.device))
-    return BatchScores(losses, torch.ones(len(losses), dtype=torch.long, device=losses.device))
 
 
 @torch.no_grad()

@@ -1,81 +1,180 @@
-"""`resize`: an adapter at other ranks, by one rank for all modules, by energy, or by held-out data (`held_out`)."""
+"""An adapter folder at other ranks: new factors, new configuration, and the error of the written tensors.
+
+`resize` chooses one rank for all modules, ranks by energy, or a rank by held-out data (`held_out`).
+"""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rightrank.adapters.rewrite import RankChoice, require_plain_update, write_resized
-from rightrank.adapters.spectra import energy_rank, factored_singular_values
-from rightrank.data.files import require_absent
-from rightrank.data.rows import read_rows
-from rightrank.models.adapter_files import AdapterFolder, open_adapter
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from rightrank.adapters.spectra import energy_rank, factored_distance, factored_singular_values
+from rightrank.data.files import creating, replacing, replacing_folder, require_absent
+from rightrank.models.adapter_files import (
+    MLX_FILE,
+    RANK,
+    AdapterFolder,
+    AdapterModule,
+    is_alpha,
+    mlx_key,
+    open_adapter,
+    write_adapter,
+)
+from rightrank.models.places import CONFIG_FILE, read_header
+from rightrank.models.ranks import exact_pattern, lora_scaling
+from rightrank.models.truncation import Moments, resized_factors
 from rightrank.schema.errors import ModelError, SettingsError
-from rightrank.schema.events import Evaluating
-from rightrank.schema.results import Resized
-from rightrank.schema.settings import SelectSettings, make_settings
-
-MANY_EXAMPLES = 2000  # above which scoring may take long, and fewer are proposed
+from rightrank.schema.results import ModuleResize, Resized
 
 
 @dataclass(frozen=True, slots=True)
-class ResizeRule:
-    """The rule that chooses the rank: exactly one of `rank`, `energy` and `data`."""
+class RankChoice:
+    """A rank for every module, and the rule that chose it."""
 
-    rank: int | None = None
-    energy: float | None = None
-    data: Path | None = None
-
-    def require_one(self) -> None:
-        """Raise `SettingsError` unless exactly one is given."""
-        rules = (("--rank", self.rank), ("--energy", self.energy), ("--data", self.data))
-        given = [name for name, value in rules if value is not None]
-        if len(given) != 1:
-            raise SettingsError(
-                f"{' and '.join(given) or 'no rule'} given; give exactly one of --rank, --energy and --data"
-            )
+    ranks: Mapping[str, int]
+    chosen_by: str
 
 
-@dataclass(frozen=True, slots=True)
-class ResizeOptions:
-    """Options besides the rule. All but `uniform` have an effect only with data."""
+def write_resized(
+    adapter: AdapterFolder,
+    out: Path,
+    choice: RankChoice,
+    moments: Mapping[str, Moments] | None = None,
+) -> Resized:
+    """Write `adapter` at the chosen ranks to `out`.
 
-    uniform: bool = False  # one rank for all modules, the largest that any of them needs
-    base: str | None = None  # the base model; None for the one that the adapter names
-    settings: SelectSettings = field(default_factory=lambda: make_settings({}))
-    ranks: Sequence[int] | None = None  # candidates; None for the powers of two
-    recover_steps: int = 0
-    learning_rate: float | None = None  # of recovery
-    on_rank: Callable[[int, float], None] = lambda _rank, _value: None
-    # what the adapter was trained on: left out of the scores, and read for K-FAC and recovery
-    train: Path | None = None
-    notice: Callable[[str], None] = lambda _: None  # receives each line for a person
-    on_event: Callable[[Evaluating], None] = lambda _: None
-
-
-def resize_adapter(path: Path, out: Path, rule: ResizeRule, options: ResizeOptions) -> Resized:
-    """Write the adapter in `path` at other ranks to `out`.
+    Modules with moments are truncated by K-FAC, the others by singular values. The error is that of s·B·A, of DoRA too.
 
     Raises:
-        InputError: the adapter, the rule, the data or `out` cannot be used; nothing is written.
-        RunError: recovery diverged.
+        ModelError: NaN weights, or an initialisation that changes the base.
+        RunFolderError: `out` exists or cannot be written.
     """
     require_absent(out)
-    adapter = open_adapter(path)
     require_plain_update(adapter)
-    if rule.data is not None:
-        return _by_data(adapter, out, rule.data, options)
-    return write_resized(adapter, out, _choice(adapter, rule, options))
+    tensors = write_truncated(adapter, out, choice, moments)
+    found = [one for pair in adapter.pairs for one in _distances(adapter, pair, _common(pair, choice.ranks), tensors)]
+    records = [
+        ModuleResize(
+            name=module.name, from_rank=module.rank, rank=rank, relative_delta_error=error / norm if norm > 0 else 0.0
+        )
+        for module, rank, error, norm in found
+    ]
+    ranks = {record.name: record.rank for record in records}
+    total, whole = math.hypot(*(one[2] for one in found)), math.hypot(*(one[3] for one in found))
+    return Resized(
+        rank=ranks[records[0].name] if len(set(ranks.values())) == 1 else None,
+        relative_delta_error=total / whole if whole > 0 else 0.0,
+        modules=records,
+        out=str(out),
+        parameters_before=sum(module.parameters for module in adapter.modules),
+        parameters_after=sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules),
+        bytes_before=adapter.weights.stat().st_size,
+        bytes_after=adapter.weights_in(out).stat().st_size,
+        chosen_by=choice.chosen_by,
+        notes=_notes(adapter, tensors),
+    )
 
 
-def _choice(adapter: AdapterFolder, rule: ResizeRule, options: ResizeOptions) -> RankChoice:
-    if rule.rank is not None:
-        return by_rank(adapter, rule.rank)
-    choice = _by_energy(adapter, rule.energy or 0.0)
-    largest = max(choice.ranks.values())
-    return replace(choice, ranks=dict.fromkeys(choice.ranks, largest)) if options.uniform else choice
+def require_plain_update(adapter: AdapterFolder) -> None:
+    """Refuse an adapter whose ΔW is not s·B·A alone.
+
+    Raises:
+        ModelError: the initialisation changes the base on loading.
+    """
+    if (init := adapter.base_changing_init) is not None:
+        raise ModelError(
+            f"{adapter.path}: init_lora_weights is {init!r}, which changes the base on loading, by an amount that depends on "
+            "the rank; convert it first: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+
+
+def _resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The configuration with the largest rank as `r` and a `rank_pattern` for the others; alphas do not change."""
+    by_address = {pair[0].address: _common(pair, ranks) for pair in adapter.pairs}
+    largest = max(by_address.values())
+    used = {key: value for key, value in adapter.config["alpha_pattern"].items() if key not in adapter.unused_patterns}
+    return dict(adapter.config) | {
+        "r": largest,
+        "rank_pattern": exact_pattern(by_address, largest, by_address),
+        "alpha_pattern": used,
+    }
+
+
+def _common(pair: Sequence[AdapterModule], ranks: Mapping[str, int]) -> int:
+    """The rank of the matrices of a pair: the largest of any, since they share tensors."""
+    return max(ranks[module.name] for module in pair)
+
+
+def write_truncated(
+    adapter: AdapterFolder, out: Path, choice: RankChoice, moments: Mapping[str, Moments] | None = None
+) -> dict[str, torch.Tensor]:
+    """As `write_resized`, without the error of what is written: most of the time of a large adapter."""
+    tensors = {key: adapter.tensor(key) for key in adapter.other_keys}
+    for pair in adapter.pairs:
+        tensors |= _new_tensors(adapter, pair, _common(pair, choice.ranks), moments or {})
+    write_like(adapter, out, _resized_config(adapter, choice.ranks), tensors)
+    return tensors
+
+
+def _distances(
+    adapter: AdapterFolder, pair: Sequence[AdapterModule], rank: int, tensors: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[AdapterModule, int, float, float]]:
+    """`(module, its new rank, ‖ΔW' − ΔW‖_F after rounding to the dtype of the file, ‖ΔW‖_F)` of each matrix of a pair."""
+    first = pair[0]
+    scaling = lora_scaling(first.lora_alpha, rank, adapter.use_rslora)
+    written = first.how.matrices(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
+    for module, (new_b, new_a) in zip(pair, written, strict=True):
+        b, a = adapter.factors(module)
+        before, after = (b * module.scaling, a), (new_b.numpy() * scaling, new_a.numpy())
+        none = np.zeros((module.rows, 0)), np.zeros((0, module.columns))
+        yield module, rank, factored_distance(*before, *after), factored_distance(*before, *none)
+
+
+def _new_tensors(
+    adapter: AdapterFolder,
+    pair: Sequence[AdapterModule],
+    rank: int,
+    moments: Mapping[str, Moments],
+) -> dict[str, torch.Tensor]:
+    """The tensors of a pair at `rank`."""
+    first = pair[0]
+    ratio = first.scaling / lora_scaling(first.lora_alpha, rank, adapter.use_rslora)
+    new = []
+    for module in pair:
+        b, a = map(torch.from_numpy, adapter.factors(module))
+        if rank == module.rank:
+            new.append((b * ratio, a))
+        else:
+            new.append(resized_factors(b, a, rank, ratio, moments.get(module.name), module.scaling))
+    old_a, old_b = adapter.tensor(first.a_key), adapter.tensor(first.b_key)
+    new_a, new_b = first.how.tensors(new, old_a, old_b)
+    tensors = {first.b_key: new_b.to(old_b.dtype).contiguous(), first.a_key: new_a.to(old_a.dtype).contiguous()}
+    if first.bias_key is not None:  # PEFT scales it as it scales B
+        bias = adapter.tensor(first.bias_key)
+        tensors[first.bias_key] = (bias.double() * ratio).to(bias.dtype)
+    if first.magnitude_key is not None:
+        tensors[first.magnitude_key] = adapter.tensor(first.magnitude_key)
+    return tensors
+
+
+def _notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    notes: list[str] = []
+    if adapter.unused_patterns:
+        notes.append(f"patterns that match no module were left out: {', '.join(adapter.unused_patterns)}")
+    if adapter.use_dora:
+        notes.append("DoRA: the magnitudes are kept; the error is that of s·B·A")
+    kept = [tensors[key].numel() for key in adapter.other_keys if not is_alpha(key)]
+    if kept:
+        notes.append(f"kept as they are: {len(kept)} tensors trained whole, {sum(kept):,} parameters")
+    return notes
 
 
 def by_rank(adapter: AdapterFolder, rank: int) -> RankChoice:
@@ -95,8 +194,8 @@ def by_rank(adapter: AdapterFolder, rank: int) -> RankChoice:
     return RankChoice({module.name: rank for module in adapter.modules}, f"rank {rank}")
 
 
-def _by_energy(adapter: AdapterFolder, fraction: float) -> RankChoice:
-    """The fewest singular values of each module with this fraction of its energy Σσ².
+def by_energy(adapter: AdapterFolder, fraction: float, uniform: bool) -> RankChoice:
+    """The fewest singular values of each module with this fraction of its energy Σσ²; `uniform`: the most that any needs.
 
     Raises:
         SettingsError: `fraction` is not above 0 and up to 1.
@@ -107,43 +206,9 @@ def _by_energy(adapter: AdapterFolder, fraction: float) -> RankChoice:
     for module in adapter.modules:
         s = factored_singular_values(*adapter.factors(module))
         ranks[module.name] = max(1, energy_rank(s, fraction) or module.rank)
+    if uniform:
+        ranks = dict.fromkeys(ranks, max(ranks.values()))
     return RankChoice(ranks, f"energy {fraction:g}")
-
-
-def _by_data(adapter: AdapterFolder, out: Path, data: Path, options: ResizeOptions) -> Resized:
-    # Only a measurement needs these heavy imports.
-    from rightrank.adapters.held_out import Candidates, Recovery, resize_by_data, scored_data
-    from rightrank.train.adapter_runtime import DataUse, adapter_runtime
-
-    if options.recover_steps and options.learning_rate is None:
-        raise SettingsError("--recover needs --learning-rate; give the one that the adapter was trained at")
-    if not any(module.scaling for module in adapter.modules):
-        raise ModelError(
-            f"{adapter.path}: lora_alpha is 0, so that the adapter changes nothing; verl's merger writes 0 where it does not know it: "
-            "set it in adapter_config.json"
-        )
-    ranks = candidate_ranks(adapter, options.ranks)
-    if options.recover_steps and options.train is None and None in read_rows(data):
-        options = replace(options, train=data)  # recovery needs training examples: the split that select makes
-    scored = scored_data(adapter, data, options.train, options.settings)
-    options.notice(scored.note)
-    measured = ", ".join(map(str, sorted(ranks, reverse=True)))
-    count = len(scored.splits.examples["selection"])
-    fewer = "" if count <= MANY_EXAMPLES else "; --set eval_items=1000 measures on fewer"
-    options.notice(f"measuring the base, then ranks {measured}, each on {count:,} examples{fewer}")
-    recovery = Recovery(options.recover_steps, options.learning_rate) if options.learning_rate else None
-    candidates = Candidates(
-        ranks,
-        recovery if options.recover_steps else None,
-        options.on_rank,
-        by_halves=scored.scores_training_examples,
-        on_event=options.on_event,
-    )
-    with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-        use = DataUse(data, options.settings, Path(name) / "cache", options.recover_steps, scored.splits)
-        runtime = adapter_runtime(adapter, options.base, use)
-        resized = resize_by_data(adapter, out, runtime, candidates, Path(name))
-    return resized.model_copy(update={"notes": [*resized.notes, scored.note], "scored_examples": count})
 
 
 def candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) -> list[int]:
@@ -163,3 +228,92 @@ def candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) 
                 raise SettingsError(f"rank {rank} cannot be reached by truncation; give ranks from 1 to {top}")
         return sorted({*asked, top})
     return sorted({2**power for power in range(top.bit_length()) if 2**power < top} | {top})
+
+
+NOT_PADDED = ("use_dora", "lora_bias")  # options that servers do not support
+
+
+def write_padded(source: Path, out: Path, rank: int, files: Mapping[str, bytes] | None = None) -> None:
+    """Write the adapter in `source` to `out` with `rank` in every module, an integer `lora_alpha` and no patterns.
+
+    Servers that support neither patterns nor rsLoRA take such an adapter. Rows of zeros appended to A and columns of zeros
+    appended to B leave B·A unchanged. A module whose scale differs from alpha/rank has the ratio multiplied into its B,
+    rounded to the file's dtype; as many modules as possible keep their numbers.
+
+    Raises:
+        ModelError: not a LoRA adapter, an adapter with DoRA or biases, or a module above `rank`.
+        RunFolderError: `out` exists or can't be written.
+    """
+    adapter = open_adapter(source)
+    _require_plain(adapter, rank)
+    scalings = [module.scaling for module in adapter.modules]
+    alpha = max(1, round(max(scalings, key=scalings.count) * rank))
+    tensors = {key: adapter.tensor(key) for key in adapter.other_keys}
+    for module in adapter.modules:
+        a, b = adapter.tensor(module.a_key), adapter.tensor(module.b_key)
+        ratio, more = module.scaling / (alpha / rank), rank - module.rank
+        if ratio != 1.0:
+            b = (b.double() * ratio).to(b.dtype)
+        tensors[module.a_key] = torch.cat([a, a.new_zeros(more, *a.shape[1:])], dim=0)
+        tensors[module.b_key] = torch.cat([b, b.new_zeros(b.shape[0], more, *b.shape[2:])], dim=1)
+    changes = {"r": rank, "lora_alpha": alpha, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    write_adapter(out, dict(adapter.config) | changes, tensors, source, files)
+
+
+def _require_plain(adapter: AdapterFolder, rank: int) -> None:
+    kinds = dict.fromkeys(module.how for module in adapter.modules)
+    obstacles = [name for name in NOT_PADDED if adapter.config.get(name)]
+    obstacles += [f"{kind.label} ({kind.why_not_padded})" for kind in kinds if kind.why_not_padded]
+    if adapter.base_changing_init is not None:
+        obstacles.append(f"init_lora_weights {adapter.base_changing_init}")
+    if obstacles:
+        raise ModelError(
+            f"{adapter.path}: an adapter with {obstacles[0]} can't be padded; merge it into the base to serve it"
+        )
+    if (above := max(adapter.modules, key=lambda module: module.rank)).rank > rank:
+        raise ModelError(f"{adapter.path}: {above.name} has rank {above.rank}, above {rank}; resize the adapter first")
+
+
+def write_like(
+    adapter: AdapterFolder,
+    out: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a changed adapter in the format of `adapter`: a folder of PEFT or mlx-lm, or a LoRA file.
+
+    PEFT's keeps what lies beside it, and gets further `files`.
+
+    Raises:
+        RunFolderError: `out` exists, or can't be written.
+    """
+    if adapter.mlx is not None:
+        _write_mlx(out, adapter.mlx, config, tensors)
+        return
+    if not adapter.is_file:
+        write_adapter(out, config, tensors, adapter.path, files)
+        return
+    _, metadata = read_header(adapter.path)
+    metadata = {name: str(config["r"]) if name == RANK else value for name, value in metadata.items()}
+    with creating(out), replacing(out) as temporary:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
+
+
+def _write_mlx(
+    out: Path, stored: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Write a folder that mlx-lm loads, whole or not at all: `stored` at the rank of `config`, and PEFT's tensors.
+
+    Raises:
+        ModelError: modules of several ranks.
+        RunFolderError: `out` exists, or can't be written.
+    """
+    if config["rank_pattern"] or config["alpha_pattern"]:
+        raise ModelError("mlx-lm loads one rank for all modules: add --uniform, or give one rank")
+    parameters = dict(stored["lora_parameters"]) | {"rank": config["r"], "scale": config["lora_alpha"] / config["r"]}
+    with creating(out), replacing_folder(out) as temporary:
+        named = {mlx_key(key): value.T.contiguous() for key, value in tensors.items()}
+        save_file(named, temporary / MLX_FILE, {"format": "mlx"})
+        text = json.dumps(dict(stored) | {"lora_parameters": parameters}, indent=4, sort_keys=True) + "\n"
+        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")

@@ -51,10 +51,9 @@ def inspect_gradient(model: str, data: str | Path, *, settings: SelectSettings |
     Raises:
         InputError: the model, the data or a module name can't be used.
     """
-    from rightrank.adapters.checkpoints import SKETCH_RANK
     from rightrank.adapters.checkpoints import inspect_gradient as spectra_of_gradient
 
-    return spectra_of_gradient(model, Path(data), settings or make_settings({}), SKETCH_RANK)
+    return spectra_of_gradient(model, Path(data), settings or make_settings({}))
 
 
 def resize(
@@ -100,29 +99,34 @@ def resize(
         InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
         RunError: recovery started and could not finish.
     """
+    given = {"--rank": rank, "--energy": energy, "--data": data}
+    names = [name for name, value in given.items() if value is not None]
     place, chosen = find_adapter(Path(adapter))
     _require_adapter(place)
     if chosen:
         notice(chosen)
+    if len(names) != 1:
+        raise SettingsError(
+            f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank, --energy and --data"
+        )
 
-    from rightrank.adapters.resize import ResizeOptions, ResizeRule, resize_adapter
+    from rightrank.adapters.resize import by_energy, by_rank, require_plain_update, write_resized
+    from rightrank.data.files import require_absent
+    from rightrank.models.adapter_files import open_adapter
 
-    given = given_values(settings)
-    options = ResizeOptions(
-        uniform,
-        base,
-        make_settings(given if margin is None else given | {"margin": margin}),
-        ranks,
-        recover_steps,
-        learning_rate,
-        on_rank,
-        None if train is None else Path(train),
-        notice,
-        on_event,
-    )
-    rule = ResizeRule(rank, energy, None if data is None else Path(data))
-    rule.require_one()
-    resized = resize_adapter(place, Path(out), rule, options)
+    require_absent(Path(out))
+    opened = open_adapter(place)
+    require_plain_update(opened)
+    if data is not None:
+        from rightrank.adapters.held_out import DataRule, resize_by_data  # heavier: they measure
+
+        read = make_settings(given_values(settings) | ({} if margin is None else {"margin": margin}))
+        trained = None if train is None else Path(train)
+        rule = DataRule(Path(data), trained, base, read, ranks, recover_steps, learning_rate, on_rank, notice, on_event)
+        resized = resize_by_data(opened, Path(out), rule)
+    else:
+        choice = by_rank(opened, rank) if rank is not None else by_energy(opened, energy or 0.0, uniform)
+        resized = write_resized(opened, Path(out), choice)
     return resized.model_copy(update={"notes": [chosen, *resized.notes]}) if chosen else resized
 
 

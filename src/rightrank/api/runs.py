@@ -1,22 +1,33 @@
-"""Verbs on a run folder: report, export, repair, status."""
+"""Verbs on results: `decide` on trainings that exist, and report, export, repair, status of a run folder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
-from rightrank.decision.run import Records, decision_so_far, last_decided, records_of
-from rightrank.hooks.event_log import PROGRESS_FILE
+from rightrank.decision import rule
+from rightrank.decision.run import Records, comparable, decide_on, decision_so_far, last_decided, metrics_of, records_of
+from rightrank.decision.table import table_of_results
+from rightrank.hooks.process import PROGRESS_FILE
 from rightrank.interop.exports import Exported, require_target, write_export
 from rightrank.interop.recipe import recipe_of
+from rightrank.interop.tables import TableOptions, flat, raw_rows, results_of_rows, rows_of_mappings
+from rightrank.report.answer import answer_view, labelled, notebook_html
+from rightrank.report.figures import figures_of, rank_figure
 from rightrank.report.status import RunStatus, is_fresh, run_status
+from rightrank.report.svg import svg_file, write_figures
+from rightrank.runs import plugins
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Repaired, collector_paused
+from rightrank.runs.values import first_command
+from rightrank.schema.command import next_commands
 from rightrank.schema.decision import Decision
-from rightrank.schema.errors import RunFolderError
+from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import JournalRecord
+from rightrank.schema.metrics import Checkpoint
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import TrialFinished
 
@@ -31,10 +42,12 @@ def write_report(run: str | Path) -> Path:
 
     folder, journal, records = _opened(run, settled=False)
     goal = _goal(records)
-    decision = None if goal == "adapter" else _decision(journal, records)
+    decision = None
+    if goal == "training-rank":
+        decision = decision_so_far(records) if (decided := last_decided(journal)) is None else decided.decision
     with report_disk_errors(folder.path):
         views.write_report(folder, records, decision, goal)
-        views.write_all_figures(folder, records, decision)
+        write_figures(folder.figures, [*figures_of(records, decision), *views.further_figures(folder.adapter)])
     return folder.report
 
 
@@ -62,12 +75,6 @@ def _opened(run: str | Path, *, settled: bool) -> tuple[RunFolder, list[JournalR
     return folder, journal, records_of(journal, str(folder.path))
 
 
-def _decision(journal: Sequence[JournalRecord], records: Records) -> Decision | None:
-    """The decision of the run, or the one so far."""
-    decided = last_decided(journal)
-    return decision_so_far(records) if decided is None else decided.decision
-
-
 def _goal(records: Records) -> Goal:
     """The goal of the last `select`; an own trainer's run without one asked for the training rank."""
     return "adapter" if records.started.settings.get("goal") == "adapter" else "training-rank"
@@ -91,8 +98,10 @@ def export(run: str | Path, to: str, out: str | Path | None = None) -> Exported:
     recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
     if records.adapters and records.adapters[-1].guard:
         recipe = replace(recipe, guard=records.adapters[-1].guard.sentence)
+    if out is not None:
+        require_absent(Path(out))
     with report_disk_errors(folder.path):
-        return write_export(to, recipe, _place(folder, to, out))
+        return write_export(to, recipe, folder.path / "exports" / to if out is None else Path(out))
 
 
 def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:
@@ -123,14 +132,6 @@ def repair(run: str | Path) -> Repaired:
         return folder.journal.repair()
 
 
-def _place(folder: RunFolder, to: str, out: str | Path | None) -> Path:
-    """The folder of an export: a folder that the user names must not exist, the run's own is replaced."""
-    if out is None:
-        return folder.path / "exports" / to
-    require_absent(Path(out))
-    return Path(out)
-
-
 @collector_paused()
 def status(run: str | Path) -> RunStatus:
     """Report where a run stands, from its files; nothing in the folder is written.
@@ -145,3 +146,101 @@ def status(run: str | Path) -> RunStatus:
         found = {}  # no process runs, or it has just ended
     progress = found if "progress" in found and is_fresh(found) else None
     return run_status(str(run), journal, records, _goal(records), folder.is_locked(), progress)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Decided:
+    """A decision on results that exist, and how the table was read."""
+
+    decision: Decision
+    understood: list[str]
+    adapter_sentence: str | None = None  # the answer to the first question, of a run folder that has one
+    next_commands: Sequence[str | None] = ()  # each next run as a command that can be pasted, of a run folder
+
+    @property
+    def next_command(self) -> str | None:
+        """The first of them; None if there is none."""
+        return first_command(self.next_commands)
+
+    def __repr__(self) -> str:
+        """The answer on one line; `print` shows it in full."""
+        found = self.decision
+        return f"Decided(rank={found.rank}, verdict={found.verdict!r}, margin={found.margin:g})"
+
+    def __str__(self) -> str:
+        view = answer_view(self.decision, commands=self.next_commands)
+        rows = [("decision", view.training_rank), *view.safe_rows(), *view.next_rows()]
+        return "\n".join([*self.understood, *labelled(rows, 10)])
+
+    def _repr_html_(self) -> str:
+        return notebook_html(answer_view(self.decision), "", svg_file(rank_figure(self.decision)))
+
+
+def decide(
+    results: str | Path | Iterable[Mapping[str, Any]],
+    *,
+    metric: str | None = None,
+    higher_is_better: bool | None = None,
+    margin: float | None = None,
+    confidence: float | None = None,
+    columns: Mapping[str, str] | None = None,
+    horizon_steps: int | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Decided:
+    """Decide on trainings that have finished, whoever ran them.
+
+    Args:
+        results: a CSV or JSONL file, a run folder, another tool's results (see docs/how-to/decide.md), or mappings in memory
+            with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`.
+        metric: the column of the held-out number, or its name where the column is `value`.
+        higher_is_better: None for that of a metric with a known name; any other needs it.
+        margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
+        confidence: name the smallest rank that is enough with this probability, where one seed was trained; None for the rule.
+        columns: canonical name → column, where a column has an unusual name.
+        horizon_steps: the length of training to answer for.
+        checkpoint: which evaluation of each training is compared, where there are several: `last` or `best`; None
+            for that of a run folder, else the last.
+
+    Raises:
+        ResultsError: the table can't be used; the message names file and row.
+    """
+    asked = TableOptions(metric, higher_is_better, columns or {}, margin)
+    further: dict[str, Any] = {"horizon_steps": horizon_steps, "confidence": confidence}
+    if isinstance(results, str | Path):
+        folder = RunFolder(Path(results))
+        if folder.journal.path.is_file():
+            return _decide_run(folder, asked, further | {"checkpoint": checkpoint})
+        where, rows = str(results), raw_rows(Path(results))
+    else:
+        where, rows = "results", rows_of_mappings(results)
+    if (decided := plugins.first(lambda plugin: plugin.decide_rows(rows, margin))) is not None:
+        return Decided(*decided)
+    read = results_of_rows(flat(rows), asked, where)
+    decision = rule.decide(table_of_results(read), margin, checkpoint=checkpoint or "last", **further)
+    return Decided(decision, read.understood)
+
+
+def _decide_run(folder: RunFolder, asked: TableOptions, further: Mapping[str, Any]) -> Decided:
+    """Decide on a run folder, at the run's own metric and margin unless the question gives others."""
+    records = records_of(folder.journal.read(), str(folder.path))
+    started = records.started
+    direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
+    metric = asked.metric or started.metric
+    known = metrics_of(records)
+    if metric not in known or (started.data.form == "own" and metric != started.metric):
+        raise ResultsError(f"{folder.path}: the run has no metric {metric!r}; it has {', '.join(known)}")
+    ranks = {outcome.rank for outcome in records.finished() if outcome.rank > 0 and outcome.arm.is_direct}
+    if records.adapters and len(ranks) < 2:
+        raise ResultsError(
+            f"{folder.path}: one rank was trained, so the rank to train at is open (rightrank select with --goal training-rank "
+            f"continues the run); the adapter: {records.adapters[-1].answer.sentence}"
+        )
+    outcomes, margin = direct, asked.margin
+    if metric == started.metric:
+        outcomes = comparable(records)
+        own = started.settings.get("margin")
+        margin = own if margin is None and isinstance(own, int | float) else margin
+    decision = decide_on(records, outcomes, metric, margin, higher=asked.higher_is_better, **further)
+    adapter = records.adapters[-1].answer.sentence if records.adapters else None
+    commands = next_commands(started, decision, str(folder.path), asked.margin) if metric == started.metric else []
+    return Decided(decision, [f"{len(direct)} trainings of a run folder"], adapter, commands)

@@ -63,7 +63,7 @@ def select_rank(
         KeyboardInterrupt: Ctrl-C; the step ended and checkpoints were written. The same call resumes.
     """
     from rightrank.data.files import report_disk_errors
-    from rightrank.hooks.interrupts import Interrupts
+    from rightrank.hooks.process import Interrupts
     from rightrank.hooks.trackers import Trackers
     from rightrank.runs.folder import RunFolder
     from rightrank.runs.values import Request, check

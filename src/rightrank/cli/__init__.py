@@ -14,8 +14,7 @@ from contextlib import suppress
 import click
 
 from rightrank.cli.adapters import compare, inspect, resize
-from rightrank.cli.decide import decide
-from rightrank.cli.runs import export, path, repair, report, status
+from rightrank.cli.runs import decide, export, path, repair, report, status
 from rightrank.cli.select import demo, select
 from rightrank.runs import plugins
 from rightrank.schema.errors import RightrankError, is_out_of_memory, one_line

@@ -14,7 +14,7 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings, make_settings
 
 if TYPE_CHECKING:
-    from rightrank.hooks.event_log import JsonLog
+    from rightrank.hooks.process import JsonLog
     from rightrank.hooks.terminal import View
 
 EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
@@ -34,13 +34,11 @@ EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the effective rank by layer to this .svg file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(
-    adapter: Path | None,
-    base: Path | None,
-    finetuned: Path | None,
     gradient: tuple[str, str] | None,
     assignments: tuple[str, ...],
     plot: Path | None,
     as_json: bool,
+    **places: Path | None,
 ) -> None:
     """Show the singular spectrum of every module of a LoRA ADAPTER.
 
@@ -48,17 +46,17 @@ def inspect(
     gradient of the loss before any training.
     """
     from rightrank.api import adapters as api
-    from rightrank.report.spectra import inspection_text, layer_figure
+    from rightrank.report.adapters import inspection_text, layer_figure
     from rightrank.report.svg import write_plot
 
     if gradient is not None:
-        if adapter is not None or base is not None or finetuned is not None:
+        if any(place is not None for place in places.values()):
             raise SettingsError("--gradient can't be combined with an adapter, --base or --finetuned: leave them out")
         found = api.inspect_gradient(*gradient, settings=make_settings(gather(None, assignments, {})))
     elif assignments:
         raise SettingsError("--set needs --gradient MODEL DATA: give both, or leave it out")
     else:
-        found = api.inspect(adapter, base=base, finetuned=finetuned)
+        found = api.inspect(**places)
     if plot is not None:
         write_plot(layer_figure(found.modules), plot)
     click.echo(found.model_dump_json() if as_json else inspection_text(found))
@@ -87,7 +85,12 @@ def inspect(
 )
 @click.option("--ranks", callback=comma, help="With --data: ranks to measure (default: powers of two).")
 @click.option(
-    "--recover", type=int, default=0, show_default=True, help="With --data: training steps after each truncation."
+    "--recover",
+    "recover_steps",
+    type=int,
+    default=0,
+    show_default=True,
+    help="With --data: training steps after each truncation.",
 )
 @click.option("--learning-rate", type=float, help="With --recover: the learning rate.")
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
@@ -99,46 +102,33 @@ def inspect(
 def resize(
     adapter: Path,
     out: Path,
-    rank: int | None,
-    energy: float | None,
-    data: Path | None,
-    train: Path | None,
     margin: float | None,
     ranks: list[str] | None,
-    recover: int,
-    learning_rate: float | None,
-    base: str | None,
-    uniform: bool,
     assignments: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     log_json: bool,
+    **rule: Any,
 ) -> None:
     """Write ADAPTER to OUT at another rank and report the truncation error."""
     from rightrank.api import adapters as api
-    from rightrank.report.spectra import resized_text
+    from rightrank.report.adapters import resized_text
 
-    needing = {"--margin": margin, "--ranks": ranks, "--recover": recover, "--set": assignments}
-    alone = next((option for option, value in (needing | {"--train": train, "--base": base}).items() if value), None)
-    if alone is not None and data is None:
+    needing = {"--margin": margin, "--ranks": ranks, "--recover": rule["recover_steps"], "--set": assignments}
+    needing |= {"--train": rule["train"], "--base": rule["base"]}
+    alone = next((option for option, value in needing.items() if value), None)
+    if alone is not None and rule["data"] is None:
         raise SettingsError(f"{alone} goes with --data FILE, which was not given; give both, or leave it out")
     with _view(quiet, log_json) as view:
         resized = api.resize(
             adapter,
             out,
-            rank=rank,
-            energy=energy,
-            data=data,
-            train=train,
             ranks=whole_numbers(ranks, "--ranks"),
-            recover_steps=recover,
-            learning_rate=learning_rate,
-            base=base,
-            uniform=uniform,
             settings=make_settings(gather(None, assignments, {"margin": margin})),
             on_rank=lambda at, value: view.say(f"rank {at}: held-out {value:.4f}"),
             notice=view.say,
             on_event=view.on_event,
+            **rule,
         )
     click.echo(resized.model_dump_json() if as_json else resized_text(resized))
 
@@ -147,7 +137,7 @@ def _view(quiet: bool, log_json: bool) -> AbstractContextManager[View | JsonLog]
     """What shows the progress of evaluations on stderr."""
     from rich.console import Console
 
-    from rightrank.hooks.event_log import JsonLog
+    from rightrank.hooks.process import JsonLog
     from rightrank.hooks.terminal import make_view
 
     return nullcontext(JsonLog(sys.stderr)) if log_json else make_view(Console(stderr=True), quiet)

@@ -97,7 +97,7 @@ def _print_selected(selected: Selected, as_json: bool) -> None:
 
 def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> None:
     from rightrank.api.selecting import preflight
-    from rightrank.report.tables import preflight_text
+    from rightrank.report.terminal import preflight_text
     from rightrank.schema.settings import make_settings
 
     found = preflight(model, data, settings=make_settings(values))
@@ -132,8 +132,7 @@ def _watched(run: Callable[[list[Hook]], Selected], quiet: bool, out: Path, log_
         announce("checking the request, then loading model and data")
     from rich.console import Console
 
-    from rightrank.hooks.event_log import JsonLog, ProgressFile
-    from rightrank.hooks.interrupts import Interrupts
+    from rightrank.hooks.process import Interrupts, JsonLog, ProgressFile
     from rightrank.hooks.terminal import make_view
 
     with ExitStack() as opened:

@@ -1,7 +1,4 @@
-"""The certificate of a selection: one arm trained again, alone.
-
-The certificate: one arm of the run is trained again, alone, and compared with its result in the run.
-"""
+"""The certificate of a selection: one arm is trained again, alone, and compared with its result in the run."""
 
 from __future__ import annotations
 
@@ -98,7 +95,9 @@ def certify(
     again = run_trial(runtime, Trial(trial_id=trial.trial_id, arm=arm), None, folders, listener)
     if not isinstance(again, TrialFinished):
         raise RunError(f"{arm.label()} ended without a result when trained again alone: {again.reason}")
-    step, run = _largest_differences(trial.train_losses, again.train_losses)
+    losses = zip(trial.train_losses, again.train_losses, strict=True)
+    differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in losses] or [0.0]
+    step, run = differences[0], max(differences)
     tensors = _tensor_difference(
         load_file(adapter / "adapter_model.safetensors"), load_file(folders.adapter / "adapter_model.safetensors")
     )
@@ -119,13 +118,6 @@ def certify(
         exact=exact,
         passed=exact_enough if exact else within_noise,
     )
-
-
-def _largest_differences(one: list[float], other: list[float]) -> tuple[float, float]:
-    """The difference `(at the first step, at the worst step)`, relative to `other`."""
-    assert len(one) == len(other)
-    differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in zip(one, other, strict=True)]
-    return (differences[0], max(differences)) if differences else (0.0, 0.0)
 
 
 def _tensor_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:

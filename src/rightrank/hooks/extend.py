@@ -35,7 +35,10 @@ def select_extended(request: Request, folder: RunFolder, hooks: Sequence[Hook]) 
         if set(run.settings.ranks) == set(settings.ranks) and further.ranks != settings.ranks:
             break  # the next rank does not fit the memory
         why = selected.answers["adapter_sentence"] if selected.decided is None else selected.decided.sentence
-        run.notes = [*run.notes, f"extending: {why} {_what(settings, further)}"]
+        rank = next(iter(sorted(set(further.ranks) - set(settings.ranks))), None)
+        rate = next(iter(sorted(set(further.learning_rates) - set(settings.learning_rates))), 0.0)
+        what = f"rank {rank}" if rank is not None else f"learning rate {rate:.3g}"
+        run.notes = [*run.notes, f"extending: {why} Adding {what}."]
         selected = complete(run)
         if selected.cost["trainings"] == before:
             break  # the budget is spent
@@ -59,9 +62,3 @@ def extended(settings: SelectSettings, selected: Selected) -> SelectSettings | N
         rates = tuple(sorted({*settings.learning_rates, *wanted.learning_rates}))
         further = settings.model_copy(update={"learning_rates": rates})
     return None if further == settings else further
-
-
-def _what(before: SelectSettings, after: SelectSettings) -> str:
-    ranks = sorted(set(after.ranks) - set(before.ranks))
-    rates = sorted(set(after.learning_rates) - set(before.learning_rates))
-    return f"Adding rank {ranks[0]}." if ranks else f"Adding learning rate {rates[0]:.3g}."

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rightrank.decision.comparison import CONFIDENCE, normal_quantile
 from rightrank.hooks.terminal import left_out
 from rightrank.report.format import duration
-from rightrank.report.tables import labels_line, memory_lines, took_line
+from rightrank.report.terminal import labels_line, memory_lines, took_line
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.plugins import Clock
 from rightrank.runs.prepare import prepare, strategy_of
 from rightrank.runs.values import Prepared, Request, Selected
-from rightrank.schema.events import Event, RunStarted, SelectionPlanned, TimeExpected
+from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
 from rightrank.schema.metrics import TOKEN_LOSS_MARGIN, default_margin, kind_of
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank
-from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import split_name
 from rightrank.search.history import MIN_RECOVERY_PART, recovery_steps, seconds_of, steps_of
 from rightrank.search.protocol import SelectionCost, Strategy
@@ -43,7 +43,7 @@ def preflight(request: Request, begun: float) -> Preflight:
         found = _preflight_of(prepared, strategy, clock)
         if clock is not None:
             notes.append(f"time: measured on this device: {clock.basis}, then discarded")
-        notes += [*_kind_lines(prepared), *_adapter_lines(prepared)]
+        notes += _adapter_lines(prepared)
         before, seconds = plugins.outlook(prepared.started), time.monotonic() - begun
         return found.model_copy(update={"before": before, "preparation_seconds": seconds, "notes": notes})
 
@@ -55,7 +55,17 @@ def clock_of(prepared: Prepared) -> Clock | None:
 
 def _preflight_of(prepared: Prepared, strategy: Strategy, clock: Clock | None) -> Preflight:
     """The preflight of a prepared selection; `clock` gives its time."""
-    settings, data = prepared.settings, prepared.started.data
+    settings, data, planned = prepared.settings, prepared.started.data, prepared.planned
+    peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
+    ranks = [
+        PreflightRank(
+            rank=rank,
+            peak_bytes=peaks.get(rank),
+            needed_bytes=needed.get(rank),
+            fits=None if planned is None or planned.memory_bytes is None else rank in planned.ranks,
+        )
+        for rank in sorted(peaks) or settings.ranks
+    ]
     return Preflight(
         metric=settings.metric_name,
         margin=_margin(prepared),
@@ -66,29 +76,12 @@ def _preflight_of(prepared: Prepared, strategy: Strategy, clock: Clock | None) -
         left_out=left_out(data),
         longest=prepared.runtime.data.longest,
         seq_len=settings.seq_len,
-        ranks=_ranks(prepared),
-        memory_bytes=prepared.planned.memory_bytes if prepared.planned else None,
+        ranks=ranks,
+        memory_bytes=planned.memory_bytes if planned else None,
         cost=_cost(prepared, strategy, clock),
         preparation_seconds=0.0,
         seeds=len(settings.seeds),
     )
-
-
-def _ranks(prepared: Prepared) -> list[PreflightRank]:
-    planned = prepared.planned
-    if planned is None:
-        return [
-            PreflightRank(rank=rank, peak_bytes=None, needed_bytes=None, fits=None) for rank in prepared.settings.ranks
-        ]
-    return [
-        PreflightRank(
-            rank=rank,
-            peak_bytes=planned.peak_bytes[rank],
-            needed_bytes=planned.needed_bytes[rank],
-            fits=None if planned.memory_bytes is None else rank in planned.ranks,
-        )
-        for rank in sorted(planned.peak_bytes)
-    ]
 
 
 def _cost(prepared: Prepared, strategy: Strategy, clock: Clock | None) -> PreflightCost:
@@ -119,58 +112,44 @@ def _margin(prepared: Prepared) -> float | None:
 TYPICAL_DEVIATION = 0.02
 
 
-def _kind_lines(prepared: Prepared) -> list[str]:
-    """What the kind of the adapters changes, and the parameters of experts that `all-linear` leaves out."""
+def _adapter_lines(prepared: Prepared) -> Iterator[str]:
+    """What the kind of the adapters changes, and what the first question's answer can rest on."""
     targets = prepared.runtime.targets
-    lines = [] if targets.why_alone is None else [targets.why_alone]
-    left_out = ",".join(targets.left_out)
-    if left_out:
-        lines.append(
+    if targets.why_alone is not None:
+        yield targets.why_alone
+    if left_out := ",".join(targets.left_out):
+        yield (
             f"all-linear adapts modules alone; PEFT's also adapts the parameters {left_out}: for adapters on them, which "
             f"train alone, --set target_parameters={left_out}"
         )
-    return lines
-
-
-def _adapter_lines(prepared: Prepared) -> list[str]:
-    """What the first question's answer can rest on; a line each."""
-    reason = prepared.runtime.targets.why_not_truncated
-    if reason is not None:
-        return [f"no adapter is truncated ({reason}): the rank to train at is sought from trainings alone"]
-    return [
-        f"top rank {max(prepared.settings.ranks)}: trained once, then truncated to lower ranks for the adapter",
-        *_recovery_lines(prepared),
-        *_margin_lines(prepared),
-    ]
-
-
-def _recovery_lines(prepared: Prepared) -> list[str]:
-    """Says so where no training example is left for recovery."""
+    if targets.why_not_truncated is not None:
+        yield f"no adapter is truncated ({targets.why_not_truncated}): the rank to train at is sought from trainings alone"
+        return
+    yield f"top rank {max(prepared.settings.ranks)}: trained once, then truncated to lower ranks for the adapter"
     steps, unseen = prepared.steps, prepared.unseen_steps
-    if recovery_steps(steps, unseen):
-        return []
-    needed = math.ceil(MIN_RECOVERY_PART * steps)
-    return [
-        f"no recovery after truncation: it takes training examples that no training sees, for {needed} steps or more, and "
-        f"there are {unseen} steps of them; the adapter is sought among plain truncations (a lower --max-steps leaves more)"
-    ]
+    if not recovery_steps(steps, unseen):
+        yield (
+            f"no recovery after truncation: it takes training examples that no training sees, for {math.ceil(MIN_RECOVERY_PART * steps)} "
+            f"steps or more, and there are {unseen} steps of them; the adapter is sought among plain truncations (a lower --max-steps "
+            "leaves more)"
+        )
+    yield from _margin_lines(prepared)
 
 
-def _margin_lines(prepared: Prepared) -> list[str]:
+def _margin_lines(prepared: Prepared) -> Iterator[str]:
     """Says so where the margin is below what the validation examples can show."""
     settings = prepared.settings
     if settings.metric_name != "loss" or not prepared.is_token_loss:
-        return []
+        return
     margin = TOKEN_LOSS_MARGIN if settings.margin is None else settings.margin
     examples = prepared.started.data.splits["selection"].items
     reach = normal_quantile(CONFIDENCE) * TYPICAL_DEVIATION
-    if reach / math.sqrt(examples) < margin:
-        return []
-    return [
-        f"margin {margin:g} is likely below what {examples} validation examples can show of an adapter: about "
-        f"{math.ceil((reach / margin) ** 2):,} are needed (an estimate: a truncation to a quarter of the top rank typically "
-        f"differs by {TYPICAL_DEVIATION:g} nats from example to example); give more data and --eval-items, or a wider --margin"
-    ]
+    if reach / math.sqrt(examples) >= margin:
+        yield (
+            f"margin {margin:g} is likely below what {examples} validation examples can show of an adapter: about "
+            f"{math.ceil((reach / margin) ** 2):,} are needed (an estimate: a truncation to a quarter of the top rank typically "
+            f"differs by {TYPICAL_DEVIATION:g} nats from example to example); give more data and --eval-items, or a wider --margin"
+        )
 
 
 MIN_STEPS = 30  # of a training; the measured steps of a shorter one would be a noticeable part of it
@@ -213,10 +192,15 @@ class Outlook(Hook):
         found = _preflight_of(prepared, run.strategy, clock)
         before = plugins.outlook(prepared.started)
         lines = [*before, labels_line(found), *memory_lines(found), *lines]
-        for line in [*lines, *_kind_lines(prepared), *_adapter_lines(prepared)]:
+        for line in [*lines, *_adapter_lines(prepared)]:
             run.notice(line)
         if end_metrics(prepared.settings):
-            run.notice(_answers_line(prepared.settings, prepared.started))
+            names = [spec.name for spec in prepared.settings.metric_specs if not spec.is_measured_along]
+            run.notice(
+                f"{', '.join(names)}: measured on the base, at the end of each training, and on the test split: "
+                f"{prepared.started.data.splits['selection'].items} examples, at most {prepared.settings.max_new_tokens} new tokens "
+                "each where the model writes; the time is reported after the base"
+            )
 
 
 def time_line(cost: SelectionCost, measured: str, budget_hours: float | None) -> str:
@@ -230,16 +214,6 @@ def time_line(cost: SelectionCost, measured: str, budget_hours: float | None) ->
         without = "" if expected <= allowed else f"; without the budget of time about {duration(expected)}"
         return f"time: about {duration(min(expected, allowed))}, at most {duration(allowed)}{without} ({basis})"
     return f"time: about {duration(expected)}, at most {duration(most)} ({basis})"
-
-
-def _answers_line(settings: SelectSettings, started: RunStarted) -> str:
-    """When the metrics besides the loss are measured, and on how many examples."""
-    names = [spec.name for spec in settings.metric_specs if not spec.is_measured_along]
-    examples = started.data.splits["selection"].items
-    return (
-        f"{', '.join(names)}: measured on the base, at the end of each training, and on the test split: "
-        f"{examples} examples, at most {settings.max_new_tokens} new tokens each where the model writes; the time is reported after the base"
-    )
 
 
 def _cost_line(strategy: Strategy, steps: int) -> str:

@@ -7,15 +7,11 @@ import time
 from pathlib import Path
 
 from rightrank.data.files import replacing, write_text
-from rightrank.decision.adapter import compared_adapters, making_of
-from rightrank.decision.run import Records, decision_so_far, question_of
-from rightrank.report.adapters import candidate_table, figure_of
-from rightrank.report.card import CURVE, PICTURE, AdapterCardFacts, model_card
+from rightrank.decision.run import Records, decision_so_far
+from rightrank.report.adapters import spectrum_figure
 from rightrank.report.figure import Figure
-from rightrank.report.figures import figures_of
-from rightrank.report.html import render_report
-from rightrank.report.sentences import test_rows
-from rightrank.report.spectra import spectrum_figure
+from rightrank.report.figures import adapter_figure, figures_of
+from rightrank.report.html import CURVE, PICTURE, model_card, render_report
 from rightrank.report.svg import write_figures
 from rightrank.runs import plugins
 from rightrank.runs.folder import RunFolder
@@ -47,7 +43,7 @@ class Report(Hook):
         if run is None:
             return
         if isinstance(event, AdapterRecorded):
-            _write_card(run, event, None)
+            _write_card(run, None)
             _write_views(run, None)
         if isinstance(event, RunStopped) or (isinstance(event, OUTCOMES) and time.monotonic() >= self._next):
             started = time.monotonic()
@@ -60,7 +56,7 @@ class Report(Hook):
     def on_end(self, run: Run, selected: Selected) -> None:
         write_figures(run.folder.figures, figures_of(run.records, selected.decided))
         if selected.adapter is not None:
-            _write_card(run, run.records.adapters[-1], selected.decided)
+            _write_card(run, selected.decided)
         _write_views(run, selected.decided)
         write_figures(run.folder.figures, further_figures(run.folder.adapter))
 
@@ -73,27 +69,16 @@ def _write_views(run: Run, decision: Decision | None) -> None:
     write_report(run.folder, run.records, decision, goal)
 
 
-def _write_card(run: Run, recorded: AdapterRecorded, decision: Decision | None) -> None:
+def _write_card(run: Run, decision: Decision | None) -> None:
     """Write the adapter's card, with its figures, into `adapter/`."""
-    records, folder, answer = run.records, run.folder, recorded.answer
-    metric = records.started.metric
-    adapters = compared_adapters(answer, records.outcomes, question_of(records))
-    write_figures(folder.figures, [figure_of(answer, adapters, metric, records.started.higher_is_better)])
-    chosen = run.finished(answer.trial_id)
-    facts = AdapterCardFacts(
-        sentence=answer.sentence,
-        making=making_of(chosen, records.finished()),
-        handed_over=recorded.handed_over,
-        margin=answer.margin,
-        candidates=candidate_table(answer, metric),
-        guard=recorded.guard,
-    )
-    card = model_card(records.started, chosen, decision, test_rows(records), facts)
+    records, folder = run.records, run.folder
+    figure = adapter_figure(records)
+    write_figures(folder.figures, [] if figure is None else [figure])
     for name in (PICTURE, CURVE):
         if (folder.figures / name).exists():
             with replacing(folder.adapter / name) as temporary:
                 shutil.copy2(folder.figures / name, temporary)
-    write_text(folder.adapter / "README.md", card)
+    write_text(folder.adapter / "README.md", model_card(records, decision))
 
 
 def write_report(folder: RunFolder, records: Records, decision: Decision | None, goal: Goal) -> None:
@@ -110,11 +95,6 @@ def write_report(folder: RunFolder, records: Records, decision: Decision | None,
         before=plugins.outlook(records.started, None if decision is None else decision.rank),
     )
     write_text(folder.report, page)
-
-
-def write_all_figures(folder: RunFolder, records: Records, decision: Decision | None) -> None:
-    """Write every figure to the run's folder of figures."""
-    write_figures(folder.figures, [*figures_of(records, decision), *further_figures(folder.adapter)])
 
 
 def further_figures(adapter: Path) -> list[Figure]:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from rightrank.hooks.progress import Progress
 from rightrank.report.format import quantity
-from rightrank.report.terminal_figures import MAX_CURVE_WIDTH, terminal_curve
+from rightrank.report.terminal import MAX_CURVE_WIDTH, terminal_curve
 from rightrank.runs.hook import Hook
 from rightrank.schema.events import DataSummary, Event, Notice, RunStarted, SelectionPlanned
 from rightrank.schema.trials import OUTCOMES, split_name
@@ -151,16 +151,11 @@ def lines_of(event: Event) -> list[str]:
     return []
 
 
-def _is_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
-    ipython: Any = sys.modules.get("IPython")
-    shell = None if ipython is None else ipython.get_ipython()
-    return type(shell).__name__ == "ZMQInteractiveShell"
-
-
 def make_view(console: Console, quiet: bool) -> View:
     """`LiveView` on a terminal; `PlainView` in a pipe, with `NO_COLOR` or if `quiet`; `NotebookView` in a notebook."""
-    if _is_notebook() and not quiet:
+    ipython: Any = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    if type(shell).__name__ == "ZMQInteractiveShell" and not quiet:
         return NotebookView()
     return LiveView(console) if console.is_terminal and not (quiet or console.no_color) else PlainView(console, quiet)
 

@@ -1,13 +1,19 @@
-"""The roles of a table's columns, by synonyms, and what names of trainings say."""
+"""What tables and folders of results mean: the roles of columns by synonyms, the names of trainings, the states of transformers' Trainer.
+
+A folder of trainings gives rank, learning rate and seed by the adapters in it, or by names such as `r2-seed0-lr5e-3`. The results of Optuna
+and MLflow are tables that pandas holds: `study.trials_dataframe()`, `mlflow.search_runs()`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from rightrank.data.rows import Row
+from rightrank.data.files import UnreadableError, read_json_object
+from rightrank.data.rows import FILE_TYPES, Row
 from rightrank.schema.errors import ResultsError, did_you_mean
 from rightrank.schema.metrics import direction
 
@@ -95,6 +101,11 @@ def names_of(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.fields))
 
 
+def texts_of(rows: Iterable[Row], column: str) -> list[str]:
+    """The different texts of a column's cells that are not blank, sorted."""
+    return sorted({str(row.fields.get(column)) for row in rows if not is_blank(row.fields.get(column))})
+
+
 def rows_of_names(rows: list[Row], mapping: Mapping[str, str]) -> list[Row]:
     """Rows whose rank is in their name alone (`lora-r16-seed0`), with what the names say as columns; others as they are."""
     names = names_of(rows)
@@ -102,9 +113,8 @@ def rows_of_names(rows: list[Row], mapping: Mapping[str, str]) -> list[Row]:
         return rows
     for name in names:
         told = [settings_of_name(str(row.fields.get(name) or "")) for row in rows]
-        if len({settings.get("rank") for settings in told} - {None}) > 1 and all(
-            "rank" in settings for settings in told
-        ):
+        ranks = {settings.get("rank") for settings in told}
+        if len(ranks) > 1 and None not in ranks:
             return [Row({**settings, **row.fields}, row.where) for settings, row in zip(told, rows, strict=True)]
     return rows
 
@@ -183,3 +193,87 @@ def _first(candidates: Iterable[str], by_plain: Mapping[str, str]) -> str | None
 def listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_MAX_NAMES])
     return f"{shown}, … ({len(names)} in all)" if len(names) > _MAX_NAMES else shown or "no columns"
+
+
+DATABASES = (".db", ".sqlite", ".sqlite3")
+STATE = "trainer_state.json"
+
+
+def import_rows(source: Path) -> list[Row] | None:
+    """Rows of a folder of trainings by transformers' Trainer; None for a plain table.
+
+    Raises:
+        ResultsError: a file that can't be read, or a folder without known results.
+    """
+    if source.suffix.lower() in DATABASES:
+        raise ResultsError(
+            f"{source}: databases are not read; give Optuna's study.trials_dataframe() or mlflow.search_runs(), as a CSV file or in Python"
+        )
+    if not source.is_dir():
+        return None
+    if states := sorted(source.rglob(STATE)):
+        return _trainer_rows(source, [path.parent for path in states])
+    if not any(path.suffix.lower() in FILE_TYPES for path in source.iterdir()):
+        raise ResultsError(
+            f"{source}: the folder holds no known results; give a run folder, trainer_state.json files, or a folder of CSV or "
+            "JSONL files"
+        )
+    return None
+
+
+def settings_from_path(folder: Path, root: Path) -> dict[str, Any]:
+    """`rank`, `lr` and `seed` where known: from the nearest adapter_config.json up to `root`, then from names.
+
+    Raises:
+        ResultsError: an adapter_config.json that isn't JSON.
+    """
+    places = [folder, *(place for place in folder.parents if place == root or root in place.parents)]
+    settings: dict[str, Any] = {}
+    for place in places:
+        settings = settings_of_name(place.name) | settings
+    for place in places:
+        paths = [place / "adapter_config.json", *sorted(place.glob("*/adapter_config.json"))]
+        found = [_object(path).get("r") for path in paths if path.is_file()]
+        ranks = {rank for rank in found if isinstance(rank, int)}
+        if ranks:
+            return settings | {"rank": ranks.pop()} if len(ranks) == 1 else settings
+    return settings
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path)
+    except UnreadableError as error:
+        raise ResultsError(f"{path}: not JSON ({error}); restore the file, or leave its folder out") from None
+
+
+def _trainer_rows(source: Path, folders: Sequence[Path]) -> list[Row]:
+    """One row for each evaluation of each training, of its last checkpoint, which holds the whole history."""
+    last: dict[Path, tuple[int, Path, dict[str, Any]]] = {}
+    for folder in folders:
+        training = folder.parent if folder.name.startswith("checkpoint-") else folder
+        state = _object(folder / STATE)
+        step = state.get("global_step")
+        place = (step if isinstance(step, int) else 0, folder, state)
+        last[training] = max(last.get(training, place), place, key=lambda one: one[:2])
+    found = [
+        row
+        for training, (_, folder, state) in last.items()
+        for row in _evaluations(folder / STATE, state, settings_from_path(folder, source), training.name)
+    ]
+    if not found:
+        raise ResultsError(f"{source}: the {STATE} files hold no evaluation (eval_loss); train with eval_strategy set")
+    return found
+
+
+def _evaluations(path: Path, state: dict[str, Any], settings: dict[str, Any], training: str) -> Iterator[Row]:
+    """The looks of a training; its learning rate is the highest that was logged, where no name says it."""
+    log = state.get("log_history")
+    entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
+    rates = [rate for entry in entries if isinstance(rate := entry.get("learning_rate"), int | float)]
+    shared = ({"lr": max(rates)} if rates else {}) | settings | {"trial": training}
+    for entry in entries:
+        shared |= {"train_loss": entry["loss"]} if "loss" in entry else {}
+        held_out = {name: value for name, value in entry.items() if name.startswith("eval_")}
+        if held_out and isinstance(entry.get("step"), int):
+            yield Row({**shared, "step": entry["step"], **held_out}, f"{path}: step {entry['step']}")

@@ -16,7 +16,7 @@ import yaml
 from rightrank.data.files import replacing_folder
 from rightrank.interop.recipe import Recipe
 from rightrank.models.ranks import rank_change_line, rate_warning, served_rank
-from rightrank.report.sentences import loading_lines
+from rightrank.report.html import loading_lines
 from rightrank.runs import plugins
 from rightrank.schema.errors import SettingsError, did_you_mean
 
@@ -161,8 +161,8 @@ def _trl(recipe: Recipe) -> Written:
         "use_rslora": recipe.use_rslora,
         "lora_target_modules": recipe.explicit_targets,
         "lora_task_type": recipe.task_type,
-        "max_length": recipe.max_length,
-        **_transformers_arguments(recipe),
+        "max_length": recipe.settings.seq_len,
+        **_training_arguments(recipe),
     }
     values |= _given(
         lora_modules_to_save=list(recipe.modules_to_save),
@@ -170,7 +170,7 @@ def _trl(recipe: Recipe) -> Written:
         lora_target_parameters=list(recipe.target_parameters),
     )
     if recipe.form == "preference":
-        values |= {"beta": recipe.beta, "loss_type": ["sigmoid"]}
+        values |= {"beta": recipe.settings.beta, "loss_type": ["sigmoid"]}
     notes = _lacking(recipe, "TRL's command line", ("use_dora", "target_parameters")) + _column_notes(recipe, "TRL")
     if recipe.form == "classification":
         notes.append("TRL's sft trains on text; a classification head needs a separate script")
@@ -199,20 +199,10 @@ def _axolotl(recipe: Recipe) -> Written:
         "lora_dropout": recipe.lora_dropout,
         "lora_target_modules": list(recipe.target_modules),
         "peft_use_rslora": recipe.use_rslora,
-        "sequence_len": recipe.max_length,
-        "micro_batch_size": recipe.batch_size,
-        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
-        "max_steps": recipe.max_steps,
-        "learning_rate": recipe.learning_rate,
-        "lr_scheduler": recipe.lr_scheduler_type,
-        "warmup_steps": recipe.warmup_steps,
-        "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.max_grad_norm,
+        "sequence_len": recipe.settings.seq_len,
         "optimizer": "adamw_torch",
-        "bf16": recipe.dtype == "bfloat16",
-        "fp16": recipe.dtype == "float16",
         "train_on_inputs": recipe.form == "text",
-        "seed": recipe.seed,
+        **_training_arguments(recipe, batch_size="micro_batch_size", scheduler="lr_scheduler"),
     }
     values |= _given(
         peft_layers_to_transform=recipe.layers_to_transform and list(recipe.layers_to_transform),
@@ -227,7 +217,7 @@ def _axolotl(recipe: Recipe) -> Written:
     if recipe.form == "classification":
         notes.append("axolotl trains no classification head on this data")
     if recipe.form == "preference":
-        values |= {"rl": "dpo", "rl_beta": recipe.beta}
+        values |= {"rl": "dpo", "rl_beta": recipe.settings.beta}
         notes.append(f"axolotl: {STRINGS}; for messages, set the data set's type to `chat_template.default`")
     return Written({"axolotl.yaml": _yaml(values)}, "axolotl train axolotl.yaml", notes)
 
@@ -247,9 +237,9 @@ def _llamafactory(recipe: Recipe) -> Written:
         "dataset": "rightrank_data",
         "dataset_dir": ".",
         "template": "empty" if recipe.form != "messages" else "default",
-        "cutoff_len": recipe.max_length,
+        "cutoff_len": recipe.settings.seq_len,
         "output_dir": "llamafactory-output",
-        **_transformers_arguments(recipe),
+        **_training_arguments(recipe),
     }
     values |= _given(
         additional_target=",".join(recipe.modules_to_save),
@@ -257,7 +247,7 @@ def _llamafactory(recipe: Recipe) -> Written:
     )
     notes = _lacking(recipe, "LLaMA-Factory", ("use_dora",))
     if recipe.form == "preference":
-        values |= {"pref_beta": recipe.beta, "pref_loss": "sigmoid"}
+        values |= {"pref_beta": recipe.settings.beta, "pref_loss": "sigmoid"}
         notes.append(
             f"LLaMA-Factory: {STRINGS}; for messages, set `formatting` to `sharegpt`, with one message an answer"
         )
@@ -277,13 +267,13 @@ def _unsloth(recipe: Recipe) -> Written:
     """A snippet for Unsloth."""
     layers = list(recipe.layers_to_transform) if recipe.layers_to_transform is not None else None
     last_parts = {name.rsplit(".", 1)[-1] for name in recipe.target_modules}  # Unsloth matches these alone
-    dtype = "None" if recipe.dtype == "float32" else f"torch.{recipe.dtype}"
+    dtype = "None" if recipe.settings.dtype == "float32" else f"torch.{recipe.settings.dtype}"
     code = f"""import torch
 from unsloth import FastLanguageModel
 
 model, tokenizer = FastLanguageModel.from_pretrained(
     model_name={recipe.model!r},
-    max_seq_length={recipe.max_length},
+    max_seq_length={recipe.settings.seq_len},
     dtype={dtype},
     load_in_4bit=False,
 )
@@ -297,7 +287,7 @@ model = FastLanguageModel.get_peft_model(
     use_rslora={recipe.use_rslora},
     random_state={recipe.seed},
 )
-learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_steps} steps of {recipe.batch_size * recipe.gradient_accumulation_steps} examples
+learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_steps} steps of {recipe.settings.batch_size * recipe.settings.gradient_accumulation_steps} examples
 """
     notes = _lacking(recipe, "this snippet") + _column_notes(recipe, "your trainer")
     return Written({"unsloth_lora.py": code}, "python unsloth_lora.py", notes)
@@ -343,19 +333,22 @@ def _data_entry(recipe: Recipe, known: Mapping[str, dict[str, Any]], prompted: d
     return prompted if recipe.form == "prompt_completion" else known.get(recipe.form, known["text"])
 
 
-def _transformers_arguments(recipe: Recipe) -> dict[str, Any]:
-    """The arguments that TRL and LLaMA-Factory share with transformers' TrainingArguments."""
+def _training_arguments(
+    recipe: Recipe, batch_size: str = "per_device_train_batch_size", scheduler: str = "lr_scheduler_type"
+) -> dict[str, Any]:
+    """The arguments of the training, in the names of transformers' TrainingArguments but for two."""
+    settings = recipe.settings
     return {
         "learning_rate": recipe.learning_rate,
         "max_steps": recipe.max_steps,
-        "per_device_train_batch_size": recipe.batch_size,
-        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
-        "lr_scheduler_type": recipe.lr_scheduler_type,
+        batch_size: settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        scheduler: settings.lr_scheduler_type,
         "warmup_steps": recipe.warmup_steps,
-        "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.max_grad_norm,
-        "bf16": recipe.dtype == "bfloat16",
-        "fp16": recipe.dtype == "float16",
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "bf16": settings.dtype == "bfloat16",
+        "fp16": settings.dtype == "float16",
         "seed": recipe.seed,
     }
 

@@ -14,7 +14,7 @@ from rightrank.decision.adapter import METHODS, Making, making_of
 from rightrank.models.ranks import peft_scaling
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunStarted
-from rightrank.schema.settings import stored_settings
+from rightrank.schema.settings import SelectSettings, stored_settings
 from rightrank.schema.trials import TrialFinished
 
 AROUND = 4  # folders around an adapter: trials, the run, and two around the run
@@ -25,7 +25,7 @@ UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
 class Recipe:
     """The adapter that was handed over and the training that it comes from, in the names of PEFT and transformers.
 
-    `r`, `lora_alpha` and the patterns are the adapter's; `learning_rate`, `max_steps` and `seed` are the training's.
+    `r`, `lora_alpha` and the patterns are the adapter's; `learning_rate`, `max_steps` and `seed` are the training's, and `settings` the run's.
     `module_names` are the full names of the adapted modules. `layers_to_transform` is None if every layer is adapted;
     `target_modules` is then enough to name them.
     """
@@ -47,24 +47,16 @@ class Recipe:
     alpha_pattern: Mapping[str, float]
     learning_rate: float
     max_steps: int
-    batch_size: int
-    gradient_accumulation_steps: int
-    max_length: int
-    lr_scheduler_type: str
     warmup_steps: int
-    weight_decay: float
-    max_grad_norm: float
-    dtype: str
     seed: int
+    settings: SelectSettings  # of the run
     making: Making
     trained_alpha: float  # PEFT's lora_alpha at the rank that was trained
-    beta: float = 0.1  # of preference pairs
     guard: str = ""  # how the adapter does on the guard's data, in a sentence
     shape: str | None = None  # how rows of other columns became the form: see `data.forms`
     columns: Mapping[str, str] = field(default_factory=dict)  # a column of the form → its other name in the file
     use_dora: bool = False
     target_parameters: tuple[str, ...] = ()
-    peft_options: Mapping[str, Any] = field(default_factory=dict)  # further fields of LoraConfig
 
     def located(self) -> Recipe:
         """The recipe with absolute paths of model and data, so that its files work from any folder."""
@@ -73,7 +65,8 @@ class Recipe:
     @property
     def kind(self) -> dict[str, Any]:
         """What makes the adapter another kind than plain LoRA, in PEFT's names; empty for plain LoRA."""
-        given = {"use_dora": self.use_dora, "target_parameters": list(self.target_parameters), **self.peft_options}
+        given = {"use_dora": self.use_dora, "target_parameters": list(self.target_parameters)}
+        given |= self.settings.peft_options
         return {name: value for name, value in given.items() if value}
 
     @property
@@ -154,19 +147,11 @@ def recipe_of(
         module_names=_module_names(adapter),
         learning_rate=making.learning_rate,
         max_steps=making.steps,
-        max_length=settings.seq_len,
         warmup_steps=math.ceil(settings.warmup_ratio * making.steps),
         seed=trial.seed,
         making=making,
         trained_alpha=config["lora_alpha"] if making.trained_rank == config["r"] else alpha,
-        peft_options=settings.peft_options,
-        batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        lr_scheduler_type=settings.lr_scheduler_type,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        dtype=settings.dtype,
-        beta=settings.beta,
+        settings=settings,
         **_adapter_fields(config),
     )
 

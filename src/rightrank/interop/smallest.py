@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,6 +74,7 @@ COMPARED_ROWS = 100_000  # of the training set, in the search for held-out rows
 Caller = TypeVar("Caller")
 
 
+@dataclass(eq=False, repr=False)
 class SmallestAdapter(TrainerCallback):
     """Truncates the trained adapter at the end of `train()` and keeps the smallest one that loses nothing.
 
@@ -99,38 +100,29 @@ class SmallestAdapter(TrainerCallback):
         SettingsError: another metric, a loss without a value by example, or a checkpoint that is not at hand.
     """
 
-    def __init__(
-        self,
-        eval_dataset: Any = None,
-        *,
-        margin: float | None = None,
-        ranks: Sequence[int] | None = None,
-        metric: str = "loss",
-        max_examples: int | None = None,
-        every_evaluation: bool = False,
-        checkpoint: Checkpoint | None = None,
-        measure: bool = True,
-    ) -> None:
-        self._rows = eval_dataset
-        self._margin = margin
-        self._ranks = ranks
-        self._metric = metric
-        self._max_examples = max_examples
-        self._every_evaluation = every_evaluation
-        self._measure = measure
-        self._checkpoint = checkpoint
-        self._loaders: Mapping[str, Any] = {}
-        self._handler: CallbackHandler | None = None
-        self._held_out: Sequence[Mapping[str, Any]] = ()
-        self._is_training = False
-        self._first_step = 0
-        self._started = time.monotonic()
-        self._shared = ""  # a line on rows that are held out and trained on
-        self._values: list[tuple[int, float]] = []  # of the trained adapter at each evaluation
-        self._other: _Kept | None = None  # the best evaluation, or the last step where the trainer ends with the best
-        self._evaluated: float | None = None  # the value of the last evaluation
-        self.curve: list[tuple[int, int]] = []
-        self.result: LiveAnswer | None = None
+    eval_dataset: Any = None
+    _: KW_ONLY
+    margin: float | None = None
+    ranks: Sequence[int] | None = None
+    metric: str = "loss"
+    max_examples: int | None = None
+    every_evaluation: bool = False
+    checkpoint: Checkpoint | None = None
+    measure: bool = True
+    curve: list[tuple[int, int]] = field(default_factory=list, init=False)
+    result: LiveAnswer | None = field(default=None, init=False)
+    _loaders: Mapping[str, Any] = field(default_factory=dict, init=False)
+    _handler: CallbackHandler | None = field(default=None, init=False)
+    _held_out: Sequence[Mapping[str, Any]] = field(default=(), init=False)
+    _is_training: bool = field(default=False, init=False)
+    _first_step: int = field(default=0, init=False)
+    _started: float = field(default_factory=time.monotonic, init=False)
+    _shared: str = field(default="", init=False)  # a line on rows that are held out and trained on
+    _values: list[tuple[int, float]] = field(default_factory=list, init=False)  # as trained, at each evaluation
+    _other: _Kept | None = field(
+        default=None, init=False
+    )  # best evaluation, or last step where the trainer ends with the best
+    _evaluated: float | None = field(default=None, init=False)  # the value of the last evaluation
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -141,16 +133,19 @@ class SmallestAdapter(TrainerCallback):
             return  # a search ends many trainings, and none of them is the one to hand over
         self._loaders, self._first_step, self._shared = kwargs, state.global_step, ""
         self.curve, self._values, self.result, self._other, self._evaluated = [], [], None, None, None
-        self._handler = _first_of_callbacks(self)
-        if self._metric not in ("loss", "accuracy"):
-            raise SettingsError(f"metric {self._metric!r}: the end of a training is measured by loss or accuracy")
+        self._handler = _caller(CallbackHandler)
+        if self._handler is not None:  # trackers end their runs at the training's end: this callback comes before them
+            self._handler.callbacks.remove(self)
+            self._handler.callbacks.insert(0, self)
+        if self.metric not in ("loss", "accuracy"):
+            raise SettingsError(f"metric {self.metric!r}: the end of a training is measured by loss or accuracy")
         model = kwargs["model"]
-        takes_other = self._checkpoint is not None and (self._checkpoint == "best") != args.load_best_model_at_end
+        takes_other = self.checkpoint is not None and (self.checkpoint == "best") != args.load_best_model_at_end
         if takes_other and (is_sharded(model) or args.eval_strategy == "no"):
             why = "the model is sharded" if is_sharded(model) else "the training evaluates nothing (eval_strategy)"
             raise SettingsError(
-                f"checkpoint {self._checkpoint!r}: {why}, so what the trainer ends with is measured; set "
-                f"load_best_model_at_end={self._checkpoint == 'best'} in its arguments"
+                f"checkpoint {self.checkpoint!r}: {why}, so what the trainer ends with is measured; set "
+                f"load_best_model_at_end={self.checkpoint == 'best'} in its arguments"
             )
         name = trained_adapter(model)
         require_truncatable(model, name)
@@ -170,12 +165,12 @@ class SmallestAdapter(TrainerCallback):
         Raises:
             DataError: none were given, and the trainer has not evaluated yet; or fewer than two are left.
         """
-        rows = self._rows if self._rows is not None else getattr(_caller(Trainer), "eval_dataset", None)
+        rows = self.eval_dataset if self.eval_dataset is not None else getattr(_caller(Trainer), "eval_dataset", None)
         if rows is None:
             rows = getattr(self._loaders.get("eval_dataloader"), "dataset", None)
         if isinstance(rows, Mapping):
             raise DataError(f"SmallestAdapter: {len(rows)} held-out sets ({', '.join(rows)}); give one of them")
-        found = [] if rows is None else _first(rows, self._max_examples or MOST)
+        found = [] if rows is None else _first(rows, self.max_examples or MOST)
         if len(found) < 2:
             raise DataError(
                 "SmallestAdapter has no held-out rows: give the trainer an eval_dataset, or SmallestAdapter one"
@@ -221,7 +216,7 @@ class SmallestAdapter(TrainerCallback):
         if is_partitioned(model):
             return  # its passes begin in DeepSpeed's engine; a fresh process measures
         found = batch_scores(model, batch, pair_loss)
-        if self._metric == "accuracy" and found.correct is None:
+        if self.metric == "accuracy" and found.correct is None:
             raise SettingsError("metric 'accuracy': only a classifier's rows are right or wrong; leave the metric out")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -240,7 +235,7 @@ class SmallestAdapter(TrainerCallback):
             sign = -1 if args.greater_is_better else 1
             if args.load_best_model_at_end or known is None or sign * value < sign * known:
                 self._keep_weights(kwargs["model"], state.global_step, value)
-        if not self._every_evaluation:
+        if not self.every_evaluation:
             return
         try:
             with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
@@ -259,7 +254,7 @@ class SmallestAdapter(TrainerCallback):
             state.global_step,
             answer.rank,
             answer.trained_rank,
-            "".join(f" {one}" for one in training_warnings(answer, self._values, self._metric)),
+            "".join(f" {one}" for one in training_warnings(answer, self._values, self.metric)),
         )
 
     def on_train_end(
@@ -274,13 +269,13 @@ class SmallestAdapter(TrainerCallback):
         try:
             ends_with, other = self._checkpoints(args, state)
             before = None if other is None else _Kept(0, None, _trained_parameters(model))
-            takes_other = other is not None and self._checkpoint not in (None, ends_with)
+            takes_other = other is not None and self.checkpoint not in (None, ends_with)
             with _in_place(model, other if takes_other else None):
                 live = self._live(model, args, state)
                 training = self._training(live, args, state)
                 _keep(live, out, training)
                 again = f"; to measure again: {command_to_measure(out)}"
-                if not self._measure or is_partitioned(model):
+                if not self.measure or is_partitioned(model):
                     if state.is_world_process_zero:
                         log.warning("rightrank: kept what is measured with: %s", command_to_measure(out))
                     return
@@ -315,26 +310,26 @@ class SmallestAdapter(TrainerCallback):
         """
         is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         ends_with: Checkpoint = "best" if is_best else "last"
-        if self._other is None and self._checkpoint not in (None, ends_with):
+        if self._other is None and self.checkpoint not in (None, ends_with):
             metric = args.metric_for_best_model or "loss"
-            raise SettingsError(f"checkpoint {self._checkpoint!r}: no evaluation of the training gave {metric}")
+            raise SettingsError(f"checkpoint {self.checkpoint!r}: no evaluation of the training gave {metric}")
         same = self._other is None or self._other.step == (state.best_global_step if is_best else state.global_step)
         return ends_with, None if same else self._other
 
     def _training(self, live: LiveAdapter, args: TrainingArguments, state: TrainerState) -> Training:
         config = live.model.peft_config[live.name]
         ends_with, other = self._checkpoints(args, state)
-        used = self._checkpoint or ends_with
+        used = self.checkpoint or ends_with
         step = state.best_global_step if ends_with == "best" else state.global_step
         best = state.best_metric if ends_with == "best" else other.value if other else None
-        is_comparable = (args.metric_for_best_model or "loss").removeprefix("eval_") == self._metric
+        is_comparable = (args.metric_for_best_model or "loss").removeprefix("eval_") == self.metric
         last = self._evaluated
         return Training(
             seconds=time.monotonic() - self._started,
             peak_bytes=peak_so_far(),
             checkpoint=f"{used} (step {step if other is None or used == ends_with else other.step})",
             base=str(config.base_model_name_or_path or live.model.get_base_model().config.name_or_path or ""),
-            metric=self._metric,
+            metric=self.metric,
             curve=self.curve,
             notes=[self._shared] if self._shared else [],
             fall=abs(best - last) if is_comparable and best is not None and last is not None else None,
@@ -356,9 +351,9 @@ class SmallestAdapter(TrainerCallback):
         tokens = trained * _tokens(train) / max(1, min(len(train_rows), 64 * size))
         moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_SHARE * tokens)))
         rows = self._held_out
-        if self._max_examples is None:
+        if self.max_examples is None:
             sample = _batches(rows[:MIN_EXAMPLES], loader, size)
-            passes = len(self._ranks) + 1 if self._ranks else model.peft_config[name].r.bit_length()
+            passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
             cost = _tokens(sample) / min(len(rows), MIN_EXAMPLES) * (1 + (passes - 1) * (upper := upper_share(model)))
             rows = rows[: max(FEWEST, int((MAX_SHARE * tokens - moment_tokens) * (1 + upper) / cost))]
         held_out = _batches(rows, loader, size)
@@ -366,10 +361,10 @@ class SmallestAdapter(TrainerCallback):
             model=model,
             held_out=held_out,
             train=train,
-            margin=self._margin,
-            ranks=self._ranks,
+            margin=self.margin,
+            ranks=self.ranks,
             name=name,
-            metric=self._metric,
+            metric=self.metric,
             pair_loss=_pair_loss(args, held_out[0]),
             moment_tokens=moment_tokens,
         )
@@ -489,15 +484,6 @@ def keep_smallest(
     found, _ = _measured(live, Path(out), training)
     log.warning("%s %s", found.answer.sentence, Path(out) / "adapter")
     return found
-
-
-def _first_of_callbacks(callback: TrainerCallback) -> CallbackHandler | None:
-    """The handler that calls this callback, with the callback moved to its front: trackers end their runs at the training's end."""
-    handler = _caller(CallbackHandler)
-    if handler is not None:
-        handler.callbacks.remove(callback)
-        handler.callbacks.insert(0, callback)
-    return handler
 
 
 def _caller(kind: type[Caller]) -> Caller | None:

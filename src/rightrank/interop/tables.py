@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,14 +16,15 @@ from rightrank.interop.columns import (
     Columns,
     direction_of,
     identify_columns,
+    import_rows,
     is_blank,
     listed,
     names_of,
     plain,
     rows_of_names,
     settings_of_name,
+    texts_of,
 )
-from rightrank.interop.importers import import_rows
 from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.errors import MAX_WHOLE, DataError, ResultsError, quoted
 from rightrank.schema.metrics import kind_of as kind_of_metric
@@ -77,18 +79,18 @@ def raw_rows(*sources: Path) -> list[Row]:
         imported = import_rows(sources[0])
         if imported is not None:
             return imported
-    files = [path for source in sources for path in _files_of(source)]
+    files: list[Path] = []
+    for source in sources:
+        if kind_of(source) not in ("file", "folder"):
+            raise ResultsError(
+                f"{source}: no such file or folder; give a CSV or JSONL file of results, or a run folder"
+            )
+        inside = [source] if source.is_file() else sorted(source.iterdir())
+        files += [path for path in inside if path == source or (path.is_file() and path.suffix.lower() in FILE_TYPES)]
     rows = [row for path in files for row in _file_rows(path, named=len(files) > 1)]
     if not rows:
         raise ResultsError(f"{sources[0]}: a header and no rows; give one row for each training")
     return rows
-
-
-def _files_of(source: Path) -> list[Path]:
-    if kind_of(source) not in ("file", "folder"):
-        raise ResultsError(f"{source}: no such file or folder; give a CSV or JSONL file of results, or a run folder")
-    inside = [source] if source.is_file() else sorted(source.iterdir())
-    return [path for path in inside if path == source or (path.is_file() and path.suffix.lower() in FILE_TYPES)]
 
 
 def _file_rows(path: Path, named: bool) -> list[Row]:
@@ -133,18 +135,12 @@ def flat(rows: Iterable[Row]) -> list[Row]:
 def _flat(fields: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     for name, value in fields.items():
         if isinstance(value, str) and value[:1] == "{" and value[-1:] == "}":
-            value = _object(value)
+            with suppress(UnreadableError):
+                value = parse_json(value)
         if isinstance(value, Mapping) and depth < MAX_DEPTH:
             yield from _flat(value, f"{prefix}{name}.", depth + 1)
         else:
             yield f"{prefix}{name}", value
-
-
-def _object(text: str) -> Any:
-    try:
-        return parse_json(text)
-    except UnreadableError:
-        return text
 
 
 def results_of_rows(rows: list[Row], asked: TableOptions, where: str) -> ResultsTable:
@@ -169,9 +165,7 @@ def results_of_rows(rows: list[Row], asked: TableOptions, where: str) -> Results
     roles = [f"{name} from column {column}" for name, column in columns.by_name.items() if name != column]
     roles.append(f"value from column {columns.value}: {'higher' if higher else 'lower'} is better ({why})")
     taken = {*columns.by_name.values(), columns.value, *columns.others, ""}
-    unused = [
-        name for name in names_of(rows) if name not in taken and not all(is_blank(row.fields.get(name)) for row in rows)
-    ]
+    unused = [name for name in names_of(rows) if name not in taken and texts_of(rows, name)]
     left = [f"not used: {listed(unused)}"] if unused else []
     rankless = len(rows) - len(with_rank)
     left += [f"{rankless} row{'s' * (rankless != 1)} without a rank left out"] if rankless else []
@@ -187,9 +181,9 @@ def _require_one_kind(rows: Sequence[Row], where: str) -> None:
         ResultsError: names the column and two of its texts.
     """
     for name in names_of(rows):
-        texts = {str(row.fields.get(name)) for row in rows if not is_blank(row.fields.get(name))}
+        texts = texts_of(rows, name)
         if plain(name) in KINDS and len(texts) > 1:
-            one, other = [quoted(text, 40) for text in sorted(texts)[:2]]
+            one, other = [quoted(text, 40) for text in texts[:2]]
             raise ResultsError(
                 f"{where}: the trainings differ in column {name} ({one}, {other}), which is not used; keep the rows of one, "
                 "or leave the column out if it does not matter"
@@ -201,7 +195,7 @@ def _one_metric(rows: list[Row], columns: Columns, asked: str | None, where: str
     column = columns.get("metric")
     if column is None or column == columns.value:
         return rows, columns.metric
-    names = sorted({str(row.fields.get(column)) for row in rows if not is_blank(row.fields.get(column))})
+    names = texts_of(rows, column)
     if asked in names:
         return [row for row in rows if row.fields.get(column) == asked], str(asked)
     if len(names) > 1:
@@ -219,7 +213,7 @@ def _direction(rows: list[Row], columns: Columns, metric: str, asked: bool | Non
         return asked, "as given"
     column = columns.get("higher_is_better")
     if column is not None:
-        values = {str(row.fields.get(column)).strip().lower() for row in rows if not is_blank(row.fields.get(column))}
+        values = {text.strip().lower() for text in texts_of(rows, column)}
         if len(values) > 1:
             raise ResultsError(
                 f"{rows[0].where}: column {column} has both values; give one direction, or --higher-is-better"
@@ -241,6 +235,9 @@ def _line(row: Row, columns: Columns, metric: str) -> _Line:
     if value is not None and value <= 0 and ("perplexity" in metric.lower() or metric.lower() == "ppl"):
         raise ResultsError(f"{row.where}: a perplexity of {value:g} is not possible; perplexities are above 0")
     item, step, weight = (_cell(row, columns, name) for name in ("item", "step", "weight"))
+    tokens = 1.0 if is_blank(weight) else _number(row, columns.by_name["weight"]) or 0.0
+    if tokens <= 0:
+        raise ResultsError(f"{row.where}: {columns.by_name['weight']} {tokens:g} is not allowed: give a number above 0")
     return _Line(
         row.where,
         str(_cell(row, columns, "trial") or row.where),
@@ -249,7 +246,7 @@ def _line(row: Row, columns: Columns, metric: str) -> _Line:
         value,
         "" if is_blank(item) else str(item),
         0 if is_blank(step) else _integer(row, columns.by_name["step"], "step", "an integer from 0"),
-        1.0 if is_blank(weight) else _positive(row, columns.by_name["weight"]),
+        tokens,
         _details(row, columns),
     )
 
@@ -425,13 +422,6 @@ def _number(row: Row, column: str, strict: bool = True) -> float | None:
         raise ResultsError(
             f"{row.where}: {column} is {number}; leave the cell empty where a training ended without a result"
         )
-    return number
-
-
-def _positive(row: Row, column: str) -> float:
-    number = _number(row, column) or 0.0
-    if number <= 0:
-        raise ResultsError(f"{row.where}: {column} {number:g} is not allowed: give a number above 0")
     return number
 
 

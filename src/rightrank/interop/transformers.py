@@ -6,7 +6,7 @@ The module imports torch and transformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ def causal_item_losses(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]
     return ItemScores([loss for loss, _ in kept], [count for _, count in kept])
 
 
+@dataclass(eq=False, repr=False)
 class RankSelectionCallback(TrainerCallback):
     """Collect a `TrialResult` from a `Trainer`: values during training, and per-example scores at the end.
 
@@ -64,22 +65,15 @@ class RankSelectionCallback(TrainerCallback):
         return callback.result()
     """
 
-    def __init__(
-        self,
-        metric: str = "eval_loss",
-        score_items: Callable[[Any], ItemScores] | None = None,
-        name: str = "loss",
-        task: TrialTask | None = None,
-    ) -> None:
-        self._metric = metric
-        self._name = name
-        self._score_items = score_items
-        self._task = task  # receives each evaluation as it comes
-        self._points: dict[int, float] = {}
-        self._train_losses: list[float] = []
-        self._final: dict[str, float] = {}
-        self._items: ItemScores | None = None
-        self._parameters = 0
+    metric: str = "eval_loss"
+    score_items: Callable[[Any], ItemScores] | None = None
+    name: str = "loss"
+    task: TrialTask | None = None  # receives each evaluation as it comes
+    _points: dict[int, float] = field(default_factory=dict, init=False)
+    _train_losses: list[float] = field(default_factory=list, init=False)
+    _final: dict[str, float] = field(default_factory=dict, init=False)
+    _items: ItemScores | None = field(default=None, init=False)
+    _parameters: int = field(default=0, init=False)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
@@ -88,21 +82,21 @@ class RankSelectionCallback(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Mapping[str, float] | None = None, **_: Any
     ) -> None:
-        if metrics and self._metric in metrics:
-            self._points[state.global_step] = float(metrics[self._metric])
-            if self._task is not None:
-                self._task.report(state.global_step, float(metrics[self._metric]))
+        if metrics and self.metric in metrics:
+            self._points[state.global_step] = float(metrics[self.metric])
+            if self.task is not None:
+                self.task.report(state.global_step, float(metrics[self.metric]))
             self._final = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        if self._score_items is not None:
-            self._items = self._score_items(model)
+        if self.score_items is not None:
+            self._items = self.score_items(model)
 
     def result(self) -> TrialResult:
         """The trial's result: the mean over examples if they were scored, else the trainer's last evaluation."""
-        value = self._items.mean if self._items is not None else self._final.get(self._metric)
-        metrics = dict(self._final) | ({self._name: value} if value is not None else {})
+        value = self._items.mean if self._items is not None else self._final.get(self.metric)
+        metrics = dict(self._final) | ({self.name: value} if value is not None else {})
         train = self._train_losses[-1] if self._train_losses else None
         return TrialResult(
             metrics=metrics,

@@ -29,80 +29,6 @@ from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
 RewardFunction: TypeAlias = Callable[..., Sequence[float | None]]
 
 
-@torch.no_grad()
-def greedy_rewards(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Mapping[str, Any]],
-    functions: Sequence[RewardFunction],
-    weights: Sequence[float],
-    max_new_tokens: int,
-    batch_size: int,
-) -> list[float]:
-    """The weighted sum of the rewards of each row's greedy completion, in the order of the rows.
-
-    None stands for a reward that does not apply to a completion, as in TRL.
-
-    Args:
-        rows: `prompt`, a string or a list of messages, and the columns that the functions read.
-
-    Raises:
-        ReportError: a function returned too few or too many rewards.
-    """
-    was_training, rewards = model.training, []
-    model.eval()
-    for start in range(0, len(rows), batch_size):
-        batch = [rows[place] for place in range(start, min(start + batch_size, len(rows)))]
-        completions, ids = _greedy(model, tokenizer, [row["prompt"] for row in batch], max_new_tokens)
-        columns = {name: [row[name] for row in batch] for name in batch[0] if name != "prompt"}
-        prompts = [row["prompt"] for row in batch]
-        found = [
-            list(function(prompts=prompts, completions=completions, completion_ids=ids, **columns))
-            for function in functions
-        ]
-        wrong = next((len(one) for one in found if len(one) != len(batch)), None)
-        if wrong is not None:
-            raise ReportError(f"got {wrong} rewards for {len(batch)} completions from a reward function")
-        rewards += [
-            sum(w * float(r) for w, r in zip(weights, one, strict=True) if r is not None)
-            for one in zip(*found, strict=True)
-        ]
-    model.train(was_training)
-    return rewards
-
-
-def _greedy(model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int) -> tuple[list[Any], list[list[int]]]:
-    """The completions, strings or messages as the prompts are, and their tokens."""
-    chat = not isinstance(prompts[0], str)
-    texts = (
-        [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
-        if chat
-        else prompts
-    )
-    encoded = tokenizer(
-        texts,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-        add_special_tokens=not chat,
-        return_token_type_ids=False,
-    ).to(model.device)
-    written = model.generate(
-        **encoded,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    end, rows = tokenizer.eos_token_id, written[:, encoded["input_ids"].shape[1] :].tolist()
-    ids = [row[: row.index(end) + 1] if end in row else row for row in rows]
-    answers = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [[{"role": "assistant", "content": text}] for text in answers] if chat else answers, ids
-
-
 Rows: TypeAlias = Any  # a `datasets.Dataset`, or a list of rows
 
 
@@ -164,13 +90,37 @@ class GRPOTrain:
     def higher_is_better(self) -> bool:
         return True
 
+    @torch.no_grad()
     def rewards(self, model: Any, tokenizer: Any, rows: Rows) -> list[float]:
-        """The reward of each row."""
+        """The weighted sum of the rewards of each row's greedy completion, in the order of the rows.
+
+        None stands for a reward that does not apply to a completion, as in TRL.
+
+        Raises:
+            ReportError: a function returned too few or too many rewards.
+        """
         functions = self._functions()
         weights = self.args.reward_weights or [1.0] * len(functions)
-        return greedy_rewards(
-            model, tokenizer, rows, functions, weights, self.args.max_completion_length, self.eval_batch_size
-        )
+        was_training, rewards = model.training, []
+        model.eval()
+        for start in range(0, len(rows), self.eval_batch_size):
+            batch = [rows[place] for place in range(start, min(start + self.eval_batch_size, len(rows)))]
+            prompts = [row["prompt"] for row in batch]
+            completions, ids = _greedy(model, tokenizer, prompts, self.args.max_completion_length)
+            columns = {name: [row[name] for row in batch] for name in batch[0] if name != "prompt"}
+            found = [
+                list(function(prompts=prompts, completions=completions, completion_ids=ids, **columns))
+                for function in functions
+            ]
+            wrong = next((len(one) for one in found if len(one) != len(batch)), None)
+            if wrong is not None:
+                raise ReportError(f"got {wrong} rewards for {len(batch)} completions from a reward function")
+            rewards += [
+                sum(w * float(r) for w, r in zip(weights, one, strict=True) if r is not None)
+                for one in zip(*found, strict=True)
+            ]
+        model.train(was_training)
+        return rewards
 
     def _functions(self) -> list[RewardFunction]:
         given = self.reward_funcs
@@ -193,6 +143,38 @@ class GRPOTrain:
         args.max_steps = task.steps or args.max_steps
         args.save_strategy = args.eval_strategy = "no"
         return args
+
+
+def _greedy(model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int) -> tuple[list[Any], list[list[int]]]:
+    """The completions, strings or messages as the prompts are, and their tokens."""
+    chat = not isinstance(prompts[0], str)
+    texts = (
+        [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
+        if chat
+        else prompts
+    )
+    encoded = tokenizer(
+        texts,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=not chat,
+        return_token_type_ids=False,
+    ).to(model.device)
+    written = model.generate(
+        **encoded,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    end, rows = tokenizer.eos_token_id, written[:, encoded["input_ids"].shape[1] :].tolist()
+    ids = [row[: row.index(end) + 1] if end in row else row for row in rows]
+    answers = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [[{"role": "assistant", "content": text}] for text in answers] if chat else answers, ids
 
 
 def _trl() -> Any:

@@ -14,6 +14,7 @@ from rightrank.decision.sentences import chance
 from rightrank.report.format import coverage, metric_unit, quantity, visible
 from rightrank.schema.decision import (
     AdapterAnswer,
+    AdapterCandidate,
     CheckpointNote,
     Decision,
     HandedOver,
@@ -161,6 +162,25 @@ def _metric_text(other: MetricAnswer) -> str:
         return other.sentence
     answer = f"rank {other.rank}" if other.rank else other.verdict.replace("_", " ")
     return f"{other.metric}: {answer}, at a margin of {brief(other.margin)}"
+
+
+def candidate_table(answer: AdapterAnswer, metric: str) -> list[list[str]]:
+    """The candidates as text, a heading first: rank, how, value, difference from the reference, its bound, whether it holds."""
+    heading = ["rank", "how", metric, "worse by", "95% bound", "holds"]
+    return [heading, *(_candidate_row(one, answer) for one in answer.candidates)]
+
+
+def _candidate_row(one: AdapterCandidate, answer: AdapterAnswer) -> list[str]:
+    is_reference = one.trial_id == answer.reference_id
+    bound = "–" if one.difference_high is None else f"{one.difference_high:+.4f}"
+    return [
+        str(one.rank),
+        one.how,
+        f"{one.value:.4f}",
+        "reference" if is_reference else f"{one.difference:+.4f}",
+        "" if is_reference else bound,
+        ENOUGH[one.holds],
+    ]
 
 
 def evidence_table(decision: Decision) -> list[list[str]]:

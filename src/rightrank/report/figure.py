@@ -1,6 +1,6 @@
 """Figures as plain data: pure functions compute them, backends draw them, tests check the numbers.
 
-The backends: `svg`, `terminal_figures` (text) and `to_csv`.
+The backends: `svg`, the curve of `terminal` (text) and `to_csv`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The figures of a run, computed from its records by pure functions."""
+"""The figures of a run, computed from its records by pure functions: ranks, adapters, learning, memory and time."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from itertools import pairwise
 from math import log2
 from statistics import fmean
 
-from rightrank.decision.run import Records
-from rightrank.report.adapters import adapter_figure
+from rightrank.decision.run import Records, compared
+from rightrank.report.answer import ENOUGH
 from rightrank.report.figure import (
     Axis,
     Band,
@@ -16,13 +16,14 @@ from rightrank.report.figure import (
     Level,
     Mark,
     Series,
+    Tone,
     axis_from_zero,
     log_ticks,
     metric_axis,
     rank_axis,
 )
 from rightrank.report.format import amount, coverage, metric_unit
-from rightrank.schema.decision import Decision, RankEvidence
+from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, RankEvidence
 from rightrank.schema.trials import TrialFinished
 
 
@@ -188,38 +189,46 @@ def memory_figure(records: Records) -> Figure | None:
     series = [Series("measured", tuple(peaks), tuple(peaks.values()))]
     if planned and not on_cpu:
         series.append(Series("planned", tuple(planned), tuple(planned.values()), dashed=True, tone="second"))
-    return Figure(
-        name="memory",
-        title="Peak memory of a training" + (", whole process" if on_cpu else ""),
-        alt=f"Peak memory by rank: {_listed(peaks, 'MiB')}.",
-        x=rank_axis(list(peaks)),
-        y=axis_from_zero("peak memory, MiB", [*peaks.values(), *planned.values()]),
-        series=tuple(series),
-        columns=("rank", "measured MiB", "planned, tensors only, MiB" if on_cpu else "planned MiB"),
-        rows=tuple((rank, peak, planned.get(rank)) for rank, peak in peaks.items()),
+    columns = ("measured MiB", "planned, tensors only, MiB" if on_cpu else "planned MiB")
+    title = "Peak memory of a training" + (", whole process" if on_cpu else "")
+    alt = f"Peak memory by rank: {_listed(peaks, 'MiB')}."
+    return _cost_figure(
+        "memory", title, alt, "peak memory, MiB", series, dict(zip(columns, (peaks, planned), strict=True))
     )
 
 
 def _time_figure(records: Records) -> Figure | None:
     """Mean seconds of training and of evaluation by rank."""
-    direct = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
-    groups = by_rank(direct)
+    groups = by_rank([trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct])
     if not groups:
         return None
     train = {rank: fmean(trial.train_seconds for trial in trials) for rank, trials in groups.items()}
     evaluation = {rank: fmean(trial.eval_seconds for trial in trials) for rank, trials in groups.items()}
+    series = [
+        Series("training", tuple(train), tuple(train.values())),
+        Series("evaluation", tuple(evaluation), tuple(evaluation.values()), tone="second"),
+    ]
+    alt = f"Seconds per training by rank: {_listed(train, 's')}."
+    columns = {"training seconds": train, "evaluation seconds": evaluation}
+    return _cost_figure("time", "Time of a training", alt, "seconds", series, columns)
+
+
+def _cost_figure(
+    name: str, title: str, alt: str, label: str, series: Sequence[Series], columns: Mapping[str, Mapping[int, float]]
+) -> Figure:
+    """What a training costs by rank; `columns` are the figure's numbers, the first of them of every rank."""
+    first, *_ = columns.values()
+    values = [value for column in columns.values() for value in column.values()]
+    rows = tuple((rank, *(column.get(rank) for column in columns.values())) for rank in first)
     return Figure(
-        name="time",
-        title="Time of a training",
-        alt=f"Seconds per training by rank: {_listed(train, 's')}.",
-        x=rank_axis(list(train)),
-        y=axis_from_zero("seconds", [*train.values(), *evaluation.values()]),
-        series=(
-            Series("training", tuple(train), tuple(train.values())),
-            Series("evaluation", tuple(evaluation), tuple(evaluation.values()), tone="second"),
-        ),
-        columns=("rank", "training seconds", "evaluation seconds"),
-        rows=tuple((rank, train[rank], evaluation[rank]) for rank in train),
+        name=name,
+        title=title,
+        alt=alt,
+        x=rank_axis(list(first)),
+        y=axis_from_zero(label, values),
+        series=tuple(series),
+        columns=("rank", *columns),
+        rows=rows,
     )
 
 
@@ -262,7 +271,10 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
     series: list[Series] = []
     rows: list[tuple[int, int, float, float | None]] = []
     for place, (rank, trials) in enumerate(best.items()):
-        curves, before = [_held_out(trial, finished, metric) for trial in trials], _before_points(trials)
+        curves = [_held_out(trial, finished, metric) for trial in trials]
+        # The mean training loss since the evaluation before, mean over the trials.
+        losses = [(p.step, p.train_value) for trial in trials for p in trial.points if p.train_value is not None]
+        before = {at: fmean(value for step, value in losses if step == at) for at in sorted({at for at, _ in losses})}
         shared = sorted(set.intersection(*map(set, curves)))
         held = {step: fmean(curve[step] for curve in curves) for step in shared}
         rows += [(rank, step, value, before.get(step)) for step, value in held.items()]
@@ -275,6 +287,9 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
             series.append(Series(f"rank {rank}", x, y, kind="line", dashed=True, tone=place))
     if not series:
         return None
+    begin = FIRST_SHOWN * max(one.x[-1] for one in series)
+    late = [value for one in series for step, value in zip(one.x, one.y, strict=True) if step >= begin]
+    room = 0.06 * ((max(late) - min(late)) or abs(late[0]) or 1.0)
     ends = ", ".join(
         f"rank {rank} {fmean(t.metrics.get(metric, t.value) for t in trials):.4g}" for rank, trials in best.items()
     )
@@ -283,19 +298,11 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
         title="Learning curves (training dashed)" if metric == "loss" else "Learning curves",
         alt=f"Held-out {metric} by step, each rank at its best learning rate. At the end: {ends}.",
         x=Axis("step"),
-        y=metric_axis(metric, "held-out", _late_limits(series)),
+        y=metric_axis(metric, "held-out", (min(late) - room, max(late) + room)),
         series=tuple(series),
         columns=("rank", "step", "held-out", "training"),
         rows=tuple(rows),
     )
-
-
-def _late_limits(series: Sequence[Series]) -> tuple[float, float]:
-    """The limits of all values after the first steps, with some room."""
-    begin = FIRST_SHOWN * max(one.x[-1] for one in series)
-    late = [value for one in series for step, value in zip(one.x, one.y, strict=True) if step >= begin]
-    room = 0.06 * ((max(late) - min(late)) or abs(late[0]) or 1.0)
-    return min(late) - room, max(late) + room
 
 
 def _held_out(trial: TrialFinished, finished: Mapping[str, TrialFinished], metric: str) -> dict[int, float]:
@@ -309,7 +316,77 @@ def _held_out(trial: TrialFinished, finished: Mapping[str, TrialFinished], metri
     return found
 
 
-def _before_points(trials: Sequence[TrialFinished]) -> dict[int, float]:
-    """Step of an evaluation → mean training loss since the one before, mean over the trials."""
-    known = [(p.step, p.train_value) for trial in trials for p in trial.points if p.train_value is not None]
-    return {at: fmean(value for step, value in known if step == at) for at in sorted({step for step, _ in known})}
+SERIES: dict[str, tuple[str, Tone]] = {
+    "trained": ("trained at that rank", "main"),
+    "truncated": ("truncated from the top rank", "second"),
+    "recovered": ("with steps of recovery", 2),
+}
+MAX_MARGINS = 6.0  # worse than the reference by more: off the scale, so that the margin stays readable
+
+
+def adapter_figure(records: Records) -> Figure | None:
+    """Held-out value by rank of trained, truncated and recovered adapters; None before the first answer."""
+    if not records.adapters:
+        return None
+    answer = records.adapters[-1].answer
+    started = records.started
+    return figure_of(answer, compared(records), started.metric, started.higher_is_better)
+
+
+def figure_of(
+    answer: AdapterAnswer, adapters: Sequence[AdapterCandidate], metric: str, higher_is_better: bool
+) -> Figure:
+    """The figure of `adapters`, which are compared with the answer's reference.
+
+    A whisker spans the 95% bounds of the paired difference, from the reference's value. An adapter holds if its whisker ends
+    inside the band.
+    """
+    sign = -1 if higher_is_better else 1
+    reference = next(one.value - sign * one.difference for one in adapters)
+    edge = reference + sign * answer.margin
+    shown = [one for one in adapters if one.difference <= MAX_MARGINS * answer.margin]
+    ends = [reference + sign * end for one in shown for end in _ends(one)] + [edge, reference]
+    room = 0.06 * (max(ends) - min(ends) or 1.0)
+    chosen = next(one for one in adapters if one.trial_id == answer.trial_id)
+    off = sorted({one.rank for one in adapters} - {one.rank for one in shown})
+    off_text = f" (off the scale: rank {', '.join(map(str, off))})" if off else ""
+    return Figure(
+        name="adapters",
+        title=f"Trained and truncated adapters by rank{off_text}",
+        alt=f"Held-out {metric} by LoRA rank. "
+        + " ".join(f"Rank {one.rank}, {one.how}: worse by {one.difference:.2g}." for one in adapters)
+        + f" {answer.sentence}",
+        x=rank_axis([one.rank for one in adapters]),
+        y=metric_axis(metric, "held-out", (min(ends) - room, max(ends) + room)),
+        series=tuple(
+            _adapter_series(how, adapters, reference, sign) for how in SERIES if any(a.how == how for a in adapters)
+        ),
+        bands=(Band("within the margin; whiskers: paired 95% bounds", min(reference, edge), max(reference, edge)),),
+        marks=(Mark(f"handed over: rank {chosen.rank}, {chosen.how}", chosen.rank, chosen.value),),
+        columns=("rank", "how", "value", "difference", "lower bound", "upper bound", "holds"),
+        rows=tuple(
+            (one.rank, one.how, one.value, one.difference, one.difference_low, one.difference_high, ENOUGH[one.holds])
+            for one in adapters
+        ),
+    )
+
+
+def _adapter_series(how: str, adapters: Sequence[AdapterCandidate], reference: float, sign: int) -> Series:
+    own = sorted((one for one in adapters if one.how == how), key=lambda one: one.rank)
+    ends = [sorted(reference + sign * end for end in _ends(one)) for one in own]
+    label, tone = SERIES[how]
+    return Series(
+        label,
+        tuple(one.rank for one in own),
+        tuple(one.value for one in own),
+        tuple(min(one.value, low) for one, (low, _) in zip(own, ends, strict=True)),
+        tuple(max(one.value, high) for one, (_, high) in zip(own, ends, strict=True)),
+        dashed=how != "trained",
+        tone=tone,
+    )
+
+
+def _ends(one: AdapterCandidate) -> tuple[float, float]:
+    """The bounds of the difference; the difference itself where there are none."""
+    low = one.difference if one.difference_low is None else one.difference_low
+    return low, one.difference if one.difference_high is None else one.difference_high

@@ -1,22 +1,29 @@
-"""The state of a run, for `rightrank status`."""
+"""The state of a run for `rightrank status`, and what its trials cost."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from pydantic import Field
 
-from rightrank.decision.run import Records, decision_so_far, document, last_decided, running_trial
+from rightrank.decision.run import Records, decision_so_far, document, last_decided, running_trial, trainings
 from rightrank.report.answer import answer_view, labelled
-from rightrank.report.format import quantity
-from rightrank.report.sentences import cost_of
-from rightrank.report.terminal_figures import terminal_curve
+from rightrank.report.format import duration, quantity
+from rightrank.report.terminal import terminal_curve
 from rightrank.schema.command import next_commands
 from rightrank.schema.events import JournalRecord
 from rightrank.schema.settings import Goal
-from rightrank.schema.trials import Record, TrialStarted
+from rightrank.schema.trials import (
+    Record,
+    TrialCollapsed,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialStarted,
+)
 
 NO_ANSWER = "no answer yet"
 STALE_SECONDS = 600  # an older progress file belongs to a process that ended, or to one very long step
@@ -135,3 +142,50 @@ def is_fresh(progress: Mapping[str, object]) -> bool:
     if not isinstance(at, str):
         return False
     return (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() < STALE_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The cost of the trials so far."""
+
+    trainings: float  # optimizer steps over those of a whole training
+    truncations: int  # evaluated without a training step
+    without_result: int
+    seconds: float
+
+    def sentence(self) -> str:
+        parts = [quantity(self.trainings, "training")]
+        if self.truncations:
+            parts.append(quantity(self.truncations, "truncation"))
+        if self.without_result:
+            parts.append(f"{quantity(self.without_result, 'trial')} without a result")
+        return ", ".join([*parts, duration(self.seconds)])
+
+
+def cost_of(records: Records) -> Cost:
+    """The cost of all trials; the seconds include the evaluation of the base model.
+
+    A training that resumes a stopped one contains its seconds, so those of the stopped one are subtracted.
+    """
+    finished = records.finished()
+    by_id = {trial.trial_id: trial for trial in finished}
+    resumed = [by_id[trial.continue_from] for trial in finished if trial.continue_from in by_id]
+    return Cost(
+        trainings=trainings(records),
+        truncations=sum(trial.truncate_from is not None and trial.steps == 0 for trial in finished),
+        without_result=sum(not isinstance(outcome, TrialFinished) for outcome in records.outcomes),
+        seconds=sum(map(_seconds, finished)) - sum(map(_seconds, resumed)),
+    )
+
+
+def _seconds(trial: TrialFinished) -> float:
+    return trial.train_seconds + trial.eval_seconds
+
+
+def end_text(outcome: TrialCollapsed | TrialDiverged | TrialFailed) -> str:
+    """How a trial without a result ended."""
+    if isinstance(outcome, TrialCollapsed):
+        return f"collapsed: {outcome.reason}"
+    return (
+        f"diverged at step {outcome.step}: {outcome.reason}" if isinstance(outcome, TrialDiverged) else outcome.reason
+    )

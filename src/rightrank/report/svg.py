@@ -174,7 +174,10 @@ def _label(text: str, x: float, y: float, anchor: str, colour: str = "faint", fu
 
 def _series(series: Series, x: _Scale, y: _Scale) -> str:
     places = [(x(a), y(b)) for a, b in zip(series.x, series.y, strict=True)]
-    parts = [_whisker(x(a), y(low), y(high)) for a, low, high in zip(series.x, series.low, series.high, strict=False)]
+    parts = []
+    for value, low, high in zip(series.x, map(y, series.low), map(y, series.high), strict=False):
+        caps = f"M{x(value)} {low}V{high}M{x(value) - 4:.1f} {low}h8M{x(value) - 4:.1f} {high}h8"
+        parts.append(f'<path d="{caps}" fill="none" stroke="currentColor" stroke-width="1.3" opacity=".6"/>')
     if series.kind != "points":
         between = "H{0}V{1}" if series.kind == "step" else "L{0} {1}"
         path = f"M{places[0][0]} {places[0][1]}" + "".join(between.format(*place) for place in places[1:])
@@ -187,11 +190,6 @@ def _series(series: Series, x: _Scale, y: _Scale) -> str:
         for name, values in (("x", series.x), ("y", series.y))
     )
     return f'<g class="series" data-label="{_text(series.label)}" {numbers} color="{_colour(series.tone)}">{"".join(parts)}</g>'
-
-
-def _whisker(x: float, low: float, high: float) -> str:
-    caps = f"M{x} {low}V{high}M{x - 4:.1f} {low}h8M{x - 4:.1f} {high}h8"
-    return f'<path d="{caps}" fill="none" stroke="currentColor" stroke-width="1.3" opacity=".6"/>'
 
 
 def _colour(tone: Tone) -> str:

@@ -423,7 +423,7 @@ def _write_truncated(parent: Path, folder: Path, rank: int) -> None:
     Raises:
         InputError: no PEFT adapter there, or of a kind that can't be truncated.
     """
-    from rightrank.adapters.rewrite import RankChoice, write_resized
+    from rightrank.adapters.resize import RankChoice, write_resized
     from rightrank.models.adapter_files import open_adapter  # these bring torch, which a trainer may not need
 
     adapter = open_adapter(parent)

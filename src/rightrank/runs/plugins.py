@@ -24,6 +24,7 @@ from rightrank.schema.errors import LIBRARY_ERRORS, one_line
 if TYPE_CHECKING:
     import click
 
+    from rightrank.data.rows import Row
     from rightrank.models.base_models import LoadedModel
     from rightrank.schema.decision import Decision
     from rightrank.schema.events import RunStarted
@@ -113,11 +114,11 @@ class Plugin:
         """
         return None
 
-    def decide_rows(self, rows: str | Path | Iterable[Any], margin: float | None) -> tuple[Decision, list[str]] | None:
+    def decide_rows(self, rows: Sequence[Row], margin: float | None) -> tuple[Decision, list[str]] | None:
         """The decision on finished results of another kind than values, and how they were understood; None for other rows.
 
         Args:
-            rows: of a table, `rightrank.data.rows.Row` or mappings; or a file of them.
+            rows: of a table, with the place of each.
             margin: None for the default of this kind.
 
         Raises:

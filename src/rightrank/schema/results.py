@@ -42,7 +42,7 @@ class Plan(Record):
     memory_bytes: int | None = None
     context_bytes: int  # of the process beside its tensors
     changes: dict[str, Any] = Field(default_factory=dict)  # settings with which the smallest rank fits, if none fits
-    source: Literal["traced", "formula"]  # of the peaks
+    source: Literal["traced"]  # of the peaks
     error_share: float  # relative error of the peaks
     notes: list[str] = Field(default_factory=list)
     seconds: float  # spent on planning

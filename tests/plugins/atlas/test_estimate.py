@@ -23,8 +23,17 @@ from rightrank.cli import cli
 from rightrank.decision.run import decide_run
 from rightrank.hooks.report import write_report
 from rightrank.models.ranks import rank_change_line, rate_warning
-from rightrank.plugins.atlas.estimate import RANKS, Question, expectation, likeness, probabilities, wilson
-from rightrank.plugins.atlas.question import kind_of, of_run, size_of
+from rightrank.plugins.atlas.estimate import (
+    RANKS,
+    Question,
+    expectation,
+    kind_of,
+    likeness,
+    of_run,
+    probabilities,
+    size_of,
+    wilson,
+)
 from rightrank.plugins.atlas.rows import load
 from rightrank.plugins.atlas.view import atlas_row, figure_of, outlook, sentence
 from rightrank.report.svg import svg_file

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from benchmarks.atlas.readings import READS, check, figures
 
-from rightrank.plugins.atlas.rows import ATLAS, FAMILIES, Sweep, load, parse
+from rightrank.plugins.atlas.rows import ATLAS, FAMILIES, KINDS, load
 from tests.plugins.atlas.made_up import sweep
 
 MARGINS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
@@ -80,22 +79,16 @@ def test_noise_and_direction() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"family": "poems"}, "unknown family"),
-        ({"source": "nobody"}, "no source 'nobody'"),
-        ({"ranks": [4, 1, 16, 64]}, "ascend"),
-        ({"values": [1.0]}, "a value a rank"),
-        ({"seeds": 0}, "seeds or noise"),
-    ],
-)
-def test_a_row_that_cannot_be_is_refused(change: dict[str, object], message: str) -> None:
-    row = {name: getattr(sweep(), name) for name in Sweep.__slots__ if name != "read"}
-    source = {"address": "https://x", "licence": "MIT", "kind": "table", "read": "2026-01-01"}
-    assert parse({"sources": {"s": source}, "sweeps": [row]}).sweeps[0] == replace(sweep(), read={})
-    with pytest.raises(ValueError, match=message):
-        parse({"sources": {"s": source}, "sweeps": [{**row, **change}]})
+def test_every_row_can_be() -> None:
+    atlas = load()
+    for row in atlas.sweeps:
+        assert row.source in atlas.sources, row.id
+        assert (row.family in FAMILIES, row.kind in KINDS, row.better in ("low", "high")) == (True, True, True), row.id
+        assert len(row.ranks) == len(row.values) >= 2, row.id
+        assert list(row.ranks) == sorted(set(row.ranks)), row.id
+        assert row.ranks[0] >= 1, row.id
+        assert row.seeds >= 1, row.id
+        assert row.noise is None or row.noise >= 0, row.id
 
 
 def test_figures_are_read_again_from_tables_records_and_logs() -> None:

@@ -2,4 +2,4 @@
 
 from benchmarks.plan.architectures import small_configs
 
-CONFIGS = small_configs(64, 4, 512, 256)
+CONFIGS = small_configs(64, 4, 512, 256, blocks=3)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rightrank.plugins.plan.estimate import inventory
+from rightrank.plugins.plan.peak import optimizer_memory
 from rightrank.plugins.plan.skeleton import adapt, build_base
-from rightrank.plugins.plan.trace import optimizer_memory
 from rightrank.schema.plan_settings import make_plan_settings
 from tests.plugins.plan import CONFIGS
 

@@ -20,6 +20,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"target_modules": ("c_attn",)}),
     ("mistral", {"padding": True}),
     ("moe", {"exclude_modules": ("shared_expert_gate",)}),
+    (
+        "moe",
+        {"target_modules": ("q_proj",), "target_parameters": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")},
+    ),
     ("gpt2", MULTI_LORA | {"adapters_per_pass": 2}),
     ("llama", MULTI_LORA | {"adapters_per_pass": 3, "gradient_checkpointing": True}),
     ("bert", {"packed": True, "optim": "adamw_fused", "num_labels": 3, "padding": True, "adapters_per_pass": 2}),

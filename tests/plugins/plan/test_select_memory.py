@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,13 @@ pytestmark = pytest.mark.trains
 
 SMALL = ("--learning-rates", "1e-2", "--max-steps", "2", "--batch-size", "4", "--seq-len", "32", "--eval-items", "6")
 SETS = ("--set", "eval_points=1", "--strategy", "grid", "--quiet")
+
+
+def one_block() -> Any:
+    """A configuration whose step is traced in the least time."""
+    config = tiny_llama_config(400)
+    config.num_hidden_layers = 1
+    return config
 
 
 def command(model: Path, data: Path, out: Path, *more: str) -> int:
@@ -62,7 +70,7 @@ def test_too_little_memory_is_refused_before_the_start(
 
 
 def test_where_only_the_lowest_rank_fits_the_next_one_is_named() -> None:
-    config = tiny_llama_config(400)
+    config = one_block()
     planned = plan_selection(config, small_settings(ranks=(1, 16), memory_bytes=2**40), 32, "cpu")
     between = (planned.needed_bytes[1] + planned.needed_bytes[16]) // 2
     settings = small_settings(ranks=(1, 16), memory_bytes=between, goal="adapter")
@@ -71,7 +79,7 @@ def test_where_only_the_lowest_rank_fits_the_next_one_is_named() -> None:
 
 
 def test_a_preference_pair_is_planned_as_two_sequences() -> None:
-    config = tiny_llama_config(400)
+    config = one_block()
     pairs = plan_selection(config, small_settings(batch_size=4, eval_batch_size=4), 32, "cpu", sequences=2)
     texts = plan_selection(config, small_settings(batch_size=8, eval_batch_size=8), 32, "cpu")
     assert pairs.peak_bytes == texts.peak_bytes
@@ -80,7 +88,7 @@ def test_a_preference_pair_is_planned_as_two_sequences() -> None:
 
 def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
     settings = small_settings(ranks=(1, 8), adapters_per_pass=6)
-    config = tiny_llama_config(400)
+    config = one_block()
     assert plan_selection(config, settings, 32, "cpu").max_adapters_per_pass is None
     alone = plan_selection(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu")
     assert alone.max_adapters_per_pass == 6
@@ -120,7 +128,7 @@ def test_fewer_adapters_per_pass_where_memory_is_short(
 def test_ranks_that_do_not_fit_are_left_out() -> None:
     """A budget between the second and the third rank's need leaves two."""
     settings = small_settings(ranks=(1, 8, 32))
-    config = tiny_llama_config(400)
+    config = one_block()
     free = plan_selection(config, settings, 32, "cpu")
     assert free.ranks == (1, 8, 32)
     assert free.notice() is None
@@ -132,7 +140,7 @@ def test_ranks_that_do_not_fit_are_left_out() -> None:
 
 def test_default_ranks_are_those_that_the_matrices_can_have() -> None:
     """The smallest adapted matrix has 16 rows."""
-    config, default = tiny_llama_config(400), make_settings({"device": "cpu", "dtype": "float32"})
+    config, default = one_block(), make_settings({"device": "cpu", "dtype": "float32"})
     assert plan_selection(config, default, 32, "cpu").ranks == (1, 4, 16)
 
 

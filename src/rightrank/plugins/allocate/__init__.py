@@ -6,22 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from rightrank.cli.options import comma, gather, whole_numbers
 from rightrank.runs.plugins import Plugin
+from rightrank.schema.settings import SelectSettings, make_settings
 
 if TYPE_CHECKING:
-    import click
-
     from rightrank.schema.results import Allocation, AllocationTrial
-    from rightrank.schema.settings import SelectSettings
 
 
 class Allocate(Plugin):
     name = "allocate"
 
     def commands(self) -> Sequence[click.Command]:
-        from rightrank.plugins.allocate import commands
-
-        return [commands.allocate]
+        return [_allocate]
 
     def functions(self) -> Mapping[str, Callable[..., Any]]:
         return {"allocate": allocate}
@@ -63,7 +62,6 @@ def allocate(
     """
     from rightrank.plugins.allocate.proposal import AllocateOptions
     from rightrank.plugins.allocate.proposal import allocate as allocate_ranks
-    from rightrank.schema.settings import make_settings
 
     options = AllocateOptions(
         rank,
@@ -76,3 +74,40 @@ def allocate(
         on_trial,
     )
     return allocate_ranks(Path(adapter), Path(data), options)
+
+
+@click.command(
+    "allocate",
+    short_help="Test ranks that differ by module against a uniform one.",
+    epilog="Example: rightrank allocate run/adapter data.jsonl --rank 8 --learning-rate 1e-3 --max-steps 200",
+)
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--rank", type=int, required=True, help="Rank of the uniform adapter that sets the number of parameters.")
+@click.option("--learning-rate", type=float, required=True, help="Learning rate of every training.")
+@click.option("--max-steps", type=int, required=True, help="Optimizer steps of every training.")
+@click.option("--pattern", type=click.Path(path_type=Path), help="Test this JSON file of {module: rank} instead.")
+@click.option("--seeds", callback=comma, help="Seeds (default 0,1).")
+@click.option("--base", help="The base model (default: the one that the adapter names).")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of select, such as seq_len=256."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def _allocate(seeds: list[str] | None, assignments: tuple[str, ...], as_json: bool, **asked: Any) -> None:
+    """Propose a rank for each module if trained evidence supports it; otherwise answer uniform.
+
+    The pattern comes from the spectra of the trained ADAPTER. It must beat the uniform rank at equal parameters, and the same
+    ranks shuffled over the modules.
+    """
+    allocation = allocate(
+        **asked,
+        seeds=tuple(whole_numbers(seeds, "--seeds") or (0, 1)),
+        settings=make_settings(gather(None, assignments, {})),
+        on_trial=lambda trial: click.echo(f"{trial.pattern}, seed {trial.seed}: {trial.value:.4f}", err=True),
+    )
+    if as_json:
+        click.echo(allocation.model_dump_json())
+        return
+    from rightrank.report.adapters import allocation_text
+
+    click.echo(allocation_text(allocation))

@@ -72,7 +72,11 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
     _check(options)
     adapter = open_adapter(path)
     by_rank(adapter, options.rank)  # refuses a rank above a module's limit
-    _require_matrices(adapter)
+    several = next((pair[0].address for pair in adapter.pairs if len(pair) > 1), None)
+    if several is not None:  # PEFT gives all of its matrices one rank
+        raise SettingsError(
+            f"allocate gives ranks to modules, and {several} holds experts that share one; give an adapter on modules"
+        )
     ranks = _by_spectra(adapter, options.rank) if options.pattern is None else _read_pattern(options.pattern, adapter)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         runtime = adapter_runtime(
@@ -133,15 +137,6 @@ def shuffled(adapter: AdapterFolder, ranks: Mapping[str, int], seed: int) -> dic
     fitting = [draw for draw in draws if (draw <= limits).all() and (draw != values).any()] or [values]
     best = min(fitting, key=lambda draw: abs(int(draw @ costs) - wanted))
     return {module.name: int(rank) for module, rank in zip(adapter.modules, best, strict=True)}
-
-
-def _require_matrices(adapter: AdapterFolder) -> None:
-    """Refuse parameters that hold several matrices: PEFT gives all of them one rank."""
-    several = next((pair[0].address for pair in adapter.pairs if len(pair) > 1), None)
-    if several is not None:
-        raise SettingsError(
-            f"allocate gives ranks to modules, and {several} holds experts that share one; give an adapter on modules"
-        )
 
 
 def _check(options: AllocateOptions) -> None:

@@ -1,7 +1,7 @@
 """What others found before any training: an atlas of public sweeps of ranks, and how often each rank was enough in them.
 
-rows (a sweep, and which rank was enough in it) → estimate (the share of sweeps in which each rank was enough) → question (what is known of
-a training before it) → view (the command, its picture, the lines of a selection, a run's own row). A start of a search, never a bound:
+rows (a sweep, and which rank was enough in it) → estimate (what is known of a training before it, and the share of sweeps in which each
+rank was enough) → view (the command, its picture, the lines of a selection, a run's own row). A start of a search, never a bound:
 nothing here narrows what a selection tries or enters its evidence.
 """
 
@@ -70,8 +70,7 @@ def expect(
     Raises:
         SettingsError: a number or rank that can't be, or data that can't be read.
     """
-    from rightrank.plugins.atlas.estimate import expectation
-    from rightrank.plugins.atlas.question import ask
+    from rightrank.plugins.atlas.estimate import ask, expectation
 
     question, notes = ask(model, data, task, parameters, rows, tokens, metric, margin)
     found = expectation(question, ranks)

@@ -12,8 +12,7 @@ import click
 import rightrank
 from rightrank.cli.options import comma, whole_numbers
 from rightrank.models.ranks import LARGE_RANK, rank_change_line, rate_warning
-from rightrank.plugins.atlas.estimate import Expectation, expectation
-from rightrank.plugins.atlas.question import of_run
+from rightrank.plugins.atlas.estimate import Expectation, expectation, of_run
 from rightrank.plugins.atlas.rows import FAMILIES
 from rightrank.report.figure import Axis, Figure, Series, rank_axis
 

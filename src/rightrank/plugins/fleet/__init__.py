@@ -6,22 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from rightrank.cli.options import gather
 from rightrank.runs.plugins import Plugin
+from rightrank.schema.settings import SelectSettings, make_settings
 
 if TYPE_CHECKING:
-    import click
-
     from rightrank.plugins.fleet.common_rank import Fleet
-    from rightrank.schema.settings import SelectSettings
+    from rightrank.schema.decision import AdapterCandidate
 
 
 class FleetPlugin(Plugin):
     name = "fleet"
 
     def commands(self) -> Sequence[click.Command]:
-        from rightrank.plugins.fleet import commands
-
-        return [commands.fleet]
+        return [_fleet]
 
     def functions(self) -> Mapping[str, Callable[..., Any]]:
         return {"fleet": fleet}
@@ -57,7 +57,6 @@ def fleet(
         InputError: an adapter of another base, data that can't be used, adapters without a common module; nothing was written.
     """
     from rightrank.models.places import require_adapter_folder
-    from rightrank.schema.settings import make_settings
 
     for adapter in map(Path, adapters):
         if not adapter.is_file():
@@ -76,3 +75,59 @@ def fleet(
         ignore_base_name=ignore_base_name,
         notice=notice,
     )
+
+
+def _fleet_text(found: Fleet) -> str:
+    """Everything, for a person."""
+    from rightrank.report.format import table_lines, visible
+
+    ranks = sorted({one.rank for adapter in found.adapters for one in adapter.candidates}, reverse=True)
+    rows = [["adapter", "rank", "needs", *(f"at {rank}" for rank in ranks)]]
+    for adapter in found.adapters:
+        best = {one.rank: one for one in reversed(adapter.candidates)}
+        cells = ["" if rank not in best else _loss(best[rank]) for rank in ranks]
+        rows.append([visible(Path(adapter.out).name), str(adapter.rank_before), str(adapter.rank), *cells])
+    lines = [
+        found.sentence,
+        "",
+        *table_lines(rows),
+        "(held-out, worse than the adapter itself by; * not shown to be within the margin)",
+        "",
+    ]
+    padded = "" if found.padded_to is None else f", each padded to rank {found.padded_to}"
+    return "\n".join([*lines, f"adapters: {found.out}{padded}"])
+
+
+def _loss(one: AdapterCandidate) -> str:
+    return f"{one.difference:+.4f}{'' if one.holds else '*'}"
+
+
+@click.command(
+    "fleet",
+    short_help="Bring many adapters to the smallest common rank.",
+    epilog="Example: rightrank fleet tasks/first tasks/second --model ./model --out common",
+)
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ADAPTER...")
+@click.option("--model", required=True, help="The base model of all adapters.")
+@click.option(
+    "--data",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Held-out rows: once for all adapters, or once for each in their order.",
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write, one folder for each adapter."
+)
+@click.option("--margin", type=float, help="How much an adapter may lose (default 0.005 nats a token).")
+@click.option("--pad", is_flag=True, help="Write all adapters at the one rank that vLLM serves, with one scale.")
+@click.option("--ignore-base-name", is_flag=True, help="Accept adapters that name another base, if their shapes fit.")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of select, such as seq_len=256."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def _fleet(margin: float | None, assignments: tuple[str, ...], as_json: bool, **asked: Any) -> None:
+    """Find the smallest rank that all ADAPTERs can be truncated to without losing more than the margin, and write them."""
+    settings = make_settings(gather(None, assignments, {"margin": margin}))
+    found = fleet(**asked, settings=settings, notice=lambda line: click.echo(line, err=True))
+    click.echo(found.model_dump_json() if as_json else _fleet_text(found))

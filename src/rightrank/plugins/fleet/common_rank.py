@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import Field
 
 from rightrank.adapters.held_out import Candidates, TruncationCurve, scored_data, truncation_curve
-from rightrank.adapters.rewrite import require_plain_update, write_padded
+from rightrank.adapters.resize import require_plain_update, write_padded
 from rightrank.data.files import replacing_folder, require_absent
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_adapter
 from rightrank.models.base_models import load_base, require_base

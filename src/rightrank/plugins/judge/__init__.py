@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from rightrank.runs.plugins import Plugin
 
 if TYPE_CHECKING:
-    import click
-
+    from rightrank.data.rows import Row
     from rightrank.plugins.judge.pairs import JudgedRun
     from rightrank.schema.decision import Decision
 
@@ -19,22 +21,17 @@ class Judge(Plugin):
     name = "judge"
 
     def commands(self) -> Sequence[click.Command]:
-        from rightrank.plugins.judge import commands
-
-        return [commands.judge]
+        return [_judge]
 
     def functions(self) -> Mapping[str, Callable[..., Any]]:
         return {"judge": judge}
 
-    def decide_rows(self, rows: str | Path | Iterable[Any], margin: float | None) -> tuple[Decision, list[str]] | None:
-        from rightrank.plugins.judge.judgements import are_judgements, judgements_of, rows_of
-
-        found = rows_of(rows)
-        if not are_judgements(found):
+    def decide_rows(self, rows: Sequence[Row], margin: float | None) -> tuple[Decision, list[str]] | None:
+        if not rows or not {"rank_a", "rank_b"} <= rows[0].fields.keys():
             return None
-        judgements, understood = judgements_of(found)
-        from rightrank.plugins.judge.judgements import decide_judged
+        from rightrank.plugins.judge.judgements import decide_judged, judgements_of
 
+        judgements, understood = judgements_of(rows)
         return decide_judged(judgements, margin), understood
 
 
@@ -64,3 +61,37 @@ def judge(
     from rightrank.plugins.judge.pairs import judge_run
 
     return judge_run(Path(run), prompts, [Path(file) for file in collect], margin, notice)
+
+
+@click.command(
+    "judge",
+    short_help="Decide by blind judgements of people or programs.",
+    epilog="Example: rightrank judge run --prompts 50, then: rightrank judge run --collect choices.json",
+)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompts", type=click.IntRange(min=2), default=50, show_default=True, help="Test prompts to answer.")
+@click.option(
+    "--collect", multiple=True, type=click.Path(path_type=Path), help="Choices that the page saved; may be repeated."
+)
+@click.option("--margin", type=float, help="How far below one half a win rate may be (default 0.05).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def _judge(run: Path, as_json: bool, **asked: Any) -> None:
+    """Let people or programs judge the answers of RUN's ranks, blind, and decide by their win rates.
+
+    Without --collect, RUN/judging/judge.html is a page to click through, and RUN/judging/pairs.jsonl the same for a program.
+    """
+    found = judge(run, **asked, notice=lambda line: click.echo(line, err=True))
+    if as_json:
+        files = {"page": str(found.page), "pairs": str(found.pairs), "count": found.count}
+        files |= {"judgements": None if found.judgements is None else str(found.judgements)}
+        decision = {} if found.decision is None else found.decision.model_dump(mode="json")
+        click.echo(json.dumps({**decision, **files, "understood": found.understood}))
+        return
+    if found.decision is None:
+        click.echo(
+            f"{found.count} pairs to judge: open {found.page}, then `rightrank judge {run} --collect choices.json`"
+        )
+        return
+    click.echo(found.decision.sentence)
+    click.echo(f"verdict: {found.decision.verdict} ({', '.join(found.understood)})")
+    click.echo(f"next:    {found.decision.next_run}")

@@ -3,10 +3,8 @@ win rates against the reference, with intervals over prompts and judges."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -20,8 +18,8 @@ from rightrank.decision.comparison import (
     descending,
     examples_needed,
     two_sided,
+    walk_down,
 )
-from rightrank.interop.tables import raw_rows, rows_of_mappings
 from rightrank.schema.decision import Decision, NextRun, RankEvidence, StaircaseStep, Verdict
 from rightrank.schema.errors import ResultsError, quoted
 from rightrank.schema.trials import Floats, Record, Whole
@@ -46,22 +44,6 @@ class Judgement(Record):
 
 NEEDED = ("prompt", "rank_a", "rank_b", "outcome")
 ONE_JUDGE = "judge"
-
-
-def are_judgements(rows: Iterable[Row]) -> bool:
-    """Whether the rows have the columns that only judgements have."""
-    first = next(iter(rows), None)
-    return first is not None and {"rank_a", "rank_b"} <= first.fields.keys()
-
-
-def rows_of(source: str | Path | Iterable[Row | Mapping[str, object]]) -> list[Row]:
-    """The rows of a file, or rows and mappings in memory."""
-    if isinstance(source, str | Path):
-        return list(raw_rows(Path(source)))
-    listed = list(source)
-    if all(isinstance(one, Row) for one in listed):
-        return [one for one in listed if isinstance(one, Row)]
-    return list(rows_of_mappings([one for one in listed if not isinstance(one, Row)]))
 
 
 def judgements_of(rows: Iterable[Row]) -> tuple[list[Judgement], list[str]]:
@@ -185,28 +167,12 @@ MIN_JUDGEMENTS = 2  # of a rank against the reference
 class _Judged:
     """One rank against the reference; `worse` is 1/2 minus its win rate."""
 
-    rank: int
     worse: Estimate
+    bounds: Bounds
 
-    @property
-    def low(self) -> float:
-        return max(-EVEN, self.worse.bound(1 - CONFIDENCE))
-
-    @property
-    def high(self) -> float:
-        return min(EVEN, self.worse.bound(CONFIDENCE))
-
-    def holds(self, margin: float) -> bool | None:
-        return Bounds(self.worse.mean, self.low, self.high).is_enough(margin)
-
-
-def _reference_of(judgements: Sequence[Judgement]) -> int:
-    """The rank that is compared with the most others; the largest of several."""
-    others: dict[int, set[int]] = {}
-    for one in judgements:
-        others.setdefault(one.rank_a, set()).add(one.rank_b)
-        others.setdefault(one.rank_b, set()).add(one.rank_a)
-    return max(others, key=lambda rank: (len(others[rank]), rank))
+    def words(self) -> str:
+        low, high = EVEN - self.bounds.high, EVEN - self.bounds.low
+        return f"it wins {EVEN - self.worse.mean:.0%} (95% bounds {low:.0%} to {high:.0%}, ties as halves)"
 
 
 def decide_judged(
@@ -217,7 +183,7 @@ def decide_judged(
     Args:
         judgements: only those of a pair with the reference count.
         margin: how far below 1/2 a win rate may be; None for .05.
-        reference: None for the rank that is compared with the most others.
+        reference: None for the rank that is compared with the most others, the largest of several.
 
     Raises:
         ResultsError: a margin that is no win rate, or no rank with two judgements against the reference.
@@ -225,23 +191,33 @@ def decide_judged(
     margin = WIN_RATE_MARGIN if margin is None else margin
     if not 0 < margin < EVEN:
         raise ResultsError(f"margin {margin:g} is not allowed: a win rate's margin is above 0 and below 0.5")
-    top = _reference_of(judgements) if reference is None else reference
-    judged = _all(judgements, top)
+    others: dict[int, set[int]] = {}
+    for one in judgements:
+        others.setdefault(one.rank_a, set()).add(one.rank_b)
+        others.setdefault(one.rank_b, set()).add(one.rank_a)
+    top = max(others, key=lambda rank: (len(others[rank]), rank)) if reference is None else reference
+    judged = _against(judgements, top)
     if not judged:
         raise ResultsError(f"no rank has {MIN_JUDGEMENTS} judgements against rank {top}: judge more pairs with it")
-    chosen, failing = _walk(judged, top, margin)
-    verdict = _verdict(judged, chosen, failing, top, margin)
-    may_be_better = any(one.low < -margin for one in judged.values() if one.rank > top)
+    chosen = walk_down(judged, top, lambda rank: judged[rank].bounds.is_enough(margin) is True)
+    failing = next(iter(descending(judged, chosen)), None)
+    verdict, sentence = _answer(judged, chosen, failing, top, margin)
+    may_be_better = any(one.bounds.low < -margin for rank, one in judged.items() if rank > top)
     fallback = None if chosen == top or may_be_better else chosen
-    judges = {one.judge for one in judgements}
-    runs = [_next_run(judged[failing], margin, len(judges))] if failing and verdict == "undecided" else []
+    winner = min(judged, key=lambda rank: (judged[rank].worse.mean, rank))
+    best = winner if judged[winner].worse.mean < 0 else top  # or where none wins more than it loses
+    judges, prompts = len({one.judge for one in judgements}), len({one.prompt for one in judgements})
+    whose = (
+        "the judges are a sample of more" if judges > 1 else "other judges may differ: the interval is for this judge"
+    )
+    runs = [_next_run(failing, judged[failing].worse, margin, judges)] if failing and verdict == "undecided" else []
     return Decision(
         rank=None if verdict == "undecided" else chosen,
         fallback_rank=fallback,
-        best_so_far=_best(judged, top) if fallback is None else None,
+        best_so_far=best if fallback is None else None,
         verdict=verdict,
-        flags=["one_judge"] if len(judges) == 1 else [],
-        sentence=_sentence(verdict, chosen, top, judged, margin, failing),
+        flags=["one_judge"] if judges == 1 else [],
+        sentence=sentence,
         next_run=runs[0].sentence if runs else "Nothing more is needed at this margin.",
         metric=METRIC,
         higher_is_better=True,
@@ -251,37 +227,14 @@ def decide_judged(
         learning_rate=None,
         staircase=_staircase(judged, top),
         ranks=_evidence(judged, top, margin),
-        basis="items and seeds" if len(judges) > 1 else "items",
-        basis_note=_basis_note(judgements, len(judges)),
+        basis="items and seeds" if judges > 1 else "items",
+        basis_note=f"The intervals are over {prompts} prompts and {judges} judge{'s' * (judges > 1)}; {whose}.",
         next_runs=runs,
     )
 
 
-def _walk(judged: Mapping[int, _Judged], top: int, margin: float) -> tuple[int, int | None]:
-    """`(smallest rank that holds, first rank below it that does not)`; None where all hold."""
-    chosen = top
-    for rank in descending(judged, top):
-        if not judged[rank].holds(margin):
-            return chosen, rank
-        chosen = rank
-    return chosen, None
-
-
-def _best(judged: Mapping[int, _Judged], top: int) -> int:
-    """The rank that came out best: the one that wins most often, or the reference where none wins more than it loses."""
-    winner = min(judged, key=lambda rank: (judged[rank].worse.mean, rank))
-    return winner if judged[winner].worse.mean < 0 else top
-
-
-def _verdict(judged: Mapping[int, _Judged], chosen: int, failing: int | None, top: int, margin: float) -> Verdict:
-    if failing is None:
-        return "flat"
-    if judged[failing].holds(margin) is None:
-        return "undecided"
-    return "saturated" if chosen != top else "rising"
-
-
-def _all(judgements: Sequence[Judgement], top: int) -> dict[int, _Judged]:
+def _against(judgements: Sequence[Judgement], top: int) -> dict[int, _Judged]:
+    """By rank, what was judged between it and the reference."""
     found: dict[int, list[Judgement]] = {}
     for one in judgements:
         if top in (one.rank_a, one.rank_b):
@@ -290,97 +243,72 @@ def _all(judgements: Sequence[Judgement], top: int) -> dict[int, _Judged]:
     for rank, own in sorted(found.items()):
         if len(own) >= MIN_JUDGEMENTS:
             scores = [EVEN - one.score_of(rank) for one in own]
-            judged[rank] = _Judged(
-                rank, clustered_mean(scores, [one.prompt for one in own], [one.judge for one in own])
-            )
+            worse = clustered_mean(scores, [one.prompt for one in own], [one.judge for one in own])
+            low, high = max(-EVEN, worse.bound(1 - CONFIDENCE)), min(EVEN, worse.bound(CONFIDENCE))
+            judged[rank] = _Judged(worse, Bounds(worse.mean, low, high))
     return judged
 
 
+def _answer(
+    judged: Mapping[int, _Judged], chosen: int, failing: int | None, top: int, margin: float
+) -> tuple[Verdict, str]:
+    """The verdict and its sentence; `failing` is the first rank below the chosen one that is not shown to be enough."""
+    held = f"Rank {chosen} is the reference, and no rank below it was judged"
+    if chosen != top:
+        held = f"Rank {chosen} is enough: against rank {top}, {judged[chosen].words()}, margin {margin:g}"
+    if failing is None:
+        return "flat", f"{held}."
+    rate = judged[failing].words()
+    if judged[failing].bounds.is_enough(margin) is None:
+        best = f"rank {chosen} is enough" if chosen != top else f"rank {top} is the reference"
+        unknown = f"the judgements cannot tell whether rank {failing} is"
+        return "undecided", f"Cannot tell: {best}, and {unknown}: {rate}, margin {margin:g}."
+    if chosen == top:
+        return "rising", f"Rank {top} is needed: rank {failing} is worse, {rate}, margin {margin:g}."
+    return "saturated", f"{held}; rank {failing} is not, {rate}."
+
+
 def _evidence(judged: Mapping[int, _Judged], top: int, margin: float) -> list[RankEvidence]:
-    rows = [
-        RankEvidence(
-            rank=top,
-            value=EVEN,
-            low=EVEN,
-            high=EVEN,
-            difference=0.0,
-            difference_low=0.0,
-            difference_high=0.0,
-            non_inferior=True,
+    even = {"value": EVEN, "low": EVEN, "high": EVEN, "difference_low": 0.0, "difference_high": 0.0}
+    rows = [RankEvidence(rank=top, difference=0.0, non_inferior=True, **even)]
+    for rank, one in judged.items():
+        low, high = (EVEN - one.worse.bound(level) for level in reversed(two_sided(CONFIDENCE)))
+        rows.append(
+            RankEvidence(
+                rank=rank,
+                value=EVEN - one.worse.mean,
+                low=max(0.0, low),
+                high=min(1.0, high),
+                difference=one.worse.mean,
+                difference_low=one.bounds.low,
+                difference_high=one.bounds.high,
+                non_inferior=one.bounds.is_enough(margin),
+                seeds=max(1, one.worse.seeds),
+            )
         )
-    ]
-    return sorted([*rows, *(_row(one, margin) for one in judged.values())], key=lambda one: one.rank)
-
-
-def _row(one: _Judged, margin: float) -> RankEvidence:
-    low, high = (EVEN - one.worse.bound(level) for level in reversed(two_sided(CONFIDENCE)))
-    return RankEvidence(
-        rank=one.rank,
-        value=EVEN - one.worse.mean,
-        low=max(0.0, low),
-        high=min(1.0, high),
-        difference=one.worse.mean,
-        difference_low=one.low,
-        difference_high=one.high,
-        non_inferior=one.holds(margin),
-        seeds=max(1, one.worse.seeds),
-    )
+    return sorted(rows, key=lambda row: row.rank)
 
 
 def _staircase(judged: Mapping[int, _Judged], top: int) -> list[StaircaseStep]:
     steps, threshold = [StaircaseStep(margin=0.0, rank=top)], 0.0
     for rank in descending(judged, top):
-        threshold = max(threshold, judged[rank].high)
+        threshold = max(threshold, judged[rank].bounds.high)
         if threshold == steps[-1].margin:
             steps.pop()
         steps.append(StaircaseStep(margin=threshold, rank=rank))
     return steps
 
 
-def _sentence(
-    verdict: Verdict, chosen: int, top: int, judged: Mapping[int, _Judged], margin: float, other: int | None
-) -> str:
-    if verdict == "undecided":
-        assert other is not None
-        best = f"rank {chosen} is enough" if chosen != top else f"rank {top} is the reference"
-        return f"Cannot tell: {best}, and the judgements cannot tell whether rank {other} is: {_rate(judged[other])}, margin {margin:g}."
-    if verdict == "rising":
-        assert other is not None
-        return f"Rank {top} is needed: rank {other} is worse, {_rate(judged[other])}, margin {margin:g}."
-    held = f"Rank {chosen} is enough: against rank {top}, {_rate(judged[chosen])}, margin {margin:g}"
-    return f"{held}." if other is None else f"{held}; rank {other} is not, {_rate(judged[other])}."
-
-
-def _rate(one: _Judged) -> str:
-    low, high = EVEN - one.high, EVEN - one.low
-    return f"it wins {EVEN - one.worse.mean:.0%} (95% bounds {low:.0%} to {high:.0%}, ties as halves)"
-
-
-def _basis_note(judgements: Sequence[Judgement], judges: int) -> str:
-    prompts = len({one.prompt for one in judgements})
-    whose = (
-        "the judges are a sample of more" if judges > 1 else "other judges may differ: the interval is for this judge"
-    )
-    return f"The intervals are over {prompts} prompts and {judges} judge{'s' if judges > 1 else ''}; {whose}."
-
-
-def _next_run(one: _Judged, margin: float, judges: int) -> NextRun:
+def _next_run(rank: int, worse: Estimate, margin: float, judges: int) -> NextRun:
     """How many judgements would settle the rank, if its win rate stays as it is."""
-    needed = examples_needed(one.worse, margin)
-    if needed is not None:
-        more = math.ceil(needed * max(1, judges))
-        return NextRun(
-            action="items",
-            ranks=[one.rank],
-            items=needed,
-            sentence=(
-                f"Judge rank {one.rank} on about {needed:,} prompts in place of {one.worse.examples:,} (about {more:,} judgements in "
-                f"all, each by the {'same judge' if judges == 1 else f'{judges} judges'}) to settle it, if its win rate stays as it is."
-            ),
-        )
-    cure = "more judges" if judges > 1 else "another margin"
-    return NextRun(
-        action="none",
-        ranks=[one.rank],
-        sentence=f"More prompts alone would not settle rank {one.rank} at this win rate: take {cure}.",
+    needed = examples_needed(worse, margin)
+    if needed is None:
+        cure = "more judges" if judges > 1 else "another margin"
+        sentence = f"More prompts alone would not settle rank {rank} at this win rate: take {cure}."
+        return NextRun(action="none", ranks=[rank], sentence=sentence)
+    each = "same judge" if judges == 1 else f"{judges} judges"
+    sentence = (
+        f"Judge rank {rank} on about {needed:,} prompts in place of {worse.examples:,} (about {needed * max(1, judges):,} "
+        f"judgements in all, each by the {each}) to settle it, if its win rate stays as it is."
     )
+    return NextRun(action="items", ranks=[rank], items=needed, sentence=sentence)

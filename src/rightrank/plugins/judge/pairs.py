@@ -3,7 +3,7 @@
 Every rank's best adapter answers the same test prompts as the reference's. A pair shows both answers in a random order under the
 letters A and B; the ranks are in a file of their own. Equal answers are ties and are shown to nobody.
 
-The page on which a person judges blind pairs: one file that opens from disk and sends nothing anywhere.
+The page on which a person judges is one file that opens from disk and sends nothing anywhere.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 
 from rightrank.data.files import UnreadableError, read_json_object, write_text
 from rightrank.decision.run import Records, best_trial, decision_so_far, last_decided, records_of
-from rightrank.plugins.judge.judgements import decide_judged, judgements_of, rows_of
-from rightrank.report.html import script_hash, script_json
+from rightrank.interop.tables import raw_rows
+from rightrank.plugins.judge.judgements import SCORES, decide_judged, judgements_of
+from rightrank.report.html import script_hash, script_json, templates
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.prepare import prepare
 from rightrank.runs.values import Request
@@ -34,7 +35,6 @@ from rightrank.train.generation import promptable_examples, write_completion
 
 FOLDER = "judging"
 PAIRS, KEY, PAGE, JUDGEMENTS = "pairs.jsonl", "key.json", "judge.html", "judgements.jsonl"
-OUTCOMES = ("a", "b", "tie")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def judge_run(
     count = sum("same" not in one for one in key["pairs"].values())
     if not written.is_file():
         return JudgedRun(place / PAGE, place / PAIRS, count, None, None, [])
-    judgements, understood = judgements_of(rows_of(written))
+    judgements, understood = judgements_of(raw_rows(written))
     decision = decide_judged(judgements, margin, key["reference"])
     return JudgedRun(place / PAGE, place / PAIRS, count, written, decision, understood)
 
@@ -174,7 +174,7 @@ def _keep(place: Path, key: Mapping[str, Any], choices: Mapping[str, Mapping[str
     rows: list[dict[str, Any]] = []
     file = place / JUDGEMENTS
     if file.is_file():
-        earlier, _ = judgements_of(rows_of(file))
+        earlier, _ = judgements_of(raw_rows(file))
         rows += [one.model_dump() for one in earlier if one.judge not in choices]
     for judge, chosen in choices.items():
         for name, outcome in chosen.items():
@@ -182,7 +182,7 @@ def _keep(place: Path, key: Mapping[str, Any], choices: Mapping[str, Mapping[str
                 raise DataError(
                     f"judge {judge!r}: pair {name!r} is not one of this run's; judge the pairs in {place / PAIRS}"
                 )
-            if outcome not in OUTCOMES:
+            if outcome not in SCORES:
                 raise DataError(f"judge {judge!r}, pair {name!r}: outcome is {outcome!r}; give a, b or tie")
         same = {name: "tie" for name, pair in pairs.items() if "same" in pair}
         for name, outcome in {**chosen, **same}.items():
@@ -193,37 +193,10 @@ def _keep(place: Path, key: Mapping[str, Any], choices: Mapping[str, Mapping[str
 
 def judge_page(pairs: Sequence[Mapping[str, str]]) -> str:
     """The page for these pairs, each with `id`, `prompt`, `a` and `b`."""
-    script = files("rightrank.plugins.judge").joinpath("judge.js").read_text(encoding="utf-8").strip("\n")
-    data = script_json(list(pairs))
-    policy = f"default-src 'none'; script-src '{script_hash(script)}'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<title>Which answer is better?</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color-scheme: light dark; }}
-.answers {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid; border-radius: .4rem; padding: .8rem; margin: 0; }}
-button {{ font: inherit; padding: .5rem 1rem; margin: 1rem .5rem 0 0; }}
-</style>
-</head>
-<body>
-<main>
-<h1>Which answer is better?</h1>
-<p><label>Your name <input id="judge" autocomplete="off" maxlength="60"></label> <span id="progress" role="status"></span></p>
-<section id="pair" aria-live="polite">
-<h2>Prompt</h2><pre id="prompt"></pre>
-<div class="answers"><div><h2>A</h2><pre id="a"></pre></div><div><h2>B</h2><pre id="b"></pre></div></div>
-<p><button id="choose-a">A is better (1)</button><button id="choose-b">B is better (2)</button><button id="choose-tie">No difference (3)</button><button id="back">Back</button></p>
-</section>
-<p><button id="save">Save the choices</button> Give the file to <code>rightrank judge RUN --collect FILE</code>.</p>
-</main>
-<script type="application/json" id="pairs">{data}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
+    page, script, style = (_asset(name) for name in ("judge.html", "judge.js", "judge.css"))
+    texts = {"script": script, "script_hash": script_hash(script), "style": style, "pairs": script_json(list(pairs))}
+    return templates().from_string(page).render(texts)
+
+
+def _asset(name: str) -> str:
+    return files("rightrank.plugins.judge").joinpath(name).read_text(encoding="utf-8").strip("\n")

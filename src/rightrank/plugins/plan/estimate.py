@@ -8,67 +8,18 @@ bytes. Otherwise every rank is traced.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from rightrank.models.base_models import DTYPES
 from rightrank.models.ranks import safetensors_bytes
-from rightrank.plugins.plan.device import count_parameters
-from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, adapt, build_base
-from rightrank.plugins.plan.step import trace_step
-from rightrank.plugins.plan.trace import (
-    OptimizerMemory,
-    Peak,
-    Resident,
-    StepTrace,
-    optimizer_memory,
-    simulate_peak,
-)
+from rightrank.plugins.plan.peak import OptimizerMemory, Peak, Resident, optimizer_memory, simulate_peak
+from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, adapt, build_base, count_parameters
+from rightrank.plugins.plan.trace import StepTrace, trace_step
 from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, first_line
 from rightrank.schema.plan_settings import STEP_ONLY, PlanSettings
-from rightrank.schema.results import Components
-from rightrank.train.loss import CHUNK_LOGITS
 from rightrank.train.prefix import find_blocks, prefix_depth
-
-RESERVED_FACTOR = 1.06  # reserved over allocated bytes, as the allocator model gives in traced cases
-
-
-def _formula_peak(
-    model: Any, residents: Sequence[Resident], optimizer: OptimizerMemory, settings: PlanSettings
-) -> Peak:
-    """The peak of a step of `settings` by formula, bytes."""
-    tokens = settings.batch_size * settings.adapters_per_pass * settings.seq_len
-    width = DTYPES[settings.dtype].itemsize
-    config = model.config.get_text_config()
-    # An adapted module counts once: neither its base layer nor A and B, which keep little, count again.
-    inside = (".lora_", ".base_layer")
-    sides = [
-        (getattr(module, "in_features", None), getattr(module, "out_features", None))
-        for name, module in model.named_modules()
-        if not any(part in name for part in inside)
-    ]
-    kept = sum(tokens * (i + o) * width for i, o in sides if isinstance(i, int) and isinstance(o, int))
-    kept += tokens * config.num_hidden_layers * config.hidden_size * 8
-    if settings.gradient_checkpointing:
-        kept = kept // config.num_hidden_layers + tokens * config.num_hidden_layers * config.hidden_size * width
-    at_once = tokens * config.vocab_size
-    logits = at_once * (width + 12) if settings.loss == "full" else min(at_once, CHUNK_LOGITS) * 12
-    if settings.num_labels is not None:
-        logits = 0
-    components: Components = {}
-    for resident in residents:
-        components[resident.component] = components.get(resident.component, 0) + resident.size
-    components["optimizer"] = sum(optimizer.states)
-    components["gradients"] = components.get("adapter", 0)
-    components["activations"] = kept
-    components["logits_and_loss"] = logits
-    total = sum(components.values())
-    reserved = total if settings.device == "cpu" else round(total * RESERVED_FACTOR)
-    return Peak(total, reserved, components, "loss, by formula")
-
 
 # What a model's own code raises on tensors without values, or on kernels that meta tensors lack.
 UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)
@@ -126,13 +77,16 @@ class RankEstimate:
     training: Peak
     evaluation: Peak | None
     flops: int
-    source: Literal["traced", "formula"]
 
     @property
     def peak(self) -> Peak:
         if self.evaluation is not None and self.evaluation.peak_bytes > self.training.peak_bytes:
             return self.evaluation
         return self.training
+
+
+class UntraceableError(ModelError):
+    """A model whose step does not run on tensors without values: its memory can't be planned."""
 
 
 class NotSharedError(SettingsError):
@@ -151,7 +105,6 @@ class Estimator:
         self.skeleton = adapt(base, settings, self._ends[0])
         self._inventories = {self._ends[0]: inventory(self.skeleton, self._ends[0])}
         self._traces: dict[tuple[int, bool], StepTrace] = {}
-        self.untraceable: str | None = None  # why the step cannot be traced
 
     @property
     def rank_limit(self) -> int:
@@ -171,23 +124,13 @@ class Estimator:
         return other
 
     def estimate(self, rank: int) -> RankEstimate:
-        """The estimate of a rank, on the line through the lowest and the highest of the settings."""
-        parts = self.inventory(rank)
-        if self.untraceable is None:
-            try:
-                training = self._peak_of(rank, True)
-                evaluation = None if self.settings.eval_batch_size is None else self._peak_of(rank, False)
-                return RankEstimate(rank, parts, training, evaluation, self.flops(rank), "traced")
-            except MultiLoraError as error:
-                raise NotSharedError(
-                    f"adapters_per_pass: adapters on this model cannot share a pass ({error}); leave it out, or give 1"
-                ) from None
-            except UNTRACEABLE as error:
-                self.untraceable = f"{type(error).__name__}: {first_line(error)}"
-        residents, optimizer = self._residents(rank)
-        peak = _formula_peak(self.skeleton.base, residents, optimizer, self.settings)
-        tokens = self.settings.batch_size * self.settings.adapters_per_pass * self.settings.seq_len
-        return RankEstimate(rank, parts, peak, None, 4 * parts.parameters * tokens, "formula")
+        """The estimate of a rank, on the line through the lowest and the highest of the settings.
+
+        Raises:
+            NotSharedError, UntraceableError: see there.
+        """
+        evaluation = None if self.settings.eval_batch_size is None else self._peak_of(rank, False)
+        return RankEstimate(rank, self.inventory(rank), self._peak_of(rank, True), evaluation, self.flops(rank))
 
     def inventory(self, rank: int) -> _Inventory:
         """The tensors of the adapted model of that rank, on the line through PEFT's own at the two ends."""
@@ -213,19 +156,17 @@ class Estimator:
 
     def forward_flops(self, rank: int) -> float:
         """Operations of one row's forward pass, as in an evaluation."""
-        if self.untraceable is not None:
-            return self.flops(rank) / self._rows / 2
         trace = self._trace(self._ends[1] if rank != self._ends[0] else rank, False)
         batch = self.settings.eval_batch_size or self.settings.batch_size
         return sum(trace.flops.values()) / (batch * self.settings.adapters_per_pass)
 
     @property
     def frozen_flops(self) -> float:
-        """Operations of one row's forward pass through the blocks below the first adapted one."""
-        found = find_blocks(self.skeleton.base)
+        """Operations of one row's forward pass through the blocks below the first adapted one, which `select` computes once."""
+        found = find_blocks(self.skeleton.base) if self.settings.is_packed else None
         trained = [*(target.name for target in self.skeleton.targets), *self.settings.modules_to_save]
         depth = 0 if found is None else prefix_depth(found[0], trained, len(found[1]))
-        if found is None or depth == 0 or self.untraceable is not None:
+        if found is None or depth == 0:
             return 0.0
         below = [f".{found[0]}.{number}." for number in range(depth)]
         flops = self._trace(self._ends[0], True).flops.items()
@@ -282,7 +223,17 @@ class Estimator:
         if (rank, training) not in self._traces:
             arms = self.settings.adapters_per_pass
             skeleton = self.skeleton if rank == self._ends[0] and arms == 1 else self._adapted(rank, arms)
-            self._traces[rank, training] = trace_step(skeleton, self.settings, training)
+            try:
+                self._traces[rank, training] = trace_step(skeleton, self.settings, training)
+            except MultiLoraError as error:
+                raise NotSharedError(
+                    f"adapters_per_pass: adapters on this model cannot share a pass ({error}); leave it out, or give 1"
+                ) from None
+            except UNTRACEABLE as error:
+                raise UntraceableError(
+                    f"{self._config.model_type}: its step cannot be traced ({type(error).__name__}: {first_line(error)}), so "
+                    "its memory can't be planned"
+                ) from None
         return self._traces[rank, training]
 
     def _adapted(self, rank: int, arms: int = 1) -> Skeleton:

@@ -7,39 +7,34 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rightrank.plugins.plan.estimate import Estimator, RankEstimate
-from rightrank.plugins.plan.skeleton import read_config, require_rank
+from rightrank.plugins.plan.skeleton import require_rank
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.results import Plan, RankPlan
 
 # The relative error of a peak: against torch's profiler on a CPU 0.06% at worst in 76 cases; on CUDA against three
-# published peaks 1.4%, and not measured with weights in 4 or 8 bits; by formula −53% to +40% in the same 76 cases.
-ON_CPU, ON_CUDA, QUANTISED, BY_FORMULA = 0.01, 0.05, 0.1, 1.15
+# published peaks 1.4%, and not measured with weights in 4 or 8 bits.
+ON_CPU, ON_CUDA, QUANTISED = 0.01, 0.05, 0.1
 
 CUDA_CONTEXT_BYTES = 512 * 2**20  # driver, kernels and libraries: 300 to 600 MiB by card and driver
 CPU_PROCESS_BYTES = 700 * 2**20  # the interpreter with torch, transformers and peft loaded
 HEADROOM = 0.03  # of the reserved bytes, kept free
 
 
-def make_plan(model: str, settings: PlanSettings) -> Plan:
-    """The plan for a model folder, a GGUF file or a hub name.
-
-    Args:
-        model: holds at least a `config.json`.
-        settings: see `PlanSettings`.
+def plan_config(config: Any, name: str, settings: PlanSettings) -> Plan:
+    """The plan for a configuration in memory of the model called `name`.
 
     Raises:
-        ModelError: the model, its modules or a rank cannot be used.
+        ModelError: the modules or a rank cannot be used.
         SettingsError: a length above the model's positions.
     """
-    config = read_config(model, settings.trust_remote_code, settings.num_labels is not None)
-    return plan_config(config, model, settings)
-
-
-def plan_config(config: Any, name: str, settings: PlanSettings) -> Plan:
-    """The plan for a configuration in memory of the model called `name`."""
     begun = time.perf_counter()
-    _require_length(config, settings)
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int) and settings.seq_len > positions:
+        raise SettingsError(f"seq_len {settings.seq_len} is above the model's {positions} positions; give at most that")
+    if text.num_hidden_layers < 1:
+        raise ModelError("the configuration names no layers (num_hidden_layers)")
     estimator = Estimator(config, settings)
     if "ranks" not in settings.model_fields_set:  # default ranks: leave out those above the limit of a matrix
         limit = estimator.rank_limit
@@ -50,6 +45,8 @@ def plan_config(config: Any, name: str, settings: PlanSettings) -> Plan:
     rows = [_rank_plan(estimate, settings) for estimate in estimates]
     largest = _largest_rank(estimator, estimates)
     none_fits = settings.memory_bytes is not None and largest is None
+    is_quantised = settings.load_in_4bit or settings.load_in_8bit
+    notes = ["the memory is unknown; give --memory to see what fits"] * (settings.memory_bytes is None)
     return Plan(
         model=name,
         architecture=type(estimator.skeleton.base).__name__,
@@ -62,9 +59,9 @@ def plan_config(config: Any, name: str, settings: PlanSettings) -> Plan:
         memory_bytes=settings.memory_bytes,
         context_bytes=context_bytes(settings),
         changes=changes_that_fit(estimator) if none_fits else {},
-        source=estimates[0].source,
-        error_share=_peak_error(settings, estimates[0]),
-        notes=_notes(estimator, settings),
+        source="traced",
+        error_share=(QUANTISED if is_quantised else ON_CUDA) if settings.device == "cuda" else ON_CPU,
+        notes=notes,
         seconds=time.perf_counter() - begun,
         settings=settings.model_dump(mode="json"),
     )
@@ -84,35 +81,6 @@ def _rank_plan(estimate: RankEstimate, settings: PlanSettings) -> RankPlan:
         fits=None if settings.memory_bytes is None else fits(estimate, settings),
         flops_per_step=estimate.flops,
     )
-
-
-def _peak_error(settings: PlanSettings, estimate: RankEstimate) -> float:
-    if estimate.source == "formula":
-        return BY_FORMULA
-    on_cuda = settings.device == "cuda"
-    if on_cuda and (settings.load_in_4bit or settings.load_in_8bit):
-        return QUANTISED
-    return ON_CUDA if on_cuda else ON_CPU
-
-
-def _require_length(config: Any, settings: PlanSettings) -> None:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and settings.seq_len > positions:
-        raise SettingsError(f"seq_len {settings.seq_len} is above the model's {positions} positions; give at most that")
-    if config.get_text_config().num_hidden_layers < 1:
-        raise ModelError("the configuration names no layers (num_hidden_layers)")
-
-
-def _notes(estimator: Estimator, settings: PlanSettings) -> list[str]:
-    notes = []
-    if estimator.untraceable is not None:
-        notes.append(
-            f"the step cannot be traced ({estimator.untraceable}), so the peak comes from a formula and may be off by a "
-            f"factor of {1 + BY_FORMULA:.2f} either way"
-        )
-    if settings.memory_bytes is None:
-        notes.append("the memory is unknown; give --memory to see what fits")
-    return notes
 
 
 def context_bytes(settings: PlanSettings) -> int:

@@ -4,7 +4,7 @@ device, from operations at the speed of a few real steps.
     flops = trainings · (steps · step + eval_points · evaluation) + extra · evaluation
             + RUN_EVALUATIONS · evaluation + prefix
 
-A strategy gives the whole trainings that it expects and its maximum (`strategies.protocol.CostEstimate`). `extra` counts
+A strategy gives the whole trainings that it expects and its maximum (`search.protocol.CostEstimate`). `extra` counts
 the evaluations of arms that are stopped early or truncated from another. Each run also evaluates the base, three times
 the test split (base, chosen, reference), and computes the frozen blocks below the adapters once (`prefix`). Preference
 pairs take one more pass over every example, for the log-probabilities under the base (`reference`). The traces count operations; a few real steps give seconds. Not counted: loading, checkpoints, samples, the report.
@@ -19,7 +19,7 @@ from typing import Any
 
 from rightrank.data.token_store import longest_sequence
 from rightrank.models.base_models import LoadedModel, device_memory, is_known
-from rightrank.plugins.plan.estimate import Estimator, NotSharedError
+from rightrank.plugins.plan.estimate import Estimator, NotSharedError, UntraceableError
 from rightrank.plugins.plan.planner import changes_that_fit, context_bytes, needed, rank_fits
 from rightrank.report.format import quantity
 from rightrank.runs.plugins import Clock, MemoryPlan
@@ -86,12 +86,16 @@ def plan_loaded(
     """The plan of a selection on loaded data; default ranks above the smallest side of a matrix are left out.
 
     Returns:
-        None for an architecture that transformers can't build from its configuration.
+        None for an architecture that transformers can't build from its configuration, or whose step can't be traced.
     """
     config, device = loaded.model.config, str(loaded.device)
     if not is_known(config, encoded.is_classification):
         return None
-    planned = plan_selection(config, settings, encoded.longest, device, classes, encoded.sequences_per_example)
+    try:
+        planned = plan_selection(config, settings, encoded.longest, device, classes, encoded.sequences_per_example)
+    except UntraceableError as error:
+        notice(str(error))
+        return None
     if "ranks" not in settings.model_fields_set:
         notice(f"ranks {', '.join(map(str, planned.ranks))} by default; --ranks gives others")
     if (left_out := planned.notice()) is not None:
@@ -123,11 +127,14 @@ def plan_selection(
     plan_settings = _plan_settings(config, settings, longest, device, num_labels, sequences)
     memory = plan_settings.memory_bytes
     estimator = Estimator(config, plan_settings)
-    settings = _within_matrices(settings, estimator.rank_limit)
-    peaks = {rank: estimator.estimate(rank).peak for rank in settings.ranks}
+    ranks = settings.ranks
+    if "ranks" not in settings.model_fields_set:  # default ranks that the smallest matrix can't have are left out
+        kept = tuple(rank for rank in ranks if rank <= estimator.rank_limit)
+        ranks = kept if len(kept) > 1 else ranks[:2]
+    peaks = {rank: estimator.estimate(rank).peak for rank in ranks}
     needs = {rank: needed(peak.reserved_bytes, plan_settings) for rank, peak in peaks.items()}
-    fitting = tuple(rank for rank in settings.ranks if memory is None or needs[rank] <= memory)
-    if len(fitting) < min(2, len(settings.ranks)):
+    fitting = tuple(rank for rank in ranks if memory is None or needs[rank] <= memory)
+    if len(fitting) < min(2, len(ranks)):
         raise SettingsError(_refusal(estimator, needs, memory or 0))
     adapters = None
     wanted = settings.adapters_per_pass or (MAX_ADAPTERS_PER_PASS if plan_settings.device == "cuda" else 1)
@@ -136,14 +143,6 @@ def plan_selection(
     return SelectionPlan(
         {rank: peak.peak_bytes for rank, peak in peaks.items()}, needs, memory, fitting, adapters, estimator
     )
-
-
-def _within_matrices(settings: SelectSettings, limit: int) -> SelectSettings:
-    """The settings without default ranks that the smallest adapted matrix can't have; at least two stay. Given ranks stay as they are."""
-    if "ranks" in settings.model_fields_set:
-        return settings
-    kept = [rank for rank in settings.ranks if rank <= limit]
-    return settings.model_copy(update={"ranks": tuple(kept if len(kept) > 1 else settings.ranks[:2])})
 
 
 def _max_adapters(estimator: Estimator, rank: int, wanted: int) -> int:
@@ -198,10 +197,10 @@ def _gib(size: int) -> str:
 def _measured_speed(estimator: Estimator, prepared: Prepared) -> tuple[Speed, str] | None:
     """`(seconds per operation of this run, the steps and examples that they come from)`.
 
-    None where trainings run in other processes, operations can't be counted, or memory runs out.
+    None where trainings run in other processes, or memory runs out.
     """
     settings = prepared.settings
-    if settings.executor != "local" or estimator.untraceable is not None:
+    if settings.executor != "local":
         return None
     rank = max(settings.ranks)
     arm = Arm(
@@ -215,7 +214,7 @@ def _measured_speed(estimator: Estimator, prepared: Prepared) -> tuple[Speed, st
     if pace is None:
         return None
     work = _workload(prepared, pace.batches, pace.evaluated)
-    flops, filled = _flops_of(estimator, rank, work), _prefix_flops(estimator) * work.filled * pace.filled
+    flops, filled = _flops_of(estimator, rank, work), estimator.frozen_flops * work.filled * pace.filled
     speed = Speed(
         pace.train_seconds / flops.training,
         pace.eval_seconds / flops.evaluation,
@@ -307,7 +306,7 @@ def selection_cost(
     counted = {rank: _flops_of(estimator, rank, work) for rank in estimator.settings.ranks}
     mean = _Flops(fmean(f.training for f in counted.values()), fmean(f.evaluation for f in counted.values()))
     costliest = max(counted.values(), key=lambda flops: flops.training)
-    prefix = _prefix_flops(estimator) * (work.examples + 2 * work.eval_examples) * work.filled
+    prefix = estimator.frozen_flops * (work.examples + 2 * work.eval_examples) * work.filled
     shared = mean.evaluation * (RUN_EVALUATIONS + work.reference)
     cost = strategy.cost()
 
@@ -328,7 +327,7 @@ def _flops_of(estimator: Estimator, rank: int, work: Workload) -> _Flops:
     """Operations of one rank, less what the cached prefix and positions without a label save."""
     settings = estimator.settings
     rows = settings.batch_size * settings.adapters_per_pass
-    prefix = _prefix_flops(estimator)
+    prefix = estimator.frozen_flops
     head = estimator.head_flops * (1 - work.labelled)
     step = estimator.flops(rank) - rows * (prefix + 2 * head)  # the head runs forward and backward
     forward = estimator.forward_flops(rank) - prefix - head
@@ -336,8 +335,3 @@ def _flops_of(estimator: Estimator, rank: int, work: Workload) -> _Flops:
     return _Flops(
         step / settings.adapters_per_pass * scale * work.passes * work.steps, forward * scale * work.eval_examples
     )
-
-
-def _prefix_flops(estimator: Estimator) -> float:
-    """Forward operations of one row through the blocks that `select` computes once."""
-    return estimator.frozen_flops if estimator.settings.is_packed else 0.0

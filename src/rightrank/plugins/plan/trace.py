@@ -1,75 +1,39 @@
-"""From the allocations of a step to its peak: the bytes, what they are, and what the allocator reserves.
+"""One training step, or one evaluation batch, run on the meta device: its allocations and its operations.
 
-`simulate_peak` runs the step of a trace `STEPS` times through a model of the device's allocator. Time goes to the right,
-a bar is the life of an allocation (+n its birth in the trace, −n its death), and the peak is the column with the most bytes:
+On the meta device torch takes the slow composite path of attention and cannot answer a branch on a value. A function mode
+answers for the device: attention goes to the fused kernel that the device would choose (flash without a mask,
+memory-efficient with one, the CPU's flash kernel there), and a branch on a mask takes the path with padding or without, as
+the settings have it.
 
-                 |------- forward -------|------- backward -------|- optimizer -|
-    weights      ################################################################  residents: before, during and
-    adapter      ################################################################  after every step
-    optimizer    ################################################################  states, created at the end of step 1
-    activations    +n #####################################-n                      kept for the backward pass
-                          ##########################
-    logits                            ################
-    gradients                                +n ##############################-n  freed when the step ends
-    temporary      #  #  #  #  #  #  #   #  #  #  #  #  #  #         #######       workspace of one operation
-                                            ^ peak
-
-The first step runs without optimizer states; the second leaves the segments that the allocator reserves for all of
-them; the third gives the result. On a CPU the allocator reserves what is allocated.
+Source: torch's `aten/src/ATen/native/transformers` (choice of kernel, conversion of boolean masks, workspace of the
+backward kernels), torch 2.x.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from rightrank.plugins.plan.allocator import CachingAllocator
-from rightrank.plugins.plan.device import DeviceKind, scratch_bytes
-from rightrank.schema.plan_settings import OptimizerName
-from rightrank.schema.results import Components
+from rightrank.models.kinds.base import Routing
+from rightrank.plugins.plan.skeleton import Skeleton, mark_adapted
+from rightrank.schema.plan_settings import PlanSettings
+from rightrank.train.device import gradient_checkpointing_on
+from rightrank.train.loss import OutputHead, chunked_cross_entropy
+from rightrank.train.multi_lora import install
 
-MIN_8BIT_ELEMENTS = 4096  # smaller tensors keep 32-bit states
-BLOCK_8BIT = 256
-CODE_BYTES = 2 * 256 * 4  # two tables that decode 8-bit states
-STEP_BYTES = 4  # of each parameter's step count, which the fused form keeps on the device
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerMemory:
-    """Bytes of persistent states, and of workspace by stage; the entries of one stage exist at the same time."""
-
-    states: tuple[int, ...]
-    work: tuple[tuple[int, ...], ...]
-
-
-def optimizer_memory(parameters: Sequence[torch.Tensor], name: OptimizerName, device: DeviceKind) -> OptimizerMemory:
-    """The memory of optimizer `name` for these parameters, bytes."""
-    sizes = [parameter.numel() * parameter.element_size() for parameter in parameters]
-    if name == "adamw_fused":
-        return OptimizerMemory(tuple(part for size in sizes for part in (STEP_BYTES, size, size)), ())
-    if name == "adamw":
-        states = tuple(part for size in sizes for part in (size, size))
-        work = (tuple(sizes),) if device == "cuda" else tuple((size, size) for size in sizes)
-        return OptimizerMemory(states, work)
-    states = tuple(part for parameter in parameters for part in _states_8bit(parameter.numel()))
-    return OptimizerMemory((CODE_BYTES // 2, CODE_BYTES // 2, *states), ())
-
-
-def _states_8bit(elements: int) -> tuple[int, ...]:
-    if elements < MIN_8BIT_ELEMENTS:
-        return (elements * 4, elements * 4)
-    blocks = math.ceil(elements / BLOCK_8BIT) * 4
-    return (elements, elements, blocks, blocks)
-
-
+DeviceKind: TypeAlias = Literal["cuda", "cpu"]
 Phase: TypeAlias = Literal["forward", "backward"]
 
 # torch's table of operation counts lists these under the variants that do not write in place.
@@ -80,7 +44,7 @@ _IN_PLACE: dict[Any, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Origin:
+class Origin:
     """The place in the step where a storage is allocated."""
 
     op: str
@@ -94,14 +58,14 @@ class StepTrace:
     """Births (+n) and deaths (−n) of allocation n−1, in order; an allocation without a death lives until the step ends."""
 
     sizes: list[int] = field(default_factory=list)  # bytes, not rounded
-    origins: list[_Origin] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
     flops: dict[str, int] = field(
         default_factory=dict
     )  # by module of the forward pass, "" after it; a multiply and an add are two
     gradients: frozenset[int] = frozenset()  # allocations that hold gradients of trained parameters at the end
 
-    def add(self, size: int, origin: _Origin) -> int:
+    def add(self, size: int, origin: Origin) -> int:
         """Record a birth, and return its number."""
         self.sizes.append(size)
         self.origins.append(origin)
@@ -186,168 +150,227 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
         self._alive[key] = self.trace.add(storage.nbytes(), origin)
         self._deaths.append(weakref.ref(storage, lambda _: self.trace.end(self._alive.pop(key))))
 
-    def _origin(self, func: Any, has_vocabulary: bool) -> _Origin:
+    def _origin(self, func: Any, has_vocabulary: bool) -> Origin:
         module = self._modules[-1] if self._modules else ""
-        return _Origin(func.__name__, module, self.phase, has_vocabulary)
+        return Origin(func.__name__, module, self.phase, has_vocabulary)
 
 
-STEPS = 3  # the first creates the optimizer's states; after two more the reserved bytes no longer grow
-FIRST_NAME = 2**40  # of allocations that are not in the trace
+def trace_step(skeleton: Skeleton, settings: PlanSettings, training: bool = True) -> StepTrace:
+    """The allocations of a step (or, without `training`, of an evaluation batch) of `settings` on the device."""
+    model, device = skeleton.model, settings.device
+    tracer = Tracer(skeleton.stored(), skeleton.base.config.get_text_config().vocab_size, device)
+    kernels = DeviceKernels(device, settings.padding)
+    batch = settings.batch_size if training else settings.eval_batch_size or settings.batch_size
+    with ExitStack() as stack:
+        stack.enter_context(_multi_lora_forward(skeleton, settings, batch))
+        stack.enter_context(_training_mode(model, settings, training))
+        stack.enter_context(tracer.named_modules(model))
+        stack.enter_context(nullcontext() if training else torch.no_grad())
+        stack.enter_context(_without_autocast())
+        for mode in (tracer, kernels, torch.device("meta")):
+            stack.enter_context(mode)
+        loss = _loss(skeleton, settings, batch * len(skeleton.arms))
+        tracer.phase = "backward"
+        if training:
+            # `loss.backward()` with the function modes on: torch disables them inside `Tensor.backward`, where checkpointed
+            # blocks would then run on other kernels than in the forward pass.
+            engine: Any = torch.autograd.graph._engine_run_backward
+            ones = (torch.ones_like(loss),)
+            engine((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
+            trainable = skeleton.trainable()
+            tracer.trace.gradients = tracer.gradient_storages(trainable)
+    tracer.stop()
+    for parameter in skeleton.trainable():
+        parameter.grad = None
+    return tracer.trace
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """A tensor that exists before the step and after it."""
-
-    size: int  # bytes
-    component: str
-
-
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """The peak of a step."""
-
-    peak_bytes: int  # allocated
-    reserved_bytes: int
-    components: Components  # bytes by component; they add up to peak_bytes
-    at: str  # where in the step
-
-
-class _ExactAllocator:
-    """The CPU's allocator: no rounding, no segments."""
-
-    def __init__(self) -> None:
-        self.allocated = self.peak_allocated = 0
-        self._taken: dict[int, int] = {}
-
-    def allocate(self, name: int, size: int) -> None:
-        self._taken[name] = size
-        self.allocated += size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
-
-    def free(self, name: int) -> None:
-        self.allocated -= self._taken.pop(name, 0)
-
-    @property
-    def peak_reserved(self) -> int:
-        return self.peak_allocated
+def _loss(skeleton: Skeleton, settings: PlanSettings, rows: int) -> torch.Tensor:
+    ids = torch.empty((rows, settings.seq_len), dtype=torch.long)
+    mask = {"attention_mask": torch.empty_like(ids)} if settings.padding else {}
+    if settings.num_labels is not None:
+        out = skeleton.model(input_ids=ids, **mask)
+        labels = torch.empty((rows,), dtype=torch.long)
+        return F.cross_entropy(out.logits.float(), labels)
+    if settings.loss == "full":
+        loss: torch.Tensor = skeleton.model(input_ids=ids, labels=torch.empty_like(ids), use_cache=False, **mask).loss
+        return loss
+    base = skeleton.base
+    hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    kept = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    targets = ids[:, 1:].reshape(-1)
+    return chunked_cross_entropy(kept, targets, OutputHead(base), 1.0)[0].sum()
 
 
-def simulate_peak(
-    residents: Sequence[Resident],
-    trace: StepTrace,
-    sizes: Sequence[int],
-    optimizer: OptimizerMemory,
+@contextmanager
+def _multi_lora_forward(skeleton: Skeleton, settings: PlanSettings, rows: int) -> Iterator[None]:
+    """Within the block, adapted layers run PEFT's forward pass or the multi-LoRA one, with `rows` rows for each arm."""
+    by_peft = not settings.is_packed or any(target.kind.why_alone for target in skeleton.targets)
+    mark_adapted(skeleton.model, by_peft=by_peft)
+    if not settings.is_packed:
+        yield
+        return
+    count = len(skeleton.arms)
+    seed = 0 if settings.lora_dropout else None
+    routing = Routing.padded(skeleton.arms, [seed] * count, [rows] * count, [settings.seq_len] * count)
+    adapted: list[tuple[str, Any]] = [
+        (name, module)
+        for name, module in skeleton.base.named_modules()
+        if isinstance(module, LoraLayer | ModulesToSaveWrapper)
+    ]
+    for name, module in adapted:
+        install(name, module, lambda: routing)
+    try:
+        yield
+    finally:
+        for _, module in adapted:
+            del module.__dict__["forward"]
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Within the block `torch.autocast` does nothing: PEFT switches it off for experts, which meta tensors do not know."""
+    module: Any = torch
+    before, module.autocast = torch.autocast, lambda *_, **__: nullcontext()
+    try:
+        yield
+    finally:
+        module.autocast = before
+
+
+@contextmanager
+def _training_mode(model: Any, settings: PlanSettings, training: bool) -> Iterator[None]:
+    """Within the block, training or evaluation mode, with gradient checkpointing where the settings have it."""
+    as_trainer = settings.loss == "full" and not settings.is_packed  # `select` trains in evaluation mode
+    model.train(training and as_trainer)
+    if not (settings.gradient_checkpointing and training):
+        yield
+        return
+    with gradient_checkpointing_on(model.get_base_model()):
+        model.train(as_trainer)
+        if not as_trainer:
+            for module in model.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module.training = True
+        yield
+
+
+FLASH_HEAD_LIMIT = 256  # widest head that the flash kernel takes
+FLASH_TYPES = (torch.float16, torch.bfloat16)
+
+aten = torch.ops.aten
+
+# Rows of several experts times the matrix of each expert, where this torch has it.
+_GROUPED: frozenset[Any] = frozenset(
+    getattr(home, name) for home, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(home, name)
+)
+
+
+@dataclass(slots=True)
+class DeviceKernels(TorchFunctionMode):
+    """Active around a traced step."""
+
+    device: DeviceKind
+    padded: bool
+
+    def __post_init__(self) -> None:
+        TorchFunctionMode.__init__(self)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        keywords = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _attention(self.device, *args, **keywords)
+        if func in _GROUPED:
+            product: Any = _GroupedProduct.apply  # untyped in torch
+            return product(args[0], args[1])
+        if func is torch.Tensor.__bool__:
+            return not self.padded  # the only branches ask whether there is no padding
+        return func(*args, **keywords)
+
+
+def _attention(
     device: DeviceKind,
-) -> Peak:
-    """Run the step `STEPS` times through the device's allocator; the peak of the last.
-
-    Args:
-        residents: weights, adapters and buffers, in the order in which they are loaded.
-        trace: the step.
-        sizes: bytes of each of its allocations.
-        optimizer: states and workspace.
-    """
-    allocator = CachingAllocator() if device == "cuda" else _ExactAllocator()
-    name = FIRST_NAME
-    for resident in residents:
-        allocator.allocate(name := name + 1, resident.size)
-    ended = {-event for event in trace.events if event < 0}
-    never_freed = [event for event in trace.events if event > 0 and event not in ended]
-    best, where = 0, 0
-    for step in range(STEPS):
-        best, where = 0, -1
-        for index, event in enumerate(trace.events):
-            if event > 0:
-                allocator.allocate(event, sizes[event - 1])
-                if allocator.allocated > best:
-                    best, where = allocator.allocated, index
-            else:
-                allocator.free(-event)
-        if step == 0:
-            for size in optimizer.states:
-                allocator.allocate(name := name + 1, size)
-        for stage in optimizer.work:
-            for offset, size in enumerate(stage):
-                allocator.allocate(name + 1 + offset, size)
-            if allocator.allocated > best:
-                best, where = allocator.allocated, len(trace.events)
-            for offset in range(len(stage)):
-                allocator.free(name + 1 + offset)
-        for number in never_freed:
-            allocator.free(number)
-    return _described(residents, trace, sizes, optimizer, (best, allocator.peak_reserved, where))
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    widths_differ = query.shape[-1] != value.shape[-1]
+    if device == "cpu" and (dropout_p or widths_differ):  # no fused kernel there: torch's composite one runs
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    bias = attn_mask
+    if attn_mask is not None and attn_mask.dtype is torch.bool:  # torch makes an additive mask of it in every call
+        zero = torch.zeros((), dtype=query.dtype, device=query.device)
+        bias = torch.where(attn_mask, zero, zero)
+    if device == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=bias, scale=scale
+        )[0]
+    is_flash = query.dtype in FLASH_TYPES and query.shape[-1] <= FLASH_HEAD_LIMIT and not widths_differ
+    if bias is None and is_flash:
+        return _flash(query, key, value, dropout_p, is_causal, scale)
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if bias is not None:  # in rows of a multiple of 16 elements, which the kernel copies where necessary
+        length = bias.shape[-1]
+        bias = F.pad(bias, [0, -length % 16])[..., :length] if length % 16 else bias
+        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, dropout_p, is_causal, scale=scale
+    )[0]
 
 
-def _described(
-    residents: Sequence[Resident],
-    trace: StepTrace,
-    sizes: Sequence[int],
-    optimizer: OptimizerMemory,
-    found: tuple[int, int, int],
-) -> Peak:
-    best, reserved, where = found
-    components: Components = {}
-    for resident in residents:
-        components[resident.component] = components.get(resident.component, 0) + resident.size
-    components["optimizer"] = sum(optimizer.states)
-    kept = _kept_for_backward(trace)
-    for number in _alive_at(trace, where):
-        origin, size = trace.origins[number - 1], sizes[number - 1]
-        component = _component(origin, number - 1 in trace.gradients, number in kept)
-        components[component] = components.get(component, 0) + size
-    at = _place(trace, where)
-    if where == len(trace.events):
-        components["temporary"] = components.get("temporary", 0) + max(sum(stage) for stage in optimizer.work)
-    components["rounding"] = best - sum(components.values())
-    return Peak(best, reserved, components, at)
+class _GroupedProduct(torch.autograd.Function):
+    """A grouped product in any type; torch has it on meta tensors in bfloat16 only."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows if weights.requires_grad else None, weights)  # frozen experts do not need the rows
+        return torch.mm(rows, weights[0])  # each row is multiplied by the matrix of one expert
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        _, weights = ctx.saved_tensors
+        of_rows = torch.mm(gradients[0], weights[0].t()) if ctx.needs_input_grad[0] else None
+        return of_rows, torch.empty_like(weights) if ctx.needs_input_grad[1] else None
 
 
-def _alive_at(trace: StepTrace, where: int) -> set[int]:
-    alive: set[int] = set()
-    for event in trace.events[: where + 1]:
-        if event > 0:
-            alive.add(event)
-        else:
-            alive.discard(-event)
-    return alive
+def _flash(query: Any, key: Any, value: Any, dropout_p: float, is_causal: bool, scale: float | None) -> Any:
+    """The flash kernel works on heads padded to a multiple of 8."""
+    width = query.shape[-1]
+    missing = -width % 8
+    if missing:
+        scale = scale or 1 / math.sqrt(width)
+        query, key, value = (F.pad(tensor, [0, missing]) for tensor in (query, key, value))
+    out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    return out[..., :width] if missing else out
 
 
-def _kept_for_backward(trace: StepTrace) -> set[int]:
-    """Allocations of the forward pass that are alive when the backward pass begins."""
-    alive: set[int] = set()
-    for event in trace.events:
-        if event > 0:
-            if trace.origins[event - 1].phase == "backward":
-                break
-            alive.add(event)
-        else:
-            alive.discard(-event)
-    return alive
+def scratch_bytes(func: Any, args: Any, device: DeviceKind) -> tuple[int, ...]:
+    """Workspace that a kernel allocates and frees while it runs, bytes."""
+    if device != "cuda":
+        return ()
+    if func is aten._scaled_dot_product_flash_attention_backward.default:
+        return _flash_backward_scratch(args[1], args[2])
+    if func is aten._scaled_dot_product_efficient_attention_backward.default:
+        batch, heads, length, width = args[1].shape
+        rows = batch * heads * length
+        return (rows * 4, rows * width * 4)  # delta, and the float32 accumulator of the query's gradient
+    return ()
 
 
-def _component(origin: _Origin, is_gradient: bool, kept: bool) -> str:
-    if is_gradient:
-        return "gradients"
-    if origin.has_vocabulary:
-        return "logits_and_loss"
-    if kept or (
-        origin.phase == "backward" and origin.module
-    ):  # a module that runs in the backward pass recomputes activations
-        return "activations"
-    return "temporary"
-
-
-def _kind_of_module(name: str) -> str:
-    """The same name for every block: `layers.mlp.up_proj` for `model.layers.3.mlp.up_proj`."""
-    parts = [part for part in name.split(".") if not part.isdigit() and part not in ("base_model", "model", "default")]
-    return ".".join(parts) or "model"
-
-
-def _place(trace: StepTrace, where: int) -> str:
-    if where == len(trace.events):
-        return "optimizer step"
-    origin = trace.origins[trace.events[where] - 1]
-    module = _kind_of_module(origin.module) if origin.module else ""
-    within = f", {module}" if module else ", loss" if origin.has_vocabulary else ""
-    return f"{origin.phase} pass{within} ({origin.op.split('.')[0]})"
+def _flash_backward_scratch(query: torch.Tensor, key: torch.Tensor) -> tuple[int, ...]:
+    """softmax_d and dq_accum in float32, rows padded to 128; and, for grouped heads, expanded dk and dv."""
+    batch, heads, length, width = query.shape
+    rows = batch * heads * (-(-length // 128) * 128)
+    sizes = [rows * 4, rows * (-(-width // 32) * 32) * 4]
+    if key.shape[1] != heads:
+        sizes += [batch * heads * key.shape[2] * width * query.element_size()] * 2
+    return tuple(sizes)
