@@ -19,7 +19,7 @@ from rightrank.schema.events import AdapterRecorded, DecisionRecorded, Event
 from tests.commands import run
 
 VIEWS = [
-    "rightrank.hooks.report.figure_of",
+    "rightrank.hooks.report.adapter_figure",
     "rightrank.hooks.report.model_card",
     "rightrank.hooks.report.further_figures",
     "rightrank.hooks.report.write_figures",
@@ -97,7 +97,7 @@ def test_an_own_trainer_s_run_is_handed_over_too(tmp_path: Path, monkeypatch: py
         return TrialResult(metrics={"loss": 1 / task.rank}, item_scores=[1 / task.rank] * 4)
 
     given: dict[str, Any] = {"ranks": (1, 2), "learning_rates": (1e-3,)}
-    for view in ("rightrank.hooks.report.figure_of", "rightrank.hooks.report.render_report"):
+    for view in ("rightrank.hooks.report.adapter_figure", "rightrank.hooks.report.render_report"):
         with monkeypatch.context() as patched:
             break_view(patched, view, KeyError("x"))
             with pytest.raises(RunError, match=r"failed \(KeyError"):
