@@ -62,6 +62,26 @@ def test_trainings_that_end_at_their_best_are_left_as_they_are() -> None:
     assert decide(ScoreTable("eval_loss", False, bare), 0.005).checkpoint is None
 
 
+@pytest.mark.parametrize("higher", [False, True])
+def test_a_run_that_kept_the_best_checkpoint_is_read_at_its_last_by_values_alone(higher: bool) -> None:
+    sign = -1.0 if higher else 1.0
+    table = imdb(higher)
+    kept = {
+        key: replace(
+            cell, value=sign * BEST[key[0]], sums=np.full(20, BEST[key[0]]), weights=np.ones(20), kept_step=100,
+            train_value=1.0, others={"accuracy": 0.9},
+        )
+        for key, cell in table.cells.items()
+    }  # fmt: skip
+    table = replace(table, cells=kept)
+    assert at_checkpoint(table, "best") is table
+    for (rank, _, _), cell in at_checkpoint(table, "last").cells.items():
+        assert (cell.value, cell.loss, cell.examples) == (sign * LAST[rank], LAST[rank], 0)
+        assert (cell.kept_step, cell.train_value, cell.others) == (None, None, {})
+        assert cell.points == table.cells[rank, 0.0, 0].points
+    assert decide(table, 0.005, checkpoint="last").rank == 4
+
+
 def test_scores_of_the_last_evaluation_are_not_those_of_the_best() -> None:
     """With scores by example, a best evaluation that is not the last leaves values alone."""
     results = [
