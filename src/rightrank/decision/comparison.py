@@ -100,9 +100,12 @@ def examples_needed(estimate: Estimate, margin: float, confidence: float = CONFI
     """
     if estimate.examples < 2:
         return None
-    growth = (1.15**power for power in range(1, 31))
-    sizes = (_rounded_up(estimate.examples * factor) for factor in growth if factor <= MAX_EXAMPLE_GROWTH)
-    return next((size for size in sizes if settles(estimate.at(size, estimate.seeds), margin, confidence)), None)
+    for factor in (1.15**power for power in range(1, 31)):
+        step = 10 ** max(0, math.floor(math.log10(estimate.examples * factor)) - 1)
+        size = int(math.ceil(estimate.examples * factor / step) * step)
+        if factor <= MAX_EXAMPLE_GROWTH and settles(estimate.at(size, estimate.seeds), margin, confidence):
+            return size
+    return None
 
 
 def seeds_needed(estimate: Estimate, margin: float) -> int | None:
@@ -117,12 +120,6 @@ def settles(estimate: Estimate, margin: float, confidence: float = CONFIDENCE) -
     if estimate.mean < margin:
         return is_within(estimate.bound(confidence) + error, margin)
     return not is_within(estimate.bound(1 - confidence) - error, margin)
-
-
-def _rounded_up(number: float) -> int:
-    """Up to two significant digits."""
-    step = 10 ** max(0, math.floor(math.log10(number)) - 1)
-    return int(math.ceil(number / step) * step)
 
 
 def walk_down(ranks: Iterable[int], reference: int, holds: Callable[[int], bool]) -> int:
@@ -309,17 +306,13 @@ def binary_bound(worse: int, better: int, examples: int, confidence: float) -> f
     observed = low
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        inside = middle - observed < reach * _score_error(middle, worse, better, examples)
+        # the standard error where the true difference is the middle: the other share by maximum likelihood
+        b = (2 * examples - worse + better) * middle - worse - better
+        c = -better * middle * (1 - middle)
+        share = (math.sqrt(max(b * b - 8 * examples * c, 0.0)) - b) / (4 * examples)
+        inside = middle - observed < reach * math.sqrt(max(2 * share + middle * (1 - middle), 0.0) / examples)
         low, high = (middle, high) if inside else (low, middle)
     return high
-
-
-def _score_error(difference: float, worse: int, better: int, examples: int) -> float:
-    """The standard error of the difference of shares where its true value is `difference`: the other share by maximum likelihood."""
-    b = (2 * examples - worse + better) * difference - worse - better
-    c = -better * difference * (1 - difference)
-    share = (math.sqrt(max(b * b - 8 * examples * c, 0.0)) - b) / (4 * examples)
-    return math.sqrt(max(2 * share + difference * (1 - difference), 0.0) / examples)
 
 
 def two_sided(confidence: float) -> tuple[float, float]:
