@@ -126,8 +126,9 @@ def load_data(
         examples=examples,
         splits_given=is_given,
         # distinct validation examples that are in train, and test examples that are in either
-        duplicates_across_splits=len(np.intersect1d(train, validation))
-        + len(np.intersect1d(np.union1d(train, validation), test)),
+        duplicates_across_splits=int(
+            _is_in(validation, train).sum() + (_is_in(test, train) | _is_in(test, validation)).sum()
+        ),
         fingerprint=_fingerprint(stored, begun),
         classes=_classes(read.labels, examples, name, classes) if form == "classification" else None,
         unreadable=read.unreadable,
@@ -199,10 +200,18 @@ class _SmallestHashes:
         return [self._kept[item_id] for item_id in sorted(self._kept)[: self._limit]]
 
 
+def _is_in(numbers: npt.NDArray[np.uint64], others: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Whether each of `numbers` is one of `others`, which are sorted; no array as long as `others` is made."""
+    places = np.searchsorted(others, numbers)
+    found = places < len(others)
+    found[found] = others[places[found]] == numbers[found]
+    return found
+
+
 def _fingerprint(train: ExampleStore, examples: Mapping[SplitName, Sequence[Example]]) -> str:
     digest = hashlib.sha256(b"train:")
-    for number in train.numbers.tolist():
-        digest.update(f"{number:016x}".encode())
+    for batch in train.batches:
+        digest.update("".join(f"{number:016x}" for number in batch["number"].to_numpy().tolist()).encode())
     for split in HELD_OUT:
         digest.update(f"{split}:".encode())
         for example in examples[split]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,9 +40,9 @@ class Store(Sequence[Entry]):
                 while batch := list(islice(rows, ROWS)):
                     writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, self.schema))
             file.flush()
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # outlives the file
-        self.table: Any = pyarrow.ipc.open_file(pyarrow.py_buffer(mapped)).read_all()
-        self._batches = self.table.to_batches()  # of `ROWS` each, but for the last
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # outlives the file
+        self.table: Any = pyarrow.ipc.open_file(pyarrow.py_buffer(self._mapped)).read_all()
+        self.batches = self.table.to_batches()  # of `ROWS` each, but for the last
 
     @abstractmethod
     def row(self, entry: Entry) -> Mapping[str, Any]:
@@ -55,6 +55,13 @@ class Store(Sequence[Entry]):
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
+    def __iter__(self) -> Iterator[Entry]:
+        """Read the entries in turn; the pages that were read leave the process's memory."""
+        for batch in self.batches:
+            yield from map(self.entry, batch.to_pylist())
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._mapped.madvise(mmap.MADV_DONTNEED)
+
     @overload
     def __getitem__(self, index: int) -> Entry: ...
     @overload
@@ -64,7 +71,7 @@ class Store(Sequence[Entry]):
         if isinstance(numbers, range):
             return [self[number] for number in numbers]
         batch, place = divmod(numbers, ROWS)
-        return self.entry(self._batches[batch].slice(place, 1).to_pylist()[0])
+        return self.entry(self.batches[batch].slice(place, 1).to_pylist()[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,8 +123,8 @@ def _on_rows(forward: Callable[..., Any], rows: torch.Tensor, shape: torch.Size)
 def packing_probe(splits: Mapping[SplitName, Sequence[EncodedExample]]) -> tuple[SplitName, list[int]]:
     """The examples on which sequence packing is checked: the longest of all, with the shortest and the median of its split."""
     split = max(splits, key=lambda name: int(lengths_of(splits[name]).max(initial=0)))
-    by_length = np.argsort(lengths_of(splits[split]), kind="stable").tolist()
-    return split, [by_length[0], by_length[-1], by_length[len(by_length) // 2]]
+    by_length = np.argsort(lengths_of(splits[split]), kind="stable")
+    return split, by_length[[0, -1, len(by_length) // 2]].tolist()
 
 
 @torch.no_grad()

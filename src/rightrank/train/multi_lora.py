@@ -102,9 +102,10 @@ class MultiLora:
         if not self._names:
             self._close()
             return
-        self.peft_model.set_adapter(self._names[0])  # PEFT fails if its active adapter is deleted
+        if adapter == self.peft_model.active_adapter:  # PEFT fails if it is deleted
+            self.peft_model.set_adapter(self._names[-1])  # the last, since arms end in the order in which they began
+            self._settle()
         self.peft_model.delete_adapter(adapter)
-        self._settle()
 
     def parameters(self, adapter: str) -> dict[str, torch.nn.Parameter]:
         """The adapter's trainable tensors, by the names that they have when it is PEFT's only one."""
