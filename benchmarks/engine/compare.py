@@ -2,7 +2,7 @@
 
     python -m benchmarks.engine.compare MODEL DATA --job one|tail [--steps 6] [--rounds 3] [--out result.json]
 
-Every contender trains on the same tokenised items, one pass, batch 8, and evaluates the same held-out items once at
+Every second round has the reverse order. Every contender trains on the same tokenised items, one pass, batch 8, and evaluates the same held-out items once at
 the end; both are timed (processor seconds of the process, on one thread; the wall is stored too), loading and
 tokenising are not. A round runs every contender once, from a fresh adapter; ratios
 are taken within a round, and their median is reported with all of them beside it. `tail` trains one arm with each
@@ -109,12 +109,17 @@ def ours(job: Job, dtype: str, pack: int, **changes: Any) -> Measured:
     return Measured(seconds, wall, shown.value, max([peak, *(outcome.peak_bytes for outcome in finished)]))
 
 
-def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False) -> Measured:
-    """transformers' Trainer (or TRL's) on the same items; everything not named is at its default."""
+def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False, small_adapters: bool = False) -> Measured:
+    """transformers' Trainer (or TRL's) on the same items; everything not named is at its default.
+
+    Args:
+        small_adapters: keep PEFT's adapters in the model's dtype, where it takes float32 by default.
+    """
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     runtime = job.runtime(dtype, cache_prefix=False)
-    peft_model = get_peft_model(runtime.model, lora_config(runtime.settings, job.arm(0), False, runtime.targets.names))
+    config = lora_config(runtime.settings, job.arm(0), False, runtime.targets.names)
+    peft_model = get_peft_model(runtime.model, config, autocast_adapter_dtype=not small_adapters)
     rows = {"train": trainer_rows(runtime, "train"), "selection": trainer_rows(runtime, "selection")}
     common: dict[str, Any] = {
         "output_dir": str(job.work / "trainer"),
@@ -188,6 +193,8 @@ def contenders(job: Job, with_trl: bool) -> dict[str, tuple[int, Callable[[], Me
         "ours bfloat16": (1, lambda: ours(job, "bfloat16", 1)),
     }
     if job.arms == 1:
+        by_hand = lambda: trainer(job, "bfloat16", True, small_adapters=True)  # noqa: E731
+        found["Trainer bfloat16 grouped, adapters too"] = (1, by_hand)
         found["ours bfloat16, plain attention"] = (1, lambda: ours_plain_attention(job))
         found["ours float32, padded"] = (1, lambda: ours_padded(job, "float32"))
         found["ours bfloat16, padded"] = (1, lambda: ours_padded(job, "bfloat16"))
@@ -217,7 +224,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             number,
         )
         row: dict[str, dict[str, float]] = {}
-        for name, (times, run) in contenders(job, arguments.trl).items():
+        these = {
+            name: one for name, one in contenders(job, arguments.trl).items() if name in (arguments.only or [name])
+        }
+        for name, (times, run) in list(these.items())[:: -1 if number % 2 else 1]:
             measured = run()
             row[name] = {
                 "seconds": measured.seconds * times,
@@ -227,7 +237,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             }
             gc.collect()
             print(number, name, {key: round(value, 4) for key, value in row[name].items()}, flush=True)
-        rounds.append(row)
+        rounds.append({name: row[name] for name in these})
         result |= {"rounds": rounds, "speedup": speedups(rounds)}
         if arguments.out:
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -246,6 +256,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-items", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trl", action="store_true")
+    parser.add_argument("--only", action="append", help="a contender, for each that is run; all by default")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     return parser.parse_args(words)

@@ -4,7 +4,8 @@
 
 Operators are distinguished by their shapes: a matrix product with a side of the arm's rank is an adapter's, one with a
 side of the vocabulary is the head's, the others are the base's. What the operators don't account for is Python. Beside
-it the rate of products of the base's shapes, and of one large product: what this processor can do.
+it the rate of products of the base's shapes, and of one large product: what this processor can do. And the parts of one
+layer alone (`pieces`), forward and backward, each the shortest of several times of the processor, so that other work counts for little.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ import argparse
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.engine.common import machine, make_runtime
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial
+from rightrank.train.batches import float32_attention, packed_attention
 from rightrank.train.loop import train_trials
+from rightrank.train.prefix import find_blocks
 from rightrank.train.trial import TrialFolders
 
 RANK = 12  # a size that nothing else in the model has
@@ -70,6 +76,63 @@ def measure(runtime: Any, arms: int, steps: int, folder: Path) -> dict[str, Any]
     }
 
 
+def pieces(runtime: Any, lengths: Sequence[int]) -> dict[str, float]:
+    """Milliseconds of the parts of a layer, forward and backward, on joined examples of these lengths.
+
+    `products_at_peak` is what the layer's products take at the rate of one large product.
+    """
+    config, dtype, rows = runtime.model.config, next(runtime.model.parameters()).dtype, sum(lengths)
+    block = find_blocks(runtime.model)[1][0]
+    layers = [layer for layer in block.modules() if isinstance(layer, torch.nn.Linear)]
+    wide, inner = config.hidden_size, config.intermediate_size
+    count, head = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    heads = [torch.randn(1, rows, n, head).to(dtype) for n in (count, *[config.num_key_value_heads] * 2)]
+    turned = [one.transpose(1, 2).requires_grad_() for one in heads]
+    inputs = {size: torch.randn(1, rows, size).to(dtype).requires_grad_() for size in (wide, inner)}
+    both = [torch.randn(rows, RANK).to(dtype), torch.randn(rows, RANK).to(dtype)]
+
+    def products() -> None:
+        for layer in layers:
+            y = torch.nn.functional.linear(inputs[layer.in_features].detach()[0], layer.weight)
+            y @ layer.weight
+
+    def adapters() -> None:
+        for layer in layers:
+            a, b = torch.zeros(RANK, layer.in_features).to(dtype), torch.zeros(layer.out_features, RANK).to(dtype)
+            x, y = inputs[layer.in_features].detach()[0], torch.zeros(rows, layer.out_features, dtype=dtype)
+            y.addmm_(x @ a.T, b.T)
+            torch.addmm(x, y @ b, a), y.T @ both[0], both[1].T @ x
+
+    def attention() -> None:
+        with float32_attention() if dtype != torch.float32 else nullcontext():
+            with packed_attention(lengths, torch.device("cpu")):
+                y = ALL_ATTENTION_FUNCTIONS["sdpa"](block.self_attn, *turned, None, is_causal=True)[0]
+            y.backward(torch.ones_like(y))
+
+    def backward(y: torch.Tensor) -> None:
+        y.backward(torch.ones_like(y))
+
+    peak = max(matmul_rates(runtime, rows).values())
+    work = sum(4 * rows * layer.weight.numel() for layer in layers)
+    return {
+        "products": _shortest(products),
+        "products_at_peak": round(work / peak / 1e6, 2),
+        "adapters": _shortest(adapters),
+        "attention": _shortest(attention),
+        "two_norms": 2 * _shortest(lambda: backward(block.input_layernorm(inputs[wide]))),
+        "activation": _shortest(lambda: backward(torch.nn.functional.silu(inputs[inner]) * inputs[inner])),
+    }
+
+
+def _shortest(act: Callable[[], object], times: int = 12) -> float:
+    found = []
+    for _ in range(times):
+        begun = time.process_time()
+        act()
+        found.append(time.process_time() - begun)
+    return round(1000 * min(found), 2)
+
+
 def matmul_rates(runtime: Any, rows: int) -> dict[str, float]:
     """GFLOP/s of `rows` rows times each shape of the base's linear layers, and of a product of 2048 × 2048 matrices."""
     dtype = next(runtime.model.parameters()).dtype
@@ -103,7 +166,8 @@ def main() -> None:
         changes["layers_to_transform"] = tuple(int(part) for part in arguments.layers.split(","))
     runtime = make_runtime(arguments.model, arguments.data, arguments.steps, arguments.work, **changes)
     facts = {"machine": machine(), "arms": arguments.arms, "layers": arguments.layers, "dtype": arguments.dtype}
-    rates = {"gflops": matmul_rates(runtime, 640)}
+    rows = [runtime.examples("train")[index].length for index in runtime.batch_plan(0)[0]]
+    rates = {"gflops": matmul_rates(runtime, 640), "rows": sum(rows), "ms_of_a_layer": pieces(runtime, rows)}
     text = json.dumps(facts | measure(runtime, arguments.arms, arguments.steps, arguments.work) | rates, indent=1)
     print(text)
     if arguments.out:

@@ -48,6 +48,9 @@ def test_a_profile_accounts_for_the_whole_time(model_folder: Path, completion_fi
     shares = profile_step.measure(runtime, 1, 2, tmp_path)["share"]
     assert {"base matmuls", "adapter matmuls", "head and loss", "optimizer"} <= set(shares)
     assert sum(shares.values()) == pytest.approx(1, abs=0.01)
+    alone = profile_step.pieces(runtime, [5, 9, 7])
+    assert set(alone) == {"products", "products_at_peak", "adapters", "attention", "two_norms", "activation"}
+    assert min(alone.values()) >= 0
 
 
 def test_memory_against_items_is_counted(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
