@@ -119,6 +119,13 @@ def test_without_scores_by_example_the_top_is_kept() -> None:
     assert "without scores by example" in found.sentence
 
 
+def test_plain_truncations_are_measured_from_the_top_as_trained() -> None:
+    extra = trial("extra", 64, -0.004, parent="top", steps=10)
+    found = answer(TOP, extra, trial("a", 32, 0.002, parent="top"), trial("b", 16, 0.004, parent="top"))
+    assert found.reference_id == "extra"
+    assert smallest_holding_truncation(found) == 16
+
+
 def test_no_answer_before_a_training_is_truncated() -> None:
     assert adapter_answer([TOP], LOSS) is None
 
@@ -145,5 +152,7 @@ def test_the_best_step_is_named_from_points_of_the_metric_alone(metric_points: b
     notes = answer(top, small, criterion=criterion).notes
     told = "The held-out value of rank 64 was best at step 10 of 100: train again with --max-steps 10, or with --checkpoint best."
     assert (told in notes) is metric_points
+    steady = [*points[:2], EvalPoint(step=40, value=1.995, train_value=None)]
+    assert answer(top.model_copy(update={"points": steady}), small, criterion=criterion).notes == []
     kept = answer(top.model_copy(update={"kept_step": 10}), small, criterion=criterion).notes
     assert kept == ["The best checkpoint of rank 64 is used: step 10 of 100."]

@@ -181,6 +181,8 @@ def test_a_fall_within_the_noise_of_few_prompts_is_no_collapse() -> None:
     [
         ((0.18, 0.83, 0.51, 0.47, 0.82), False),  # a published run that recovers
         ((0.18, 0.83, 0.51, 0.47), False),
+        ((0.2, 0.8, 0.45, 0.3), True),
+        ((0.2, 0.8, 0.7, 0.3, 0.3), True),
         ((0.18, 0.86, 0.78, 0.77), False),
         ((0.18, 0.82, 0.1), False),
         ((0.18, 0.82, 0.1, 0.05), True),
