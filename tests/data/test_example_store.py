@@ -23,14 +23,14 @@ def some_items(count: int) -> Iterator[Example]:
 
 
 def test_items_come_back_in_order_and_by_number(tmp_path: Path) -> None:
-    items = list(some_items(200))
+    items = list(some_items(600))  # of which a file's batches hold 256 each
     store = ExampleStore(items, tmp_path / "work")
     assert list(store) == items
-    assert [store[number] for number in (199, 0, -1)] == [items[199], items[0], items[199]]
+    assert [store[number] for number in (599, 0, -1)] == [items[599], items[0], items[599]]
     assert store[10:13] == items[10:13]
     assert list((tmp_path / "work").iterdir()) == []
     with pytest.raises(IndexError):
-        store[200]
+        store[600]
 
 
 def test_what_is_held_of_many_rows_does_not_grow_with_their_texts(tmp_path: Path) -> None:

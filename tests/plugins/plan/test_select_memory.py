@@ -104,6 +104,22 @@ def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
     assert plan_selection(config, between, 32, "cpu").max_adapters_per_pass == 4
 
 
+def test_two_arms_of_a_rank_are_traced_once_for_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan_selection(one_block(), small_settings(ranks=(1, 8)), 32, "cpu")
+    traced: list[int] = []
+    estimate = Estimator.estimate
+
+    def counted(self: Estimator, rank: int) -> Any:
+        traced.append(rank)
+        return estimate(self, rank)
+
+    monkeypatch.setattr(Estimator, "estimate", counted)
+    first, second = planned.peak_of([8, 1, 8]), planned.peak_of([8, 8, 1])
+    assert first is not None
+    assert first == second > planned.peak_bytes[8]
+    assert sorted(traced) == [1, 8]
+
+
 def test_fewer_adapters_per_pass_where_memory_is_short(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
