@@ -43,6 +43,7 @@ class Store(Sequence[Entry]):
             self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # outlives the file
         self.table: Any = pyarrow.ipc.open_file(pyarrow.py_buffer(self._mapped)).read_all()
         self.batches = self.table.to_batches()  # of `ROWS` each, but for the last
+        self.give_back()
 
     @abstractmethod
     def row(self, entry: Entry) -> Mapping[str, Any]:
@@ -56,11 +57,14 @@ class Store(Sequence[Entry]):
         return int(self.table.num_rows)
 
     def __iter__(self) -> Iterator[Entry]:
-        """Read the entries in turn; the pages that were read leave the process's memory."""
         for batch in self.batches:
             yield from map(self.entry, batch.to_pylist())
-            if hasattr(mmap, "MADV_DONTNEED"):
-                self._mapped.madvise(mmap.MADV_DONTNEED)
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Let the pages of the file leave the process's memory; the system reads them again where they are needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     @overload
     def __getitem__(self, index: int) -> Entry: ...
@@ -125,7 +129,9 @@ class TokenStore(Store[EncodedExample]):
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """[examples], in tokens."""
-        return np.asarray(pyarrow.compute.list_value_length(self.table["input_ids"]).to_numpy(), np.int64)
+        found = np.asarray(pyarrow.compute.list_value_length(self.table["input_ids"]).to_numpy(), np.int64)
+        self.give_back()
+        return found
 
     @property
     def longest_sequence(self) -> int:
