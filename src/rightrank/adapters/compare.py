@@ -77,7 +77,7 @@ def _read_sides(
     cache: Path,
     on_event: Callable[[Evaluating], None],
 ) -> _Sides:
-    splits, settings = _load_all(data, settings, shared_labels(sides))
+    splits, settings = _load_all(data, settings, _shared_labels(sides))
     base: Runtime | None = None
     read: list[TrialFinished] = []
     dropped: list[int] = []
@@ -211,7 +211,7 @@ def _sentence(a: str, b: str, worst: MetricComparison, count: int) -> str:
     return f"{names}: these examples cannot tell; {figures}; {cure}.{among}"
 
 
-def shared_labels(sides: Sequence[str]) -> list[str] | None:
+def _shared_labels(sides: Sequence[str]) -> list[str] | None:
     """The labels that both sides of a comparison have; None where neither is a classifier.
 
     Raises:

@@ -162,13 +162,13 @@ def _card(found: LiveAnswer, training: Training) -> str:
 def _report(found: LiveAnswer, training: Training) -> str:
     answer = found.answer
     figures = [figure_of(answer, answer.candidates, training.metric, training.metric == "accuracy")]
-    figures += [curve_figure(training.curve, answer.trained_rank)] if training.curve else []
+    figures += [_curve_figure(training.curve, answer.trained_rank)] if training.curve else []
     estimate, _ = next_training(answer, training.base)
     texts = [*training.notes, *answer.notes, *found.notes, estimate, training.cost_sentence(found)]
     return adapter_page(answer.sentence, texts, figures, candidate_table(answer, training.metric))
 
 
-def curve_figure(curve: Sequence[tuple[int, int]], trained_rank: int) -> Figure:
+def _curve_figure(curve: Sequence[tuple[int, int]], trained_rank: int) -> Figure:
     """The smallest rank that holds, over the steps of the training."""
     steps, ranks = tuple(step for step, _ in curve), tuple(rank for _, rank in curve)
     return Figure(

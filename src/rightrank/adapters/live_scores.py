@@ -212,7 +212,7 @@ def batch_scores(
     positions = tensors.get("position_ids")
     starts = _starts(labels, positions)
     labels = labels.masked_fill(starts, IGNORED)  # no example predicts the first token of the next one
-    losses = token_losses(model, _passed(model, tensors), labels[:, 1:])
+    losses = _token_losses(model, _passed(model, tensors), labels[:, 1:])
     return _by_segment(losses, labels[:, 1:], starts[:, 1:])
 
 
@@ -228,7 +228,7 @@ def reference(model: Any, batch: Batch) -> torch.Tensor:
 def _completion_logps(model: Any, batch: Batch) -> torch.Tensor:
     tensors = _on_device(model, batch)
     labels = tensors["input_ids"].masked_fill(tensors["completion_mask"] == 0, IGNORED)[:, 1:]
-    return -token_losses(model, _passed(model, tensors), labels).sum(1)
+    return -_token_losses(model, _passed(model, tensors), labels).sum(1)
 
 
 def _on_device(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
@@ -243,7 +243,7 @@ def _passed(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     return passed
 
 
-def token_losses(model: Any, passed: Mapping[str, Any], labels: torch.Tensor) -> torch.Tensor:
+def _token_losses(model: Any, passed: Mapping[str, Any], labels: torch.Tensor) -> torch.Tensor:
     """Loss of every position [rows, length - 1]; 0 without a label.
 
     The output head sees `CHUNK` positions at a time: its pre-hook computes the losses from its input, and the model's own call of the head
@@ -350,7 +350,7 @@ def active_adapter(model: Any, name: str) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def lower_blocks(model: Any) -> LowerBlocks | None:
+def lower_blocks(model: Any) -> _LowerBlocks | None:
     """The blocks below the first adapted one; None where there are none, or where others have replaced or hooked
     their passes."""
     found = find_blocks(model.get_base_model())
@@ -363,7 +363,7 @@ def lower_blocks(model: Any) -> LowerBlocks | None:
     blocks = list(found[1])[:depth]
     if not blocks or any("forward" in vars(one) or one._forward_pre_hooks or one._forward_hooks for one in blocks):
         return None
-    return LowerBlocks(blocks)
+    return _LowerBlocks(blocks)
 
 
 def upper_share(model: Any) -> float:
@@ -380,7 +380,7 @@ def _size(module: Any) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
-class LowerBlocks:
+class _LowerBlocks:
     """The output of the last of some blocks, kept for each batch number."""
 
     def __init__(self, blocks: Sequence[Any]) -> None:

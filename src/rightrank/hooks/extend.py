@@ -56,9 +56,7 @@ def extended(settings: SelectSettings, selected: Selected) -> SelectSettings | N
     wanted = next((run for run in decision.next_runs if run.action in ("rank", "rates")), None)
     if wanted is None:
         return None
-    if wanted.action == "rank":
-        further = settings.model_copy(update={"ranks": tuple(sorted({*settings.ranks, *wanted.ranks}))})
-    else:
-        rates = tuple(sorted({*settings.learning_rates, *wanted.learning_rates}))
-        further = settings.model_copy(update={"learning_rates": rates})
+    name = "ranks" if wanted.action == "rank" else "learning_rates"
+    both = tuple(sorted({*getattr(settings, name), *getattr(wanted, name)}))
+    further = settings.model_copy(update={name: both})
     return None if further == settings else further

@@ -80,13 +80,13 @@ class Recipe:
         return max([self.r, *self.rank_pattern.values()])
 
     @property
-    def is_made_smaller(self) -> bool:
+    def _is_made_smaller(self) -> bool:
         """Whether training alone does not give this adapter: it was truncated, or got steps of recovery."""
         return self.making.truncation is not None or self.making.recovery_steps > 0
 
     def training(self) -> Recipe:
         """The recipe of the training that the adapter comes from; itself for an adapter that is as trained."""
-        if not self.is_made_smaller:
+        if not self._is_made_smaller:
             return self
         return replace(
             self, r=self.making.trained_rank, lora_alpha=self.trained_alpha, rank_pattern={}, alpha_pattern={}
@@ -95,7 +95,7 @@ class Recipe:
     def comments(self) -> list[str]:
         """How the adapter does on the guard's data, and how to make it again where training alone does not give it."""
         guard = [self.guard] if self.guard else []
-        if not self.is_made_smaller:
+        if not self._is_made_smaller:
             return guard
         return [
             *guard,
@@ -131,7 +131,11 @@ def recipe_of(
     Raises:
         RunFolderError: the run has no PEFT adapter.
     """
+    from safetensors import safe_open
+
     config = _adapter_config(adapter)
+    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:  # its header names the modules
+        names = {name.split(".lora_")[0] for name in file.keys() if ".lora_" in name}  # noqa: SIM118 - not a dict
     # A trainer of one's own states neither of the first two, and of the last a truth value; no recipe has it.
     stated = {"dtype": "float32", "warmup_ratio": 0.0, **started.settings, "higher_is_better": ()}
     settings = stored_settings(stated)
@@ -144,7 +148,7 @@ def recipe_of(
         shape=started.data.shape,
         columns=started.data.renamed,
         adapter=adapter,
-        module_names=_module_names(adapter),
+        module_names=tuple(sorted(name.removeprefix("base_model.model.") for name in names)),
         learning_rate=making.learning_rate,
         max_steps=making.steps,
         warmup_steps=math.ceil(settings.warmup_ratio * making.steps),
@@ -185,15 +189,6 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA" or not isinstance(config.get("target_modules"), list):
         raise RunFolderError(f"{adapter}: only LoRA adapters with a list of target_modules can be exported")
     return config
-
-
-def _module_names(adapter: Path) -> tuple[str, ...]:
-    """The adapted modules, from the names in the safetensors header."""
-    from safetensors import safe_open
-
-    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
-        names = {name.split(".lora_")[0] for name in file.keys() if ".lora_" in name}  # noqa: SIM118 - not a dict
-    return tuple(sorted(name.removeprefix("base_model.model.") for name in names))
 
 
 def _absolute(name: str, adapter: Path) -> str:

@@ -89,14 +89,14 @@ def render_report(
             cost=cost_of(records).sentence(),
             evidence=evidence_table(decision) if decision else [],
             certainty=certainty_rows(decision) if decision else [],
-            margin=margin_text(decision) if decision else "",
+            margin=_margin_text(decision) if decision else "",
             slider=_slider(decision),
             plots=plots,
             further_plots=[figure for name, figure in plots.items() if name not in IN_THEIR_SECTIONS],
             rows=[_row(outcome) for outcome in records.outcomes[-MAX_ROWS:]],
             trials=len(records.outcomes),
             fold_rows=len(records.outcomes) > MAX_VISIBLE_ROWS,
-            tests=test_rows(records),
+            tests=_test_rows(records),
             certificates=records.certificates,
             not_tested=not_tested(records, decision),
             command=reproduce_command(records.started.settings),
@@ -184,7 +184,7 @@ def _slider(decision: Decision | None) -> dict[str, Any] | None:
     low, high = margin_range(decision)
     share = log10(decision.margin / low) / log10(high / low)
     rank = rank_at(margin_steps(decision), decision.margin)
-    return {"start": round(1000 * share), "rank": rank, "margin": margin_text(decision)}
+    return {"start": round(1000 * share), "rank": rank, "margin": _margin_text(decision)}
 
 
 def _row(outcome: TrialOutcome) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def model_card(records: Records, decision: Decision | None) -> str:
         recorded=recorded,
         making=making_of(trial, records.finished()),
         candidates=candidate_table(answer, started.metric),
-        tests=test_rows(records),
+        tests=_test_rows(records),
         classification=started.data.form == "classification",
         loading="\n".join(loading),
         picture=PICTURE,
@@ -293,7 +293,7 @@ def _seeds(decision: Decision) -> int:
     return max((e.seeds for e in decision.ranks if e.rank > 0), default=1)
 
 
-def test_rows(records: Records) -> list[tuple[str, TestEvaluated]]:
+def _test_rows(records: Records) -> list[tuple[str, TestEvaluated]]:
     """`(adapter, its reading on the test split)`: "base", "rank 16", "rank 4, truncated"."""
     stages = {trial.trial_id: trial.arm.stage() for trial in records.finished()}
     names = [f"rank {test.rank}" if test.rank else "base" for test in records.tests]
@@ -332,7 +332,7 @@ def not_tested(records: Records, decision: Decision | None) -> list[str]:
     return limits
 
 
-def margin_text(decision: Decision) -> str:
+def _margin_text(decision: Decision) -> str:
     return f"{decision.margin:.4g} {metric_unit(decision.metric)}"
 
 

@@ -95,8 +95,13 @@ class _Scale:
 def _scale_of(figure: Figure, which: str) -> _Scale:
     axis: Axis = figure.x if which == "x" else figure.y
     ends = (LEFT, WIDTH - RIGHT) if which == "x" else (HEIGHT - BOTTOM, TOP)
-    low, high = axis.limits or _room(axis, [*axis.ticks, *_values(figure, which)])
-    return _Scale(axis.scale != "linear", low, high, *ends)
+    is_log = axis.scale != "linear"
+    if axis.limits is not None:
+        return _Scale(is_log, *axis.limits, *ends)
+    values = [*axis.ticks, *_values(figure, which)]
+    low, high = min(values), max(values)
+    room = 0.06 * (high - low or abs(high) or 1.0)  # some room around the least and the largest value
+    return _Scale(True, low / 1.25, high * 1.25, *ends) if is_log else _Scale(False, low - room, high + room, *ends)
 
 
 def _values(figure: Figure, which: str) -> list[float]:
@@ -106,15 +111,6 @@ def _values(figure: Figure, which: str) -> list[float]:
     values = [y for s in figure.series for y in (*s.y, *s.low, *s.high)]
     values += [level.value for level in figure.levels] + [mark.y for mark in figure.marks]
     return values + [end for band in figure.bands for end in (band.low, band.high)]
-
-
-def _room(axis: Axis, values: Sequence[float]) -> tuple[float, float]:
-    """The least and the largest value with some room around them."""
-    low, high = min(values), max(values)
-    if axis.scale != "linear":
-        return low / 1.25, high * 1.25
-    room = 0.06 * (high - low or abs(high) or 1.0)
-    return low - room, high + room
 
 
 def _ticks(axis: Axis, scale: _Scale) -> list[tuple[float, str]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -133,11 +133,11 @@ def atlas_row(records: Records) -> dict[str, Any]:
     started = records.started
     question = of_run(started)
     trials = [t for t in records.finished() if t.rank > 0 and t.arm.is_direct and t.value_metric is None]
-    by_rank = {
-        rank: sorted(_means([t for t in trials if t.rank == rank]).values())[-1 if started.higher_is_better else 0]
-        for rank in sorted({t.rank for t in trials})
-    }
-    rates = {rank: len({t.learning_rate for t in trials if t.rank == rank}) for rank in by_rank}
+    values: dict[int, dict[float, list[float]]] = {}
+    for trial in sorted(trials, key=lambda t: t.rank):
+        values.setdefault(trial.rank, {}).setdefault(trial.learning_rate, []).append(trial.value)
+    best = max if started.higher_is_better else min
+    by_rank = {rank: best((fmean(found), len(found)) for found in rates.values()) for rank, rates in values.items()}
     return {
         "family": question.family,
         "form": started.data.form,
@@ -151,14 +151,7 @@ def atlas_row(records: Records) -> dict[str, Any]:
         "ranks": list(by_rank),
         "values": [round(value, 5) for value, _ in by_rank.values()],
         "seeds": min((seeds for _, seeds in by_rank.values()), default=0),
-        "tuned": min(rates.values(), default=0) > 1,
+        "tuned": min(map(len, values.values()), default=0) > 1,
         "checkpoint": checkpoint_of(started),
         "rightrank_version": started.rightrank_version,
     }
-
-
-def _means(trials: Sequence[Any]) -> dict[float, tuple[float, int]]:
-    values: dict[float, list[float]] = {}
-    for trial in trials:
-        values.setdefault(trial.learning_rate, []).append(trial.value)
-    return {rate: (sum(found) / len(found), len(found)) for rate, found in values.items()}

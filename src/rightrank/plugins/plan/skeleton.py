@@ -144,7 +144,7 @@ def build_base(config: Any, settings: PlanSettings) -> Any:
     except LOADING_ERRORS as error:
         raise ModelError(f"{config.model_type}: transformers cannot build the model ({first_line(error)})") from None
     model.requires_grad_(False)
-    quantise(model, settings)
+    _quantise(model, settings)
     return model
 
 
@@ -272,7 +272,7 @@ class _QuantisedProduct(torch.autograd.Function):
         return gradients[0] @ ctx.module.dequantize(), None
 
 
-def quantise(model: Any, settings: PlanSettings) -> None:
+def _quantise(model: Any, settings: PlanSettings) -> None:
     """Replace the model's linear modules, except the output head, by 4-bit or 8-bit ones."""
     bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
     if bits is None:

@@ -76,7 +76,7 @@ class StepTrace:
         self.events.append(-number)
 
 
-class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
+class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
     """Fills a `StepTrace` while it is active; storages of `known` tensors existed before."""
 
     def __init__(self, known: Iterable[torch.Tensor], vocabulary: int, device: DeviceKind) -> None:
@@ -95,7 +95,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
             return 0  # no value is known; `kernels` answers branches on values
         keywords = kwargs or {}
         out = func(*args, **keywords)
-        scratch = [self.trace.add(size, self._origin(func, False)) for size in scratch_bytes(func, args, self._device)]
+        scratch = [self.trace.add(size, self._origin(func, False)) for size in _scratch_bytes(func, args, self._device)]
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor, func)
@@ -158,8 +158,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __i
 def trace_step(skeleton: Skeleton, settings: PlanSettings, training: bool = True) -> StepTrace:
     """The allocations of a step (or, without `training`, of an evaluation batch) of `settings` on the device."""
     model, device = skeleton.model, settings.device
-    tracer = Tracer(skeleton.stored(), skeleton.base.config.get_text_config().vocab_size, device)
-    kernels = DeviceKernels(device, settings.padding)
+    tracer = _Tracer(skeleton.stored(), skeleton.base.config.get_text_config().vocab_size, device)
+    kernels = _DeviceKernels(device, settings.padding)
     batch = settings.batch_size if training else settings.eval_batch_size or settings.batch_size
     with ExitStack() as stack:
         stack.enter_context(_multi_lora_forward(skeleton, settings, batch))
@@ -267,7 +267,7 @@ _GROUPED: frozenset[Any] = frozenset(
 
 
 @dataclass(slots=True)
-class DeviceKernels(TorchFunctionMode):
+class _DeviceKernels(TorchFunctionMode):
     """Active around a traced step."""
 
     device: DeviceKind
@@ -353,7 +353,7 @@ def _flash(query: Any, key: Any, value: Any, dropout_p: float, is_causal: bool, 
     return out[..., :width] if missing else out
 
 
-def scratch_bytes(func: Any, args: Any, device: DeviceKind) -> tuple[int, ...]:
+def _scratch_bytes(func: Any, args: Any, device: DeviceKind) -> tuple[int, ...]:
     """Workspace that a kernel allocates and frees while it runs, bytes."""
     if device != "cuda":
         return ()
