@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rightrank import compare, export, resize, select_rank
-from rightrank.adapters.held_out import labels_of_side
+from rightrank.adapters.compare import labels_of_side
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import adopted_labels
 from rightrank.report.html import base_arguments, loading_lines

@@ -8,17 +8,18 @@ examples cannot tell. Each side is an adapter folder that PEFT loads, the base i
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rightrank.adapters.held_out import labels_of_side
+from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.rows import held_out_fields
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
 from rightrank.decision.table import minus, table_of
-from rightrank.models.base_models import load_base, require_base
-from rightrank.models.places import BASE, CONFIG_FILE, require_side
+from rightrank.models.base_models import are_unnamed, load_base, require_base
+from rightrank.models.places import BASE, CLASSIFIER_FILE, CONFIG_FILE, read_header, require_side
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.events import Evaluating
 from rightrank.schema.metrics import default_margin
@@ -228,3 +229,79 @@ def _shared_labels(sides: Sequence[str]) -> list[str] | None:
                 "compared with the same labels in the same order"
             )
     return labels
+
+
+_HEADS = (
+    "score",
+    "classifier",
+    "classifier.out_proj",
+    "out_proj",
+    "head",
+    "summary",
+    "logits_proj",
+    "vocab_classifier",
+)
+
+
+def _stored_labels(folder: Path) -> list[str] | None:
+    """The labels in the order of the logits, as the adapter's folder states them; None where it does not.
+
+    Raises:
+        ModelError: a file that names no labels.
+    """
+    file = folder / CLASSIFIER_FILE
+    if not file.is_file():
+        return None
+    try:
+        return _in_order(read_json_object(file).get("id2label"))
+    except (UnreadableError, ValueError) as error:
+        raise ModelError(
+            f"{file}: no labels ({error}); give id2label as {{'0': 'first label', '1': …}}, in the order of the logits"
+        ) from None
+
+
+def labels_of_side(side: str) -> list[str] | None:
+    """The labels of an adapter or of a whole model, without loading it; None for no classifier, and for `base`.
+
+    Where nothing names them, they are the numbers of the head's rows.
+    """
+    folder = Path(side)
+    if side == BASE:
+        return None
+    if (folder / CONFIG_FILE).is_file():
+        stored = _stored_labels(folder)
+        count = None if stored is not None else _rows_of_head(folder)
+        return stored if count is None else [str(number) for number in range(count)]
+    return _labels_of_model(folder / "config.json")
+
+
+def _rows_of_head(folder: Path) -> int | None:
+    """The rows of the classification head in an adapter's weights; None where it has none."""
+    task = read_json_object(folder / CONFIG_FILE).get("task_type")
+    weights = folder / "adapter_model.safetensors"
+    if task != "SEQ_CLS" or not weights.is_file():
+        return None
+    shapes = read_header(weights)[0]
+    ends = tuple(f".{head}{saved}.weight" for head in _HEADS for saved in ("", ".modules_to_save"))
+    found = [shape[0] for name, shape in shapes.items() if name.endswith(ends) and ".lora_" not in name]
+    return found[-1] if found else None
+
+
+def _labels_of_model(file: Path) -> list[str] | None:
+    config = read_json_object(file) if file.is_file() else {}
+    if not any("SequenceClassification" in str(name) for name in config.get("architectures") or ()):
+        return None
+    try:
+        names = _in_order(config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"})
+    except ValueError:
+        return None
+    return [str(number) for number in range(len(names))] if are_unnamed(names) else names
+
+
+def _in_order(id2label: Any) -> list[str]:
+    if not isinstance(id2label, Mapping) or not id2label:
+        raise ValueError("id2label is missing")
+    by_number = {int(number): str(label) for number, label in id2label.items()}
+    if sorted(by_number) != list(range(len(by_number))):
+        raise ValueError(f"id2label numbers {', '.join(map(str, sorted(by_number)))}")
+    return [by_number[number] for number in range(len(by_number))]

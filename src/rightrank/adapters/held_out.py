@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
+from rightrank.adapters.compare import labels_of_side
 from rightrank.adapters.resize import RankChoice, candidate_ranks, write_like, write_resized, write_truncated
-from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data
@@ -25,8 +24,7 @@ from rightrank.decision.adapter import SEARCH, Criterion, adapter_answer, traine
 from rightrank.decision.comparison import bounds_of_files
 from rightrank.decision.table import minus, table_of
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter
-from rightrank.models.base_models import are_unnamed
-from rightrank.models.places import BASE, BASE_FILE, CLASSIFIER_FILE, CONFIG_FILE, read_header
+from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank
 from rightrank.models.truncation import Moments, components, ranks_within
 from rightrank.runs.journal import Journal
@@ -403,70 +401,3 @@ def measure(runtime: Runtime, folder: Path, recovery: Recovery | None = None) ->
             base_name = str(peft_model.peft_config["default"].base_model_name_or_path)
             save_adapter(peft_model, folder, base_name)
         return runtime.evaluate("selection")
-
-
-HEADS = ("score", "classifier", "classifier.out_proj", "out_proj", "head", "summary", "logits_proj", "vocab_classifier")
-
-
-def _stored_labels(folder: Path) -> list[str] | None:
-    """The labels in the order of the logits, as the adapter's folder states them; None where it does not.
-
-    Raises:
-        ModelError: a file that names no labels.
-    """
-    file = folder / CLASSIFIER_FILE
-    if not file.is_file():
-        return None
-    try:
-        return _in_order(read_json_object(file).get("id2label"))
-    except (UnreadableError, ValueError) as error:
-        raise ModelError(
-            f"{file}: no labels ({error}); give id2label as {{'0': 'first label', '1': …}}, in the order of the logits"
-        ) from None
-
-
-def labels_of_side(side: str) -> list[str] | None:
-    """The labels of an adapter or of a whole model, without loading it; None for no classifier, and for `base`.
-
-    Where nothing names them, they are the numbers of the head's rows.
-    """
-    folder = Path(side)
-    if side == BASE:
-        return None
-    if (folder / CONFIG_FILE).is_file():
-        stored = _stored_labels(folder)
-        count = None if stored is not None else _rows_of_head(folder)
-        return stored if count is None else [str(number) for number in range(count)]
-    return _labels_of_model(folder / "config.json")
-
-
-def _rows_of_head(folder: Path) -> int | None:
-    """The rows of the classification head in an adapter's weights; None where it has none."""
-    task = read_json_object(folder / CONFIG_FILE).get("task_type")
-    weights = folder / "adapter_model.safetensors"
-    if task != "SEQ_CLS" or not weights.is_file():
-        return None
-    shapes = read_header(weights)[0]
-    ends = tuple(f".{head}{saved}.weight" for head in HEADS for saved in ("", ".modules_to_save"))
-    found = [shape[0] for name, shape in shapes.items() if name.endswith(ends) and ".lora_" not in name]
-    return found[-1] if found else None
-
-
-def _labels_of_model(file: Path) -> list[str] | None:
-    config = read_json_object(file) if file.is_file() else {}
-    if not any("SequenceClassification" in str(name) for name in config.get("architectures") or ()):
-        return None
-    try:
-        names = _in_order(config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"})
-    except ValueError:
-        return None
-    return [str(number) for number in range(len(names))] if are_unnamed(names) else names
-
-
-def _in_order(id2label: Any) -> list[str]:
-    if not isinstance(id2label, Mapping) or not id2label:
-        raise ValueError("id2label is missing")
-    by_number = {int(number): str(label) for number, label in id2label.items()}
-    if sorted(by_number) != list(range(len(by_number))):
-        raise ValueError(f"id2label numbers {', '.join(map(str, sorted(by_number)))}")
-    return [by_number[number] for number in range(len(by_number))]
