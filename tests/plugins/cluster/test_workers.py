@@ -203,3 +203,17 @@ def test_a_lost_head_is_waited_for_and_joined_again(how: str, monkeypatch: pytes
     assert crew.messages(0.0) == [("worker-1", WorkerLost("the head of the Ray cluster was lost", with_machine=True))]
     assert (ray.joined, crew._actors, failures) == (3, {}, [])
     crew.send("worker-1", Stop())  # before the pool has read that it is lost
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "with_machine"),
+    [
+        ("The actor died.\n\tid: 1\nThe actor died because its node has died. Node Id: 7", "its node has died", True),
+        ("The actor died.\nThe actor is dead because its worker process has died. Worker", "process has died", False),
+        ("the stream ended", "RuntimeError: the stream ended", False),
+    ],
+)
+def test_the_line_of_a_lost_actor_says_why(text: str, reason: str, with_machine: bool) -> None:
+    lost = on_ray._lost(RuntimeError(text))
+    assert lost.reason.endswith(reason)
+    assert lost.with_machine == with_machine

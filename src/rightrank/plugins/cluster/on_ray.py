@@ -143,7 +143,7 @@ class RayCrew:
                 lines = self._ray.get(next(stream))
             except (self._ray.exceptions.RayError, StopIteration) as error:
                 self.end(worker)
-                found.append((worker, WorkerLost(_cause(error), with_machine=_is_of_machine(error))))
+                found.append((worker, _lost(error)))
             else:
                 found.extend((worker, WORKER_MESSAGE.validate_json(line)) for line in lines.split("\n"))
         return found
@@ -231,16 +231,12 @@ def connected(address: str | None) -> Any:
     return ray
 
 
-def _cause(error: Exception) -> str:
-    """The sentence in which Ray says why, or its first line."""
-    return next(
-        (line.strip().split(". ")[0] for line in str(error).splitlines() if " because " in line), described(error)
-    )
-
-
-def _is_of_machine(error: Exception) -> bool:
-    """Whether Ray says that an actor was lost with its node, or is out of reach."""
-    return type(error).__name__ == "ActorUnavailableError" or "its node has died" in str(error)
+def _lost(error: Exception) -> WorkerLost:
+    """Ray's sentence that says why an actor was lost, or its first line; with its node, or out of reach, or alone."""
+    text = str(error)
+    why = next((line.strip().split(". ")[0] for line in text.splitlines() if " because " in line), described(error))
+    is_away = "its node has died" in text or type(error).__name__ == "ActorUnavailableError"
+    return WorkerLost(why, with_machine=is_away)
 
 
 def _require_answer(address: str) -> None:
