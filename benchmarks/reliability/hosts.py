@@ -116,6 +116,7 @@ class Field:
     work: Work
     executor: str
     folder: Path  # of this machine, for logs
+    workers_wanted: int = 2
     nodes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)  # host → its Ray
     s3: subprocess.Popen[bytes] | None = None
 
@@ -344,7 +345,7 @@ TOLD = re.compile(r"was lost|no message|can.t |no Ray|resuming|stopped|refused|l
 
 
 def options_of(place: Field, name: str) -> list[str]:
-    more = ["--executor", place.executor, "--workers", "2", "--set", f"store=s3://bucket/{name}"]
+    more = ["--executor", place.executor, "--workers", str(place.workers_wanted), "--set", f"store=s3://bucket/{name}"]
     return more + (["--ray-address", f"{place.hosts[0].address}:{PORT}"] if place.executor == "ray" else [])
 
 

@@ -39,7 +39,7 @@ def field(model_folder: Path, completion_file: Path, tmp_path: Path) -> Iterator
         pytest.skip(reason)
     work = Work("tiny", model_folder, completion_file, tuple(SHORT.split()))
     with Network(4) as network:
-        field = Field(network, random.Random(0), work, "ray", tmp_path)
+        field = Field(network, random.Random(0), work, "ray", tmp_path, workers_wanted=1)
         for host in field.hosts:
             work.put_on(host)
         field.open_store()
