@@ -210,15 +210,8 @@ def test_texts_from_data_run_nothing(browser: Any, tmp_path: Path) -> None:
     assert seen.complaints == []
 
 
-@pytest.fixture
-def page() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser.new_page(accept_downloads=True)
-        browser.close()
-
-
-def test_a_judge_clicks_through_and_saves(page: Any, tmp_path: Path) -> None:
+def test_a_judge_clicks_through_and_saves(browser: Any, tmp_path: Path) -> None:
+    page = browser.new_page(accept_downloads=True)
     pairs = [
         {"id": f"p{n}", "prompt": f"prompt {n} </script><b>", "a": f"left {n}", "b": f"right {n}"} for n in range(3)
     ]

@@ -49,7 +49,7 @@ def test_json_holds_what_the_contract_names(config_folder: Path, capsys: pytest.
     assert [row["rank"] for row in answer["ranks"]] == [2, 8]
     for row in answer["ranks"]:
         assert row["fits"] is True
-        assert row["trainable_parameters"] == row["rank"] * 6 * ((64 + 64) + (64 + 32))
+        assert row["trainable_parameters"] == row["rank"] * 3 * ((64 + 64) + (64 + 32))
         assert row["peak_reserved_bytes"] >= row["peak_bytes"] == sum(row["components"].values())
         assert row["adapter_bytes"] > 4 * row["trainable_parameters"]
     assert answer["source"] == "traced"

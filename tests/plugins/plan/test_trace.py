@@ -76,7 +76,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"use_dora": True, "target_modules": ["q_proj", "down_proj"]}),
     ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),  # tied to the output head
-    ("llama", {"layers_to_transform": [1, 4], "target_modules": ["q_proj", "o_proj"]}),
+    ("llama", {"layers_to_transform": [0, 2], "target_modules": ["q_proj", "o_proj"]}),
     ("qwen", {"target_modules": ["q_proj", "v_proj"]}),
     ("gpt2", {"target_modules": ["c_attn"]}),  # one matrix for query, key and value, stored transposed
     ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),

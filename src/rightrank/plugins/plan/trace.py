@@ -91,7 +91,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
         self._deaths: list[weakref.ref[Any]] = []  # a weak reference that is dropped calls nothing
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
             return 0  # no value is known; `kernels` answers branches on values
         keywords = kwargs or {}
         out = func(*args, **keywords)
@@ -283,6 +283,8 @@ class _DeviceKernels(TorchFunctionMode):
         if func in _GROUPED:
             product: Any = _GroupedProduct.apply  # untyped in torch
             return product(args[0], args[1])
+        if func is torch.tensor and isinstance(args[0], int):  # a size that the model computes, as DeBERTa's span
+            return func(*args, **keywords | {"device": "cpu"})
         if func is torch.Tensor.__bool__:
             return not self.padded  # the only branches ask whether there is no padding
         return func(*args, **keywords)
