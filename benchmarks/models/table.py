@@ -34,7 +34,7 @@ def tables(rows: Sequence[Row]) -> str:
     trained = {name: group for name, group in groups.items() if any(row["outcome"] != "refused" for row in group)}
     lines = [
         f"{len(rows):,} configurations of {len(groups)} architectures; {sum(row['outcome'] == 'equal' for row in rows):,} equal, "
-        f"{sum(row['outcome'] == 'refused' for row in rows):,} refused.",
+        f"{sum(row['outcome'] == 'refused' for row in rows):,} refused, {sum(row['outcome'] not in ('equal', 'refused') for row in rows):,} other.",
         "",
         "| architecture | equal | loss of a step, to PEFT | two in a pass, to each alone | loaded by PEFT | faster ways taken |",
         "|---|---|---|---|---|---|",
