@@ -35,7 +35,8 @@ FAMILIES = {  # file, which of its grids, and margins in the metric's unit
     "real, short": ("seeded_short_grids.json", slice(None), (0.005, 0.01, 0.02)),
     "real, 400 steps": ("seeded_grids.json grids/*.json", slice(None), (0.005, 0.02, 0.05)),
 }
-EACH_SEED_FIRST = ("real, short", "real, 400 steps")  # few grids: each of their seeds is a case
+LOCKED = "locked"  # the family that `judge_locked.py` adds
+EACH_SEED_FIRST = ("real, short", "real, 400 steps", LOCKED)  # few grids: each of their seeds is a case
 EQUAL_COST_WITH = "bracket"
 STOCHASTIC = OPTUNA_AND_CHANCE | {"ASHA (Ray Tune)": ray_asha}
 WITH_SEEDS = "bracket, two seeds"  # where a grid has them

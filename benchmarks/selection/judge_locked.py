@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.machine import machine
 from benchmarks.selection import compare, locks, one_seed, savings
 
-FAMILY = "locked"
+FAMILY = compare.LOCKED
 MARGINS = one_seed.MARGINS["long"]
 NEEDED = 6  # whole grids
 JUDGED = compare.HERE / "judged.json"
@@ -63,7 +63,7 @@ def one_seed_judged(files: Sequence[Path]) -> dict[str, Any]:
     opened = [pair for seen in one_seed.every_seed(one_seed.curves()) for pair in seen.pairs]
     ratio = math.exp(one_seed.fit(opened, one_seed.CHOSEN, one_seed.DEGREES)[0])
     ratios = dict.fromkeys({seen.source for seen in every}, ratio)
-    found: dict[str, Any] = {"ratio": round(ratio, 4), "brier": {}, "by grid": {}, "reliability": {}, "picks": {}}
+    found: dict[str, Any] = {"ratio": round(ratio, 4), "brier": {}, "by grid": {}, "reliability": {}}
     for name, forecast in one_seed.forecasts(ratios).items():
         events = one_seed.events(every, forecast)
         found["brier"][name] = {"all": round(one_seed.brier(events), 3), "interval": one_seed.over_grids(events)}
@@ -73,15 +73,7 @@ def one_seed_judged(files: Sequence[Path]) -> dict[str, Any]:
         }
         if name in ("probability", "examples alone"):
             found["reliability"][name] = one_seed.reliability(events)
-    for confidence in one_seed.CONFIDENCES:
-        found["picks"][f"at {confidence:g}"] = one_seed.picks(
-            every, lambda seen, margin, level=confidence: one_seed.pick(seen, margin, level, ratios)
-        )["long"]
-    found["picks"]["present rule"] = one_seed.picks(every, lambda seen, margin: seen.rule[margin])["long"]
-    found["picks"]["whole one-seed grid"] = one_seed.picks(
-        every, lambda seen, margin: one_seed.smallest_within(seen.losses, margin)
-    )["long"]
-    found["picks"]["always 16"] = one_seed.picks(every, lambda seen, margin: 16)["long"]
+    found["picks"] = {name: row["long"] for name, row in one_seed.all_picks(every, ratios).items()}
     found["picks after bracket"] = one_seed.picks_after_bracket((FAMILY,))[FAMILY]
     return found
 

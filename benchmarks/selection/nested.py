@@ -3,9 +3,9 @@
     python -m benchmarks.selection.nested planted --out benchmarks/selection/nested.json
     python -m benchmarks.selection.nested TASK MODEL DATA --work FOLDER --out benchmarks/selection/nested.json
 
-A fixed diagonal P stands between B and A of the top rank: ΔW = B·P·A, where P_i is the mean over the ranks of s_r, a rank's own scale,
-counted for the ranks above i alone. So one forward pass is the mean of the outputs of all prefixes. Afterwards rank r is
-the first r columns of B and rows of A, scaled by s_r (`own`, as in the paper), or left under P (`kept`). Scales:
+A fixed diagonal P stands between B and A of the top rank: ΔW = B·P·A. The prefix of rank r is the first r columns of B and rows of A, times
+the scale s_r of that rank, and P makes ΔW the mean of all prefixes, in one forward pass. After the training a prefix
+is read at its scale s_r (`own`, as in the paper) or under P (`kept`). Scales:
 
     alpha/r     s_r = alpha / r, as each rank has it when it trains alone
     constant    s_r = alpha / top, the same for all ranks
@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 
-from benchmarks.machine import machine
 from benchmarks.selection import planted
 from benchmarks.selection.long_grids import run_all
 from benchmarks.selection.real_training import GRIDS, Workshop, open_workshop, place
+from benchmarks.selection.study import run_study
 from rightrank.models.kinds import linear
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
@@ -158,7 +158,7 @@ def read_between(model: Any, between: torch.Tensor) -> Iterator[None]:
 
 def nested_values(shop: Workshop, scale: str) -> dict[str, Values]:
     settings = shop.settings
-    ranks, alpha, top = (1, 4, 16, 64), settings.lora_alpha, 64
+    ranks, alpha, top = settings.ranks, settings.lora_alpha, max(settings.ranks)
     arms = [shop.space.arm(top, rate, seed) for rate in settings.learning_rates for seed in settings.seeds]
     with scaled_by(diagonal(ranks, alpha, scale)):
         run_all(shop, arms)
@@ -264,22 +264,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rows_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if options.task == "planted":
+        return planted_rows()
+    return real_rows(options.task, options.model, options.data, options.work)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", nargs="?", choices=["planted", *TASKS])
-    parser.add_argument("model", nargs="?", help="folder or GGUF file of the base")
-    parser.add_argument("data", nargs="?", type=Path)
-    parser.add_argument("--work", type=Path, help="folder of finished trainings")
-    parser.add_argument("--out", type=Path, default=HERE / "nested.json")
-    parser.add_argument("--table", action="store_true", help="print what is stored and train nothing")
-    options = parser.parse_args()
-    stored = json.loads(options.out.read_text()) if options.out.exists() else {"machine": machine(), "rows": []}
-    if not options.table:
-        torch.set_num_threads(1)
-        new = planted_rows() if options.task == "planted" else real_rows(options.task, options.model, options.data, options.work)  # fmt: skip
-        stored["rows"] = [one for one in stored["rows"] if one["task"] != options.task] + list(new)
-        options.out.write_text(json.dumps(stored, separators=(",", ":")) + "\n")
-    print(table(stored["rows"]))
+    run_study(__doc__, ["planted", *TASKS], rows_of, table, HERE / "nested.json")
 
 
 if __name__ == "__main__":

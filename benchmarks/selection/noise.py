@@ -30,11 +30,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from benchmarks.machine import machine
 from benchmarks.selection import planted
 from benchmarks.selection.long_grids import MINILM, SHORT_TEXTS, run_all
 from benchmarks.selection.nested import TEACHERS
 from benchmarks.selection.real_training import COMMON, LONG, Workshop, open_workshop
+from benchmarks.selection.study import run_study
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.train import trial
@@ -75,18 +75,14 @@ class Reordered(planted.Data):
 
 def planted_losses(teacher: planted.Teacher, rate: float, way: str) -> Losses:
     cells = [(rank, seed) for rank in planted.RANKS for seed in SEEDS]
-    students = planted.Students([c[0] for c in cells], [rate] * len(cells), [c[1] for c in cells])
+    seeds = [seed for _, seed in cells]
+    first = [SEEDS[0]] * len(cells) if way == "from half" else seeds
+    students = planted.Students([rank for rank, _ in cells], [rate] * len(cells), first)
     data, steps = Reordered(teacher, PLANS[way]), teacher.steps
-    start = planted.initial(students)
-    if way == "from half":
-        first = planted.Students(students.ranks, students.rates, [SEEDS[0]] * len(cells))
-        start = planted.initial(first)
-    training, mean, count = planted.Training(data, students, start), {}, 0
-    if way == "from half":
-        training.follow([SEEDS[0]] * len(cells))
+    training, mean, count = planted.Training(data, students, planted.initial(students)), {}, 0
     for step in range(steps):
-        if way == "from half" and step == steps // 2:
-            training.follow(students.seeds)
+        if step == steps // 2:
+            training.follow(seeds)
         training.step(step, min(1.0, (step + 1) / (0.05 * steps)) * (1 - step / steps))
         if step >= round((1 - LAST) * steps):
             count += 1
@@ -227,22 +223,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rows_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if options.task == "planted":
+        return planted_rows()
+    return real_rows(options.task, options.model, options.data, options.work)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", nargs="?", choices=["planted", *RATES])
-    parser.add_argument("model", nargs="?", help="folder or GGUF file of the base")
-    parser.add_argument("data", nargs="?", type=Path)
-    parser.add_argument("--work", type=Path, help="folder of finished trainings")
-    parser.add_argument("--out", type=Path, default=HERE / "noise.json")
-    parser.add_argument("--table", action="store_true", help="print what is stored and train nothing")
-    options = parser.parse_args()
-    stored = json.loads(options.out.read_text()) if options.out.exists() else {"machine": machine(), "rows": []}
-    if not options.table:
-        torch.set_num_threads(1)
-        new = planted_rows() if options.task == "planted" else real_rows(options.task, options.model, options.data, options.work)  # fmt: skip
-        stored["rows"] = [one for one in stored["rows"] if one["task"] != options.task] + list(new)
-        options.out.write_text(json.dumps(stored, separators=(",", ":")) + "\n")
-    print(table(stored["rows"]))
+    run_study(__doc__, ["planted", *RATES], rows_of, table, HERE / "noise.json")
 
 
 if __name__ == "__main__":

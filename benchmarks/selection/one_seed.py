@@ -405,6 +405,16 @@ def picks(every: Sequence[Seen], choose: Callable[[Seen, float], int]) -> dict[s
     return found
 
 
+def all_picks(every: Sequence[Seen], ratios: dict[str, float]) -> dict[str, Any]:
+    """What each confidence picks, the rule, a whole grid of the seed, and always 16."""
+    found = {f"at {c:g}": picks(every, lambda seen, m, c=c: pick(seen, m, c, ratios)) for c in CONFIDENCES}
+    return found | {
+        "present rule": picks(every, lambda seen, margin: seen.rule[margin]),
+        "whole one-seed grid": picks(every, lambda seen, margin: smallest_within(seen.losses, margin)),
+        "always 16": picks(every, lambda seen, margin: 16),
+    }
+
+
 def picks_after_bracket(families: Sequence[str]) -> dict[str, Any]:
     """What `decide` says of the trainings that `bracket` runs with one seed, against the mean of all seeds of the grid."""
     found: dict[str, Any] = {}
@@ -510,7 +520,7 @@ def study(sweeps: Path | None) -> dict[str, Any]:
         "within a training": [scores(subset, names, DEGREES) for names in WITHIN_A_TRAINING],
         "brier": {},
         "reliability": {},
-        "picks": {f"at {c:g}": picks(every, lambda seen, m, c=c: pick(seen, m, c, ratios)) for c in CONFIDENCES},
+        "picks": all_picks(every, ratios),
     }
     for name, forecast in forecasts(ratios).items():
         found = events(every, forecast)
@@ -519,9 +529,6 @@ def study(sweeps: Path | None) -> dict[str, Any]:
         if name in ("probability", "examples alone"):
             real = [one for one in found if one.family != "planted"]
             result["reliability"][name] = {"all": reliability(found), "real": reliability(real)}
-    result["picks"]["present rule"] = picks(every, lambda seen, margin: seen.rule[margin])
-    result["picks"]["whole one-seed grid"] = picks(every, lambda seen, margin: smallest_within(seen.losses, margin))
-    result["picks"]["always 16"] = picks(every, lambda seen, margin: 16)
     result["picks after bracket"] = picks_after_bracket(("real, short", "real, 400 steps"))
     if sweeps is not None:
         result["public"] = public(sweeps, result["ratio"])

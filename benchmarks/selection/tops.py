@@ -11,15 +11,13 @@ the top as trained. FOLDER keeps what is finished; the same command resumes. `--
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.machine import machine
 from benchmarks.selection.long_grids import FEW, MINILM, SHORT_TEXTS, SMOLLM2, run_all
 from benchmarks.selection.real_training import COMMON, LONG, Workshop, open_workshop
+from benchmarks.selection.study import run_study
 from rightrank.decision.adapter import Criterion, adapter_answer
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
@@ -104,7 +102,7 @@ def rows_of(task: str, shop: Workshop, parent: TrialFinished) -> list[dict[str, 
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """Per task, margin and seed: picks and test values by top."""
     lines = [
         "| task | margin | seed | rank picked with top 16, 32, 64, 128 | its test value |",
@@ -118,23 +116,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rows_of_task(options: argparse.Namespace) -> list[dict[str, Any]]:
+    shop = open_workshop(options.model, options.data, make_settings(TASKS[options.task]), options.work)
+    return [row for parent in train(shop) for row in rows_of(options.task, shop, parent)]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", choices=TASKS)
-    parser.add_argument("model", nargs="?", help="folder or GGUF file of the base")
-    parser.add_argument("data", nargs="?", type=Path)
-    parser.add_argument("--work", type=Path, help="folder of finished trainings")
-    parser.add_argument("--out", type=Path, required=True, help="the file of results")
-    parser.add_argument("--table", action="store_true", help="print the stored results and train nothing")
-    options = parser.parse_args()
-    stored = json.loads(options.out.read_text()) if options.out.exists() else {"machine": machine(), "rows": []}
-    if not options.table:
-        torch.set_num_threads(1)
-        shop = open_workshop(options.model, options.data, make_settings(TASKS[options.name]), options.work)
-        rows = [row for parent in train(shop) for row in rows_of(options.name, shop, parent)]
-        stored["rows"] = [row for row in stored["rows"] if row["task"] != options.name] + rows
-        options.out.write_text(json.dumps(stored, indent=1) + "\n")
-    print(table(stored["rows"]))
+    run_study(__doc__, TASKS, rows_of_task, table, Path(__file__).with_name("tops.json"))
 
 
 if __name__ == "__main__":
