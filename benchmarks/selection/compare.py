@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +261,50 @@ def by_rank(curve: GridCurve, seed: int) -> tuple[dict[int, float], dict[int, fl
         rank: sign * (values["truncated"][rank][chosen[top]][seed] - zero) for rank in curve.ranks if rank < top
     }
     return trained, truncated
+
+
+def draw_grids(curves: Sequence[GridCurve], margin: float, path: Path, marked: Collection[str] = ()) -> None:
+    """One panel a grid: loss or error by rank, a line for each seed, with the margin and the rank that the whole grid picks.
+
+    The titles of the grids of `marked` say that they are locked ones.
+    """
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    columns = 4
+    lines = -(-len(curves) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3.3 * lines), squeeze=False)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_axis_off()
+    for axis, curve in zip(axes.flat, curves, strict=False):
+        picked = curve.truth(margin)
+        best = min(curve.best(rank) for rank in curve.ranks) + curve.higher_is_better
+        for losses in losses_by_seed(curve).values():
+            axis.plot(list(losses), list(losses.values()), "o-", color="tab:blue", alpha=0.6, markersize=4)
+        axis.axhspan(best, best + margin, color="tab:green", alpha=0.2, linewidth=0)
+        axis.axvline(picked, color="tab:red", linestyle="--", linewidth=1)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(curve.ranks, [str(rank) for rank in curve.ranks])
+        locked = ", locked" if curve.name in marked else ""
+        axis.set_title(f"{curve.name}{locked}: rank {picked}", fontsize=10)
+        axis.set_ylabel("error" if curve.higher_is_better else "loss")
+    figure.supxlabel(
+        f"rank · a line a seed · green: within {margin:g} of the best mean over seeds · red: the rank picked"
+    )
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def losses_by_seed(curve: GridCurve) -> dict[int, dict[int, float]]:
+    """Seed → rank → loss, or error for a share of right answers, at the learning rate that is best over the rank's seeds."""
+    found: dict[int, dict[int, float]] = {}
+    for rank in curve.ranks:
+        rate = min(curve.cells[rank], key=lambda one: curve.loss(rank, one))
+        for seed, value in curve.cells[rank][rate].items():
+            found.setdefault(seed, {})[rank] = 1 - value if curve.higher_is_better else value
+    return found
 
 
 def share(row: dict[str, Any], name: str) -> str:

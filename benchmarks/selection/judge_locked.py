@@ -1,11 +1,13 @@
 """The locked grids judge what was found on the others, once.
 
     python -m benchmarks.selection.judge_locked
+    python -m benchmarks.selection.judge_locked --picture
 
 Refused while fewer than six locked grids are whole, where a file differs from its hash, and once `judged.json` is there.
 What is judged was written down before (`locked/README.md`): the probability of one seed with the constant that the open grids fit, what each
 confidence picks, every strategy and baseline of `compare.py`, the adapter answer, and the savings of `savings.py`. `--rehearse`
-takes the open grids of `grids/` in their place, to see that everything runs; its figures judge nothing.
+takes the open grids of `grids/` in their place, to see that everything runs; its figures judge nothing. `--picture` draws all
+long grids as `grids.svg`, and the locked ones with them once they have judged.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from typing import Any
 
 from benchmarks.machine import machine
 from benchmarks.selection import compare, locks, one_seed, savings
+from benchmarks.selection.tables import read_grids
 
 FAMILY = compare.LOCKED
 MARGINS = one_seed.MARGINS["long"]
 NEEDED = 6  # whole grids
 JUDGED = compare.HERE / "judged.json"
+PICTURE = compare.HERE / "grids.svg"
 
 
 def refusal(judged: Path = JUDGED) -> str | None:
@@ -89,16 +93,31 @@ def savings_judged() -> dict[str, Any]:
     }
 
 
+def draw(path: Path = PICTURE) -> list[str]:
+    """Every long grid in one picture; the names of those drawn. Locked ones are read only after their judgement."""
+    opened = compare.whole_grids_of("real, 400 steps")
+    names = json.loads(JUDGED.read_text())["grids"] if JUDGED.exists() else []
+    locked = [curve for name in names for curve in read_grids(locks.LOCKED / f"{name}.json")]
+    compare.draw_grids([*opened, *locked], MARGINS[1], path, {curve.name for curve in locked})
+    return [curve.name for curve in (*opened, *locked)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", type=Path, metavar="FILE", help="judge the open grids of `grids/` and write FILE")
+    parser.add_argument("--picture", action="store_true", help="draw `grids.svg` and judge nothing")
     options = parser.parse_args()
+    if options.picture:
+        print("\n".join(draw()))
+        return 0
     if options.rehearse is None and (reason := refusal()) is not None:
         print(f"judge_locked: {reason}")
         return 2
     locked = [locks.LOCKED / name for name in locks.read_lock()]
     result = judge(sorted(locked if options.rehearse is None else compare.HERE.glob("grids/*.json")))
     (options.rehearse or JUDGED).write_text(json.dumps(result, indent=1) + "\n")
+    if options.rehearse is None:
+        draw()
     print(json.dumps(result["one seed"], indent=1))
     print(compare.text(result["compare"]))
     print(json.dumps(result["savings"], indent=1))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.selection import compare, locks, one_seed
+from benchmarks.selection import compare, judge_locked, locks, one_seed
 
 
 def test_every_locked_file_has_its_hash() -> None:
@@ -37,6 +38,27 @@ def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(locks, "LOCKED", tmp_path / "locked")
     monkeypatch.setattr(locks, "LOCK", tmp_path / "locked" / "lock.json")
     return tmp_path / "locked"
+
+
+def test_the_picture_has_locked_grids_only_after_their_judgement(
+    tmp_path: Path, locked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge_locked, "JUDGED", tmp_path / "judged.json")
+    shutil.copy(compare.HERE / "grids" / "newsgroups.json", locked / "secret.json")
+    opened = [curve.name for curve in compare.whole_grids_of("real, 400 steps")]
+    assert judge_locked.draw(tmp_path / "grids.svg") == opened
+    assert "locked" not in (tmp_path / "grids.svg").read_text()
+    judge_locked.JUDGED.write_text(json.dumps({"grids": ["secret"]}))
+    assert judge_locked.draw(tmp_path / "grids.svg") == [*opened, "newsgroups_400_steps"]
+    assert "newsgroups_400_steps, locked: rank 64" in (tmp_path / "grids.svg").read_text()
+
+
+def test_a_panel_shows_errors_of_each_seed_at_the_best_learning_rate() -> None:
+    curve = next(one for one in compare.whole_grids_of("real, 400 steps") if one.metric == "accuracy")
+    by_seed = compare.losses_by_seed(curve)
+    assert sorted(by_seed) == curve.seeds
+    for rank in curve.ranks:
+        assert np.mean([by_seed[seed][rank] for seed in curve.seeds]) == pytest.approx(1 + curve.best(rank))
 
 
 def grid(folder: Path, seeds: list[int], partial: bool) -> Path:
