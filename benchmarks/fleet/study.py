@@ -79,7 +79,6 @@ def main() -> None:
         model=given.model,
         data=data,
         settings=settings,
-        pad=True,
         ignore_base_name=True,
         notice=lambda line: print(line, flush=True),
     )
@@ -101,7 +100,6 @@ def main() -> None:
         "margin": MARGIN,
         "held_out": HELD_OUT,
         "rank": found.rank,
-        "padded_to": found.padded_to,
         "sentence": found.sentence,
         "max_lora_rank": found.max_lora_rank,
         "saved_share": found.saved_share,

@@ -46,13 +46,12 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     shares_a_pass: bool = False
     is_truncated: bool = True
-    is_padded: bool = False
 
 
 CASES = (
-    Case("linear", "llama", {}, shares_a_pass=True, is_padded=True),
-    Case("linear, transposed (GPT-2)", "gpt2", {}, shares_a_pass=True, is_padded=True),
-    Case("embedding", "llama", {"target_modules": ("q_proj", "embed_tokens")}, is_padded=True),
+    Case("linear", "llama", {}, shares_a_pass=True),
+    Case("linear, transposed (GPT-2)", "gpt2", {}, shares_a_pass=True),
+    Case("embedding", "llama", {"target_modules": ("q_proj", "embed_tokens")}),
     Case("DoRA", "llama", {"use_dora": True}),
     Case("DoRA, transposed (GPT-2)", "gpt2", {"use_dora": True}),
     Case("DoRA on an embedding", "llama", {"use_dora": True, "target_modules": ("q_proj", "embed_tokens")}),

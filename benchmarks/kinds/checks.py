@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.kinds.cases import ARM, RANK, STEPS, Trained, make_runtime, settings_of
 from rightrank import inspect, resize
-from rightrank.adapters.resize import write_padded
 from rightrank.models.adapter_files import open_adapter
 from rightrank.plugins.plan.selection import plan_selection
-from rightrank.schema.errors import InterruptedRun, ModelError
+from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter import trainable_parameters
@@ -143,20 +142,6 @@ class Suite:
         assert outcome.item_losses == self.outcome.item_losses
         return "same"
 
-    def is_padded(self) -> str:
-        """Padded to a server's rank, PEFT's ΔW is the same; or a reason says why not."""
-        out = self.folder / "padded"
-        if not self.case.is_padded:
-            try:
-                write_padded(self.trained.adapter, out, 2 * RANK)
-            except ModelError as error:
-                return "no: " + str(error).rpartition(": an adapter with ")[2].partition(" can't")[0]
-            raise AssertionError("padded")
-        write_padded(self.trained.adapter, out, 2 * RANK)
-        before, after = (peft_updates(self._loaded(folder)) for folder in (self.trained.adapter, out))
-        assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
-        return "same"
-
     def shares_a_pass(self) -> str:
         """Two adapters in one pass, where the kind allows it; or a reason says why not."""
         obstacle = multi_lora_obstacle(self.runtime, [ARM, ARM.model_copy(update={"seed": 1})])
@@ -190,7 +175,6 @@ CHECKS: dict[str, Callable[[Suite], str]] = {
     "resized": Suite.is_truncated,
     "truncated in a run": Suite.is_truncated_in_a_run,
     "resumed": Suite.is_resumed,
-    "padded": Suite.is_padded,
     "shares a pass": Suite.shares_a_pass,
 }
 

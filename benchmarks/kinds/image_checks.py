@@ -71,7 +71,6 @@ def row_of(name: str, folder: Path) -> dict[str, str]:
         "resized": _resized(train, adapter, folder / "small"),
         "truncated in a run": _selected(train, folder / "run"),
         "resumed": "by trials",
-        "padded": "no: servers of language models have no adapters on convolutions",
         "shares a pass": "no: the trainer is the user's",
     }
 

@@ -130,26 +130,6 @@ def test_allocate_answers_with_its_evidence(
     assert bool(answer["rank_pattern"]) == proposed
 
 
-def test_bad_patterns(
-    trained: AdapterFolder, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ranks = {module.name: 2 for module in trained.modules}
-    name = trained.modules[0].name
-    misspelt = {key.replace("down_proj", "down_prj"): value for key, value in ranks.items()}
-    for pattern, word in (
-        (misspelt, "did you mean"),
-        (ranks | {name: 0}, "from 1 to"),
-        ({name: 2}, "name every module"),
-        ([1], "a list, not one JSON object"),
-    ):
-        (tmp_path / "p.json").write_text(json.dumps(pattern))
-        status, out, err = run(
-            capsys, "allocate", trained.path, completion_file, *TRAINING, "--pattern", tmp_path / "p.json"
-        )
-        assert (status, out) == (2, "")
-        assert word in err
-
-
 def test_the_gradient_spectrum_at_the_command_line(
     model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,13 +47,12 @@ def test_a_fleet_gets_one_rank_and_every_adapter_its_folder(
         make_adapter(base, tmp_path / "single", rank=1),
     ]
     given = ["fleet", *map(str, adapters), "--model", str(base), "--data", str(data), "--margin", "50", *SMALL]
-    status, out, err = run([*given, "--out", str(tmp_path / "out"), "--pad", "--json"], capsys)
+    status, out, err = run([*given, "--out", str(tmp_path / "out"), "--json"], capsys)
     assert status == 0, err
     found = json.loads(out)
     assert found["rank"] == 1
     assert [one["rank_before"] for one in found["adapters"]] == [8, 2, 1]
     assert [[c["rank"] for c in one["candidates"]] for one in found["adapters"]] == [[8, 4, 2, 1], [2, 1], [1]]
-    assert found["padded_to"] == 1
     for one in found["adapters"]:
         assert json.loads((Path(one["out"]) / "adapter_config.json").read_text())["r"] == 1
         assert logits(base, Path(one["out"])).isfinite().all()

@@ -54,9 +54,9 @@ def test_each_other_metric_is_judged_beside_the_one_that_decides() -> None:
     assert (decision.metric, decision.rank) == ("loss", 4)
     exact, colour = decision.other_metrics
     assert (exact.metric, exact.higher_is_better, exact.margin) == ("exact_match", True, 0.005)
-    assert exact.value_at(16) == pytest.approx((ITEMS - 1) / ITEMS)
+    assert {one.rank: one.value for one in exact.ranks}[16] == pytest.approx((ITEMS - 1) / ITEMS)
     assert (colour.metric, colour.higher_is_better, colour.reference_rank) == ("colour", True, 16)
-    assert colour.value_at(4) == 5.0
+    assert {one.rank: one.value for one in colour.ranks}[4] == 5.0
     assert exact.conflict
     assert "metric_conflict" in decision.flags
 

@@ -12,7 +12,7 @@ from rightrank import Selected, TrialTask, select_rank_with
 from rightrank.hooks import Hook
 from rightrank.runs.hook import Run
 from rightrank.runs.journal import Journal
-from rightrank.schema.decision import AdapterAnswer, Decision
+from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, InterruptedRun, RunError
 from rightrank.schema.events import Event, SelectionPlanned
 from rightrank.schema.trials import TrialFinished
@@ -47,9 +47,6 @@ class Seen(Hook):
     def on_adapter(self, answer: AdapterAnswer, run: Run) -> None:
         self.calls.append("adapter")
 
-    def on_decision(self, decision: Decision, run: Run) -> None:
-        self.calls.append("decision")
-
     def on_end(self, run: Run, selected: Selected) -> None:
         assert (run.folder.adapter / "weights.txt").exists()
         self.calls.append("end")
@@ -74,7 +71,7 @@ def test_events_come_in_the_order_of_the_run(tmp_path: Path) -> None:
     seen = Seen()
     select(tmp_path / "run", seen)
     trials = ["TrialStarted", "TrialFinished"] * len(RANKS)
-    end = ["decision", "adapter", "AdapterRecorded", "DecisionRecorded", "end"]
+    end = ["adapter", "AdapterRecorded", "DecisionRecorded", "end"]
     assert seen.calls == ["prepared", "RunStarted", "SelectionPlanned", *trials, *end]
     journal = Journal(tmp_path / "run" / "journal.jsonl").read()
     assert journal == [event for event in seen.events if not isinstance(event, SelectionPlanned)]

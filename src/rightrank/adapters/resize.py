@@ -25,7 +25,6 @@ from rightrank.models.adapter_files import (
     AdapterModule,
     is_alpha,
     mlx_key,
-    open_adapter,
     write_adapter,
 )
 from rightrank.models.places import CONFIG_FILE, read_header
@@ -228,50 +227,6 @@ def candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) 
                 raise SettingsError(f"rank {rank} cannot be reached by truncation; give ranks from 1 to {top}")
         return sorted({*asked, top})
     return sorted({2**power for power in range(top.bit_length()) if 2**power < top} | {top})
-
-
-NOT_PADDED = ("use_dora", "lora_bias")  # options that servers do not support
-
-
-def write_padded(source: Path, out: Path, rank: int, files: Mapping[str, bytes] | None = None) -> None:
-    """Write the adapter in `source` to `out` with `rank` in every module, an integer `lora_alpha` and no patterns.
-
-    Servers that support neither patterns nor rsLoRA take such an adapter. Rows of zeros appended to A and columns of zeros
-    appended to B leave B·A unchanged. A module whose scale differs from alpha/rank has the ratio multiplied into its B,
-    rounded to the file's dtype; as many modules as possible keep their numbers.
-
-    Raises:
-        ModelError: not a LoRA adapter, an adapter with DoRA or biases, or a module above `rank`.
-        RunFolderError: `out` exists or can't be written.
-    """
-    adapter = open_adapter(source)
-    _require_plain(adapter, rank)
-    scalings = [module.scaling for module in adapter.modules]
-    alpha = max(1, round(max(scalings, key=scalings.count) * rank))
-    tensors = {key: adapter.tensor(key) for key in adapter.other_keys}
-    for module in adapter.modules:
-        a, b = adapter.tensor(module.a_key), adapter.tensor(module.b_key)
-        ratio, more = module.scaling / (alpha / rank), rank - module.rank
-        if ratio != 1.0:
-            b = (b.double() * ratio).to(b.dtype)
-        tensors[module.a_key] = torch.cat([a, a.new_zeros(more, *a.shape[1:])], dim=0)
-        tensors[module.b_key] = torch.cat([b, b.new_zeros(b.shape[0], more, *b.shape[2:])], dim=1)
-    changes = {"r": rank, "lora_alpha": alpha, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    write_adapter(out, dict(adapter.config) | changes, tensors, source, files)
-
-
-def _require_plain(adapter: AdapterFolder, rank: int) -> None:
-    kinds = dict.fromkeys(module.how for module in adapter.modules)
-    obstacles = [name for name in NOT_PADDED if adapter.config.get(name)]
-    obstacles += [f"{kind.label} ({kind.why_not_padded})" for kind in kinds if kind.why_not_padded]
-    if adapter.base_changing_init is not None:
-        obstacles.append(f"init_lora_weights {adapter.base_changing_init}")
-    if obstacles:
-        raise ModelError(
-            f"{adapter.path}: an adapter with {obstacles[0]} can't be padded; merge it into the base to serve it"
-        )
-    if (above := max(adapter.modules, key=lambda module: module.rank)).rank > rank:
-        raise ModelError(f"{adapter.path}: {above.name} has rank {above.rank}, above {rank}; resize the adapter first")
 
 
 def write_like(

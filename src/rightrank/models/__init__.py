@@ -1,1 +1,1 @@
-"""Base models and adapters: how they are loaded, stored, counted, truncated and padded."""
+"""Base models and adapters: how they are loaded, stored, counted and truncated."""

@@ -33,7 +33,7 @@ from rightrank.search.protocol import Strategy
 
 if TYPE_CHECKING:  # these bring torch, which a hook may not need
     from rightrank.runs.values import Prepared, Selected
-    from rightrank.schema.decision import AdapterAnswer, Decision
+    from rightrank.schema.decision import AdapterAnswer
 
 
 class Hook(Listener):
@@ -59,9 +59,6 @@ class Hook(Listener):
 
     def on_adapter(self, answer: AdapterAnswer, run: Run) -> tuple[AdapterAnswer, GuardAnswer] | None:
         """Called before an adapter is handed over. May return another one in its place, with the evidence."""
-
-    def on_decision(self, decision: Decision, run: Run) -> Decision | None:
-        """Called with the decision on the training rank. May return another one in its place."""
 
     def on_end(self, run: Run, selected: Selected) -> None:
         """Called last, with the adapter in place and the decision in the journal."""
@@ -93,11 +90,6 @@ class Hooks(Hook):
         """The answer that the hooks agree to, with the evidence of the last one that changed it or vouched for it."""
         found: list[tuple[AdapterAnswer, GuardAnswer | None]] = [(answer, None)]
         self._each(lambda hook: found.append(hook.on_adapter(found[-1][0], run) or found[-1]))
-        return found[-1]
-
-    def decided(self, decision: Decision, run: Run) -> Decision:
-        found = [decision]
-        self._each(lambda hook: found.append(hook.on_decision(found[-1], run) or found[-1]))
         return found[-1]
 
     def on_end(self, run: Run, selected: Selected) -> None:

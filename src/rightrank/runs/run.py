@@ -124,13 +124,12 @@ def decide(run: Run) -> Decision:
         raise error(f"none of {len(reasons)} trials ended with a result{first}; {run.advice}")
     try:
         with FailingAs("the decision"):
-            decision = decide_run(run.records, run.evidence)
+            return decide_run(run.records, run.evidence)
     except ResultsError:
         raise AllTrialsFailedError(
             f"fewer than two ranks have a whole training: there is nothing to compare{first}; "
             f"{run.advice}, or a larger budget"
         ) from None
-    return run.hooks.decided(decision, run)
 
 
 def _with_plan(run: Run, outcome: TrialOutcome) -> TrialOutcome:

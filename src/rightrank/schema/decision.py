@@ -101,10 +101,6 @@ class MetricAnswer(Record):
     sentence: str  # for a person
     ranks: list[RankEvidence]
 
-    def value_at(self, rank: int) -> float | None:
-        """The rank's value, or None."""
-        return next((evidence.value for evidence in self.ranks if evidence.rank == rank), None)
-
 
 class Decision(Record):
     """The answer and its evidence."""

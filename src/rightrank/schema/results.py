@@ -197,7 +197,6 @@ class Allocation(Record):
 
     proposal: Literal["uniform", "pattern"]
     sentence: str
-    by: str
     rank: int  # of the uniform adapter with as many parameters
     parameters: int
     rank_pattern: dict[str, int]  # by module, for PEFT's LoraConfig; empty if uniform is the answer

@@ -61,7 +61,6 @@ class _Convolution(AdapterKind):
     label = "a convolution"
     why_alone = "only PEFT's own forward pass computes it"
     why_not_select = "select trains text models; select_rank_with trains convolutions"
-    why_not_padded = "servers of language models have no adapters on convolutions"
 
     def adapts(self, module: Any) -> bool:
         return isinstance(module.get_base_layer(), CONVOLUTIONS) and not module.lora_variant
@@ -83,7 +82,6 @@ class _Dora(AdapterKind):
     name = "linear"
     label = "DoRA"
     why_alone = "each adapter has its own norm of every row of the weight"
-    why_not_padded = "servers do not rescale rows"
 
     def adapts(self, module: Any) -> bool:
         variants = [type(variant).__name__ for variant in module.lora_variant.values()]
@@ -111,7 +109,6 @@ class _Other(AdapterKind):
     label = "an adapter of a kind that rightrank does not know"
     why_alone = "only PEFT's own forward pass computes it"
     why_not_truncated = "what its tensors mean is unknown"
-    why_not_padded = "what its tensors mean is unknown"
 
     def adapts(self, module: Any) -> bool:
         return True
@@ -132,7 +129,6 @@ class Experts(AdapterKind):
     name = "expert"
     label = "adapters on fused experts (target_parameters)"
     why_alone = "an expert's rows come from any example"
-    why_not_padded = "servers load experts in formats of their own"
 
     def adapts(self, module: Any) -> bool:
         return type(module).__name__ == "ParamWrapper" and not module.lora_variant

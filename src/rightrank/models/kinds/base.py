@@ -185,7 +185,6 @@ class AdapterKind(ABC):
     why_alone: ClassVar[str | None] = None  # why no two adapters share a pass; None: they do
     why_not_select: ClassVar[str | None] = None  # why `select`, which trains text models, does not train it
     why_not_truncated: ClassVar[str | None] = None  # why no adapter of a lower rank can be made of one
-    why_not_padded: ClassVar[str | None] = None  # why servers that want one rank can't load it with zeros appended
 
     @abstractmethod
     def adapts(self, module: Any) -> bool:

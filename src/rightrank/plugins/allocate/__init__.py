@@ -36,7 +36,6 @@ def allocate(
     rank: int,
     learning_rate: float,
     max_steps: int,
-    pattern: str | Path | None = None,
     seeds: Sequence[int] = (0, 1),
     base: str | None = None,
     settings: SelectSettings | None = None,
@@ -45,19 +44,18 @@ def allocate(
     """Propose a rank for each module where trained evidence supports it; otherwise answer uniform.
 
     Args:
-        adapter: a trained PEFT adapter folder, which the pattern is made from.
+        adapter: a trained PEFT adapter folder, whose spectra give the pattern.
         data: the data to train and test on.
         rank: the rank of the uniform adapter that sets the number of parameters.
         learning_rate: the learning rate of every training.
         max_steps: the optimizer steps of every training.
-        pattern: a JSON file of {module: rank}, to test in place of the one by spectra.
         seeds: one training of each pattern for each seed.
         base: the base model; None for the one that the adapter names.
         settings: see `SelectSettings`; None for the defaults.
         on_trial: receives each training that has ended.
 
     Raises:
-        InputError: the adapter, data or pattern can't be used.
+        InputError: the adapter, or data can't be used.
         RunError: a training diverged.
     """
     from rightrank.plugins.allocate.proposal import AllocateOptions
@@ -67,7 +65,6 @@ def allocate(
         rank,
         learning_rate,
         max_steps,
-        None if pattern is None else Path(pattern),
         tuple(seeds),
         base,
         settings or make_settings({}),
@@ -86,7 +83,6 @@ def allocate(
 @click.option("--rank", type=int, required=True, help="Rank of the uniform adapter that sets the number of parameters.")
 @click.option("--learning-rate", type=float, required=True, help="Learning rate of every training.")
 @click.option("--max-steps", type=int, required=True, help="Optimizer steps of every training.")
-@click.option("--pattern", type=click.Path(path_type=Path), help="Test this JSON file of {module: rank} instead.")
 @click.option("--seeds", callback=comma, help="Seeds (default 0,1).")
 @click.option("--base", help="The base model (default: the one that the adapter names).")
 @click.option(

@@ -21,12 +21,11 @@ import numpy as np
 
 from rightrank.adapters.resize import by_rank
 from rightrank.adapters.spectra import factored_singular_values
-from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.decision.comparison import bounds_of, estimate
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.ranks import exact_pattern
 from rightrank.models.truncation import ranks_within
-from rightrank.schema.errors import SettingsError, did_you_mean
+from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import Allocation, AllocationTrial, AllocationVerdict
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.trials import Arm
@@ -49,7 +48,6 @@ class AllocateOptions:
     rank: int  # of the uniform adapter that sets the budget
     learning_rate: float
     steps: int
-    pattern: Path | None = None  # a JSON file of ranks by module, tested in place of the one by spectra
     seeds: tuple[int, ...] = (0, 1)
     base: str | None = None
     settings: SelectSettings = field(default_factory=lambda: make_settings({}))
@@ -77,7 +75,7 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
         raise SettingsError(
             f"allocate gives ranks to modules, and {several} holds experts that share one; give an adapter on modules"
         )
-    ranks = _by_spectra(adapter, options.rank) if options.pattern is None else _read_pattern(options.pattern, adapter)
+    ranks = _by_spectra(adapter, options.rank)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         runtime = adapter_runtime(
             adapter, options.base, DataUse(data, options.settings, Path(name) / "cache", options.steps)
@@ -101,29 +99,6 @@ def _by_spectra(adapter: AdapterFolder, rank: int) -> dict[str, int]:
     costs = [module.rows + module.columns for module in adapter.modules]
     ranks = ranks_within([s**2 for s in spectra], costs, rank * sum(costs))
     return {module.name: found for module, found in zip(adapter.modules, ranks, strict=True)}
-
-
-def _read_pattern(path: Path, adapter: AdapterFolder) -> dict[str, int]:
-    """Ranks by exact module name, one for every module of the adapter.
-
-    Raises:
-        SettingsError: an unreadable file, an unknown or missing module, or a value that is no rank.
-    """
-    try:
-        pattern = read_json_object(path)
-    except UnreadableError as error:
-        raise SettingsError(f"{path}: not readable as JSON ({error}); give a file of {{module: rank}}") from None
-    names = {module.name: min(module.rows, module.columns) for module in adapter.modules}
-    for name, rank in pattern.items():
-        if name not in names:
-            hint = did_you_mean(name, names) or f"; modules there are: {', '.join(list(names)[:3])}, …"
-            raise SettingsError(f"{path}: {name!r} is no module of the adapter{hint}")
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= names[name]:
-            raise SettingsError(f"{path}: {name} has rank {rank!r}; give a whole number from 1 to {names[name]}")
-    missing = [name for name in names if name not in pattern]
-    if missing:
-        raise SettingsError(f"{path}: {missing[0]} is not named ({len(missing)} such); name every module")
-    return dict(pattern)
 
 
 def shuffled(adapter: AdapterFolder, ranks: Mapping[str, int], seed: int) -> dict[str, int]:
@@ -189,18 +164,16 @@ def _answer(
         compare(trained["allocated"], trained["shuffled"], "shuffled"),
     ]
     better = all(verdict.better for verdict in verdicts)
-    by = "the pattern given" if options.pattern else "spectra"
     against = verdicts[0]
     figures = f"{against.difference:+.4f} nats [{against.low:+.4f}, {against.high:+.4f}] against uniform"
     if better:
-        sentence = f"The pattern by {by} beats uniform rank {options.rank} at equal parameters, and beats its own shuffle: {figures}."
+        sentence = f"The pattern by spectra beats uniform rank {options.rank} at equal parameters, and beats its own shuffle: {figures}."
     else:
         why = "does not beat uniform" if not against.better else "beats uniform but not its own shuffle"
-        sentence = f"Keep uniform rank {options.rank}: the pattern by {by} {why} at equal parameters: {figures}."
+        sentence = f"Keep uniform rank {options.rank}: the pattern by spectra {why} at equal parameters: {figures}."
     return Allocation(
         proposal="pattern" if better else "uniform",
         sentence=sentence,
-        by=by,
         rank=options.rank,
         parameters=trained["allocated"][0].record.parameters,
         rank_pattern=exact_pattern(ranks, None, ranks) if better else {},

@@ -37,7 +37,6 @@ def fleet(
     model: str,
     data: str | Path | Sequence[str | Path],
     settings: SelectSettings | None = None,
-    pad: bool = False,
     ignore_base_name: bool = False,
     notice: Callable[[str], None] = lambda _: None,
 ) -> Fleet:
@@ -49,7 +48,6 @@ def fleet(
         model: the base.
         data: held-out rows for all adapters, or one file for each in their order.
         settings: of evaluation and margin; see `SelectSettings`.
-        pad: write every adapter at the one rank that vLLM serves, with one scale.
         ignore_base_name: accept adapters that name another base, if their shapes fit.
         notice: receives each line for a person.
 
@@ -71,7 +69,6 @@ def fleet(
         model=model,
         files=[Path(file) for file in files],
         settings=settings or make_settings({}),
-        pad=pad,
         ignore_base_name=ignore_base_name,
         notice=notice,
     )
@@ -87,15 +84,8 @@ def _fleet_text(found: Fleet) -> str:
         best = {one.rank: one for one in reversed(adapter.candidates)}
         cells = ["" if rank not in best else _loss(best[rank]) for rank in ranks]
         rows.append([visible(Path(adapter.out).name), str(adapter.rank_before), str(adapter.rank), *cells])
-    lines = [
-        found.sentence,
-        "",
-        *table_lines(rows),
-        "(held-out, worse than the adapter itself by; * not shown to be within the margin)",
-        "",
-    ]
-    padded = "" if found.padded_to is None else f", each padded to rank {found.padded_to}"
-    return "\n".join([*lines, f"adapters: {found.out}{padded}"])
+    note = "(held-out, worse than the adapter itself by; * not shown to be within the margin)"
+    return "\n".join([found.sentence, "", *table_lines(rows), note, "", f"adapters: {found.out}"])
 
 
 def _loss(one: AdapterCandidate) -> str:
@@ -120,7 +110,6 @@ def _loss(one: AdapterCandidate) -> str:
     "--out", required=True, type=click.Path(path_type=Path), help="Folder to write, one folder for each adapter."
 )
 @click.option("--margin", type=float, help="How much an adapter may lose (default 0.005 nats a token).")
-@click.option("--pad", is_flag=True, help="Write all adapters at the one rank that vLLM serves, with one scale.")
 @click.option("--ignore-base-name", is_flag=True, help="Accept adapters that name another base, if their shapes fit.")
 @click.option(
     "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of select, such as seq_len=256."

@@ -15,12 +15,12 @@ from pathlib import Path
 from pydantic import Field
 
 from rightrank.adapters.held_out import Candidates, TruncationCurve, scored_data, truncation_curve
-from rightrank.adapters.resize import require_plain_update, write_padded
+from rightrank.adapters.resize import require_plain_update
 from rightrank.data.files import replacing_folder, require_absent
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_adapter
 from rightrank.models.base_models import load_base, require_base
 from rightrank.models.places import BASE_FILE
-from rightrank.models.ranks import max_module_rank, served_rank
+from rightrank.models.ranks import max_module_rank
 from rightrank.schema.decision import AdapterCandidate
 from rightrank.schema.errors import DataError, ModelError, RunFolderError, SettingsError
 from rightrank.schema.results import Resized
@@ -39,7 +39,6 @@ class FleetAdapter(Record):
     margin: float
     candidates: list[AdapterCandidate]  # what it loses at every rank, by descending rank
     out: str
-    written_rank: Whole  # the largest of its modules as written
     relative_delta_error: float
     notes: list[str] = Field(default_factory=list)
 
@@ -53,7 +52,6 @@ class Fleet(Record):
     adapters: list[FleetAdapter]
     max_lora_rank: Whole  # of vLLM, for the adapters as written
     saved_share: float  # of the bytes of its slot for an adapter
-    padded_to: Whole | None  # the one rank of all written adapters; None: not padded
     out: str
 
 
@@ -127,7 +125,6 @@ def run_fleet(
     model: str,
     files: Sequence[Path],
     settings: SelectSettings,
-    pad: bool,
     ignore_base_name: bool,
     notice: Callable[[str], None],
 ) -> Fleet:
@@ -166,15 +163,13 @@ def run_fleet(
             curve = truncation_curve(adapter, adapter_runtime(adapter, model, use), candidates, working)
             measured.append(_Measured(adapter, curve, working))
             notice(f"{adapter.path}: rank {curve.answer.rank} is enough of {adapter.rank}")
-        return _written(measured, out, model, pad, {BASE_FILE: loaded.identity.content()})
+        return _written(measured, out, model, {BASE_FILE: loaded.identity.content()})
 
 
-def _written(measured: Sequence[_Measured], out: Path, model: str, pad: bool, base: dict[str, bytes]) -> Fleet:
+def _written(measured: Sequence[_Measured], out: Path, model: str, base: dict[str, bytes]) -> Fleet:
     rank = max(one.rank for one in measured)
     chosen = [_at(one, rank) for one in measured]
     served = max(open_adapter(folder).rank for folder, _ in chosen)
-    padded = served_rank(served) if pad else None
-
     names = _folder_names([one.adapter.path for one in measured])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -182,12 +177,9 @@ def _written(measured: Sequence[_Measured], out: Path, model: str, pad: bool, ba
         raise RunFolderError(f"{out}: cannot write there ({error.strerror or error}); give a writable folder") from None
     with replacing_folder(out) as temporary:
         for name, (folder, _) in zip(names, chosen, strict=True):
-            if padded is not None:
-                write_padded(folder, temporary / name, padded, base)
-            else:
-                source = open_adapter(folder)
-                tensors = {key: source.tensor(key) for key in source.keys}
-                write_adapter(temporary / name, source.config, tensors, folder, base)
+            source = open_adapter(folder)
+            tensors = {key: source.tensor(key) for key in source.keys}
+            write_adapter(temporary / name, source.config, tensors, folder, base)
     written = [
         resized.model_copy(update={"out": str(out / name)}) for name, (_, resized) in zip(names, chosen, strict=True)
     ]
@@ -197,10 +189,9 @@ def _written(measured: Sequence[_Measured], out: Path, model: str, pad: bool, ba
         rank=rank,
         sentence=_sentence(measured, rank, before, after),
         model=model,
-        adapters=[_record(one, resized, padded) for one, resized in zip(measured, written, strict=True)],
+        adapters=[_record(one, resized) for one, resized in zip(measured, written, strict=True)],
         max_lora_rank=after,
         saved_share=1 - after / before,
-        padded_to=padded,
         out=str(out),
     )
 
@@ -213,7 +204,7 @@ def _at(one: _Measured, rank: int) -> tuple[Path, Resized]:
     return one.folder / best.trial_id, one.curve.written[own]
 
 
-def _record(one: _Measured, resized: Resized, padded: int | None) -> FleetAdapter:
+def _record(one: _Measured, resized: Resized) -> FleetAdapter:
     answer = one.curve.answer
     top = next(found for found in answer.candidates if found.trial_id == answer.trained_id)
     return FleetAdapter(
@@ -224,7 +215,6 @@ def _record(one: _Measured, resized: Resized, padded: int | None) -> FleetAdapte
         margin=answer.margin,
         candidates=answer.candidates,
         out=resized.out,
-        written_rank=padded or max(module.rank for module in resized.modules),
         relative_delta_error=resized.relative_delta_error,
         notes=[*resized.notes, *one.curve.gathered.notices],
     )
