@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank import preflight, select_rank
+from rightrank.schema.results import Preflight
+from rightrank.schema.settings import make_settings
 from tests.commands import SMALL, run
-from tests.tiny import small_settings
+from tests.tiny import SIZES, make_tokenizer, small_settings
 from tests.watch import Watch
 
 
@@ -88,3 +92,22 @@ def test_bad_use_is_one_line(more: list[str], message: str, capsys: pytest.Captu
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_the_first_lines_say_where_the_top_rank_comes_from(model_folder: Path, completion_file: Path) -> None:
+    def found(model: Any, tokenizer: Any = None, **changes: Any) -> tuple[Preflight, str]:
+        settings = make_settings({"max_steps": 4, "eval_items": 12, "seq_len": 32, "device": "cpu"} | changes)
+        before = preflight(model, completion_file, tokenizer=tokenizer, settings=settings)
+        return before, next(note for note in before.notes if note.startswith("top rank "))
+
+    every, line = found(str(model_folder), ranks=(1, 4, 16))
+    assert line.startswith("top rank 16 (the largest asked for): trained once")
+    (needed,) = [one.needed_bytes for one in every.ranks if one.rank == 4]
+    _, line = found(str(model_folder), ranks=(1, 4, 16), memory_bytes=needed)
+    assert line.startswith("top rank 4 (the largest that fits the memory): ")
+    _, line = found(str(model_folder))
+    assert line.startswith("top rank 16 (the largest default that every matrix can have): ")
+    tokenizer = make_tokenizer()
+    wide = LlamaConfig(vocab_size=len(tokenizer), **(SIZES | {"hidden_size": 128, "intermediate_size": 128}))
+    _, line = found(LlamaForCausalLM(wide), tokenizer)
+    assert line.startswith("top rank 64 (the default for every data set): ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,21 @@ def test_a_larger_rank_that_is_better_is_the_answer(tmp_path: Path) -> None:
     assert (selected.decision.rank, selected.decision.verdict) == (4, "saturated")
     assert selected.adapter is not None
     assert (selected.adapter.path / "adapter.bin").read_text() == f"4 {LOW}"
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks"), [("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", [8, 32, 4, 1]), ("Qwen/Qwen3-1.7B", [1, 4])]
+)
+def test_the_climb_starts_at_eight_on_a_trainer_of_a_distilled_reasoner(
+    tmp_path: Path, model: str, ranks: list[int]
+) -> None:
+    """Ranks alike: from 8 one rank up, which gains nothing, then down while the lower one holds."""
+    train = partial(reinforce, noise=0.001)
+    train.model = model  # type: ignore[attr-defined]  # as `GRPOTrain` says it
+    selected, notices = run(tmp_path / "run", train, ranks=(1, 4, 8, 32))
+    assert list(dict.fromkeys(one.rank for one in outcomes(tmp_path / "run"))) == ranks
+    assert selected.training.rank == 1
+    assert any("distilled reasoner: the climb starts at rank 8" in line for line in notices) is (ranks[0] == 8)
 
 
 def test_the_profile_is_a_set_of_defaults(tmp_path: Path) -> None:

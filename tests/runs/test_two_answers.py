@@ -179,7 +179,7 @@ def test_before_the_start_it_says_what_data_and_margin_allow(
         return notices[:first]
 
     fine = notices_of("fine")
-    assert any(line.startswith("top rank 4: trained once") for line in fine)
+    assert any(line.startswith("top rank 4 (the largest asked for): trained once") for line in fine)
     assert not any(line.startswith("no recovery") for line in fine)
     epochs = notices_of("epochs", max_steps=60)  # of 4 examples, and 160 to train on: all are seen
     (line,) = [line for line in epochs if line.startswith("no recovery")]

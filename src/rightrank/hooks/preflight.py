@@ -125,7 +125,8 @@ def _adapter_lines(prepared: Prepared) -> Iterator[str]:
     if targets.why_not_truncated is not None:
         yield f"no adapter is truncated ({targets.why_not_truncated}): the rank to train at is sought from trainings alone"
         return
-    yield f"top rank {max(prepared.settings.ranks)}: trained once, then truncated to lower ranks for the adapter"
+    top = max(prepared.settings.ranks)
+    yield f"top rank {top} ({prepared.top_origin}): trained once, then truncated to lower ranks for the adapter"
     steps, unseen = prepared.steps, prepared.unseen_steps
     if not recovery_steps(steps, unseen):
         yield (

@@ -25,7 +25,7 @@ from rightrank.models.base_models import (
     resolve_dtype,
 )
 from rightrank.models.places import find_model
-from rightrank.runs.plugins import first
+from rightrank.runs.plugins import MemoryPlan, first
 from rightrank.runs.values import Prepared, Request
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, RunStarted
@@ -79,7 +79,18 @@ def prepare(
     steps = settings.training_steps(len(sources.encoded.splits["train"]))
     targets = None if planned is None else sources.targets  # without a plan the ranks are checked on the model
     runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache, targets)
-    return Prepared(runtime, settings, steps, _started(request, sources, settings, steps), planned)
+    started = _started(request, sources, settings, steps)
+    return Prepared(runtime, settings, steps, started, planned, _top_origin(given, planned))
+
+
+def _top_origin(given: SelectSettings, planned: MemoryPlan | None) -> str:
+    """Where the highest rank comes from."""
+    if planned is not None and max(planned.ranks) < max(planned.peak_bytes):
+        return "the largest that fits the memory"
+    if "ranks" in given.model_fields_set:
+        return "the largest asked for"
+    limited = planned is not None and max(planned.ranks) < max(given.ranks)
+    return "the largest default that every matrix can have" if limited else "the default for every data set"
 
 
 def strategy_of(prepared: Prepared) -> Strategy:

@@ -60,6 +60,7 @@ class Prepared:
     steps: int  # optimizer steps of every arm
     started: RunStarted
     planned: MemoryPlan | None  # None: an architecture that can't be planned
+    top_origin: str  # where the highest rank comes from, in words
 
     @property
     def is_token_loss(self) -> bool:
