@@ -22,7 +22,7 @@ from benchmarks.selection.baselines import STOCHASTIC as OPTUNA_AND_CHANCE
 from benchmarks.selection.ray_asha import ray_asha
 from benchmarks.selection.replay import Judged, judge, replay_all, summary
 from benchmarks.selection.tables import GridCurve, each_seed_first, read_grids
-from rightrank.search import STRATEGIES, strategy_named
+from rightrank.search import STRATEGIES
 
 HERE = Path(__file__).parent
 FAMILIES = {  # file, which of its grids, and margins in the metric's unit
@@ -360,7 +360,6 @@ def main() -> None:
         "--only", choices=FAMILIES, help="judge this family anew and keep the stored results of the others"
     )
     options = parser.parse_args()
-    strategy_named(EQUAL_COST_WITH)
     results = compare(list(FAMILIES) if options.only is None else [options.only])
     if options.only is not None:
         results = with_others_of(json.loads(options.out.read_text()), results, options.only)

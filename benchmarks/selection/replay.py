@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.selection.tables import GridCurve, Replayed, read_grids, replay, space_of_grid
 from rightrank.schema.errors import InputError, ResultsError, SettingsError
 from rightrank.schema.settings import Goal
-from rightrank.search import strategy_named
+from rightrank.search import STRATEGIES
 from rightrank.search.history import Space
 from rightrank.search.protocol import Strategy
 
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.margin > 0 or options.seeds < 1:
             raise SettingsError(f"margin {options.margin:g}, seeds {options.seeds}: give numbers above 0")
         judged = replay_all(
-            read_grids(options.grids), strategy_named(options.strategy), options.margin, options.seeds, options.goal
+            read_grids(options.grids), STRATEGIES[options.strategy], options.margin, options.seeds, options.goal
         )
         if not judged:
             raise ResultsError(f"{options.grids}: no grid has truncations; give --goal training-rank")

@@ -11,7 +11,7 @@ from benchmarks.selection.replay import replay_all, summary
 from benchmarks.selection.tables import read_grids
 
 from rightrank.schema.settings import PAIR_MARGIN
-from rightrank.search import strategy_named
+from rightrank.search import STRATEGIES
 
 GRIDS = Path(__file__).parents[2] / "benchmarks/preference/grids.json"
 LN2 = 0.69315
@@ -40,6 +40,6 @@ def test_the_stored_grid_starts_from_ln_2() -> None:
 
 
 def test_the_strategy_finds_the_rank_of_the_grid() -> None:
-    found = summary(replay_all(read_grids(GRIDS), strategy_named("bracket"), PAIR_MARGIN))
+    found = summary(replay_all(read_grids(GRIDS), STRATEGIES["bracket"], PAIR_MARGIN))
     assert found["exact_or_neighbour"] == found["curves"] == 1
     assert found["under_picks"] == 0

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.selection.replay import judge, main, replay_all, summary
 from benchmarks.selection.tables import TableRunner, each_seed_first, read_grids, space_of_grid
 
-from rightrank.search import STRATEGIES, strategy_named
+from rightrank.search import STRATEGIES
 
 pytestmark = pytest.mark.trains
 
@@ -44,14 +44,14 @@ def write(path: Path, *curves: object) -> Path:
 @pytest.mark.parametrize("strategy", ["bracket"])
 @pytest.mark.parametrize("margin", [0.002, 0.005])
 def test_published_grids_meet_the_goal(strategy: str, margin: float) -> None:
-    found = summary(replay_all(read_grids(PUBLISHED), strategy_named(strategy), margin))
+    found = summary(replay_all(read_grids(PUBLISHED), STRATEGIES[strategy], margin))
     assert found["exact_or_neighbour"] >= 0.95 * found["curves"]
     assert found["under_picks"] <= 0.02 * found["curves"]
     assert found["share_of_cells"] <= 0.5
 
 
 def test_the_whole_grid_is_always_exact() -> None:
-    found = summary(replay_all(read_grids(PUBLISHED), strategy_named("grid"), 0.005))
+    found = summary(replay_all(read_grids(PUBLISHED), STRATEGIES["grid"], 0.005))
     assert found["exact"] == found["curves"] == 16
     assert found["share_of_cells"] == 1
 
@@ -149,7 +149,7 @@ def test_a_grid_of_accuracies_is_searched_by_its_losses(tmp_path: Path) -> None:
         "averaged": {"0.125": losses},
     }
     curve = read_grids(write(tmp_path / "grids.json", grid))[0]
-    (found,) = replay_all([curve], strategy_named("bracket"), 0.02)
+    (found,) = replay_all([curve], STRATEGIES["bracket"], 0.02)
     assert (found.pick, found.learning_rate) == (4, 0.001)
     assert TableRunner(curve).run(space_of_grid(curve, 0.02).arm(0, 0.0)).metrics == {"accuracy": 0.3, "loss": 1.4}
     assert found.trainings == 1 + 0.125 + 1  # the top, a look at the other learning rate, and rank 1

@@ -11,7 +11,7 @@ from benchmarks.selection.tables import recommend
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
-from rightrank.search import make_strategy, strategy_named
+from rightrank.search import STRATEGIES, make_strategy
 from rightrank.search.bracket import outside_in, try_rank
 from rightrank.search.history import History, Trials, base_arm, excess_of
 from rightrank.search.learning_rates import Requests, find_learning_rate
@@ -29,7 +29,7 @@ def whole_grid_pick(world: World, ranks: tuple[int, ...], margin: float) -> int:
 @pytest.mark.parametrize("ranks", [(1, 4, 16, 64), (1, 2, 4, 8, 16, 32, 64)])
 def test_finds_the_whole_grids_pick(name: str, gain: float, ranks: tuple[int, ...]) -> None:
     space, world = make_space(ranks=ranks), World(gain=gain)
-    strategy = strategy_named(name)(space)
+    strategy = STRATEGIES[name](space)
     answer = recommend(strategy, History.of(run_all(strategy, world)))
     expected = whole_grid_pick(world, ranks, 0.01)
     assert answer.rank == expected
@@ -38,7 +38,7 @@ def test_finds_the_whole_grids_pick(name: str, gain: float, ranks: tuple[int, ..
 
 def test_costs_far_less_than_the_grid() -> None:
     space, world = make_space(), World()
-    strategy = strategy_named("bracket")(space)
+    strategy = STRATEGIES["bracket"](space)
     known = run_all(strategy, world)
     steps = sum(
         (outcome.stop_at or outcome.steps) - (_parent_steps(known, outcome))
@@ -62,7 +62,7 @@ def stages(known: list[Any], rank: int, learning_rate: float) -> set[int]:
 
 
 def test_only_the_winner_of_the_looks_is_trained_on() -> None:
-    known = run_all(strategy_named("bracket")(make_space()), World(best_learning_rate=1e-3))
+    known = run_all(STRATEGIES["bracket"](make_space()), World(best_learning_rate=1e-3))
     assert stages(known, 64, 1e-3) == {12, 17, 25, 50, 100}  # a look, its annealed copy, the stages, the end
     assert stages(known, 64, 3e-4) <= {12, 17}
     assert stages(known, 64, 3e-3) <= {12, 17}
@@ -73,7 +73,7 @@ def test_a_look_far_behind_needs_no_annealed_copy() -> None:
         def loss(self, arm: Any) -> float:
             return super().loss(arm) + (0.2 if arm.learning_rate > 2e-3 and arm.rank else 0.0)
 
-    known = run_all(strategy_named("bracket")(make_space()), Steep(best_learning_rate=1e-3))
+    known = run_all(STRATEGIES["bracket"](make_space()), Steep(best_learning_rate=1e-3))
     assert stages(known, 64, 3e-3) == {12}
 
 
@@ -93,7 +93,7 @@ def test_the_running_mean_counts_where_it_is_lower() -> None:
                 return outcome.model_copy(update={"averaged_loss": World.loss(self, arm)})
             return outcome
 
-    strategy = strategy_named("bracket")(make_space())
+    strategy = STRATEGIES["bracket"](make_space())
     known = run_all(strategy, Oscillates(best_learning_rate=2.4e-3))
     assert recommend(strategy, History.of(known)).learning_rate == 3e-3
 
@@ -107,14 +107,14 @@ def test_a_lower_learning_rate_takes_over_where_the_winner_gets_worse() -> None:
             late = 0.9 * max(done - 0.25, 0.0) if arm.learning_rate > 5e-4 else 0.0
             return super().loss(arm) + late
 
-    strategy = strategy_named("bracket")(make_space())
+    strategy = STRATEGIES["bracket"](make_space())
     known = run_all(strategy, Overfits(best_learning_rate=1e-3))
     assert recommend(strategy, History.of(known)).learning_rate == 3e-4
 
 
 def test_without_annealed_copies_two_close_rates_are_trained_whole() -> None:
     world = World(best_learning_rate=1e-3, breaks=lambda arm: arm.is_annealed)
-    strategy = strategy_named("bracket")(make_space())
+    strategy = STRATEGIES["bracket"](make_space())
     known = run_all(strategy, world)
     assert {100} < stages(known, 64, 1e-3)
     assert {100} < stages(known, 64, 3e-3)
@@ -130,7 +130,7 @@ def test_learning_rates_too_high_to_train_do_not_win(can_stop_early: bool) -> No
             broken = {1e-3: 1.0, 3e-3: 0.8}.get(arm.learning_rate, 0.0) if arm.rank else 0.0
             return super().loss(arm) + broken
 
-    strategy = strategy_named("bracket")(make_space())
+    strategy = STRATEGIES["bracket"](make_space())
     known = run_all(strategy, Broken(best_learning_rate=3e-4, can_stop_early=can_stop_early))
     assert recommend(strategy, History.of(known)).learning_rate == 3e-4
 
@@ -140,7 +140,7 @@ def test_a_large_gain_of_the_highest_learning_rate_is_doubted_where_the_base_is_
         def loss(self, arm: Any) -> float:
             return super().loss(arm) + {1e-3: 1.0, 3e-3: 0.8}.get(arm.learning_rate, 0.0)
 
-    strategy = strategy_named("bracket")(make_space())
+    strategy = STRATEGIES["bracket"](make_space())
     table = Broken(best_learning_rate=3e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.rank == 0)
     assert recommend(strategy, History.of(run_all(strategy, table))).learning_rate == 3e-4
 
@@ -151,13 +151,13 @@ def test_a_missing_cell_hides_no_better_learning_rate(lost: float) -> None:
     world = World(
         best_learning_rate=1e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.learning_rate == lost
     )
-    strategy = strategy_named("bracket")(make_space())
+    strategy = STRATEGIES["bracket"](make_space())
     assert recommend(strategy, History.of(run_all(strategy, world))).learning_rate == 1e-4
 
 
 def test_a_climb_whose_start_diverges_goes_downward_with_early_stopping() -> None:
     world = World(best_learning_rate=1e-3, diverges=lambda arm: arm.learning_rate > 5e-4)
-    strategy = strategy_named("bracket")(make_space())
+    strategy = STRATEGIES["bracket"](make_space())
     known = run_all(strategy, world)
     assert recommend(strategy, History.of(known)).learning_rate == 3e-4
     assert stages(known, 64, 1e-3) == {12}
@@ -173,7 +173,7 @@ def test_ranks_between_the_best_and_a_worse_top_are_tried() -> None:
                 return super().loss(arm)
             return {64: 1.06, 16: 1.0, 4: 1.04, 1: 1.2}[arm.rank]
 
-    strategy = strategy_named("bracket")(make_space())
+    strategy = STRATEGIES["bracket"](make_space())
     answer = recommend(strategy, History.of(run_all(strategy, Between(gain=0.001))))
     assert (answer.rank, answer.reference_rank) == (16, 16)
 
@@ -183,7 +183,7 @@ def test_a_learning_rate_at_which_the_top_is_far_worse_is_not_tried_at_lower_ran
         def loss(self, arm: Any) -> float:
             return super().loss(arm) + (0.5 if arm.rank > 0 and arm.learning_rate > 2e-3 else 0.0)
 
-    known = run_all(strategy_named("bracket")(make_space()), Steep(gain=0.04, best_learning_rate=6e-4))
+    known = run_all(STRATEGIES["bracket"](make_space()), Steep(gain=0.04, best_learning_rate=6e-4))
     failed = {outcome.rank for outcome in known if outcome.rank < 64 and outcome.learning_rate == 3e-4}
     assert failed  # a rank came short of the margin and was tried at the next lower learning rate
     assert not [outcome for outcome in known if 0 < outcome.rank < 64 and outcome.learning_rate == 3e-3]
@@ -198,7 +198,7 @@ def test_an_undertrained_rank_gets_a_higher_learning_rate() -> None:
             done = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
             return super().loss(arm) + (0.8 * (1.05 - done) if is_slow else 0.0)
 
-    strategy = strategy_named("bracket")(make_space())
+    strategy = STRATEGIES["bracket"](make_space())
     known = run_all(strategy, Slow(gain=0.015, best_learning_rate=1e-3))
     assert [outcome for outcome in known if outcome.rank == 4 and outcome.learning_rate == 3e-3]
 
@@ -214,7 +214,7 @@ def test_an_undertrained_rank_does_not_get_a_learning_rate_that_broke_the_top_ra
             is_slow = arm.rank == 4 and arm.learning_rate < 2e-3 and arm.truncate_from is None
             return super().loss(arm) + (0.8 * (1.05 - done) if is_slow else 0.0)
 
-    known = run_all(strategy_named("bracket")(make_space()), Late(gain=0.015, best_learning_rate=1e-3))
+    known = run_all(STRATEGIES["bracket"](make_space()), Late(gain=0.015, best_learning_rate=1e-3))
     assert {outcome.rank for outcome in known if outcome.learning_rate == 3e-3} == {64}
     assert [outcome for outcome in known if outcome.rank == 4 and outcome.arm.is_direct]
 
@@ -229,13 +229,13 @@ def test_a_winner_that_has_learned_nothing_by_half_gives_way_to_the_next_higher_
                 return super().loss(base_arm(32.0)) + 10 * arm.learning_rate
             return super().loss(arm)
 
-    known = run_all(strategy_named("bracket")(make_space()), Slow(best_learning_rate=3e-4))
+    known = run_all(STRATEGIES["bracket"](make_space()), Slow(best_learning_rate=3e-4))
     whole = {outcome.learning_rate for outcome in known if outcome.rank == 64 and outcome.arm.is_direct}
     assert whole == {3e-4}
 
 
 def test_confirms_with_further_seeds() -> None:
-    strategy = strategy_named("bracket")(make_space(seeds=(0, 1, 2)))
+    strategy = STRATEGIES["bracket"](make_space(seeds=(0, 1, 2)))
     known = run_all(strategy, World())
     answer = recommend(strategy, History.of(known))
     for rank in (answer.rank, answer.reference_rank):
@@ -317,7 +317,7 @@ class Itemed(World):
 
 def test_values_guide_the_search_and_bounds_request_support() -> None:
     ranks = (1, 2, 4, 8, 16, 32, 64)
-    strategy = strategy_named("bracket")(make_space(ranks=ranks))
+    strategy = STRATEGIES["bracket"](make_space(ranks=ranks))
     bare = recommend(strategy, History.of(run_all(strategy, World())))
     known = run_all(strategy, Itemed())
     answer = recommend(strategy, History.of(known))
@@ -344,7 +344,7 @@ def test_the_example_in_the_protocol_keeps_the_rules() -> None:
 
 def test_the_first_question_is_answered_before_the_second() -> None:
     space = make_space(recovery_steps=10, trusts_values=True)
-    strategy, world = strategy_named("bracket")(space), World(gain=0.02)
+    strategy, world = STRATEGIES["bracket"](space), World(gain=0.02)
     known: list[Any] = []
     answered_after = None
     for arm in rounds(strategy, world, known, lambda arms: arms[:1]):
@@ -356,17 +356,17 @@ def test_the_first_question_is_answered_before_the_second() -> None:
     assert answered_after.truncate_from is not None
     # The truncated rank r loses .02·1.3·r^-.57 - .02·64^-.57 (1.05 for 1.3 with recovery): rank 4 is the smallest within .01.
     assert (answer.rank, answer.how, answer.trained_rank) == (4, "recovered", 64)
-    alone = strategy_named("bracket")(make_space(recovery_steps=10, trusts_values=True, goal="adapter"))
+    alone = STRATEGIES["bracket"](make_space(recovery_steps=10, trusts_values=True, goal="adapter"))
     first = run_all(alone, world)
     assert [outcome.arm for outcome in first] == [outcome.arm for outcome in known][: len(first)]
     assert alone.adapter(History.of(first)) == answer
 
 
 def test_without_unseen_examples_nothing_is_recovered() -> None:
-    known = run_all(strategy_named("bracket")(make_space(trusts_values=True)), World(gain=0.02))
+    known = run_all(STRATEGIES["bracket"](make_space(trusts_values=True)), World(gain=0.02))
     assert not [outcome for outcome in known if outcome.truncate_from is not None and outcome.steps > 0]
 
 
 def test_the_cost_to_the_adapter_is_a_part_of_the_whole() -> None:
-    cost = strategy_named("bracket")(make_space(recovery_steps=10)).cost()
+    cost = STRATEGIES["bracket"](make_space(recovery_steps=10)).cost()
     assert 1.0 < cost.to_adapter < 2.0 < cost.expected <= cost.maximum

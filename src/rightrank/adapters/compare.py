@@ -7,6 +7,7 @@ examples cannot tell. Each side is an adapter folder that PEFT loads, the base i
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -231,18 +232,6 @@ def _shared_labels(sides: Sequence[str]) -> list[str] | None:
     return labels
 
 
-_HEADS = (
-    "score",
-    "classifier",
-    "classifier.out_proj",
-    "out_proj",
-    "head",
-    "summary",
-    "logits_proj",
-    "vocab_classifier",
-)
-
-
 def _stored_labels(folder: Path) -> list[str] | None:
     """The labels in the order of the logits, as the adapter's folder states them; None where it does not.
 
@@ -281,9 +270,8 @@ def _rows_of_head(folder: Path) -> int | None:
     weights = folder / "adapter_model.safetensors"
     if task != "SEQ_CLS" or not weights.is_file():
         return None
-    shapes = read_header(weights)[0]
-    ends = tuple(f".{head}{saved}.weight" for head in _HEADS for saved in ("", ".modules_to_save"))
-    found = [shape[0] for name, shape in shapes.items() if name.endswith(ends) and ".lora_" not in name]
+    head = re.compile(r"\.(score|classifier)\.(?!.*\.?lora_).*weight$")  # what PEFT saves of a classifier
+    found = [shape[0] for name, shape in read_header(weights)[0].items() if head.search(name)]
     return found[-1] if found else None
 
 

@@ -28,8 +28,6 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "train_value": ("train_loss", "train_value", "training_loss", "train_train_loss"),
     "step": ("step", "global_step", "train_global_step", "training_iteration", "steps", "total_steps", "num_steps"),
     "seconds": ("train_seconds", "train_runtime", "runtime", "time_total_s", "duration", "wall_seconds", "seconds"),
-    "metric": ("metric", "metric_name"),
-    "higher_is_better": ("higher_is_better",),
     "status": ("status", "state"),
     "trial": ("trial_id", "run_id", "run", "trial", "name", "id"),
 }

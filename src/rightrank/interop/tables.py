@@ -37,7 +37,7 @@ MAX_DEPTH = 8
 # Columns of text that say that trainings can't be compared.
 KINDS = {
     "model", "base_model", "model_name", "model_name_or_path", "model_id", "base_model_name_or_path", "dataset",
-    "dataset_name", "data", "task", "method", "peft_type", "optimizer", "optim",
+    "dataset_name", "data", "task", "method", "peft_type", "optimizer", "optim", "metric", "metric_name",
 }  # fmt: skip
 DETAILS = ("std", "std_seeds", "train_value")  # fields of a result; later rows override earlier ones
 
@@ -69,27 +69,21 @@ class _Line:
     details: dict[str, float]
 
 
-def raw_rows(*sources: Path) -> list[Row]:
-    """The rows of a file or folder of results, or of several files; a file's name may say `rank`, `lr` and `seed`.
+def raw_rows(source: Path) -> list[Row]:
+    """The rows of a file or folder of results; the name of a file in a folder may say `rank`, `lr` and `seed`.
 
     Raises:
         ResultsError: a path that is missing, too large or without rows.
     """
-    if len(sources) == 1:
-        imported = import_rows(sources[0])
-        if imported is not None:
-            return imported
-    files: list[Path] = []
-    for source in sources:
-        if kind_of(source) not in ("file", "folder"):
-            raise ResultsError(
-                f"{source}: no such file or folder; give a CSV or JSONL file of results, or a run folder"
-            )
-        inside = [source] if source.is_file() else sorted(source.iterdir())
-        files += [path for path in inside if path == source or (path.is_file() and path.suffix.lower() in FILE_TYPES)]
+    if (imported := import_rows(source)) is not None:
+        return imported
+    if kind_of(source) not in ("file", "folder"):
+        raise ResultsError(f"{source}: no such file or folder; give a CSV or JSONL file of results, or a run folder")
+    inside = sorted(source.iterdir()) if source.is_dir() else []
+    files = [path for path in inside if path.is_file() and path.suffix.lower() in FILE_TYPES] or [source]
     rows = [row for path in files for row in _file_rows(path, named=len(files) > 1)]
     if not rows:
-        raise ResultsError(f"{sources[0]}: a header and no rows; give one row for each training")
+        raise ResultsError(f"{source}: a header and no rows; give one row for each training")
     return rows
 
 
@@ -152,12 +146,12 @@ def results_of_rows(rows: list[Row], asked: TableOptions, where: str) -> Results
     named = rows_of_names(rows, asked.mapping)
     notes = ["rank from the names of the trainings"] if named is not rows else []
     columns = identify_columns(named, asked.metric, asked.mapping, where)
-    rows, metric = _one_metric(named, columns, asked.metric, where)
-    with_rank = [row for row in rows if not is_blank(row.fields.get(columns.by_name["rank"]))]
+    _require_one_kind(named, where)
+    metric = columns.metric
+    with_rank = [row for row in named if not is_blank(row.fields.get(columns.by_name["rank"]))]
     results, counts = _results([_line(row, columns, metric) for row in with_rank], columns)
     _require_comparable(results, where)
-    higher, why = _direction(rows, columns, metric, asked.higher_is_better, where)
-    _require_one_kind(rows, where)
+    higher, why = _direction(metric, asked.higher_is_better, where)
     if asked.margin is None and kind_of_metric(metric, higher) == "other":
         notes.append(
             f"margin: 1% of the best, as the name {metric!r} says no unit (--metric NAME or --margin changes it)"
@@ -165,9 +159,9 @@ def results_of_rows(rows: list[Row], asked: TableOptions, where: str) -> Results
     roles = [f"{name} from column {column}" for name, column in columns.by_name.items() if name != column]
     roles.append(f"value from column {columns.value}: {'higher' if higher else 'lower'} is better ({why})")
     taken = {*columns.by_name.values(), columns.value, *columns.others, ""}
-    unused = [name for name in names_of(rows) if name not in taken and texts_of(rows, name)]
+    unused = [name for name in names_of(named) if name not in taken and texts_of(named, name)]
     left = [f"not used: {listed(unused)}"] if unused else []
-    rankless = len(rows) - len(with_rank)
+    rankless = len(named) - len(with_rank)
     left += [f"{rankless} row{'s' * (rankless != 1)} without a rank left out"] if rankless else []
     return ResultsTable(
         metric=metric, higher_is_better=higher, results=results, understood=[*roles, *notes, *left, *counts]
@@ -190,36 +184,14 @@ def _require_one_kind(rows: Sequence[Row], where: str) -> None:
             )
 
 
-def _one_metric(rows: list[Row], columns: Columns, asked: str | None, where: str) -> tuple[list[Row], str]:
-    """`(rows of the metric, its name)`; a metric column selects the rows."""
-    column = columns.get("metric")
-    if column is None or column == columns.value:
-        return rows, columns.metric
-    names = texts_of(rows, column)
-    if asked in names:
-        return [row for row in rows if row.fields.get(column) == asked], str(asked)
-    if len(names) > 1:
-        raise ResultsError(f"{where}: column {column} holds several metrics ({', '.join(names)}); choose one: --metric")
-    return rows, names[0] if names else columns.metric
-
-
-def _direction(rows: list[Row], columns: Columns, metric: str, asked: bool | None, where: str) -> tuple[bool, str]:
+def _direction(metric: str, asked: bool | None, where: str) -> tuple[bool, str]:
     """`(higher is better, why)`.
 
     Raises:
-        ResultsError: neither the user nor the table says it, and the metric's name is not a known one.
+        ResultsError: the user does not say it, and the metric's name is not a known one.
     """
     if asked is not None:
         return asked, "as given"
-    column = columns.get("higher_is_better")
-    if column is not None:
-        values = {text.strip().lower() for text in texts_of(rows, column)}
-        if len(values) > 1:
-            raise ResultsError(
-                f"{rows[0].where}: column {column} has both values; give one direction, or --higher-is-better"
-            )
-        if values:
-            return values.pop() in ("true", "1", "1.0", "yes"), f"column {column}"
     known = direction_of(metric)
     if known is None:
         raise ResultsError(

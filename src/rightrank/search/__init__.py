@@ -41,7 +41,11 @@ def strategy_in(name: str, space: Space) -> Strategy:
     Raises:
         SettingsError: an unknown name, or a budget too small to compare two ranks.
     """
-    strategy = strategy_named(name)(space)
+    factory = STRATEGIES.get(name)
+    if factory is None:
+        near = did_you_mean(name, STRATEGIES)
+        raise SettingsError(f"unknown strategy {name!r}{near}; there are: {', '.join(STRATEGIES)}")
+    strategy = factory(space)
     least = strategy.min_trainings()
     if space.budget_steps is not None and space.budget_steps < least * space.steps:
         raise SettingsError(
@@ -50,16 +54,3 @@ def strategy_in(name: str, space: Space) -> Strategy:
             f"(budget_steps {math.ceil(least * space.steps)}), fewer learning rates, or a smaller max_steps"
         )
     return strategy
-
-
-def strategy_named(name: str) -> Callable[[Space], Strategy]:
-    """The class of the strategy of that name.
-
-    Raises:
-        SettingsError: an unknown name.
-    """
-    factory = STRATEGIES.get(name)
-    if factory is None:
-        near = did_you_mean(name, STRATEGIES)
-        raise SettingsError(f"unknown strategy {name!r}{near}; there are: {', '.join(STRATEGIES)}")
-    return factory
