@@ -68,6 +68,40 @@ def adapters() -> str:
     return table(head, lines)
 
 
+def judged() -> dict[str, Any]:
+    """What the locked grids said; empty before their judgement."""
+    file = ROOT / "benchmarks" / "selection" / "judged.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def locked() -> str:
+    """On the locked grids: how often the whole grid's rank is found, with 95% intervals over grids."""
+    rows = {row["method"]: row for row in judged().get("compare", {}).get("means", [])}
+    lines = []
+    for method in METHODS:
+        row = rows.get(method)
+        shares = [interval(row[name], row[f"{name}_interval"]) if row else "–" for name in ("exact", "under")]
+        lines.append([method, *shares, f"{row['trainings']:.1f}" if row else "–"])
+    return table(["method", "exact", "too small", "trainings"], lines)
+
+
+def interval(share: float, ends: Sequence[float]) -> str:
+    return f"{share:.0%} ({ends[0]:.0%} to {ends[1]:.0%})"
+
+
+def one_seed() -> str:
+    """Brier scores of what one seed says of each rank, with 95% intervals over grids."""
+    sources = (stored("selection/one_seed.json")["brier"], judged().get("one seed", {}).get("brier", {}))
+    return table(
+        ["Brier score", "open grids", "locked grids"],
+        [
+            [name, *(f"{row['all']:.3f} ({row['interval'][0]:.3f} to {row['interval'][1]:.3f})" if row else "–" for row in rows)]
+            for name in ("probability", "present rule", "whole one-seed grid", "always 16")
+            for rows in [[source.get(name) for source in sources]]
+        ],
+    )  # fmt: skip
+
+
 def published() -> str:
     scores = stored("decide/published.json")["scores"]
     head = ["acceptable", "too small", "too large"]
@@ -125,6 +159,8 @@ def memory() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "strategies": strategies,
     "adapters": adapters,
+    "locked": locked,
+    "one_seed": one_seed,
     "published": published,
     "coverage": coverage,
     "prediction": prediction,

@@ -2,12 +2,14 @@
 
     python -m benchmarks.selection.judge_locked
     python -m benchmarks.selection.judge_locked --picture
+    python -m benchmarks.selection.judge_locked --table
 
 Refused while fewer than six locked grids are whole, where a file differs from its hash, and once `judged.json` is there.
 What is judged was written down before (`locked/README.md`): the probability of one seed with the constant that the open grids fit, what each
 confidence picks, every strategy and baseline of `compare.py`, the adapter answer, and the savings of `savings.py`. `--rehearse`
 takes the open grids of `grids/` in their place, to see that everything runs; its figures judge nothing. `--picture` draws all
-long grids as `grids.svg`, and the locked ones with them once they have judged.
+long grids as `grids.svg`, and the locked ones with them once they have judged. `--table` prints what `judged.json` says to each question
+that was written down before, for `locked/README.md`.
 """
 
 from __future__ import annotations
@@ -93,6 +95,48 @@ def savings_judged() -> dict[str, Any]:
     }
 
 
+def answers(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Question, figures and what follows, by the rules that were written down before (`locked/README.md`)."""
+    seed, compared = result["one seed"], result["compare"]
+    brier = {name: row["all"] for name, row in seed["brier"].items()}
+    low, high = seed["brier"]["probability"]["interval"]
+    others = ("present rule", "whole one-seed grid", "always 16")
+    level, rule = (seed["picks"][name] for name in ("at 0.7", "present rule"))
+    (mean,) = (row for row in compared["means"] if row["method"] == compare.EQUAL_COST_WITH)
+    passes, adapters = (sum(row[name] for row in compared["adapters"]) for name in ("false_passes", "curves"))
+    stops = [row["below 0.02"] for row in result["savings"]["stops"].values()]
+    stopped, wrong = (sum(row[name] for row in stops) for name in ("stopped", "of these would have held"))
+    chosen = level["too low"] < rule["too low"] and level["exact"] >= rule["exact"]
+    return [
+        (
+            "the probability of one seed",
+            f"Brier {brier['probability']:.3f} ({low:.3f} to {high:.3f}); {', '.join(f'{name} {brier[name]:.3f}' for name in others)}",
+            "lower than all three" if all(brier["probability"] < brier[name] for name in others) else "not lower than all three",
+        ),
+        (
+            "the level of a one-seed answer",
+            f".7 is too low in {level['too low']} and exact in {level['exact']} of {level['cases']}, the rule in {rule['too low']} and {rule['exact']}",
+            ".7 becomes the default" if chosen else "the rule stays",
+        ),
+        (
+            "the search (`bracket`)",
+            f"exact {compare.share(mean, 'exact')}, too low {compare.share(mean, 'under')}, {mean['trainings']:.1f} trainings",
+            "the claim",
+        ),
+        ("the adapter", f"{passes} false passes of {adapters}", "the claim"),
+        (
+            "a failing rank stopped at half below 2%",
+            f"{wrong} wrong stops of {stopped}",
+            "it is dropped" if wrong else "it is built",
+        ),
+    ]  # fmt: skip
+
+
+def answer_table(result: dict[str, Any]) -> str:
+    lines = [("question", "on the locked grids", "what follows"), ("---", "---", "---"), *answers(result)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def draw(path: Path = PICTURE) -> list[str]:
     """Every long grid in one picture; the names of those drawn. Locked ones are read only after their judgement."""
     opened = compare.whole_grids_of("real, 400 steps")
@@ -106,7 +150,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", type=Path, metavar="FILE", help="judge the open grids of `grids/` and write FILE")
     parser.add_argument("--picture", action="store_true", help="draw `grids.svg` and judge nothing")
+    parser.add_argument("--table", action="store_true", help="print the answers that `judged.json` gives")
     options = parser.parse_args()
+    if options.table:
+        print(answer_table(json.loads(JUDGED.read_text())))
+        return 0
     if options.picture:
         print("\n".join(draw()))
         return 0
@@ -118,6 +166,7 @@ def main() -> int:
     (options.rehearse or JUDGED).write_text(json.dumps(result, indent=1) + "\n")
     if options.rehearse is None:
         draw()
+    print(answer_table(result))
     print(json.dumps(result["one seed"], indent=1))
     print(compare.text(result["compare"]))
     print(json.dumps(result["savings"], indent=1))
