@@ -64,7 +64,7 @@ METHODS = {"moderated": moderated, "own": own, "bootstrap": bootstrap, "items on
 
 
 def _differences(table: ScoreTable) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    low, top = table.column(RANKS[0], 1e-3), table.column(RANKS[-1], 1e-3)
+    low, top = (list(table.by_learning_rate(rank)[1e-3].values()) for rank in (RANKS[0], RANKS[-1]))
     return np.stack([a.sums - b.sums for a, b in zip(low, top, strict=True)]), low[0].weights
 
 

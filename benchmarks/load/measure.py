@@ -5,6 +5,7 @@
 Each case is a process of its own. Seconds are of the processor, so that other work on the machine counts for little; memory is the process's peak.
 
 status, report   a journal of made-up trials, 8 ranks × 5 learning rates × seeds, and what the command takes and writes
+ended            `status` of a run that has its answer
 trainings        `select_rank_with` over a function that returns at once, with every other part as it is
 arms             one pass of a tiny model with this many arms, 8 steps each
 rows             `select` with two trainings of 4 steps on a file of rows: reading, splitting, encoding
@@ -26,11 +27,14 @@ from tests.report.runs import made_up_run
 from tests.tiny import save_tiny_llama, write_completions
 
 from benchmarks.machine import machine
+from rightrank.decision.run import decide_run
 from rightrank.runs.journal import sealed
+from rightrank.schema.events import DecisionRecorded
 
 HERE = Path(__file__).parent
 SIZES: Mapping[str, tuple[int, ...]] = {
     "status": (40, 400, 2_000, 10_000),
+    "ended": (40, 400, 2_000, 10_000),
     "report": (40, 400, 2_000, 10_000),
     "trainings": (20, 100, 500),
     "arms": (2, 20, 200),
@@ -39,17 +43,22 @@ SIZES: Mapping[str, tuple[int, ...]] = {
 RANKS, RATES = (1, 2, 4, 8, 16, 32, 64, 128), tuple(1e-4 * 1.3**n for n in range(5))
 
 
-def journal(folder: Path, trials: int) -> Path:
+def journal(folder: Path, trials: int, *, decided: bool = False) -> Path:
     """A run folder with a journal of about this many trials, and no other file."""
     records = made_up_run(RANKS, RATES, range(trials // (len(RANKS) * len(RATES))))
+    answer = [DecisionRecorded(decision=decide_run(records), adapter_trial_id=None)] if decided else []
     with (folder / "journal.jsonl").open("wb") as file:
-        file.writelines(sealed(record) for record in (records.started, *records.outcomes, *records.tests))
+        file.writelines(sealed(record) for record in (records.started, *records.outcomes, *records.tests, *answer))
     return folder
 
 
 def time_of_status(folder: Path, size: int) -> dict[str, Any]:
     made = journal(folder, size)
     return _command("status", made) | {"journal_kib": (made / "journal.jsonl").stat().st_size >> 10}
+
+
+def time_of_status_at_the_end(folder: Path, size: int) -> dict[str, Any]:
+    return _command("status", journal(folder, size, decided=True))
 
 
 def time_of_report(folder: Path, size: int) -> dict[str, Any]:
@@ -115,7 +124,7 @@ def _timed(act: Callable[[], object]) -> dict[str, Any]:
 
 
 CASES: Mapping[str, Callable[[Path, int], dict[str, Any]]] = {
-    "status": time_of_status, "report": time_of_report, "trainings": trainings, "arms": arms, "rows": rows,
+    "status": time_of_status, "ended": time_of_status_at_the_end, "report": time_of_report, "trainings": trainings, "arms": arms, "rows": rows,
 }  # fmt: skip
 
 

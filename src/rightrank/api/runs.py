@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
 from rightrank.decision import rule
 from rightrank.decision.run import Records, comparable, decide_on, decision_so_far, last_decided, metrics_of, records_of
 from rightrank.decision.table import table_of_results
-from rightrank.hooks.process import PROGRESS_FILE
-from rightrank.interop.exports import Exported, require_target, write_export
-from rightrank.interop.recipe import recipe_of
-from rightrank.interop.tables import TableOptions, flat, raw_rows, results_of_rows, rows_of_mappings
 from rightrank.report.answer import answer_view, labelled, notebook_html
-from rightrank.report.figures import figures_of, rank_figure
 from rightrank.report.status import RunStatus, is_fresh, run_status
-from rightrank.report.svg import svg_file, write_figures
 from rightrank.runs import plugins
-from rightrank.runs.folder import RunFolder
+from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.runs.journal import Repaired, collector_paused
-from rightrank.runs.values import first_command
 from rightrank.schema.command import next_commands
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, RunFolderError
@@ -31,6 +24,10 @@ from rightrank.schema.metrics import Checkpoint
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import TrialFinished
 
+if TYPE_CHECKING:  # what each verb alone needs is imported by it: `status` is to be quick
+    from rightrank.interop.exports import Exported
+    from rightrank.interop.tables import TableOptions
+
 
 def write_report(run: str | Path) -> Path:
     """Write `report.html` and the figures of a run again, from its journal alone.
@@ -38,7 +35,9 @@ def write_report(run: str | Path) -> Path:
     Raises:
         RunFolderError: no run there.
     """
-    from rightrank.hooks import report as views  # which `status` does without
+    from rightrank.hooks import report as views
+    from rightrank.report.figures import figures_of
+    from rightrank.report.svg import write_figures
 
     folder, journal, records = _opened(run, settled=False)
     goal = _goal(records)
@@ -93,6 +92,9 @@ def export(run: str | Path, to: str, out: str | Path | None = None) -> Exported:
         RunFolderError: no run there, one without a decision or an adapter, or `out` exists.
         ResultsError: a rank that the server does not serve.
     """
+    from rightrank.interop.exports import require_target, write_export
+    from rightrank.interop.recipe import recipe_of
+
     require_target(to)
     folder, journal, records = _opened(run, settled=False)
     recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
@@ -160,7 +162,7 @@ class Decided:
     @property
     def next_command(self) -> str | None:
         """The first of them; None if there is none."""
-        return first_command(self.next_commands)
+        return next((command for command in self.next_commands if command is not None), None)
 
     def __repr__(self) -> str:
         """The answer on one line; `print` shows it in full."""
@@ -173,6 +175,9 @@ class Decided:
         return "\n".join([*self.understood, *labelled(rows, 10)])
 
     def _repr_html_(self) -> str:
+        from rightrank.report.figures import rank_figure
+        from rightrank.report.svg import svg_file
+
         return notebook_html(answer_view(self.decision), "", svg_file(rank_figure(self.decision)))
 
 
@@ -204,6 +209,8 @@ def decide(
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
+    from rightrank.interop.tables import TableOptions, flat, raw_rows, results_of_rows, rows_of_mappings
+
     asked = TableOptions(metric, higher_is_better, columns or {}, margin)
     further: dict[str, Any] = {"horizon_steps": horizon_steps, "confidence": confidence}
     if isinstance(results, str | Path):

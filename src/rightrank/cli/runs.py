@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -23,6 +24,7 @@ def status(run: Path, as_json: bool) -> None:
 
     found = api.status(run)
     click.echo(found.model_dump_json() if as_json else status_lines(found, shutil.get_terminal_size().columns))
+    gc.freeze()  # the process ends, and the collector need not visit every imported object for it
 
 
 TARGETS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "vllm")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rightrank.decision.comparison import Estimate, bounds_of, estimate, is_within, span_of
-from rightrank.decision.table import Cell, ScoreTable, best_point, estimate_of, minus, table_of
+from rightrank.decision.table import Cell, ScoreTable, best_point, estimate_of_pairs, table_of
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterOrigin
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import default_margin, kind_of
@@ -236,7 +236,7 @@ class Against:
 
     def difference(self, cell: Cell, other: Cell | None = None) -> Estimate:
         """Paired over examples, metric's unit; above 0 is worse. A perplexity's is relative to the reference's."""
-        return estimate_of([minus(cell, other or self.reference.cell)])
+        return estimate_of_pairs([(cell, other or self.reference.cell)])
 
     def candidate(self, file: AdapterFile) -> AdapterCandidate:
         difference = 0.0

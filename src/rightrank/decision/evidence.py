@@ -36,12 +36,14 @@ from rightrank.decision.seeds import (
 from rightrank.decision.table import (
     Cell,
     Contender,
+    Pair,
     ScoreTable,
     adjusted_means,
-    cells_by_seed,
     cells_of_shared_seeds,
     contender_of,
+    differences,
     estimate_of,
+    estimate_of_pairs,
     losses_by_seed,
     on_common_seeds,
     paired_cells,
@@ -168,7 +170,7 @@ class Evidence:
         """How much worse the contender is than the reference, paired over examples, and over seeds that both have."""
         against = reference or self.reference
         pairs = paired_cells(contender, against)
-        found = estimate_of(pairs, shift=contender.gap - against.gap)
+        found = estimate_of_pairs(pairs, shift=contender.gap - against.gap)
         stated = [self._stated(contender), self._stated(against)]
         if all(variance is not None for variance in stated):
             return found.with_seeds(sum(variance for variance in stated if variance is not None), 0.0)
@@ -183,7 +185,7 @@ class Evidence:
     def expected(self, contender: Contender, seeds: int) -> Estimate:
         """The difference that `seeds` seeds are expected to show, at the seed noise of earlier grids: for plans alone."""
         pairs, start = paired_cells(contender, self.reference), start_of(self.table.kind)
-        found = estimate_of(pairs, shift=contender.gap - self.reference.gap)
+        found = estimate_of_pairs(pairs, shift=contender.gap - self.reference.gap)
         variance = start.ratio * _noise_of(pairs).spread / seeds
         return replace(found, seeds=seeds).with_seeds(variance, start.degrees + seeds - 1)
 
@@ -240,10 +242,10 @@ class Evidence:
     def _gap(self, contender: Contender) -> float:
         """The winner's curse of the best of the rank's learning rates."""
         rank, best = contender.rank, contender.learning_rate
-        columns = {lr: self.table.column(rank, lr) for lr in self.table.learning_rates(rank)}
-        if len(columns) < 2:
+        by_seed = self.table.by_learning_rate(rank)
+        if len(by_seed) < 2:
             return 0.0
-        by_seed = {lr: cells_by_seed(self.table, rank, lr) for lr in columns}
+        columns = {lr: list(cells.values()) for lr, cells in by_seed.items()}
         means = np.array(adjusted_means([losses_by_seed(cells) for cells in by_seed.values()]))
         if self.is_point_reading:
             seeds = np.diag([self.noise.individual] * len(columns))
@@ -285,11 +287,11 @@ def _curve_scatter(contenders: list[Contender]) -> float:
     return float(np.sqrt(squares[best] / (len(losses) - 3)))
 
 
-def _noise_of(pairs: list[Cell]) -> PairNoise:
-    return pair_noise(np.stack([cell.sums for cell in pairs]), pairs[0].weights)
+def _noise_of(pairs: list[Pair]) -> PairNoise:
+    return pair_noise(differences(pairs), pairs[0][0].weights)
 
 
-def _seeds_part(pairs: list[Cell], prior: Prior | None) -> tuple[float, float]:
+def _seeds_part(pairs: list[Pair], prior: Prior | None) -> tuple[float, float]:
     """The seed variance of the mean of paired differences, and its degrees of freedom; 0 where nothing was measured."""
     noise = _noise_of(pairs)
     if prior is None:

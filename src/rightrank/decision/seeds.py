@@ -17,14 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtr
 
 from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, POWER, normal_quantile
 from rightrank.schema.metrics import MetricKind
 from rightrank.schema.trials import Floats
 
 BOOTSTRAP_DRAWS = 2000  # from a fixed seed
-REACH = normal_quantile(CONFIDENCE) + normal_quantile(POWER)  # of the test, and of a true difference to pass it
 
 
 def needed_seeds(deviation: float, difference: float) -> int:
@@ -34,12 +32,17 @@ def needed_seeds(deviation: float, difference: float) -> int:
     the unit of `difference`. It counts no pairing over seeds, and measured on three seeds it is itself known to within a
     factor of two or so.
     """
-    return max(1, math.ceil(2 * (REACH * deviation / difference) ** 2 - 1e-9))
+    return max(1, math.ceil(2 * (_reach() * deviation / difference) ** 2 - 1e-9))
 
 
 def detectable_difference(deviation: float, seeds: int) -> float:
     """The smallest difference that so many seeds of each rank show in four of five cases."""
-    return REACH * deviation * math.sqrt(2 / seeds)
+    return _reach() * deviation * math.sqrt(2 / seeds)
+
+
+def _reach() -> float:
+    """Standard errors of the test, and of a true difference to pass it."""
+    return normal_quantile(CONFIDENCE) + normal_quantile(POWER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,8 @@ def probability_within(difference: float, spread: float, margin: float) -> float
     Args:
         spread: the variance between examples of the paired difference; above 0.
     """
+    from scipy.special import stdtr
+
     return float(stdtr(FURTHER_SEED_DEGREES, (margin - difference) / (FURTHER_SEED_RATIO * math.sqrt(spread))))
 
 

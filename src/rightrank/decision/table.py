@@ -6,11 +6,14 @@ Trainings that fell far below their own best are missing values: no evidence, an
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from rightrank.decision.comparison import Estimate, bounds_of, estimate, span_of
 from rightrank.schema.decision import Result, ResultsTable
@@ -73,31 +76,29 @@ class ScoreTable:
     kind: MetricKind = "token_loss"
     tried: Mapping[int, Collection[float]] = field(default_factory=dict)
     collapsed: int = 0  # trials whose held-out value fell far below its own best; they are missing too
-    _seeds: Mapping[int, Mapping[float, Sequence[int]]] = field(init=False, repr=False, compare=False)
+    _by_rank: Mapping[int, Mapping[float, Mapping[int, Cell]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        seeds: dict[int, dict[float, list[int]]] = {}
+        by_rank: dict[int, dict[float, dict[int, Cell]]] = {}
         for rank, learning_rate, seed in sorted(self.cells):
-            seeds.setdefault(rank, {}).setdefault(learning_rate, []).append(seed)
-        object.__setattr__(self, "_seeds", seeds)
+            of_rate = by_rank.setdefault(rank, {}).setdefault(learning_rate, {})
+            of_rate[seed] = self.cells[rank, learning_rate, seed]
+        object.__setattr__(self, "_by_rank", by_rank)
 
     def ranks(self) -> list[int]:
         """The ranks with a finished trial, ascending, without the base."""
-        return [rank for rank in self._seeds if rank > 0]
+        return [rank for rank in self._by_rank if rank > 0]
 
     def learning_rates(self, rank: int) -> list[float]:
-        return list(self._seeds.get(rank, ()))
+        return list(self._by_rank.get(rank, ()))
 
     def tried_learning_rates(self, rank: int) -> list[float]:
         """Those with a finished trial, and those that were stopped early or diverged."""
         return sorted({*self.learning_rates(rank), *self.tried.get(rank, ())})
 
-    def seeds(self, rank: int, learning_rate: float) -> list[int]:
-        return list(self._seeds.get(rank, {}).get(learning_rate, ()))
-
-    def column(self, rank: int, learning_rate: float) -> list[Cell]:
-        """The cells of one rank at one learning rate, by seed."""
-        return [self.cells[rank, learning_rate, seed] for seed in self.seeds(rank, learning_rate)]
+    def by_learning_rate(self, rank: int) -> Mapping[float, Mapping[int, Cell]]:
+        """The rank's cells by learning rate and seed, both ascending."""
+        return self._by_rank.get(rank, {})
 
     def values(self) -> list[float]:
         return [cell.value for cell in self.cells.values()]
@@ -120,23 +121,24 @@ def table_of(
     outcomes = list(outcomes)
     kind = kind_of(metric, higher_is_better)
     scored = [o for o in outcomes if isinstance(o, TrialFinished) and metric in o.metrics]
-    examples = {trial.trial_id: trial.items(metric) for trial in scored}
-    if len({0 if found is None else len(found[0]) for found in examples.values()}) > 1:
-        examples = dict.fromkeys(examples)  # trials with other examples, or none, can't be paired
+    examples = [trial.items(metric) for trial in scored]
+    sizes = {0 if found is None else len(found[0]) for found in examples}
+    if len(sizes) > 1 or 0 in sizes:  # trials with other examples, or none, can't be paired
+        examples = [([trial.metrics[metric]], [1.0]) for trial in scored]
     if kind == "perplexity" and not all(trial.metrics[metric] > 0 for trial in scored):
         kind = "other"  # a perplexity is above 0
-    cells: dict[tuple[int, float, int], Cell] = {}
-    missing: dict[int, int] = {}
-    for outcome in outcomes:
-        if isinstance(outcome, TrialFinished) and metric in outcome.metrics:
-            scores, weights = map(np.asarray, examples[outcome.trial_id] or ([outcome.metrics[metric]], [1.0]))
-            scale = weights if kind == "perplexity" else np.ones(1)  # the logarithm is of the score without its weight
-            sums = _oriented(scores / scale, kind, higher_is_better) * scale
-            cell = _cell(outcome, metric, sums, weights, span_of(kind, scores, weights))
-            cell = cell if points_metric in (None, metric) else replace(cell, points=())
-            cells[outcome.rank, outcome.learning_rate, outcome.seed] = cell
-        else:
-            missing[outcome.rank] = missing.get(outcome.rank, 0) + 1
+    scores, weights = np.array(examples, np.float64).transpose(1, 0, 2) if scored else np.ones((2, 0, 1))
+    scale = weights if kind == "perplexity" else np.ones(1)  # the logarithm is of the score without its weight
+    sums = _oriented(scores / scale, kind, higher_is_better) * scale
+    cells = {
+        (trial.rank, trial.learning_rate, trial.seed): _cell(
+            trial, metric, oriented, weight, span_of(kind, values, weight)
+        )
+        for trial, values, oriented, weight in zip(scored, scores, sums, weights, strict=True)
+    }
+    if points_metric not in (None, metric):
+        cells = {key: replace(cell, points=()) for key, cell in cells.items()}
+    missing = Counter(o.rank for o in outcomes if not isinstance(o, TrialFinished) or metric not in o.metrics)
     collapsed = sum(isinstance(outcome, TrialCollapsed) for outcome in outcomes)
     tried: dict[int, set[float]] = {}
     for outcome in (*outcomes, *looks):
@@ -145,7 +147,7 @@ def table_of(
     return ScoreTable(metric, higher_is_better, cells, missing, kind, tried, collapsed)
 
 
-def _oriented(scores: Sequence[float], kind: MetricKind, higher: bool) -> Floats:
+def _oriented(scores: ArrayLike, kind: MetricKind, higher: bool) -> Floats:
     """Scores with lower as better, and perplexities as logarithms."""
     values = np.asarray(scores, dtype=np.float64)
     return np.log(values) if kind == "perplexity" else -values if higher else values
@@ -249,16 +251,12 @@ def losses_by_seed(cells: Mapping[int, Cell]) -> dict[int, float]:
     return {seed: cell.loss for seed, cell in cells.items()}
 
 
-def cells_by_seed(table: ScoreTable, rank: int, learning_rate: float) -> dict[int, Cell]:
-    return {seed: table.cells[rank, learning_rate, seed] for seed in table.seeds(rank, learning_rate)}
-
-
 def contender_of(table: ScoreTable, rank: int) -> Contender:
-    columns = {lr: cells_by_seed(table, rank, lr) for lr in table.learning_rates(rank)}
+    columns = table.by_learning_rate(rank)
 
     def is_surely_lower(one: float, other: float) -> bool:
         """On the seeds that both have. One number a training shows no noise: there the means decide."""
-        return bounds_of(estimate_of(cells_of_shared_seeds(columns[one], columns[other]))).high < 0
+        return bounds_of(estimate_of_pairs(cells_of_shared_seeds(columns[one], columns[other]))).high < 0
 
     best = best_learning_rate({lr: losses_by_seed(cells) for lr, cells in columns.items()}, is_surely_lower)
     cells = columns[best]
@@ -312,27 +310,39 @@ def best_learning_rate(
     return best
 
 
-def estimate_of(cells: list[Cell], shift: float = 0.0) -> Estimate:
-    found = estimate(np.stack([cell.sums for cell in cells]), cells[0].weights, max(cell.span for cell in cells))
+def estimate_of(cells: list[Cell]) -> Estimate:
+    return estimate(np.stack([cell.sums for cell in cells]), cells[0].weights, max(cell.span for cell in cells))
+
+
+Pair: TypeAlias = tuple[Cell, Cell]
+
+
+def estimate_of_pairs(pairs: list[Pair], shift: float = 0.0) -> Estimate:
+    """How much worse the first of each pair is than the second."""
+    span = max(cell.span for pair in pairs for cell in pair)
+    found = estimate(differences(pairs), pairs[0][0].weights, span)
     return replace(found, mean=found.mean + shift)
 
 
-def paired_cells(contender: Contender, against: Contender) -> list[Cell]:
-    """Differences by shared seed; in order where no seed is shared. The single evaluation of the base pairs with every seed."""
+def differences(pairs: list[Pair]) -> Floats:
+    """[pairs, examples] how much worse the first of each pair is on each example, times the example's weight."""
+    firsts, seconds = zip(*pairs, strict=True)
+    found: Floats = np.stack([cell.sums for cell in firsts]) - np.stack([cell.sums for cell in seconds])
+    return found
+
+
+def paired_cells(contender: Contender, against: Contender) -> list[Pair]:
+    """Cells by shared seed; in order where no seed is shared. The single evaluation of the base pairs with every seed."""
     left, right = contender.cells, against.cells
     if contender.rank == 0 and len(left) == 1:
-        both = [(next(iter(left.values())), cell) for cell in right.values()]
-    elif against.rank == 0 and len(right) == 1:
-        both = [(cell, next(iter(right.values()))) for cell in left.values()]
-    elif left.keys() & right.keys():
-        return cells_of_shared_seeds(left, right)
-    else:
-        both = list(zip(left.values(), right.values(), strict=False))
-    return [minus(a, b) for a, b in both]
+        return [(next(iter(left.values())), cell) for cell in right.values()]
+    if against.rank == 0 and len(right) == 1:
+        return [(cell, next(iter(right.values()))) for cell in left.values()]
+    return cells_of_shared_seeds(left, right) or list(zip(left.values(), right.values(), strict=False))
 
 
-def cells_of_shared_seeds(left: Mapping[int, Cell], right: Mapping[int, Cell]) -> list[Cell]:
-    return [minus(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
+def cells_of_shared_seeds(left: Mapping[int, Cell], right: Mapping[int, Cell]) -> list[Pair]:
+    return [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
 
 
 def minus(one: Cell, other: Cell) -> Cell:

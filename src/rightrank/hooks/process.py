@@ -16,12 +16,12 @@ from typing import Any, Self, TextIO
 
 from rightrank.data.files import write_text
 from rightrank.hooks.progress import Progress
+from rightrank.runs.folder import PROGRESS_FILE
 from rightrank.runs.hook import Hook
 from rightrank.schema.errors import TerminatedRun
 from rightrank.schema.events import Evaluating, Event, Notice, Preparing, SelectionPlanned, StepDone, TimeExpected
 from rightrank.schema.trials import OUTCOMES, Record, TrialLook, TrialStarted
 
-PROGRESS_FILE = "progress.json"
 PROGRESS_SECONDS = 2.0  # between writes of the progress file
 LOGGED_WHOLE = (Notice, TrialStarted, TrialLook, *OUTCOMES)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import log2
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from rightrank.report.answer import answer_view, brief, certainty_rows, evidence_table, labelled
 from rightrank.report.format import cell_text, duration, size, table_lines, visible
 from rightrank.schema.decision import Decision
-from rightrank.schema.results import Preflight
-from rightrank.search.protocol import SelectionCost
+
+if TYPE_CHECKING:
+    from rightrank.schema.results import Preflight
+    from rightrank.search.protocol import SelectionCost
 
 FINISH_SECONDS = 5  # the test split and the report of a small run; a longer one's are a small part of its time
 

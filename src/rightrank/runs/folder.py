@@ -20,6 +20,7 @@ from rightrank.data.files import replacing, sweep_leftovers, write_text
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import MissingExtraError, RunError, RunFolderError
 
+PROGRESS_FILE = "progress.json"  # in the run folder while a process works
 STORE_SECONDS = 180.0  # for which a run waits for a store that fails
 LASTING = (PermissionError, FileNotFoundError, ValueError)  # errors of a store that do not pass
 Result = TypeVar("Result")
