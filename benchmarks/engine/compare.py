@@ -32,7 +32,7 @@ from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_ro
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train import runtime as runtime_module
-from rightrank.train.device import PeakMemory
+from rightrank.train.device import peak_bytes, reset_peak
 from rightrank.train.loop import train_trials
 from rightrank.train.runtime import Runtime
 from rightrank.train.targets import lora_config
@@ -98,11 +98,11 @@ def ours(job: Job, dtype: str, pack: int, **changes: Any) -> Measured:
     runtime = job.runtime(dtype, **changes)
     trials = [Trial(trial_id=f"b{number}", arm=job.arm(number)) for number in range(job.arms)]
     folders = lambda trial: TrialFolders(job.work / f"{trial.trial_id}.ckpt", job.work / trial.trial_id)  # noqa: E731
-    memory = PeakMemory(runtime.loaded.device)
+    reset_peak(runtime.loaded.device)
     begun = Clock()
     outcomes = list(train_trials(runtime, trials, None, folders, Listener(), pack))
     seconds, wall = begun.elapsed()
-    peak = memory.peak_bytes()
+    peak = peak_bytes(runtime.loaded.device)
     finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
     assert len(finished) == job.arms
     shown = next(outcome for outcome in finished if outcome.trial_id == trials[0].trial_id)
@@ -163,11 +163,11 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False, small_adapte
             eval_dataset=rows["selection"],
             data_collator=collator,
         )
-    memory = PeakMemory(runtime.loaded.device)
+    reset_peak(runtime.loaded.device)
     begun = Clock()
     built.train()
     built.evaluate()
-    elapsed, peak = begun.elapsed(), memory.peak_bytes()
+    elapsed, peak = begun.elapsed(), peak_bytes(runtime.loaded.device)
     return Measured(*elapsed, runtime.evaluate("selection").loss, peak)  # the same figure for everyone
 
 

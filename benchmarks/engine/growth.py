@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.engine.common import machine, make_runtime
 from rightrank.data.token_store import lengths_of
 from rightrank.schema.trials import Arm
-from rightrank.train.device import PeakMemory
+from rightrank.train.device import peak_bytes, reset_peak
 from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.runtime import Runtime
 
@@ -36,12 +36,12 @@ def measure(runtime: Runtime, ranks: list[int], indices: list[int]) -> dict[str,
         arm_batches = [ArmBatch(f"g{number}", batch, 1.0, None) for number in range(len(ranks))]
         runtime.accumulate_gradients(multi_lora, arm_batches)  # the prefix, gradients and the allocator are there now
         times: list[float] = []
-        memory = PeakMemory(runtime.loaded.device)
+        reset_peak(runtime.loaded.device)
         for _ in range(PASSES):
             begun = time.process_time()
             runtime.accumulate_gradients(multi_lora, arm_batches)
             times.append(time.process_time() - begun)
-        peak = memory.peak_bytes()
+        peak = peak_bytes(runtime.loaded.device)
     return {"arms": len(ranks), "rank": ranks[0], "tokens": batch.tokens, "seconds": min(times), "peak_bytes": peak}
 
 

@@ -4,8 +4,8 @@
 
     hours = operations of the selection / (peak operations a second · utilisation · 3600)
 
-The operations are those of the plan: every operation of a traced step, times the steps and trainings of the strategy, with
-evaluations. Peaks are the vendor's, for BF16 on tensor cores with FP32 accumulation and without sparsity. The utilisation,
+The operations are those of the plan: every operation of a traced step, times the steps and trainings of the strategy. An
+evaluation takes half of them, a third where blocks are recomputed. Peaks are the vendor's, for BF16 on tensor cores with FP32 accumulation and without sparsity. The utilisation,
 the share of the peak that the steps reach, is an assumption: lower for the small model, whose kernels are short beside
 their launches. Half of it doubles every number.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.machine import machine
@@ -21,11 +22,11 @@ from benchmarks.plan.architectures import FULL_CONFIGS
 from benchmarks.results import store
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.planner import needed
-from rightrank.plugins.plan.selection import Workload, selection_cost
 from rightrank.report.format import duration
 from rightrank.schema.plan_settings import loop_of_select, make_plan_settings
 from rightrank.schema.settings import make_settings
 from rightrank.search import make_strategy
+from rightrank.train.pace import RUN_EVALUATIONS
 
 HERE = Path(__file__).parent
 RESULT, PAGE = HERE / "results" / "hours.json", HERE / "hours.md"
@@ -60,12 +61,19 @@ def planned(model: str) -> dict[str, Any]:
     settings = make_plan_settings(RUN | loop_of_select(None) | MODELS[model])
     estimator = Estimator(FULL_CONFIGS[model](), settings)
     strategy = make_strategy(make_settings({"ranks": settings.ranks}), STEPS)
-    cost = selection_cost(estimator, strategy, Workload(STEPS, STEPS * settings.batch_size, EVAL_ITEMS, EVAL_POINTS))
+    cost, passes = strategy.cost(), 3 if settings.gradient_checkpointing else 2  # forward, again, and backward
+
+    def operations(step: float, trainings: float, arms: int) -> float:
+        ends = max(0.0, arms - 1 - trainings)
+        evaluations = trainings * EVAL_POINTS + ends + RUN_EVALUATIONS
+        return step * (trainings * STEPS + evaluations * EVAL_ITEMS / settings.batch_size / passes)
+
+    steps = [estimator.flops(rank) for rank in settings.ranks]
     return {
-        "expected_flops": cost.expected.flops,
-        "most_flops": cost.most.flops,
-        "expected_trainings": cost.expected.trainings,
-        "most_trainings": cost.most.trainings,
+        "expected_flops": operations(fmean(steps), cost.expected, strategy.expected_arms()),
+        "most_flops": operations(max(steps), cost.maximum, strategy.max_arms()),
+        "expected_trainings": cost.expected,
+        "most_trainings": cost.maximum,
         "needed_bytes": max(needed(estimator.estimate(rank).peak.reserved_bytes, settings) for rank in settings.ranks),
         "gradient_checkpointing": MODELS[model].get("gradient_checkpointing", False),
     }

@@ -10,18 +10,15 @@ import torch
 
 from rightrank.api.selecting import preflight, select_rank
 from rightrank.hooks import preflight as planned
-from rightrank.hooks.preflight import time_line
 from rightrank.hooks.progress import Progress
-from rightrank.plugins.plan.selection import Speed
 from rightrank.report.format import duration
-from rightrank.report.terminal import FINISH_SECONDS, preflight_text
+from rightrank.report.terminal import FINISH_SECONDS, SelectionTime, preflight_text, time_line
 from rightrank.runs.journal import Journal
 from rightrank.runs.values import Selected
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
 from rightrank.schema.trials import Arm, TrialFinished, TrialStarted
-from rightrank.search.protocol import Extent, SelectionCost
 from rightrank.train.pace import TIMED_STEPS_PACE as TIMED_STEPS
-from rightrank.train.pace import measure_pace
+from rightrank.train.pace import Pace, measure_pace
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime
 from tests.report.runs import made_up_run
@@ -73,7 +70,7 @@ def test_measured_steps_change_no_result(
     )
     assert log.position("time: about") < log.seen.index(0) < log.seen.index(4)  # before the base and before rank 4
     assert any(isinstance(one, float) and one > 0 for one in log.seen[: log.seen.index(0)])  # on_time
-    monkeypatch.setattr(planned, "clock_of", lambda *_, **__: None)
+    monkeypatch.setattr(planned, "pace_of", lambda *_, **__: None)
     without = select_rank(str(model_folder), completion_file, tmp_path / "without", settings=settings)
     assert outcomes(with_time) == outcomes(without)
     for one in sorted((tmp_path / "with").rglob("adapter_model.safetensors")):
@@ -108,14 +105,16 @@ def test_blocks_that_are_computed_once_have_their_own_pace(
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path)
     found = measure_pace(runtime, ARM)
     assert found is not None
-    assert found.filled >= len({index for indices in runtime.batch_plan(0)[:4] for index in indices})
-    assert found.fill_seconds > 0
+    assert found.filling_seconds > 0
     again = measure_pace(runtime, ARM)
     assert again is not None
-    assert again.filled == 0  # kept for the trainings
-    as_forward, own = Speed(1.0, 2.0), Speed(1.0, 2.0, seconds_per_prefix_flop=0.5)
-    assert as_forward.seconds(10.0, 10.0, 100.0) == 230.0
-    assert own.seconds(10.0, 10.0, 100.0) == 80.0
+    assert again.filling_seconds == 0  # kept for the trainings
+
+
+def test_a_pace_gives_the_time_of_a_selection() -> None:
+    pace = Pace(8, [[0]], [0], 100.0, 10.0, 5.0, matrices=30, by_rank=10)
+    assert pace.seconds(8, 2.0, 4, 3) == 200.0 + 10 * (2 * 3 + 1 + 4) + 5.0
+    assert pace.seconds(2, 2.0, 3, 0) == pytest.approx(200.0 * 120 / 300 + 10 * 4 + 5.0)  # rank 2 takes 120 of 300
 
 
 def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
@@ -126,8 +125,9 @@ def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
     found = measure_pace(runtime, ARM)
     assert found is not None
     assert found.batches == runtime.batch_plan(0)[1 : 1 + TIMED_STEPS]  # the first warms up
-    assert found.train_seconds > 0
-    assert found.eval_seconds > 0
+    assert found.training_seconds > 0
+    assert found.evaluation_seconds > 0
+    assert found.filling_seconds == 0
 
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -135,15 +135,6 @@ def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
     monkeypatch.setattr(Runtime, "accumulate_gradients", fail)
     assert measure_pace(runtime, ARM) is None
     assert [name for name, _ in runtime.model.named_modules()] == before
-
-
-def cost_of(expected: float, most: float) -> SelectionCost:
-    extents = [Extent(trainings=seconds / 600, flops=1.0, seconds=seconds) for seconds in (expected, most)]
-    return SelectionCost(
-        steps=100,
-        expected=extents[0],
-        most=extents[1],
-    )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +147,7 @@ def cost_of(expected: float, most: float) -> SelectionCost:
     ],
 )
 def test_a_budget_of_time_bounds_the_time(hours: float | None, said: str) -> None:
-    line = time_line(cost_of(1200, 3600), "3 steps of rank 16 and 2 validation examples", hours)
+    line = time_line(SelectionTime(2.0, 1200.0, 3600.0), "3 steps of rank 16 and 2 validation examples", hours)
     assert line.startswith(said)
     assert line.endswith("(measured before the start: 3 steps of rank 16 and 2 validation examples, then discarded)")
 

@@ -27,10 +27,11 @@ from rightrank.schema.metrics import default_margin
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.schema.settings import PAIR_MARGIN, SelectSettings
 from rightrank.schema.trials import TrialFinished
-from rightrank.train.adapter_runtime import adapter_attached, finished_trial, report_evaluations
+from rightrank.train.adapter_runtime import adapter_attached, report_evaluations
 from rightrank.train.metrics import measure, require_scorers
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode
+from rightrank.train.trial import finished_trial
 
 VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cannot_tell", False: "worse"}
 

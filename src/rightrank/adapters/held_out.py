@@ -38,13 +38,13 @@ from rightrank.train.adapter_runtime import (
     DataUse,
     adapter_attached,
     adapter_runtime,
-    finished_trial,
     report_evaluations,
     train_attached,
 )
 from rightrank.train.covariances import Gathered, gather_moments, moment_tokens, unseen_first
 from rightrank.train.evaluation import Scores
 from rightrank.train.runtime import Runtime
+from rightrank.train.trial import finished_trial
 
 
 @dataclass(frozen=True, slots=True)

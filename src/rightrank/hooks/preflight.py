@@ -7,23 +7,24 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 from rightrank.decision.comparison import CONFIDENCE, normal_quantile
 from rightrank.hooks.terminal import left_out
-from rightrank.report.format import duration
-from rightrank.report.terminal import labels_line, memory_lines, took_line
+from rightrank.report.format import quantity
+from rightrank.report.terminal import SelectionTime, labels_line, memory_lines, time_line, took_line
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Run
-from rightrank.runs.plugins import Clock
 from rightrank.runs.prepare import prepare, strategy_of
 from rightrank.runs.values import Prepared, Request, Selected
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
 from rightrank.schema.metrics import TOKEN_LOSS_MARGIN, default_margin, kind_of
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank
-from rightrank.schema.trials import split_name
+from rightrank.schema.trials import Arm, split_name
 from rightrank.search.history import MIN_RECOVERY_PART, recovery_steps, seconds_of, steps_of
-from rightrank.search.protocol import SelectionCost, Strategy
+from rightrank.search.protocol import Strategy
 from rightrank.train.metrics import end_metrics
+from rightrank.train.pace import Pace, measure_pace
 
 
 def preflight(request: Request, begun: float) -> Preflight:
@@ -39,22 +40,43 @@ def preflight(request: Request, begun: float) -> Preflight:
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         prepared = prepare(request, Path(folder) / "cache", notes.append)
         strategy = strategy_of(prepared)
-        clock = clock_of(prepared)
-        found = _preflight_of(prepared, strategy, clock)
-        if clock is not None:
-            notes.append(f"time: measured on this device: {clock.basis}, then discarded")
+        pace = pace_of(prepared)
+        found = _preflight_of(prepared, strategy, None if pace is None else time_of(prepared, strategy, pace))
+        if pace is not None:
+            notes.append(f"time: measured on this device: {_basis(pace)}, then discarded")
         notes += _adapter_lines(prepared)
         before, seconds = plugins.outlook(prepared.started), time.monotonic() - begun
         return found.model_copy(update={"before": before, "preparation_seconds": seconds, "notes": notes})
 
 
-def clock_of(prepared: Prepared) -> Clock | None:
-    """What gives times for this selection, by a few real steps; None where no plug-in can."""
-    return None if prepared.planned is None else prepared.planned.clock(prepared)
+def pace_of(prepared: Prepared) -> Pace | None:
+    """The pace of the highest rank, by a few real steps; None where trainings run in workers, or memory runs out."""
+    settings = prepared.settings
+    if settings.executor != "local":
+        return None
+    arm = Arm(
+        rank=max(settings.ranks),
+        learning_rate=min(settings.learning_rates),
+        lora_alpha=settings.lora_alpha,
+        seed=settings.seeds[0],
+        steps=prepared.steps,
+    )
+    return measure_pace(prepared.runtime, arm)
 
 
-def _preflight_of(prepared: Prepared, strategy: Strategy, clock: Clock | None) -> Preflight:
-    """The preflight of a prepared selection; `clock` gives its time."""
+def time_of(prepared: Prepared, strategy: Strategy, pace: Pace) -> SelectionTime:
+    """Expected, at the mean pace of the ranks, and at most, at that of the highest."""
+    cost, points, ranks = strategy.cost(), prepared.settings.eval_points, prepared.settings.ranks
+    expected = pace.seconds(fmean(ranks), cost.expected, strategy.expected_arms(), points)
+    return SelectionTime(cost.expected, expected, pace.seconds(max(ranks), cost.maximum, strategy.max_arms(), points))
+
+
+def _basis(pace: Pace) -> str:
+    steps, examples = quantity(len(pace.batches), "step"), quantity(len(pace.evaluated), "validation example")
+    return f"{steps} of rank {pace.rank} and {examples}"
+
+
+def _preflight_of(prepared: Prepared, strategy: Strategy, expected: SelectionTime | None) -> Preflight:
     settings, data, planned = prepared.settings, prepared.started.data, prepared.planned
     peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
     ranks = [
@@ -78,22 +100,22 @@ def _preflight_of(prepared: Prepared, strategy: Strategy, clock: Clock | None) -
         seq_len=settings.seq_len,
         ranks=ranks,
         memory_bytes=planned.memory_bytes if planned else None,
-        cost=_cost(prepared, strategy, clock),
+        cost=_cost(prepared, strategy, expected),
         preparation_seconds=0.0,
         seeds=len(settings.seeds),
     )
 
 
-def _cost(prepared: Prepared, strategy: Strategy, clock: Clock | None) -> PreflightCost:
-    trainings, cost = strategy.cost(), None if clock is None else clock.cost(strategy)
+def _cost(prepared: Prepared, strategy: Strategy, expected: SelectionTime | None) -> PreflightCost:
+    trainings = strategy.cost()
     return PreflightCost(
         strategy=strategy.name,
         steps=prepared.steps,
         trainings=trainings.expected,
         trainings_at_most=trainings.maximum,
         trainings_to_adapter=trainings.to_adapter,
-        seconds=None if cost is None else cost.expected.seconds,
-        seconds_at_most=None if cost is None else cost.most.seconds,
+        seconds=expected and expected.seconds,
+        seconds_at_most=expected and expected.most_seconds,
     )
 
 
@@ -163,7 +185,7 @@ class Outlook(Hook):
 
     def __init__(self) -> None:
         self._run: Run | None = None
-        self._cost: SelectionCost | None = None  # None: this device has no measurement
+        self._expected: SelectionTime | None = None  # None: not measured
 
     def on_prepared(self, run: Run) -> None:
         self._run = run
@@ -174,23 +196,23 @@ class Outlook(Hook):
 
     def on_end(self, run: Run, _selected: Selected) -> None:
         """Compare what the run took with what was estimated."""
-        if self._cost is None:
+        if self._expected is None or run.prepared is None:
             return
         finished, history = run.records.finished(), run.history
         steps = sum(steps_of(trial.arm, history) for trial in finished)
         seconds = sum(seconds_of(trial, history) for trial in finished)
-        run.notice(took_line(self._cost, steps / self._cost.steps, seconds))
+        run.notice(took_line(self._expected, steps / run.prepared.steps, seconds))
 
     def _announce(self, run: Run, prepared: Prepared) -> None:
         # A trial that has ended gives its time.
         ended = any(trial.rank > 0 for trial in run.records.finished())
-        clock = clock_of(prepared) if prepared.steps >= MIN_STEPS and not ended else None
+        pace = pace_of(prepared) if prepared.steps >= MIN_STEPS and not ended else None
         lines = [_cost_line(run.strategy, prepared.steps)]
-        if clock is not None:
-            self._cost = cost = clock.cost(run.strategy)
-            lines.append(time_line(cost, clock.basis, prepared.settings.budget_hours))
-            run.on_event(TimeExpected(expected_seconds=cost.expected.seconds or 0.0))
-        found = _preflight_of(prepared, run.strategy, clock)
+        if pace is not None:
+            self._expected = expected = time_of(prepared, run.strategy, pace)
+            lines.append(time_line(expected, _basis(pace), prepared.settings.budget_hours))
+            run.on_event(TimeExpected(expected_seconds=expected.seconds))
+        found = _preflight_of(prepared, run.strategy, self._expected)
         before = plugins.outlook(prepared.started)
         lines = [*before, labels_line(found), *memory_lines(found), *lines]
         for line in [*lines, *_adapter_lines(prepared)]:
@@ -202,19 +224,6 @@ class Outlook(Hook):
                 f"{prepared.started.data.splits['selection'].items} examples, at most {prepared.settings.max_new_tokens} new tokens "
                 "each where the model writes; the time is reported after the base"
             )
-
-
-def time_line(cost: SelectionCost, measured: str, budget_hours: float | None) -> str:
-    """The expected and the largest time of the selection, within its budget."""
-    expected, most = cost.expected.seconds, cost.most.seconds
-    assert expected is not None
-    assert most is not None
-    basis = f"measured before the start: {measured}, then discarded"
-    if budget_hours is not None and most > budget_hours * 3600:
-        allowed = budget_hours * 3600
-        without = "" if expected <= allowed else f"; without the budget of time about {duration(expected)}"
-        return f"time: about {duration(min(expected, allowed))}, at most {duration(allowed)}{without} ({basis})"
-    return f"time: about {duration(expected)}, at most {duration(most)} ({basis})"
 
 
 def _cost_line(strategy: Strategy, steps: int) -> str:

@@ -28,9 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from rightrank.data.files import UnreadableError, creating, read_json_object, replacing_folder, write_text
@@ -438,11 +437,6 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
             write_classifier(temporary, peft_model.config)
         readme = temporary / "README.md"  # PEFT's empty template; the final adapter gets a model card of its own
         readme.unlink(missing_ok=True)
-
-
-def restore_adapter(peft_model: Any, folder: Path) -> None:
-    """Load the saved tensors of `folder` into the adapter, of the same shapes."""
-    set_peft_model_state_dict(peft_model, load_file(folder / "adapter_model.safetensors"))
 
 
 def _is_a(match: re.Match[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -197,21 +198,24 @@ def is_known(config: Any, classification: bool) -> bool:
     return type(config) in auto._model_mapping
 
 
-def model_skeleton(reference: str, trust_remote_code: bool, num_labels: int | None) -> Any:
+def model_skeleton(config: Any, trust_remote_code: bool, num_labels: int | None, **options: Any) -> Any:
     """The model's modules on the meta device, without weights; with a classification head for `num_labels`.
 
+    Args:
+        options: of transformers' `from_config`.
+
     Raises:
-        ModelError: see `model_config`, or a configuration that transformers can't build from.
+        ModelError: a configuration that transformers can't build from.
     """
-    config = model_config(reference, trust_remote_code, num_labels is not None)
+    config = copy.deepcopy(config)
     auto: Any = AutoModelForCausalLM
     if num_labels is not None:
         auto, config.num_labels = AutoModelForSequenceClassification, num_labels
     try:
         with torch.device("meta"):
-            return auto.from_config(config, trust_remote_code=trust_remote_code)
+            return auto.from_config(config, trust_remote_code=trust_remote_code, **options)
     except LOADING_ERRORS as error:
-        raise ModelError(f"{reference}: transformers can't build it ({first_line(error)})") from None
+        raise ModelError(f"{config.model_type}: transformers can't build the model ({first_line(error)})") from None
 
 
 def _loaded(name: str, classes: list[str] | None, arguments: Mapping[str, Any]) -> Any:

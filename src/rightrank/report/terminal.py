@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import log2
 from typing import TYPE_CHECKING, TypeAlias
@@ -13,7 +14,6 @@ from rightrank.schema.decision import Decision
 
 if TYPE_CHECKING:
     from rightrank.schema.results import Preflight
-    from rightrank.search.protocol import SelectionCost
 
 FINISH_SECONDS = 5  # the test split and the report of a small run; a longer one's are a small part of its time
 
@@ -90,16 +90,34 @@ def memory_lines(found: Preflight) -> list[str]:
     return [f"ranks and memory: {shown}; {budget}"]
 
 
-def took_line(cost: SelectionCost, trainings: float, seconds: float) -> str:
+@dataclass(frozen=True, slots=True)
+class SelectionTime:
+    """The time of a selection with one training after the other."""
+
+    trainings: float  # that are expected
+    seconds: float  # for them
+    most_seconds: float
+
+
+def took_line(expected: SelectionTime, trainings: float, seconds: float) -> str:
     """The time of a selection, compared with the estimate for the trainings that ran and with that before the start."""
-    assert cost.expected.seconds is not None
-    assert cost.most.seconds is not None
-    for_these = cost.expected.seconds * trainings / cost.expected.trainings
+    for_these = expected.seconds * trainings / expected.trainings
     return (
         f"took {duration(seconds)} for {trainings:.3g} trainings; the estimate for that many was {duration(for_these)} "
-        f"({for_these / seconds - 1:+.0%}); the estimate before the start was {duration(cost.expected.seconds)} for "
-        f"{cost.expected.trainings:.3g} trainings, at most {duration(cost.most.seconds)}"
+        f"({for_these / seconds - 1:+.0%}); the estimate before the start was {duration(expected.seconds)} for "
+        f"{expected.trainings:.3g} trainings, at most {duration(expected.most_seconds)}"
     )
+
+
+def time_line(stated: SelectionTime, measured: str, budget_hours: float | None) -> str:
+    """The expected and the largest time of the selection, within its budget."""
+    expected, most = stated.seconds, stated.most_seconds
+    basis = f"measured before the start: {measured}, then discarded"
+    if budget_hours is not None and most > budget_hours * 3600:
+        allowed = budget_hours * 3600
+        without = "" if expected <= allowed else f"; without the budget of time about {duration(expected)}"
+        return f"time: about {duration(min(expected, allowed))}, at most {duration(allowed)}{without} ({basis})"
+    return f"time: about {duration(expected)}, at most {duration(most)} ({basis})"
 
 
 MAX_CURVE_WIDTH, CURVE_ROWS = 72, 10  # characters

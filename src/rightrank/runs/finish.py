@@ -17,7 +17,6 @@ from rightrank.decision.adapter import Criterion, adapter_answer, improved_by_tr
 from rightrank.decision.comparison import is_within
 from rightrank.decision.run import Records, best_trial, checkpoint_of, compared, question_of, trainings
 from rightrank.decision.table import best_point
-from rightrank.models.adapter_files import restore_adapter
 from rightrank.models.places import BASE_FILE
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import FailingAs, Run
@@ -220,8 +219,7 @@ def _smallest_of(
     runtime: Runtime, trained: TrialFinished, children: list[TrialFinished], checkpoint: Path, question: Criterion
 ) -> int:
     """The smallest plain truncation of the checkpoint that holds, measured as the run's `children` are, and not kept."""
-    with runtime.arm(trained.arm) as model:
-        restore_adapter(model, checkpoint)
+    with adapter_attached(runtime, checkpoint):
         others = [_scored_again(runtime, trained, question.metric)]
     smallest = trained.rank
     with TemporaryDirectory(dir=checkpoint.parent) as working:
@@ -280,11 +278,8 @@ def _scored_again(runtime: Runtime, trial: TrialFinished, metric: str) -> TrialF
 @contextmanager
 def _adapter_of(folder: RunFolder, runtime: Runtime, trial: TrialFinished) -> Iterator[None]:
     """The base with the trial's adapter inside the block; the base alone for rank 0."""
-    if trial.truncate_from is not None:  # its modules may have ranks of their own, which its configuration names
-        with adapter_attached(runtime, folder.finished_adapter(trial.trial_id)):
-            yield
+    if trial.rank == 0:
+        yield
         return
-    with runtime.arm(trial.arm) as model:
-        if trial.rank > 0:
-            restore_adapter(model, folder.finished_adapter(trial.trial_id))
+    with adapter_attached(runtime, folder.finished_adapter(trial.trial_id)):
         yield

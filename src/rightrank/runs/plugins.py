@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from rightrank.schema.decision import Decision
     from rightrank.schema.events import RunStarted
     from rightrank.schema.settings import SelectSettings
-    from rightrank.search.protocol import SelectionCost, Strategy
     from rightrank.train.tokens import EncodedData
 
 GROUP = "rightrank.plugins"
@@ -140,18 +139,6 @@ class MemoryPlan(ABC):
     @abstractmethod
     def peak_of(self, ranks: Sequence[int]) -> int | None:
         """Bytes of tensors at the peak of these ranks in one pass; None where one of them was not planned."""
-
-    @abstractmethod
-    def clock(self, prepared: Any) -> Clock | None:
-        """The time of the trainings of a prepared selection, by a few real steps; None where it can't be measured."""
-
-
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """The time that the selections of a prepared request take on this device."""
-
-    basis: str  # the steps and examples that were measured
-    cost: Callable[[Strategy], SelectionCost]  # of a whole selection
 
 
 def commands() -> list[click.Command]:

@@ -21,6 +21,7 @@ from rightrank.models.base_models import (
     adopt_model,
     adopted_labels,
     load_base,
+    model_config,
     model_skeleton,
     resolve_dtype,
 )
@@ -160,7 +161,8 @@ def _targets(model: str, splits: DataSplits, settings: SelectSettings) -> Target
         ModelError: an architecture that can't be trained, an encoder as a language model, or modules that can't be adapted.
     """
     classification = splits.form == "classification"
-    skeleton = model_skeleton(model, settings.trust_remote_code, len(splits.classes or ()) if classification else None)
+    trusted, count = settings.trust_remote_code, len(splits.classes or ()) if classification else None
+    skeleton = model_skeleton(model_config(model, trusted, classification), trusted, count)
     causal = {module.is_causal for module in skeleton.modules() if hasattr(module, "is_causal")}
     if not classification and causal == {False} and not getattr(skeleton.config, "is_decoder", True):
         raise visible_label(model)

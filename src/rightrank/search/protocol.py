@@ -27,24 +27,6 @@ class CostEstimate:
     to_adapter: float  # expected, until the first question is answered
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """An amount of training and its cost, including evaluations and the frozen prefix."""
-
-    trainings: float  # complete ones; early stopping counts in proportion
-    flops: float
-    seconds: float | None  # None: not measured on this device
-
-
-@dataclass(frozen=True, slots=True)
-class SelectionCost:
-    """The cost of a selection with one training after the other."""
-
-    steps: int  # of a complete training
-    expected: Extent  # at the mean cost of the ranks
-    most: Extent  # at the cost of the most expensive rank
-
-
 class Strategy(ABC):
     """Decides which arms to train next, keeps to the budget.
 

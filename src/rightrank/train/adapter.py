@@ -26,19 +26,6 @@ ADAPTER = "default"  # PEFT's name for the only adapter of a model
 
 
 @contextmanager
-def attached(model: Any, settings: SelectSettings, arm: Arm, config: LoraConfig) -> Iterator[Any]:
-    """The PeftModel of `arm` around `model`, freshly initialised. When the block ends the base is as it was before."""
-    with seeded(arm.seed):
-        peft_model = wrapped(model, config)
-    try:
-        initialise(peft_model, arm, settings)
-        adapters_in_training(peft_model)
-        yield peft_model
-    finally:
-        unwrapped(peft_model)
-
-
-@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Within the block, torch draws from `seed`: the start of what PEFT alone initialises."""
     with torch.random.fork_rng():

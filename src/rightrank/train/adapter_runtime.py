@@ -21,16 +21,11 @@ from rightrank.models.places import CONFIG_FILE, require_model
 from rightrank.schema.errors import ModelError, RunError, SettingsError, first_line
 from rightrank.schema.events import Evaluating
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter import adapters_in_training, trainable_parameters, unwrapped
-from rightrank.train.checkpoints import Progress
-from rightrank.train.evaluation import Scores
-from rightrank.train.metrics import Measured
 from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule, take_step
 from rightrank.train.runtime import Runtime
 from rightrank.train.targets import without_peft_noise
 from rightrank.train.tokens import encode
-from rightrank.train.trial import finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +162,3 @@ def train_attached(runtime: Runtime, peft_model: Any, learning_rate: float, seed
         )
         if not math.isfinite(optimizer.progress.train_losses[-1]):
             raise RunError(f"training diverged at step {step + 1} of {runtime.steps}; give a lower learning rate")
-
-
-def finished_trial(
-    name: str, rank: int, scores: Scores, metric: str, *, steps: int = 0, truncate_from: str | None = None
-) -> TrialFinished:
-    """Held-out scores as a record that `decide` reads."""
-    arm = Arm(rank=rank, learning_rate=0.0, lora_alpha=1.0, seed=0, steps=steps, truncate_from=truncate_from)
-    return finished(Trial(trial_id=name, arm=arm), metric, scores, Measured(), Progress())

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from rightrank.data.files import replacing
-from rightrank.models.adapter_files import open_adapter, restore_adapter
 from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.truncation import Moments, save_moments
 from rightrank.schema.errors import first_line, is_out_of_memory
 from rightrank.schema.trials import Arm
 from rightrank.train.adapter import ADAPTER, lora_modules
+from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.runtime import Runtime
 
 MOMENT_TOKENS = 4096  # see benchmarks/truncation
@@ -97,10 +97,8 @@ def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tup
     """
     if path.exists():
         return ()
-    trained = arm.model_copy(update={"rank": open_adapter(adapter).rank, "steps": runtime.steps, "truncate_from": None})
     examples = unseen_first(runtime, arm.seed, runtime.steps)
-    with runtime.arm(trained) as peft_model:
-        restore_adapter(peft_model, adapter)
+    with adapter_attached(runtime, adapter) as peft_model:
         gathered = gather_moments(runtime, peft_model, examples, moment_tokens(runtime, runtime.steps))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:

@@ -6,7 +6,7 @@ import gc
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +44,13 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-class PeakMemory:
-    """Peak memory since the object was made or restarted: tensor allocations on CUDA, the process's resident set on the CPU.
-
-    Only Linux can reset the peak of the resident set. Elsewhere the peak is that of the process's whole life.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.restart()
-
-    def restart(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        elif _CLEAR.exists():
-            try:
-                _CLEAR.write_text(_RESET_PEAK)
-            except PermissionError:
-                return  # a hardened container: only the peak of the whole life is available
-
-    def peak_bytes(self) -> int:
-        return peak_bytes(self._device)
+def reset_peak(device: torch.device) -> None:
+    """Start `peak_bytes` again. Only Linux can; elsewhere the peak on the CPU is that of the process's whole life."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        with suppress(PermissionError):  # a hardened container
+            _CLEAR.write_text(_RESET_PEAK)
 
 
 def peak_bytes(device: torch.device) -> int:

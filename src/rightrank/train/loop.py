@@ -20,7 +20,7 @@ from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutc
 from rightrank.train.batches import Batch
 from rightrank.train.checkpoints import Progress
 from rightrank.train.covariances import ensure_moments
-from rightrank.train.device import PeakMemory, free_memory
+from rightrank.train.device import free_memory, peak_bytes, reset_peak
 from rightrank.train.metrics import measure
 from rightrank.train.multi_lora import MultiLora
 from rightrank.train.optimizer import take_step
@@ -79,7 +79,8 @@ def evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> Tria
     Raises:
         MetricError: a metric failed.
     """
-    memory, begun = PeakMemory(runtime.loaded.device), time.perf_counter()
+    begun = time.perf_counter()
+    reset_peak(runtime.loaded.device)
     scores = runtime.evaluate("selection")
     evaluated = time.perf_counter()
     measured = measure(runtime, "selection", folders.answers)
@@ -87,7 +88,7 @@ def evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> Tria
     ended = time.perf_counter()
     progress = Progress(eval_seconds=ended - begun, answer_seconds=ended - evaluated)
     record = finished(trial, runtime.settings.metric_name, scores, measured, progress)
-    return record.model_copy(update={"peak_bytes": memory.peak_bytes()})
+    return record.model_copy(update={"peak_bytes": peak_bytes(runtime.loaded.device)})
 
 
 class _TrainingLoop:
@@ -117,17 +118,16 @@ class _TrainingLoop:
         seeds = list(dict.fromkeys(trial.arm.seed for trial in trials))
         # Arms of one seed share batches, and so need no padding together.
         self._waiting.extend(sorted(trials, key=lambda trial: seeds.index(trial.arm.seed)))
-        memory = PeakMemory(self._device)
         try:
             while self._waiting or self._running:
                 before = len(self._running)
                 yield from self._start_waiting()
                 if len(self._running) > before:
-                    memory.restart()
-                yield from self._take_out(memory)  # arms resumed at their last step
+                    reset_peak(self._device)
+                yield from self._take_out()  # arms resumed at their last step
                 if self._running:
                     self._step()
-                    yield from self._take_out(memory)
+                    yield from self._take_out()
                 self._checkpoint_due()
         except GeneratorExit:  # the caller closed the iterator
             self._save_all()
@@ -202,7 +202,7 @@ class _TrainingLoop:
             Notice(text=f"{tried} adapters per pass ran out of memory on {self._device}: continuing with {limit}")
         )
 
-    def _take_out(self, memory: PeakMemory) -> Iterator[TrialOutcome]:
+    def _take_out(self) -> Iterator[TrialOutcome]:
         """Yield the outcomes of the arms that are over, those without a result first."""
         for training in [training for training in self._running if training.ended is not None]:
             self._running.remove(training)
@@ -212,7 +212,7 @@ class _TrainingLoop:
             training.delete_checkpoint()
         for training in [training for training in self._running if training.is_done]:
             try:
-                outcome = training.finish(memory.peak_bytes())
+                outcome = training.finish(peak_bytes(self._device))
             except MetricError:  # keep what has been trained
                 self._save_all()
                 raise

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rightrank.data.token_store import longest_sequence
 from rightrank.schema.errors import MultiLoraError, is_out_of_memory
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import length_sorted_batches
@@ -125,19 +126,33 @@ def _probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, 
 WARM_UP_STEPS = 1
 TIMED_STEPS_PACE = 3
 SCRATCH = "pace"  # the adapter's name
+RUN_EVALUATIONS = 4  # of the base, and three of the test split, which is about as large
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What was timed, and the seconds that it took."""
+    """The seconds of a training of one rank on this device, from a few real steps."""
 
     rank: int
     batches: list[list[int]]  # training examples of each timed step
-    train_seconds: float
-    evaluated: list[int]  # validation examples
-    eval_seconds: float
-    filled: int  # training examples whose frozen blocks, or whose reference, were computed
-    fill_seconds: float
+    evaluated: list[int]  # validation examples of the timed batch
+    training_seconds: float  # of all steps of a whole training
+    evaluation_seconds: float  # of a pass over the validation examples
+    filling_seconds: float  # of all that is computed once for an example: frozen blocks, or the reference
+    matrices: int  # elements of the adapted matrices
+    by_rank: int  # parameters of the adapter, by rank
+
+    def seconds(self, rank: float, trainings: float, arms: int, eval_points: int) -> float:
+        """Of a selection of so many whole trainings, among `arms` arms, one after the other, at the pace of `rank`.
+
+        A step multiplies the adapted matrices forward and backward, and the adapter a third time for its gradients. Loading,
+        checkpoints, samples and the report are not counted.
+        """
+        work, own = (2 * self.matrices + 3 * self.by_rank * one for one in (rank, self.rank))
+        ends = max(0.0, arms - 1 - trainings)  # evaluations of arms that are stopped early, or truncated from another
+        evaluations = work / own * (trainings * eval_points + ends) + RUN_EVALUATIONS
+        steps = work / own * trainings * self.training_seconds
+        return steps + evaluations * self.evaluation_seconds + self.filling_seconds
 
 
 def measure_pace(runtime: Runtime, arm: Arm) -> Pace | None:
@@ -152,7 +167,8 @@ def measure_pace(runtime: Runtime, arm: Arm) -> Pace | None:
 
 
 def _measure(runtime: Runtime, arm: Arm) -> Pace:
-    plan = runtime.batch_plan(arm.seed)[: WARM_UP_STEPS + TIMED_STEPS_PACE]
+    whole = runtime.batch_plan(arm.seed)
+    plan = whole[: WARM_UP_STEPS + TIMED_STEPS_PACE]
     batches = length_sorted_batches(runtime.examples("selection"), runtime.settings.eval_batch_size)
     evaluated = list(batches[len(batches) // 2])
     begun = time.perf_counter()
@@ -170,7 +186,27 @@ def _measure(runtime: Runtime, arm: Arm) -> Pace:
         _wait(runtime)
         eval_seconds = time.perf_counter() - begun
     timed = slice(min(WARM_UP_STEPS, len(plan) - 1), None)
-    return Pace(arm.rank, plan[timed], sum(seconds[timed]), evaluated, eval_seconds, filled, fill_seconds)
+    held_out = len(runtime.examples("selection"))
+    examples = len({index for indices in whole for index in indices}) + held_out + len(runtime.examples("test"))
+    return Pace(
+        arm.rank,
+        plan[timed],
+        evaluated,
+        training_seconds=sum(seconds[timed]) * _positions(runtime, whole) / _positions(runtime, plan[timed]),
+        evaluation_seconds=eval_seconds * held_out / len(evaluated),
+        filling_seconds=fill_seconds * examples / filled if filled else 0.0,
+        matrices=sum(one.in_features * one.out_features for one in runtime.targets.modules),
+        by_rank=sum(one.in_features + one.out_features for one in runtime.targets.modules),
+    )
+
+
+def _positions(runtime: Runtime, batches: Sequence[Sequence[int]]) -> int:
+    """The positions that the model computes in these steps, padding included."""
+    train, size = runtime.examples("train"), runtime.settings.batch_size
+    if runtime.fast_paths.sequence_packing:
+        return sum(train[index].length for batch in batches for index in batch)
+    micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
+    return sum(len(rows) * longest_sequence([train[index] for index in rows]) for rows in micro)
 
 
 def _step_seconds(runtime: Runtime, multi_lora: MultiLora, optimizer: ArmOptimizer) -> float:

@@ -20,7 +20,7 @@ from rightrank.schema.errors import InterruptedRun, ModelError
 from rightrank.schema.events import Preparing
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
-from rightrank.train.adapter import attached
+from rightrank.train.adapter import adapters_in_training, initialise, seeded, unwrapped, wrapped
 from rightrank.train.batches import (
     Batch,
     batch_plan,
@@ -223,13 +223,21 @@ class Runtime:
         )
 
     @contextmanager
-    def arm(self, arm: Arm) -> Iterator[Any]:
-        """The PeftModel of a freshly initialised arm; the base alone for rank 0."""
-        if arm.rank == 0:
-            yield self.model
-            return
-        with attached(self.model, self.settings, arm, self.config(arm)) as peft_model, self.recomputing():
-            yield peft_model
+    def arm(self, arm: Arm, config: LoraConfig | None = None) -> Iterator[Any]:
+        """The PeftModel of a freshly initialised arm, with PEFT's forward pass; then the base is as it was before.
+
+        Args:
+            config: where it is not that of every arm.
+        """
+        with seeded(arm.seed):
+            peft_model = wrapped(self.model, config or self.config(arm))
+        try:
+            initialise(peft_model, arm, self.settings)
+            adapters_in_training(peft_model)
+            with self.recomputing():
+                yield peft_model
+        finally:
+            unwrapped(peft_model)
 
     def config(self, arm: Arm) -> LoraConfig:
         """PEFT's configuration of the arm."""

@@ -97,7 +97,7 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
     modules = tuple(adapted_matrices(skeleton))
     for module in modules:
         _require_trainable(module, skeleton)
-        _require_ranks(module, settings.ranks)
+        require_ranks(module, settings.ranks)
     left_out = tuple(name for name in added if not any(given.endswith(name) for given in settings.target_parameters))
     return Targets(tuple(sorted(names)), modules, tuple(parameters), left_out)
 
@@ -230,7 +230,12 @@ def _require_trainable(module: TargetModule, skeleton: Any) -> None:
             )
 
 
-def _require_ranks(target: TargetModule, ranks: Sequence[int]) -> None:
+def require_ranks(target: TargetModule, ranks: Sequence[int]) -> None:
+    """Refuse a rank above the smaller side of the matrix.
+
+    Raises:
+        ModelError: such a rank; the message names the matrix.
+    """
     too_large = [rank for rank in ranks if rank > target.max_rank]
     if too_large:
         raise ModelError(

@@ -22,7 +22,7 @@ from rightrank.models.adapter_files import save_adapter
 from rightrank.models.ranks import lora_scale
 from rightrank.models.truncation import load_moments, truncated_tensors
 from rightrank.schema.events import Listener, StepDone
-from rightrank.schema.trials import EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
+from rightrank.schema.trials import Arm, EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
 from rightrank.train.batches import Batch
 from rightrank.train.checkpoints import Checkpoint, Progress, RunningMean, load_checkpoint, save_checkpoint
 from rightrank.train.evaluation import Scores
@@ -324,3 +324,11 @@ def finished(trial: Trial, metric: str, scores: Scores, measured: Measured, prog
         pass_ranks=[0],
         **progress.model_dump(exclude={"step"}),
     )
+
+
+def finished_trial(
+    name: str, rank: int, scores: Scores, metric: str, *, steps: int = 0, truncate_from: str | None = None
+) -> TrialFinished:
+    """Held-out scores as a record that `decide` reads."""
+    arm = Arm(rank=rank, learning_rate=0.0, lora_alpha=1.0, seed=0, steps=steps, truncate_from=truncate_from)
+    return finished(Trial(trial_id=name, arm=arm), metric, scores, Measured(), Progress())

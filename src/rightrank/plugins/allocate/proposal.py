@@ -29,7 +29,6 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import Allocation, AllocationTrial, AllocationVerdict
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.trials import Arm
-from rightrank.train.adapter import attached
 from rightrank.train.adapter_runtime import DataUse, adapter_runtime, train_attached
 from rightrank.train.evaluation import Scores
 from rightrank.train.runtime import Runtime
@@ -146,7 +145,7 @@ def _train(
     )
     config = lora_config(settings, arm, runtime.data.is_classification, runtime.targets.names)
     config.rank_pattern = exact_pattern(ranks, arm.rank, ranks)
-    with attached(runtime.model, settings, arm, config) as peft_model:
+    with runtime.arm(arm, config) as peft_model:
         train_attached(runtime, peft_model, options.learning_rate, seed)
         scores = runtime.evaluate("test")
     parameters = sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules)

@@ -19,7 +19,6 @@ from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, adapt, 
 from rightrank.plugins.plan.trace import StepTrace, trace_step
 from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, first_line
 from rightrank.schema.plan_settings import STEP_ONLY, PlanSettings
-from rightrank.train.prefix import find_blocks, prefix_depth
 
 # What a model's own code raises on tensors without values, or on kernels that meta tensors lack.
 UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)
@@ -149,40 +148,10 @@ class Estimator:
     def flops(self, rank: int) -> int:
         """Floating-point operations of a step; a multiply and an add count as two."""
         if rank in self._ends:
-            return sum(self._trace(rank, True).flops.values())
+            return self._trace(rank, True).flops
         counts = [self.flops(end) for end in self._ends]
         between = _between(counts[0], counts[1], self._ends, rank)
-        return between if between is not None else sum(self._trace(rank, True).flops.values())
-
-    def forward_flops(self, rank: int) -> float:
-        """Operations of one row's forward pass, as in an evaluation."""
-        trace = self._trace(self._ends[1] if rank != self._ends[0] else rank, False)
-        batch = self.settings.eval_batch_size or self.settings.batch_size
-        return sum(trace.flops.values()) / (batch * self.settings.adapters_per_pass)
-
-    @property
-    def frozen_flops(self) -> float:
-        """Operations of one row's forward pass through the blocks below the first adapted one, which `select` computes once."""
-        found = find_blocks(self.skeleton.base) if self.settings.is_packed else None
-        trained = [*(target.name for target in self.skeleton.targets), *self.settings.modules_to_save]
-        depth = 0 if found is None else prefix_depth(found[0], trained, len(found[1]))
-        if found is None or depth == 0:
-            return 0.0
-        below = [f".{found[0]}.{number}." for number in range(depth)]
-        flops = self._trace(self._ends[0], True).flops.items()
-        return sum(count for module, count in flops if any(block in f".{module}." for block in below)) / self._rows
-
-    @property
-    def head_flops(self) -> float:
-        """Operations of one row's forward pass through the output head; none of a classification."""
-        text = self._config.get_text_config()
-        if self.settings.num_labels is not None:
-            return 0.0
-        return 2.0 * self.settings.seq_len * int(text.vocab_size) * int(text.hidden_size)
-
-    @property
-    def _rows(self) -> int:
-        return self.settings.batch_size * self.settings.adapters_per_pass
+        return between if between is not None else self._trace(rank, True).flops
 
     def _peak_of(self, rank: int, training: bool) -> Peak:
         trace, sizes = self._sizes(rank, training)

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rightrank.plugins.plan.estimate import Estimator, RankEstimate
-from rightrank.plugins.plan.skeleton import require_rank
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.results import Plan, RankPlan
+from rightrank.train.targets import require_ranks
 
 # The relative error of a peak: against torch's profiler on a CPU 0.06% at worst in 76 cases; on CUDA against three
 # published peaks 1.4%, and not measured with weights in 4 or 8 bits.
@@ -40,7 +40,8 @@ def plan_config(config: Any, name: str, settings: PlanSettings) -> Plan:
         limit = estimator.rank_limit
         settings = settings.model_copy(update={"ranks": tuple(r for r in settings.ranks if r <= limit)})
         estimator = estimator.variant(ranks=settings.ranks)
-    require_rank(estimator.skeleton, settings)
+    for target in estimator.skeleton.targets:
+        require_ranks(target, settings.ranks)
     estimates = [estimator.estimate(rank) for rank in settings.ranks]
     rows = [_rank_plan(estimate, settings) for estimate in estimates]
     largest = _largest_rank(estimator, estimates)

@@ -1,29 +1,15 @@
-"""The plan of a selection: the memory of each rank in the training loop of `select`, the ranks that fit, and the time on this
-device, from operations at the speed of a few real steps.
-
-    flops = trainings · (steps · step + eval_points · evaluation) + extra · evaluation
-            + RUN_EVALUATIONS · evaluation + prefix
-
-A strategy gives the whole trainings that it expects and its maximum (`search.protocol.CostEstimate`). `extra` counts
-the evaluations of arms that are stopped early or truncated from another. Each run also evaluates the base, three times
-the test split (base, chosen, reference), and computes the frozen blocks below the adapters once (`prefix`). Preference
-pairs take one more pass over every example, for the log-probabilities under the base (`reference`). The traces count operations; a few real steps give seconds. Not counted: loading, checkpoints, samples, the report.
-"""
+"""The memory of each rank in the training loop of `select`, and the ranks that fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
-from rightrank.data.token_store import longest_sequence
 from rightrank.models.base_models import LoadedModel, device_memory, is_known
 from rightrank.plugins.plan.estimate import Estimator, NotSharedError, UntraceableError
 from rightrank.plugins.plan.planner import changes_that_fit, context_bytes, needed, rank_fits
-from rightrank.report.format import quantity
-from rightrank.runs.plugins import Clock, MemoryPlan
-from rightrank.runs.values import Prepared
+from rightrank.runs.plugins import MemoryPlan
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.plan_settings import (
     STEP_OF_SELECT,
@@ -32,10 +18,8 @@ from rightrank.schema.plan_settings import (
     make_plan_settings,
 )
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import Arm
-from rightrank.search.protocol import Extent, SelectionCost, Strategy
-from rightrank.train.pace import MAX_ADAPTERS_PER_PASS, measure_pace
-from rightrank.train.tokens import EncodedData, label_count
+from rightrank.train.pace import MAX_ADAPTERS_PER_PASS
+from rightrank.train.tokens import EncodedData
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +50,6 @@ class SelectionPlan(MemoryPlan):
             )
         first = ranks[0]
         return self.peak_bytes[first] - self._shares[first] + sum(self._shares[rank] for rank in ranks)
-
-    def clock(self, prepared: Prepared) -> Clock | None:
-        measured = _measured_speed(self.estimator, prepared)
-        if measured is None:
-            return None
-        speed, basis = measured
-        fitting, work = self.estimator.variant(ranks=self.ranks), _workload(prepared)
-        return Clock(basis, lambda strategy: selection_cost(fitting, strategy, work, speed))
 
 
 def plan_loaded(
@@ -192,146 +168,3 @@ def _refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
-
-
-def _measured_speed(estimator: Estimator, prepared: Prepared) -> tuple[Speed, str] | None:
-    """`(seconds per operation of this run, the steps and examples that they come from)`.
-
-    None where trainings run in other processes, or memory runs out.
-    """
-    settings = prepared.settings
-    if settings.executor != "local":
-        return None
-    rank = max(settings.ranks)
-    arm = Arm(
-        rank=rank,
-        learning_rate=min(settings.learning_rates),
-        lora_alpha=settings.lora_alpha,
-        seed=settings.seeds[0],
-        steps=prepared.steps,
-    )
-    pace = measure_pace(prepared.runtime, arm)
-    if pace is None:
-        return None
-    work = _workload(prepared, pace.batches, pace.evaluated)
-    flops, filled = _flops_of(estimator, rank, work), estimator.frozen_flops * work.filled * pace.filled
-    speed = Speed(
-        pace.train_seconds / flops.training,
-        pace.eval_seconds / flops.evaluation,
-        # None: no block is computed once, or beside a reference
-        pace.fill_seconds / filled if filled and not work.reference else None,
-    )
-    steps, examples = quantity(len(pace.batches), "step"), quantity(len(pace.evaluated), "validation example")
-    return speed, f"{steps} of rank {pace.rank} and {examples}"
-
-
-def _workload(
-    prepared: Prepared, batches: Sequence[Sequence[int]] | None = None, evaluated: Sequence[int] | None = None
-) -> Workload:
-    """The work of one training, counted over all its batches.
-
-    Args:
-        prepared: the selection.
-        batches: training examples of each step; None for those of a whole training.
-        evaluated: validation examples; None for all.
-    """
-    data, settings = prepared.runtime.data, prepared.settings
-    train = data.splits["train"]
-    batches = prepared.runtime.batch_plan(settings.seeds[0]) if batches is None else batches
-    size = settings.batch_size
-    micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
-    used = [train[index] for rows in micro for index in rows]
-    if prepared.runtime.fast_paths.sequence_packing:
-        computed = sum(example.length for example in used)
-    else:
-        padded = sum(len(rows) * longest_sequence([train[index] for index in rows]) for rows in micro)
-        computed = padded * data.sequences_per_example
-    labels = sum(label_count(example) for example in used)
-    trained = len({index for rows in micro for index in rows})
-    held_out = len(data.splits["selection"]) if evaluated is None else len(evaluated)
-    return Workload(
-        steps=len(batches),
-        examples=trained * data.sequences_per_example,
-        eval_examples=held_out * data.sequences_per_example,
-        eval_points=settings.eval_points,
-        passes=settings.gradient_accumulation_steps,
-        filled=computed / (len(used) * data.sequences_per_example * data.longest),
-        labelled=1.0 if data.is_classification else labels / computed,
-        reference=trained / held_out + 2 if data.is_preference else 0.0,
-    )
-
-
-RUN_EVALUATIONS = 4  # of the base, and three of the test split, which is about as large
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """The size of one training, beside the plan's settings."""
-
-    steps: int  # optimizer steps of a whole training
-    examples: int  # different training examples that it sees
-    eval_examples: int
-    eval_points: int
-    passes: int = 1  # micro-batches in a step
-    filled: float = 1.0  # mean positions computed for an example, padding included, as a share of the planned length
-    labelled: float = 1.0  # share of positions with a label, where the output head runs
-    reference: float = 0.0  # the passes for the reference of preference pairs, in evaluations
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Seconds per operation, of training steps and of forward passes."""
-
-    seconds_per_flop: float
-    seconds_per_forward_flop: float
-    seconds_per_prefix_flop: float | None = None  # of the blocks that are computed once; None: as of forward passes
-
-    def seconds(self, training: float, forward: float, prefix: float) -> float:
-        of_prefix = self.seconds_per_prefix_flop or self.seconds_per_forward_flop
-        return training * self.seconds_per_flop + forward * self.seconds_per_forward_flop + prefix * of_prefix
-
-
-@dataclass(frozen=True, slots=True)
-class _Flops:
-    """Operations of one rank: the steps of a whole training, and one pass over the held-out examples."""
-
-    training: float
-    evaluation: float
-
-
-def selection_cost(
-    estimator: Estimator, strategy: Strategy, work: Workload, speed: Speed | None = None
-) -> SelectionCost:
-    """The cost of the selection, expected and at most; its seconds where the speed of this device was measured."""
-    counted = {rank: _flops_of(estimator, rank, work) for rank in estimator.settings.ranks}
-    mean = _Flops(fmean(f.training for f in counted.values()), fmean(f.evaluation for f in counted.values()))
-    costliest = max(counted.values(), key=lambda flops: flops.training)
-    prefix = estimator.frozen_flops * (work.examples + 2 * work.eval_examples) * work.filled
-    shared = mean.evaluation * (RUN_EVALUATIONS + work.reference)
-    cost = strategy.cost()
-
-    def extent(trainings: float, arms: float, each: _Flops) -> Extent:
-        training, extra = each.training * trainings, max(0.0, arms - 1 - trainings)
-        forward = each.evaluation * (trainings * work.eval_points + extra) + shared
-        seconds = None if speed is None else speed.seconds(training, forward, prefix)
-        return Extent(trainings=trainings, flops=training + forward + prefix, seconds=seconds)
-
-    return SelectionCost(
-        steps=work.steps,
-        expected=extent(cost.expected, strategy.expected_arms(), mean),
-        most=extent(cost.maximum, strategy.max_arms(), costliest),
-    )
-
-
-def _flops_of(estimator: Estimator, rank: int, work: Workload) -> _Flops:
-    """Operations of one rank, less what the cached prefix and positions without a label save."""
-    settings = estimator.settings
-    rows = settings.batch_size * settings.adapters_per_pass
-    prefix = estimator.frozen_flops
-    head = estimator.head_flops * (1 - work.labelled)
-    step = estimator.flops(rank) - rows * (prefix + 2 * head)  # the head runs forward and backward
-    forward = estimator.forward_flops(rank) - prefix - head
-    scale = work.filled
-    return _Flops(
-        step / settings.adapters_per_pass * scale * work.passes * work.steps, forward * scale * work.eval_examples
-    )

@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rightrank.models.base_models import DTYPES, LOADING_ERRORS, model_config
+from rightrank.models.base_models import DTYPES, model_config, model_skeleton
 from rightrank.models.places import require_model
 from rightrank.schema.errors import ModelError, first_line
 from rightrank.schema.plan_settings import PlanSettings
@@ -128,21 +127,10 @@ def build_base(config: Any, settings: PlanSettings) -> Any:
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config  # `quantise` below does it in shapes
     text = plain.get_text_config()
-    auto: Any = AutoModelForCausalLM
-    if settings.num_labels is not None:
-        auto, plain.num_labels = AutoModelForSequenceClassification, settings.num_labels
-        if getattr(text, "pad_token_id", None) is None:
-            text.pad_token_id = text.vocab_size - 1  # as on loading: batches of several rows need one
-    try:
-        with torch.device("meta"):
-            model = auto.from_config(
-                plain,
-                dtype=DTYPES[settings.dtype],
-                attn_implementation=attention,
-                trust_remote_code=settings.trust_remote_code,
-            )
-    except LOADING_ERRORS as error:
-        raise ModelError(f"{config.model_type}: transformers cannot build the model ({first_line(error)})") from None
+    if settings.num_labels is not None and getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = text.vocab_size - 1  # as on loading: batches of several rows need one
+    dtype, trusted = DTYPES[settings.dtype], settings.trust_remote_code
+    model = model_skeleton(plain, trusted, settings.num_labels, dtype=dtype, attn_implementation=attention)
     model.requires_grad_(False)
     _quantise(model, settings)
     return model
@@ -169,23 +157,6 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
         if not set(names[1:]).isdisjoint(name.split(".")):
             parameter.requires_grad_(True)  # PEFT trains only the active adapter
     return Skeleton(adapted, tuple(adapted_matrices(adapted.get_base_model())), names)
-
-
-def require_rank(skeleton: Skeleton, settings: PlanSettings) -> None:
-    """Refuse a rank above the limit of an adapted matrix.
-
-    Raises:
-        ModelError: such a rank; the message names the matrix.
-    """
-    largest = max(settings.ranks)
-    for target in skeleton.targets:
-        limit = target.max_rank
-        if largest > limit:
-            raise ModelError(
-                f"rank {largest} is above the {limit} that {target.name} ({target.out_features} × "
-                f"{target.in_features}) can have; give ranks up to {limit}, or leave it out: "
-                f"--set exclude_modules={target.name.rpartition('.')[2]}"
-            )
 
 
 def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:

@@ -60,9 +60,7 @@ class StepTrace:
     sizes: list[int] = field(default_factory=list)  # bytes, not rounded
     origins: list[Origin] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
-    flops: dict[str, int] = field(
-        default_factory=dict
-    )  # by module of the forward pass, "" after it; a multiply and an add are two
+    flops: int = 0  # a multiply and an add are two
     gradients: frozenset[int] = frozenset()  # allocations that hold gradients of trained parameters at the end
 
     def add(self, size: int, origin: Origin) -> int:
@@ -104,9 +102,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
         packet = _IN_PLACE.get(func._overloadpacket, func._overloadpacket)
         formula = flop_registry.get(packet)
         if formula is not None:
-            count = int(formula(*args, **keywords, out_val=out))
-            module = self._origin(func, False).module if self.phase == "forward" else ""
-            self.trace.flops[module] = self.trace.flops.get(module, 0) + count
+            self.trace.flops += int(formula(*args, **keywords, out_val=out))
         return out
 
     def gradient_storages(self, parameters: Iterable[torch.Tensor]) -> frozenset[int]:
