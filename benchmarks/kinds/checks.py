@@ -62,15 +62,10 @@ class Suite:
         return f"{largest:.0e}"
 
     def is_counted(self) -> str:
-        """The kind's formula gives the trained parameters, those of the file and of the run."""
+        """The file holds the parameters that were trained, and its reading counts them."""
         adapter = open_adapter(self.trained.adapter)
         stored = sum(value.numel() for value in load_file(adapter.weights).values())
         assert stored == self.outcome.trainable_parameters == adapter.trained
-        if self.case.is_truncated:
-            by_formula = 0
-            for target in self.runtime.targets.modules:
-                by_formula += target.kind.parameters(RANK, target.out_features, target.in_features)
-            assert by_formula == stored, (by_formula, stored)
         return str(stored)
 
     def is_planned(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from benchmarks.kinds.images import (
 from rightrank import TrialTask, inspect, resize, select_rank_with
 from rightrank.models.adapter_files import open_adapter
 from rightrank.plugins.images.training import TextToImageTrain
-from rightrank.train.targets import adapted_matrices
 
 RANK, STEPS = 4, 3
 
@@ -104,17 +102,10 @@ def _largest(found: list[float] | None, expected: list[float]) -> str:
 
 
 def _counted(train: TextToImageTrain, adapter: Path, trained: int) -> str:
-    base = copy.deepcopy(train.load()[0]).to("meta")
-    config = LoraConfig(r=RANK, lora_alpha=8, **{**train.defaults, **train.lora})
-    with torch.device("meta"):
-        model = get_peft_model(base, config)
-    by_formula = sum(
-        one.kind.parameters(RANK, one.out_features, one.in_features) for one in adapted_matrices(model.base_model.model)
-    )
     tensors = load_file(open_adapter(adapter).weights)
     stored = sum(value.numel() for key, value in tensors.items() if "lora_" in key)
     heads = sum(value.numel() for key, value in tensors.items() if "lora_" not in key)
-    assert by_formula == stored == open_adapter(adapter).trained == trained - heads
+    assert stored == open_adapter(adapter).trained == trained - heads
     return str(stored)
 
 

@@ -270,7 +270,7 @@ def write_adapter_of_checkpoint(folder: RunFolder, identity: str) -> None:
     prefix = "parameter."
     tensors = {
         name.removeprefix(prefix).replace(".default", ""): value.contiguous()
-        for name, value in checkpoint.tensors.items()
+        for name, value in checkpoint[0].items()
         if name.startswith(prefix)
     }
     save_file(tensors, target)

@@ -25,9 +25,6 @@ class Biased(AdapterKind):
     def adapts(self, module: Any) -> bool:
         return any(module.lora_bias.values())
 
-    def parameters(self, rank: int, rows: int, columns: int) -> int:
-        return rank * (rows + columns) + rows
-
     def stores(self, pair: StoredPair) -> bool:
         return bool(pair.config.get("lora_bias"))
 

@@ -228,7 +228,7 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_resume(
     assert len(checkpoints) == 1
     found = load_checkpoint(checkpoints[0])
     assert found is not None
-    assert found.state["step"] > 0
+    assert found[1]["step"] > 0
 
 
 def _has_stepped(file: Path) -> bool:

@@ -26,7 +26,7 @@ from rightrank.decision.table import minus, table_of
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter
 from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank
-from rightrank.models.truncation import Moments, components, ranks_within
+from rightrank.models.truncation import Moments, shared_ranks
 from rightrank.runs.journal import Journal
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError, SettingsError
@@ -383,14 +383,11 @@ def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | N
     the rank that a server reserves.
     """
     uniform = {module.name: min(rank, module.rank) for module in adapter.modules}
-    known = moments or {}
     highest = max_module_rank(rank) if adapter.mlx is None else rank  # mlx-lm loads one rank for all modules
-    if highest == rank or any(module.name not in known or module.rank <= rank for module in adapter.modules):
+    shared = shared_ranks(adapter, rank, highest, moments or {})
+    if shared is None:
         return RankChoice(uniform, f"rank {rank} at most")
-    worth = [components(*adapter.factors(one), one.scaling, known[one.name]).costs for one in adapter.modules]
-    parameters = [module.rows + module.columns for module in adapter.modules]
-    ranks = dict(zip(uniform, ranks_within(worth, parameters, rank * sum(parameters), highest), strict=True))
-    return RankChoice(ranks, f"parameters of rank {rank}, shared out over the modules")
+    return RankChoice(shared, f"parameters of rank {rank}, shared out over the modules")
 
 
 def measure(runtime: Runtime, folder: Path, recovery: Recovery | None = None) -> Scores:

@@ -74,24 +74,15 @@ def lora_scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(rank) if use_rslora else lora_alpha / rank
 
 
-def lora_scale(scaling: Scaling, lora_alpha: float, rank: int) -> float:
-    """The scale s that multiplies B·A.
+def peft_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[float, bool]:
+    """`(lora_alpha, use_rslora)` of PEFT's configuration.
 
     `alpha/r` is LoRA (Hu et al. 2021), `alpha/sqrt(r)` is rsLoRA (Kalajdzievski 2023), and `constant` is alpha/16 at every
     rank.
     """
-    if scaling == "alpha/r":
-        return lora_alpha / rank
-    if scaling == "alpha/sqrt(r)":
-        return lora_alpha / math.sqrt(rank)
-    return lora_alpha / CONSTANT_SCALING_RANK
-
-
-def peft_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[float, bool]:
-    """`(lora_alpha, use_rslora)` of the PEFT config whose scale is `lora_scale(...)`."""
-    if scaling == "alpha/sqrt(r)":
-        return lora_alpha, True
-    return lora_scale(scaling, lora_alpha, rank) * rank, False
+    if scaling == "constant":
+        return lora_alpha / CONSTANT_SCALING_RANK * rank, False
+    return lora_alpha, scaling == "alpha/sqrt(r)"
 
 
 def rank_change_line(rank: int, to: int, alpha: float = 32) -> str:

@@ -9,7 +9,7 @@ s'·B'·A' is nearest in the K-FAC metric instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -128,27 +128,25 @@ ZERO_SHARE = 1e-12  # of the largest singular value; a direction below it is rou
 
 
 def truncated_tensors(
-    folder: Path, rank: int, scale: Callable[[int], float], config: LoraConfig, moments: Mapping[str, Moments]
+    folder: Path, rank: int, config: LoraConfig, moments: Mapping[str, Moments]
 ) -> dict[str, torch.Tensor]:
     """The tensors of the adapter in `folder`, in PEFT's names, every A and B truncated; all others as saved.
 
     Args:
         rank: the uniform rank, which sets the number of parameters.
-        scale: PEFT's scale s of the saved adapter by rank.
         config: of the truncated adapter; the rank of each module goes into it.
         moments: by module name; modules that have them are truncated by K-FAC, the others by singular values.
     """
     adapter, tensors = open_adapter(folder), load_file(folder / WEIGHTS_FILE)
-    ranks = _module_ranks(adapter, config, max_module_rank(rank), scale, moments)
+    ranks = _module_ranks(adapter, config, max_module_rank(rank), moments)
     config.rank_pattern = exact_pattern(ranks, config.r, ranks)
     for first, *others in adapter.pairs:
         b, a, new_rank = tensors[first.b_key], tensors[first.a_key], ranks[first.address]
         alpha = pattern_value(config.alpha_pattern or {}, first.address, config.lora_alpha)
-        before = scale(first.rank)
-        ratio = before / lora_scaling(alpha, new_rank, bool(config.use_rslora))
+        ratio = first.scaling / lora_scaling(alpha, new_rank, bool(config.use_rslora))
         matrices = first.how.matrices(a.float(), b.float(), first.rank)
         factors = [
-            resized_factors(*matrix, new_rank, ratio, moments.get(module.name), before)
+            resized_factors(*matrix, new_rank, ratio, moments.get(module.name), first.scaling)
             for module, matrix in zip((first, *others), matrices, strict=True)
         ]
         new_a, new_b = first.how.tensors(factors, a, b)
@@ -159,26 +157,30 @@ def truncated_tensors(
 
 
 def _module_ranks(
-    adapter: AdapterFolder,
-    config: LoraConfig,
-    max_rank: int,
-    scale: Callable[[int], float],
-    moments: Mapping[str, Moments],
+    adapter: AdapterFolder, config: LoraConfig, max_rank: int, moments: Mapping[str, Moments]
 ) -> dict[str, int]:
-    """The rank of each module, by its address, of a truncation that holds at most the parameters of `config`.
+    """The rank of each module, by its address, of a truncation that holds at most the parameters of `config`."""
+    pattern = config.rank_pattern or {}
+    uniform = {one.address: int(pattern_value(pattern, one.address, config.r)) for one in adapter.modules}
+    ranks = set(uniform.values())
+    return (len(ranks) == 1 and shared_ranks(adapter, ranks.pop(), max_rank, moments)) or uniform
 
-    One threshold on the K-FAC cost per parameter shares the parameters out over the modules, up to `max_rank` in each.
-    Where a module has no moments, or the adapter is no larger than its uniform rank, every module gets that rank.
+
+def shared_ranks(
+    adapter: AdapterFolder, rank: int, max_rank: int, moments: Mapping[str, Moments]
+) -> dict[str, int] | None:
+    """The parameters of `rank` in every module, shared out over the modules by one threshold on the K-FAC cost of each.
+
+    Returns:
+        A rank up to `max_rank` by module; None where a module has no moments, or is no larger than `rank`.
     """
-    pattern, modules = config.rank_pattern or {}, adapter.modules
-    uniform = {module.address: int(pattern_value(pattern, module.address, config.r)) for module in modules}
-    rank = max(uniform.values())
-    keeps = any(module.name not in moments or module.rank <= rank for module in modules)
-    if max_rank == rank or keeps or len(set(uniform.values())) > 1:
-        return uniform
-    worth = [components(*adapter.factors(one), scale(one.rank), moments[one.name]).costs for one in modules]
-    parameters = [module.parameters // module.rank for module in modules]
-    return dict(zip(uniform, ranks_within(worth, parameters, rank * sum(parameters), max_rank), strict=True))
+    modules = adapter.modules
+    if max_rank == rank or any(one.name not in moments or one.rank <= rank for one in modules):
+        return None
+    worth = [components(*adapter.factors(one), one.scaling, moments[one.name]).costs for one in modules]
+    parameters = [one.rows + one.columns for one in modules]
+    ranks = ranks_within(worth, parameters, rank * sum(parameters), max_rank)
+    return {one.name: shared for one, shared in zip(modules, ranks, strict=True)}
 
 
 def save_moments(path: Path, moments: Mapping[str, Moments]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -127,7 +126,7 @@ class Plugin:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryPlan(ABC):
+class MemoryPlan:
     """What each rank of a selection needs, and the ranks that fit."""
 
     peak_bytes: Mapping[int, int]  # allocated by tensors at the peak, by rank
@@ -135,10 +134,9 @@ class MemoryPlan(ABC):
     memory_bytes: int | None  # what there is; None: unknown, and every rank is kept
     ranks: tuple[int, ...]  # those that fit, or all
     max_adapters_per_pass: int | None  # of the highest rank, that fit; None: unknown, or one alone is asked for
-
-    @abstractmethod
-    def peak_of(self, ranks: Sequence[int]) -> int | None:
-        """Bytes of tensors at the peak of these ranks in one pass; None where one of them was not planned."""
+    peak_of: Callable[
+        [Sequence[int]], int | None
+    ]  # bytes of tensors at the peak of these in one pass; None: not planned
 
 
 def commands() -> list[click.Command]:

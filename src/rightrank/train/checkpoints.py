@@ -9,7 +9,6 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,21 +81,15 @@ class RunningMean:
         self.count = int(tensors[MEAN_COUNT])
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    tensors: Mapping[str, torch.Tensor]
-    state: Mapping[str, Any]
-
-
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
-    state = json.dumps(dict(checkpoint.state))
+def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps(dict(state))
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"state": state, "crc": _checksum(state, tensors)})
+        save_file(whole, temporary, metadata={"state": text, "crc": _checksum(text, whole)})
 
 
-def load_checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint; None if there is none or it is damaged (the trial then starts again)."""
+def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """`(tensors, state)` of the checkpoint; None if there is none or it is damaged (the trial then starts again)."""
     if not path.exists():
         return None
     try:
@@ -105,7 +98,7 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata["crc"] != _checksum(metadata["state"], tensors):
                 return None
-            return Checkpoint(tensors, parse_json(metadata["state"]))
+            return tensors, parse_json(metadata["state"])
     except (SafetensorError, KeyError, TypeError, UnreadableError):
         return None
 

@@ -181,20 +181,20 @@ class _TrainingLoop:
 
     def _step_all(self) -> None:
         """One step of every running arm in shared passes, and the evaluations that are due. Arms share the time evenly."""
+
+        def run_pass(batches: Sequence[Batch], number: int) -> list[torch.Tensor]:
+            pairs = zip(self._running, batches, strict=True)
+            arm_batches = [training.arm_batch(batch, number) for training, batch in pairs]
+            return self._runtime.accumulate_gradients(self._multi_lora, arm_batches)
+
         begun = time.perf_counter()
-        take_step([training.optimizer for training in self._running], self._run_pass)
+        take_step([training.optimizer for training in self._running], run_pass)
         seconds = (time.perf_counter() - begun) / len(self._running)
         for training in self._running:
             training.end_step(seconds)
         due = [training for training in self._running if training.wants_evaluation]
         if due:
             evaluate_all(self._runtime, self._multi_lora, due)
-
-    def _run_pass(self, batches: Sequence[Batch], number: int) -> list[torch.Tensor]:
-        arm_batches = [
-            training.arm_batch(batch, number) for training, batch in zip(self._running, batches, strict=True)
-        ]
-        return self._runtime.accumulate_gradients(self._multi_lora, arm_batches)
 
     def _reduce_limit(self, limit: int, tried: int) -> None:
         self._limit = limit

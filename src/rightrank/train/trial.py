@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +18,11 @@ from peft import LoraConfig, set_peft_model_state_dict
 
 from rightrank.decision.table import best_point
 from rightrank.models.adapter_files import save_adapter
-from rightrank.models.ranks import lora_scale
 from rightrank.models.truncation import load_moments, truncated_tensors
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
 from rightrank.train.batches import Batch
-from rightrank.train.checkpoints import Checkpoint, Progress, RunningMean, load_checkpoint, save_checkpoint
+from rightrank.train.checkpoints import Progress, RunningMean, load_checkpoint, save_checkpoint
 from rightrank.train.evaluation import Scores
 from rightrank.train.metrics import Measured, measure
 from rightrank.train.multi_lora import ArmBatch, MultiLora
@@ -102,8 +100,7 @@ class ArmTraining:
             return {}
         moments = {} if folders.moments is None else load_moments(folders.moments)
         self._truncation = "kfac" if moments else "svd"
-        scale = partial(lora_scale, self._settings.scaling, arm.lora_alpha)
-        return truncated_tensors(folders.truncate_from, arm.rank, scale, config, moments)
+        return truncated_tensors(folders.truncate_from, arm.rank, config, moments)
 
     def _start(self, truncated: dict[str, torch.Tensor]) -> None:
         """Start from this trial's checkpoint, else from the trial that it resumes or truncates, else from step 0.
@@ -120,10 +117,10 @@ class ArmTraining:
 
     def _resume(self, path: Path, trial_id: str) -> bool:
         """Restore a checkpoint; False if there is none, or one of another trial."""
-        found = load_checkpoint(path)
-        if found is None or found.state.get("trial_id") != trial_id:
+        tensors, state = load_checkpoint(path) or ({}, {})
+        if state.get("trial_id") != trial_id:
             return False
-        self.optimizer.restore(found.tensors, found.state, with_mean=trial_id == self.trial.trial_id)
+        self.optimizer.restore(tensors, state, with_mean=trial_id == self.trial.trial_id)
         return True
 
     @property
@@ -299,7 +296,7 @@ class ArmTraining:
     def save(self) -> None:
         begun = time.perf_counter()
         state = {"trial_id": self.trial.trial_id, **self.progress.model_dump()}
-        save_checkpoint(self._folders.checkpoint, Checkpoint(self.optimizer.tensors(), state))
+        save_checkpoint(self._folders.checkpoint, self.optimizer.tensors(), state)
         self._saved = time.perf_counter()
         self._save_seconds = self._saved - begun
 

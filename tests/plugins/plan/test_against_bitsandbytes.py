@@ -25,7 +25,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra bnb")
 def test_stored_bytes_of_a_quantised_model_are_its_own(name: str, width: str, tmp_path: Path) -> None:
     values = {"device": "cpu", "dtype": "float32", "ranks": (2,), f"load_in_{width}": True}
     settings = make_plan_settings(values | {"batch_size": 1, "seq_len": 16})
-    planned = inventory(adapt(build_base(CONFIGS[name](), settings), settings, 2), 2).stored
+    planned = inventory(adapt(build_base(CONFIGS[name](), settings), settings, 2)).stored
     assert sum(tensor.size for tensor in planned if not tensor.trainable) == _real_bytes(name, width, tmp_path)
 
 

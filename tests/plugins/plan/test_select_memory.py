@@ -11,7 +11,7 @@ import pytest
 from rightrank.cli import main
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.planner import needed
-from rightrank.plugins.plan.selection import _plan_settings, plan_selection
+from rightrank.plugins.plan.selection import _plan_settings, left_out_line, plan_selection
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import make_settings
@@ -147,11 +147,11 @@ def test_ranks_that_do_not_fit_are_left_out() -> None:
     config = one_block()
     free = plan_selection(config, settings, 32, "cpu")
     assert free.ranks == (1, 8, 32)
-    assert free.notice() is None
+    assert left_out_line(free) is None
     budget = (free.needed_bytes[8] + free.needed_bytes[32]) // 2
     tight = plan_selection(config, settings.model_copy(update={"memory_bytes": budget}), 32, "cpu")
     assert tight.ranks == (1, 8)
-    assert "ranks 32 (" in (tight.notice() or "")
+    assert "ranks 32 (" in (left_out_line(tight) or "")
 
 
 def test_default_ranks_are_those_that_the_matrices_can_have() -> None:

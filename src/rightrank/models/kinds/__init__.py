@@ -92,9 +92,6 @@ class _Dora(AdapterKind):
             return _Convolution().shapes(module)
         return super().shapes(module)
 
-    def parameters(self, rank: int, rows: int, columns: int) -> int:
-        return rank * (rows + columns) + rows
-
     def start(self, module: Any, adapter: str, draw: Draw) -> None:
         if adapter in module.lora_embedding_A:
             _Embedding().start(module, adapter, draw)

@@ -194,10 +194,6 @@ class AdapterKind(ABC):
         """`(name after the module's, rows, columns)` of each matrix ΔW; the name is empty for a single one."""
         return [("", int(module.out_features), int(module.in_features))]
 
-    def parameters(self, rank: int, rows: int, columns: int) -> int:
-        """Trainable parameters of one matrix ΔW [rows, columns]."""
-        return rank * (rows + columns)
-
     def start(self, module: Any, adapter: str, draw: Draw) -> None:
         """Set the adapter's tensors to their first values."""
         a = module.lora_A[adapter].weight

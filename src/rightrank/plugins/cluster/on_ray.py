@@ -28,6 +28,7 @@ CONNECT_SECONDS = 10.0
 HEAD_SECONDS = 10.0  # between looks at the cluster's head
 SILENT_SECONDS = 30.0  # without an answer: the head is lost
 REJOIN_SECONDS = 180.0  # for a head that was lost to come back
+POLL_SECONDS = 0.2  # between looks at the reports of a call
 
 
 class RayWorker:
@@ -268,9 +269,6 @@ def _environment() -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
-POLL_SECONDS = 0.2  # between looks at the reports of a call
-
-
 def call_on_ray(train: TrainFunction) -> Call:
     """Call `train` as a task of the Ray cluster at `RAY_ADDRESS`, or on this machine; with a GPU if the cluster has any.
 
@@ -282,7 +280,8 @@ def call_on_ray(train: TrainFunction) -> Call:
     ray = connected(os.environ.get("RAY_ADDRESS"))
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     options: dict[str, int] = {"num_cpus": 1, "num_gpus": gpus, "max_retries": 2, "max_calls": 1}
-    remote = ray.remote(**options)(_reporting_by_queue(call_inline(train)))
+    inline = call_inline(train)
+    remote = ray.remote(**options)(lambda task, reports: inline(task.reporting_to(reports.put)))
 
     def call(task: TrialTask) -> object:
         from ray.util.queue import Queue
@@ -303,13 +302,6 @@ def call_on_ray(train: TrainFunction) -> Call:
             reports.shutdown()
 
     return call
-
-
-def _reporting_by_queue(call: Call) -> Callable[[TrialTask, Any], object]:
-    def remote_call(task: TrialTask, reports: Any) -> object:
-        return call(task.reporting_to(reports.put))
-
-    return remote_call
 
 
 def _pass_on(reports: Any, task: TrialTask) -> None:

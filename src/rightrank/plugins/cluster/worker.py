@@ -268,9 +268,17 @@ class StoredExecutor:
         self._download_for(trials)
         try:
             for outcome in self._executor.run(trials, base_loss):
-                self._upload(outcome)
+                adapter, answers = self._folder.trial_adapter(outcome.trial_id), self._folder.answers(outcome.trial_id)
+                for path in (adapter, answers):
+                    if path.exists():
+                        self._store.put(path, self._name(path))
+                if outcome.arm.stop_at is not None:  # any worker may resume it
+                    self._upload_checkpoints()
                 yield outcome
-                self._clean_up(outcome)
+                shutil.rmtree(adapter, ignore_errors=True)
+                checkpoint = self._folder.checkpoint(outcome.trial_id)
+                if outcome.arm.stop_at is None and self._uploaded.pop(checkpoint, None) is not None:
+                    self._store.remove(self._name(checkpoint))  # it is never resumed
         except InterruptedRun:
             self._upload_checkpoints()
             raise
@@ -295,21 +303,6 @@ class StoredExecutor:
                 self._download(self._folder.checkpoint(arm.continue_from))
             if arm.truncate_from is not None:
                 self._download(self._folder.trial_adapter(arm.truncate_from))
-
-    def _upload(self, outcome: TrialOutcome) -> None:
-        """Send the trial's adapter and answers, and its checkpoint if it was stopped early: any worker may resume it."""
-        for path in (self._folder.trial_adapter(outcome.trial_id), self._folder.answers(outcome.trial_id)):
-            if path.exists():
-                self._store.put(path, self._name(path))
-        if outcome.arm.stop_at is not None:
-            self._upload_checkpoints()
-
-    def _clean_up(self, outcome: TrialOutcome) -> None:
-        """Remove the local adapter, and the stored checkpoint of a trial that has ended and is never resumed."""
-        shutil.rmtree(self._folder.trial_adapter(outcome.trial_id), ignore_errors=True)
-        checkpoint = self._folder.checkpoint(outcome.trial_id)
-        if outcome.arm.stop_at is None and self._uploaded.pop(checkpoint, None) is not None:
-            self._store.remove(self._name(checkpoint))
 
     def _upload_checkpoints(self) -> bool:
         """Send checkpoints that have changed since their last upload; whether there were any."""

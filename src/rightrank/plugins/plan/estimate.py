@@ -1,6 +1,6 @@
 """Every rank from two traces: each size that PEFT builds or the step allocates is affine in the rank.
 
-The traces at the lowest rank r₀ and the highest r₁ give every rank between, size(r) = size(r₀) + slope · (r − r₀) with
+The traces at the lowest rank r₀ and the highest r₁ give every other rank, size(r) = size(r₀) + slope · (r − r₀) with
 slope = (size(r₁) − size(r₀)) / (r₁ − r₀), where both traces have the same events and every slope is a whole number of
 bytes. Otherwise every rank is traced.
 """
@@ -47,17 +47,12 @@ class _TensorSpec:
 class _Inventory:
     """The tensors of a model with an adapter of one rank."""
 
-    rank: int
     stored: tuple[_TensorSpec, ...]  # parameters and buffers
     saved: tuple[_TensorSpec, ...]  # in the adapter's file as PEFT writes it
 
     @property
     def trainable_parameters(self) -> int:
         return sum(tensor.count for tensor in self.stored if tensor.trainable)
-
-    @property
-    def parameters(self) -> int:
-        return sum(tensor.count for tensor in self.stored)
 
     @property
     def adapter_bytes(self) -> int:
@@ -98,11 +93,12 @@ class Estimator:
     def __init__(self, config: Any, settings: PlanSettings) -> None:
         self._config = config
         self.settings = settings
-        self._ends = (min(settings.ranks), max(settings.ranks))
+        lowest, highest = min(settings.ranks), max(settings.ranks)
+        self._ends = (lowest, highest if highest > lowest else 2 * lowest)
         base = build_base(config, settings)
         self.base_parameters = count_parameters(base)
-        self.skeleton = adapt(base, settings, self._ends[0])
-        self._inventories = {self._ends[0]: inventory(self.skeleton, self._ends[0])}
+        self.skeleton = adapt(base, settings, lowest)
+        self._inventories = {lowest: inventory(self.skeleton)}
         self._traces: dict[tuple[int, bool], StepTrace] = {}
 
     @property
@@ -113,17 +109,14 @@ class Estimator:
     def variant(self, **changes: Any) -> Estimator:
         """The same model under other settings; whatever the changes do not affect is shared."""
         settings = self.settings.model_copy(update=changes)
-        if not STEP_ONLY.issuperset(changes) or min(settings.ranks) != self._ends[0]:
+        if not STEP_ONLY.issuperset(changes):
             return Estimator(self._config, settings)
         other = copy.copy(self)
-        other.settings = settings
-        other._ends = (min(settings.ranks), max(settings.ranks))
-        other._inventories = dict(self._inventories)  # exact for every rank
-        other._traces = dict(self._traces) if set(changes) == {"ranks"} else {}
+        other.settings, other._traces = settings, {}
         return other
 
     def estimate(self, rank: int) -> RankEstimate:
-        """The estimate of a rank, on the line through the lowest and the highest of the settings.
+        """The estimate of any rank, on the line through the lowest and the highest of the settings.
 
         Raises:
             NotSharedError, UntraceableError: see there.
@@ -135,14 +128,14 @@ class Estimator:
         """The tensors of the adapted model of that rank, on the line through PEFT's own at the two ends."""
         low, high = self._ends
         if rank not in self._inventories and high not in self._inventories:
-            self._inventories[high] = inventory(self._adapted(high), high)
+            self._inventories[high] = inventory(self._adapted(high))
         if rank not in self._inventories:
             first, last = self._inventories[low], self._inventories[high]
             between = [
                 tuple(_between_tensors(a, b, self._ends, rank) for a, b in zip(ours, theirs, strict=True))
                 for ours, theirs in ((first.stored, last.stored), (first.saved, last.saved))
             ]
-            self._inventories[rank] = _Inventory(rank, between[0], between[1])
+            self._inventories[rank] = _Inventory(between[0], between[1])
         return self._inventories[rank]
 
     def flops(self, rank: int) -> int:
@@ -210,7 +203,7 @@ class Estimator:
         return adapt(build_base(self._config, self.settings), self.settings, rank, arms)
 
 
-def inventory(skeleton: Skeleton, rank: int) -> _Inventory:
+def inventory(skeleton: Skeleton) -> _Inventory:
     """The tensors of an adapted model; shared ones count once."""
     stored, seen = [], set()
     named = [*skeleton.model.named_parameters(), *skeleton.model.named_buffers()]
@@ -221,7 +214,7 @@ def inventory(skeleton: Skeleton, rank: int) -> _Inventory:
     saved = [
         _TensorSpec(name, tuple(value.shape), value.dtype, True) for name, value in skeleton.adapter_state().items()
     ]
-    return _Inventory(rank, tuple(stored), tuple(saved))
+    return _Inventory(tuple(stored), tuple(saved))
 
 
 def _between_tensors(low: _TensorSpec, high: _TensorSpec, ends: tuple[int, int], rank: int) -> _TensorSpec:

@@ -39,7 +39,6 @@ def plan_config(config: Any, name: str, settings: PlanSettings) -> Plan:
     if "ranks" not in settings.model_fields_set:  # default ranks: leave out those above the limit of a matrix
         limit = estimator.rank_limit
         settings = settings.model_copy(update={"ranks": tuple(r for r in settings.ranks if r <= limit)})
-        estimator = estimator.variant(ranks=settings.ranks)
     for target in estimator.skeleton.targets:
         require_ranks(target, settings.ranks)
     estimates = [estimator.estimate(rank) for rank in settings.ranks]
@@ -59,7 +58,7 @@ def plan_config(config: Any, name: str, settings: PlanSettings) -> Plan:
         largest_possible_rank=largest,
         memory_bytes=settings.memory_bytes,
         context_bytes=context_bytes(settings),
-        changes=changes_that_fit(estimator) if none_fits else {},
+        changes=changes_that_fit(estimator, min(settings.ranks)) if none_fits else {},
         source="traced",
         error_share=(QUANTISED if is_quantised else ON_CUDA) if settings.device == "cuda" else ON_CPU,
         notes=notes,
@@ -110,35 +109,32 @@ def _largest_rank(estimator: Estimator, estimates: Sequence[RankEstimate]) -> in
     Reserved bytes may fall slightly from one rank to the next, where blocks fit better into segments. The result is the
     largest rank that bisection finds, and never below the largest fitting rank of the settings.
     """
-    settings = estimator.settings
-    fitting = [estimate.rank for estimate in estimates if fits(estimate, settings)]
+    fitting = [estimate.rank for estimate in estimates if fits(estimate, estimator.settings)]
     if not fitting:
         return None
     low = max(fitting)
     high = min([e.rank for e in estimates if e.rank > low], default=estimator.rank_limit + 1)
-    wider = estimator.variant(ranks=(*settings.ranks, max(high - 1, max(settings.ranks))))
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
-        if rank_fits(wider, middle):
+        if rank_fits(estimator, middle):
             low = middle
         else:
             high = middle
     return low
 
 
-def changes_that_fit(estimator: Estimator) -> dict[str, Any]:
-    """Settings with which the smallest rank fits, those that cost least first; empty where none of them is enough."""
-    current = estimator.variant(ranks=(min(estimator.settings.ranks),))
-    taken: dict[str, Any] = {}
-    reserved = _reserved(current)
-    for name, value in _savings(current.settings):
+def changes_that_fit(estimator: Estimator, rank: int) -> dict[str, Any]:
+    """Settings with which `rank` fits, those that cost least first; empty where none of them is enough."""
+    current, taken = estimator, dict[str, Any]()
+    reserved = current.estimate(rank).peak.reserved_bytes
+    for name, value in _savings(estimator.settings):
         if getattr(current.settings, name) == value:
             continue
         changed = current.variant(**{name: value})
-        if (saved := _reserved(changed)) < reserved:
+        if (saved := changed.estimate(rank).peak.reserved_bytes) < reserved:
             taken[name] = value
             current, reserved = changed, saved
-        if rank_fits(current, current.settings.ranks[0]):
+        if rank_fits(current, rank):
             return taken
     return {}
 
@@ -165,7 +161,3 @@ def _savings(settings: PlanSettings) -> Iterator[tuple[str, Any]]:
     while length > 256:
         length //= 2
         yield "seq_len", length
-
-
-def _reserved(estimator: Estimator) -> int:
-    return estimator.estimate(estimator.settings.ranks[0]).peak.reserved_bytes

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rightrank.models.base_models import LoadedModel, device_memory, is_known
@@ -22,43 +22,13 @@ from rightrank.train.pace import MAX_ADAPTERS_PER_PASS
 from rightrank.train.tokens import EncodedData
 
 
-@dataclass(frozen=True, slots=True)
-class SelectionPlan(MemoryPlan):
-    """Predicted peaks by rank, and the ranks that fit."""
-
-    estimator: Estimator
-    _shares: dict[int, int] = field(default_factory=dict, repr=False)  # rank → bytes of one more arm; traced once
-
-    def notice(self) -> str | None:
-        """One line for the user: the ranks left out, and why; None where all fit."""
-        left_out = [rank for rank in self.needed_bytes if rank not in self.ranks]
-        if not left_out or self.memory_bytes is None:
-            return None
-        wanted = ", ".join(f"{rank} ({_gib(self.needed_bytes[rank])})" for rank in left_out)
-        return f"left out, since they need more than the {_gib(self.memory_bytes)} available: ranks {wanted}"
-
-    def peak_of(self, ranks: Sequence[int]) -> int | None:
-        """Each arm adds its own share: the traced peak of two arms of its rank, less that of one."""
-        if not set(ranks) <= self.peak_bytes.keys():
-            return None
-        if len(ranks) == 1:
-            return self.peak_bytes[ranks[0]]
-        if missing := set(ranks) - self._shares.keys():
-            pairs = self.estimator.variant(adapters_per_pass=2)
-            self._shares.update(
-                {rank: pairs.estimate(rank).peak.peak_bytes - self.peak_bytes[rank] for rank in missing}
-            )
-        first = ranks[0]
-        return self.peak_bytes[first] - self._shares[first] + sum(self._shares[rank] for rank in ranks)
-
-
 def plan_loaded(
     loaded: LoadedModel,
     encoded: EncodedData,
     classes: int | None,
     settings: SelectSettings,
     notice: Callable[[str], None],
-) -> SelectionPlan | None:
+) -> MemoryPlan | None:
     """The plan of a selection on loaded data; default ranks above the smallest side of a matrix are left out.
 
     Returns:
@@ -74,9 +44,18 @@ def plan_loaded(
         return None
     if "ranks" not in settings.model_fields_set:
         notice(f"ranks {', '.join(map(str, planned.ranks))} by default; --ranks gives others")
-    if (left_out := planned.notice()) is not None:
-        notice(left_out)
+    if (line := left_out_line(planned)) is not None:
+        notice(line)
     return planned
+
+
+def left_out_line(planned: MemoryPlan) -> str | None:
+    """The ranks left out, and why; None where all fit."""
+    left_out = [rank for rank in planned.needed_bytes if rank not in planned.ranks]
+    if not left_out or planned.memory_bytes is None:
+        return None
+    wanted = ", ".join(f"{rank} ({_gib(planned.needed_bytes[rank])})" for rank in left_out)
+    return f"left out, since they need more than the {_gib(planned.memory_bytes)} available: ranks {wanted}"
 
 
 def plan_selection(
@@ -86,7 +65,7 @@ def plan_selection(
     device: str,
     num_labels: int | None = None,
     sequences: int = 1,
-) -> SelectionPlan:
+) -> MemoryPlan:
     """Predict every rank's peak, and keep the ranks that fit.
 
     Args:
@@ -116,9 +95,23 @@ def plan_selection(
     wanted = settings.adapters_per_pass or (MAX_ADAPTERS_PER_PASS if plan_settings.device == "cuda" else 1)
     if memory is not None and wanted > 1:
         adapters = _max_adapters(estimator, max(fitting), wanted)
-    return SelectionPlan(
-        {rank: peak.peak_bytes for rank, peak in peaks.items()}, needs, memory, fitting, adapters, estimator
-    )
+    allocated, shares = {rank: peak.peak_bytes for rank, peak in peaks.items()}, dict[int, int]()
+    return MemoryPlan(allocated, needs, memory, fitting, adapters, partial(_peak_of, estimator, allocated, shares))
+
+
+def _peak_of(
+    estimator: Estimator, alone: Mapping[int, int], shares: dict[int, int], ranks: Sequence[int]
+) -> int | None:
+    """Each arm adds its own share: the traced peak of two arms of its rank, less that of one. `shares` keeps them."""
+    if not set(ranks) <= alone.keys():
+        return None
+    if len(ranks) == 1:
+        return alone[ranks[0]]
+    if missing := set(ranks) - shares.keys():
+        pairs = estimator.variant(adapters_per_pass=2)
+        shares.update({rank: pairs.estimate(rank).peak.peak_bytes - alone[rank] for rank in missing})
+    first = ranks[0]
+    return alone[first] - shares[first] + sum(shares[rank] for rank in ranks)
 
 
 def _max_adapters(estimator: Estimator, rank: int, wanted: int) -> int:
@@ -158,7 +151,7 @@ def _plan_settings(
 def _refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:
     smallest = min(rank for rank, size in needs.items() if size > memory)
     tensors = needs[smallest] - context_bytes(estimator.settings)
-    changes = changes_that_fit(estimator)
+    changes = changes_that_fit(estimator, min(needs))
     advice = ", ".join(f"{name} {value}" for name, value in changes.items() if name in SelectSettings.model_fields)
     return (
         f"rank {smallest} needs {_gib(needs[smallest])} ({_gib(tensors)} for tensors, the rest for the process), and "

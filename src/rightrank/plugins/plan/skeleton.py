@@ -183,12 +183,10 @@ CLASSIFICATION_HEADS = ("score", "classifier")  # trained whole: PEFT's default 
 class _QuantisedLinear(torch.nn.Linear):
     """A linear module on the meta device with a weight in 4 or 8 bits."""
 
-    def __init__(self, features: tuple[int, int], bias: Any, kind: _QuantisedKind) -> None:
+    def __init__(self, features: tuple[int, int], bias: Any, bits: int, dtype: torch.dtype, on_cpu: bool) -> None:
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = features
-        self.bits = bits = kind.bits
-        self.compute_dtype = kind.compute_dtype
-        self.on_cpu = kind.on_cpu
+        self.bits, self.compute_dtype, self.on_cpu = bits, dtype, on_cpu
         self.copies_output = False  # PEFT clones the output of an adapted 4-bit module
         weights = self.in_features * self.out_features
         packed = (math.ceil(weights / 2), 1) if bits == 4 else (self.out_features, self.in_features)
@@ -212,15 +210,6 @@ class _QuantisedLinear(torch.nn.Linear):
 
     def dequantize(self) -> torch.Tensor:
         return torch.empty((self.out_features, self.in_features), dtype=self.compute_dtype, device="meta")
-
-
-@dataclass(frozen=True, slots=True)
-class _QuantisedKind:
-    """How the matrices of a model are quantised."""
-
-    bits: int
-    compute_dtype: torch.dtype
-    on_cpu: bool
 
 
 class _QuantisedProduct(torch.autograd.Function):
@@ -248,7 +237,7 @@ def _quantise(model: Any, settings: PlanSettings) -> None:
     bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
     if bits is None:
         return
-    kind = _QuantisedKind(bits, DTYPES[settings.dtype], settings.device == "cpu")
+    dtype, on_cpu = DTYPES[settings.dtype], settings.device == "cpu"
     head = model.get_output_embeddings()
     whole = (*settings.modules_to_save, *(CLASSIFICATION_HEADS if settings.num_labels is not None else ()))
     for name, module in list(model.named_modules()):
@@ -257,7 +246,7 @@ def _quantise(model: Any, settings: PlanSettings) -> None:
             continue
         rows, columns = module.weight.shape
         features = (columns, rows) if isinstance(module, torch.nn.Linear) else (rows, columns)
-        replacement = _QuantisedLinear(features, module.bias, kind)
+        replacement = _QuantisedLinear(features, module.bias, bits, dtype, on_cpu)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, replacement)
 
