@@ -9,13 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from rightrank.data.token_store import longest_sequence
 from rightrank.schema.errors import MultiLoraError, is_out_of_memory
 from rightrank.schema.trials import Arm
-from rightrank.train.batches import length_sorted_batches
+from rightrank.train.batches import Batch, length_sorted_batches
 from rightrank.train.device import free_memory
 from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.optimizer import ArmOptimizer, arm_schedule, take_step
@@ -24,7 +26,10 @@ from rightrank.train.runtime import Runtime
 MAX_ADAPTERS_PER_PASS = 16
 MAX_TIME_RATIO = 0.95  # a doubling pays if the time of an arm's step falls below this share of the time before it
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, of example losses
-TIMED_STEPS = 2
+WARM_UP_STEPS, TIMED_STEPS = 1, 3
+SCRATCH = "scratch"  # an adapter's name
+RUN_EVALUATIONS = 4  # of the base, and three of the test split, which is about as large
+Result = TypeVar("Result")
 
 
 def adapters_per_pass_for(
@@ -94,13 +99,9 @@ def _seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
             multi_lora.add(f"scratch_{number}", arm, runtime.config(arm))
         batch = runtime.batch("train", runtime.batch_plan(arms[0].seed)[0][: runtime.settings.batch_size])
         arm_batches = [ArmBatch(f"scratch_{number}", batch, 1.0, None) for number in range(len(arms))]
-        times: list[float] = []
-        for _ in range(1 + TIMED_STEPS):  # the first is a warm-up
-            begun = time.perf_counter()
-            runtime.accumulate_gradients(multi_lora, arm_batches)
-            _wait(runtime)
-            times.append(time.perf_counter() - begun)
-    return min(times[1:]) / len(arms)
+        run_pass = partial(runtime.accumulate_gradients, multi_lora, arm_batches)
+        times = [_timed(runtime, run_pass)[0] for _ in range(WARM_UP_STEPS + TIMED_STEPS)]
+    return min(times[WARM_UP_STEPS:]) / len(arms)
 
 
 def _probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,12 +122,6 @@ def _probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, 
         shared = torch.cat(runtime.accumulate_gradients(multi_lora, arm_batches))
         alone = torch.cat([runtime.accumulate_gradients(multi_lora, [arm_batch])[0] for arm_batch in arm_batches])
     return shared, alone
-
-
-WARM_UP_STEPS = 1
-TIMED_STEPS_PACE = 3
-SCRATCH = "pace"  # the adapter's name
-RUN_EVALUATIONS = 4  # of the base, and three of the test split, which is about as large
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,23 +163,24 @@ def measure_pace(runtime: Runtime, arm: Arm) -> Pace | None:
 
 def _measure(runtime: Runtime, arm: Arm) -> Pace:
     whole = runtime.batch_plan(arm.seed)
-    plan = whole[: WARM_UP_STEPS + TIMED_STEPS_PACE]
+    plan = whole[: WARM_UP_STEPS + TIMED_STEPS]
     batches = length_sorted_batches(runtime.examples("selection"), runtime.settings.eval_batch_size)
     evaluated = list(batches[len(batches) // 2])
-    begun = time.perf_counter()
-    filled = runtime.fill("train", [index for indices in plan for index in indices])
-    _wait(runtime)
-    fill_seconds = time.perf_counter() - begun
+    trained = [index for indices in plan for index in indices]
+    fill_seconds, filled = _timed(runtime, lambda: runtime.fill("train", trained))
     runtime.fill("selection", evaluated)
     with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
         named = multi_lora.add(SCRATCH, arm, runtime.config(arm))
         schedule = arm_schedule(runtime.settings, arm)
         optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule)
-        seconds = [_step_seconds(runtime, multi_lora, optimizer) for _ in plan]
-        begun = time.perf_counter()
-        runtime.evaluate_adapters("selection", multi_lora, [SCRATCH], evaluated)
-        _wait(runtime)
-        eval_seconds = time.perf_counter() - begun
+
+        def run_pass(batches: Sequence[Batch], _: int) -> list[torch.Tensor]:
+            arm_batches = [ArmBatch(SCRATCH, batches[0], 1 / optimizer.labels, 0)]
+            return runtime.accumulate_gradients(multi_lora, arm_batches)
+
+        seconds = [_timed(runtime, partial(take_step, [optimizer], run_pass))[0] for _ in plan]
+        evaluate = partial(runtime.evaluate_adapters, "selection", multi_lora, [SCRATCH], evaluated)
+        eval_seconds = _timed(runtime, evaluate)[0]
     timed = slice(min(WARM_UP_STEPS, len(plan) - 1), None)
     held_out = len(runtime.examples("selection"))
     examples = len({index for indices in whole for index in indices}) + held_out + len(runtime.examples("test"))
@@ -209,19 +205,10 @@ def _positions(runtime: Runtime, batches: Sequence[Sequence[int]]) -> int:
     return sum(len(rows) * longest_sequence([train[index] for index in rows]) for rows in micro)
 
 
-def _step_seconds(runtime: Runtime, multi_lora: MultiLora, optimizer: ArmOptimizer) -> float:
+def _timed(runtime: Runtime, work: Callable[[], Result]) -> tuple[float, Result]:
+    """`(seconds, result)` of the work, until the device has done what was sent to it."""
     begun = time.perf_counter()
-    take_step(
-        [optimizer],
-        lambda batches, _: runtime.accumulate_gradients(
-            multi_lora, [ArmBatch(SCRATCH, batches[0], 1 / optimizer.labels, 0)]
-        ),
-    )
-    _wait(runtime)
-    return time.perf_counter() - begun
-
-
-def _wait(runtime: Runtime) -> None:
-    """Until the device has done what was sent to it."""
+    result = work()
     if runtime.loaded.device.type == "cuda":
         torch.cuda.synchronize(runtime.loaded.device)
+    return time.perf_counter() - begun, result
