@@ -167,8 +167,11 @@ def strings(value: Any) -> Iterator[str]:
 
 def example_of(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:
     content = {column: row.fields.get(column) for column in columns}
-    if "label" in content:
-        content["label"] = _plain_label(content["label"])
+    label = content.get("label")
+    if isinstance(label, bool):
+        content["label"] = str(label)
+    elif isinstance(label, float) and label.is_integer():  # as spreadsheets store it
+        content["label"] = int(label)
     for column, value in content.items():
         _CHECKS[column](value, f"{row.where}: `{column}`")
     if form == "preference":
@@ -187,13 +190,6 @@ def _check_prompt(value: Any, where: str) -> None:
         _check_messages(value, where)
     else:
         _check_text(value, where)
-
-
-def _plain_label(value: Any) -> Any:
-    """A truth value as its name, and a whole number that was stored as a float as an integer."""
-    if isinstance(value, bool):
-        return str(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check_label(value: Any, where: str) -> None:

@@ -75,10 +75,13 @@ class Routing:
         by_example = [
             Part(name, count, seed, count, None) for name, seed, count in zip(adapters, seeds, rows, strict=True)
         ]
-        by_token = [
-            Part(name, count * longest, seed, count * length, _padded_index(count, length, longest))
-            for name, seed, count, length in zip(adapters, seeds, rows, lengths, strict=True)
-        ]
+        by_token: list[Part] = []
+        for name, seed, count, length in zip(adapters, seeds, rows, lengths, strict=True):
+            index = None
+            if length < longest:  # the row of each position in the unpadded layout; padding takes any row
+                columns = torch.arange(longest).clamp(max=length - 1)
+                index = (torch.arange(count)[:, None] * length + columns).reshape(-1)
+            by_token.append(Part(name, count * longest, seed, count * length, index))
         routing.layouts = {sum(rows): by_example, sum(rows) * longest: by_token}
         return routing
 
@@ -113,14 +116,6 @@ class Routing:
             yield
         finally:
             self.layouts = before
-
-
-def _padded_index(rows: int, length: int, longest: int) -> torch.Tensor | None:
-    """[rows × longest]: the row of each position in the unpadded layout [rows × length]; padding takes any row."""
-    if length == longest:
-        return None
-    columns = torch.arange(longest).clamp(max=length - 1)
-    return (torch.arange(rows)[:, None] * length + columns).reshape(-1)
 
 
 Forward = Callable[..., Any]

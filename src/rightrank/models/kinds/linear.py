@@ -37,9 +37,15 @@ class Linear(AdapterKind):
     label = "a linear layer"
 
     def adapts(self, module: Any) -> bool:
-        plain = not module.lora_variant and not any(module.lora_bias.values())
-        tables = [*module.lora_A.values()]
-        return plain and bool(tables) and all(isinstance(a, torch.nn.Linear) for a in tables) and _is_matrix(module)
+        if module.lora_variant or any(module.lora_bias.values()) or not module.lora_A:
+            return False
+        if type(module).__name__ in ("ParamWrapper", "MultiheadAttention"):
+            return False
+        if not all(isinstance(a, torch.nn.Linear) for a in module.lora_A.values()):
+            return False
+        # A maps the layer's inputs and B its outputs, as PEFT has it for every linear layer and no other.
+        a, b = next(iter(module.lora_A.values())), next(iter(module.lora_B.values()))
+        return (int(a.in_features), int(b.out_features)) == (int(module.in_features), int(module.out_features))
 
     def forward(self, module: Any, routing: CurrentRouting) -> Forward:
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -64,14 +70,6 @@ class Linear(AdapterKind):
 
     def stores(self, pair: StoredPair) -> bool:
         return not pair.embedding and len(pair.a) == 2
-
-
-def _is_matrix(module: Any) -> bool:
-    """Whether A maps the layer's inputs and B its outputs, as PEFT has it for every linear layer and no other."""
-    if type(module).__name__ in ("ParamWrapper", "MultiheadAttention"):
-        return False
-    a, b = next(iter(module.lora_A.values())), next(iter(module.lora_B.values()))
-    return (int(a.in_features), int(b.out_features)) == (int(module.in_features), int(module.out_features))
 
 
 @dataclass(frozen=True, slots=True)

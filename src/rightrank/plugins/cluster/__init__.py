@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
@@ -33,16 +34,10 @@ class Cluster(Plugin):
         return {"processes": worker_executor, "ray": worker_executor}
 
     def calls(self) -> Mapping[str, Callable[..., Any]]:
-        return {"ray": _on_ray}
+        return {"ray": lambda train: import_module("rightrank.plugins.cluster.on_ray").call_on_ray(train)}
 
 
 PLUGIN = Cluster()
-
-
-def _on_ray(train: Any) -> Callable[..., Any]:
-    from rightrank.plugins.cluster.on_ray import call_on_ray
-
-    return call_on_ray(train)
 
 
 @contextmanager

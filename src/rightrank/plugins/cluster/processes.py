@@ -46,13 +46,18 @@ class ProcessCrew:
         self._logs.mkdir(parents=True, exist_ok=True)
         taken = {one.place for one in self._running.values()}
         place, log = next(n for n in range(len(taken) + 1) if n not in taken), self._logs / f"{worker}.log"
+        visible: dict[str, str] = {}
+        if self._devices:  # a worker sees its device alone
+            given = os.environ.get("CUDA_VISIBLE_DEVICES")
+            devices = given.split(",") if given else [str(number) for number in range(self._devices)]
+            visible = {"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]}
         with log.open("wb") as errors:
             popen = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=os.environ | self._visible(place),
+                env=os.environ | visible,
                 start_new_session=True,  # Ctrl-C reaches the driver alone
             )
         started = self._running[worker] = _Process(popen, place, log)
@@ -89,14 +94,6 @@ class ProcessCrew:
                 popen.wait(timeout=max(0.0, until - time.monotonic()))
         for worker in list(self._running):
             self.end(worker)
-
-    def _visible(self, place: int) -> dict[str, str]:
-        """The environment variable that shows a worker its device alone."""
-        if not self._devices:
-            return {}
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else [str(number) for number in range(self._devices)]
-        return {"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]}
 
     def _watch(self, name: str, process: _Process) -> None:
         """Runs on a thread of its own: passes on what a process sends, then that its worker is lost."""

@@ -8,7 +8,7 @@ bytes. Otherwise every rank is traced.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -131,12 +131,17 @@ class Estimator:
             self._inventories[high] = inventory(self._adapted(high))
         if rank not in self._inventories:
             first, last = self._inventories[low], self._inventories[high]
-            between = [
-                tuple(_between_tensors(a, b, self._ends, rank) for a, b in zip(ours, theirs, strict=True))
+            stored, saved = (
+                tuple(replace(a, shape=self._shape(a, b, rank)) for a, b in zip(ours, theirs, strict=True))
                 for ours, theirs in ((first.stored, last.stored), (first.saved, last.saved))
-            ]
-            self._inventories[rank] = _Inventory(between[0], between[1])
+            )
+            self._inventories[rank] = _Inventory(stored, saved)
         return self._inventories[rank]
+
+    def _shape(self, low: _TensorSpec, high: _TensorSpec, rank: int) -> tuple[int, ...]:
+        shape = [_between(a, b, self._ends, rank) for a, b in zip(low.shape, high.shape, strict=True)]
+        assert None not in shape, low.name  # PEFT multiplies the rank by whole numbers alone
+        return tuple(part for part in shape if part is not None)
 
     def flops(self, rank: int) -> int:
         """Floating-point operations of a step; a multiply and an add count as two."""
@@ -215,13 +220,6 @@ def inventory(skeleton: Skeleton) -> _Inventory:
         _TensorSpec(name, tuple(value.shape), value.dtype, True) for name, value in skeleton.adapter_state().items()
     ]
     return _Inventory(tuple(stored), tuple(saved))
-
-
-def _between_tensors(low: _TensorSpec, high: _TensorSpec, ends: tuple[int, int], rank: int) -> _TensorSpec:
-    shape = tuple(_between(a, b, ends, rank) for a, b in zip(low.shape, high.shape, strict=True))
-    if any(part is None for part in shape):
-        raise ModelError(f"{low.name}: its shape is not affine in the rank; give fewer ranks at a time")
-    return _TensorSpec(low.name, tuple(part for part in shape if part is not None), low.dtype, low.trainable)
 
 
 def _between(low: int, high: int, ends: tuple[int, int], rank: int) -> int | None:

@@ -243,11 +243,6 @@ def _training_mode(model: Any, settings: PlanSettings, training: bool) -> Iterat
         yield
         return
     with gradient_checkpointing_on(model.get_base_model()):
-        model.train(as_trainer)
-        if not as_trainer:
-            for module in model.modules():
-                if getattr(module, "gradient_checkpointing", False):
-                    module.training = True
         yield
 
 
