@@ -263,12 +263,10 @@ def _scored_again(runtime: Runtime, trial: TrialFinished, metric: str) -> TrialF
     measured = measure(runtime, "selection")
     values = scores.metrics | measured.values
     return trial.model_copy(
-        update={
+        update=scores.fields
+        | {
             "value": values.get(trial.value_metric or metric, scores.loss),
             "metrics": values,
-            "item_losses": scores.losses,
-            "item_tokens": scores.tokens,
-            "item_correct": scores.correct,
             "item_metrics": scores.item_metrics | measured.items,
             "failed_metrics": measured.failed,
         }

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-
-from rightrank.train.loss import BatchLoss
 
 Number = TypeVar("Number", int, float)
 
@@ -18,10 +16,6 @@ class Scores:
     losses: list[float]  # nats, summed over the example's label tokens
     tokens: list[int]  # label tokens of the example; 1 where the loss is one of the whole example
     by_example: dict[str, list[float]] = field(default_factory=dict)  # metric → its value for each example
-
-    @classmethod
-    def zeros(cls, count: int, metrics: Sequence[str] = ()) -> Scores:
-        return cls([0.0] * count, [0] * count, {name: [0.0] * count for name in metrics})
 
     @property
     def correct(self) -> list[int] | None:
@@ -62,22 +56,3 @@ class Scores:
     @property
     def metrics(self) -> dict[str, float]:
         return {"loss": self.loss} | {name: sum(each) / len(each) for name, each in self.by_example.items()}
-
-
-def score_batches(
-    batches: Sequence[Sequence[int]],
-    losses: Callable[[Sequence[int]], BatchLoss],
-    scores: Sequence[Scores],
-) -> list[Scores]:
-    """Fill `scores`, one per adapter, from the losses of every batch of example indices.
-
-    `losses(indices)` returns the examples of the first adapter, then those of the second, and so on.
-    """
-    for indices in batches:
-        result = losses(indices)
-        for row, (score, index) in enumerate((score, index) for score in scores for index in indices):
-            score.losses[index] = float(result.example_losses[row])
-            score.tokens[index] = int(result.example_tokens[row])
-            for name, values in result.example_metrics.items():
-                score.by_example[name][index] = float(values[row])
-    return list(scores)

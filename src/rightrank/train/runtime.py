@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from rightrank.train.batches import (
     wants_float32,
 )
 from rightrank.train.device import gradient_checkpointing_on, training_is
-from rightrank.train.evaluation import Scores, score_batches
+from rightrank.train.evaluation import Scores
 from rightrank.train.fast_paths import FastPaths, can_pack_sequences, find_last_block, packing_probe, prefix_agrees
 from rightrank.train.loss import (
     BatchLoss,
@@ -197,30 +198,27 @@ class Runtime:
         return self._evaluate(split, len(adapters), losses, only)
 
     def _evaluate(
-        self,
-        split: SplitName,
-        adapters: int,
-        losses: Callable[[Batch], BatchLoss],
-        only: Sequence[int] | None = None,
+        self, split: SplitName, adapters: int, losses: Callable[[Batch], BatchLoss], only: Sequence[int] | None = None
     ) -> list[Scores]:
-        examples = self.examples(split)
+        """The scores of each adapter; `losses` gives the examples of the first, then those of the second, and so on."""
+        examples, names = self.examples(split), self.data.example_metrics
         batches = length_sorted_batches(examples, self.settings.eval_batch_size)
         if only is not None:
             kept = set(only)
             batches = [here for batch in batches if (here := [index for index in batch if index in kept])]
+        none, zeros = [0] * len(examples), [0.0] * len(examples)
+        scores = [Scores([*zeros], [*none], {name: [*zeros] for name in names}) for _ in range(adapters)]
         done, count = 0, sum(map(len, batches))
-
-        def found(indices: Sequence[int]) -> BatchLoss:
-            nonlocal done
-            result, done = losses(self.batch(split, indices)), done + len(indices)
+        for indices in batches:
+            result = losses(self.batch(split, indices))
+            for row, (score, index) in enumerate(product(scores, indices)):
+                score.losses[index] = float(result.example_losses[row])
+                score.tokens[index] = int(result.example_tokens[row])
+                for name, values in result.example_metrics.items():
+                    score.by_example[name][index] = float(values[row])
+            done += len(indices)
             self.on_evaluated(done, count)
-            return result
-
-        return score_batches(
-            batches,
-            found,
-            [Scores.zeros(len(examples), self.data.example_metrics) for _ in range(adapters)],
-        )
+        return scores
 
     @contextmanager
     def arm(self, arm: Arm, config: LoraConfig | None = None) -> Iterator[Any]:
