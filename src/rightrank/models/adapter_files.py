@@ -375,7 +375,7 @@ def write_adapter(
             (temporary / name).write_bytes(content)
 
 
-def write_classifier(folder: Path, config: Any) -> None:
+def _write_classifier(folder: Path, config: Any) -> None:
     """Write the labels of a classifier's adapter: their number, names and order.
 
     PEFT's configuration has no room for them, and a base without them gets a head of two labels. The file holds the arguments of
@@ -434,7 +434,7 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
                 path.replace(temporary / path.name)
             (temporary / adapter).rmdir()
         if config.task_type == "SEQ_CLS":
-            write_classifier(temporary, peft_model.config)
+            _write_classifier(temporary, peft_model.config)
         readme = temporary / "README.md"  # PEFT's empty template; the final adapter gets a model card of its own
         readme.unlink(missing_ok=True)
 

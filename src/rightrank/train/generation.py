@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -47,9 +48,8 @@ def answers(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
     if runtime.data.is_classification:
         return _predicted_classes(runtime, split)
     asked = prompts(runtime, split)
-    with runtime.without_dropout(), kv_cache(runtime.model):
-        texts = _generate(runtime, asked)
-    return [ModelAnswer(p.item_id, p.text, text, p.expected) for p, text in zip(asked, texts, strict=True)]
+    texts = zip(asked, _generate(runtime, asked), strict=True)
+    return [ModelAnswer(prompt.item_id, prompt.text, text, prompt.expected) for prompt, text in texts]
 
 
 def promptable_examples(runtime: Runtime, count: int) -> list[Example]:
@@ -57,29 +57,22 @@ def promptable_examples(runtime: Runtime, count: int) -> list[Example]:
     if runtime.data.summary.form not in ("prompt_completion", "preference"):
         return []
     tokenizer = runtime.loaded.tokenizer
-    found: list[Example] = []
-    for example in runtime.data.texts["test"]:
-        if len(found) == count:
-            break
+
+    def can_be_shown(example: Example) -> bool:
         prompt = example.content["prompt"]
-        if isinstance(prompt, str) and 0 < len(tokenizer(prompt)["input_ids"]) <= MAX_PROMPT_TOKENS:
-            found.append(example)
-    return found
+        return isinstance(prompt, str) and 0 < len(tokenizer(prompt)["input_ids"]) <= MAX_PROMPT_TOKENS
+
+    return list(islice(filter(can_be_shown, runtime.data.texts["test"]), count))
 
 
 def write_completion(runtime: Runtime, example: Example) -> str:
     """The answer to one example, generated in this process as `answers` generates it."""
-    with runtime.without_dropout(), kv_cache(runtime.model):
-        return _generate(runtime, [_prompt(runtime, example)])[0]
-
-
-def expected_of(example: Example) -> Any:
-    """The answer in the data: the completion, or the chosen one of a preference pair."""
-    return example.content.get("completion", example.content.get("chosen"))
+    return _generate(runtime, [_prompt(runtime, example)])[0]
 
 
 def _prompt(runtime: Runtime, example: Example) -> Prompt:
-    prompt, completion = example.content.get("prompt"), expected_of(example)
+    prompt = example.content.get("prompt")
+    completion = example.content.get("completion", example.content.get("chosen"))  # or the chosen one of a pair
     if isinstance(prompt, str):
         return Prompt(example.item_id, prompt, str(completion), add_special_tokens=True)
     messages = [*example.content["messages"]] if prompt is None else [*prompt, *(completion or [])]
@@ -94,7 +87,7 @@ def _prompt(runtime: Runtime, example: Example) -> Prompt:
 
 @torch.no_grad()
 def _generate(runtime: Runtime, asked: Sequence[Prompt]) -> list[str]:
-    """Greedy text for each prompt. Batches hold prompts of like length; running out of memory halves the batch size."""
+    """Greedy text for each prompt, without adapter dropout. Batches hold prompts of like length; running out of memory halves the batch size."""
     encoded = [_prompt_ids(runtime, prompt) for prompt in asked]
     order = sorted(range(len(asked)), key=lambda index: len(encoded[index]))
     config = _generation_config(runtime, asked)
@@ -103,7 +96,8 @@ def _generate(runtime: Runtime, asked: Sequence[Prompt]) -> list[str]:
     while begin < len(order):
         chosen = order[begin : begin + size]
         try:
-            generated = _generate_batch(runtime, [encoded[index] for index in chosen], config)
+            with runtime.without_dropout(), kv_cache(runtime.model):
+                generated = _generate_batch(runtime, [encoded[index] for index in chosen], config)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or size == 1:
                 raise

@@ -160,7 +160,7 @@ def _printed(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
         path = Path(folder) / "answers.jsonl"
         write_answers(answers, path)
         try:
-            printed = run_program(command_on(_command(spec), path), TIMEOUT_SECONDS)
+            printed = run_program(_command_on(_command(spec), path), TIMEOUT_SECONDS)
         except RunError as error:
             raise MetricError(f"metric {spec.name!r}: {error}") from None
     try:
@@ -178,7 +178,7 @@ def _printed(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
     return words[0] if len(words) == 1 else words
 
 
-def command_on(words: list[str], file: Path) -> list[str]:
+def _command_on(words: list[str], file: Path) -> list[str]:
     """A command with the file's path in place of `PLACEHOLDER`, or at its end."""
     placed = [word.replace(PLACEHOLDER, str(file)) for word in words]
     return placed if placed != words else [*placed, str(file)]

@@ -220,11 +220,12 @@ class Worker:
         prepared = _prepared(setup, self._scratch / "cache")
         store = prepared.settings.store
         folder = RunFolder(self._scratch / "run" if store else setup.folder)
-        stored = StoredExecutor(folder, run_store(store, setup.fingerprint)) if store else None
-        reports = _Reports(self._send, self._stop.is_set, stored)
+        reports = _Reports(self._send, self._stop.is_set)
         limit = prepared.planned.max_adapters_per_pass if prepared.planned else None
         executor = LocalExecutor(prepared.runtime, folder, reports, limit)
-        return executor if stored is None else stored.around(executor)
+        if store:
+            reports.stored = _StoredExecutor(executor, folder, run_store(store, setup.fingerprint))
+        return reports.stored or executor
 
 
 def _prepared(setup: Setup, cache: Path) -> Prepared:
@@ -246,23 +247,17 @@ def _prepared(setup: Setup, cache: Path) -> Prepared:
     return prepared
 
 
-class StoredExecutor:
+class _StoredExecutor:
     """For machines that share no disk: wraps an executor, and keeps in the store what trials start from and leave.
 
     The files of an outcome are there before the outcome is yielded.
     """
 
-    _executor: Executor
-
-    def __init__(self, folder: RunFolder, store: Store) -> None:
-        self._folder, self._store = folder, store
+    def __init__(self, executor: Executor, folder: RunFolder, store: Store) -> None:
+        self._executor, self._folder, self._store = executor, folder, store
         self._checkpoints: list[Path] = []  # of the current task's trials
         self._uploaded: dict[Path, int] = {}  # checkpoint → its modification time in the store, ns
         self._next_upload = 0.0  # on the monotonic clock
-
-    def around(self, executor: Executor) -> StoredExecutor:
-        self._executor = executor
-        return self
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         self._download_for(trials)
@@ -323,9 +318,10 @@ class StoredExecutor:
 class _Reports(Listener):
     """Sends the starts, the steps and the notices of a worker's trials to the driver."""
 
-    def __init__(self, send: Send, stops: Callable[[], bool], stored: StoredExecutor | None) -> None:
-        self._send, self._stops, self._stored = send, stops, stored
+    def __init__(self, send: Send, stops: Callable[[], bool]) -> None:
+        self._send, self._stops = send, stops
         self._last_step = 0.0
+        self.stored: _StoredExecutor | None = None  # on a machine that shares no disk
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, TrialStarted | Notice):
@@ -335,8 +331,8 @@ class _Reports(Listener):
             if now - self._last_step >= STEP_SECONDS:
                 self._last_step = now
                 self._send(Step(event=event))
-        if self._stored is not None and isinstance(event, StepDone):
-            self._stored.upload_due()
+        if self.stored is not None and isinstance(event, StepDone):
+            self.stored.upload_due()
 
     def should_stop(self) -> bool:
         return self._stops()

@@ -69,10 +69,6 @@ class Skeleton:
     def trainable(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def stored(self) -> list[torch.Tensor]:
-        """All parameters and buffers; tied ones once."""
-        return [*self.model.parameters(), *self.model.buffers()]
-
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """The tensors that PEFT writes into `adapter_model.safetensors`."""
         with warnings.catch_warnings(

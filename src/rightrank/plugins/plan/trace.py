@@ -154,7 +154,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
 def trace_step(skeleton: Skeleton, settings: PlanSettings, training: bool = True) -> StepTrace:
     """The allocations of a step (or, without `training`, of an evaluation batch) of `settings` on the device."""
     model, device = skeleton.model, settings.device
-    tracer = _Tracer(skeleton.stored(), skeleton.base.config.get_text_config().vocab_size, device)
+    tracer = _Tracer([*model.parameters(), *model.buffers()], skeleton.base.config.get_text_config().vocab_size, device)
     kernels = _DeviceKernels(device, settings.padding)
     batch = settings.batch_size if training else settings.eval_batch_size or settings.batch_size
     with ExitStack() as stack:
