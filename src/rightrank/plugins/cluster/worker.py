@@ -27,16 +27,7 @@ from pydantic import Field, JsonValue, TypeAdapter
 from rightrank.runs.hook import Executor
 from rightrank.schema.errors import InterruptedRun, RightrankError, RunError
 from rightrank.schema.events import Event, Listener, Notice, Preparing, StepDone
-from rightrank.schema.trials import (
-    Record,
-    Trial,
-    TrialCollapsed,
-    TrialDiverged,
-    TrialFailed,
-    TrialFinished,
-    TrialOutcome,
-    TrialStarted,
-)
+from rightrank.schema.trials import Record, Trial, TrialFailed, TrialOutcome, TrialStarted
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
@@ -114,10 +105,9 @@ class WorkerLost:
     with_machine: bool = False  # the machine or the network failed, whatever the worker did
 
 
-Outcome: TypeAlias = TrialFinished | TrialCollapsed | TrialDiverged | TrialFailed
 Command: TypeAlias = Annotated[Setup | Task | Stop, Field(discriminator="type")]
 WorkerMessage: TypeAlias = Annotated[
-    Ready | TaskEnded | Refused | Notice | Step | TrialStarted | Outcome, Field(discriminator="type")
+    Ready | TaskEnded | Refused | Notice | Step | TrialStarted | TrialOutcome, Field(discriminator="type")
 ]
 COMMAND: TypeAdapter[Command] = TypeAdapter(Command)
 WORKER_MESSAGE: TypeAdapter[WorkerMessage] = TypeAdapter(WorkerMessage)

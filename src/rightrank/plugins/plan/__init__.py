@@ -21,12 +21,7 @@ from rightrank.schema.results import Plan, RankPlan
 from rightrank.schema.table import given_values
 
 if TYPE_CHECKING:
-    from rightrank.models.base_models import LoadedModel
     from rightrank.schema.keywords import PlanKeywords
-    from rightrank.schema.plan_settings import PlanSettings
-    from rightrank.schema.results import Plan
-    from rightrank.schema.settings import SelectSettings
-    from rightrank.train.tokens import EncodedData
 
 
 class PlanPlugin(Plugin):
@@ -38,17 +33,10 @@ class PlanPlugin(Plugin):
     def functions(self) -> Mapping[str, Callable[..., Any]]:
         return {"plan": plan}
 
-    def memory_plan(
-        self,
-        loaded: LoadedModel,
-        encoded: EncodedData,
-        classes: int | None,
-        settings: SelectSettings,
-        notice: Callable[[str], None],
-    ) -> MemoryPlan | None:
+    def memory_plan(self, *selection: Any) -> MemoryPlan | None:
         from rightrank.plugins.plan.selection import plan_loaded
 
-        return plan_loaded(loaded, encoded, classes, settings, notice)
+        return plan_loaded(*selection)
 
 
 PLUGIN = PlanPlugin()
@@ -67,7 +55,6 @@ def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack
         InputError: the model, its modules, a rank or a length can't be used.
     """
     from rightrank.models.places import require_model
-    from rightrank.schema.plan_settings import make_plan_settings
 
     settings = make_plan_settings(given_values(settings) | keywords)
     require_model(model)  # before what brings torch
