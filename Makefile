@@ -15,8 +15,9 @@ demo: $(VENV)/.installed
 check: lint
 	$(BIN)/python -m pytest -q -m 'not trains'
 
+# A file stays in one process, so that what its tests share is trained once.
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) -q --durations=20
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -q --durations=20
 
 # The types of keywords and the page of settings, from the table of settings.
 generated: $(VENV)/.installed-dev

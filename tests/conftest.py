@@ -24,7 +24,11 @@ settings.load_profile("no limit of time")
 NEEDS_A_MODEL = {"model_folder", "alone"}  # a test that takes one of these fixtures trains or evaluates
 
 
+LONG = ("tests/test_demo.py", "tests/plugins/cluster/", "tests/interop/", "tests/docs/", "tests/train/test_devices.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))  # at the end, a long one would leave a core idle
     for item in items:
         if NEEDS_A_MODEL.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.trains)
