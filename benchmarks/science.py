@@ -28,14 +28,24 @@ WITHOUT_LOOKS = (
     "real, short, no early looks",
 )  # older grids, which can't judge the search; benchmarks/selection has them
 
+HALVES = ("planted, first half", "planted, second half")  # one family here
+
 
 def stored(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / name).read_text(encoding="utf-8"))
 
 
+def compared(name: str) -> list[dict[str, Any]]:
+    """The rows of `results.json`, and those of the locked grids once they have judged."""
+    judged = ROOT / "benchmarks" / "selection" / "judged.json"
+    further = stored("selection/judged.json")["compare"][name] if judged.exists() else []
+    rows = [*stored("selection/results.json")[name], *further]
+    return [row | {"family": row["family"].partition(", ")[0]} if row["family"] in HALVES else row for row in rows]
+
+
 def strategies() -> str:
     """Over all margins of a family: how often the whole grid's rank is found, and for how many trainings."""
-    rows = stored("selection/results.json")["table"]
+    rows = compared("table")
     families = list(dict.fromkeys(row["family"] for row in rows if row["family"] not in WITHOUT_LOOKS))
     lines = []
     for method in METHODS:
@@ -55,7 +65,7 @@ def strategies() -> str:
 
 def adapters() -> str:
     """The first question, over all margins of a family."""
-    rows = stored("selection/results.json")["adapters"]
+    rows = compared("adapters")
     lines = []
     for family in dict.fromkeys(row["family"] for row in rows if row["family"] not in WITHOUT_LOOKS):
         found = [row for row in rows if row["family"] == family]
@@ -66,40 +76,6 @@ def adapters() -> str:
         lines.append([family, *shares, f"{trainings:.1f}"])
     head = ["grids", "exact", "too small", "false passes", "rank not above that of direct trainings", "trainings"]
     return table(head, lines)
-
-
-def judged() -> dict[str, Any]:
-    """What the locked grids said; empty before their judgement."""
-    file = ROOT / "benchmarks" / "selection" / "judged.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def locked() -> str:
-    """On the locked grids: how often the whole grid's rank is found, with 95% intervals over grids."""
-    rows = {row["method"]: row for row in judged().get("compare", {}).get("means", [])}
-    lines = []
-    for method in METHODS:
-        row = rows.get(method)
-        shares = [interval(row[name], row[f"{name}_interval"]) if row else "–" for name in ("exact", "under")]
-        lines.append([method, *shares, f"{row['trainings']:.1f}" if row else "–"])
-    return table(["method", "exact", "too small", "trainings"], lines)
-
-
-def interval(share: float, ends: Sequence[float]) -> str:
-    return f"{share:.0%} ({ends[0]:.0%} to {ends[1]:.0%})"
-
-
-def one_seed() -> str:
-    """Brier scores of what one seed says of each rank, with 95% intervals over grids."""
-    sources = (stored("selection/one_seed.json")["brier"], judged().get("one seed", {}).get("brier", {}))
-    return table(
-        ["Brier score", "open grids", "locked grids"],
-        [
-            [name, *(f"{row['all']:.3f} ({row['interval'][0]:.3f} to {row['interval'][1]:.3f})" if row else "–" for row in rows)]
-            for name in ("probability", "present rule", "whole one-seed grid", "always 16")
-            for rows in [[source.get(name) for source in sources]]
-        ],
-    )  # fmt: skip
 
 
 def published() -> str:
@@ -159,8 +135,6 @@ def memory() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "strategies": strategies,
     "adapters": adapters,
-    "locked": locked,
-    "one_seed": one_seed,
     "published": published,
     "coverage": coverage,
     "prediction": prediction,
