@@ -1,4 +1,4 @@
-"""Shared by the examples: options, rows of text, and tokenized rows."""
+"""Shared by the examples: options, rows of text, tokenized rows, and batches of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from transformers import DataCollatorForSeq2Seq
 
 
 def options(needs_data: bool = True) -> argparse.Namespace:
@@ -33,3 +35,9 @@ def tokenised(tokenizer: Any, rows: list[dict[str, Any]], max_length: int = 128)
         if labels[-1] != -100:
             made.append({"input_ids": ids, "labels": labels})
     return made
+
+
+def batches_of(tokenizer: Any, rows: list[dict[str, list[int]]], size: int) -> list[Any]:
+    """The rows in their order, `size` in a batch, padded with labels of -100."""
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]

@@ -5,17 +5,15 @@ python examples/lightning_trainer.py --model path/to/model --data data.jsonl    
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning
 import torch
-from common import options, rows_of, tokenised
+from common import batches_of, options, rows_of, tokenised
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.interop.transformers import causal_item_losses, padded_batches
+from rightrank.interop.transformers import causal_item_losses
 
 arguments = options()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -38,10 +36,6 @@ class LoraModule(lightning.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.learning_rate)
 
 
-def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return padded_batches(batch, tokenizer.pad_token_id, len(batch))[0]
-
-
 def train(task: TrialTask) -> TrialResult:
     lightning.seed_everything(task.seed, verbose=False)
     base = AutoModelForCausalLM.from_pretrained(arguments.model)
@@ -50,7 +44,9 @@ def train(task: TrialTask) -> TrialResult:
     )
     module = LoraModule(get_peft_model(base, config), task.learning_rate)
     order = torch.Generator().manual_seed(task.seed)  # the same batches for every rank
-    batches = DataLoader(training, batch_size=8, shuffle=True, collate_fn=collate, generator=order)
+    batches = DataLoader(
+        training, batch_size=8, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer), generator=order
+    )
     trainer = lightning.Trainer(
         max_steps=task.steps,
         accelerator="cpu",
@@ -61,7 +57,7 @@ def train(task: TrialTask) -> TrialResult:
         enable_model_summary=False,
     )
     trainer.fit(module, batches)
-    items = causal_item_losses(module.model, padded_batches(held_out, tokenizer.pad_token_id, 16))
+    items = causal_item_losses(module.model, batches_of(tokenizer, held_out, 16))
     module.model.save_pretrained(task.folder)
     return TrialResult(metrics={"loss": items.mean}, item_scores=items.scores, item_weights=items.weights)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import random
 
 import torch
-from common import options, rows_of, tokenised
+from common import batches_of, options, rows_of, tokenised
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.interop.transformers import causal_item_losses, padded_batches
+from rightrank.interop.transformers import causal_item_losses
 
 arguments = options()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -31,11 +31,11 @@ def train(task: TrialTask) -> TrialResult:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=task.learning_rate)
     order = random.Random(task.seed)  # the same batches for every rank
     for _ in range(task.steps):
-        batch = padded_batches(order.sample(training, 8), tokenizer.pad_token_id, 8)[0]
+        batch = batches_of(tokenizer, order.sample(training, 8), 8)[0]
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    items = causal_item_losses(model, padded_batches(held_out, tokenizer.pad_token_id, 16))
+    items = causal_item_losses(model, batches_of(tokenizer, held_out, 16))
     model.save_pretrained(task.folder)
     return TrialResult(metrics={"loss": items.mean}, item_scores=items.scores, item_weights=items.weights)
 

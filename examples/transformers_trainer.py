@@ -1,16 +1,16 @@
-"""transformers' `Trainer` with a `RankSelectionCallback`.
+"""transformers' `Trainer`.
 
 python examples/transformers_trainer.py --model path/to/model --data data.jsonl     (rows of prompt and completion)
 """
 
 from __future__ import annotations
 
-from common import options, rows_of, tokenised
+from common import batches_of, options, rows_of, tokenised
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.interop.transformers import RankSelectionCallback, causal_item_losses, padded_batches
+from rightrank import EvalPoint, TrialResult, TrialTask, select_rank_with
+from rightrank.interop.transformers import causal_item_losses
 
 arguments = options()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -24,8 +24,6 @@ def train(task: TrialTask) -> TrialResult:
         r=task.rank, lora_alpha=int(task.lora_alpha), target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = get_peft_model(base, config)
-    batches = padded_batches(held_out, tokenizer.pad_token_id, 16)
-    callback = RankSelectionCallback(task=task, score_items=lambda trained: causal_item_losses(trained, batches))
     settings = TrainingArguments(
         output_dir=str(task.folder / "trainer"),
         learning_rate=task.learning_rate,
@@ -40,11 +38,17 @@ def train(task: TrialTask) -> TrialResult:
         use_cpu=True,
     )
     collator = DataCollatorForSeq2Seq(tokenizer)
-    Trainer(
-        model, settings, data_collator=collator, train_dataset=training, eval_dataset=held_out, callbacks=[callback]
-    ).train()
+    trainer = Trainer(model, settings, data_collator=collator, train_dataset=training, eval_dataset=held_out)
+    trainer.train()
     model.save_pretrained(task.folder)
-    return callback.result()
+    items = causal_item_losses(model, batches_of(tokenizer, held_out, 16))
+    looks = [one for one in trainer.state.log_history if "eval_loss" in one]
+    return TrialResult(
+        metrics={"loss": items.mean},
+        item_scores=items.scores,
+        item_weights=items.weights,
+        points=[EvalPoint(step=look["step"], value=look["eval_loss"]) for look in looks],
+    )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""TRL's `SFTTrainer` with a `RankSelectionCallback`.
+"""TRL's `SFTTrainer`.
 
 python examples/trl_sft.py --model path/to/model --data data.jsonl     (rows of prompt and completion)
 """
 
 from __future__ import annotations
 
-from common import options, rows_of, tokenised
+from common import batches_of, options, rows_of, tokenised
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.interop.transformers import RankSelectionCallback, causal_item_losses, padded_batches
+from rightrank.interop.transformers import causal_item_losses
 
 arguments = options()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -22,8 +22,6 @@ training = Dataset.from_list(rows[arguments.held_out :])
 
 
 def train(task: TrialTask) -> TrialResult:
-    batches = padded_batches(held_out, tokenizer.pad_token_id, 16)
-    callback = RankSelectionCallback(task=task, score_items=lambda trained: causal_item_losses(trained, batches))
     settings = SFTConfig(
         output_dir=str(task.folder / "trainer"),
         learning_rate=task.learning_rate,
@@ -44,11 +42,11 @@ def train(task: TrialTask) -> TrialResult:
         peft_config=LoraConfig(
             r=task.rank, lora_alpha=int(task.lora_alpha), target_modules="all-linear", task_type="CAUSAL_LM"
         ),
-        callbacks=[callback],
     )
     trainer.train()
     trainer.model.save_pretrained(task.folder)
-    return callback.result()
+    items = causal_item_losses(trainer.model, batches_of(tokenizer, held_out, 16))
+    return TrialResult(metrics={"loss": items.mean}, item_scores=items.scores, item_weights=items.weights)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def _mean_over_groups(atlas: Atlas, values: Mapping[str, Sequence[float]], group
 def judge(margin: float | None = None) -> dict[str, Any]:
     atlas = load()
     groups = sorted({atlas.group(sweep) for sweep in _judged(atlas) if _told(sweep, margin)})
-    fresh = sorted({atlas.group(s) for s in _judged(atlas) if atlas.sources[s.source].read > FIXED} & set(groups))
+    fresh = sorted({atlas.group(s) for s in _judged(atlas) if atlas.sources[s.source]["read"] > FIXED} & set(groups))
     fit, test = ([g for g in groups if g not in fresh and held_out(g) is side] for side in (False, True))
     models = {f"likeness^{power:g}": predicted(atlas, power, margin) for power in POWERS}
     chosen = max(POWERS[1:], key=lambda power: scores(atlas, models[f"likeness^{power:g}"], fit)["log_score"])

@@ -248,8 +248,7 @@ def _adapted(given: Any) -> tuple[Any, Any]:
 
 def _loader(tokenizer: Any, rows: Sequence[Row], given: Any, shuffle: bool) -> Any:
     from torch.utils.data import DataLoader
-
-    from rightrank.interop.transformers import padded_batches
+    from transformers import DataCollatorForSeq2Seq
 
     encoded = []
     for row in rows:
@@ -260,7 +259,7 @@ def _loader(tokenizer: Any, rows: Sequence[Row], given: Any, shuffle: bool) -> A
         encoded,  # type: ignore[arg-type]
         given.batch_size,
         shuffle,
-        collate_fn=lambda batch: padded_batches(batch, tokenizer.pad_token_id or 0, len(batch))[0],
+        collate_fn=DataCollatorForSeq2Seq(tokenizer),
     )
 
 

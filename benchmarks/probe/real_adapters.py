@@ -19,11 +19,17 @@ import numpy as np
 import yaml
 
 from benchmarks.probe.common import store
-from rightrank.adapters.held_out import Candidates, Recovery, truncation_curve
+from rightrank.adapters.held_out import Candidates, truncation_curve
 from rightrank.decision.comparison import estimate
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.settings import SelectSettings, make_settings
-from rightrank.train.adapter_runtime import DataUse, adapter_runtime
+from rightrank.train.adapter_runtime import (
+    DataUse,
+    adapter_attached,
+    adapter_runtime,
+    finished_trial,
+    train_attached,
+)
 
 
 def run_settings(run: Path) -> SelectSettings:
@@ -57,12 +63,17 @@ def main() -> None:
     for top in (trial for trial in trials if trial.rank == arguments.top):
         direct = {t.rank: t for t in trials if t.learning_rate == top.learning_rate and t.seed == top.seed}
         adapter = open_adapter(arguments.run / "trials" / top.trial_id)
-        recovery = Recovery(arguments.recover, top.learning_rate, seed=top.seed + 1)
         with tempfile.TemporaryDirectory() as name:
             use = DataUse(arguments.data, settings, Path(name) / "cache", arguments.recover)
             runtime = adapter_runtime(adapter, None, use)
-            curve = truncation_curve(adapter, runtime, Candidates(sorted(direct), recovery), Path(name))
-        for measured in sorted(curve.trials, key=lambda trial: (trial.steps, trial.rank)):
+            found = truncation_curve(adapter, runtime, Candidates(sorted(direct)), Path(name)).trials
+            for plain in [trial for trial in found if trial.rank]:
+                with adapter_attached(runtime, Path(name) / plain.trial_id, trainable=True) as model:
+                    train_attached(runtime, model, top.learning_rate, top.seed + 1)
+                    scores = runtime.evaluate("selection")
+                steps = arguments.recover
+                found.append(finished_trial(plain.trial_id, plain.rank, scores, settings.metric, steps=steps))
+        for measured in sorted(found, key=lambda trial: (trial.steps, trial.rank)):
             if measured.rank == 0:
                 continue
             row = {

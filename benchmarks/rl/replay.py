@@ -36,7 +36,7 @@ from rightrank.search.upward import Upward
 
 HERE = Path(__file__).parent
 LIVE, RESULTS = HERE / "live.json", HERE / "replay.json"
-MARGIN = PROFILES["rl"].margin or 0.0
+MARGIN = PROFILES["rl"]["margin"]
 EARLY = 0.2  # of the steps, where the baseline looks
 MODEL = "Qwen/Qwen3-1.7B"
 

@@ -114,7 +114,6 @@ def test_factors_that_do_not_multiply(capsys: pytest.CaptureFixture[str], adapte
         (["--data", "none.jsonl", "--ranks", "4,x"], "whole numbers"),
         (["--data", "none.jsonl", "--ranks", "64"], "1 to 8"),
         (["--data", "none.jsonl"], "no such file"),
-        (["--data", "none.jsonl", "--recover", 5], "--learning-rate"),
     ],
 )
 def test_bad_rules(

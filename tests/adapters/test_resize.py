@@ -1,4 +1,4 @@
-"""`resize`: by moments with a rank for each module; `--data` by the rule of `select`, recovered on request."""
+"""`resize`: by moments with a rank for each module; `--data` by the rule of `select`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rightrank import resize, select_rank
-from rightrank.adapters.held_out import Recovery, capped, measure, scored_data
+from rightrank.adapters.held_out import capped, scored_data
 from rightrank.adapters.resize import RankChoice, write_resized
 from rightrank.cli import main
 from rightrank.data.splits import load_data
@@ -21,7 +21,7 @@ from rightrank.schema.errors import DataError
 from rightrank.schema.events import Listener
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime
+from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime, train_attached
 from rightrank.train.covariances import gather_moments, moment_tokens, unseen_first
 from rightrank.train.loop import run_trial
 from rightrank.train.trial import TrialFolders
@@ -158,24 +158,6 @@ def test_a_run_folder_tells_what_its_adapter_was_trained_on(
     assert not found.scores_training_examples
 
 
-def test_recovery_trains_every_candidate_and_the_adapter_too(
-    model_folder: Path, trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rule = ["--data", completion_file, "--train", completion_file, "--margin", 0.05, "--ranks", "1,4"]
-    plain = answer_of(capsys, trained, tmp_path / "plain", *rule, *SETTINGS)
-    more = ["--recover", 20, "--learning-rate", 2e-3]
-    recovered = answer_of(capsys, trained, tmp_path / "recovered", *rule, *more, *SETTINGS)
-    values = {(entry["rank"], entry["recovered_steps"]): entry["value"] for entry in recovered["held_out"]}
-    assert set(values) == {(0, 0), (8, 0), (8, 20), (4, 0), (4, 20), (1, 0), (1, 20)}
-    assert {(entry["rank"], 0): entry["value"] for entry in plain["held_out"]}.items() <= values.items()
-    assert values[1, 20] < values[1, 0]
-    assert values[8, 20] != values[8, 0]
-    answer = recovered["answer"]
-    assert answer["reference_how"] == ("recovered" if values[8, 20] < values[8, 0] else "trained")
-    assert answer["extra_steps_difference"] == pytest.approx(values[8, 20] - values[8, 0], abs=1e-6)
-    load_strictly(model_folder, tmp_path / "recovered")
-
-
 def test_training_an_existing_adapter_is_the_engines_training(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
@@ -190,19 +172,10 @@ def test_training_an_existing_adapter_is_the_engines_training(
     assert isinstance(engine, TrialFinished)
     adapter = open_adapter(tmp_path / "fresh")
     ours = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache2", arm.steps))
-    scores = measure(ours, tmp_path / "fresh", Recovery(arm.steps, arm.learning_rate))
+    with adapter_attached(ours, tmp_path / "fresh", trainable=True) as attached:
+        train_attached(ours, attached, arm.learning_rate)
+        scores = ours.evaluate("selection")
     assert scores.losses == pytest.approx(engine.item_losses, rel=1e-4)
-
-
-def test_recovery_that_diverges_ends_with_status_1(
-    trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [trained, tmp_path / "out", "--data", completion_file, "--recover", 8, "--learning-rate", "1e30"]
-    with pytest.raises(SystemExit) as stop:
-        main(["resize", *(str(argument) for argument in arguments), "--set", "max_grad_norm=0", *SETTINGS])
-    assert stop.value.code == 1
-    assert "lower learning rate" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_rank_1_leaves_nothing_to_measure(

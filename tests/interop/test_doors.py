@@ -27,9 +27,9 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, Trainin
 from rightrank import SmallestAdapter
 from rightrank.interop.lightning import SmallestAdapter as LightningSmallestAdapter
 from rightrank.interop.smallest import keep_smallest
-from rightrank.interop.transformers import padded_batches
 from rightrank.schema.errors import DataError, ModelError
 from tests.interop.trainings import Listed, Rows, peft_model
+from tests.tiny import make_tokenizer
 
 INTERFACES = json.loads((Path(__file__).parent / "interfaces.json").read_text(encoding="utf-8"))
 
@@ -182,9 +182,7 @@ class Module(lightning.LightningModule):
 
 def loader(rows: Rows, shuffle: bool = False) -> DataLoader[Any]:
     order = torch.Generator().manual_seed(0)
-    return DataLoader(
-        Listed(rows), 8, shuffle, collate_fn=lambda batch: padded_batches(batch, 0, len(batch))[0], generator=order
-    )
+    return DataLoader(Listed(rows), 8, shuffle, collate_fn=DataCollatorForSeq2Seq(make_tokenizer()), generator=order)
 
 
 def fitted(module: lightning.LightningModule, callback: Any, rows: Rows, out: Path) -> None:

@@ -105,8 +105,8 @@ def test_the_header_names_model_and_data_and_a_box_says_how_to_use_the_adapter()
     assert "models/small on data.jsonl: 30 train examples" in found.text
     answer = records.adapters[-1]
     assert f"r {answer.handed_over.rank}" in found.text
-    assert "base = AutoModelForCausalLM.from_pretrained('models/small')" in found.text
-    assert 'model = PeftModel.from_pretrained(base, "adapter")' in found.text
+    assert "model = AutoPeftModelForCausalLM.from_pretrained('adapter')" in found.text
+    assert "tokenizer = AutoTokenizer.from_pretrained('models/small')" in found.text
     links = [attributes.get("href") for tag, attributes in found.tags if tag == "a"]
     assert "adapter/" in links
     assert "figures/adapters.csv" in links
@@ -127,7 +127,7 @@ def test_the_box_is_code_whatever_the_model_s_name_is() -> None:
     records.started = records.started.model_copy(update={"settings": settings})
     box = use_it(records.adapters[-1].handed_over, records)
     assert box is not None
-    compile(box.code, "box", "exec")
+    compile(box["code"], "box", "exec")
 
 
 def test_a_refused_rank_has_no_ring() -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rightrank.api.selecting import select_rank
 from rightrank.runs.journal import Journal
-from rightrank.schema.events import Event, Notice, StepDone
+from rightrank.schema.events import Event, StepDone
 from rightrank.schema.trials import TrialFinished, TrialStarted
 from tests.tiny import small_settings
 from tests.watch import Watch
@@ -79,21 +77,3 @@ def values(run: Path) -> dict[int, float]:
     records = Journal(run / "journal.jsonl").read()
     assert any(isinstance(record, TrialStarted) for record in records)
     return {one.rank: one.value for one in records if isinstance(one, TrialFinished) and one.arm.is_direct}
-
-
-def test_a_notebook_has_one_output_that_is_kept_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
-
-    from rightrank.hooks.terminal import NotebookView, make_view
-
-    outputs: list[dict[str, str]] = []
-    handle = SimpleNamespace(update=lambda data, raw: outputs.append(data))
-    display = SimpleNamespace(display=lambda data, raw, display_id: handle)
-    shell = type("ZMQInteractiveShell", (), {})()
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell, display=display))
-    monkeypatch.setitem(sys.modules, "IPython.display", display)
-    with make_view(Console(), quiet=False) as view:
-        assert isinstance(view, NotebookView)
-        view.on_event(Notice(text="examples: 3 <train>"))
-    assert outputs[-1]["text/plain"].startswith("examples: 3 <train>")
-    assert "3 &lt;train&gt;" in outputs[-1]["text/html"]

@@ -6,21 +6,23 @@ and Tropp 2011) gives the leading singular values; the energy ‖Δ‖²_F is ex
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
-from rightrank.adapters.spectra import Update, inspection_of
+from rightrank.adapters.spectra import inspection_of, spectrum_of
 from rightrank.data.files import kind_of
 from rightrank.models.adapter_files import natural_order
 from rightrank.models.places import read_header, safe_shards
 from rightrank.schema.errors import ModelError
-from rightrank.schema.results import Inspection
+from rightrank.schema.results import Inspection, ModuleSpectrum
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Floats
 from rightrank.train.adapter_runtime import DataUse, make_runtime
@@ -41,7 +43,7 @@ def inspect_checkpoints(base: Path, finetuned: Path, sketch_rank: int = SKETCH_R
     """
     before, after = open_weights(base), open_weights(finetuned)
     _require_alike(before, after)
-    updates: list[Update] = []
+    spectra: list[ModuleSpectrum] = []
     not_matrices: list[str] = []
     unchanged = 0
     for name, delta in _differences(before, after):
@@ -50,15 +52,15 @@ def inspect_checkpoints(base: Path, finetuned: Path, sketch_rank: int = SKETCH_R
         elif delta.dim() < 2:
             not_matrices.append(name)
         else:
-            updates.append(_matrix_update(name, delta.flatten(1), sketch_rank))
-    if not updates and not not_matrices:
+            spectra.append(_matrix_spectrum(name, delta.flatten(1), sketch_rank))
+    if not spectra and not not_matrices:
         raise ModelError(f"{finetuned}: every tensor is equal to that of {base}; give a fine-tuned model of this base")
     return inspection_of(
-        updates,
+        spectra,
         kind="checkpoints",
         scaling_rule="none",
         base_model=str(base),
-        parameters=sum(update.parameters for update in updates),
+        parameters=sum(math.prod(spectrum.shape) for spectrum in spectra),
         unchanged=unchanged,
         not_matrices=not_matrices,
     )
@@ -105,7 +107,7 @@ def _differences(before: WeightFolder, after: WeightFolder) -> Iterator[tuple[st
         yield name, delta
 
 
-def _matrix_update(name: str, delta: torch.Tensor, sketch_rank: int) -> Update:
+def _matrix_spectrum(name: str, delta: torch.Tensor, sketch_rank: int) -> ModuleSpectrum:
     """The record of one difference: all singular values up to a shorter side of EXACT_SIDE, else the leading ones."""
     if min(delta.shape) <= EXACT_SIDE:
         tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
@@ -116,16 +118,8 @@ def _matrix_update(name: str, delta: torch.Tensor, sketch_rank: int) -> Update:
         rows = max(1, 2**22 // delta.shape[1])  # at a time, in float64
         blocks = (delta[start : start + rows] for start in range(0, len(delta), rows))
         energy = float(sum(float(block.double().square().sum()) for block in blocks))
-    return Update(
-        name=name.removesuffix(".weight"),
-        kind="matrix",
-        shape=(delta.shape[0], delta.shape[1]),
-        rank=min(delta.shape),
-        scaling=1.0,
-        values=values,
-        energy=energy,
-        parameters=delta.numel(),
-    )
+    about: dict[str, Any] = {"name": name.removesuffix(".weight"), "rank": min(delta.shape), "scaling": 1.0}
+    return spectrum_of(values, energy, "matrix", (delta.shape[0], delta.shape[1]), **about)
 
 
 def _sketched_values(delta: torch.Tensor, rank: int) -> Floats:
@@ -150,16 +144,16 @@ def inspect_gradient(model: str, data: Path, settings: SelectSettings) -> Inspec
         runtime = make_runtime(model, None, DataUse(data, settings, Path(name)))
         shapes = {target.name: target for target in runtime.targets.modules}
         gradients = weight_gradients(runtime, list(shapes))
-    updates = []
+    spectra = []
     for module, gradient in gradients.items():
         target = shapes[module]
         # Conv1D stores its weight as in × out
         matrix = gradient if gradient.shape[0] == target.out_features else gradient.T
-        updates.append(_matrix_update(module, matrix.float(), SKETCH_RANK))
+        spectra.append(_matrix_spectrum(module, matrix.float(), SKETCH_RANK))
     note = f"mean loss over the first {min(GRADIENT_EXAMPLES, len(runtime.examples('train')))} training examples, base without adapter"
-    parameters = sum(update.parameters for update in updates)
+    parameters = sum(math.prod(spectrum.shape) for spectrum in spectra)
     return inspection_of(
-        updates, kind="gradient", scaling_rule="none", base_model=model, parameters=parameters, notes=[note]
+        spectra, kind="gradient", scaling_rule="none", base_model=model, parameters=parameters, notes=[note]
     )
 
 

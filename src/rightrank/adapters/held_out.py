@@ -1,14 +1,12 @@
 """`resize --data`: the smallest truncation that is not worse than the adapter by the margin, by the rule of `select`.
 
 Every candidate is truncated by K-FAC over training examples, written as an adapter folder, attached to the base by PEFT,
-and measured on the same examples. With recovery, each is also trained for the same steps on the same batches, and so is the
-adapter itself: the reference is the better of the adapter as it is and after these steps.
+and measured on the same examples.
 """
 
 from __future__ import annotations
 
 import shlex
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,13 +21,13 @@ from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.adapter import SEARCH, Criterion, adapter_answer, trained_answer
 from rightrank.decision.comparison import bounds_of_files
 from rightrank.decision.table import minus, table_of
-from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter
+from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank
 from rightrank.models.truncation import Moments, shared_ranks
 from rightrank.runs.journal import Journal
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.events import Evaluating, RunStarted
 from rightrank.schema.results import HeldOut, Resized
 from rightrank.schema.settings import OF_SPLITS, SelectSettings, make_settings
@@ -39,7 +37,6 @@ from rightrank.train.adapter_runtime import (
     adapter_attached,
     adapter_runtime,
     report_evaluations,
-    train_attached,
 )
 from rightrank.train.covariances import Gathered, gather_moments, moment_tokens, unseen_first
 from rightrank.train.evaluation import Scores
@@ -139,18 +136,10 @@ def _all(settings: SelectSettings, count: int) -> SelectSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Recovery:
-    steps: int
-    learning_rate: float
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Candidates:
     """The ranks to measure, and how."""
 
     ranks: Sequence[int]
-    recovery: Recovery | None = None
     on_rank: Callable[[int, float], None] = lambda _rank, _value: None
     # moments and scores come from the same examples: each half is scored with the other's moments
     by_halves: bool = False
@@ -179,8 +168,6 @@ class DataRule:
     base: str | None
     settings: SelectSettings
     ranks: Sequence[int] | None
-    recover_steps: int
-    learning_rate: float | None
     on_rank: Callable[[int, float], None]
     notice: Callable[[str], None]
     on_event: Callable[[Evaluating], None]
@@ -191,43 +178,33 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
 
     Raises:
         InputError: the adapter or the data can't be used, or the adapter does not fit the base.
-        RunError: recovery diverged.
     """
-    recovery = None
-    if rule.recover_steps:
-        if rule.learning_rate is None:
-            raise SettingsError("--recover needs --learning-rate; give the one that the adapter was trained at")
-        recovery = Recovery(rule.recover_steps, rule.learning_rate)
     if not any(module.scaling for module in adapter.modules):
         raise ModelError(
             f"{adapter.path}: lora_alpha is 0, so that the adapter changes nothing; verl's merger writes 0 where it does not know it: "
             "set it in adapter_config.json"
         )
     ranks = candidate_ranks(adapter, rule.ranks)
-    # recovery needs training examples: the split that select makes
-    train = rule.data if recovery and rule.train is None and None in read_rows(rule.data) else rule.train
-    scored = scored_data(adapter, rule.data, train, rule.settings)
+    scored = scored_data(adapter, rule.data, rule.train, rule.settings)
     rule.notice(scored.note)
     measured = ", ".join(map(str, sorted(ranks, reverse=True)))
     count = len(scored.splits.examples["selection"])
     fewer = "" if count <= MANY_EXAMPLES else "; --set eval_items=1000 measures on fewer"
     rule.notice(f"measuring the base, then ranks {measured}, each on {count:,} examples{fewer}")
-    candidates = Candidates(ranks, recovery, rule.on_rank, scored.scores_training_examples, rule.on_event)
+    candidates = Candidates(ranks, rule.on_rank, scored.scores_training_examples, rule.on_event)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-        use = DataUse(rule.data, rule.settings, Path(name) / "cache", rule.recover_steps, scored.splits)
+        use = DataUse(rule.data, rule.settings, Path(name) / "cache", splits=scored.splits)
         runtime = adapter_runtime(adapter, rule.base, use)
         curve = truncation_curve(adapter, runtime, candidates, Path(name))
         chosen = open_adapter(Path(name) / curve.answer.trial_id)
         tensors = {key: chosen.tensor(key) for key in chosen.keys}
-        # Training works in the dtype of the base.
-        tensors |= {key: tensors[key].to(adapter.tensor(key).dtype) for key in tensors if key in adapter.keys}
         write_like(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.content()})
-        resized = _resized(curve, chosen, runtime, recovery)
+        resized = _resized(curve, chosen, runtime)
     notes = [*resized.notes, scored.note]
     return resized.model_copy(update={"out": str(out), "notes": notes, "scored_examples": count})
 
 
-def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, recovery: Recovery | None) -> Resized:
+def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime) -> Resized:
     """What is reported of the chosen candidate."""
     answer, written = curve.answer, curve.written[curve.answer.rank]
     notes = [*written.notes, *curve.gathered.notices]
@@ -238,8 +215,6 @@ def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, re
             f"r is {chosen.rank} in the written configuration: the parameters of rank {answer.rank} are shared out over the "
             f"modules, which have ranks up to {chosen.rank} (rank_pattern)"
         )
-    if answer.how == "recovered":
-        notes.append("recovered: the error is that of the truncation, before training")
     gain = _gain(curve.trials, answer, runtime)
     listed = ",".join(map(str, sorted({one.rank for one in answer.candidates})))
     search = shlex.join(
@@ -250,10 +225,8 @@ def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, re
         update={
             "rank": answer.rank,
             "bytes_after": chosen.weights.stat().st_size,
-            "chosen_by": f"data, margin {answer.margin:g}" + (f", {recovery.steps} recovery steps" if recovery else ""),
-            "held_out": [
-                HeldOut(rank=trial.rank, value=trial.value, recovered_steps=trial.steps) for trial in curve.trials
-            ],
+            "chosen_by": f"data, margin {answer.margin:g}",
+            "held_out": [HeldOut(rank=trial.rank, value=trial.value) for trial in curve.trials],
             "answer": answer.model_copy(update=gain | named),
             "no_gain": bool(gain),
             "notes": notes,
@@ -283,7 +256,6 @@ def truncation_curve(
 
     Raises:
         ModelError: the adapter does not fit the base.
-        RunError: recovery diverged.
     """
     # Over the examples that `select` reads after a training with these settings: which ones another training saw is not known.
     steps = runtime.settings.training_steps(len(runtime.examples("train")))
@@ -302,17 +274,14 @@ def truncation_curve(
 
     def score(rank: int, folder: Path) -> Scores:
         report_evaluations(runtime, f"rank {rank}", candidates.on_event)
-        return _by_halves(adapter, runtime, halves, rank, working) if halves else measure(runtime, folder)
+        if halves:
+            return _by_halves(adapter, runtime, halves, rank, working)
+        with adapter_attached(runtime, folder):
+            return runtime.evaluate("selection")
 
     for trial in walk(candidates.ranks, working, write, score, metric):
         trials.append(trial)
-        if candidates.recovery is not None:
-            recovered = working / f"{trial.trial_id}-recovered"
-            shutil.copytree(working / trial.trial_id, recovered)
-            scores, steps = measure(runtime, recovered, candidates.recovery), candidates.recovery.steps
-            top = f"r{max(candidates.ranks)}"
-            trials.append(finished_trial(recovered.name, trial.rank, scores, metric, steps=steps, truncate_from=top))
-        candidates.on_rank(trial.rank, trials[-1].value)
+        candidates.on_rank(trial.rank, trial.value)
     settings = runtime.settings
     higher, is_token_loss = settings.is_higher_better(settings.metric_name), runtime.data.summary.is_token_loss
     criterion = Criterion(settings.metric_name, higher, settings.margin, token_loss=is_token_loss)
@@ -388,13 +357,3 @@ def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | N
     if shared is None:
         return RankChoice(uniform, f"rank {rank} at most")
     return RankChoice(shared, f"parameters of rank {rank}, shared out over the modules")
-
-
-def measure(runtime: Runtime, folder: Path, recovery: Recovery | None = None) -> Scores:
-    """Held-out scores of an adapter folder; with recovery it is trained first, and the folder holds the result."""
-    with adapter_attached(runtime, folder, trainable=recovery is not None) as peft_model:
-        if recovery is not None:
-            train_attached(runtime, peft_model, recovery.learning_rate, recovery.seed)
-            base_name = str(peft_model.peft_config["default"].base_model_name_or_path)
-            save_adapter(peft_model, folder, base_name)
-        return runtime.evaluate("selection")

@@ -119,11 +119,15 @@ def smallest_adapter(live: LiveAdapter, working: Path) -> LiveAnswer:
 
 def save_trained(live: LiveAdapter, folder: Path) -> AdapterFolder:
     """The adapter as it was trained, with what its base is known by beside it."""
-    base = live.model.get_base_model()
-    name = str(live.model.peft_config[live.name].base_model_name_or_path or base.config.name_or_path or "")
+    name = base_name(live.model, live.name)
     save_adapter(live.model, folder, name, live.name)
-    write_text(folder / BASE_FILE, base_identity(base, name).content().decode())
+    write_text(folder / BASE_FILE, base_identity(live.model.get_base_model(), name).content().decode())
     return open_adapter(folder)
+
+
+def base_name(model: Any, name: str) -> str:
+    """What the adapter calls its base, or the base itself; empty where it was made in memory."""
+    return str(model.peft_config[name].base_model_name_or_path or model.get_base_model().config.name_or_path or "")
 
 
 def require_truncatable(model: Any, name: str) -> None:

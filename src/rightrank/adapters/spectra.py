@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,61 +28,45 @@ SENTENCE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
-    """One module's ΔW, with its known singular values."""
+def spectrum_of(
+    values: Floats, energy: float, kind: str, shape: tuple[int, int], flags: Sequence[str] = (), **about: Any
+) -> ModuleSpectrum:
+    """The record of one module's ΔW.
 
-    name: str
-    kind: str
-    shape: tuple[int, int]
-    rank: int
-    scaling: float
-    values: Floats  # singular values, descending; all of them unless `energy` exceeds the sum of their squares
-    energy: float  # ‖ΔW‖²_F
-    parameters: int
-    flags: tuple[str, ...] = ()
-
-
-def _describe(update: Update) -> ModuleSpectrum:
-    s, total = update.values, update.energy
-    partial = update.kind == "matrix" and len(s) < min(update.shape)
-    flags = list(update.flags)
-    if partial:
-        flags.append("partial_spectrum")
-    noise = _rank_above_noise(update, partial)
-    if s.any() and not partial and (2 * noise >= len(s) or len(s) < MIN_VALUES_FOR_NOISE):
-        flags.append("noise_unclear")  # the median may be signal
+    Args:
+        values: its singular values, descending; all of them unless `energy` exceeds the sum of their squares.
+        energy: ‖ΔW‖²_F.
+        about: name, rank and scaling.
+    """
+    partial = kind == "matrix" and len(values) < min(shape)
+    noise = _rank_above_noise(values, energy, kind, shape, partial)
+    unclear = values.any() and not partial and (2 * noise >= len(values) or len(values) < MIN_VALUES_FOR_NOISE)
     return ModuleSpectrum(
-        name=update.name,
-        kind=update.kind,
-        shape=update.shape,
-        rank=update.rank,
-        scaling=update.scaling,
-        singular_values=[float(value) for value in s],
-        frobenius_norm=float(np.sqrt(total)),
-        spectral_norm=float(s[0]) if len(s) else 0.0,
-        stable_rank=stable_rank(s, total),
-        effective_rank=None if partial else effective_rank(s),
-        energy_rank={f"{part:g}": energy_rank(s, part, total) for part in ENERGY_FRACTIONS},
+        kind=kind,
+        shape=shape,
+        singular_values=[float(value) for value in values],
+        frobenius_norm=float(np.sqrt(energy)),
+        spectral_norm=float(values[0]) if len(values) else 0.0,
+        stable_rank=stable_rank(values, energy),
+        effective_rank=None if partial else effective_rank(values),
+        energy_rank={f"{part:g}": energy_rank(values, part, energy) for part in ENERGY_FRACTIONS},
         noise_rank=noise,
-        flags=flags,
+        flags=[*flags, *["partial_spectrum"] * partial, *["noise_unclear"] * bool(unclear)],  # the median may be signal
+        **about,
     )
 
 
-def _rank_above_noise(update: Update, partial: bool) -> int:
+def _rank_above_noise(s: Floats, energy: float, kind: str, shape: tuple[int, int], partial: bool) -> int:
     """The rank by the hard threshold.
 
     The noise of an adapter is assumed in the r × r core that its factors span, that of a matrix in all entries.
     """
-    s, (rows, columns) = update.values, update.shape
     if not s.any():
         return 0
     s = np.where(s > ROUNDING * s[0], s, 0.0)
-    if update.kind != "matrix":
+    if kind != "matrix":
         return hard_threshold_rank(s, len(s), len(s))
-    if partial:
-        return leading_noise_rank(s, update.energy, rows, columns)
-    return hard_threshold_rank(s, rows, columns)
+    return leading_noise_rank(s, energy, *shape) if partial else hard_threshold_rank(s, *shape)
 
 
 def _flag_dead(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
@@ -98,9 +81,9 @@ def _flag_dead(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
     ]
 
 
-def inspection_of(updates: Sequence[Update], **about: Any) -> Inspection:
-    """The records of the updates and their summary; `about` are the summary's other fields."""
-    modules = _flag_dead([_describe(update) for update in updates])
+def inspection_of(spectra: Sequence[ModuleSpectrum], **about: Any) -> Inspection:
+    """The spectra and their summary; `about` are the summary's other fields."""
+    modules = _flag_dead(spectra)
     energy: dict[str, int | None] = {}
     for part in (f"{fraction:g}" for fraction in ENERGY_FRACTIONS):
         ranks = [module.energy_rank[part] for module in modules]
@@ -124,9 +107,8 @@ def inspect_adapter(path: Path) -> Inspection:
         ModelError: no readable LoRA adapter, or NaN weights.
     """
     adapter = open_adapter(path)
-    updates = [update for pair in adapter.pairs for update in _updates(adapter, pair)]
     return inspection_of(
-        updates,
+        [spectrum for pair in adapter.pairs for spectrum in _spectra(adapter, pair)],
         kind="adapter",
         scaling_rule=adapter.scaling_rule,
         base_model=adapter.base_model,
@@ -153,43 +135,28 @@ def _adapter_notes(adapter: AdapterFolder) -> list[str]:
     return notes
 
 
-def _updates(adapter: AdapterFolder, pair: Sequence[AdapterModule]) -> list[Update]:
-    """The updates of a pair; of several experts, those that no token reached are flagged so.
+def _spectra(adapter: AdapterFolder, pair: Sequence[AdapterModule]) -> list[ModuleSpectrum]:
+    """The spectra of a pair; of several experts, those that no token reached are flagged so.
 
     A token gives every direction of B a gradient, and Adam a step of about the learning rate. So an expert whose B is zero
     beside others that moved was never chosen, whereas one that learned nothing has an update that is small.
     """
-    found = [_update(adapter, module) for module in pair]
-    if len(found) > 1 and any("untrained" not in update.flags for update in found):
-        found = [
-            replace(update, flags=tuple("no_token" if flag == "untrained" else flag for flag in update.flags))
-            for update in found
-        ]
+    found = [_spectrum(adapter, module) for module in pair]
+    if len(found) > 1 and any("untrained" not in one.flags for one in found):
+        flags = [["no_token" if flag == "untrained" else flag for flag in one.flags] for one in found]
+        found = [one.model_copy(update={"flags": own}) for one, own in zip(found, flags, strict=True)]
     return found
 
 
-def _update(adapter: AdapterFolder, module: AdapterModule) -> Update:
+def _spectrum(adapter: AdapterFolder, module: AdapterModule) -> ModuleSpectrum:
     b, a = adapter.factors(module)
     values = abs(module.scaling) * factored_singular_values(b, a)
-    flags = []
     # PEFT starts with B = 0 (with A = 0 for an embedding)
-    if not b.any() or not a.any():
-        flags.append("untrained")
-    if module.magnitude_key is not None:
-        flags.append("dora")
-    if module.bias_key is not None:
-        flags.append("lora_bias")
-    return Update(
-        name=module.name,
-        kind=module.kind,
-        shape=(module.rows, module.columns),
-        rank=module.rank,
-        scaling=module.scaling,
-        values=values,
-        energy=float(np.sum(values**2)),
-        parameters=module.parameters,
-        flags=tuple(flags),
-    )
+    flags = ["untrained"] * (not b.any() or not a.any())
+    flags += ["dora"] * (module.magnitude_key is not None) + ["lora_bias"] * (module.bias_key is not None)
+    about = {"name": module.name, "rank": module.rank, "scaling": module.scaling}
+    shape = module.rows, module.columns
+    return spectrum_of(values, float(np.sum(values**2)), module.kind, shape, flags, **about)
 
 
 def factored_singular_values(b: Floats, a: Floats) -> Floats:

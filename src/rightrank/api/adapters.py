@@ -45,17 +45,6 @@ def _require_adapter(place: Path) -> None:
         require_adapter_folder(place)
 
 
-def inspect_gradient(model: str, data: str | Path, *, settings: SelectSettings | None = None) -> Inspection:
-    """Compute the singular spectra of the loss's gradient to each weight that the settings adapt, before any training.
-
-    Raises:
-        InputError: the model, the data or a module name can't be used.
-    """
-    from rightrank.adapters.checkpoints import inspect_gradient as spectra_of_gradient
-
-    return spectra_of_gradient(model, Path(data), settings or make_settings({}))
-
-
 def resize(
     adapter: str | Path,
     out: str | Path,
@@ -66,8 +55,6 @@ def resize(
     margin: float | None = None,
     train: str | Path | None = None,
     ranks: Sequence[int] | None = None,
-    recover_steps: int = 0,
-    learning_rate: float | None = None,
     base: str | None = None,
     uniform: bool = False,
     settings: SelectSettings | None = None,
@@ -87,7 +74,6 @@ def resize(
         margin: with data: how much worse is still enough; None for the metric's default.
         train: with data: what the adapter was trained on. These rows are not scored.
         ranks: with data: those to measure; None for the powers of two.
-        recover_steps: with data: training steps after each truncation, at `learning_rate`.
         base: with data: the base model; None for the one that the adapter names.
         uniform: with energy: one rank for all modules, the largest needed.
         settings: with data: how models and rows are read; see `SelectSettings`.
@@ -97,7 +83,6 @@ def resize(
 
     Raises:
         InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
-        RunError: recovery started and could not finish.
     """
     given = {"--rank": rank, "--energy": energy, "--data": data}
     names = [name for name, value in given.items() if value is not None]
@@ -122,7 +107,7 @@ def resize(
 
         read = make_settings(given_values(settings) | ({} if margin is None else {"margin": margin}))
         trained = None if train is None else Path(train)
-        rule = DataRule(Path(data), trained, base, read, ranks, recover_steps, learning_rate, on_rank, notice, on_event)
+        rule = DataRule(Path(data), trained, base, read, ranks, on_rank, notice, on_event)
         resized = resize_by_data(opened, Path(out), rule)
     else:
         choice = by_rank(opened, rank) if rank is not None else by_energy(opened, energy or 0.0, uniform)

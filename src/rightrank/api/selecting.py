@@ -50,7 +50,7 @@ def select_rank(
         tokenizer: the tokenizer of a model in memory.
         settings: see `SelectSettings`; None for the defaults.
         callbacks: what watches the selection or takes part in it; see `rightrank.hooks.Hook`.
-        progress: show the progress on stderr, or in the cell of a notebook.
+        progress: show the progress on stderr.
         peft_config: the adapter that you train now. Its values override `settings`; the ranks replace `r`, and what a selection
             cannot honour is refused by its name.
         args: the training that you run now, of transformers or TRL (`SFTConfig`); as `peft_config`.
@@ -93,7 +93,7 @@ def select_rank(
 
 
 def _views(progress: bool, opened: ExitStack) -> list[Hook]:
-    """The view on stderr or in the notebook's cell, where that is asked for."""
+    """The view on stderr, where that is asked for."""
     if not progress:
         return []
     from rich.console import Console

@@ -52,7 +52,9 @@ def inspect(
     if gradient is not None:
         if any(place is not None for place in places.values()):
             raise SettingsError("--gradient can't be combined with an adapter, --base or --finetuned: leave them out")
-        found = api.inspect_gradient(*gradient, settings=make_settings(gather(None, assignments, {})))
+        from rightrank.adapters.checkpoints import inspect_gradient
+
+        found = inspect_gradient(gradient[0], Path(gradient[1]), make_settings(gather(None, assignments, {})))
     elif assignments:
         raise SettingsError("--set needs --gradient MODEL DATA: give both, or leave it out")
     else:
@@ -84,15 +86,6 @@ def inspect(
     help="With --data: how much worse than the best is still enough (default 0.005 nats a token).",
 )
 @click.option("--ranks", callback=comma, help="With --data: ranks to measure (default: powers of two).")
-@click.option(
-    "--recover",
-    "recover_steps",
-    type=int,
-    default=0,
-    show_default=True,
-    help="With --data: training steps after each truncation.",
-)
-@click.option("--learning-rate", type=float, help="With --recover: the learning rate.")
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
 @click.option("--uniform", is_flag=True, help="With --energy: one rank for all modules, the largest needed.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
@@ -114,8 +107,13 @@ def resize(
     from rightrank.api import adapters as api
     from rightrank.report.adapters import resized_text
 
-    needing = {"--margin": margin, "--ranks": ranks, "--recover": rule["recover_steps"], "--set": assignments}
-    needing |= {"--train": rule["train"], "--base": rule["base"]}
+    needing = {
+        "--margin": margin,
+        "--ranks": ranks,
+        "--set": assignments,
+        "--train": rule["train"],
+        "--base": rule["base"],
+    }
     alone = next((option for option, value in needing.items() if value), None)
     if alone is not None and rule["data"] is None:
         raise SettingsError(f"{alone} goes with --data FILE, which was not given; give both, or leave it out")

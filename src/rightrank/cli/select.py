@@ -143,13 +143,8 @@ def _watched(run: Callable[[list[Hook]], Selected], quiet: bool, out: Path, log_
             return run([view, progress, stop])
         except InterruptedRun as stopped:
             kind = TerminatedRun if stop.terminated else InterruptedRun
-            raise kind(f"{stopped}; run the same command again to resume {out}: {_command()}") from None
-
-
-def _command() -> str:
-    """The command as it was typed."""
-    arguments = click.get_current_context().find_root().obj
-    return shlex.join(arguments) if arguments else "rightrank"
+            command = shlex.join(click.get_current_context().find_root().obj or ["rightrank"])  # as it was typed
+            raise kind(f"{stopped}; run the same command again to resume {out}: {command}") from None
 
 
 def _print_json(selected: Selected) -> None:

@@ -22,7 +22,6 @@ from rightrank.schema.events import (
     TestEvaluated,
 )
 from rightrank.schema.metrics import REPORTED_ONLY, Checkpoint, direction, unknown_direction
-from rightrank.schema.settings import PLAIN, PROFILES
 from rightrank.schema.trials import OUTCOMES, EvalPoint, TrialFinished, TrialLook, TrialOutcome, TrialStarted
 
 
@@ -140,7 +139,6 @@ def decide_on(
     beside = [name for name in metrics_of(records) if name != metric and (name in asked or name not in REPORTED_ONLY)]
     others = [run_table(records, outcomes, name) for name in beside if _direction_in(records.started, name) is not None]
     asked_confidence = records.started.settings.get("confidence") if confidence is None else confidence
-    profile = records.started.settings.get("profile")  # one that this version does not know is the plain one
     return decide(
         run_table(records, outcomes, metric, higher),
         float(margin) if isinstance(margin, int | float) else None,
@@ -148,7 +146,7 @@ def decide_on(
         horizon_steps=horizon_steps,
         checkpoint=checkpoint or checkpoint_of(records.started),
         others=others if records.started.data.form != "own" else (),
-        smallest_if_alike=isinstance(profile, str) and PROFILES.get(profile, PLAIN).smallest_if_alike,
+        smallest_if_alike=records.started.settings.get("profile") == "rl",
         confidence=asked_confidence if isinstance(asked_confidence, int | float) else None,
     )
 

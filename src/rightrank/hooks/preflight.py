@@ -125,7 +125,7 @@ def _margin(prepared: Prepared) -> float | None:
     if settings.margin is not None:
         return settings.margin
     kind = kind_of(started.metric, started.higher_is_better)
-    kind = "loss" if kind == "token_loss" and not prepared.is_token_loss else kind
+    kind = "loss" if kind == "token_loss" and not started.data.is_token_loss else kind
     return default_margin(kind, 0.0, [0.0]) if kind in ("token_loss", "accuracy") else None
 
 
@@ -162,7 +162,7 @@ def _adapter_lines(prepared: Prepared) -> Iterator[str]:
 def _margin_lines(prepared: Prepared) -> Iterator[str]:
     """Says so where the margin is below what the validation examples can show."""
     settings = prepared.settings
-    if settings.metric_name != "loss" or not prepared.is_token_loss:
+    if settings.metric_name != "loss" or not prepared.started.data.is_token_loss:
         return
     margin = TOKEN_LOSS_MARGIN if settings.margin is None else settings.margin
     examples = prepared.started.data.splits["selection"].items

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from html import escape
-from importlib import import_module
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,22 +12,27 @@ from rich.text import Text
 
 from rightrank.hooks.progress import Progress
 from rightrank.report.format import quantity
-from rightrank.report.terminal import MAX_CURVE_WIDTH, terminal_curve
+from rightrank.report.terminal import terminal_curve
 from rightrank.runs.hook import Hook
 from rightrank.schema.events import DataSummary, Event, Notice, RunStarted, SelectionPlanned
 from rightrank.schema.trials import OUTCOMES, split_name
 
 PLAIN_SECONDS = 15.0  # between progress lines
-NOTEBOOK_SECONDS = 0.5  # between updates of a cell
 
 
 class View(Hook):
-    """Shows a running selection, or the evaluations of `compare` and `resize`, as a context manager; `say` gets lines that come from elsewhere."""
+    """Shows a running selection, or the evaluations of `compare` and `resize`, as a context manager.
+
+    It prints one line for each finished trial, and a progress line every `PLAIN_SECONDS`; `say` gets lines that come from elsewhere.
+    """
 
     ends_run = False
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        self._console = console
+        self._quiet = quiet
         self._progress = Progress()
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -44,28 +46,32 @@ class View(Hook):
 
     def on_event(self, event: Event) -> None:
         line = self._progress.event(event)
-        lines = lines_of(event) if line is None else [line]
-        for one in lines:
+        for one in lines_of(event) if line is None else [line]:
             self.say(one)
         if not isinstance(event, Notice | SelectionPlanned):
             self._redraw()
+        if isinstance(event, OUTCOMES):
+            self._last_line = time.monotonic()
 
     def say(self, text: str) -> None:
-        raise NotImplementedError
+        if not self._quiet:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _redraw(self) -> None:
         """Show where the selection is now."""
+        if time.monotonic() - self._last_line > PLAIN_SECONDS:
+            self._last_line = time.monotonic()
+            self.say(self._progress.progress_line())
 
     def _curve(self) -> str:
-        return terminal_curve(self._progress.curve(), MAX_CURVE_WIDTH, self._progress.truncated())
+        return terminal_curve(self._progress.curve(), self._console.width, self._progress.truncated())
 
 
 class LiveView(View):
     """Redraws the progress and the curve in place; finished trials scroll by above them."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__()
-        self._console = console
+        super().__init__(console)
         self._live = Live(console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
@@ -85,59 +91,6 @@ class LiveView(View):
         lines = [Text.from_ansi(self._curve()), Text(self._progress.so_far_line())]
         self._live.update(Group(*lines, Text(self._progress.progress_line(), style="bold")))
 
-    def _curve(self) -> str:
-        return terminal_curve(self._progress.curve(), self._console.width, self._progress.truncated())
-
-
-class PlainView(View):
-    """Prints one line for each finished trial, and a progress line every `PLAIN_SECONDS`."""
-
-    def __init__(self, console: Console, quiet: bool = False) -> None:
-        super().__init__()
-        self._console = console
-        self._quiet = quiet
-        self._last_line = time.monotonic()
-
-    def say(self, text: str) -> None:
-        if not self._quiet:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def on_event(self, event: Event) -> None:
-        super().on_event(event)
-        if isinstance(event, OUTCOMES):
-            self._last_line = time.monotonic()
-
-    def _redraw(self) -> None:
-        if time.monotonic() - self._last_line > PLAIN_SECONDS:
-            self._last_line = time.monotonic()
-            self.say(self._progress.progress_line())
-
-
-class NotebookView(View):
-    """Keeps the progress in the output of a notebook's cell up to date; lines stay above it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        shown: Any = import_module("IPython.display")
-        self._lines: list[str] = []
-        self._last_shown = 0.0
-        self._handle: Any = shown.display({"text/plain": ""}, raw=True, display_id=True)
-
-    def say(self, text: str) -> None:
-        self._lines.extend(text.splitlines())
-        self._show()
-
-    def _redraw(self) -> None:
-        if time.monotonic() - self._last_shown > NOTEBOOK_SECONDS:
-            self._show()
-
-    def _show(self) -> None:
-        self._last_shown = time.monotonic()
-        now = [self._progress.so_far_line(), self._progress.progress_line()]
-        text = "\n".join([*self._lines, *filter(None, now)])
-        html = f'<pre style="white-space:pre-wrap">{escape(text)}</pre>'
-        self._handle.update({"text/plain": text, "text/html": html}, raw=True)
-
 
 def lines_of(event: Event) -> list[str]:
     """The lines for a person about what is no trial."""
@@ -152,12 +105,8 @@ def lines_of(event: Event) -> list[str]:
 
 
 def make_view(console: Console, quiet: bool) -> View:
-    """`LiveView` on a terminal; `PlainView` in a pipe, with `NO_COLOR` or if `quiet`; `NotebookView` in a notebook."""
-    ipython: Any = sys.modules.get("IPython")
-    shell = None if ipython is None else ipython.get_ipython()
-    if type(shell).__name__ == "ZMQInteractiveShell" and not quiet:
-        return NotebookView()
-    return LiveView(console) if console.is_terminal and not (quiet or console.no_color) else PlainView(console, quiet)
+    """`LiveView` on a terminal; plain lines in a pipe or a notebook, with `NO_COLOR` or if `quiet`."""
+    return LiveView(console) if console.is_terminal and not (quiet or console.no_color) else View(console, quiet)
 
 
 def plan_line(started: RunStarted, steps: int) -> str:

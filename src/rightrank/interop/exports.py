@@ -296,7 +296,7 @@ learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_st
 def _vllm(recipe: Recipe) -> Written:
     """`vllm serve` with the adapter; vLLM pads adapters below the maximum itself."""
     arguments = ["vllm", "serve", recipe.model, "--host", LOOPBACK, "--enable-lora"]
-    arguments += ["--max-lora-rank", str(served_rank(recipe.highest_rank))]
+    arguments += ["--max-lora-rank", str(served_rank(max([recipe.r, *recipe.rank_pattern.values()])))]
     arguments += ["--lora-modules", f"{SERVED_NAME}={recipe.adapter.resolve()}"]
     return Written({"vllm.sh": f"#!/bin/sh\nexec {shlex.join(arguments)}\n"}, "sh vllm.sh", _serving_notes(recipe))
 

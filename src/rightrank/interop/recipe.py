@@ -75,11 +75,6 @@ class Recipe:
         return int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
 
     @property
-    def highest_rank(self) -> int:
-        """The largest rank of any module."""
-        return max([self.r, *self.rank_pattern.values()])
-
-    @property
     def _is_made_smaller(self) -> bool:
         """Whether training alone does not give this adapter: it was truncated, or got steps of recovery."""
         return self.making.truncation is not None or self.making.recovery_steps > 0
@@ -97,22 +92,20 @@ class Recipe:
         guard = [self.guard] if self.guard else []
         if not self._is_made_smaller:
             return guard
-        return [
-            *guard,
-            f"The adapter of rank {self.making.rank} was {self.making.sentence()}.",
-            f"To make it again, train at rank {self.making.trained_rank}, then: {shlex.join(self._resize_command())}",
-        ]
+        made = [*guard, f"The adapter of rank {self.making.rank} was {self.making.sentence()}."]
+        if self.making.recovery_steps:  # which `select` alone trains
+            return made
+        again = (
+            f"To make it again, train at rank {self.making.trained_rank}, then: {shlex.join(self._resize_command())}"
+        )
+        return [*made, again]
 
     def _resize_command(self) -> list[str]:
         making = self.making
         command = ["rightrank", "resize", "TRAINED", "SMALLER"]
-        if making.truncation == METHODS["svd"] and not making.recovery_steps:
+        if making.truncation == METHODS["svd"]:
             return [*command, "--rank", str(making.rank)]
-        command += ["--data", self.data, "--train", self.data, "--ranks", str(making.rank), "--base", self.model]
-        if making.recovery_steps:
-            command += ["--recover", str(making.recovery_steps)]
-            command += ["--learning-rate", f"{making.recovery_learning_rate:g}"]
-        return command
+        return [*command, "--data", self.data, "--train", self.data, "--ranks", str(making.rank), "--base", self.model]
 
     @property
     def explicit_targets(self) -> list[str]:

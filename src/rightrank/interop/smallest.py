@@ -29,6 +29,7 @@ from rightrank.adapters.live import (
     LiveAdapter,
     LiveAnswer,
     as_it_came,
+    base_name,
     require_truncatable,
     smallest_adapter,
     trained_adapter,
@@ -317,7 +318,6 @@ class SmallestAdapter(TrainerCallback):
         return ends_with, None if same else self._other
 
     def _training(self, live: LiveAdapter, args: TrainingArguments, state: TrainerState) -> Training:
-        config = live.model.peft_config[live.name]
         ends_with, other = self._checkpoints(args, state)
         used = self.checkpoint or ends_with
         step = state.best_global_step if ends_with == "best" else state.global_step
@@ -328,7 +328,7 @@ class SmallestAdapter(TrainerCallback):
             seconds=time.monotonic() - self._started,
             peak_bytes=peak_so_far(),
             checkpoint=f"{used} (step {step if other is None or used == ends_with else other.step})",
-            base=str(config.base_model_name_or_path or live.model.get_base_model().config.name_or_path or ""),
+            base=base_name(live.model, live.name),
             metric=self.metric,
             curve=self.curve,
             notes=[self._shared] if self._shared else [],
@@ -336,38 +336,27 @@ class SmallestAdapter(TrainerCallback):
         )
 
     def _live(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
-        with as_it_came(model, trained_adapter(model)):  # a collator may draw random numbers
-            return self._collated(model, args, state)
-
-    def _collated(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
-        loader = self._loaders["train_dataloader"]
+        loader, name = self._loaders["train_dataloader"], trained_adapter(model)
         size = min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
         steps = state.global_step - self._first_step
         trained = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        name = trained_adapter(model)
-        train_rows = _first(loader.dataset, MOMENT_TOKENS)
-        # In evaluation mode no activation is recomputed, so a row at a time stays below the memory of checkpointed training.
-        train = _batches(train_rows[: 64 * size], loader, 1 if args.gradient_checkpointing else size)
-        tokens = trained * _tokens(train) / max(1, min(len(train_rows), 64 * size))
-        moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_SHARE * tokens)))
-        rows = self._held_out
-        if self.max_examples is None:
-            sample = _batches(rows[:MIN_EXAMPLES], loader, size)
-            passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
-            cost = _tokens(sample) / min(len(rows), MIN_EXAMPLES) * (1 + (passes - 1) * (upper := upper_share(model)))
-            rows = rows[: max(FEWEST, int((MAX_SHARE * tokens - moment_tokens) * (1 + upper) / cost))]
-        held_out = _batches(rows, loader, size)
-        return LiveAdapter(
-            model=model,
-            held_out=held_out,
-            train=train,
-            margin=self.margin,
-            ranks=self.ranks,
-            name=name,
-            metric=self.metric,
-            pair_loss=_pair_loss(args, held_out[0]),
-            moment_tokens=moment_tokens,
-        )
+        with as_it_came(model, name):  # a collator may draw random numbers
+            train_rows = _first(loader.dataset, MOMENT_TOKENS)
+            # In evaluation mode no activation is recomputed, so a row at a time stays below the memory of checkpointed training.
+            train = _batches(train_rows[: 64 * size], loader, 1 if args.gradient_checkpointing else size)
+            tokens = trained * _tokens(train) / max(1, min(len(train_rows), 64 * size))
+            moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_SHARE * tokens)))
+            rows = self._held_out
+            if self.max_examples is None:
+                sample = _batches(rows[:MIN_EXAMPLES], loader, size)
+                passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
+                cost = (
+                    _tokens(sample) / min(len(rows), MIN_EXAMPLES) * (1 + (passes - 1) * (upper := upper_share(model)))
+                )
+                rows = rows[: max(FEWEST, int((MAX_SHARE * tokens - moment_tokens) * (1 + upper) / cost))]
+            held_out = _batches(rows, loader, size)
+        pair_loss = _pair_loss(args, held_out[0])
+        return LiveAdapter(model, held_out, train, self.margin, self.ranks, name, self.metric, pair_loss, moment_tokens)
 
     def _report(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, values: dict[str, float]
@@ -477,8 +466,7 @@ def keep_smallest(
         live = LiveAdapter(model, list(held_out), list(islice(train, MOMENT_BATCHES)), margin, name=name, metric=metric)
     if not live.held_out:
         raise DataError("there are no held-out batches; give some hundred examples that the training did not see")
-    base = str(model.peft_config[name].base_model_name_or_path or model.get_base_model().config.name_or_path or "")
-    training = Training(seconds, peak_so_far(), "last", base, metric)
+    training = Training(seconds, peak_so_far(), "last", base_name(model, name), metric)
     _keep(live, Path(out), training)
     log.warning("rightrank: measuring truncations; to measure again: %s", command_to_measure(Path(out)))
     found, _ = _measured(live, Path(out), training)

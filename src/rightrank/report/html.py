@@ -12,7 +12,6 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from math import log10
@@ -67,6 +66,7 @@ def render_report(
     """
     adapter = records.adapters[-1] if records.adapters else None
     plots = {figure.name: figure for figure in (*figures_of(records, decision), *further_figures)}
+    slider = None if decision is None else _slider(decision)
     script = _asset("figures.js") + "\n" + _asset("page.js")
     return (
         templates()
@@ -90,7 +90,7 @@ def render_report(
             evidence=evidence_table(decision) if decision else [],
             certainty=certainty_rows(decision) if decision else [],
             margin=_margin_text(decision) if decision else "",
-            slider=_slider(decision),
+            slider=slider,
             plots=plots,
             further_plots=[figure for name, figure in plots.items() if name not in IN_THEIR_SECTIONS],
             rows=[_row(outcome) for outcome in records.outcomes[-MAX_ROWS:]],
@@ -102,7 +102,7 @@ def render_report(
             command=reproduce_command(records.started.settings),
             style=_asset("report.css"),
             script=script,
-            page_data=script_json({"answer": _answer(decision)}),
+            page_data=script_json({"answer": slider and slider["data"]}),
             script_hash=script_hash(script),
         )
     )
@@ -161,30 +161,20 @@ def _visible_in(value: Any) -> Any:
     return [_visible_in(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _answer(decision: Decision | None) -> dict[str, Any] | None:
-    """The data of the slider: which rank is enough from which margin, and the values that the rank plot needs."""
-    if decision is None:
-        return None
-    values = {evidence.rank: evidence.value for evidence in decision.ranks}
-    return {
-        "steps": margin_steps(decision),
+def _slider(decision: Decision) -> dict[str, Any]:
+    """The slider's start, 0 to 1000 along the logarithm of the margin, and its data: which rank is enough from which margin."""
+    steps, (low, high) = margin_steps(decision), margin_range(decision)
+    data = {
+        "steps": steps,
         "margin": decision.margin,
-        "range": margin_range(decision),
+        "range": (low, high),
         "unit": metric_unit(decision.metric),
-        "values": {str(rank): value for rank, value in values.items()},
+        "values": {str(evidence.rank): evidence.value for evidence in decision.ranks},
         "reference": decision.reference_rank,
         "higher_is_better": decision.higher_is_better,
     }
-
-
-def _slider(decision: Decision | None) -> dict[str, Any] | None:
-    """The slider's start: 0 to 1000 along the logarithm of the margin."""
-    if decision is None:
-        return None
-    low, high = margin_range(decision)
-    share = log10(decision.margin / low) / log10(high / low)
-    rank = rank_at(margin_steps(decision), decision.margin)
-    return {"start": round(1000 * share), "rank": rank, "margin": _margin_text(decision)}
+    start = round(1000 * log10(decision.margin / low) / log10(high / low))
+    return {"start": start, "rank": rank_at(steps, decision.margin), "margin": _margin_text(decision), "data": data}
 
 
 def _row(outcome: TrialOutcome) -> dict[str, Any]:
@@ -233,32 +223,21 @@ def model_card(records: Records, decision: Decision | None) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _UseIt:
-    """The adapter in the names of PEFT, with code that loads it."""
-
-    r: int
-    alpha: str
-    learning_rate: str
-    code: str
-
-
 def subject_text(started: RunStarted) -> str:
     """Model and data in one line, with the number of examples."""
-    model, data = (str(started.settings.get(name) or "a custom trainer") for name in ("model", "data"))
+    names = [str(started.settings.get(name) or "a custom trainer") for name in ("model", "data")]
+    model, data = (PurePath(name).name if name.startswith((".", "/", "~")) else name for name in names)
     counts = ", ".join(f"{split.items:,} {split_name(name)}" for name, split in started.data.splits.items())
     if "data" not in started.settings:
-        return model
-    return f"{_last(model)} on {_last(data)}" + (f": {counts} examples" if counts else "")
+        return names[0]
+    return f"{model} on {data}" + (f": {counts} examples" if counts else "")
 
 
-def _last(name: str) -> str:
-    """The last part of a path; a name on the hub as it is."""
-    return PurePath(name).name if name.startswith((".", "/", "~")) else name
+def use_it(handed_over: HandedOver, records: Records) -> dict[str, str] | None:
+    """What the box shows: the adapter in the names of PEFT, with code that loads it beside the report.
 
-
-def use_it(handed_over: HandedOver, records: Records) -> _UseIt | None:
-    """What the box shows; None for an adapter whose folder this package did not write."""
+    None for an adapter whose folder this package did not write.
+    """
     settings, trials = records.started.settings, {trial.trial_id: trial for trial in records.finished()}
     answer = records.adapters[-1].answer
     trial, trained = trials.get(answer.trial_id), trials.get(answer.trained_id)
@@ -267,18 +246,14 @@ def use_it(handed_over: HandedOver, records: Records) -> _UseIt | None:
         return None
     scaling: Any = settings.get("scaling", "alpha/r")
     alpha, _ = peft_scaling(scaling, trained.lora_alpha, trained.rank)  # a truncation keeps its parent's alpha
-    name = f"tokenizer = AutoTokenizer.from_pretrained({base_arguments(model)})"
-    if records.started.data.classes is not None:
-        loading = loading_lines("adapter", model, is_classifier=True)
-        code = "\n".join(["from transformers import AutoTokenizer", *loading, name])
-    else:
-        code = (
-            "from peft import PeftModel\n"
-            f"from transformers import AutoModelForCausalLM, AutoTokenizer\n\n{name}\n"
-            f"base = AutoModelForCausalLM.from_pretrained({base_arguments(model)})\n"
-            'model = PeftModel.from_pretrained(base, "adapter")  # beside this report'
-        )
-    return _UseIt(handed_over.rank, f"{alpha:g}", f"{trained.learning_rate:g}", code)
+    loading = loading_lines("adapter", model, records.started.data.classes is not None)
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({base_arguments(model)})"
+    return {
+        "r": str(handed_over.rank),
+        "alpha": f"{alpha:g}",
+        "learning_rate": f"{trained.learning_rate:g}",
+        "code": "\n".join(["from transformers import AutoTokenizer", *loading, tokenizer]),
+    }
 
 
 def confidence_text(records: Records, decision: Decision) -> str:

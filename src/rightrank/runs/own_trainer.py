@@ -36,12 +36,11 @@ from rightrank.schema.errors import AllTrialsFailedError, InputError, Interrupte
 from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.metrics import direction, unknown_direction
 from rightrank.schema.settings import (
+    PROFILES,
     Goal,
-    Profile,
     ProfileName,
     SelectSettings,
     make_settings,
-    profile_named,
     with_identity_of,
 )
 from rightrank.schema.trials import (
@@ -91,7 +90,7 @@ class TrainerSettings(TypedDict, total=False):
     report_to: Sequence[str]
     """Trackers that log every trial: trackio, wandb, mlflow, tensorboard."""
     progress: bool
-    """Show the progress on stderr, or in the output of a notebook's cell."""
+    """Show the progress on stderr."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +111,9 @@ class OwnRequest:
 
     @property
     def collapse_drop(self) -> float | None:
-        """The fall of the held-out value that counts as a collapse; None where the profile does not judge it."""
+        """The fall of the held-out value that counts as a collapse; None but for reinforcement learning."""
         margin = self.settings.margin
-        judges = profile_named(self.given.get("profile")).judges_collapse
-        return DROP_IN_MARGINS * margin if judges and margin is not None else None
+        return DROP_IN_MARGINS * margin if self.given.get("profile") == "rl" and margin is not None else None
 
 
 def own_request(
@@ -139,9 +137,11 @@ def own_request(
         if name not in TrainerSettings.__annotations__:
             allowed = TrainerSettings.__annotations__
             raise SettingsError(f"{name} is no setting{did_you_mean(name, allowed)}; there are: {', '.join(allowed)}")
-    profile = profile_named(given.get("profile"))
+    if given.get("profile") not in PROFILES:
+        raise SettingsError(f"unknown profile {given.get('profile')!r}; there is: rl")
+    profile = PROFILES[given.get("profile")]
     settings = _settings(profile, compared, given)
-    metric = _metric_of(train, metric) or profile.metric
+    metric = _metric_of(train, metric) or profile["metric"]
     own, higher = getattr(train, "higher_is_better", None), given.get("higher_is_better")
     if higher is None:
         higher = own if isinstance(own, bool) else direction(metric)
@@ -193,16 +193,15 @@ def _metric_of(train: object, given: str | None) -> str | None:
     if not isinstance(own, str):
         return given
     if given not in (None, own):
-        name, decides = type(train).__name__, " decides_by=…" if hasattr(train, "decides_by") else " another train"
         raise SettingsError(
-            f"metric {given!r}: {name} scores the examples by {own!r}; leave metric out, or give{decides}"
+            f"metric {given!r}: {type(train).__name__} scores the examples by {own!r}; leave metric out, or give another train"
         )
     return own
 
 
-def _settings(profile: Profile, compared: Mapping[str, object], given: TrainerSettings) -> SelectSettings:
+def _settings(profile: Mapping[str, object], compared: Mapping[str, object], given: TrainerSettings) -> SelectSettings:
     values = {**compared, "strategy": given.get("strategy") or None}
-    values |= {name: getattr(profile, name) for name in ("seeds", "margin", "strategy") if values[name] is None}
+    values |= {name: profile[name] for name in ("seeds", "margin", "strategy") if values[name] is None}
     goal, alpha = given.get("goal", "training-rank"), given.get("lora_alpha", 32.0)
     settings = make_settings(values | {"goal": goal, "lora_alpha": alpha})
     make_strategy(settings, 1)  # refuses an unknown name first
@@ -292,10 +291,8 @@ class _Executor:
         self._run = run
         earlier = run.records.finished()
         self._base = next((trial for trial in earlier if trial.rank == 0), None)
-        # The held-out examples that earlier trials scored, at the end and at their looks; None: not known yet.
+        # The held-out examples that earlier trials scored; None: not known yet.
         self._examples = next((len(trial.item_scores) for trial in earlier if trial.item_scores), None)
-        scored = (point.item_scores for trial in earlier for point in trial.points)
-        self._look_examples = next((len(scores) for scores in scored if scores), None)
         # The functions that have returned well.
         self._good = {"train" if trial.truncate_from is None else "evaluate" for trial in earlier}
         self._wrong: str | None = None  # what the first result was that can't be used
@@ -363,7 +360,6 @@ class _Executor:
                 point.step: point for point in (*looks, *result.points)
             }  # one that was returned replaces a report
             result = result.model_copy(update={"points": [by_step[step] for step in sorted(by_step)]})
-            self._require_same_looks(result.points)
         except TrainerDivergedError as error:
             return TrialDiverged(**trial.fields, step=looks[-1].step if looks else 0, reason=str(error))
         except TrainerError as error:
@@ -407,15 +403,6 @@ class _Executor:
         start = [EvalPoint(step=0, value=self._base.value, item_scores=self._base.item_scores)] if self._base else []
         return collapse_of(result.points, drop, higher) or collapse_of([*start, end], drop, higher)
 
-    def _require_same_looks(self, points: Sequence[EvalPoint]) -> None:
-        """Check that all looks score as many examples, in this trial and in earlier ones."""
-        counts = {len(point.item_scores) for point in points if point.item_scores is not None}
-        known = counts if self._look_examples is None else counts | {self._look_examples}
-        if len(known) > 1 or 0 in known:
-            listed = " and ".join(map(str, sorted(known)))
-            raise TrainerError(f"reported {listed} item_scores; score the same examples at every look of every trial")
-        self._look_examples = next(iter(known), None)
-
 
 def _write_truncated(parent: Path, folder: Path, rank: int) -> None:
     """Write the PEFT adapter in `parent`, truncated to `rank` by singular values, to `folder`, which is replaced.
@@ -423,13 +410,13 @@ def _write_truncated(parent: Path, folder: Path, rank: int) -> None:
     Raises:
         InputError: no PEFT adapter there, or of a kind that can't be truncated.
     """
-    from rightrank.adapters.resize import RankChoice, write_resized
+    from rightrank.adapters.held_out import capped
+    from rightrank.adapters.resize import write_resized
     from rightrank.models.adapter_files import open_adapter  # these bring torch, which a trainer may not need
 
     adapter = open_adapter(parent)
-    ranks = {module.name: min(rank, module.rank) for module in adapter.modules}
     shutil.rmtree(folder, ignore_errors=True)
-    write_resized(adapter, folder, RankChoice(ranks, f"rank {rank} at most"))
+    write_resized(adapter, folder, capped(adapter, rank))
 
 
 def outcome_of(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:

@@ -105,7 +105,8 @@ def strategy_of(prepared: Prepared) -> Strategy:
         raise SettingsError(
             f"goal 'adapter' needs adapters that can be truncated ({reason}); give goal 'training-rank'"
         )
-    return make_strategy(settings, prepared.steps, prepared.is_token_loss, prepared.unseen_steps, reason is None)
+    is_token_loss = prepared.started.data.is_token_loss
+    return make_strategy(settings, prepared.steps, is_token_loss, prepared.unseen_steps, reason is None)
 
 
 def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:

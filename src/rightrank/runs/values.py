@@ -63,10 +63,6 @@ class Prepared:
     top_origin: str  # where the highest rank comes from, in words
 
     @property
-    def is_token_loss(self) -> bool:
-        return self.started.data.is_token_loss
-
-    @property
     def unseen_steps(self) -> int:
         """Steps that the training examples last beyond those of one training; 0 if it sees every example."""
         per_step = self.settings.items_per_step

@@ -150,7 +150,6 @@ class HeldOut(Record):
 
     rank: int
     value: float
-    recovered_steps: int = 0
 
 
 class Resized(Record):

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from rightrank.schema.errors import MAX_WHOLE, SettingsError, did_you_mean
+from rightrank.schema.errors import MAX_WHOLE, SettingsError
 from rightrank.schema.metrics import Checkpoint, MetricSpec, direction, parse_metrics, unknown_direction
 from rightrank.schema.table import Group, Settings, parsed_json, setting
 
@@ -659,33 +658,9 @@ def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
 ProfileName: TypeAlias = Literal["rl"]
 
 
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """Defaults that an argument of `select_rank_with` overrides, and how outcomes are judged."""
-
-    strategy: str = "grid"
-    metric: str = "loss"
-    seeds: tuple[int, ...] = (0,)
-    margin: float | None = None
-    judges_collapse: bool = False  # whether a training that falls far below its own best is no result
-    smallest_if_alike: bool = False  # whether the smallest rank is the answer where no difference can be shown
-
-
-PLAIN = Profile()
-PROFILES: Mapping[str, Profile] = {
-    # Two points of a reward between 0 and 1; three seeds measure the noise before the bulk is spent.
-    "rl": Profile("upward", "reward", (0, 1, 2), 0.02, judges_collapse=True, smallest_if_alike=True),
+# What `select_rank_with` takes where an argument is not given. For reinforcement learning: two points of a reward between 0 and 1;
+# three seeds measure the noise before the bulk is spent.
+PROFILES: Mapping[str | None, Mapping[str, Any]] = {
+    None: {"strategy": "grid", "metric": "loss", "seeds": (0,), "margin": None},
+    "rl": {"strategy": "upward", "metric": "reward", "seeds": (0, 1, 2), "margin": 0.02},
 }
-
-
-def profile_named(name: str | None) -> Profile:
-    """The profile of that name; the plain defaults for None.
-
-    Raises:
-        SettingsError: an unknown name.
-    """
-    if name is None:
-        return PLAIN
-    if name not in PROFILES:
-        raise SettingsError(f"unknown profile {name!r}{did_you_mean(name, PROFILES)}; there are: {', '.join(PROFILES)}")
-    return PROFILES[name]

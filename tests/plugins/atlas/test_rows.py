@@ -24,12 +24,12 @@ def test_the_packaged_atlas_is_small_and_has_what_a_reader_checks() -> None:
     assert len(atlas.sources) >= 60
     assert {row.source for row in atlas.sweeps} == set(atlas.sources)
     for name, source in atlas.sources.items():
-        assert source.address.startswith("https://") or name == "rightrank", name
-        assert source.licence, name
-        assert re.fullmatch(r"\d{4}-\d\d-\d\d", source.read), name
-        assert REFUSED not in source.address
+        assert source["address"].startswith("https://") or name == "rightrank", name
+        assert source["licence"], name
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", source["read"]), name
+        assert REFUSED not in source["address"]
     for row in atlas.sweeps:
-        assert READS & row.read.keys() or atlas.sources[row.source].kind == "paper", f"{row.id}: no program reads it"
+        assert READS & row.read.keys() or atlas.sources[row.source]["kind"] == "paper", f"{row.id}: no program reads it"
 
 
 def test_the_rows_of_our_own_grids_are_those_of_the_grids() -> None:

@@ -61,15 +61,8 @@ def allocate(
     from rightrank.plugins.allocate.proposal import AllocateOptions
     from rightrank.plugins.allocate.proposal import allocate as allocate_ranks
 
-    options = AllocateOptions(
-        rank,
-        learning_rate,
-        max_steps,
-        tuple(seeds),
-        base,
-        settings or make_settings({}),
-        on_trial,
-    )
+    read = settings or make_settings({})
+    options = AllocateOptions(rank, learning_rate, max_steps, tuple(seeds), base, read, on_trial)
     return allocate_ranks(Path(adapter), Path(data), options)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ from rightrank.models.ranks import exact_pattern
 from rightrank.models.truncation import ranks_within
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import Allocation, AllocationTrial, AllocationVerdict
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.adapter_runtime import DataUse, adapter_runtime, train_attached
 from rightrank.train.evaluation import Scores
@@ -47,10 +47,10 @@ class AllocateOptions:
     rank: int  # of the uniform adapter that sets the budget
     learning_rate: float
     steps: int
-    seeds: tuple[int, ...] = (0, 1)
-    base: str | None = None
-    settings: SelectSettings = field(default_factory=lambda: make_settings({}))
-    on_trial: Callable[[AllocationTrial], None] = lambda _: None
+    seeds: tuple[int, ...]
+    base: str | None
+    settings: SelectSettings
+    on_trial: Callable[[AllocationTrial], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,6 @@ class Expectation:
         dict[str, Any], ...
     ]  # the five most alike, one a source; none where nothing is known of the question
     notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields of `rightrank expect --json`."""
-        return asdict(self)
 
 
 def question_of(sweep: Sweep, margin: float | None) -> Question:
@@ -208,7 +204,7 @@ def _first(ranks: Sequence[int], found: dict[int, tuple[float, float]], wanted: 
 
 def _near_row(sweep: Sweep, margin: float | None, atlas: Atlas) -> dict[str, Any]:
     return {
-        "source": atlas.sources[sweep.source].address,
+        "source": atlas.sources[sweep.source]["address"],
         "base": sweep.base,
         "task": sweep.task,
         "rank": None if sweep.rises(margin) else sweep.smallest_enough(margin),

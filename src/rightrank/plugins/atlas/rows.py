@@ -27,19 +27,6 @@ MARGINS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Who published sweeps, and where."""
-
-    address: str
-    licence: str  # of the figures, as the source states it
-    kind: str  # table, log or paper
-    read: str  # when, YYYY-MM-DD
-    group: str  # sources of one group share a recipe, and never judge one another
-    repo: str = ""  # OWNER/NAME at GitHub
-    commit: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Sweep:
     """One sweep of ranks."""
 
@@ -108,11 +95,14 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class Atlas:
-    sources: Mapping[str, Source]
+    """The sweeps, and by name who published them, where (`address`), when it was read and under which licence."""
+
+    sources: Mapping[str, Mapping[str, str]]
     sweeps: Sequence[Sweep]
 
     def group(self, sweep: Sweep) -> str:
-        return self.sources[sweep.source].group
+        """Sources of one group share a recipe, and never judge one another."""
+        return self.sources[sweep.source].get("group", sweep.source)
 
 
 @cache
@@ -122,8 +112,7 @@ def load() -> Atlas:
 
 def parse(content: Mapping[str, Any]) -> Atlas:
     """The atlas of a file's content. That its rows can be is checked where the file is changed (`tests/plugins/atlas`)."""
-    sources = {name: Source(**{"group": name, **about}) for name, about in content["sources"].items()}
     sweeps = [
         Sweep(**{**row, "ranks": tuple(row["ranks"]), "values": tuple(row["values"])}) for row in content["sweeps"]
     ]
-    return Atlas(sources, sweeps)
+    return Atlas(content["sources"], sweeps)

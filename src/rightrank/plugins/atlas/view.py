@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ def expect(ranks: list[str] | None, plot_file: Path | None, as_json: bool, **kno
 
         require_svg(plot_file)
         write_plot(figure_of(found), plot_file)
-    click.echo(json.dumps(found.to_json()) if as_json else text(found))
+    click.echo(json.dumps(asdict(found)) if as_json else text(found))
 
 
 def text(found: Expectation) -> str:
