@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
 
     exported = api.export(run, to, out)
     if as_json:
-        click.echo(json.dumps(exported.to_json()))
+        click.echo(json.dumps(asdict(exported) | {"folder": str(exported.folder)}))
         return
     for note in exported.notes:
         click.echo(f"note: {note}", err=True)

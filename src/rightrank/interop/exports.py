@@ -7,7 +7,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,6 @@ class Exported:
     files: list[str]
     command: str
     notes: list[str]
-
-    def to_json(self) -> dict[str, object]:
-        return asdict(self) | {"folder": str(self.folder)}
 
 
 def require_target(name: str) -> None:

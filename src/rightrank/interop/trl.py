@@ -78,7 +78,8 @@ class GRPOTrain:
             callbacks=[looks],
         )
         trainer.train()
-        looks.restore_best(trainer.model)
+        if looks.best:
+            set_peft_model_state_dict(trainer.model, looks.best)
         trainer.model.save_pretrained(task.folder)
         return self._measured(trainer.model, tokenizer, looks)
 
@@ -195,7 +196,7 @@ class _Looks(TrainerCallback):
         self._task = task
         self._score = score  # of the model: the reward of each validation row
         self._looks = looks
-        self._best: dict[str, torch.Tensor] = {}
+        self.best: dict[str, torch.Tensor] = {}  # the adapter of the best look
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._look(model, 0)
@@ -210,11 +211,6 @@ class _Looks(TrainerCallback):
         if drop is not None and should_stop_early(self.points, drop, higher_is_better=True):
             control.should_training_stop = True
 
-    def restore_best(self, model: Any) -> None:
-        """Load the adapter of the best look into the model."""
-        if self._best:
-            set_peft_model_state_dict(model, self._best)
-
     def _look(self, model: Any, step: int) -> None:
         scores = self._score(model)
         value = sum(scores) / len(scores)
@@ -222,4 +218,4 @@ class _Looks(TrainerCallback):
         self.points.append(EvalPoint(step=step, value=value, item_scores=scores))
         if best_point(self.points, higher_is_better=True).step == step:
             state = get_peft_model_state_dict(model)
-            self._best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+            self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}

@@ -30,8 +30,8 @@ class Axis:
     limits: tuple[float, float] | None = None  # None: all values, with a small margin
 
 
-def metric_axis(metric: str, which: str, limits: tuple[float, float] | None = None) -> Axis:
-    label = f"{which} loss, nats" if metric == "loss" else f"{which} {visible(metric)}"
+def metric_axis(metric: str, limits: tuple[float, float]) -> Axis:
+    label = "held-out loss, nats" if metric == "loss" else f"held-out {visible(metric)}"
     return Axis(label, limits=limits)
 
 

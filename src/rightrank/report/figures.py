@@ -64,7 +64,7 @@ def rank_figure(decision: Decision) -> Figure:
         + (f"; base without an adapter {base:.4f}" if base is not None else "")
         + f". {decision.sentence}",
         x=rank_axis(ranks),
-        y=metric_axis(decision.metric, "held-out", limits),
+        y=metric_axis(decision.metric, limits),
         series=(points,),
         bands=(band,),
         levels=tuple(levels),
@@ -298,7 +298,7 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
         title="Learning curves (training dashed)" if metric == "loss" else "Learning curves",
         alt=f"Held-out {metric} by step, each rank at its best learning rate. At the end: {ends}.",
         x=Axis("step"),
-        y=metric_axis(metric, "held-out", (min(late) - room, max(late) + room)),
+        y=metric_axis(metric, (min(late) - room, max(late) + room)),
         series=tuple(series),
         columns=("rank", "step", "held-out", "training"),
         rows=tuple(rows),
@@ -357,7 +357,7 @@ def figure_of(
         + " ".join(f"Rank {one.rank}, {one.how}: worse by {one.difference:.2g}." for one in adapters)
         + f" {answer.sentence}",
         x=rank_axis([one.rank for one in adapters]),
-        y=metric_axis(metric, "held-out", (min(ends) - room, max(ends) + room)),
+        y=metric_axis(metric, (min(ends) - room, max(ends) + room)),
         series=tuple(
             _adapter_series(how, adapters, reference, sign) for how in SERIES if any(a.how == how for a in adapters)
         ),

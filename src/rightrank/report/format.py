@@ -45,16 +45,6 @@ def amount(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def short(value: float) -> str:
-    """At most five characters."""
-    return f"{value:.0f}" if value >= 100 or float(value).is_integer() else f"{value:.2g}"
-
-
-def cell_text(value: float) -> str:
-    """Four significant digits, those that are zero too, so that a column of values lines up."""
-    return f"{value:#.4g}".rstrip(".")
-
-
 def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -9,7 +9,7 @@ from math import log2
 from typing import TYPE_CHECKING, TypeAlias
 
 from rightrank.report.answer import answer_view, brief, certainty_rows, evidence_table, labelled
-from rightrank.report.format import cell_text, duration, size, table_lines, visible
+from rightrank.report.format import duration, size, table_lines, visible
 from rightrank.schema.decision import Decision
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ def terminal_curve(points: Points, width: int, truncated: Points = ()) -> str:
         return ""
     values = [value for _, value in (*points, *truncated)]
     low, span = min(values), (max(values) - min(values)) or 1.0
-    ticks = {row: cell_text(low + span * (1 - row / (CURVE_ROWS - 1))) for row in range(0, CURVE_ROWS, 3)}
+    at = {row: low + span * (1 - row / (CURVE_ROWS - 1)) for row in range(0, CURVE_ROWS, 3)}
+    ticks = {row: f"{value:#.4g}".rstrip(".") for row, value in at.items()}  # with zeros, so that they line up
     margin = max(map(len, ticks.values()))
     columns = max(len(ranks), min(width, MAX_CURVE_WIDTH) - margin - 1 - len(str(ranks[-1])))
 

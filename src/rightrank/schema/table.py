@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from rightrank.schema.errors import MAX_WHOLE, SettingsError, did_you_mean, without_secrets
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-AnySettings = TypeVar("AnySettings", bound="Settings")
 NEAREST_NAMES = 3  # that answer an unknown setting
 
 
