@@ -28,8 +28,8 @@ from rightrank.adapters.resize import write_resized
 from rightrank.decision.adapter import Criterion, adapter_answer
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.trials import TrialFinished
-from rightrank.train.trial import finished_trial
 from rightrank.train.evaluation import Scores
+from rightrank.train.trial import finished_trial
 
 TEMPLATE = "Question: {query} Think step by step.\nAnswer:"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

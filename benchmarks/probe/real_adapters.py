@@ -27,9 +27,9 @@ from rightrank.train.adapter_runtime import (
     DataUse,
     adapter_attached,
     adapter_runtime,
-    finished_trial,
     train_attached,
 )
+from rightrank.train.trial import finished_trial
 
 
 def run_settings(run: Path) -> SelectSettings:
