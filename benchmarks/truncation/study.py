@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from rightrank.adapters.resize import RankChoice, write_resized
 from rightrank.data.splits import load_data
 from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_adapter, save_adapter
 from rightrank.models.base_models import load_model
-from rightrank.models.truncation import DAMPING, Moments, Weighting, components, ranks_within
+from rightrank.models.truncation import DAMPING, Moments, components, ranks_within
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.trials import SplitName
 from rightrank.train.adapter import trainable_parameters
@@ -59,6 +59,7 @@ TASKS: dict[str, dict[str, object]] = {
     "glosses16": CAUSAL,
     "packages16": CAUSAL,
 }
+Weighting = Literal["none", "inputs", "both"]
 METHODS: dict[str, tuple[Weighting, str]] = {
     "svd": ("none", "uniform"),
     "activation": ("inputs", "uniform"),
@@ -159,10 +160,10 @@ def ranks_of(
     if sharing == "uniform":
         return dict.fromkeys(names, rank)
     costs = [module.rows + module.columns for module in adapter.modules]
-    worth = [
-        components(*adapter.factors(module), module.scaling, moments.get(module.name), weighting, damping).costs
-        for module in adapter.modules
-    ]
+    found = {
+        one.name: weighed(adapter, one, moments[one.name], weighting, damping) for one in adapter.modules if moments
+    }
+    worth = [components(*adapter.factors(one), one.scaling, found.get(one.name)).costs for one in adapter.modules]
     if sharing == "values":  # by σ alone: times the parameters that `ranks_within` divides it by
         worth = [np.sqrt(one) * cost for one, cost in zip(worth, costs, strict=True)]
     highest = next(served for served in SERVED if served >= rank) if sharing == "served" else TOP

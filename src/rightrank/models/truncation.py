@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -22,8 +21,6 @@ from safetensors.torch import load_file, save_file
 from rightrank.models.adapter_files import WEIGHTS_FILE, AdapterFolder, open_adapter
 from rightrank.models.ranks import exact_pattern, lora_scaling, max_module_rank, pattern_value
 from rightrank.schema.trials import Floats
-
-Weighting: TypeAlias = Literal["none", "inputs", "both"]
 
 DAMPING = 0.01  # share of the identity in each metric: directions that few tokens have shown keep some weight
 INVISIBLE = 1e-12  # of the largest eigenvalue: below it a direction changes nothing
@@ -55,7 +52,6 @@ def components(
     a: Floats,
     scale: float,
     moments: Moments | None = None,
-    weighting: Weighting = "both",
     damping: float = DAMPING,
 ) -> Components:
     """The parts of B·A.
@@ -65,14 +61,12 @@ def components(
         a: [r, k].
         scale: s, which multiplies B·A in the module.
         moments: What was gathered of the module; None for the plain SVD.
-        weighting: "both" is K-FAC, "inputs" weighs by the inputs alone, "none" is the plain SVD.
         damping: Share of the plain metric that is mixed into each gathered one.
     """
     left, right = scale**2 * (b.T @ b), a @ a.T
-    if moments is not None and weighting != "none":
+    if moments is not None:
         right = damped(moments.inputs, right, damping)
-        if weighting == "both":
-            left = damped(moments.gradients, left, damping)
+        left = damped(moments.gradients, left, damping)
     root, inverse = _roots(left)
     u, sigma, _ = np.linalg.svd(root.T @ _roots(right)[0], full_matrices=False)
     # M = Σ uᵢ·uᵢᵀ in the coordinates of `root`: B' = B·L⁻ᵀ·U and A' = Uᵀ·Lᵀ·A.

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +52,8 @@ class RunningMean:
             self._sums[name] += value
         self.count += 1
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The parameters hold their mean inside the block, and their own values after it."""
-        before = {name: value.detach().clone() for name, value in self._parameters.items()}
-        try:
-            with torch.no_grad():
-                for name, value in self._parameters.items():
-                    value.copy_(self._sums[name] / self.count)
-            yield
-        finally:
-            with torch.no_grad():
-                for name, value in self._parameters.items():
-                    value.copy_(before[name])
+    def values(self) -> dict[str, torch.Tensor]:
+        return {name: value / self.count for name, value in self._sums.items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps."""

@@ -226,8 +226,12 @@ class ArmTraining:
         arm, mean, measured, averaged = self.trial.arm, self.optimizer.mean, Measured(), None
         scores = self._evaluate() if self._scores is None else self._scores  # None: resumed at its last step
         if mean is not None and mean.count > 0:
-            with mean.applied():
+            last = self.optimizer.parameters()
+            self.optimizer.put(mean.values())
+            try:
                 averaged = self._evaluate().loss
+            finally:
+                self.optimizer.put(last)
         kept = self._take_checkpoint() if arm.is_direct and self.optimizer.best else None
         if arm.stop_at is None:
             scores = scores if kept is None else self._evaluate()
