@@ -26,7 +26,7 @@ def test_stored_bytes_of_a_quantised_model_are_its_own(name: str, width: str, tm
     values = {"device": "cpu", "dtype": "float32", "ranks": (2,), f"load_in_{width}": True}
     settings = make_plan_settings(values | {"batch_size": 1, "seq_len": 16})
     planned = inventory(adapt(build_base(CONFIGS[name](), settings), settings, 2)).stored
-    assert sum(tensor.size for tensor in planned if not tensor.trainable) == _real_bytes(name, width, tmp_path)
+    assert sum(tensor.nbytes for tensor in planned if not tensor.requires_grad) == _real_bytes(name, width, tmp_path)
 
 
 def _real_bytes(name: str, width: str, folder: Path) -> int:

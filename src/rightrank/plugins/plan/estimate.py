@@ -8,7 +8,8 @@ bytes. Otherwise every rank is traced.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,39 +27,19 @@ CUBLAS_BYTES = 8_519_680  # cuBLAS workspace from torch's allocator (`:4096:2:16
 
 
 @dataclass(frozen=True, slots=True)
-class _TensorSpec:
-    """Name, shape and type of a tensor that exists before the step."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    trainable: bool
-
-    @property
-    def size(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    @property
-    def count(self) -> int:
-        return torch.Size(self.shape).numel()
-
-
-@dataclass(frozen=True, slots=True)
 class _Inventory:
-    """The tensors of a model with an adapter of one rank."""
+    """The tensors of a model with an adapter of one rank, without values; those that train require a gradient."""
 
-    stored: tuple[_TensorSpec, ...]  # parameters and buffers
-    saved: tuple[_TensorSpec, ...]  # in the adapter's file as PEFT writes it
+    stored: tuple[torch.Tensor, ...]  # parameters and buffers; shared ones once
+    saved: Mapping[str, torch.Tensor]  # in the adapter's file as PEFT writes it
 
     @property
     def trainable_parameters(self) -> int:
-        return sum(tensor.count for tensor in self.stored if tensor.trainable)
+        return sum(tensor.numel() for tensor in self.stored if tensor.requires_grad)
 
     @property
     def adapter_bytes(self) -> int:
-        entries = [
-            (tensor.name, SAFETENSORS_CODES[tensor.dtype], tensor.shape, tensor.dtype.itemsize) for tensor in self.saved
-        ]
+        entries = [(name, SAFETENSORS_CODES[one.dtype], one.shape, one.itemsize) for name, one in self.saved.items()]
         return safetensors_bytes(entries, {"format": "pt"})
 
 
@@ -131,17 +112,15 @@ class Estimator:
             self._inventories[high] = inventory(self._adapted(high))
         if rank not in self._inventories:
             first, last = self._inventories[low], self._inventories[high]
-            stored, saved = (
-                tuple(replace(a, shape=self._shape(a, b, rank)) for a, b in zip(ours, theirs, strict=True))
-                for ours, theirs in ((first.stored, last.stored), (first.saved, last.saved))
-            )
+            stored = tuple(self._at(rank, a, b) for a, b in zip(first.stored, last.stored, strict=True))
+            saved = {name: self._at(rank, tensor, last.saved[name]) for name, tensor in first.saved.items()}
             self._inventories[rank] = _Inventory(stored, saved)
         return self._inventories[rank]
 
-    def _shape(self, low: _TensorSpec, high: _TensorSpec, rank: int) -> tuple[int, ...]:
-        shape = [_between(a, b, self._ends, rank) for a, b in zip(low.shape, high.shape, strict=True)]
-        assert None not in shape, low.name  # PEFT multiplies the rank by whole numbers alone
-        return tuple(part for part in shape if part is not None)
+    def _at(self, rank: int, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """The tensor of `rank`, from those of the ends; PEFT multiplies the rank by whole numbers alone."""
+        shape = [_between(a, b, self._ends, rank) or 0 for a, b in zip(low.shape, high.shape, strict=True)]
+        return torch.empty(shape, dtype=low.dtype, device="meta", requires_grad=low.requires_grad)
 
     def flops(self, rank: int) -> int:
         """Floating-point operations of a step; a multiply and an add count as two."""
@@ -159,14 +138,12 @@ class Estimator:
     def _residents(self, rank: int) -> tuple[list[Resident], OptimizerMemory]:
         """The tensors that one device holds before the step, and its optimizer's memory."""
         parts, settings = self.inventory(rank), self.settings
-        trained = [
-            torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in parts.stored if tensor.trainable
-        ] * settings.adapters_per_pass
+        trained = [tensor for tensor in parts.stored if tensor.requires_grad] * settings.adapters_per_pass
         optimizer = optimizer_memory(trained, settings.optim, settings.device)
         residents = [
-            Resident(tensor.size, "adapter" if tensor.trainable else "weights")
+            Resident(tensor.nbytes, "adapter" if tensor.requires_grad else "weights")
             for tensor in parts.stored
-            for _ in range(settings.adapters_per_pass if tensor.trainable else 1)
+            for _ in range(settings.adapters_per_pass if tensor.requires_grad else 1)
         ]
         if settings.device == "cuda":
             residents.append(Resident(CUBLAS_BYTES, "workspace"))
@@ -209,17 +186,7 @@ class Estimator:
 
 
 def inventory(skeleton: Skeleton) -> _Inventory:
-    """The tensors of an adapted model; shared ones count once."""
-    stored, seen = [], set()
-    named = [*skeleton.model.named_parameters(), *skeleton.model.named_buffers()]
-    for name, tensor in named:
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            stored.append(_TensorSpec(name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad))
-    saved = [
-        _TensorSpec(name, tuple(value.shape), value.dtype, True) for name, value in skeleton.adapter_state().items()
-    ]
-    return _Inventory(tuple(stored), tuple(saved))
+    return _Inventory((*skeleton.model.parameters(), *skeleton.model.buffers()), skeleton.adapter_state())
 
 
 def _between(low: int, high: int, ends: tuple[int, int], rank: int) -> int | None:

@@ -51,7 +51,7 @@ def plan_config(config: Any, name: str, settings: PlanSettings) -> Plan:
         model=name,
         architecture=type(estimator.skeleton.base).__name__,
         base_parameters=estimator.base_parameters,
-        base_bytes=sum(tensor.size for tensor in estimates[0].inventory.stored if not tensor.trainable),
+        base_bytes=sum(tensor.nbytes for tensor in estimates[0].inventory.stored if not tensor.requires_grad),
         targets=len(estimator.skeleton.targets),
         ranks=rows,
         max_rank=max((row.rank for row in rows if row.fits), default=None),
