@@ -116,18 +116,6 @@ class PlanSettings(PeftFields):
 STEP_OF_SELECT = tuple(
     name for name in PlanSettings.model_fields if name in SelectSettings.model_fields and name != "adapters_per_pass"
 )
-# Settings that change the step and not the tensors of the model.
-STEP_ONLY = {
-    "ranks",
-    "batch_size",
-    "seq_len",
-    "loss",
-    "gradient_checkpointing",
-    "optim",
-    "padding",
-    "adapters_per_pass",
-}
-STEP_ONLY |= {"packed", "eval_batch_size"}
 
 
 def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:

@@ -19,10 +19,11 @@ from rightrank.plugins.plan.peak import OptimizerMemory, Peak, Resident, optimiz
 from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, adapt, build_base, count_parameters
 from rightrank.plugins.plan.trace import StepTrace, trace_step
 from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, first_line
-from rightrank.schema.plan_settings import STEP_ONLY, PlanSettings
+from rightrank.schema.plan_settings import PlanSettings
 
 # What a model's own code raises on tensors without values, or on kernels that meta tensors lack.
 UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+OF_THE_MODEL = {"attn_implementation", "dtype", "load_in_4bit", "load_in_8bit"}  # settings that change its modules
 CUBLAS_BYTES = 8_519_680  # cuBLAS workspace from torch's allocator (`:4096:2:16:8`); 32 MiB on Hopper
 
 
@@ -88,9 +89,9 @@ class Estimator:
         return min(target.max_rank for target in self.skeleton.targets)
 
     def variant(self, **changes: Any) -> Estimator:
-        """The same model under other settings; whatever the changes do not affect is shared."""
+        """The same adapters under other settings of the step, which share the model, or of `OF_THE_MODEL`."""
         settings = self.settings.model_copy(update=changes)
-        if not STEP_ONLY.issuperset(changes):
+        if not OF_THE_MODEL.isdisjoint(changes):
             return Estimator(self._config, settings)
         other = copy.copy(self)
         other.settings, other._traces = settings, {}
