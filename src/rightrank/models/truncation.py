@@ -132,7 +132,10 @@ def truncated_tensors(
         moments: by module name; modules that have them are truncated by K-FAC, the others by singular values.
     """
     adapter, tensors = open_adapter(folder), load_file(folder / WEIGHTS_FILE)
-    ranks = _module_ranks(adapter, config, max_module_rank(rank), moments)
+    pattern = config.rank_pattern or {}
+    ranks = {one.address: int(pattern_value(pattern, one.address, config.r)) for one in adapter.modules}
+    if len(uniform := set(ranks.values())) == 1:
+        ranks = shared_ranks(adapter, uniform.pop(), max_module_rank(rank), moments) or ranks
     config.rank_pattern = exact_pattern(ranks, config.r, ranks)
     for first, *others in adapter.pairs:
         b, a, new_rank = tensors[first.b_key], tensors[first.a_key], ranks[first.address]
@@ -148,16 +151,6 @@ def truncated_tensors(
             tensors[first.bias_key] = tensors[first.bias_key] * ratio
         tensors[first.b_key], tensors[first.a_key] = new_b.to(b.dtype).contiguous(), new_a.to(a.dtype).contiguous()
     return tensors
-
-
-def _module_ranks(
-    adapter: AdapterFolder, config: LoraConfig, max_rank: int, moments: Mapping[str, Moments]
-) -> dict[str, int]:
-    """The rank of each module, by its address, of a truncation that holds at most the parameters of `config`."""
-    pattern = config.rank_pattern or {}
-    uniform = {one.address: int(pattern_value(pattern, one.address, config.r)) for one in adapter.modules}
-    ranks = set(uniform.values())
-    return (len(ranks) == 1 and shared_ranks(adapter, ranks.pop(), max_rank, moments)) or uniform
 
 
 def shared_ranks(

@@ -159,8 +159,10 @@ def _printed(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         path = Path(folder) / "answers.jsonl"
         write_answers(answers, path)
+        command = _command(spec)
+        placed = [word.replace(PLACEHOLDER, str(path)) for word in command]
         try:
-            printed = run_program(_command_on(_command(spec), path), TIMEOUT_SECONDS)
+            printed = run_program(placed if placed != command else [*command, str(path)], TIMEOUT_SECONDS)
         except RunError as error:
             raise MetricError(f"metric {spec.name!r}: {error}") from None
     try:
@@ -176,12 +178,6 @@ def _printed(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
             f"metric {spec.name!r}: it printed {_short(printed)!r}; one number, or {len(answers)} (one per example), are expected"
         )
     return words[0] if len(words) == 1 else words
-
-
-def _command_on(words: list[str], file: Path) -> list[str]:
-    """A command with the file's path in place of `PLACEHOLDER`, or at its end."""
-    placed = [word.replace(PLACEHOLDER, str(file)) for word in words]
-    return placed if placed != words else [*placed, str(file)]
 
 
 def run_program(command: Sequence[str], timeout_seconds: float) -> str:
