@@ -127,7 +127,7 @@ def answers(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "a failing rank stopped at half below 2%",
             f"{wrong} wrong stops of {stopped}",
-            "it is dropped" if wrong else "it is built",
+            "it is built" if stopped and not wrong else "it is dropped",
         ),
     ]  # fmt: skip
 
