@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_model
 from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import Arm
+from rightrank.train.adapter import initialise, lora_modules, seeded, unwrapped, wrapped
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode
 
@@ -17,3 +24,30 @@ def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path)
     loaded = load_model(str(model), settings.dtype, settings.device, splits.classes, weight_bits=settings.weight_bits)
     encoded = encode(splits, loaded, settings)
     return Runtime(loaded, encoded, settings, settings.training_steps(len(encoded.splits["train"])), cache)
+
+
+@contextmanager
+def fresh_adapter(runtime: Runtime, arm: Arm) -> Iterator[Any]:
+    """The PeftModel of a freshly initialised arm in training mode, with PEFT's own forward pass."""
+    with seeded(arm.seed):
+        peft_model = wrapped(runtime.model, runtime.config(arm))
+    try:
+        initialise(peft_model, arm, runtime.settings)
+        for module in lora_modules(peft_model).values():
+            module.training = True  # which DoRA asks for before it drops anything out
+            module.lora_dropout.train()
+        with runtime.recomputing():
+            yield peft_model
+    finally:
+        unwrapped(peft_model)
+
+
+def trainable_parameters(peft_model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+
+
+def made_trainable(peft_model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters of an attached adapter, which require a gradient from then on."""
+    for name, parameter in peft_model.named_parameters():
+        parameter.requires_grad_("default" in name.split("."))
+    return trainable_parameters(peft_model)

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from scipy.stats import t as student
+from tests.helpers import fresh_adapter, trainable_parameters
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter import trainable_parameters
 from rightrank.train.loop import run_trial
 from rightrank.train.runtime import Runtime
 from rightrank.train.targets import lora_config
@@ -64,7 +64,7 @@ def train_theirs(runtime: Runtime, arm: Arm, work: Path, same: bool) -> Learnt:
     torch.manual_seed(arm.seed)
     initial: dict[str, torch.Tensor] = {}
     if same:
-        with runtime.arm(arm) as ours:
+        with fresh_adapter(runtime, arm) as ours:
             initial = {name: value.detach().clone() for name, value in trainable_parameters(ours).items()}
     model: Any = get_peft_model(runtime.model, lora_config(runtime.settings, arm, False, runtime.targets.names))
     with torch.no_grad():

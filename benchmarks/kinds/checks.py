@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tests.helpers import fresh_adapter, trainable_parameters
 from tests.watch import Watch
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +24,6 @@ from rightrank.plugins.plan.selection import plan_selection
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter import trainable_parameters
 from rightrank.train.loop import run_trial
 from rightrank.train.optimizer import learning_rate_schedule
 from rightrank.train.pace import multi_lora_obstacle
@@ -176,7 +176,7 @@ CHECKS: dict[str, Callable[[Suite], str]] = {
 
 def with_first_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters of another PEFT model by name, set to the values that a training of `arm` starts from."""
-    with runtime.arm(arm) as ours:
+    with fresh_adapter(runtime, arm) as ours:
         initial = {name: value.detach().clone() for name, value in trainable_parameters(ours).items()}
     named = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
     assert named.keys() == initial.keys()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tests.helpers import fresh_adapter, trainable_parameters
 from tests.tiny import make_tokenizer, sentences, small_settings, write_completions, write_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -30,7 +31,6 @@ from rightrank.schema.errors import RightrankError
 from rightrank.schema.events import Listener
 from rightrank.schema.plan_settings import make_plan_settings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter import trainable_parameters
 from rightrank.train.loop import train_trials
 from rightrank.train.pace import multi_lora_obstacle
 from rightrank.train.runtime import Runtime
@@ -206,7 +206,7 @@ def plain_losses(runtime: Runtime, arm: Arm, base: Path, adapter: Path) -> list[
     config = LoraConfig.from_pretrained(str(adapter))
     config.inference_mode = False
     model: Any = get_peft_model(fresh_base(runtime, base), config).eval()
-    with runtime.arm(arm) as ours:
+    with fresh_adapter(runtime, arm) as ours:
         first = {name: value.detach().clone() for name, value in trainable_parameters(ours).items()}
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     assert named.keys() == first.keys(), sorted(named.keys() ^ first.keys())[:4]

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from tests.helpers import made_trainable
 
 from benchmarks.probe.common import store
 from rightrank.adapters.held_out import Candidates, truncation_curve
@@ -27,8 +28,9 @@ from rightrank.train.adapter_runtime import (
     DataUse,
     adapter_attached,
     adapter_runtime,
-    train_attached,
 )
+from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule, take_step
+from rightrank.train.runtime import Runtime
 from rightrank.train.trial import finished_trial
 
 
@@ -44,6 +46,19 @@ def difference(left: Any, right: Any) -> dict[str, float]:
     sums = np.array([left.item_losses]) - np.array([right.item_losses])
     found = estimate(sums, np.array(left.item_tokens, dtype=float))
     return {"difference": found.mean, "low": found.bound(0.025), "high": found.bound(0.975)}
+
+
+def recover(runtime: Runtime, peft_model: Any, learning_rate: float, seed: int) -> None:
+    """Train the attached adapter for the runtime's steps."""
+    schedule, plan = learning_rate_schedule(runtime.settings, runtime.steps), runtime.batch_plan(seed)
+    optimizer = ArmOptimizer(runtime, made_trainable(peft_model), learning_rate, plan, schedule)
+    for _ in range(runtime.steps):
+        take_step(
+            [optimizer],
+            lambda batches, _: [
+                runtime.losses("train", batches[0], 1 / optimizer.labels, backward=True).example_losses
+            ],
+        )
 
 
 def main() -> None:
@@ -68,8 +83,8 @@ def main() -> None:
             runtime = adapter_runtime(adapter, None, use)
             found = truncation_curve(adapter, runtime, Candidates(sorted(direct)), Path(name)).trials
             for plain in [trial for trial in found if trial.rank]:
-                with adapter_attached(runtime, Path(name) / plain.trial_id, trainable=True) as model:
-                    train_attached(runtime, model, top.learning_rate, top.seed + 1)
+                with adapter_attached(runtime, Path(name) / plain.trial_id) as model:
+                    recover(runtime, model, top.learning_rate, top.seed + 1)
                     scores = runtime.evaluate("selection")
                 steps = arguments.recover
                 found.append(finished_trial(plain.trial_id, plain.rank, scores, settings.metric, steps=steps))

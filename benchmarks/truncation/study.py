@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from tests.helpers import made_trainable
 
 from benchmarks.selection.real_training import COMMON
 from benchmarks.truncation.tops import Top, best_tops
@@ -29,7 +30,6 @@ from rightrank.models.base_models import load_model
 from rightrank.models.truncation import DAMPING, Moments, components, ranks_within
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.trials import SplitName
-from rightrank.train.adapter import trainable_parameters
 from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.covariances import gather_moments
 from rightrank.train.evaluation import Scores
@@ -223,7 +223,7 @@ def recover(study: Study, plan: Sequence[tuple[str, int, float, float]], split: 
             if method != "top":
                 folder = Path(name) / "t"
                 study.write(folder, method, rank, study.moments(METHODS[method][0], TOKENS), DAMPING)
-            with adapter_attached(study.runtime, folder, trainable=True) as peft_model:
+            with adapter_attached(study.runtime, folder) as peft_model:
                 train_further(study, peft_model, steps, study.top.trial.learning_rate * factor)
                 scores = study.runtime.evaluate(split)
         study.record(key, split, scores, seconds=round(time.process_time() - begun, 1))
@@ -240,7 +240,7 @@ def truncate_further_trained(study: Study, split: SplitName) -> None:
     if not missing:
         return
     with tempfile.TemporaryDirectory() as name:
-        with adapter_attached(study.runtime, study.top.adapter, trainable=True) as peft_model:
+        with adapter_attached(study.runtime, study.top.adapter) as peft_model:
             train_further(study, peft_model, steps, study.top.trial.learning_rate * 0.1)
             save_adapter(peft_model, Path(name) / "top", str(study.runtime.loaded.name))
         later = replace(study, top=Top(study.top.trial, Path(name) / "top"), gathered={})
@@ -257,7 +257,7 @@ def train_further(study: Study, peft_model: Any, steps: int, learning_rate: floa
     runtime = study.runtime
     plan = runtime.batch_plan(study.top.trial.seed, runtime.steps + steps)[runtime.steps :]
     schedule = learning_rate_schedule(runtime.settings, steps)
-    optimizer = ArmOptimizer(runtime, trainable_parameters(peft_model), learning_rate, plan, schedule)
+    optimizer = ArmOptimizer(runtime, made_trainable(peft_model), learning_rate, plan, schedule)
     for _ in range(steps):
         take_step(
             [optimizer],

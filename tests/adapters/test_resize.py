@@ -15,13 +15,13 @@ from rightrank.adapters.held_out import capped, scored_data
 from rightrank.adapters.resize import RankChoice, write_resized
 from rightrank.cli import main
 from rightrank.data.splits import load_data
-from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter
+from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.truncation import Moments, components, ranks_within
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import Listener
 from rightrank.schema.settings import make_settings
-from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime, train_attached
+from rightrank.schema.trials import Arm, Trial
+from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime
 from rightrank.train.covariances import gather_moments, moment_tokens, unseen_first
 from rightrank.train.loop import run_trial
 from rightrank.train.trial import TrialFolders
@@ -156,26 +156,6 @@ def test_a_run_folder_tells_what_its_adapter_was_trained_on(
     assert scored
     assert not scored & trained_on
     assert not found.scores_training_examples
-
-
-def test_training_an_existing_adapter_is_the_engines_training(
-    model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    settings = small_settings()
-    runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
-    arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
-    with runtime.arm(arm) as fresh:
-        save_adapter(fresh, tmp_path / "fresh", str(model_folder))
-    engine = run_trial(
-        runtime, Trial(trial_id="t", arm=arm), None, TrialFolders(tmp_path / "c", tmp_path / "a"), Listener()
-    )
-    assert isinstance(engine, TrialFinished)
-    adapter = open_adapter(tmp_path / "fresh")
-    ours = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache2", arm.steps))
-    with adapter_attached(ours, tmp_path / "fresh", trainable=True) as attached:
-        train_attached(ours, attached, arm.learning_rate)
-        scores = ours.evaluate("selection")
-    assert scores.losses == pytest.approx(engine.item_losses, rel=1e-4)
 
 
 def test_rank_1_leaves_nothing_to_measure(

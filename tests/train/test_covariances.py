@@ -17,7 +17,7 @@ from rightrank.train.covariances import gather_moments, micro_batches, moment_to
 from rightrank.train.multi_lora import MultiLora
 from rightrank.train.prefix import FrozenPrefix
 from rightrank.train.runtime import Runtime
-from tests.helpers import make_runtime
+from tests.helpers import fresh_adapter, make_runtime
 from tests.tiny import small_settings
 
 EXAMPLES = list(range(12))
@@ -123,7 +123,7 @@ def test_multi_lora_gives_the_same_and_leaves_the_training_as_it_was(runtime: Ru
             ours = gather_moments(runtime, multi_lora.peft_model, EXAMPLES, adapter="one")
         assert all(parameter.grad is None and parameter.requires_grad for parameter in parameters.values())
         kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with runtime.arm(arm) as peft_model:
+    with fresh_adapter(runtime, arm) as peft_model:
         with torch.no_grad():
             for name, parameter in peft_model.named_parameters():
                 if name in kept:

@@ -13,10 +13,9 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from rightrank.schema.trials import Arm
-from rightrank.train.adapter import trainable_parameters
 from rightrank.train.targets import lora_config
 from tests.adapters.adapters import make_base
-from tests.helpers import make_runtime
+from tests.helpers import fresh_adapter, make_runtime, trainable_parameters
 from tests.tiny import make_tokenizer, small_settings
 from tests.train.trials import train_ours
 
@@ -113,9 +112,9 @@ def test_initial_a_is_nested(
         folder = make_base(tmp_path / "base", "conv1d")
         make_tokenizer().save_pretrained(folder)
     runtime = make_runtime(folder, completion_file, small_settings(peft_options=peft_options), tmp_path)
-    with runtime.arm(ARM.model_copy(update={"rank": 8})) as model:
+    with fresh_adapter(runtime, ARM.model_copy(update={"rank": 8})) as model:
         high = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
-    with runtime.arm(ARM) as model:
+    with fresh_adapter(runtime, ARM) as model:
         low = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
     for name, value in low.items():
         if "lora_A" in name:

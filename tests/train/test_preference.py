@@ -14,7 +14,7 @@ from rightrank.schema.events import Event, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.loop import run_trial
 from rightrank.train.trial import TrialFolders
-from tests.helpers import make_runtime
+from tests.helpers import fresh_adapter, make_runtime
 from tests.tiny import small_settings, write_pairs
 from tests.train.trials import train_ours
 from tests.watch import Watch
@@ -55,7 +55,7 @@ def test_a_training_is_a_plain_loop_over_the_formula(
     finished, ours, _ = train_ours(runtime, ARM, tmp_path)
 
     plain: list[float] = []
-    with runtime.arm(ARM) as model:
+    with fresh_adapter(runtime, ARM) as model:
         named = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(named, lr=ARM.learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))

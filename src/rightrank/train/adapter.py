@@ -64,21 +64,10 @@ def unwrapped(peft_model: Any) -> Any:
     return base
 
 
-def adapters_in_training(peft_model: Any) -> None:
-    """Put PEFT's layers and their dropout in training mode; the layers of the base keep theirs."""
-    for module in lora_modules(peft_model).values():
-        module.training = True  # which DoRA asks for before it drops anything out
-        module.lora_dropout.train()
-
-
 def lora_modules(peft_model: Any) -> dict[str, Any]:
     """The adapted modules by their name in the base model."""
     base = peft_model.base_model.model
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-
-
-def trainable_parameters(peft_model: Any) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 
 from rightrank.data.files import read_json_object
@@ -18,11 +16,10 @@ from rightrank.data.splits import DataSplits, load_data
 from rightrank.models.adapter_files import AdapterFolder, peft_folder
 from rightrank.models.base_models import LoadedModel, load_base, require_base
 from rightrank.models.places import CONFIG_FILE, require_model
-from rightrank.schema.errors import ModelError, RunError, SettingsError, first_line
+from rightrank.schema.errors import ModelError, SettingsError, first_line
 from rightrank.schema.events import Evaluating
 from rightrank.schema.settings import SelectSettings
-from rightrank.train.adapter import adapters_in_training, trainable_parameters, unwrapped
-from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule, take_step
+from rightrank.train.adapter import unwrapped
 from rightrank.train.runtime import Runtime
 from rightrank.train.targets import without_peft_noise
 from rightrank.train.tokens import encode
@@ -108,7 +105,7 @@ def report_evaluations(runtime: Runtime, what: str, report: Callable[[Evaluating
 
 
 @contextmanager
-def adapter_attached(runtime: Runtime, folder: Path, *, trainable: bool = False) -> Iterator[Any]:
+def adapter_attached(runtime: Runtime, folder: Path) -> Iterator[Any]:
     """The PeftModel of an adapter folder around the runtime's base, which is restored when the block ends.
 
     Raises:
@@ -117,7 +114,7 @@ def adapter_attached(runtime: Runtime, folder: Path, *, trainable: bool = False)
     _require_task(runtime, folder)
     try:
         with without_peft_noise(), peft_folder(folder) as place:
-            peft_model: Any = PeftModel.from_pretrained(runtime.model, str(place), is_trainable=trainable)
+            peft_model: Any = PeftModel.from_pretrained(runtime.model, str(place))
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({first_line(error)}); give the base that it was trained on"
@@ -140,25 +137,3 @@ def _require_task(runtime: Runtime, folder: Path) -> None:
         )
     if task == "SEQ_CLS" and not runtime.data.is_classification:
         raise ModelError(f"{folder}: an adapter of a classifier (task_type {task}); give data with `text` and `label`")
-
-
-def train_attached(runtime: Runtime, peft_model: Any, learning_rate: float, seed: int = 0) -> None:
-    """Train the attached adapter for the runtime's steps; the batches depend on `seed` alone, not on the adapter.
-
-    Raises:
-        RunError: the loss became NaN or infinite.
-    """
-    schedule = learning_rate_schedule(runtime.settings, runtime.steps)
-    named, plan = trainable_parameters(peft_model), runtime.batch_plan(seed)
-    optimizer = ArmOptimizer(runtime, named, learning_rate, plan, schedule)
-    adapters_in_training(peft_model)
-    for step in range(runtime.steps):
-        torch.manual_seed(seed * 1_000_003 + step)  # of adapter dropout
-        take_step(
-            [optimizer],
-            lambda batches, _: [
-                runtime.losses("train", batches[0], 1 / optimizer.labels, backward=True).example_losses
-            ],
-        )
-        if not math.isfinite(optimizer.progress.train_losses[-1]):
-            raise RunError(f"training diverged at step {step + 1} of {runtime.steps}; give a lower learning rate")

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -21,7 +20,6 @@ from rightrank.schema.errors import InterruptedRun, ModelError
 from rightrank.schema.events import Preparing
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
-from rightrank.train.adapter import adapters_in_training, initialise, seeded, unwrapped, wrapped
 from rightrank.train.batches import (
     Batch,
     batch_plan,
@@ -219,23 +217,6 @@ class Runtime:
             done += len(indices)
             self.on_evaluated(done, count)
         return scores
-
-    @contextmanager
-    def arm(self, arm: Arm, config: LoraConfig | None = None) -> Iterator[Any]:
-        """The PeftModel of a freshly initialised arm, with PEFT's forward pass; then the base is as it was before.
-
-        Args:
-            config: where it is not that of every arm.
-        """
-        with seeded(arm.seed):
-            peft_model = wrapped(self.model, config or self.config(arm))
-        try:
-            initialise(peft_model, arm, self.settings)
-            adapters_in_training(peft_model)
-            with self.recomputing():
-                yield peft_model
-        finally:
-            unwrapped(peft_model)
 
     def config(self, arm: Arm) -> LoraConfig:
         """PEFT's configuration of the arm."""

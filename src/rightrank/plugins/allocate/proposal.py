@@ -11,6 +11,7 @@ parameter first. Every module has a rank of at least 1.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,14 +26,16 @@ from rightrank.decision.comparison import bounds_of, estimate
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.ranks import exact_pattern
 from rightrank.models.truncation import ranks_within
-from rightrank.schema.errors import SettingsError
+from rightrank.schema.errors import RunError, SettingsError
+from rightrank.schema.events import Listener
 from rightrank.schema.results import Allocation, AllocationTrial, AllocationVerdict
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import Arm
-from rightrank.train.adapter_runtime import DataUse, adapter_runtime, train_attached
+from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime
 from rightrank.train.evaluation import Scores
+from rightrank.train.loop import run_trial
 from rightrank.train.runtime import Runtime
-from rightrank.train.targets import lora_config
+from rightrank.train.trial import TrialFolders
 
 CONFIDENCE = 0.975  # of each bound: a two-sided 95% interval
 SHUFFLES = 400  # permutations, of which the nearest in parameters is taken
@@ -64,7 +67,7 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
 
     Raises:
         InputError: the adapter, data or pattern cannot be used.
-        RunError: a training diverged.
+        RunError: a training diverged, or ran out of memory.
     """
     _check(options)
     adapter = open_adapter(path)
@@ -135,19 +138,19 @@ def _train(
     options: AllocateOptions,
 ) -> _TrainedPattern:
     """Train one pattern from a fresh initialisation, and measure it on the test split."""
-    settings = runtime.settings
-    arm = Arm(
-        rank=max(ranks.values()),
-        learning_rate=options.learning_rate,
-        lora_alpha=settings.lora_alpha,
-        seed=seed,
-        steps=options.steps,
-    )
-    config = lora_config(settings, arm, runtime.data.is_classification, runtime.targets.names)
-    config.rank_pattern = exact_pattern(ranks, arm.rank, ranks)
-    with runtime.arm(arm, config) as peft_model:
-        train_attached(runtime, peft_model, options.learning_rate, seed)
-        scores = runtime.evaluate("test")
+    settings, highest = runtime.settings, max(ranks.values())
+    alpha, rate, steps = settings.lora_alpha, options.learning_rate, options.steps
+    arm = Arm(rank=highest, learning_rate=rate, lora_alpha=alpha, seed=seed, steps=steps)
+    peft_options = settings.peft_options | {"rank_pattern": exact_pattern(ranks, highest, ranks)}
+    patterned = copy.copy(runtime)
+    patterned.settings = settings.model_copy(update={"peft_options": peft_options, "eval_points": 1})
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
+        folders = TrialFolders(Path(name) / "checkpoint", Path(name) / "adapter")
+        outcome = run_trial(patterned, Trial(trial_id=kind, arm=arm), None, folders, Listener())
+        if not isinstance(outcome, TrialFinished):
+            raise RunError(f"{kind} ranks, seed {seed}: {outcome.reason}; give a lower learning rate")
+        with adapter_attached(runtime, folders.adapter):
+            scores = runtime.evaluate("test")
     parameters = sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules)
     record = AllocationTrial(pattern=kind, seed=seed, parameters=parameters, value=scores.loss, ranks=dict(ranks))
     return _TrainedPattern(record, scores)
