@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,15 +22,41 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
 
 EncodedSequence: TypeAlias = tuple[list[int], list[int]]  # token ids, and the label of each
+AT_ONCE = (
+    2**13
+)  # characters that are tokenised in one call: memory stays flat, and the collector of cycles visits few offsets
+COST_OF_TEXT = 64  # characters that a text counts for beside its own
 
 
 def label_count(example: EncodedExample) -> int:
     """The number of label tokens with a loss; a sequence has none at its first position, which nothing precedes."""
-    return sum(label != IGNORED for _, labels in example.sequences() for label in labels[1:])
+    return sum(len(labels[1:]) - labels[1:].count(IGNORED) for _, labels in example.sequences())
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A text to tokenise, with labels on the tokens that end in one of `spans`."""
+
+    text: str
+    spans: Sequence[tuple[int, int]] | None = None  # of characters; None: every token is a label
+    special: bool = True  # with the tokenizer's special tokens
+    ended: bool = False  # with the end-of-sequence token, which is a label too
+
+    def labels(self, ids: list[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
+        """The label of each token, from its characters."""
+        if self.spans is None:
+            return list(ids)
+        labels = [IGNORED] * len(ids)
+        for first, last in self.spans:
+            labels = [
+                token if first < end <= last else label
+                for token, label, (_, end) in zip(ids, labels, offsets, strict=True)
+            ]
+        return labels
 
 
 class _Encoder:
-    """example → (input_ids, labels), for one tokenizer and one form of data."""
+    """examples → (input_ids, labels), for one tokenizer and one form of data."""
 
     def __init__(self, tokenizer: Any, form: DataForm, classes: list[str] | None) -> None:
         self._tokenizer = tokenizer
@@ -41,58 +68,62 @@ class _Encoder:
                 "the data has `messages` but the tokenizer has no chat template; give `prompt` and `completion`"
             )
 
-    def __call__(self, example: Example) -> EncodedSequence:
-        content = example.content
-        if self.form == "classification":
-            return self._ids(content["text"]), [self._class_index[str(content["label"])]]
-        if self.form == "text":
-            ids = self._ids(content["text"]) if content["text"] else []
-            ids = self._end(ids)
-            return ids, list(ids)
-        if self.form == "messages":
-            return self._conversation(content["messages"], 0, example.where)
-        return self._prompt_completion(content["prompt"], content["completion"], example.where)
+    def __call__(self, examples: Iterable[Example]) -> Iterator[tuple[Example, list[EncodedSequence]]]:
+        """Each example with its sequences: two of a preference pair, one of any other."""
+        waiting: list[tuple[Example, list[_Text]]] = []
+        size = 0
+        for example in examples:
+            waiting.append((example, self._texts(example)))
+            size += sum(COST_OF_TEXT + len(text.text) for text in waiting[-1][1])
+            if size > AT_ONCE:
+                yield from self._encoded(waiting)
+                waiting, size = [], 0
+        yield from self._encoded(waiting)
 
     def labels_of(self, example: EncodedExample) -> int:
         return 1 if self.is_classification else label_count(example)
 
-    def pair(self, example: Example) -> tuple[EncodedSequence, EncodedSequence]:
-        """The chosen and the rejected answer of a preference pair, each after the prompt.
+    def _encoded(self, waiting: list[tuple[Example, list[_Text]]]) -> Iterator[tuple[Example, list[EncodedSequence]]]:
+        found = self._tokenised([text for _, texts in waiting for text in texts])
+        for example, texts in waiting:
+            sequences = [next(found) for _ in texts]
+            if self.is_classification:
+                sequences = [(ids, [self._class_index[str(example.content["label"])]]) for ids, _ in sequences]
+            yield example, _with_common_start(sequences) if self.form == "preference" else sequences
 
-        Labels begin at the same position in both, as in TRL: where a token across the border belongs to one answer alone, the
-        other takes the prompt's last token as a label.
-        """
-        (chosen, of_chosen), (rejected, of_rejected) = (self._answer(example, name) for name in ("chosen", "rejected"))
-        begins = [
-            next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
-            for labels in (of_chosen, of_rejected)
-        ]
-        first = slice(min(begins), max(begins))
-        of_chosen[first], of_rejected[first] = chosen[first], rejected[first]
-        return (chosen, of_chosen), (rejected, of_rejected)
+    def _texts(self, example: Example) -> list[_Text]:
+        """The texts of an example's sequences."""
+        content = example.content
+        if self.form == "classification":
+            return [_Text(content["text"])]
+        if self.form == "text":
+            return [_Text(content["text"], ended=True)]
+        if self.form == "messages":
+            return [self._conversation(content["messages"], 0, example.where)]
+        if self.form == "preference":
+            return [self._answer(example, name) for name in ("chosen", "rejected")]
+        return [self._prompt_completion(content["prompt"], content["completion"], example.where)]
 
-    def _answer(self, example: Example, column: str) -> EncodedSequence:
+    def _answer(self, example: Example, column: str) -> _Text:
         prompt, answer = example.content["prompt"], example.content[column]
         if isinstance(prompt, list):
             return self._conversation([*prompt, *answer], len(prompt), example.where)
         return self._completed(prompt, answer)
 
-    def _prompt_completion(self, prompt: Any, completion: Any, where: str) -> EncodedSequence:
+    def _prompt_completion(self, prompt: Any, completion: Any, where: str) -> _Text:
         if isinstance(prompt, list) or isinstance(completion, list):
             if not (isinstance(prompt, list) and isinstance(completion, list)):
                 raise DataError(
                     f"{where}: `prompt` and `completion` have different types; give two strings or two lists of messages"
                 )
             return self._conversation([*prompt, *completion], len(prompt), where)
-        return self._completed(prompt, completion) if completion else ([], [])
+        return self._completed(prompt, completion) if completion else _Text("", ended=True)
 
-    def _completed(self, prompt: str, completion: str) -> EncodedSequence:
+    def _completed(self, prompt: str, completion: str) -> _Text:
         """The texts as one, with labels on the completion and on the end-of-sequence token after it."""
-        ids, labels = self._masked(prompt + completion, [(len(prompt), len(prompt + completion))], special=True)
-        ended = self._end(ids)
-        return ended, labels + ended[len(ids) :]
+        return _Text(prompt + completion, [(len(prompt), len(prompt + completion))], ended=True)
 
-    def _conversation(self, messages: Sequence[Mapping[str, str]], first: int, where: str) -> EncodedSequence:
+    def _conversation(self, messages: Sequence[Mapping[str, str]], first: int, where: str) -> _Text:
         """Labels on every assistant turn from message `first` on, located by rendering each prefix of the conversation."""
         whole = self._render(messages, False)
         spans: list[tuple[int, int]] = []
@@ -107,7 +138,7 @@ class _Encoder:
                     "give `prompt` and `completion`, one row a turn"
                 )
             spans.append((len(before), len(after)))
-        return self._masked(whole, spans, special=False)
+        return _Text(whole, spans, special=False)
 
     def _render(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool) -> str:
         if not messages:
@@ -117,22 +148,30 @@ class _Encoder:
         )
         return text
 
-    def _masked(self, text: str, spans: Sequence[tuple[int, int]], special: bool) -> EncodedSequence:
-        if not self._tokenizer.is_fast:
-            raise DataError(
-                "completions are located by character offsets, which this slow tokenizer lacks; give `text`, or a fast tokenizer"
+    def _tokenised(self, texts: Iterable[_Text]) -> Iterator[EncodedSequence]:
+        for (special, located), group in groupby(texts, key=lambda text: (text.special, text.spans is not None)):
+            alike = list(group)
+            if located and not self._tokenizer.is_fast:
+                raise DataError(
+                    "completions are located by character offsets, which this slow tokenizer lacks; give `text`, or a fast tokenizer"
+                )
+            encoded = self._tokenizer(
+                [text.text for text in alike],
+                add_special_tokens=special,
+                return_offsets_mapping=located,
+                return_attention_mask=False,
+                verbose=False,
             )
-        encoded = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-        ids: list[int] = encoded["input_ids"]
-        labels = [
-            token if any(start < end_of_token <= end for start, end in spans) else IGNORED
-            for token, (_, end_of_token) in zip(ids, encoded["offset_mapping"], strict=True)
-        ]
-        return ids, labels
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
-        return ids
+            offsets = encoded["offset_mapping"] if located else repeat(())
+            for text, ids, places in zip(alike, encoded["input_ids"], offsets, strict=False):
+                labels = text.labels(ids, places)
+                if not text.ended:
+                    yield ids, labels
+                elif text.text or located:
+                    ended = self._end(ids)
+                    yield ended, labels + ended[len(ids) :]
+                else:
+                    yield [], []  # nothing is learned from an empty text
 
     def _end(self, ids: list[int]) -> list[int]:
         """`ids` with the end-of-sequence token, unless the tokenizer has none or has added it."""
@@ -140,6 +179,20 @@ class _Encoder:
         if end is None or not ids or ids[-1] == end:
             return list(ids)
         return [*ids, end]
+
+
+def _with_common_start(pair: list[EncodedSequence]) -> list[EncodedSequence]:
+    """The chosen and the rejected answer of a preference pair with labels that begin at the same position, as in TRL.
+
+    Where a token across the border belongs to one answer alone, the other takes the prompt's last token as a label.
+    """
+    begins = [
+        next((place for place, label in enumerate(labels) if label != IGNORED), len(labels)) for _, labels in pair
+    ]
+    first = slice(min(begins), max(begins))
+    for ids, labels in pair:
+        labels[first] = ids[first]
+    return pair
 
 
 EXAMPLE_METRICS: dict[str, tuple[str, ...]] = {
@@ -236,37 +289,39 @@ class _Count:
 def _encode_split(
     encoder: _Encoder, examples: Iterable[Example], limit: int, count: _Count
 ) -> Iterator[EncodedExample]:
-    for example in examples:
-        if encoder.form == "preference":
-            encoded = _pair(encoder, example, limit, count)
-        else:
-            encoded = _one(encoder, example, limit, count)
-        if not encoded:
+    kept = _pair if encoder.form == "preference" else _one
+    for example, sequences in encoder(examples):
+        encoded = kept(encoder, example.item_id, sequences, limit, count)
+        if encoded is None:
             count.first_left_out = count.first_left_out or example.where
-        count.label_tokens += sum(encoder.labels_of(one) for one in encoded)
-        yield from encoded
+        else:
+            count.label_tokens += encoder.labels_of(encoded)
+            yield encoded
 
 
-def _one(encoder: _Encoder, example: Example, limit: int, count: _Count) -> list[EncodedExample]:
-    """The example within the limit; empty if it has no label there."""
-    ids, labels = encoder(example)
+def _one(
+    encoder: _Encoder, item_id: str, sequences: list[EncodedSequence], limit: int, count: _Count
+) -> EncodedExample | None:
+    """The example within the limit; None if it has no label there."""
+    ((ids, labels),) = sequences
     count.truncated += len(ids) > limit
-    encoded = EncodedExample(example.item_id, ids[:limit], labels if encoder.is_classification else labels[:limit])
+    encoded = EncodedExample(item_id, ids[:limit], labels if encoder.is_classification else labels[:limit])
     if encoded.input_ids and encoder.labels_of(encoded):
-        return [encoded]
+        return encoded
     count.dropped += 1
-    return []
+    return None
 
 
-def _pair(encoder: _Encoder, example: Example, limit: int, count: _Count) -> list[EncodedExample]:
-    """Both sequences of a preference pair within the limit; empty if one has no label there, or if they are the same."""
-    sequences = encoder.pair(example)
+def _pair(
+    encoder: _Encoder, item_id: str, sequences: list[EncodedSequence], limit: int, count: _Count
+) -> EncodedExample | None:
+    """Both sequences of a preference pair within the limit; None if one has no label there, or if they are the same."""
     count.truncated += any(len(ids) > limit for ids, _ in sequences)
     (chosen, chosen_labels), (rejected, rejected_labels) = ((ids[:limit], of[:limit]) for ids, of in sequences)
     if not all(any(label != IGNORED for label in labels[1:]) for labels in (chosen_labels, rejected_labels)):
         count.dropped += 1
-        return []
+        return None
     if chosen == rejected:
         count.equal += 1
-        return []
-    return [EncodedExample(example.item_id, chosen + rejected, chosen_labels + rejected_labels, len(chosen))]
+        return None
+    return EncodedExample(item_id, chosen + rejected, chosen_labels + rejected_labels, len(chosen))
