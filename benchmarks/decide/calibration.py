@@ -76,7 +76,7 @@ def study(world: World, tables: int, seed: int) -> Found:
                 true = losses[place] - losses[-1]
                 covers.append(found.bound(0.025) <= true <= found.bound(0.975))
                 bounds.append(true <= found.bound(CONFIDENCE))
-        decision = decide(table, world.margin)
+        decision = decide(table, world.margin, confidence=None)
         bad = {rank: bool(losses[place] - losses.min() >= world.margin) for place, rank in enumerate(RANKS)}
         shown.append(decision.fallback_rank is not None and bad[decision.fallback_rank])
         handed.append(bad[decision.rank_at_hand])

@@ -362,7 +362,7 @@ def answers(sources: list[Source], sizes: Sequence[int] = (1, 2, 3)) -> dict[str
                 if not rest:
                     continue
                 choices += 1
-                decision = decide(source.table(chosen))
+                decision = decide(source.table(chosen), confidence=None)
                 if decision.rank is not None:
                     others = Evidence(source.table(rest))
                     loss = others.contenders[decision.rank].fair_loss

@@ -192,8 +192,8 @@ def every_seed(rows: Iterable[Row]) -> list[Seen]:
 
 
 def at_hand(table: ScoreTable, margin: float) -> int:
-    """The rank of the present rule: the answer, else what was shown to be enough, else the best so far."""
-    decision = decide(table, margin)
+    """The rank of the rule: the answer, else what was shown to be enough, else the best so far."""
+    decision = decide(table, margin, confidence=None)
     named = (decision.rank, decision.fallback_rank, decision.best_so_far)
     return next(rank for rank in named if rank is not None)
 

@@ -14,7 +14,7 @@ from scipy.stats import t as student
 
 import benchmarks
 from rightrank.cli.runs import decide as decide_command
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import ONE_SEED_CONFIDENCE, decide
 from rightrank.decision.run import decide_run
 from rightrank.decision.seeds import FURTHER_SEED_DEGREES, FURTHER_SEED_RATIO
 from rightrank.decision.sentences import chance
@@ -88,7 +88,7 @@ def test_there_is_none_where_its_assumptions_fail() -> None:
         decision = decide(given, 0.01, confidence=0.9)
         assert decision.probability_note == f"No probability: {reason}."
         assert set(chances(decision).values()) == {None}
-        assert decision.rank == decide(given, 0.01).rank
+        assert decision.rank == decide(given, 0.01, confidence=None).rank == decide(given, 0.01).rank
 
 
 def test_a_confidence_picks_the_smallest_rank_that_has_it() -> None:
@@ -98,6 +98,46 @@ def test_a_confidence_picks_the_smallest_rank_that_has_it() -> None:
         decision = decide(table, 0.02, confidence=confidence)
         assert decision.rank == min(rank for rank in LOSSES if (found[rank] or 0) >= confidence)
         assert decision.verdict == "saturated"
+
+
+def test_without_a_confidence_it_is_seven_tenths_and_may_differ_from_the_rule() -> None:
+    """The rule leaves rank 4 open, since the bounds over examples do; a further seed probably finds it enough."""
+    table, margin = one_seed(items=100, noise=0.03), 0.02
+    found, decision = chances(decide(table, margin)), decide(table, margin)
+    assert decision == decide(table, margin, confidence=ONE_SEED_CONFIDENCE)
+    assert decision.rank == min(rank for rank in LOSSES if (found[rank] or 0) >= 0.7) == 4
+    assert (decision.confidence, "one_seed" in decision.flags) == (None, True)
+    assert f"({chance(found[4] or 0)} likely" in decision.sentence
+    rule = decide(table, margin, confidence=None)
+    assert (rule.rank, rule.verdict) == (None, "undecided")
+    assert chances(rule) == found
+
+
+def test_the_staircase_is_that_of_the_probabilities() -> None:
+    for table in (one_seed(items=100, noise=0.03), scored({0: 2.4, **LOSSES}, items=100, seeds=(0,), noise=0.03)):
+        steps = decide(table, 0.02).staircase
+        assert len({step.rank for step in steps}) > 2
+        for step in steps[1:]:
+            if step.rank > 0:
+                just, before = (decide(table, step.margin * factor) for factor in (1.0001, 0.9999))
+                assert just.rank == step.rank
+                assert before.rank is None or before.rank > step.rank
+
+
+def test_the_other_rows_of_the_verdict_stay() -> None:
+    rising = scored({1: 2.3, 4: 2.2, 16: 2.1, 64: 2.0}, items=400, seeds=(0,), noise=0.02)
+    flat = scored({1: 2.001, 4: 2.0005, 16: 2.0, 64: 2.0002}, items=400, seeds=(0,), noise=0.01)
+    assert [(one.rank, one.verdict) for one in (decide(rising, 0.01), decide(flat, 0.01))] == [
+        (64, "rising"),
+        (1, "flat"),
+    ]
+
+
+def test_an_open_base_leaves_the_answer_open() -> None:
+    table = scored({0: 2.01, **LOSSES}, items=100, seeds=(0,), noise=0.1)
+    decision = decide(table, 0.005)
+    assert (decision.rank, decision.verdict) == (None, "undecided")
+    assert decision.sentence.startswith("Undecided whether there is any gain")
 
 
 def test_no_rank_at_the_confidence_is_undecided_and_asks_for_a_seed() -> None:
@@ -140,6 +180,7 @@ def test_a_run_is_decided_at_its_own_confidence(monkeypatch: pytest.MonkeyPatch)
     settings = records.started.settings | {"confidence": confidence}
     asked = decide_run(replace(records, started=records.started.model_copy(update={"settings": settings})))
     assert asked.rank == min((rank for rank in likely if likely[rank] >= confidence), default=None)
+    assert decide_run(records).rank == min((rank for rank in likely if likely[rank] >= 0.7), default=None)
 
 
 def test_its_constants_are_those_of_the_study_and_it_is_calibrated_there() -> None:

@@ -200,7 +200,8 @@ def decide(
         metric: the column of the held-out number, or its name where the column is `value`.
         higher_is_better: None for that of a metric with a known name; any other needs it.
         margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
-        confidence: name the smallest rank that is enough with this probability, where one seed was trained; None for the rule.
+        confidence: name the smallest rank that is enough with this probability, where one seed was trained; None for that
+            of a run folder, else 0.7.
         columns: canonical name → column, where a column has an unusual name.
         horizon_steps: the length of training to answer for.
         checkpoint: which evaluation of each training is compared, where there are several: `last` or `best`; None
@@ -212,7 +213,9 @@ def decide(
     from rightrank.interop.tables import TableOptions, flat, raw_rows, results_of_rows, rows_of_mappings
 
     asked = TableOptions(metric, higher_is_better, columns or {}, margin)
-    further: dict[str, Any] = {"horizon_steps": horizon_steps, "confidence": confidence}
+    further: dict[str, Any] = {"horizon_steps": horizon_steps}
+    if confidence is not None:
+        further["confidence"] = confidence
     if isinstance(results, str | Path):
         folder = RunFolder(Path(results))
         if folder.journal.path.is_file():

@@ -15,6 +15,7 @@ out the noise over seeds.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import permutations
@@ -26,6 +27,7 @@ from rightrank.decision.seeds import (
     MIN_EXAMPLES,
     PairNoise,
     Prior,
+    margin_within,
     pair_noise,
     prior_of,
     probability_within,
@@ -220,6 +222,15 @@ class Evidence:
         loss = self.contenders[rank].fair_loss
         return min(
             probability_within(loss - self.contenders[other].fair_loss, self._spreads[rank, other], margin)
+            for other in self.contenders
+            if other != rank
+        )
+
+    def margin_of(self, rank: int, probability: float) -> float:
+        """The margin from which the rank has the probability, which there must be."""
+        loss = self.contenders[rank].fair_loss
+        return max(
+            margin_within(loss - self.contenders[other].fair_loss, self._spreads[rank, other], probability)
             for other in self.contenders
             if other != rank
         )
@@ -447,13 +458,31 @@ def _compared(contender: Contender, evidence: Evidence, margin: float) -> Compar
 
 
 def staircase(found: Comparison, unit: Unit) -> list[StaircaseStep]:
-    """The chosen rank as a step function of the margin: a step at each margin from which the walk reaches a smaller rank."""
-    steps = [StaircaseStep(margin=0.0, rank=found.reference.rank)]
-    threshold = 0.0
-    for rank in descending(found.by_rank, found.reference.rank):
-        threshold = max(threshold, found.by_rank[rank].threshold)
+    """The chosen rank as a step function of the margin: a step at each margin from which a smaller rank is enough."""
+    by_bounds = found.confidence is None
+    steps = [StaircaseStep(margin=0.0, rank=found.reference.rank if by_bounds else found.ranks[-1])]
+    for threshold, rank in _walked(found) if by_bounds else _likely(found):
         margin = unit.difference(threshold)
+        if rank >= steps[-1].rank:
+            continue
         if margin == steps[-1].margin:
             steps.pop()  # the smaller rank replaces a larger one at the same margin
         steps.append(StaircaseStep(margin=margin, rank=rank))
     return steps
+
+
+def _walked(found: Comparison) -> Iterator[tuple[float, int]]:
+    """Margin and rank: where the walk down reaches it."""
+    threshold = 0.0
+    for rank in descending(found.by_rank, found.reference.rank):
+        threshold = max(threshold, found.by_rank[rank].threshold)
+        yield threshold, rank
+
+
+def _likely(found: Comparison) -> list[tuple[float, int]]:
+    """Margin and rank by ascending margin: where it has the confidence; the base, where its bound holds."""
+    assert found.confidence is not None
+    margins = {rank: max(0.0, found.evidence.margin_of(rank, found.confidence)) for rank in found.ranks}
+    if 0 in found.by_rank:
+        margins[0] = found.by_rank[0].threshold
+    return sorted(((margin, rank) for rank, margin in margins.items()), key=lambda one: (one[0], -one[1]))

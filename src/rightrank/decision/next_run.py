@@ -15,7 +15,14 @@ from rightrank.decision.comparison import (
     settles,
 )
 from rightrank.decision.evidence import Comparison, Evidence
-from rightrank.decision.verdicts import inconclusive_rank, lengths, possible_rival, shown_rank, underpowered
+from rightrank.decision.verdicts import (
+    inconclusive_rank,
+    is_unlikely,
+    lengths,
+    possible_rival,
+    shown_rank,
+    underpowered,
+)
 from rightrank.schema.decision import NextRun, Verdict
 
 MIN_SEEDS = 2  # with which the noise over seeds is measured
@@ -29,7 +36,7 @@ def next_runs(found: Comparison, verdict: Verdict, flags: list[str]) -> list[Nex
     runs: list[NextRun] = []
     if verdict == "no_gain":
         runs.append(_after_no_gain(found.evidence))
-    elif verdict == "undecided" and found.confidence is not None:
+    elif verdict == "undecided" and is_unlikely(found):
         runs.append(_further_seeds(found))
     elif verdict == "undecided":
         rank, difference = _undecided_rank(found)

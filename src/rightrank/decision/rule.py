@@ -8,8 +8,9 @@ A table with one number per rank proves nothing. There the rule reads the differ
 published table does; the decision has the flag `underpowered`, and `non_inferior` is None.
 
 One seed gives an indication: the rank and the verdict follow from the bounds over examples, the decision has the flag
-`one_seed`, and its `confidence` is None, since the noise over seeds is unknown. Beside them stands the probability that a further
-seed finds a rank enough; a confidence that the caller asks for picks the smallest rank with that probability.
+`one_seed`, and its `confidence` is None, since the noise over seeds is unknown. Where there is a probability that a further seed finds
+a rank enough, the answer is the smallest rank at which it reaches `ONE_SEED_CONFIDENCE`, or another confidence that the caller asks
+for; elsewhere the bounds over examples pick it. Locked grids chose between the two (benchmarks/selection/locked).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import Checkpoint, default_margin
 
+ONE_SEED_CONFIDENCE = 0.7
+
 
 def decide(
     table: ScoreTable,
@@ -37,7 +40,7 @@ def decide(
     horizon_steps: int | None = None,
     others: Sequence[ScoreTable] = (),
     smallest_if_alike: bool = False,
-    confidence: float | None = None,
+    confidence: float | None = ONE_SEED_CONFIDENCE,
     checkpoint: Checkpoint = "last",
 ) -> Decision:
     """The decision that a table supports.
@@ -49,7 +52,8 @@ def decide(
         others: the same trials by other metrics, each compared at its default margin.
         checkpoint: which evaluation of each training is compared, where a table has those during the training.
         smallest_if_alike: answer an undecided comparison with the smallest rank that is not shown to be worse (`no_difference`).
-        confidence: name the smallest rank that is enough with this probability, where one seed was trained; None: the rule.
+        confidence: name the smallest rank that is enough with this probability, where one seed was trained and there is
+            one; None for the rule on the bounds over examples.
 
     Raises:
         ResultsError: fewer than two ranks have a finished trial, or the margin is not above 0.
@@ -68,7 +72,7 @@ def decide(
     verdict = verdict_of(found)
     beside = [
         answer
-        for answer in (_beside(found.by_rank, other, token_loss, checkpoint) for other in others)
+        for answer in (_beside(found.by_rank, other, token_loss, confidence, checkpoint) for other in others)
         if answer is not None
     ]
     flags = flags_of(found, verdict, horizon_steps, [answer.metric for answer in beside], checkpoints)
@@ -107,12 +111,16 @@ def decide(
 
 
 def _beside(
-    by_rank: Mapping[int, Compared], other: ScoreTable, token_loss: bool, checkpoint: Checkpoint
+    by_rank: Mapping[int, Compared],
+    other: ScoreTable,
+    token_loss: bool,
+    confidence: float | None,
+    checkpoint: Checkpoint,
 ) -> MetricAnswer | None:
     """The answer by another metric, and whether the two disagree; None if fewer than two ranks have the metric."""
     if len(other.ranks()) < 2:
         return None
-    answer = decide(other, token_loss=token_loss, checkpoint=checkpoint)
+    answer = decide(other, token_loss=token_loss, confidence=confidence, checkpoint=checkpoint)
     ours = {rank: one.non_inferior for rank, one in by_rank.items() if rank > 0}
     theirs = {evidence.rank: evidence for evidence in answer.ranks if evidence.rank > 0}
     against = [rank for rank in ours if rank in theirs and {ours[rank], theirs[rank].non_inferior} == {True, False}]

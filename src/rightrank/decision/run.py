@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rightrank.decision.adapter import Criterion, compared_adapters, making_of
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import ONE_SEED_CONFIDENCE, decide
 from rightrank.decision.table import ScoreTable, table_of, without_collapsing
 from rightrank.schema.decision import AdapterCandidate, Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
@@ -138,7 +138,8 @@ def decide_on(
     asked = [records.started.metric, *(given if isinstance(given, list) else [])]
     beside = [name for name in metrics_of(records) if name != metric and (name in asked or name not in REPORTED_ONLY)]
     others = [run_table(records, outcomes, name) for name in beside if _direction_in(records.started, name) is not None]
-    asked_confidence = records.started.settings.get("confidence") if confidence is None else confidence
+    is_rl = records.started.settings.get("profile") == "rl"
+    wanted = records.started.settings.get("confidence") if confidence is None else confidence
     return decide(
         run_table(records, outcomes, metric, higher),
         float(margin) if isinstance(margin, int | float) else None,
@@ -146,8 +147,8 @@ def decide_on(
         horizon_steps=horizon_steps,
         checkpoint=checkpoint or checkpoint_of(records.started),
         others=others if records.started.data.form != "own" else (),
-        smallest_if_alike=records.started.settings.get("profile") == "rl",
-        confidence=asked_confidence if isinstance(asked_confidence, int | float) else None,
+        smallest_if_alike=is_rl,
+        confidence=wanted if isinstance(wanted, int | float) else None if is_rl else ONE_SEED_CONFIDENCE,
     )
 
 

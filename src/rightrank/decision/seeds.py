@@ -98,6 +98,13 @@ def probability_within(difference: float, spread: float, margin: float) -> float
     return float(stdtr(FURTHER_SEED_DEGREES, (margin - difference) / (FURTHER_SEED_RATIO * math.sqrt(spread))))
 
 
+def margin_within(difference: float, spread: float, probability: float) -> float:
+    """The margin at which `probability_within` is `probability`."""
+    from scipy.special import stdtrit
+
+    return difference + FURTHER_SEED_RATIO * math.sqrt(spread) * float(stdtrit(FURTHER_SEED_DEGREES, probability))
+
+
 def start_of(kind: MetricKind) -> Prior:
     """The ratio of earlier grids, before any seed of the run is seen."""
     return START["loss" if kind in ("token_loss", "loss", "perplexity") else "score"]

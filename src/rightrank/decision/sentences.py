@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from rightrank.decision.comparison import is_within
 from rightrank.decision.evidence import Comparison, Evidence, Unit
 from rightrank.decision.seeds import needed_seeds
-from rightrank.decision.verdicts import alike_ranks, inconclusive_rank, possible_rival, shown_rank
+from rightrank.decision.verdicts import alike_ranks, inconclusive_rank, is_unlikely, possible_rival, shown_rank
 from rightrank.schema.decision import RankEvidence, Verdict
 
 
@@ -78,6 +78,8 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
             if found.next_lower is None:
                 return f"{start}, and the smallest tried{caution}."
             next_lower = f"{start}, and the next lower rank ({found.next_lower}) is"
+            if found.confidence is not None and not found.is_worse(found.next_lower):
+                return f"{next_lower} {chance(found.probability(found.next_lower) or 0.0)} likely{caution}."
             if not found.is_worse(found.next_lower):
                 return f"{next_lower} inconclusive at {_compared(found, found.next_lower, unit)}{caution}."
             return f"{next_lower} {_compared(found, found.next_lower, unit)}{caution}."
@@ -132,7 +134,7 @@ def _no_difference(found: Comparison, within: str, unit: Unit) -> str:
 
 def _undecided(found: Comparison, within: str, unit: Unit) -> str:
     compared, reference = found.by_rank, found.reference.rank
-    if found.confidence is not None:
+    if found.confidence is not None and is_unlikely(found):
         likeliest = max(found.ranks, key=lambda rank: found.probability(rank) or 0.0)
         return (
             f"Undecided: no rank is enough at {found.confidence:.0%}; rank {likeliest} is the likeliest to be within {within} of the "

@@ -14,7 +14,8 @@ The verdict is the first row that applies, from the most sobering to the plaines
 
 `no_difference` takes the place of `undecided` where the caller wants the smallest rank then (`smallest_alike`).
 
-Where a confidence chose the rank (`Comparison.at_confidence`), the answer is `saturated`, or `undecided` if no rank is as probable.
+Where a confidence chose the rank (`Comparison.at_confidence`), the answer is `undecided` if no rank is as probable or the base is
+inconclusive; the other rows are as they are.
 
 In a point reading (`Evidence.is_point_reading`) nothing is inconclusive: ranks are compared by their values.
 """
@@ -37,9 +38,8 @@ def verdict_of(found: Comparison) -> Verdict:
     """The first row of the table above that applies."""
     if 0 in found.by_rank and found.by_rank[0].within:
         return "no_gain"
-    if found.confidence is not None:
-        return "saturated" if (found.probability(found.chosen) or 0.0) >= found.confidence else "undecided"
-    if inconclusive_rank(found) is not None or possible_rival(found) is not None:
+    by_bounds = None if found.confidence is not None else possible_rival(found)
+    if is_unlikely(found) or inconclusive_rank(found) is not None or by_bounds is not None:
         return "undecided"
     if overfits(found):
         return "overfitting"
@@ -53,7 +53,7 @@ def verdict_of(found: Comparison) -> Verdict:
 def inconclusive_rank(found: Comparison) -> int | None:
     """The rank (0: the base) that leaves the answer undecided; None where the answer is known within a factor of two.
 
-    The base does if it is inconclusive. Otherwise, with "next" the next lower rank than the chosen one, and "far" the highest
+    The base does if it is inconclusive. Where a confidence chose the rank, no other one does. Otherwise, with "next" the next lower rank than the chosen one, and "far" the highest
     rank below half of the chosen one:
 
         ================  ========================  ================  ========
@@ -74,6 +74,8 @@ def inconclusive_rank(found: Comparison) -> int | None:
     compared, below = found.by_rank, found.next_lower
     if 0 in compared and compared[0].non_inferior is None:
         return 0
+    if found.confidence is not None:
+        return None
     if below is None or compared[below].non_inferior is False:
         return None
     if found.chosen == found.ranks[-1]:
@@ -82,6 +84,13 @@ def inconclusive_rank(found: Comparison) -> int | None:
     if far is None or compared[far].non_inferior is False:
         return None
     return far if compared[far].non_inferior is None else below
+
+
+def is_unlikely(found: Comparison) -> bool:
+    """Whether no rank has the probability that was asked for, where the base is not the question."""
+    if found.confidence is None or inconclusive_rank(found) is not None:
+        return False
+    return (found.probability(found.chosen) or 0.0) < found.confidence
 
 
 def smallest_alike(found: Comparison) -> int | None:

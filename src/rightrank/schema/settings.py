@@ -285,7 +285,7 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
     confidence: float | None = setting(
         None,
         DECIDE,
-        "with one seed: the smallest rank at this probability",
+        "with one seed: the smallest rank at this probability; 0.7 by default",
         option=True,
         identity=False,
         continuable=True,
