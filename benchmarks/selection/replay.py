@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.selection.tables import GridCurve, Replayed, read_grids, replay, space_of_grid
-from rightrank.schema.errors import InputError, ResultsError, SettingsError
+from rightrank.schema.errors import InputError, ResultsError, SettingsError, did_you_mean
 from rightrank.schema.settings import Goal
 from rightrank.search import STRATEGIES
 from rightrank.search.history import Space
@@ -160,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.margin > 0 or options.seeds < 1:
             raise SettingsError(f"margin {options.margin:g}, seeds {options.seeds}: give numbers above 0")
+        if options.strategy not in STRATEGIES:
+            raise SettingsError(f"--strategy {options.strategy}{did_you_mean(options.strategy, STRATEGIES)}")
         judged = replay_all(
             read_grids(options.grids), STRATEGIES[options.strategy], options.margin, options.seeds, options.goal
         )
