@@ -30,7 +30,7 @@ from transformers import (
 
 from rightrank import SmallestAdapter
 from rightrank.adapters.live_files import measure_again
-from rightrank.adapters.live_scores import HeldOutBatches, PairLoss
+from rightrank.adapters.live_scores import HeldOutBatches
 
 pytestmark = pytest.mark.trains
 WAYS = ("ddp", "fsdp2")
@@ -159,7 +159,7 @@ def test_two_processes_give_one_answer(way: str, model_folder: Path, completion_
     for name in ("trained", "adapter"):
         base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         loaded: Any = PeftModel.from_pretrained(base, tmp_path / "rightrank" / name).eval()
-        values[name] = HeldOutBatches(loaded, batches, PairLoss()).scores().loss
+        values[name] = HeldOutBatches(loaded, batches).scores().loss
         if name == "trained":
             after = torch.load(tmp_path / "after.pt", weights_only=True)
             assert after.keys() == {one for one, _ in loaded.named_parameters() if "lora_" in one}

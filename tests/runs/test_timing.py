@@ -12,7 +12,7 @@ from rightrank.api.selecting import preflight, select_rank
 from rightrank.hooks import preflight as planned
 from rightrank.hooks.progress import Progress
 from rightrank.report.format import duration
-from rightrank.report.terminal import FINISH_SECONDS, SelectionTime, preflight_text, time_line
+from rightrank.report.terminal import FINISH_SECONDS, preflight_text, time_line
 from rightrank.runs.journal import Journal
 from rightrank.runs.values import Selected
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
@@ -146,7 +146,7 @@ def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
     ],
 )
 def test_a_budget_of_time_bounds_the_time(hours: float | None, said: str) -> None:
-    line = time_line(SelectionTime(2.0, 1200.0, 3600.0), "3 steps of rank 16 and 2 validation examples", hours)
+    line = time_line(1200.0, 3600.0, "3 steps of rank 16 and 2 validation examples", hours)
     assert line.startswith(said)
     assert line.endswith("(measured before the start: 3 steps of rank 16 and 2 validation examples, then discarded)")
 

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rightrank.adapters.held_out import capped, smallest_of, walk
 from rightrank.adapters.live_scores import (
+    BETA,
     Batch,
     HeldOutBatches,
-    PairLoss,
     active_adapter,
     batch_scores,
     is_partitioned,
@@ -60,7 +60,7 @@ class LiveAdapter:
         ranks: candidates; None for the powers of two below the adapter's rank.
         name: the adapter's name in PEFT.
         metric: `loss`, or `accuracy` of a classifier.
-        pair_loss: of preference pairs.
+        beta: of the loss of preference pairs.
         moment_tokens: how many tokens of `train` are read at most.
     """
 
@@ -71,7 +71,7 @@ class LiveAdapter:
     ranks: Sequence[int] | None = None
     name: str = "default"
     metric: str = "loss"
-    pair_loss: PairLoss = field(default_factory=PairLoss)
+    beta: float = BETA
     moment_tokens: int = MOMENT_TOKENS
 
 
@@ -183,7 +183,7 @@ def _walk(
     live: LiveAdapter, adapter: AdapterFolder, moments: Mapping[str, Moments], working: Path
 ) -> list[TrialFinished]:
     """The adapter and its truncations, downward until one does not hold."""
-    held_out = HeldOutBatches(live.model, live.held_out, live.pair_loss)
+    held_out = HeldOutBatches(live.model, live.held_out, live.beta)
 
     def write(rank: int, folder: Path) -> None:
         with together():
@@ -274,7 +274,7 @@ def gather(live: LiveAdapter) -> tuple[dict[str, Moments], tuple[str, ...]]:
         for batch in live.train:
             if read >= live.moment_tokens:
                 break
-            found = batch_scores(live.model, batch, live.pair_loss)
+            found = batch_scores(live.model, batch, live.beta)
             torch.autograd.backward(found.losses.sum())
             read += batch["input_ids"].numel()
             labels += int(found.tokens.sum())

@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from rightrank.adapters.live import LiveAdapter, LiveAnswer, save_trained, smallest_adapter
-from rightrank.adapters.live_scores import Batch, PairLoss, gathered
+from rightrank.adapters.live_scores import Batch, gathered
 from rightrank.data.files import read_json_object, replacing_folder, write_text
 from rightrank.decision.adapter import METHODS, probable_ranks
 from rightrank.models.adapter_files import open_adapter
@@ -209,9 +209,9 @@ def keep(live: LiveAdapter, out: Path, training: Training) -> None:
                 "margin": live.margin,
                 "ranks": None if live.ranks is None else list(live.ranks),
                 "metric": live.metric,
+                "beta": live.beta,
                 "moment_tokens": live.moment_tokens,
             },
-            "pair_loss": asdict(live.pair_loss),
             "training": asdict(training),
         }
         write_text(folder / "measure.json", json.dumps(asked, indent=2))
@@ -235,9 +235,7 @@ def measure_again(out: Path) -> str:
     with without_peft_noise():
         model: Any = PeftModel.from_pretrained(base, str(adapter.path))
     batches = _read_batches(folder / "batches.safetensors")
-    live = LiveAdapter(
-        model, batches["held_out"], batches.get("train", ()), pair_loss=PairLoss(**asked["pair_loss"]), **asked["live"]
-    )
+    live = LiveAdapter(model, batches["held_out"], batches.get("train", ()), **asked["live"])
     # The peak memory of the training is that of another process.
     training = Training(**asked["training"] | {"peak_bytes": 0, "curve": list(map(tuple, asked["training"]["curve"]))})
     with tempfile.TemporaryDirectory(prefix="rightrank-") as working:

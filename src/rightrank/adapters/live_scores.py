@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,7 @@ from rightrank.train.loss import adapters_off
 from rightrank.train.prefix import find_blocks, prefix_depth
 
 Batch = Mapping[str, Any]  # as the trainer's collator makes it
-PairLossName: TypeAlias = Literal["sigmoid", "hinge", "ipo"]
-PAIR_LOSSES: tuple[PairLossName, ...] = get_args(PairLossName)
+BETA = 0.1  # of preference pairs, as TRL's default
 
 # What a measurement in someone else's process can end in; all else ends the process anyway.
 FAILURES = (
@@ -42,23 +41,6 @@ KEPT_BYTES = 2**30  # hidden states that are kept between passes, at most
 ROUNDING = 1e-5  # relative: what a kept hidden state may change in a loss
 # Labels stay outside: fused losses return no logits when they get them.
 NOT_FOR_THE_MODEL = ("labels", "num_items_in_batch", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
-
-
-@dataclass(frozen=True, slots=True)
-class PairLoss:
-    """The loss of a preference pair as TRL's `DPOTrainer` computes it, for the losses that belong to one pair."""
-
-    beta: float = 0.1
-    name: PairLossName = "sigmoid"
-
-    def __call__(self, ratios: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """[n], from the log ratios to the reference [2n] and the lengths of the completions [2n]; chosen first."""
-        if self.name == "ipo":
-            chosen, rejected = (ratios / lengths.clamp(min=1)).chunk(2)
-            return (chosen - rejected - 1 / (2 * self.beta)) ** 2
-        chosen, rejected = ratios.chunk(2)
-        margins = self.beta * (chosen - rejected)
-        return torch.relu(1 - margins) if self.name == "hinge" else -F.logsigmoid(margins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +59,13 @@ class HeldOutBatches:
     processes each scores its share of the batches; where the model is sharded all of them call it equally often.
     """
 
-    def __init__(self, model: Any, batches: Sequence[Batch], pair_loss: PairLoss) -> None:
+    def __init__(self, model: Any, batches: Sequence[Batch], beta: float = BETA) -> None:
         self._model = model
         self._batches = batches[process_index() :: world_size()]
         self._in_step = (
             batches[0] if len(self._batches) < -(-len(batches) // world_size()) and is_sharded(model) else None
         )
-        self._pair_loss = pair_loss
+        self._beta = beta
         self._references: dict[int, torch.Tensor] = {}
         self._lower = None if is_sharded(model) else lower_blocks(model)
         self._is_checked = False
@@ -96,7 +78,7 @@ class HeldOutBatches:
         with together():
             found = [self._one(number, batch) for number, batch in enumerate(self._batches)]
             if self._in_step is not None:
-                batch_scores(self._model, self._in_step, self._pair_loss)
+                batch_scores(self._model, self._in_step, self._beta)
         return _gathered(found)
 
     def _one(self, number: int, batch: Batch) -> BatchScores:
@@ -119,7 +101,7 @@ class HeldOutBatches:
         return nullcontext() if self._lower is None else self._lower.serving(number)
 
     def _computed(self, number: int, batch: Batch) -> BatchScores:
-        return batch_scores(self._model, batch, self._pair_loss, self._references.get(number))
+        return batch_scores(self._model, batch, self._beta, self._references.get(number))
 
 
 def _gathered(found: Sequence[BatchScores]) -> Scores:
@@ -174,14 +156,14 @@ def _over_processes(columns: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def batch_scores(
-    model: Any, batch: Batch, pair_loss: PairLoss = PairLoss(), reference_logps: torch.Tensor | None = None
+    model: Any, batch: Batch, beta: float = BETA, reference_logps: torch.Tensor | None = None
 ) -> BatchScores:
     """Scores of one batch.
 
     Args:
         model: PEFT's model.
         batch: What the trainer's collator makes.
-        pair_loss: The loss of preference pairs.
+        beta: Of the loss of preference pairs, TRL's `sigmoid`.
         reference_logps: [2n] of the pairs, where they are known.
 
     Raises:
@@ -190,7 +172,8 @@ def batch_scores(
     if "completion_mask" in batch:
         before = reference(model, batch) if reference_logps is None else reference_logps
         logps = _completion_logps(model, batch)
-        losses = pair_loss(logps - before.to(logps), batch["completion_mask"].sum(1).to(logps.device))
+        chosen, rejected = (logps - before.to(logps)).chunk(2)
+        losses = -F.logsigmoid(beta * (chosen - rejected))
         return BatchScores(losses, torch.ones(len(losses), dtype=torch.long, device=losses.device))
     base = model.get_base_model()
     tensors = _on_device(model, batch)

@@ -12,16 +12,16 @@ from statistics import fmean
 from rightrank.decision.comparison import CONFIDENCE, normal_quantile
 from rightrank.hooks.terminal import left_out
 from rightrank.report.format import quantity
-from rightrank.report.terminal import SelectionTime, labels_line, memory_lines, time_line, took_line
+from rightrank.report.terminal import labels_line, memory_lines, time_line
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.prepare import prepare, strategy_of
-from rightrank.runs.values import Prepared, Request, Selected
+from rightrank.runs.values import Prepared, Request
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
 from rightrank.schema.metrics import TOKEN_LOSS_MARGIN, default_margin, kind_of
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank
 from rightrank.schema.trials import Arm, split_name
-from rightrank.search.history import MIN_RECOVERY_PART, recovery_steps, seconds_of, steps_of
+from rightrank.search.history import MIN_RECOVERY_PART, recovery_steps
 from rightrank.search.protocol import Strategy
 from rightrank.train.metrics import end_metrics
 from rightrank.train.pace import Pace, measure_pace
@@ -64,11 +64,11 @@ def pace_of(prepared: Prepared) -> Pace | None:
     return measure_pace(prepared.runtime, arm)
 
 
-def time_of(prepared: Prepared, strategy: Strategy, pace: Pace) -> SelectionTime:
-    """Expected, at the mean pace of the ranks, and at most, at that of the highest."""
+def time_of(prepared: Prepared, strategy: Strategy, pace: Pace) -> tuple[float, float]:
+    """Seconds expected, at the mean pace of the ranks, and at most, at that of the highest."""
     cost, points, ranks = strategy.cost(), prepared.settings.eval_points, prepared.settings.ranks
     expected = pace.seconds(fmean(ranks), cost.expected, strategy.expected_arms(), points)
-    return SelectionTime(cost.expected, expected, pace.seconds(max(ranks), cost.maximum, strategy.max_arms(), points))
+    return expected, pace.seconds(max(ranks), cost.maximum, strategy.max_arms(), points)
 
 
 def _basis(pace: Pace) -> str:
@@ -76,7 +76,7 @@ def _basis(pace: Pace) -> str:
     return f"{steps} of rank {pace.rank} and {examples}"
 
 
-def _preflight_of(prepared: Prepared, strategy: Strategy, expected: SelectionTime | None) -> Preflight:
+def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: tuple[float, float] | None) -> Preflight:
     settings, data, planned = prepared.settings, prepared.started.data, prepared.planned
     peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
     ranks = [
@@ -100,13 +100,13 @@ def _preflight_of(prepared: Prepared, strategy: Strategy, expected: SelectionTim
         seq_len=settings.seq_len,
         ranks=ranks,
         memory_bytes=planned.memory_bytes if planned else None,
-        cost=_cost(prepared, strategy, expected),
+        cost=_cost(prepared, strategy, seconds),
         preparation_seconds=0.0,
         seeds=len(settings.seeds),
     )
 
 
-def _cost(prepared: Prepared, strategy: Strategy, expected: SelectionTime | None) -> PreflightCost:
+def _cost(prepared: Prepared, strategy: Strategy, seconds: tuple[float, float] | None) -> PreflightCost:
     trainings = strategy.cost()
     return PreflightCost(
         strategy=strategy.name,
@@ -114,8 +114,8 @@ def _cost(prepared: Prepared, strategy: Strategy, expected: SelectionTime | None
         trainings=trainings.expected,
         trainings_at_most=trainings.maximum,
         trainings_to_adapter=trainings.to_adapter,
-        seconds=expected and expected.seconds,
-        seconds_at_most=expected and expected.most_seconds,
+        seconds=seconds and seconds[0],
+        seconds_at_most=seconds and seconds[1],
     )
 
 
@@ -185,7 +185,6 @@ class Outlook(Hook):
 
     def __init__(self) -> None:
         self._run: Run | None = None
-        self._expected: SelectionTime | None = None  # None: not measured
 
     def on_prepared(self, run: Run) -> None:
         self._run = run
@@ -194,25 +193,17 @@ class Outlook(Hook):
         if isinstance(event, SelectionPlanned) and self._run is not None and self._run.prepared is not None:
             self._announce(self._run, self._run.prepared)
 
-    def on_end(self, run: Run, _selected: Selected) -> None:
-        """Compare what the run took with what was estimated."""
-        if self._expected is None or run.prepared is None:
-            return
-        finished, history = run.records.finished(), run.history
-        steps = sum(steps_of(trial.arm, history) for trial in finished)
-        seconds = sum(seconds_of(trial, history) for trial in finished)
-        run.notice(took_line(self._expected, steps / run.prepared.steps, seconds))
-
     def _announce(self, run: Run, prepared: Prepared) -> None:
         # A trial that has ended gives its time.
         ended = any(trial.rank > 0 for trial in run.records.finished())
         pace = pace_of(prepared) if prepared.steps >= MIN_STEPS and not ended else None
         lines = [_cost_line(run.strategy, prepared.steps)]
+        seconds = None
         if pace is not None:
-            self._expected = expected = time_of(prepared, run.strategy, pace)
-            lines.append(time_line(expected, _basis(pace), prepared.settings.budget_hours))
-            run.on_event(TimeExpected(expected_seconds=expected.seconds))
-        found = _preflight_of(prepared, run.strategy, self._expected)
+            seconds = time_of(prepared, run.strategy, pace)
+            lines.append(time_line(*seconds, _basis(pace), prepared.settings.budget_hours))
+            run.on_event(TimeExpected(expected_seconds=seconds[0]))
+        found = _preflight_of(prepared, run.strategy, seconds)
         before = plugins.outlook(prepared.started)
         lines = [*before, labels_line(found), *memory_lines(found), *lines]
         for line in [*lines, *_adapter_lines(prepared)]:

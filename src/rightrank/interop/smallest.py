@@ -45,10 +45,9 @@ from rightrank.adapters.live_files import (
     write_answer,
 )
 from rightrank.adapters.live_scores import (
+    BETA,
     FAILURES,
-    PAIR_LOSSES,
     Batch,
-    PairLoss,
     batch_scores,
     is_partitioned,
     is_sharded,
@@ -213,10 +212,10 @@ class SmallestAdapter(TrainerCallback):
                 f"SmallestAdapter: the trainer's collator does not take the held-out rows ({first_line(error)}); give "
                 "trainer.eval_dataset, which the trainer has tokenized"
             ) from None
-        pair_loss = _pair_loss(args, batch)
+        beta = _beta(args, batch)
         if is_partitioned(model):
             return  # its passes begin in DeepSpeed's engine; a fresh process measures
-        found = batch_scores(model, batch, pair_loss)
+        found = batch_scores(model, batch, beta)
         if self.metric == "accuracy" and found.correct is None:
             raise SettingsError("metric 'accuracy': only a classifier's rows are right or wrong; leave the metric out")
 
@@ -355,8 +354,8 @@ class SmallestAdapter(TrainerCallback):
                 )
                 rows = rows[: max(FEWEST, int((MAX_SHARE * tokens - moment_tokens) * (1 + upper) / cost))]
             held_out = _batches(rows, loader, size)
-        pair_loss = _pair_loss(args, held_out[0])
-        return LiveAdapter(model, held_out, train, self.margin, self.ranks, name, self.metric, pair_loss, moment_tokens)
+        beta = _beta(args, held_out[0])
+        return LiveAdapter(model, held_out, train, self.margin, self.ranks, name, self.metric, beta, moment_tokens)
 
     def _report(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, values: dict[str, float]
@@ -485,27 +484,25 @@ def _caller(kind: type[Caller]) -> Caller | None:
     return None
 
 
-def _pair_loss(args: TrainingArguments, batch: Batch) -> PairLoss:
-    """TRL's loss of preference pairs.
+def _beta(args: TrainingArguments, batch: Batch) -> float:
+    """The `beta` of TRL's loss of preference pairs.
 
     Raises:
-        SettingsError: one that has no value by pair here.
+        SettingsError: another loss than `sigmoid`, or further terms.
     """
     given: Any = args
     if "completion_mask" not in batch or not hasattr(args, "beta"):
-        return PairLoss()
-    names = [given.loss_type] if isinstance(given.loss_type, str) else list(given.loss_type)
+        return BETA
     others = [name for name in ("ld_alpha", "use_weighting", "sync_ref_model") if getattr(args, name, None)]
     others += (
         [] if str(getattr(given, "f_divergence_type", "reverse_kl")).endswith("reverse_kl") else ["f_divergence_type"]
     )
-    if others or len(names) != 1 or names[0] not in PAIR_LOSSES:
-        what = others[0] if others else f"loss_type {'+'.join(map(str, names))}"
+    if others or given.loss_type not in ("sigmoid", ["sigmoid"]):
         raise SettingsError(
-            f"{what}: pairs are measured by the losses {', '.join(PAIR_LOSSES)}, without further terms; save the adapter "
-            "and use rightrank resize --data"
+            f"{others[0] if others else f'loss_type {given.loss_type}'}: pairs are measured by the loss sigmoid, without further terms; "
+            "save the adapter and use rightrank resize --data"
         )
-    return PairLoss(given.beta, names[0])
+    return float(given.beta)
 
 
 def _first(rows: Any, count: int) -> list[Mapping[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from math import log2
 from typing import TYPE_CHECKING, TypeAlias
@@ -90,28 +89,8 @@ def memory_lines(found: Preflight) -> list[str]:
     return [f"ranks and memory: {shown}; {budget}"]
 
 
-@dataclass(frozen=True, slots=True)
-class SelectionTime:
-    """The time of a selection with one training after the other."""
-
-    trainings: float  # that are expected
-    seconds: float  # for them
-    most_seconds: float
-
-
-def took_line(expected: SelectionTime, trainings: float, seconds: float) -> str:
-    """The time of a selection, compared with the estimate for the trainings that ran and with that before the start."""
-    for_these = expected.seconds * trainings / expected.trainings
-    return (
-        f"took {duration(seconds)} for {trainings:.3g} trainings; the estimate for that many was {duration(for_these)} "
-        f"({for_these / seconds - 1:+.0%}); the estimate before the start was {duration(expected.seconds)} for "
-        f"{expected.trainings:.3g} trainings, at most {duration(expected.most_seconds)}"
-    )
-
-
-def time_line(stated: SelectionTime, measured: str, budget_hours: float | None) -> str:
-    """The expected and the largest time of the selection, within its budget."""
-    expected, most = stated.seconds, stated.most_seconds
+def time_line(expected: float, most: float, measured: str, budget_hours: float | None) -> str:
+    """The expected and the largest time of the selection in seconds, within its budget."""
     basis = f"measured before the start: {measured}, then discarded"
     if budget_hours is not None and most > budget_hours * 3600:
         allowed = budget_hours * 3600
