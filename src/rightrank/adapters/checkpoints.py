@@ -66,7 +66,7 @@ def inspect_checkpoints(base: Path, finetuned: Path, sketch_rank: int = SKETCH_R
     )
 
 
-def _require_alike(before: WeightFolder, after: WeightFolder) -> None:
+def _require_alike(before: _WeightFolder, after: _WeightFolder) -> None:
     """Refuse two checkpoints of different architectures.
 
     Raises:
@@ -85,7 +85,7 @@ def _require_alike(before: WeightFolder, after: WeightFolder) -> None:
             )
 
 
-def _differences(before: WeightFolder, after: WeightFolder) -> Iterator[tuple[str, torch.Tensor | None]]:
+def _differences(before: _WeightFolder, after: _WeightFolder) -> Iterator[tuple[str, torch.Tensor | None]]:
     """The change of every floating-point tensor in float32, in the natural order of names; None where nothing changed.
 
     Raises:
@@ -178,7 +178,7 @@ def weight_gradients(
 
 
 @dataclass(frozen=True, slots=True)
-class WeightFolder:
+class _WeightFolder:
     """Names, files and shapes of the tensors; a tensor is read on access."""
 
     path: Path
@@ -192,7 +192,7 @@ class WeightFolder:
             return tensor
 
 
-def open_weights(path: Path) -> WeightFolder:
+def open_weights(path: Path) -> _WeightFolder:
     """Read the headers of a model folder's tensors.
 
     Raises:
@@ -206,4 +206,4 @@ def open_weights(path: Path) -> WeightFolder:
         found, _ = read_header(shard)
         files |= dict.fromkeys(found, shard)
         shapes |= found
-    return WeightFolder(path, files, shapes)
+    return _WeightFolder(path, files, shapes)

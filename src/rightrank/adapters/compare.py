@@ -48,8 +48,6 @@ def compare_adapters(
     Raises:
         InputError: a side, the model, the data or a metric can't be used.
     """
-    if not data:
-        raise SettingsError("no data: give --data FILE, once or more")
     require_scorers(settings)
     for side in sides:
         require_side(side)

@@ -45,7 +45,7 @@ from rightrank.train.trial import finished_trial
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredData:
+class _ScoredData:
     """Examples to score in the validation split, and training examples in the train split."""
 
     splits: DataSplits
@@ -53,7 +53,7 @@ class ScoredData:
     note: str
 
 
-def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings: SelectSettings) -> ScoredData:
+def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings: SelectSettings) -> _ScoredData:
     """The rows of `data` to score, without those that the adapter is known to be trained on.
 
     Raises:
@@ -87,9 +87,9 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
     return _scored(trained, _at_most(unseen, settings), without)
 
 
-def _scored(splits: DataSplits, scored: Sequence[Example], where: str, of_training: bool = False) -> ScoredData:
+def _scored(splits: DataSplits, scored: Sequence[Example], where: str, of_training: bool = False) -> _ScoredData:
     kept = replace(splits, examples={"train": splits.examples["train"], "selection": scored, "test": []})
-    return ScoredData(kept, of_training, f"scored on {len(scored):,} examples of {where}")
+    return _ScoredData(kept, of_training, f"scored on {len(scored):,} examples of {where}")
 
 
 def _at_most(examples: Sequence[Example], settings: SelectSettings) -> Sequence[Example]:

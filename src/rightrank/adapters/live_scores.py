@@ -44,7 +44,7 @@ NOT_FOR_THE_MODEL = ("labels", "num_items_in_batch", "completion_mask", "ref_cho
 
 
 @dataclass(frozen=True, slots=True)
-class BatchScores:
+class _BatchScores:
     """Of each example: losses [n] in nats, summed over its labels; tokens [n]; correct [n] of a classifier."""
 
     losses: torch.Tensor
@@ -81,7 +81,7 @@ class HeldOutBatches:
                 batch_scores(self._model, self._in_step, self._beta)
         return _gathered(found)
 
-    def _one(self, number: int, batch: Batch) -> BatchScores:
+    def _one(self, number: int, batch: Batch) -> _BatchScores:
         if "completion_mask" in batch and number not in self._references:
             with self._serving(number) if self._shares_reference else nullcontext():
                 self._references[number] = reference(self._model, batch)
@@ -100,11 +100,11 @@ class HeldOutBatches:
     def _serving(self, number: int) -> AbstractContextManager[None]:
         return nullcontext() if self._lower is None else self._lower.serving(number)
 
-    def _computed(self, number: int, batch: Batch) -> BatchScores:
+    def _computed(self, number: int, batch: Batch) -> _BatchScores:
         return batch_scores(self._model, batch, self._beta, self._references.get(number))
 
 
-def _gathered(found: Sequence[BatchScores]) -> Scores:
+def _gathered(found: Sequence[_BatchScores]) -> Scores:
     """The examples of this process between zeros in the places of the others', summed over processes."""
     mine = torch.cat([one.losses for one in found]).double().cpu() if found else torch.zeros(0, dtype=torch.float64)
     tokens = torch.cat([one.tokens for one in found]).double().cpu() if found else mine
@@ -157,7 +157,7 @@ def _over_processes(columns: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def batch_scores(
     model: Any, batch: Batch, beta: float = BETA, reference_logps: torch.Tensor | None = None
-) -> BatchScores:
+) -> _BatchScores:
     """Scores of one batch.
 
     Args:
@@ -174,7 +174,7 @@ def batch_scores(
         logps = _completion_logps(model, batch)
         chosen, rejected = (logps - before.to(logps)).chunk(2)
         losses = -F.logsigmoid(beta * (chosen - rejected))
-        return BatchScores(losses, torch.ones(len(losses), dtype=torch.long, device=losses.device))
+        return _BatchScores(losses, torch.ones(len(losses), dtype=torch.long, device=losses.device))
     base = model.get_base_model()
     tensors = _on_device(model, batch)
     labels = tensors.get("labels")
@@ -186,7 +186,7 @@ def batch_scores(
         labels = labels.flatten()
         logits = model(**_passed(model, tensors)).logits
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
-        return BatchScores(losses, torch.ones_like(labels), logits.argmax(-1) == labels)
+        return _BatchScores(losses, torch.ones_like(labels), logits.argmax(-1) == labels)
     if base.config.is_encoder_decoder or not base.can_generate():
         raise DataError(
             f"{type(base).__name__}: examples are scored of causal language models and of classifiers of whole rows; save the adapter "
@@ -284,7 +284,7 @@ def _starts(labels: torch.Tensor, positions: torch.Tensor | None) -> torch.Tenso
     return starts
 
 
-def _by_segment(losses: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor) -> BatchScores:
+def _by_segment(losses: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor) -> _BatchScores:
     """Sums by example; the first position of a row begins one as well."""
     starts = starts.clone()
     starts[:, 0] = True
@@ -294,7 +294,7 @@ def _by_segment(losses: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor
     sums = losses.new_zeros(count).index_add(0, number, losses.flatten())
     tokens = torch.zeros(count, dtype=torch.long, device=labels.device).index_add(0, number, labelled.long())
     kept = tokens > 0
-    return BatchScores(sums[kept], tokens[kept])
+    return _BatchScores(sums[kept], tokens[kept])
 
 
 def is_sharded(model: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -122,13 +121,12 @@ def preflight(
     from rightrank.hooks.trackers import require_trackers
     from rightrank.runs.values import Request, check
 
-    begun = time.monotonic()  # torch is imported below
     request = Request(model, tokenizer, data, _overridden(settings, keywords))
     check(request)  # before what brings torch
     require_trackers(request.settings.report_to)
     from rightrank.hooks.preflight import preflight as prepare_only
 
-    return prepare_only(request, begun)
+    return prepare_only(request)
 
 
 def _overridden(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +11,7 @@ from statistics import fmean
 from rightrank.decision.comparison import CONFIDENCE, normal_quantile
 from rightrank.hooks.terminal import left_out
 from rightrank.report.format import quantity
-from rightrank.report.terminal import labels_line, memory_lines, time_line
+from rightrank.report.terminal import cost_line, labels_line, memory_lines, time_line
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.prepare import prepare, strategy_of
@@ -27,11 +26,8 @@ from rightrank.train.metrics import end_metrics
 from rightrank.train.pace import Pace, measure_pace
 
 
-def preflight(request: Request, begun: float) -> Preflight:
+def preflight(request: Request) -> Preflight:
     """Prepare the selection in a temporary folder, and say what it will do.
-
-    Args:
-        begun: the monotonic clock's seconds when the work began.
 
     Raises:
         InputError: as a selection raises it before its first training.
@@ -41,12 +37,11 @@ def preflight(request: Request, begun: float) -> Preflight:
         prepared = prepare(request, Path(folder) / "cache", notes.append)
         strategy = strategy_of(prepared)
         pace = pace_of(prepared)
-        found = _preflight_of(prepared, strategy, None if pace is None else time_of(prepared, strategy, pace))
+        found = _preflight_of(prepared, strategy, None if pace is None else _time_of(prepared, strategy, pace))
         if pace is not None:
             notes.append(f"time: measured on this device: {_basis(pace)}, then discarded")
         notes += _adapter_lines(prepared)
-        before, seconds = plugins.outlook(prepared.started), time.monotonic() - begun
-        return found.model_copy(update={"before": before, "preparation_seconds": seconds, "notes": notes})
+        return found.model_copy(update={"before": plugins.outlook(prepared.started), "notes": notes})
 
 
 def pace_of(prepared: Prepared) -> Pace | None:
@@ -64,7 +59,7 @@ def pace_of(prepared: Prepared) -> Pace | None:
     return measure_pace(prepared.runtime, arm)
 
 
-def time_of(prepared: Prepared, strategy: Strategy, pace: Pace) -> tuple[float, float]:
+def _time_of(prepared: Prepared, strategy: Strategy, pace: Pace) -> tuple[float, float]:
     """Seconds expected, at the mean pace of the ranks, and at most, at that of the highest."""
     cost, points, ranks = strategy.cost(), prepared.settings.eval_points, prepared.settings.ranks
     expected = pace.seconds(fmean(ranks), cost.expected, strategy.expected_arms(), points)
@@ -101,7 +96,6 @@ def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: tuple[float, 
         ranks=ranks,
         memory_bytes=planned.memory_bytes if planned else None,
         cost=_cost(prepared, strategy, seconds),
-        preparation_seconds=0.0,
         seeds=len(settings.seeds),
     )
 
@@ -197,16 +191,14 @@ class Outlook(Hook):
         # A trial that has ended gives its time.
         ended = any(trial.rank > 0 for trial in run.records.finished())
         pace = pace_of(prepared) if prepared.steps >= MIN_STEPS and not ended else None
-        lines = [_cost_line(run.strategy, prepared.steps)]
-        seconds = None
+        seconds, time = None, list[str]()
         if pace is not None:
-            seconds = time_of(prepared, run.strategy, pace)
-            lines.append(time_line(*seconds, _basis(pace), prepared.settings.budget_hours))
+            seconds = _time_of(prepared, run.strategy, pace)
+            time.append(time_line(*seconds, _basis(pace), prepared.settings.budget_hours))
             run.on_event(TimeExpected(expected_seconds=seconds[0]))
         found = _preflight_of(prepared, run.strategy, seconds)
-        before = plugins.outlook(prepared.started)
-        lines = [*before, labels_line(found), *memory_lines(found), *lines]
-        for line in [*lines, *_adapter_lines(prepared)]:
+        lines = [*plugins.outlook(prepared.started), labels_line(found), *memory_lines(found), cost_line(found.cost)]
+        for line in [*lines, *time, *_adapter_lines(prepared)]:
             run.notice(line)
         if end_metrics(prepared.settings):
             names = [spec.name for spec in prepared.settings.metric_specs if not spec.is_measured_along]
@@ -215,14 +207,3 @@ class Outlook(Hook):
                 f"{prepared.started.data.splits['selection'].items} examples, at most {prepared.settings.max_new_tokens} new tokens "
                 "each where the model writes; the time is reported after the base"
             )
-
-
-def _cost_line(strategy: Strategy, steps: int) -> str:
-    cost = strategy.cost()
-    if cost.expected == cost.maximum:
-        return f"strategy {strategy.name}: {cost.maximum:.3g} trainings of {steps} steps"
-    first = f"; the adapter after about {cost.to_adapter:.3g}" if cost.to_adapter < cost.expected else ""
-    return (
-        f"strategy {strategy.name}: about {cost.expected:.3g} trainings of {steps} steps, {cost.maximum:.3g} at most "
-        f"(one stopped early counts for its part){first}"
-    )

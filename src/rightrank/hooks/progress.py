@@ -187,7 +187,14 @@ class Progress:
         return seconds
 
     def _line(self, event: TrialOutcome) -> str:
-        text = _held_out_text(event) if isinstance(event, TrialFinished) else end_text(event)
+        if isinstance(event, TrialFinished):
+            text = f"held-out {event.value:.4f}" + (f" ({event.value_metric})" if event.value_metric else "")
+            if event.rank == 0 and event.answer_seconds >= 1:
+                text += (
+                    f"; generating answers took {duration(event.answer_seconds)}, and takes as long after each training"
+                )
+        else:
+            text = end_text(event)
         seconds = self._end(event)
         name = (
             "base model" if event.rank == 0 else f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
@@ -207,11 +214,3 @@ def _left(running: _Running, pace: float) -> float:
 
 def _last_step(arm: ArmFields) -> int:
     return arm.steps if arm.stop_at is None else arm.stop_at
-
-
-def _held_out_text(trial: TrialFinished) -> str:
-    """The value, its metric if another one decides, and for the base the time of its generated answers."""
-    text = f"held-out {trial.value:.4f}" + (f" ({trial.value_metric})" if trial.value_metric else "")
-    if trial.rank == 0 and trial.answer_seconds >= 1:
-        text += f"; generating answers took {duration(trial.answer_seconds)}, and takes as long after each training"
-    return text

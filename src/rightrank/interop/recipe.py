@@ -95,17 +95,11 @@ class Recipe:
         made = [*guard, f"The adapter of rank {self.making.rank} was {self.making.sentence()}."]
         if self.making.recovery_steps:  # which `select` alone trains
             return made
-        again = (
-            f"To make it again, train at rank {self.making.trained_rank}, then: {shlex.join(self._resize_command())}"
-        )
-        return [*made, again]
-
-    def _resize_command(self) -> list[str]:
-        making = self.making
-        command = ["rightrank", "resize", "TRAINED", "SMALLER"]
-        if making.truncation == METHODS["svd"]:
-            return [*command, "--rank", str(making.rank)]
-        return [*command, "--data", self.data, "--train", self.data, "--ranks", str(making.rank), "--base", self.model]
+        rank, data = str(self.making.rank), self.data
+        rule = ["--data", data, "--train", data, "--ranks", rank, "--base", self.model]
+        rule = ["--rank", rank] if self.making.truncation == METHODS["svd"] else rule
+        command = shlex.join(["rightrank", "resize", "TRAINED", "SMALLER", *rule])
+        return [*made, f"To make it again, train at rank {self.making.trained_rank}, then: {command}"]
 
     @property
     def explicit_targets(self) -> list[str]:

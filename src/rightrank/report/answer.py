@@ -15,7 +15,6 @@ from rightrank.report.format import coverage, metric_unit, quantity, visible
 from rightrank.schema.decision import (
     AdapterAnswer,
     AdapterCandidate,
-    CheckpointNote,
     Decision,
     HandedOver,
     MetricAnswer,
@@ -88,12 +87,16 @@ def answer_view(
     """
     adapter, asked = answers.get("adapter_answer"), answers.get("goal") != "adapter"
     rank = "not known yet" if decision is None else decision.rank or decision.verdict.replace("_", " ")
+    missing = "not asked (--goal adapter)."
+    if decision is None and asked:
+        so_far = quantity(answers["cost"]["trainings"], "training")
+        missing = f"{so_far} so far. A comparison needs two ranks with a result."
     return AnswerView(
         adapter_headline=f"Adapter: rank {adapter['rank']}" if adapter else "",
         rank_headline="" if not asked or not (adapter or decision) else f"Training rank: {rank}",
         adapter=answers.get("adapter_sentence") or "",
         adapter_notes=tuple(filter(None, _adapter_notes(answers))),
-        training_rank=decision.sentence if decision is not None else _missing(answers),
+        training_rank=decision.sentence if decision is not None else missing,
         estimate=(answers.get("training_rank_estimate") or {}).get("sentence", ""),
         verdict=""
         if decision is None
@@ -148,13 +151,6 @@ def _test_text(found: HandedOver) -> str:
         return ""
     bound = "" if high is None else f" (95% upper bound {high:+.2g})"
     return f"On the test split, read once, it differs from the reference by {found.test_difference:+.2g}{bound}."
-
-
-def _missing(answers: Mapping[str, Any]) -> str:
-    """Why there is no answer to the second question."""
-    if answers.get("goal") == "adapter":
-        return "not asked (--goal adapter)."
-    return f"{quantity(answers['cost']['trainings'], 'training')} so far. A comparison needs two ranks with a result."
 
 
 def _metric_text(other: MetricAnswer) -> str:
@@ -242,21 +238,19 @@ def certainty_rows(decision: Decision) -> list[tuple[str, str]]:
         f"The best of several learning rates looks up to {decision.winner_gap:.2g} {metric_unit(decision.metric)} better than "
         "it is; the comparison corrects for that."
     )
+    compared = ""
+    if (found := decision.checkpoint) is not None:
+        picks = f". By values alone, the last evaluations pick rank {found.last}, the best ones rank {found.best}."
+        picks = "; by values alone, its last and its best pick the same rank." if found.last == found.best else picks
+        compared = f"Each training counts at its {found.used} evaluation{picks}"
     rows = [
-        ("checkpoint", "" if decision.checkpoint is None else _checkpoint_text(decision.checkpoint)),
+        ("checkpoint", compared),
         ("basis", decision.basis_note or ""),
         ("likely", decision.probability_note if "one_seed" in decision.flags else ""),
         ("optimism", optimism if decision.winner_gap else ""),
         *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
     ]
     return [row for row in rows if row[1]]
-
-
-def _checkpoint_text(found: CheckpointNote) -> str:
-    used = f"Each training counts at its {found.used} evaluation"
-    if found.last == found.best:
-        return f"{used}; by values alone, its last and its best pick the same rank."
-    return f"{used}. By values alone, the last evaluations pick rank {found.last}, the best ones rank {found.best}."
 
 
 def brief(value: float | None) -> str:

@@ -73,7 +73,7 @@ def render_report(
         .get_template("report.html")
         .render(
             started=records.started,
-            subject=subject_text(records.started),
+            subject=_subject_text(records.started),
             use_it=use_it(adapter.handed_over, records) if adapter else None,
             export_command=shlex.join(["rightrank", "export", run, "--to", "trl"]),
             exports=exports,
@@ -98,7 +98,7 @@ def render_report(
             fold_rows=len(records.outcomes) > MAX_VISIBLE_ROWS,
             tests=_test_rows(records),
             certificates=records.certificates,
-            not_tested=not_tested(records, decision),
+            not_tested=_not_tested(records, decision),
             command=reproduce_command(records.started.settings),
             style=_asset("report.css"),
             script=script,
@@ -223,7 +223,7 @@ def model_card(records: Records, decision: Decision | None) -> str:
     )
 
 
-def subject_text(started: RunStarted) -> str:
+def _subject_text(started: RunStarted) -> str:
     """Model and data in one line, with the number of examples."""
     names = [str(started.settings.get(name) or "a custom trainer") for name in ("model", "data")]
     model, data = (PurePath(name).name if name.startswith((".", "/", "~")) else name for name in names)
@@ -278,7 +278,7 @@ def _test_rows(records: Records) -> list[tuple[str, TestEvaluated]]:
     ]
 
 
-def not_tested(records: Records, decision: Decision | None) -> list[str]:
+def _not_tested(records: Records, decision: Decision | None) -> list[str]:
     """The limits of the evidence, one sentence each."""
     settings = records.started.settings
     ranks = sorted({trial.rank for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct})

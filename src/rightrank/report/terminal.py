@@ -12,9 +12,7 @@ from rightrank.report.format import duration, size, table_lines, visible
 from rightrank.schema.decision import Decision
 
 if TYPE_CHECKING:
-    from rightrank.schema.results import Preflight
-
-FINISH_SECONDS = 5  # the test split and the report of a small run; a longer one's are a small part of its time
+    from rightrank.schema.results import Preflight, PreflightCost
 
 
 def decision_text(decision: Decision, understood: list[str], width: int, commands: Sequence[str | None] = ()) -> str:
@@ -39,25 +37,22 @@ def decision_text(decision: Decision, understood: list[str], width: int, command
 
 def preflight_text(found: Preflight) -> str:
     """Everything, for a person."""
-    cost = found.cost
-    parts = [f"about {cost.trainings:.3g} trainings of {cost.steps} steps, {cost.trainings_at_most:.3g} at most"]
-    if cost.seconds is not None and cost.seconds_at_most is not None:
-        parts.append(f"about {duration(cost.seconds)}, {duration(cost.seconds_at_most)} at most")
-    lines = [*found.before, *_data_lines(found), *memory_lines(found), f"strategy {cost.strategy}: {'; '.join(parts)}"]
-    lines += [*_whole_time(found), *found.notes]
+    seconds, most = found.cost.seconds, found.cost.seconds_at_most
+    time = [] if seconds is None or most is None else [f"time: about {duration(seconds)}, at most {duration(most)}"]
+    lines = [*found.before, *_data_lines(found), *memory_lines(found), cost_line(found.cost), *time, *found.notes]
     return "\n".join([*lines, "nothing was written: this was a dry run"])
 
 
-def _whole_time(found: Preflight) -> list[str]:
-    """The time from the command to its end: what is trained, and what stands around it."""
-    seconds, most = found.cost.seconds, found.cost.seconds_at_most
-    if seconds is None or most is None:
-        return []
-    around = found.preparation_seconds + FINISH_SECONDS
-    return [
-        f"time in all: about {duration(seconds + around)}, {duration(most + around)} at most: loading, planning and measuring took "
-        f"{duration(found.preparation_seconds)} here, and the report takes some seconds"
-    ]
+def cost_line(cost: PreflightCost) -> str:
+    """The trainings of a selection."""
+    if cost.trainings == cost.trainings_at_most:
+        return f"strategy {cost.strategy}: {cost.trainings:.3g} trainings of {cost.steps} steps"
+    to_adapter = cost.trainings_to_adapter
+    first = f"; the adapter after about {to_adapter:.3g}" if to_adapter < cost.trainings else ""
+    return (
+        f"strategy {cost.strategy}: about {cost.trainings:.3g} trainings of {cost.steps} steps, {cost.trainings_at_most:.3g} at most "
+        f"(one stopped early counts for its part){first}"
+    )
 
 
 def _data_lines(found: Preflight) -> list[str]:

@@ -94,7 +94,7 @@ class TrainerSettings(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class OwnRequest:
+class _OwnRequest:
     """A selection with a custom trainer, its arguments checked."""
 
     settings: SelectSettings
@@ -123,7 +123,7 @@ def own_request(
     metric: str | None,
     compared: Mapping[str, object],
     given: TrainerSettings,
-) -> OwnRequest:
+) -> _OwnRequest:
     """Check the arguments; the profile gives what is None.
 
     Args:
@@ -150,7 +150,7 @@ def own_request(
     _require_functions(train, evaluate, settings.goal)
     call_of = _caller(executor, given.get("workers", 1), given.get("timeout_seconds"))
     evaluation = None if evaluate is None else call_of(partial(_of_folder, evaluate))
-    return OwnRequest(settings, metric, higher, train, call_of(train), evaluation, given)
+    return _OwnRequest(settings, metric, higher, train, call_of(train), evaluation, given)
 
 
 def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, float] | TrialResult:
@@ -158,7 +158,7 @@ def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, floa
     return evaluate(task.folder, task)
 
 
-def open_own_run(request: OwnRequest, folder: RunFolder, hooks: Hooks) -> Run:
+def open_own_run(request: _OwnRequest, folder: RunFolder, hooks: Hooks) -> Run:
     """A run whose trials the user's function trains; the journal is read, and nothing is written."""
     journal = folder.journal.read(hooks.notice)
     model = getattr(request.train, "model", None)  # of the ready functions for TRL
@@ -247,7 +247,7 @@ def _caller(executor: str, workers: int, timeout_seconds: float | None) -> Calla
     return call_inline
 
 
-def _run_started(request: OwnRequest, journal: Sequence[JournalRecord]) -> RunStarted:
+def _run_started(request: _OwnRequest, journal: Sequence[JournalRecord]) -> RunStarted:
     train, profile = request.train, request.given.get("profile")
     name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
     values = {
@@ -286,7 +286,7 @@ class _Executor:
     A result that can't be used ends the run at once, unless the same function has returned a good one before.
     """
 
-    def __init__(self, request: OwnRequest, run: Run) -> None:
+    def __init__(self, request: _OwnRequest, run: Run) -> None:
         self._request = request
         self._run = run
         earlier = run.records.finished()

@@ -163,7 +163,7 @@ class Selected:
     @property
     def next_command(self) -> str | None:
         """The first of the next runs that can be pasted; None if there is none."""
-        return first_command(self.next_commands)
+        return next((command for command in self.next_commands if command is not None), None)
 
     @property
     def handed_over(self) -> HandedOver | None:
@@ -227,7 +227,3 @@ class Selected:
         files = {name: folder / f"{name}.svg" for name in names}
         drawings = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
         return notebook_html(self.view, drawings.get("adapters", ""), drawings.get("rank_curve", ""))
-
-
-def first_command(commands: Sequence[str | None]) -> str | None:
-    return next((command for command in commands if command is not None), None)

@@ -24,15 +24,6 @@ TRANSFORMERS_NAMES = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw_fused"
 DEFAULT_PLAN_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-def _require_ranks(ranks: tuple[int, ...]) -> tuple[int, ...]:
-    if not ranks:
-        raise ValueError("ranks is empty: give at least one")
-    for rank in ranks:
-        if rank < 1:
-            raise ValueError(f"rank {rank} is not allowed: ranks are integers from 1")
-    return tuple(sorted(set(ranks)))
-
-
 def _as_select(name: str) -> Any:
     """The row of a setting that means the same as that of a selection."""
     return SelectSettings.model_fields[name]
@@ -48,7 +39,7 @@ class PlanSettings(PeftFields):
         option=True,
         also=("rank", "r", "lora_r", "lora_rank"),
         split=True,
-        check=_require_ranks,
+        check=SelectSettings.model_fields["ranks"].check,
     )
 
     # the step

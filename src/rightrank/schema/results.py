@@ -85,7 +85,6 @@ class Preflight(Record):
     ranks: list[PreflightRank]
     memory_bytes: Whole | None
     cost: PreflightCost
-    preparation_seconds: float  # loading, encoding, planning and measuring here, which the selection does as well
     seeds: Whole
     before: list[str] = Field(default_factory=list)  # what plug-ins say of it beforehand; it enters no answer
     notes: list[str] = Field(default_factory=list)

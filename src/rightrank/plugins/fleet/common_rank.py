@@ -16,13 +16,13 @@ from pydantic import Field
 
 from rightrank.adapters.held_out import Candidates, TruncationCurve, scored_data, truncation_curve
 from rightrank.adapters.resize import require_plain_update
-from rightrank.data.files import replacing_folder, require_absent
+from rightrank.data.files import creating, replacing_folder, require_absent
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_adapter
 from rightrank.models.base_models import load_base, require_base
 from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank
 from rightrank.schema.decision import AdapterCandidate
-from rightrank.schema.errors import DataError, ModelError, RunFolderError, SettingsError
+from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.results import Resized
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Record, Whole
@@ -92,16 +92,6 @@ def _folder_names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _data_of(files: Sequence[Path], adapters: int) -> list[Path]:
-    if not files:
-        raise SettingsError("no data: give --data FILE once for all adapters, or once for each, in their order")
-    if len(files) not in (1, adapters):
-        raise SettingsError(
-            f"{len(files)} data files for {adapters} adapters; give one for all, or one for each in their order"
-        )
-    return list(files) * adapters if len(files) == 1 else list(files)
-
-
 MAX_NAMED = 3  # adapters that a sentence names
 
 
@@ -134,7 +124,11 @@ def run_fleet(
         InputError: an adapter, the model, the data or `out` can't be used; nothing is written.
     """
     adapters = _open_adapters(paths, out)
-    data = _data_of(files, len(adapters))
+    if len(files) not in (1, len(adapters)):
+        raise SettingsError(
+            f"{len(files)} data files for {len(adapters)} adapters; give one for all, or one for each in their order"
+        )
+    data = list(files) * len(adapters) if len(files) == 1 else list(files)
     scored = [scored_data(adapter, file, None, settings) for adapter, file in zip(adapters, data, strict=True)]
     classes = {None if one.splits.classes is None else tuple(one.splits.classes) for one in scored}
     if len(classes) > 1:
@@ -171,11 +165,7 @@ def _written(measured: Sequence[_Measured], out: Path, model: str, base: dict[st
     chosen = [_at(one, rank) for one in measured]
     served = max(open_adapter(folder).rank for folder, _ in chosen)
     names = _folder_names([one.adapter.path for one in measured])
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"{out}: cannot write there ({error.strerror or error}); give a writable folder") from None
-    with replacing_folder(out) as temporary:
+    with creating(out), replacing_folder(out) as temporary:
         for name, (folder, _) in zip(names, chosen, strict=True):
             source = open_adapter(folder)
             tensors = {key: source.tensor(key) for key in source.keys}
