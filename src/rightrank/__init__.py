@@ -25,23 +25,15 @@ if TYPE_CHECKING:
     from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
 
 _PLACES = {
-    "Decision": "schema.decision",
-    "EvalPoint": "schema.trials",
-    "PlanSettings": "schema.plan_settings",
-    "SelectSettings": "schema.settings",
-    "Selected": "runs.values",
-    "SmallestAdapter": "interop.smallest",
-    "TrialResult": "schema.trials",
-    "TrialTask": "schema.trials",
-    "compare": "api.adapters",
-    "decide": "api.runs",
-    "export": "api.runs",
-    "inspect": "api.adapters",
-    "preflight": "api.selecting",
-    "resize": "api.adapters",
-    "select_rank": "api.selecting",
-    "select_rank_with": "api.selecting",
-    "write_report": "api.runs",
+    "api.adapters": ("compare", "inspect", "resize"),
+    "api.runs": ("decide", "export", "write_report"),
+    "api.selecting": ("preflight", "select_rank", "select_rank_with"),
+    "interop.smallest": ("SmallestAdapter",),
+    "runs.values": ("Selected",),
+    "schema.decision": ("Decision",),
+    "schema.plan_settings": ("PlanSettings",),
+    "schema.settings": ("SelectSettings",),
+    "schema.trials": ("EvalPoint", "TrialResult", "TrialTask"),
 }
 
 __all__ = [
@@ -68,8 +60,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the public names on first use, `import rightrank` alone costs nothing; and the functions of plug-ins."""
-    if name in _PLACES:
-        return getattr(import_module(f"rightrank.{_PLACES[name]}"), name)
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"rightrank.{place}"), name)
     if not name.startswith("_"):
         from rightrank.runs import plugins
 
