@@ -26,7 +26,7 @@ from rightrank.train.adapter import lora_modules
 from rightrank.train.device import all_reduce, process_index, world_size
 from rightrank.train.evaluation import Scores
 from rightrank.train.loss import adapters_off
-from rightrank.train.prefix import find_blocks, prefix_depth
+from rightrank.train.prefix import find_blocks, frozen_blocks
 
 Batch = Mapping[str, Any]  # as the trainer's collator makes it
 BETA = 0.1  # of preference pairs, as TRL's default
@@ -342,8 +342,7 @@ def lower_blocks(model: Any) -> _LowerBlocks | None:
     adapted, head = lora_modules(model), model.get_base_model().get_output_embeddings()
     if any(not one.startswith(f"{found[0]}.") and layer is not head for one, layer in adapted.items()):
         return None  # a projector below the blocks, say
-    depth = prefix_depth(found[0], list(adapted), len(found[1]))
-    blocks = list(found[1])[:depth]
+    blocks = frozen_blocks(model.get_base_model(), list(adapted))
     if not blocks or any("forward" in vars(one) or one._forward_pre_hooks or one._forward_hooks for one in blocks):
         return None
     return _LowerBlocks(blocks)

@@ -25,7 +25,6 @@ from rightrank.models.base_models import (
     model_skeleton,
     resolve_dtype,
 )
-from rightrank.models.places import find_model
 from rightrank.runs.plugins import MemoryPlan, first
 from rightrank.runs.values import Prepared, Request
 from rightrank.schema.errors import SettingsError
@@ -137,10 +136,8 @@ def _with_dtype(request: Request) -> Request:
 def _load(request: Request, loaded: LoadedModel | None, folder: Path) -> _Sources:
     settings = request.settings
     require_scorers(settings)
-    if isinstance(request.model, str):
-        find_model(request.model)  # refuses a wrong name before the data is read
-        if request.tokenizer is not None:
-            raise SettingsError("tokenizer: a model given by name brings its own; leave it out")
+    if isinstance(request.model, str) and request.tokenizer is not None:
+        raise SettingsError("tokenizer: a model given by name brings its own; leave it out")
     begun_items = (request.begun or {}).get("eval_items")
     data = Path(request.data) if isinstance(request.data, str) else request.data
     splits = load_data(data, settings, folder, begun_items if isinstance(begun_items, int) else None)

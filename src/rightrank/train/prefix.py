@@ -51,13 +51,10 @@ class _Store:
 
 
 class FrozenPrefix:
-    """Blocks 0 … depth-1 of `blocks`, computed once per example."""
+    """The lowest blocks of a model, computed once per example."""
 
-    def __init__(
-        self, blocks: torch.nn.ModuleList, depth: int, pad_id: int, device: torch.device, folder: Path, group_size: int
-    ) -> None:
+    def __init__(self, blocks: Sequence[Any], pad_id: int, device: torch.device, folder: Path, group_size: int) -> None:
         self._blocks = blocks
-        self.depth = depth
         self._pad_id = pad_id
         self._device = device
         self._folder = folder
@@ -103,13 +100,13 @@ class FrozenPrefix:
         else:
             moved = [row.to(self._device) for row in rows]
             self._current = torch.cat([moved[number] for number in numbers])[None]
-        for block in self._blocks[: self.depth]:
+        for block in self._blocks:
             block.forward = self._serve
         try:
             yield
         finally:
             self._current = None
-            for block in self._blocks[: self.depth]:
+            for block in self._blocks:
                 del block.forward
 
     def _serve(self, *_: Any, **__: Any) -> Any:
@@ -137,7 +134,7 @@ class FrozenPrefix:
             captured.append(output[0] if isinstance(output, tuple) else output)
             raise _ReachedBlock
 
-        handle = self._blocks[self.depth - 1].register_forward_hook(capture)
+        handle = self._blocks[-1].register_forward_hook(capture)
         try:
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         except _ReachedBlock:
@@ -167,12 +164,15 @@ def find_blocks(model: Any) -> tuple[str, torch.nn.ModuleList] | None:
     return stacks[0] if len(stacks) == 1 else None
 
 
-def prefix_depth(blocks_name: str, trainable: Sequence[str], block_count: int) -> int:
-    """The number of blocks from the bottom without trainable modules; 0 if an embedding below them trains."""
-    depth = block_count
+def frozen_blocks(model: Any, trainable: Sequence[str]) -> list[Any]:
+    """The blocks below everything that trains, but the last; none if an embedding below them trains."""
+    found = find_blocks(model)
+    if found is None:
+        return []
+    prefix, blocks = f"{found[0]}.", list(found[1])[:-1]
     for name in trainable:
-        if name.startswith(f"{blocks_name}."):
-            depth = min(depth, int(name.removeprefix(f"{blocks_name}.").split(".", 1)[0]))
+        if name.startswith(prefix):
+            blocks = blocks[: int(name.removeprefix(prefix).split(".", 1)[0])]
         elif "embed" in name or name.endswith(("wte", "wpe")):
-            return 0
-    return min(depth, block_count - 1)
+            return []
+    return blocks

@@ -42,7 +42,7 @@ from rightrank.train.loss import (
     sees_later_tokens,
 )
 from rightrank.train.multi_lora import ArmBatch, MultiLora, concatenated
-from rightrank.train.prefix import FrozenPrefix, find_blocks, prefix_depth
+from rightrank.train.prefix import FrozenPrefix, frozen_blocks
 from rightrank.train.targets import Targets, find_targets, lora_config
 from rightrank.train.tokens import EncodedData
 
@@ -248,17 +248,12 @@ class Runtime:
 
     def _make_prefix(self, folder: Path) -> FrozenPrefix | None:
         """The blocks below everything trainable; None if there are none."""
-        found = find_blocks(self.model)
         settings = self.settings
-        if found is None or not settings.cache_prefix:
+        trainable = [*(module.name for module in self.targets.modules), *settings.modules_to_save]
+        blocks = frozen_blocks(self.model, trainable) if settings.cache_prefix else []
+        if not blocks:
             return None
-        name, blocks = found
-        depth = prefix_depth(
-            name, [*(module.name for module in self.targets.modules), *settings.modules_to_save], len(blocks)
-        )
-        if depth == 0:
-            return None
-        prefix = FrozenPrefix(blocks, depth, self._pad_id, self.loaded.device, folder, settings.eval_batch_size)
+        prefix = FrozenPrefix(blocks, self._pad_id, self.loaded.device, folder, settings.eval_batch_size)
         for split, examples in self.data.splits.items():
             prefix.add_split(split, examples, self._expected_examples(split))
         return prefix
