@@ -18,7 +18,7 @@ from rightrank.data.splits import load_data
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.truncation import Moments, components, ranks_within
 from rightrank.schema.errors import DataError
-from rightrank.schema.events import Listener
+from rightrank.schema.events import Evaluating, Listener, Notice
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime
@@ -116,9 +116,10 @@ def test_the_reported_value_is_that_of_the_written_folder(
 def test_a_file_without_splits_is_scored_whole_and_the_number_is_stated(trained: Path, tmp_path: Path) -> None:
     """Each half of it by the truncation whose moments come from the other half."""
     held_out = write_completions(tmp_path / "held_out.jsonl", count=30, seed=7)
-    notices: list[str] = []
+    events: list[Evaluating | Notice] = []
     settings = make_settings({"seq_len": 32})
-    resized = resize(trained, tmp_path / "out", data=held_out, settings=settings, ranks=(2,), notice=notices.append)
+    resized = resize(trained, tmp_path / "out", data=held_out, settings=settings, ranks=(2,), on_event=events.append)
+    notices = [event.text for event in events if isinstance(event, Notice)]
     assert resized.scored_examples == 30
     assert notices[0] in resized.notes
     assert notices[0].startswith("scored on 30 examples of ")

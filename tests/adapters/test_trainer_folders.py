@@ -120,7 +120,7 @@ def test_an_adapter_is_itself(adapter: Path) -> None:
 def test_resize_says_which_adapter_it_took(adapter: Path, tmp_path: Path) -> None:
     output = output_of(tmp_path / "out", adapter, ["checkpoint-20", "checkpoint-100"])
     said: list[str] = []
-    resized = resize(output, tmp_path / "small", rank=2, notice=said.append)
+    resized = resize(output, tmp_path / "small", rank=2, on_event=lambda event: said.append(getattr(event, "text", "")))
     assert said == resized.notes[:1]
     assert said[0].startswith(f"{output / 'checkpoint-100'}: the newest of 2")
 

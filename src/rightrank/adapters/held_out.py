@@ -28,7 +28,7 @@ from rightrank.models.truncation import Moments, shared_ranks
 from rightrank.runs.journal import Journal
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError
-from rightrank.schema.events import Evaluating, RunStarted
+from rightrank.schema.events import Evaluating, Notice, RunStarted
 from rightrank.schema.results import HeldOut, Resized
 from rightrank.schema.settings import OF_SPLITS, SelectSettings, make_settings
 from rightrank.schema.trials import TrialFinished
@@ -140,10 +140,9 @@ class Candidates:
     """The ranks to measure, and how."""
 
     ranks: Sequence[int]
-    on_rank: Callable[[int, float], None] = lambda _rank, _value: None
     # moments and scores come from the same examples: each half is scored with the other's moments
     by_halves: bool = False
-    on_event: Callable[[Evaluating], None] = lambda _: None
+    on_event: Callable[[Evaluating | Notice], None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +167,7 @@ class DataRule:
     base: str | None
     settings: SelectSettings
     ranks: Sequence[int] | None
-    on_rank: Callable[[int, float], None]
-    notice: Callable[[str], None]
-    on_event: Callable[[Evaluating], None]
+    on_event: Callable[[Evaluating | Notice], None]
 
 
 def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized:
@@ -186,12 +183,13 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
         )
     ranks = candidate_ranks(adapter, rule.ranks)
     scored = scored_data(adapter, rule.data, rule.train, rule.settings)
-    rule.notice(scored.note)
+    rule.on_event(Notice(text=scored.note))
     measured = ", ".join(map(str, sorted(ranks, reverse=True)))
     count = len(scored.splits.examples["selection"])
     fewer = "" if count <= MANY_EXAMPLES else "; --set eval_items=1000 measures on fewer"
-    rule.notice(f"measuring the base, then ranks {measured}, each on {count:,} examples{fewer}")
-    candidates = Candidates(ranks, rule.on_rank, scored.scores_training_examples, rule.on_event)
+    text = f"measuring the base, then ranks {measured}, each on {count:,} examples{fewer}"
+    rule.on_event(Notice(text=text))
+    candidates = Candidates(ranks, scored.scores_training_examples, rule.on_event)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         use = DataUse(rule.data, rule.settings, Path(name) / "cache", splits=scored.splits)
         runtime = adapter_runtime(adapter, rule.base, use)
@@ -281,7 +279,7 @@ def truncation_curve(
 
     for trial in walk(candidates.ranks, working, write, score, metric):
         trials.append(trial)
-        candidates.on_rank(trial.rank, trial.value)
+        candidates.on_event(Notice(text=f"rank {trial.rank}: held-out {trial.value:.4f}"))
     settings = runtime.settings
     higher, is_token_loss = settings.is_higher_better(settings.metric_name), runtime.data.summary.is_token_loss
     criterion = Criterion(settings.metric_name, higher, settings.margin, token_loss=is_token_loss)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rightrank.models.places import find_adapter, require_adapter_folder, require_side
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import Evaluating
+from rightrank.schema.events import Evaluating, Notice
 from rightrank.schema.results import AdapterComparison, Inspection, Resized
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.table import given_values
@@ -58,9 +58,7 @@ def resize(
     base: str | None = None,
     uniform: bool = False,
     settings: SelectSettings | None = None,
-    on_rank: Callable[[int, float], None] = lambda _rank, _value: None,
-    notice: Callable[[str], None] = lambda _: None,
-    on_event: Callable[[Evaluating], None] = lambda _: None,
+    on_event: Callable[[Evaluating | Notice], None] = lambda _: None,
 ) -> Resized:
     """Write the adapter at another rank to `out`, and report the truncation error.
 
@@ -77,9 +75,7 @@ def resize(
         base: with data: the base model; None for the one that the adapter names.
         uniform: with energy: one rank for all modules, the largest needed.
         settings: with data: how models and rows are read; see `SelectSettings`.
-        on_rank: receives each measured rank and its held-out value.
-        notice: receives each line for a person.
-        on_event: receives the progress of each evaluation.
+        on_event: receives the progress of each evaluation, and each line for a person.
 
     Raises:
         InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
@@ -89,7 +85,7 @@ def resize(
     place, chosen = find_adapter(Path(adapter))
     _require_adapter(place)
     if chosen:
-        notice(chosen)
+        on_event(Notice(text=chosen))
     if len(names) != 1:
         raise SettingsError(
             f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank, --energy and --data"
@@ -107,7 +103,7 @@ def resize(
 
         read = make_settings(given_values(settings) | ({} if margin is None else {"margin": margin}))
         trained = None if train is None else Path(train)
-        rule = DataRule(Path(data), trained, base, read, ranks, on_rank, notice, on_event)
+        rule = DataRule(Path(data), trained, base, read, ranks, on_event)
         resized = resize_by_data(opened, Path(out), rule)
     else:
         choice = by_rank(opened, rank) if rank is not None else by_energy(opened, energy or 0.0, uniform)

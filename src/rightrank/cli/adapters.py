@@ -123,8 +123,6 @@ def resize(
             out,
             ranks=whole_numbers(ranks, "--ranks"),
             settings=make_settings(gather(None, assignments, {"margin": margin})),
-            on_rank=lambda at, value: view.say(f"rank {at}: held-out {value:.4f}"),
-            notice=view.say,
             on_event=view.on_event,
             **rule,
         )

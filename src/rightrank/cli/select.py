@@ -134,11 +134,12 @@ def _watched(run: Callable[[list[Hook]], Selected], quiet: bool, out: Path, log_
 
     from rightrank.hooks.process import Interrupts, JsonLog, ProgressFile
     from rightrank.hooks.terminal import make_view
+    from rightrank.runs.hook import Hooks
 
     with ExitStack() as opened:
         view = JsonLog(sys.stderr) if log_json else opened.enter_context(make_view(Console(stderr=True), quiet))
         progress = opened.enter_context(ProgressFile(out))
-        stop = opened.enter_context(Interrupts(view.say, of_process=True))
+        stop = opened.enter_context(Interrupts(Hooks([view]).notice, of_process=True))
         try:
             return run([view, progress, stop])
         except InterruptedRun as stopped:

@@ -1,4 +1,4 @@
-"""The preflight: what a selection will do and what it costs, before any training; and at the end what it took."""
+"""The preflight: what a selection will do and what it costs, before any training."""
 
 from __future__ import annotations
 

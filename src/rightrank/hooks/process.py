@@ -19,7 +19,7 @@ from rightrank.hooks.progress import Progress
 from rightrank.runs.folder import PROGRESS_FILE
 from rightrank.runs.hook import Hook
 from rightrank.schema.errors import TerminatedRun
-from rightrank.schema.events import Evaluating, Event, Notice, Preparing, SelectionPlanned, StepDone, TimeExpected
+from rightrank.schema.events import Evaluating, Event, Notice, SelectionPlanned, StepDone, TimeExpected
 from rightrank.schema.trials import OUTCOMES, Record, TrialLook, TrialStarted
 
 PROGRESS_SECONDS = 2.0  # between writes of the progress file
@@ -46,19 +46,16 @@ class JsonLog(Hook):
                     self._write("resumed", trials_ended=len(event.outcomes))
             case TimeExpected():
                 self._write("time", expected_seconds=event.expected_seconds)
-            case StepDone() | Preparing() | Evaluating():
+            case StepDone() | Evaluating():
                 self._write_step(event)
             case _ if isinstance(event, LOGGED_WHOLE):
                 self._write(event.type, **_fields(event))
 
-    def say(self, text: str) -> None:
-        """Log a line for a person."""
-        self._write("notice", text=text)
-
-    def _write_step(self, event: StepDone | Preparing | Evaluating) -> None:
-        name = "preparing" if isinstance(event, Preparing) else "evaluating"
-        name = "step_done" if isinstance(event, StepDone) else name
-        is_last = event.step == event.steps if isinstance(event, StepDone) else event.items == event.of_items
+    def _write_step(self, event: StepDone | Evaluating) -> None:
+        if isinstance(event, StepDone):
+            name, is_last = "step_done", event.step == event.steps
+        else:
+            name, is_last = "evaluating", event.items == event.of_items
         if is_last or time.monotonic() - self._last_step >= 1:
             self._last_step = time.monotonic()
             self._write(name, **_fields(event))
@@ -98,7 +95,7 @@ class ProgressFile(Hook):
     def on_event(self, event: Event) -> None:
         self._progress.event(event)
         ends = isinstance(event, OUTCOMES)
-        if ends or (isinstance(event, StepDone | Preparing) and time.monotonic() - self._written > PROGRESS_SECONDS):
+        if ends or (isinstance(event, StepDone | Evaluating) and time.monotonic() - self._written > PROGRESS_SECONDS):
             self._written = time.monotonic()
             self._write()
 

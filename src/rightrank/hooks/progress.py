@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rightrank.report.format import duration, size
 from rightrank.report.status import end_text
-from rightrank.schema.events import Evaluating, Event, Preparing, SelectionPlanned, StepDone, TimeExpected
+from rightrank.schema.events import Evaluating, Event, SelectionPlanned, StepDone, TimeExpected
 from rightrank.schema.trials import (
     ArmFields,
     TrialCollapsed,
@@ -47,7 +47,7 @@ class Progress:
             str, tuple[int, float]
         ] = {}  # last step, and seconds with those of the trial that it continued
         self._costs: list[float] = []  # seconds of each training alone
-        self._work: Preparing | Evaluating | None = None  # besides trials
+        self._work: Evaluating | None = None  # besides trials
         self._higher_is_better = False
         self._best: dict[int, float] = {}
         self._truncated: dict[int, float] = {}
@@ -60,7 +60,7 @@ class Progress:
                 self._plan(event)
             case TimeExpected() if self._expected:
                 self._first_pace = event.expected_seconds / self._expected
-            case Preparing() | Evaluating():
+            case Evaluating():
                 self._work = event
             case TrialStarted():
                 self._work = None
@@ -99,8 +99,7 @@ class Progress:
     def progress_line(self) -> str:
         if (work := self._work) is not None:
             left = duration(work.seconds / work.items * (work.of_items - work.items))
-            what = work.what if isinstance(work, Evaluating) else "frozen layers, once for all trials"
-            return f"{what}: {work.items:,} of {work.of_items:,} examples, about {left} left"
+            return f"{work.what}: {work.items:,} of {work.of_items:,} examples, about {left} left"
         remaining = self.remaining_seconds()
         time_left = [] if remaining is None else [f"about {duration(remaining)} left"]
         return " · ".join([self._position(), *self._at_work(), *time_left])

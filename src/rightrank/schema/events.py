@@ -258,25 +258,17 @@ class StepDone(Record):
     seconds: float  # since the trial started
 
 
-class Preparing(Record):
-    """Progress of the work before the first training: the outputs of the frozen layers for each example."""
-
-    items: Whole
-    of_items: Whole
-    seconds: float
-
-
 class Evaluating(Record):
-    """Progress of one evaluation by `compare` or `resize`; not in the journal."""
+    """Progress of what computes no training: the frozen layers before the first, an evaluation by `compare`."""
 
     type: Literal["evaluating"] = "evaluating"
-    what: str  # is evaluated, in words
+    what: str  # is computed, in words
     items: Whole
     of_items: Whole
-    seconds: float  # since this evaluation began
+    seconds: float  # since it began
 
 
-Event: TypeAlias = Journaled | SelectionPlanned | TimeExpected | RunStopped | Notice | StepDone | Preparing | Evaluating
+Event: TypeAlias = Journaled | SelectionPlanned | TimeExpected | RunStopped | Notice | StepDone | Evaluating
 
 
 class Listener:

@@ -17,7 +17,7 @@ from rightrank.data.token_store import EncodedExample
 from rightrank.models.base_models import LoadedModel
 from rightrank.models.kinds.base import Routing
 from rightrank.schema.errors import InterruptedRun, ModelError
-from rightrank.schema.events import Preparing
+from rightrank.schema.events import Evaluating
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
 from rightrank.train.batches import (
@@ -91,7 +91,7 @@ class Runtime:
             expected = {split: self._expected_examples(split) for split in data.splits}
             self._reference = Reference(data.splits, expected, settings.eval_batch_size, self._log_probabilities)
 
-    def prepare(self, on_progress: Callable[[Preparing], None], should_stop: Callable[[], bool]) -> None:
+    def prepare(self, on_progress: Callable[[Evaluating], None], should_stop: Callable[[], bool]) -> None:
         """Compute what the base alone gives for the training examples that the arms will use, and report progress.
 
         That is the frozen prefix, and the reference of preference pairs.
@@ -105,7 +105,9 @@ class Runtime:
         with self.fast_paths.attention():
             for count in self._filled_once("train", expected):
                 done += count
-                on_progress(Preparing(items=done, of_items=len(expected), seconds=time.perf_counter() - begun))
+                seconds = time.perf_counter() - begun
+                what = "frozen layers, once for all trials"
+                on_progress(Evaluating(what=what, items=done, of_items=len(expected), seconds=seconds))
                 if should_stop():
                     raise InterruptedRun("stopped before the first training")
 

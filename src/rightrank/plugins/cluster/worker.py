@@ -26,7 +26,7 @@ from pydantic import Field, JsonValue, TypeAdapter
 
 from rightrank.runs.hook import Executor
 from rightrank.schema.errors import InterruptedRun, RightrankError, RunError
-from rightrank.schema.events import Event, Listener, Notice, Preparing, StepDone
+from rightrank.schema.events import Evaluating, Event, Listener, Notice, StepDone
 from rightrank.schema.trials import Record, Trial, TrialFailed, TrialOutcome, TrialStarted
 from rightrank.version import __version__
 
@@ -93,7 +93,7 @@ class Step(Record):
     """Progress, and the sign that the worker is alive."""
 
     type: Literal["step"] = "step"
-    event: StepDone | Preparing
+    event: StepDone | Evaluating
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +316,7 @@ class _Reports(Listener):
     def on_event(self, event: Event) -> None:
         if isinstance(event, TrialStarted | Notice):
             self._send(event)
-        elif isinstance(event, StepDone | Preparing):
+        elif isinstance(event, StepDone | Evaluating):
             now = time.monotonic()
             if now - self._last_step >= STEP_SECONDS:
                 self._last_step = now
