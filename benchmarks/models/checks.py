@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from benchmarks.models.generator import Case, make_case, model_of
 from rightrank import resize
 from rightrank.plugins.plan.estimate import Estimator
+from rightrank.plugins.plan.selection import step_settings
 from rightrank.plugins.plan.skeleton import read_config
 from rightrank.runs.prepare import Prepared, prepare
 from rightrank.runs.values import Request
@@ -242,12 +243,14 @@ def loaded_losses(runtime: Runtime, base: Path, adapter: Path) -> list[float]:
 def _require_counts(case: Case, prepared: Prepared, base: Path, adapters: Path) -> None:
     """The plan of the selection has the parameters and the bytes of its adapters; `plan` alone those of PEFT's `all-linear`."""
     runtime, whole = prepared.runtime, fresh_base(prepared.runtime, base)
-    selection: Any = prepared.planned
+    classes, config = len(CLASSES) if runtime.data.is_classification else None, runtime.model.config
+    each = runtime.data.sequences_per_example
+    step = step_settings(config, prepared.settings, runtime.data.longest, "cpu", classes, each)
+    selection = Estimator(config, step)
     for number, rank in enumerate(case.ranks):
         stored = adapters / f"t{number}" / "adapter_model.safetensors"
         counted = sum(tensor.numel() for tensor in load_file(stored).values()), stored.stat().st_size
-        _require_counted("select's plan", selection.estimator, rank, counted)
-    classes = len(CLASSES) if runtime.data.is_classification else None
+        _require_counted("select's plan", selection, rank, counted)
     rank = case.ranks[0]
     settings = make_plan_settings({"ranks": (rank,), "num_labels": classes, "dtype": "float32"})
     estimator = Estimator(read_config(str(base), False, classes is not None), settings)
@@ -256,10 +259,10 @@ def _require_counts(case: Case, prepared: Prepared, base: Path, adapters: Path) 
         f"plan: {estimator.base_parameters} parameters of the base for {parameters}"
     )
     task = "CAUSAL_LM" if classes is None else "SEQ_CLS"
-    config = LoraConfig(
+    lora = LoraConfig(
         r=rank, target_modules="all-linear", task_type=task, exclude_modules=LEFT_OUT.get(whole.config.model_type)
     )
-    model = get_peft_model(whole, config)
+    model = get_peft_model(whole, lora)
     model.save_pretrained(adapters / "by PEFT")
     counted = (
         model.get_nb_trainable_parameters()[0],

@@ -11,7 +11,7 @@ import pytest
 from rightrank.cli import main
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.planner import needed
-from rightrank.plugins.plan.selection import _plan_settings, left_out_line, plan_selection
+from rightrank.plugins.plan.selection import left_out_line, plan_selection, step_settings
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import make_settings
@@ -97,7 +97,7 @@ def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
     needs = {}
     for arms in (4, 6):
         changed = Estimator(
-            config, _plan_settings(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu", None)
+            config, step_settings(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu", None)
         ).variant(adapters_per_pass=arms)
         needs[arms] = needed(changed.estimate(8).peak.reserved_bytes, changed.settings)
     between = settings.model_copy(update={"memory_bytes": (needs[4] + needs[6]) // 2})

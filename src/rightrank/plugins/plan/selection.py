@@ -79,7 +79,7 @@ def plan_selection(
     Raises:
         SettingsError: fewer ranks fit than a comparison needs; the message names what to change.
     """
-    plan_settings = _plan_settings(config, settings, longest, device, num_labels, sequences)
+    plan_settings = step_settings(config, settings, longest, device, num_labels, sequences)
     memory = plan_settings.memory_bytes
     estimator = Estimator(config, plan_settings)
     ranks = settings.ranks
@@ -125,7 +125,7 @@ def _max_adapters(estimator: Estimator, rank: int, wanted: int) -> int:
         return 1
 
 
-def _plan_settings(
+def step_settings(
     config: Any, settings: SelectSettings, longest: int, device: str, num_labels: int | None, sequences: int = 1
 ) -> PlanSettings:
     """The plan's settings for the training loop of `select`."""
