@@ -334,6 +334,12 @@ _ALL = (
     Architecture("whisper", _fixed(**HALVES), refused="an encoder-decoder, as T5"),
     Architecture("clip", refused="'clip' is no causal language model"),
     Architecture("wav2vec2", refused="'wav2vec2' is no causal language model"),
+    Architecture("big_bird", refused="it sees the tokens that follow"),
+    Architecture("rembert", refused="it sees the tokens that follow"),
+    Architecture("roformer", refused="it sees the tokens that follow"),
+    Architecture("megatron-bert", refused="it sees the tokens that follow"),
+    Architecture("xlnet", _fixed(d_model=32, n_head=4, d_head=8, d_inner=48), refused="it sees the tokens that follow"),
+    Architecture("xlm", refused="it sees the tokens that follow"),
 )  # fmt: skip
 _DRAWS = {one.model_type: one.draw for one in _ALL} | {
     "llama4_text": _fixed(num_local_experts=4, intermediate_size_mlp=48)

@@ -45,6 +45,8 @@ METRICS_OF_FORMS = (  # kind of metric, the form of data that it needs, and that
     ("classes", "classification", "`text` and `label`"),
     ("pairs", "preference", "`prompt`, `chosen` and `rejected`"),
 )
+# A configuration's word for a token that sees those that follow: as BERT, as XLM, as XLNet
+SEES_LATER = (("is_decoder", False), ("causal", False), ("attn_type", "bi"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +163,9 @@ def _targets(model: str, splits: DataSplits, settings: SelectSettings) -> Target
     classification = splits.form == "classification"
     trusted, count = settings.trust_remote_code, len(splits.classes or ()) if classification else None
     skeleton = model_skeleton(model_config(model, trusted, classification), trusted, count)
-    causal = {module.is_causal for module in skeleton.modules() if hasattr(module, "is_causal")}
-    if not classification and causal == {False} and not getattr(skeleton.config, "is_decoder", True):
+    causal = any(getattr(module, "is_causal", False) for module in skeleton.modules())
+    sees_later = any(getattr(skeleton.config, name, None) == value for name, value in SEES_LATER)
+    if not classification and sees_later and not causal:
         raise visible_label(model)
     given = "ranks" in settings.model_fields_set  # the plan leaves out default ranks that a matrix can't have
     return find_targets(skeleton, settings if given else settings.model_copy(update={"ranks": ()}), classification)
