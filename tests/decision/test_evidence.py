@@ -8,7 +8,7 @@ import pytest
 from rightrank.decision import table
 from rightrank.decision.evidence import measured_noise
 from rightrank.decision.rule import decide
-from rightrank.decision.table import Cell, Contender, ScoreTable, minus, paired_cells
+from rightrank.decision.table import Cell, Contender, ScoreTable, paired_cells
 
 
 def contender(rank: int, **losses: float) -> Contender:
@@ -51,9 +51,9 @@ def test_seed_noise_is_pooled_where_fewer_than_two_seeds_are_shared(others: list
 
 
 def differences(one: Contender, other: Contender) -> list[tuple[str, float, float]]:
-    worse = [minus(*pair) for pair in paired_cells(one, other)]
-    assert table.differences(paired_cells(one, other)).tolist() == [cell.sums.tolist() for cell in worse]
-    return [(cell.trial_id, cell.value, float(cell.sums[0])) for cell in worse]
+    pairs = paired_cells(one, other)
+    sums = table.differences(pairs)[:, 0].tolist()
+    return [(left.trial_id, left.value - right.value, worse) for (left, right), worse in zip(pairs, sums, strict=True)]
 
 
 def test_pairs_are_of_one_seed_where_seeds_are_shared() -> None:
@@ -76,11 +76,9 @@ def test_weights_go_with_the_pair() -> None:
     weights = np.array([2.0, 3.0])
     one = Contender(1, 0.0, {0: Cell("a", 1.0, np.array([2.0, 6.0]), weights)}, 1.0)
     other = Contender(4, 0.0, {0: Cell("b", 0.5, np.array([1.0, 3.0]), weights)}, 0.5)
-    ((left, right),) = paired_cells(one, other)
-    cell = minus(left, right)
-    assert cell.sums.tolist() == [1.0, 3.0]
-    assert cell.weights.tolist() == [2.0, 3.0]
-    assert cell.value == 0.5
+    pairs = paired_cells(one, other)
+    assert table.differences(pairs).tolist() == [[1.0, 3.0]]
+    assert table.estimate_of_pairs(pairs).mean == pytest.approx(4 / 5)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
@@ -143,16 +141,3 @@ def announce(what: str, anywhere: bool = False) -> None:
     """One line on a terminal before the imports that take seconds; `anywhere`: in a pipe too."""
     if anywhere or sys.stderr.isatty():
         click.echo(f"rightrank {__version__}: {what} …", err=True)
-
-
-@contextmanager
-def garbage_kept() -> Iterator[None]:
-    """Within the block, no garbage collection: importing torch and transformers takes a quarter less time.
-
-    For short commands. What a command leaves behind ends with the process.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

@@ -85,7 +85,7 @@ class Evidence:
         self.table = table
         self._bare = on_common_seeds([contender_of(table, rank) for rank in table.ranks()])
         self.contenders = {rank: replace(found, gap=self._gap(found)) for rank, found in self._bare.items()}
-        self.base = contender_of(table, 0) if table.learning_rates(0) else None
+        self.base = contender_of(table, 0) if table.by_learning_rate(0) else None
         self.reference = min(self.contenders.values(), key=lambda contender: (contender.fair_loss, contender.rank))
 
     @cached_property

@@ -89,12 +89,9 @@ class ScoreTable:
         """The ranks with a finished trial, ascending, without the base."""
         return [rank for rank in self._by_rank if rank > 0]
 
-    def learning_rates(self, rank: int) -> list[float]:
-        return list(self._by_rank.get(rank, ()))
-
     def tried_learning_rates(self, rank: int) -> list[float]:
         """Those with a finished trial, and those that were stopped early or diverged."""
-        return sorted({*self.learning_rates(rank), *self.tried.get(rank, ())})
+        return sorted({*self.by_learning_rate(rank), *self.tried.get(rank, ())})
 
     def by_learning_rate(self, rank: int) -> Mapping[float, Mapping[int, Cell]]:
         """The rank's cells by learning rate and seed, both ascending."""

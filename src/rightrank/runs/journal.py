@@ -79,7 +79,7 @@ def read_line(line: bytes) -> JournalRecord | Damage:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Within the block, Python's collector of cycles rests: it would visit thousands of records, none in a cycle, again and again."""
+    """Within the block, Python's collector of cycles rests: it would visit thousands of objects, few in a cycle, again and again."""
     was_on = gc.isenabled()
     gc.disable()
     try:

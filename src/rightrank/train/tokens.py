@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, repeat
+from itertools import chain, groupby, repeat
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,15 +22,17 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
 
 EncodedSequence: TypeAlias = tuple[list[int], list[int]]  # token ids, and the label of each
-AT_ONCE = (
-    2**13
-)  # characters that are tokenised in one call: memory stays flat, and the collector of cycles visits few offsets
+AT_ONCE = 2**13  # characters tokenised in one call: few enough that the collector of cycles seldom visits their offsets
 COST_OF_TEXT = 64  # characters that a text counts for beside its own
 
 
 def label_count(example: EncodedExample) -> int:
     """The number of label tokens with a loss; a sequence has none at its first position, which nothing precedes."""
-    return sum(len(labels[1:]) - labels[1:].count(IGNORED) for _, labels in example.sequences())
+    return sum(_count_of(labels) for _, labels in example.sequences())
+
+
+def _count_of(labels: Sequence[int]) -> int:
+    return len(labels[1:]) - labels[1:].count(IGNORED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +82,6 @@ class _Encoder:
                 waiting, size = [], 0
         yield from self._encoded(waiting)
 
-    def labels_of(self, example: EncodedExample) -> int:
-        return 1 if self.is_classification else label_count(example)
-
     def _encoded(self, waiting: list[tuple[Example, list[_Text]]]) -> Iterator[tuple[Example, list[EncodedSequence]]]:
         found = self._tokenised([text for _, texts in waiting for text in texts])
         for example, texts in waiting:
@@ -93,35 +92,24 @@ class _Encoder:
 
     def _texts(self, example: Example) -> list[_Text]:
         """The texts of an example's sequences."""
-        content = example.content
-        if self.form == "classification":
-            return [_Text(content["text"])]
-        if self.form == "text":
-            return [_Text(content["text"], ended=True)]
+        content, where = example.content, example.where
         if self.form == "messages":
-            return [self._conversation(content["messages"], 0, example.where)]
+            return [self._conversation(content["messages"], 0, where)]
         if self.form == "preference":
-            return [self._answer(example, name) for name in ("chosen", "rejected")]
-        return [self._prompt_completion(content["prompt"], content["completion"], example.where)]
+            return [self._answered(content["prompt"], content[name], where) for name in ("chosen", "rejected")]
+        if self.form == "prompt_completion" and (content["completion"] != "" or isinstance(content["prompt"], list)):
+            return [self._answered(content["prompt"], content["completion"], where)]
+        return [_Text(content.get("text", ""), ended=not self.is_classification)]
 
-    def _answer(self, example: Example, column: str) -> _Text:
-        prompt, answer = example.content["prompt"], example.content[column]
-        if isinstance(prompt, list):
-            return self._conversation([*prompt, *answer], len(prompt), example.where)
-        return self._completed(prompt, answer)
-
-    def _prompt_completion(self, prompt: Any, completion: Any, where: str) -> _Text:
-        if isinstance(prompt, list) or isinstance(completion, list):
-            if not (isinstance(prompt, list) and isinstance(completion, list)):
-                raise DataError(
-                    f"{where}: `prompt` and `completion` have different types; give two strings or two lists of messages"
-                )
-            return self._conversation([*prompt, *completion], len(prompt), where)
-        return self._completed(prompt, completion) if completion else _Text("", ended=True)
-
-    def _completed(self, prompt: str, completion: str) -> _Text:
-        """The texts as one, with labels on the completion and on the end-of-sequence token after it."""
-        return _Text(prompt + completion, [(len(prompt), len(prompt + completion))], ended=True)
+    def _answered(self, prompt: Any, answer: Any, where: str) -> _Text:
+        """Prompt and answer as one text, with labels on the answer and on the end-of-sequence token after it."""
+        if isinstance(prompt, list) and isinstance(answer, list):
+            return self._conversation([*prompt, *answer], len(prompt), where)
+        if isinstance(prompt, list) or isinstance(answer, list):
+            raise DataError(
+                f"{where}: `prompt` and `completion` have different types; give two strings or two lists of messages"
+            )
+        return _Text(prompt + answer, [(len(prompt), len(prompt + answer))], ended=True)
 
     def _conversation(self, messages: Sequence[Mapping[str, str]], first: int, where: str) -> _Text:
         """Labels on every assistant turn from message `first` on, located by rendering each prefix of the conversation."""
@@ -289,39 +277,19 @@ class _Count:
 def _encode_split(
     encoder: _Encoder, examples: Iterable[Example], limit: int, count: _Count
 ) -> Iterator[EncodedExample]:
-    kept = _pair if encoder.form == "preference" else _one
+    """The examples within the limit, without those of which nothing can be learned there."""
     for example, sequences in encoder(examples):
-        encoded = kept(encoder, example.item_id, sequences, limit, count)
-        if encoded is None:
-            count.first_left_out = count.first_left_out or example.where
+        count.truncated += any(len(ids) > limit for ids, _ in sequences)
+        within = [(ids[:limit], labels[:limit]) for ids, labels in sequences]
+        first, *second = [ids for ids, _ in within]
+        if not all(ids if encoder.is_classification else _count_of(labels) for ids, labels in within):
+            count.dropped += 1
+        elif second == [first]:
+            count.equal += 1
         else:
-            count.label_tokens += encoder.labels_of(encoded)
+            ids, labels = (list(chain.from_iterable(parts)) for parts in zip(*within, strict=True))
+            encoded = EncodedExample(example.item_id, ids, labels, len(first) if second else 0)
+            count.label_tokens += 1 if encoder.is_classification else label_count(encoded)
             yield encoded
-
-
-def _one(
-    encoder: _Encoder, item_id: str, sequences: list[EncodedSequence], limit: int, count: _Count
-) -> EncodedExample | None:
-    """The example within the limit; None if it has no label there."""
-    ((ids, labels),) = sequences
-    count.truncated += len(ids) > limit
-    encoded = EncodedExample(item_id, ids[:limit], labels if encoder.is_classification else labels[:limit])
-    if encoded.input_ids and encoder.labels_of(encoded):
-        return encoded
-    count.dropped += 1
-    return None
-
-
-def _pair(
-    encoder: _Encoder, item_id: str, sequences: list[EncodedSequence], limit: int, count: _Count
-) -> EncodedExample | None:
-    """Both sequences of a preference pair within the limit; None if one has no label there, or if they are the same."""
-    count.truncated += any(len(ids) > limit for ids, _ in sequences)
-    (chosen, chosen_labels), (rejected, rejected_labels) = ((ids[:limit], of[:limit]) for ids, of in sequences)
-    if not all(any(label != IGNORED for label in labels[1:]) for labels in (chosen_labels, rejected_labels)):
-        count.dropped += 1
-        return None
-    if chosen == rejected:
-        count.equal += 1
-        return None
-    return EncodedExample(item_id, chosen + rejected, chosen_labels + rejected_labels, len(chosen))
+            continue
+        count.first_left_out = count.first_left_out or example.where
