@@ -215,7 +215,7 @@ def model_skeleton(config: Any, trust_remote_code: bool, num_labels: int | None,
         with torch.device("meta"):
             return auto.from_config(config, trust_remote_code=trust_remote_code, **options)
     except LOADING_ERRORS as error:
-        raise ModelError(f"{config.model_type}: transformers can't build the model ({first_line(error)})") from None
+        raise ModelError(f"{config.model_type}: transformers cannot build the model ({first_line(error)})") from None
 
 
 def _loaded(name: str, classes: list[str] | None, arguments: Mapping[str, Any]) -> Any:
