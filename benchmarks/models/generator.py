@@ -333,7 +333,7 @@ _ALL = (
     Architecture("bart", _fixed(**HALVES), refused="an encoder-decoder, as T5"),
     Architecture("whisper", _fixed(**HALVES), refused="an encoder-decoder, as T5"),
     Architecture("clip", refused="'clip' is no causal language model"),
-    Architecture("wav2vec2", refused="'wav2vec2' is no causal language model"),
+    Architecture("wav2vec2", _fixed(num_conv_pos_embedding_groups=2), refused="'wav2vec2' is no causal language model"),
     Architecture("big_bird", refused="it sees the tokens that follow"),
     Architecture("rembert", refused="it sees the tokens that follow"),
     Architecture("roformer", refused="it sees the tokens that follow"),
