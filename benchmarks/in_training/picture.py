@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rightrank.report.figure import Band, Figure, Mark, Series, metric_axis, rank_axis
+from rightrank.report.figure import Axis, Band, Figure, Mark, Series, rank_axis
 from rightrank.report.svg import svg_file
 
 HERE = Path(__file__).parent
@@ -34,13 +34,14 @@ def figure_of(found: dict[str, Any]) -> Figure:
     ends = [high for _, _, high in rows] + [difference for _, difference, _ in rows] + [margin, 0.0]
     room = 0.08 * (max(ends) - min(ends))
     share = found["cost"]["share"]
+    unit = "loss, nats" if found["metric"] == "loss" else found["metric"]
     return Figure(
         name="in_training",
         title=f"One training at rank {top}, {found['steps']} steps; its end took {share:.0%} of its time and found rank {chosen}",
         alt=f"Held-out loss of the truncations of a rank {top} adapter against that adapter: "
         + "; ".join(f"rank {rank} {difference:+.4f}, at most {high:+.4f}" for rank, difference, high in rows),
         x=rank_axis(ranks),
-        y=metric_axis(found["metric"], f"worse than rank {top}:", (min(ends) - room, max(ends) + room)),
+        y=Axis(f"worse than rank {top}: {unit}", limits=(min(ends) - room, max(ends) + room)),
         series=(
             Series(
                 "truncated, 95% upper bound",

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.rl.replay import Grid, common_rates, live_grid, replay
-from rightrank.report.figure import Axis, Figure, Series, metric_axis
+from rightrank.report.figure import Axis, Figure, Series
 from rightrank.report.figures import rank_figure
 from rightrank.report.svg import svg_file
 
@@ -31,7 +31,7 @@ def looks_figure(grid: Grid, learning_rate: float) -> Figure:
         title=f"Learning rate {learning_rate:g}, mean of {len(runs) // len(by_rank)} seeds",
         alt=f"Held-out reward by step at a learning rate of {learning_rate:g}, one line for each rank.",
         x=Axis("step"),
-        y=metric_axis("reward", "held-out"),
+        y=Axis("held-out reward"),
         series=tuple(series),
         columns=("rank", "step", "held-out"),
         rows=tuple(rows),
