@@ -36,7 +36,7 @@ from benchmarks.selection.nested import TEACHERS
 from benchmarks.selection.real_training import COMMON, LONG, Workshop, open_workshop
 from benchmarks.selection.study import run_study
 from rightrank.schema.settings import make_settings
-from rightrank.schema.trials import Arm, TrialFinished
+from rightrank.schema.trials import TrialFinished
 from rightrank.train import trial
 from rightrank.train.checkpoints import RunningMean
 from rightrank.train.runtime import Runtime
@@ -45,6 +45,7 @@ HERE = Path(__file__).parent
 SEEDS = tuple(range(6))
 LAST = 0.1  # of the steps: the running mean
 WAYS = ("independent", "shared", "antithetic", "from half")
+REAL_WAYS = ("independent", "antithetic")  # the teachers dropped the others
 RATES = {"senses": 1e-3, "newsgroups": 3e-3}
 SETTINGS = COMMON | LONG | SHORT_TEXTS | MINILM | {"dtype": "bfloat16", "ranks": (4, 16, 64), "seeds": SEEDS}
 Losses = dict[str, dict[str, list[float]]]  # reading → rank → by seed
@@ -141,8 +142,6 @@ def real_losses(shop: Workshop, way: str) -> Losses:
         for rank in settings.ranks
     ]
     with batches_of(PLANS[way], steps):
-        if way == "from half":
-            whole = branches(shop, whole, steps)
         run_all(shop, whole)
     found: Losses = {}
     for arm in whole:
@@ -155,17 +154,9 @@ def real_losses(shop: Workshop, way: str) -> Losses:
     return found
 
 
-def branches(shop: Workshop, whole: Sequence[Arm], steps: int) -> list[Arm]:
-    """The arms of every seed, each continued from the first seed's training at half."""
-    firsts = {arm.rank: arm.model_copy(update={"stop_at": steps // 2}) for arm in whole if arm.seed == SEEDS[0]}
-    run_all(shop, list(firsts.values()))
-    parents = {rank: shop.outcomes[arm] for rank, arm in firsts.items()}
-    return [arm.model_copy(update={"continue_from": parents[arm.rank].trial_id}) for arm in whole]
-
-
 def real_rows(task: str, model: str, data: Path, work: Path) -> Iterator[dict[str, Any]]:
     settings = make_settings(SETTINGS | {"learning_rates": (RATES[task],)})
-    for way in WAYS:
+    for way in REAL_WAYS:
         shop = open_workshop(model, data, settings, work / way.replace(" ", "_"))
         losses = real_losses(shop, way)
         base = next(o for o in shop.outcomes.values() if isinstance(o, TrialFinished) and o.rank == 0)
