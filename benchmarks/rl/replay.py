@@ -31,7 +31,7 @@ from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.settings import PROFILES
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome, trial_id
-from rightrank.search.history import History, Space
+from rightrank.search.history import Space
 from rightrank.search.upward import Upward
 
 HERE = Path(__file__).parent
@@ -136,7 +136,7 @@ def replay(grid: Grid, learning_rates: Sequence[float], seeds: Sequence[int], ma
         truncates=False,
     )  # fmt: skip
     strategy, outcomes = Upward(space), list[TrialOutcome]()
-    while arms := strategy.ask(History.of(outcomes)):
+    while arms := strategy.ask(outcomes):
         outcomes += [grid[arm.rank, arm.learning_rate, seeds[arm.seed]].outcome(arm, margin) for arm in arms]
     collapsed = sum(isinstance(one, TrialCollapsed) for one in outcomes)
     try:

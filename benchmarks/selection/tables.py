@@ -7,7 +7,7 @@ asks for. What a table does not hold (a truncation, a training stopped early) co
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import kind_of
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, trial_id
-from rightrank.search.history import History, Space, Trials, steps_of
+from rightrank.search.history import Space, Trials, steps_of
 from rightrank.search.protocol import Strategy
 from rightrank.search.upward import Upward
 
@@ -219,9 +219,9 @@ class Recommendation:
     reference_rank: int | None
 
 
-def recommend(strategy: Strategy, history: History) -> Recommendation:
+def recommend(strategy: Strategy, outcomes: Sequence[TrialOutcome]) -> Recommendation:
     """The rank that the outcomes support best. The decision, which has intervals, may differ."""
-    trials = strategy.trials(history)
+    trials = strategy.trials(outcomes)
     rank = _smallest_unbeaten(strategy, trials) if isinstance(strategy, Upward) else trials.smallest_that_holds()
     learning_rate = None if rank is None else trials.best_learning_rate(rank)
     return Recommendation(rank, learning_rate, trials.reference())
@@ -365,19 +365,15 @@ def replay(curve: GridCurve, make: Callable[[Space], Strategy], space: Space) ->
     strategy, runner = make(space), TableRunner(curve)
     outcomes: list[TrialOutcome] = []
     steps = 0
-    while True:
-        history = History.of(outcomes)
-        arms = strategy.ask(history)
-        if not arms:
-            break
+    while arms := strategy.ask(outcomes):
         for arm in arms:
             outcome = runner.run(arm)
             if isinstance(outcome, TrialFinished) and arm.rank > 0:
-                steps += steps_of(arm, history)
+                steps += steps_of(arm, outcomes)
             outcomes.append(outcome)
-    adapter = strategy.adapter(history)
+    adapter = strategy.adapter(outcomes)
     parent = next((one for one in outcomes if adapter is not None and one.trial_id == adapter.trained_id), None)
     learning_rate = None if parent is None else parent.learning_rate
     return Replayed(
-        recommend(strategy, history), adapter, learning_rate, steps / REPLAY_STEPS, len(outcomes), tuple(outcomes)
+        recommend(strategy, outcomes), adapter, learning_rate, steps / REPLAY_STEPS, len(outcomes), tuple(outcomes)
     )

@@ -9,7 +9,7 @@ from benchmarks.selection.tables import recommend
 
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome
 from rightrank.search import STRATEGIES
-from rightrank.search.history import History, Space, steps_of
+from rightrank.search.history import Space, steps_of
 from tests.search.worlds import STEPS, World, make_space, rounds, run_all
 
 WORLDS = {
@@ -89,10 +89,10 @@ def test_cost_and_arms_stay_within_their_bounds(name: str, world: World, space: 
 def test_recommends_a_rank_that_it_trained(name: str, world: World, space: Space) -> None:
     strategy = STRATEGIES[name](space)
     known = run_all(strategy, world)
-    answer = recommend(strategy, History.of(known))
-    assert not strategy.ask(History.of(known))
+    answer = recommend(strategy, known)
+    assert not strategy.ask(known)
     assert answer.rank in space.ranks
-    assert answer.rank in {outcome.rank for outcome in strategy.evidence(History.of(known))}
+    assert answer.rank in {outcome.rank for outcome in strategy.evidence(known)}
 
 
 @pytest.mark.parametrize("trainings", [2.0, 3.3, 4.0, 5.5])
@@ -121,7 +121,7 @@ def test_a_budget_that_ends_early_errs_upward(name: str) -> None:
         pytest.skip("goes through the ranks in another order")
     strategy = STRATEGIES[name](space)
     known = run_all(strategy, World())
-    assert recommend(strategy, History.of(known)).rank in (space.top, None)
+    assert recommend(strategy, known).rank in (space.top, None)
 
 
 def test_the_order_of_arrival_does_not_matter(name: str, world: World, space: Space) -> None:
@@ -132,8 +132,8 @@ def test_the_order_of_arrival_does_not_matter(name: str, world: World, space: Sp
         known = run_all(strategy, world, order)
         assert {outcome.arm for outcome in known} == {outcome.arm for outcome in expected}
         generator.shuffle(known)
-        assert recommend(strategy, History.of(known)) == recommend(strategy, History.of(expected))
-        assert not strategy.ask(History.of(known))
+        assert recommend(strategy, known) == recommend(strategy, expected)
+        assert not strategy.ask(known)
 
 
 @pytest.mark.parametrize("kind", ["law", "a table", "noisy"])
@@ -159,8 +159,8 @@ def test_a_failed_arm_is_not_fatal(name: str, seed: int) -> None:
     strategy = STRATEGIES[name](space)
     world = World(breaks=lambda arm: lost(arm, 0), diverges=lambda arm: lost(arm, 1))
     known = run_all(strategy, world)
-    answer = recommend(strategy, History.of(known))
-    finished = [outcome for outcome in strategy.evidence(History.of(known)) if isinstance(outcome, TrialFinished)]
+    answer = recommend(strategy, known)
+    finished = [outcome for outcome in strategy.evidence(known) if isinstance(outcome, TrialFinished)]
     trained = {outcome.rank for outcome in finished if outcome.rank > 0}
     assert answer.rank is None or answer.rank in trained
     assert spent(known) <= strategy.cost().maximum * space.steps
@@ -169,7 +169,7 @@ def test_a_failed_arm_is_not_fatal(name: str, seed: int) -> None:
 def test_ends_without_an_answer_where_everything_fails(name: str) -> None:
     strategy = STRATEGIES[name](make_space())
     known = run_all(strategy, World(breaks=lambda arm: arm.rank > 0))
-    assert recommend(strategy, History.of(known)).rank is None
+    assert recommend(strategy, known).rank is None
 
 
 def test_outcomes_of_other_arms_change_nothing(name: str) -> None:
@@ -178,15 +178,14 @@ def test_outcomes_of_other_arms_change_nothing(name: str) -> None:
     strategy = STRATEGIES[name](space)
     known = run_all(strategy, world)
     foreign = world.run(space.arm(space.top, 1e-3).model_copy(update={"steps": STEPS - 1}))
-    assert recommend(strategy, History.of([foreign, *known])) == recommend(strategy, History.of(known))
-    assert foreign not in strategy.evidence(History.of([foreign, *known]))
+    assert recommend(strategy, [foreign, *known]) == recommend(strategy, known)
+    assert foreign not in strategy.evidence([foreign, *known])
 
 
 def spent(known: list[TrialOutcome]) -> int:
     """Optimizer steps, without failed arms."""
-    history = History.of(known)
     return sum(
-        steps_of(outcome.arm, history) for outcome in known if isinstance(outcome, TrialFinished) and outcome.rank > 0
+        steps_of(outcome.arm, known) for outcome in known if isinstance(outcome, TrialFinished) and outcome.rank > 0
     )
 
 

@@ -13,7 +13,7 @@ from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search import STRATEGIES, make_strategy
 from rightrank.search.bracket import outside_in, try_rank
-from rightrank.search.history import History, Trials, base_arm, excess_of
+from rightrank.search.history import Trials, base_arm, excess_of
 from rightrank.search.learning_rates import Requests, find_learning_rate
 from rightrank.search.protocol import Strategy
 from tests.search.worlds import STEPS, World, make_space, rounds, run_all
@@ -30,7 +30,7 @@ def whole_grid_pick(world: World, ranks: tuple[int, ...], margin: float) -> int:
 def test_finds_the_whole_grids_pick(name: str, gain: float, ranks: tuple[int, ...]) -> None:
     space, world = make_space(ranks=ranks), World(gain=gain)
     strategy = STRATEGIES[name](space)
-    answer = recommend(strategy, History.of(run_all(strategy, world)))
+    answer = recommend(strategy, run_all(strategy, world))
     expected = whole_grid_pick(world, ranks, 0.01)
     assert answer.rank == expected
     assert answer.learning_rate == world.best_learning_rate
@@ -95,7 +95,7 @@ def test_the_running_mean_counts_where_it_is_lower() -> None:
 
     strategy = STRATEGIES["bracket"](make_space())
     known = run_all(strategy, Oscillates(best_learning_rate=2.4e-3))
-    assert recommend(strategy, History.of(known)).learning_rate == 3e-3
+    assert recommend(strategy, known).learning_rate == 3e-3
 
 
 def test_a_lower_learning_rate_takes_over_where_the_winner_gets_worse() -> None:
@@ -109,7 +109,7 @@ def test_a_lower_learning_rate_takes_over_where_the_winner_gets_worse() -> None:
 
     strategy = STRATEGIES["bracket"](make_space())
     known = run_all(strategy, Overfits(best_learning_rate=1e-3))
-    assert recommend(strategy, History.of(known)).learning_rate == 3e-4
+    assert recommend(strategy, known).learning_rate == 3e-4
 
 
 def test_without_annealed_copies_two_close_rates_are_trained_whole() -> None:
@@ -118,7 +118,7 @@ def test_without_annealed_copies_two_close_rates_are_trained_whole() -> None:
     known = run_all(strategy, world)
     assert {100} < stages(known, 64, 1e-3)
     assert {100} < stages(known, 64, 3e-3)
-    assert recommend(strategy, History.of(known)).learning_rate == 1e-3
+    assert recommend(strategy, known).learning_rate == 1e-3
 
 
 @pytest.mark.parametrize("can_stop_early", [True, False])
@@ -132,7 +132,7 @@ def test_learning_rates_too_high_to_train_do_not_win(can_stop_early: bool) -> No
 
     strategy = STRATEGIES["bracket"](make_space())
     known = run_all(strategy, Broken(best_learning_rate=3e-4, can_stop_early=can_stop_early))
-    assert recommend(strategy, History.of(known)).learning_rate == 3e-4
+    assert recommend(strategy, known).learning_rate == 3e-4
 
 
 def test_a_large_gain_of_the_highest_learning_rate_is_doubted_where_the_base_is_unknown() -> None:
@@ -142,7 +142,7 @@ def test_a_large_gain_of_the_highest_learning_rate_is_doubted_where_the_base_is_
 
     strategy = STRATEGIES["bracket"](make_space())
     table = Broken(best_learning_rate=3e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.rank == 0)
-    assert recommend(strategy, History.of(run_all(strategy, table))).learning_rate == 3e-4
+    assert recommend(strategy, run_all(strategy, table)).learning_rate == 3e-4
 
 
 @pytest.mark.parametrize("lost", [1e-3, 3e-3, 3e-4])
@@ -152,14 +152,14 @@ def test_a_missing_cell_hides_no_better_learning_rate(lost: float) -> None:
         best_learning_rate=1e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.learning_rate == lost
     )
     strategy = STRATEGIES["bracket"](make_space())
-    assert recommend(strategy, History.of(run_all(strategy, world))).learning_rate == 1e-4
+    assert recommend(strategy, run_all(strategy, world)).learning_rate == 1e-4
 
 
 def test_a_climb_whose_start_diverges_goes_downward_with_early_stopping() -> None:
     world = World(best_learning_rate=1e-3, diverges=lambda arm: arm.learning_rate > 5e-4)
     strategy = STRATEGIES["bracket"](make_space())
     known = run_all(strategy, world)
-    assert recommend(strategy, History.of(known)).learning_rate == 3e-4
+    assert recommend(strategy, known).learning_rate == 3e-4
     assert stages(known, 64, 1e-3) == {12}
     assert not stages(known, 64, 3e-3)
 
@@ -174,7 +174,7 @@ def test_ranks_between_the_best_and_a_worse_top_are_tried() -> None:
             return {64: 1.06, 16: 1.0, 4: 1.04, 1: 1.2}[arm.rank]
 
     strategy = STRATEGIES["bracket"](make_space())
-    answer = recommend(strategy, History.of(run_all(strategy, Between(gain=0.001))))
+    answer = recommend(strategy, run_all(strategy, Between(gain=0.001)))
     assert (answer.rank, answer.reference_rank) == (16, 16)
 
 
@@ -237,7 +237,7 @@ def test_a_winner_that_has_learned_nothing_by_half_gives_way_to_the_next_higher_
 def test_confirms_with_further_seeds() -> None:
     strategy = STRATEGIES["bracket"](make_space(seeds=(0, 1, 2)))
     known = run_all(strategy, World())
-    answer = recommend(strategy, History.of(known))
+    answer = recommend(strategy, known)
     for rank in (answer.rank, answer.reference_rank):
         assert {outcome.seed for outcome in known if outcome.rank == rank and outcome.arm.is_direct} == {0, 1, 2}
 
@@ -299,7 +299,7 @@ def test_the_least_budget_compares_two_ranks() -> None:
         least = strategy.min_trainings()
         tight = make_strategy(make_settings({"strategy": name, "budget_trainings": least}), 100)
         known = run_all(tight, World(can_truncate=False))
-        assert len({outcome.rank for outcome in tight.evidence(History.of(known)) if outcome.rank}) >= 2
+        assert len({outcome.rank for outcome in tight.evidence(known) if outcome.rank}) >= 2
 
 
 class Itemed(World):
@@ -318,11 +318,11 @@ class Itemed(World):
 def test_values_guide_the_search_and_bounds_request_support() -> None:
     ranks = (1, 2, 4, 8, 16, 32, 64)
     strategy = STRATEGIES["bracket"](make_space(ranks=ranks))
-    bare = recommend(strategy, History.of(run_all(strategy, World())))
+    bare = recommend(strategy, run_all(strategy, World()))
     known = run_all(strategy, Itemed())
-    answer = recommend(strategy, History.of(known))
+    answer = recommend(strategy, known)
     assert answer.rank == bare.rank  # the same values, the same search
-    trained = {outcome.rank for outcome in strategy.evidence(History.of(known))}
+    trained = {outcome.rank for outcome in strategy.evidence(known)}
     assert {rank for rank in ranks if rank > (answer.rank or 0)} <= trained  # no bound held: all above were tried
 
 
@@ -337,9 +337,9 @@ def test_the_example_in_the_protocol_keeps_the_rules() -> None:
     strategy: Strategy = names["TopAndBottom"](space)
     known = run_all(strategy, World())
     assert {outcome.rank for outcome in known} == {0, space.ranks[0], space.top}
-    assert not strategy.ask(History.of(known))
+    assert not strategy.ask(known)
     assert len(known) <= strategy.max_arms()
-    assert sum(outcome.steps for outcome in strategy.evidence(History.of(known))) <= strategy.cost().maximum * STEPS
+    assert sum(outcome.steps for outcome in strategy.evidence(known)) <= strategy.cost().maximum * STEPS
 
 
 def test_the_first_question_is_answered_before_the_second() -> None:
@@ -348,9 +348,9 @@ def test_the_first_question_is_answered_before_the_second() -> None:
     known: list[Any] = []
     answered_after = None
     for arm in rounds(strategy, world, known, lambda arms: arms[:1]):
-        if answered_after is None and strategy.adapter(History.of(known)) is not None:
+        if answered_after is None and strategy.adapter(known) is not None:
             answered_after = arm
-    answer = strategy.adapter(History.of(known))
+    answer = strategy.adapter(known)
     assert answer is not None
     assert answered_after is not None
     assert answered_after.truncate_from is not None
@@ -359,7 +359,7 @@ def test_the_first_question_is_answered_before_the_second() -> None:
     alone = STRATEGIES["bracket"](make_space(recovery_steps=10, trusts_values=True, goal="adapter"))
     first = run_all(alone, world)
     assert [outcome.arm for outcome in first] == [outcome.arm for outcome in known][: len(first)]
-    assert alone.adapter(History.of(first)) == answer
+    assert alone.adapter(first) == answer
 
 
 def test_without_unseen_examples_nothing_is_recovered() -> None:

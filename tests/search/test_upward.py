@@ -13,7 +13,7 @@ from benchmarks.selection.tables import recommend
 from rightrank.decision.seeds import detectable_difference, needed_seeds
 from rightrank.decision.table import collapse_of, should_stop_early, without_collapsing
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
-from rightrank.search.history import History, Space
+from rightrank.search.history import Space
 from rightrank.search.upward import REASONER_START, Upward, is_distilled_reasoner
 from tests.search.worlds import World, make_space, run_all
 
@@ -42,11 +42,11 @@ def ranks_of(outcomes: list[TrialOutcome]) -> list[int]:
 
 def test_every_learning_rate_at_the_smallest_rank_comes_first_then_its_seeds() -> None:
     strategy, world = Upward(space()), World(gain=0.0, noise=0.001)
-    known: list[TrialOutcome] = [world.run(arm) for arm in strategy.ask(History.of([]))]
-    first = strategy.ask(History.of(known))
+    known: list[TrialOutcome] = [world.run(arm) for arm in strategy.ask([])]
+    first = strategy.ask(known)
     assert [(arm.rank, arm.learning_rate, arm.seed) for arm in first] == [(1, LOW, 0), (1, MIDDLE, 0), (1, HIGH, 0)]
     known += [world.run(arm) for arm in first]
-    assert {(arm.rank, arm.learning_rate, arm.seed) for arm in strategy.ask(History.of(known))} == {
+    assert {(arm.rank, arm.learning_rate, arm.seed) for arm in strategy.ask(known)} == {
         (1, HIGH, 1),
         (1, HIGH, 2),
     }
@@ -71,8 +71,8 @@ def test_on_a_distilled_reasoner_it_starts_at_eight_and_goes_down_while_it_holds
     strategy = Upward(space(start_rank=REASONER_START))
     known = run_all(strategy, World(gain=gain))
     assert list(dict.fromkeys(ranks_of(known))) == ranks
-    assert recommend(strategy, History.of(known)).rank == chosen
-    assert strategy.notes(History.of(known))[0] == (
+    assert recommend(strategy, known).rank == chosen
+    assert strategy.notes(known)[0] == (
         "The base is a distilled reasoner: the climb starts at rank 16, and goes down from there."
     )
 
@@ -95,7 +95,7 @@ def test_a_distilled_reasoner_is_known_by_its_name_or_its_configuration(tmp_path
 @pytest.mark.parametrize(("gain", "chosen"), [(0.0, 1), (1.0, 64)])
 def test_it_recommends_the_smallest_rank_that_none_beats(gain: float, chosen: int) -> None:
     strategy = Upward(space())
-    assert recommend(strategy, History.of(run_all(strategy, World(gain=gain)))).rank == chosen
+    assert recommend(strategy, run_all(strategy, World(gain=gain))).rank == chosen
 
 
 def test_the_noise_decides_how_many_seeds_are_trained() -> None:
@@ -103,17 +103,17 @@ def test_the_noise_decides_how_many_seeds_are_trained() -> None:
     few, many = run_all(quiet, World(gain=0.0, noise=0.001)), run_all(loud, World(gain=0.0, noise=0.05))
     assert {outcome.seed for outcome in few if outcome.rank == 4} == {0, 1}
     assert {outcome.seed for outcome in many if outcome.rank == 4} == set(range(8))
-    (note,) = quiet.notes(History.of(few))
+    (note,) = quiet.notes(few)
     assert note.startswith("Seed noise at rank 1: a standard deviation of ")
     assert note.endswith("takes about 2 seeds a rank; 2 of the 8 are used.")
-    (note,) = loud.notes(History.of(many))
+    (note,) = loud.notes(many)
     assert "; the 8 given show differences from about 0.0" in note
 
 
 def test_the_note_comes_before_any_other_rank() -> None:
     strategy, world, known = Upward(space()), World(gain=0.0, noise=0.001), list[TrialOutcome]()
-    while not strategy.notes(History.of(known)):
-        known += [world.run(arm) for arm in strategy.ask(History.of(known))]
+    while not strategy.notes(known):
+        known += [world.run(arm) for arm in strategy.ask(known)]
     assert {outcome.rank for outcome in known} == {0, 1}
 
 
@@ -122,14 +122,14 @@ def test_a_learning_rate_that_a_seed_does_not_survive_is_left() -> None:
     known = run_all(strategy, Collapsing(gain=0.0, noise=0.001))
     best = {rank: {one.learning_rate for one in known if one.rank == rank and one.seed > 0} for rank in (1, 4)}
     assert best == {1: {HIGH, MIDDLE}, 4: {HIGH, MIDDLE}}
-    evidence = strategy.evidence(History.of(known))
+    evidence = strategy.evidence(known)
     assert {one.learning_rate for one in evidence if isinstance(one, TrialFinished) and one.rank > 0} == {LOW, MIDDLE}
-    assert recommend(strategy, History.of(known)).learning_rate == MIDDLE
+    assert recommend(strategy, known).learning_rate == MIDDLE
 
 
 def test_where_every_learning_rate_collapses_the_survivors_are_the_evidence() -> None:
     strategy = Upward(make_space(learning_rates=(HIGH,), seeds=(0, 1, 2)))
-    evidence = strategy.evidence(History.of(run_all(strategy, Collapsing(gain=0.0))))
+    evidence = strategy.evidence(run_all(strategy, Collapsing(gain=0.0)))
     assert {type(one) for one in evidence if one.rank == 1} == {TrialFinished, TrialCollapsed}
     assert without_collapsing(evidence) == evidence
 
@@ -198,7 +198,7 @@ def test_a_run_stops_early_after_two_looks_far_below(values: tuple[float, ...], 
 def test_seeds_that_agree_exactly_measure_no_noise() -> None:
     strategy = Upward(make_space(learning_rates=(LOW,), seeds=(0, 1)))
     known = run_all(strategy, World(gain=0.0))
-    (note,) = strategy.notes(History.of(known))
+    (note,) = strategy.notes(known)
     assert note == (
         "Seed noise: not measured at rank 1 (2 seeds with the same result); seeds=(0, 1, 2) or more measure it."
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from rightrank.schema.trials import Arm, EvalPoint, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome, trial_id
-from rightrank.search.history import History, Space
+from rightrank.search.history import Space
 from rightrank.search.protocol import Strategy
 from tests.tiny import UNMEASURED
 
@@ -90,7 +90,7 @@ Order = Callable[[list[Arm]], list[Arm]]
 def rounds(strategy: Strategy, world: World, known: list[TrialOutcome], order: Order) -> Iterator[Arm]:
     """Run to the end; `known` grows. `order` picks the requested arms that run before the next request."""
     for _ in range(2000):
-        arms = list(strategy.ask(History.of(known)))
+        arms = list(strategy.ask(known))
         if not arms:
             return
         for arm in order(arms):

@@ -41,6 +41,9 @@ class GRPOTrain:
     sent to another process, so it works with every executor.
     """
 
+    metric = "reward"
+    higher_is_better = True
+
     model: str
     """Folder or hub name of the base."""
     args: Any
@@ -82,14 +85,6 @@ class GRPOTrain:
             set_peft_model_state_dict(trainer.model, looks.best)
         trainer.model.save_pretrained(task.folder)
         return self._measured(trainer.model, tokenizer, looks)
-
-    @property
-    def metric(self) -> str:
-        return "reward"
-
-    @property
-    def higher_is_better(self) -> bool:
-        return True
 
     @torch.no_grad()
     def rewards(self, model: Any, tokenizer: Any, rows: Rows) -> list[float]:

@@ -28,7 +28,6 @@ from rightrank.schema.events import (
 )
 from rightrank.schema.settings import CONTINUABLE, SelectSettings, settings_difference
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome
-from rightrank.search.history import History
 from rightrank.search.protocol import Strategy
 
 if TYPE_CHECKING:  # these bring torch, which a hook may not need
@@ -252,13 +251,9 @@ class Run(Listener):
         return self.hooks.should_stop()
 
     @property
-    def history(self) -> History:
-        return History.of(self.records.outcomes)
-
-    @property
     def evidence(self) -> list[TrialOutcome]:
         """The outcomes that the strategy compares ranks by."""
-        return self.strategy.evidence(self.history)
+        return self.strategy.evidence(self.records.outcomes)
 
     def finished(self, trial_id: str) -> TrialFinished:
         """The finished trial of that id."""

@@ -96,8 +96,8 @@ def loop(run: Run, executor: Executor) -> None:
     while True:
         answer_early(run)
         fingerprint = run.started.fingerprint
-        trials = [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in run.strategy.ask(run.history)]
-        notes = run.strategy.notes(run.history)
+        trials = [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in run.strategy.ask(run.records.outcomes)]
+        notes = run.strategy.notes(run.records.outcomes)
         for line in notes[told:]:
             run.notice(line)
         told = max(told, len(notes))

@@ -133,31 +133,20 @@ def recovery_steps(steps: int, unseen_steps: int) -> int:
     return found if found >= MIN_RECOVERY_PART * steps else 0
 
 
-@dataclass(frozen=True, slots=True)
-class History:
-    """The outcomes of a run by arm, whoever asked for them."""
-
-    outcomes: dict[Arm, TrialOutcome]
-
-    @classmethod
-    def of(cls, outcomes: Iterable[TrialOutcome]) -> History:
-        return cls({outcome.arm: outcome for outcome in outcomes})
-
-
-def steps_of(arm: Arm, history: History) -> int:
+def steps_of(arm: Arm, outcomes: Iterable[TrialOutcome]) -> int:
     """Optimizer steps that `arm` adds. An arm that resumes a stopped one does not pay for its steps again."""
     end = arm.stop_at if arm.stop_at is not None else arm.steps
     if arm.continue_from is None:
         return end
-    before = [outcome for outcome in history.outcomes.values() if outcome.trial_id == arm.continue_from]
+    before = [outcome for outcome in outcomes if outcome.trial_id == arm.continue_from]
     return end - (before[0].stop_at or 0) if before else end
 
 
-def seconds_of(outcome: TrialFinished, history: History) -> float:
+def seconds_of(outcome: TrialFinished, outcomes: Iterable[TrialOutcome]) -> float:
     """Seconds of training and evaluation that `outcome` adds to those of the trial that it resumed."""
     seconds = outcome.train_seconds + outcome.eval_seconds
     if outcome.continue_from is not None:
-        for before in history.outcomes.values():
+        for before in outcomes:
             if isinstance(before, TrialFinished) and before.trial_id == outcome.continue_from:
                 return seconds - before.train_seconds - before.eval_seconds
     return seconds

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome
-from rightrank.search.history import History, Space, Trials, base_arm, seconds_of, steps_of
+from rightrank.search.history import Space, Trials, base_arm, seconds_of, steps_of
 from rightrank.search.learning_rates import Requests
 
 
@@ -95,30 +95,29 @@ class Strategy(ABC):
         maximum = cost.maximum if budget is None else min(cost.maximum, budget / space.steps)
         return CostEstimate(min(cost.expected, maximum), maximum, min(cost.to_adapter, maximum))
 
-    def ask(self, history: History) -> Sequence[Arm]:
+    def ask(self, outcomes: Iterable[TrialOutcome]) -> Sequence[Arm]:
         """The arms to run now. They may run in any order and at the same time."""
-        return self._replay(history)[1]
+        return self._replay(outcomes)[1]
 
-    def trials(self, history: History) -> Trials:
-        """What the script has seen of the history."""
-        return self._replay(history)[0]
+    def trials(self, outcomes: Iterable[TrialOutcome]) -> Trials:
+        """What the script has seen of the outcomes."""
+        return self._replay(outcomes)[0]
 
-    def evidence(self, history: History) -> list[TrialOutcome]:
+    def evidence(self, outcomes: Iterable[TrialOutcome]) -> list[TrialOutcome]:
         """The outcomes that the decision may compare: trainings of one length."""
-        outcomes = self.trials(history).outcomes
-        return [outcome for arm, outcome in outcomes.items() if arm.is_direct]
+        return [outcome for arm, outcome in self.trials(outcomes).outcomes.items() if arm.is_direct]
 
-    def adapter(self, history: History) -> AdapterAnswer | None:
+    def adapter(self, outcomes: Iterable[TrialOutcome]) -> AdapterAnswer | None:
         """The answer to the first question; None until all its candidates have run."""
-        return self.trials(history).adapter
+        return self.trials(outcomes).adapter
 
-    def notes(self, history: History) -> Sequence[str]:
-        """Lines for a person about the search so far. Later histories only append; each line is printed once."""
-        return self.trials(history).notes
+    def notes(self, outcomes: Iterable[TrialOutcome]) -> Sequence[str]:
+        """Lines for a person about the search so far. Later outcomes only append; each line is printed once."""
+        return self.trials(outcomes).notes
 
-    def _replay(self, history: History) -> tuple[Trials, list[Arm]]:
+    def _replay(self, outcomes: Iterable[TrialOutcome]) -> tuple[Trials, list[Arm]]:
         """The point that the script reaches: its trials, and the arms it waits for."""
-        trials = Trials(self.space)
+        trials, known = Trials(self.space), {outcome.arm: outcome for outcome in outcomes}
         limits = self.space.budget_steps, self.space.budget_seconds
         most_steps, most_seconds = (math.inf if limit is None else limit for limit in limits)
         spent_steps, spent_seconds = 0, 0.0
@@ -128,8 +127,8 @@ class Strategy(ABC):
             for arm in wanted:
                 if arm in trials.outcomes:
                     continue
-                steps = steps_of(arm, history)
-                outcome = history.outcomes.get(arm)
+                steps = steps_of(arm, known.values())
+                outcome = known.get(arm)
                 pace = spent_seconds / spent_steps if spent_steps else 0.0
                 spent_steps += steps
                 seconds = spent_seconds + (pace * steps if outcome is None else 0.0)
@@ -140,7 +139,7 @@ class Strategy(ABC):
                     continue
                 trials.outcomes[arm] = outcome
                 if isinstance(outcome, TrialFinished):
-                    spent_seconds += seconds_of(outcome, history)
+                    spent_seconds += seconds_of(outcome, known.values())
             if waiting:
                 return trials, waiting
         return trials, []

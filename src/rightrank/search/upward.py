@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from rightrank.decision.seeds import detectable_difference, needed_seeds
 from rightrank.decision.table import without_collapsing
 from rightrank.schema.trials import Arm, TrialOutcome
-from rightrank.search.history import History, Space, Trials, oriented
+from rightrank.search.history import Space, Trials, oriented
 from rightrank.search.learning_rates import Requests
 from rightrank.search.protocol import CostEstimate, Strategy
 
@@ -86,8 +86,8 @@ class Upward(Strategy):
     def max_script_arms(self) -> int:
         return 1 + self._cells()
 
-    def evidence(self, history: History) -> list[TrialOutcome]:
-        return without_collapsing(super().evidence(history))
+    def evidence(self, outcomes: Iterable[TrialOutcome]) -> list[TrialOutcome]:
+        return without_collapsing(super().evidence(outcomes))
 
     def _train_seeds(
         self, trials: Trials, rank: int, seeds: Sequence[int]
