@@ -9,7 +9,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from rightrank.train.device import peak_bytes
 from rightrank.train.targets import without_peft_noise
 
 MEASURE, TRAINED = "measure", "trained"  # folders
+ELSEWHERE = ("model", "held_out", "train", "name")  # of a `LiveAdapter`: in files of their own, or as by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,16 +206,10 @@ def keep(live: LiveAdapter, out: Path, training: Training) -> None:
         asked = {
             "base_class": type(base).__name__,
             "dtype": str(next(iter(base.parameters())).dtype).removeprefix("torch."),
-            "live": {
-                "margin": live.margin,
-                "ranks": None if live.ranks is None else list(live.ranks),
-                "metric": live.metric,
-                "beta": live.beta,
-                "moment_tokens": live.moment_tokens,
-            },
+            "live": {one.name: getattr(live, one.name) for one in fields(live) if one.name not in ELSEWHERE},
             "training": asdict(training),
         }
-        write_text(folder / "measure.json", json.dumps(asked, indent=2))
+        write_text(folder / "measure.json", json.dumps(asked, indent=2, default=list))
 
 
 def measure_again(out: Path) -> str:
