@@ -17,7 +17,7 @@ from rightrank.runs.hook import Hook, Run
 from rightrank.runs.prepare import prepare, strategy_of
 from rightrank.runs.values import Prepared, Request
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
-from rightrank.schema.metrics import TOKEN_LOSS_MARGIN, default_margin, kind_of
+from rightrank.schema.metrics import TOKEN_LOSS_MARGIN
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank
 from rightrank.schema.trials import Arm, split_name
 from rightrank.search.history import MIN_RECOVERY_PART, recovery_steps
@@ -72,7 +72,8 @@ def _basis(pace: Pace) -> str:
 
 
 def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: tuple[float, float] | None) -> Preflight:
-    settings, data, planned = prepared.settings, prepared.started.data, prepared.planned
+    settings, data, planned, space = prepared.settings, prepared.started.data, prepared.planned, strategy.space
+    is_known = space.margin is not None or space.kind in ("token_loss", "accuracy")  # else it is a share of a value
     peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
     ranks = [
         PreflightRank(
@@ -85,7 +86,7 @@ def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: tuple[float, 
     ]
     return Preflight(
         metric=settings.metric_name,
-        margin=_margin(prepared),
+        margin=space.margin_at(0.0) if is_known else None,
         goal=settings.goal,
         form=data.form,
         splits={split_name(name): split for name, split in data.splits.items()},
@@ -111,16 +112,6 @@ def _cost(prepared: Prepared, strategy: Strategy, seconds: tuple[float, float] |
         seconds=seconds and seconds[0],
         seconds_at_most=seconds and seconds[1],
     )
-
-
-def _margin(prepared: Prepared) -> float | None:
-    """The margin that is known before the start; None where it is a share of a value."""
-    settings, started = prepared.settings, prepared.started
-    if settings.margin is not None:
-        return settings.margin
-    kind = kind_of(started.metric, started.higher_is_better)
-    kind = "loss" if kind == "token_loss" and not started.data.is_token_loss else kind
-    return default_margin(kind, 0.0, [0.0]) if kind in ("token_loss", "accuracy") else None
 
 
 # Nats, of one example's difference between an adapter truncated to a quarter of its rank and the adapter itself: rank 64 to
