@@ -64,7 +64,7 @@ def source_without(names: Sequence[str], folder: Path) -> Path:
 def test_the_entry_points_are_the_folders() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["entry-points"][plugins.GROUP] == {name: f"{plugins.GROUP}.{name}:PLUGIN" for name in FOLDERS}
-    assert [plugin.name for plugin in plugins.plugins()] == FOLDERS
+    assert [plugin.name for plugin in plugins._loaded().values()] == FOLDERS
 
 
 @pytest.mark.trains

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from rightrank.data.token_store import IGNORED
-from rightrank.schema.errors import DataError, RightrankError, RunError
+from rightrank.schema.errors import LIBRARY_ERRORS, DataError, RightrankError, RunError
 from rightrank.train.adapter import lora_modules
 from rightrank.train.device import all_reduce, process_index, world_size
 from rightrank.train.evaluation import Scores
@@ -32,9 +32,7 @@ Batch = Mapping[str, Any]  # as the trainer's collator makes it
 BETA = 0.1  # of preference pairs, as TRL's default
 
 # What a measurement in someone else's process can end in; all else ends the process anyway.
-FAILURES = (
-    RightrankError, RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError,
-)  # fmt: skip
+FAILURES = (RightrankError, MemoryError, *LIBRARY_ERRORS)
 
 CHUNK = 1024  # positions whose logits exist at a time: 0.5 GB in float32 for a vocabulary of 128,256
 KEPT_BYTES = 2**30  # hidden states that are kept between passes, at most

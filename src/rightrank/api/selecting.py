@@ -82,7 +82,17 @@ def select_rank(
         from rightrank.runs.run import select
 
         certificate = [Certificate()] if request.settings.certify else []
-        hooks = [*views, stop, Outlook(), Guard(), trackers, *certificate, Report(), *plugins.hooks(), *callbacks]
+        hooks = [
+            *views,
+            stop,
+            Outlook(),
+            Guard(),
+            trackers,
+            *certificate,
+            Report(),
+            *plugins.listed(lambda plugin: plugin.hooks()),
+            *callbacks,
+        ]
         try:
             return (select_extended if request.settings.extends else select)(request, folder, hooks)
         except InterruptedRun as stopped:
@@ -194,5 +204,9 @@ def select_rank_with(
     with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
         views = _views(settings.get("progress", False), opened)
         return complete(
-            open_own_run(request, folder, Hooks([*views, trackers, Report(), *plugins.hooks(), *callbacks]))
+            open_own_run(
+                request,
+                folder,
+                Hooks([*views, trackers, Report(), *plugins.listed(lambda plugin: plugin.hooks()), *callbacks]),
+            )
         )

@@ -41,7 +41,8 @@ def preflight(request: Request) -> Preflight:
         if pace is not None:
             notes.append(f"time: measured on this device: {_basis(pace)}, then discarded")
         notes += _adapter_lines(prepared)
-        return found.model_copy(update={"before": plugins.outlook(prepared.started), "notes": notes})
+        before = plugins.listed(lambda plugin: plugin.outlook(prepared.started, None))
+        return found.model_copy(update={"before": before, "notes": notes})
 
 
 def pace_of(prepared: Prepared) -> Pace | None:
@@ -188,7 +189,8 @@ class Outlook(Hook):
             time.append(time_line(*seconds, _basis(pace), prepared.settings.budget_hours))
             run.on_event(TimeExpected(expected_seconds=seconds[0]))
         found = _preflight_of(prepared, run.strategy, seconds)
-        lines = [*plugins.outlook(prepared.started), labels_line(found), *memory_lines(found), cost_line(found.cost)]
+        before = plugins.listed(lambda plugin: plugin.outlook(prepared.started, None))
+        lines = [*before, labels_line(found), *memory_lines(found), cost_line(found.cost)]
         for line in [*lines, *time, *_adapter_lines(prepared)]:
             run.notice(line)
         if end_metrics(prepared.settings):

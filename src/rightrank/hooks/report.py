@@ -83,7 +83,7 @@ def _write_card(run: Run, decision: Decision | None) -> None:
 
 def write_report(folder: RunFolder, records: Records, decision: Decision | None, goal: Goal) -> None:
     further = further_figures(folder.adapter)
-    exports = folder.path / "exports"
+    exports, rank = folder.path / "exports", None if decision is None else decision.rank
     page = render_report(
         records,
         decision,
@@ -92,7 +92,7 @@ def write_report(folder: RunFolder, records: Records, decision: Decision | None,
         estimate=training_rank_estimate(records) if goal == "adapter" else None,
         run=str(folder.path),
         exports=sorted(path.name for path in exports.iterdir() if path.is_dir()) if exports.is_dir() else (),
-        before=plugins.outlook(records.started, None if decision is None else decision.rank),
+        before=plugins.listed(lambda plugin: plugin.outlook(records.started, rank)),
     )
     write_text(folder.report, page)
 

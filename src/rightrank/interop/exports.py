@@ -82,7 +82,7 @@ def require_target(name: str) -> None:
     Raises:
         SettingsError: such a target, with the nearest known one.
     """
-    known = [*TARGETS, *plugins.exports()]
+    known = [*TARGETS, *plugins.merged(lambda plugin: plugin.exports())]
     if name not in known:
         raise SettingsError(
             f"export target {name!r} is not known{did_you_mean(name, known)}; allowed: {', '.join(known)}"
@@ -98,7 +98,8 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
     if name != "peft":  # its folder may be published, and needs neither the model nor the data
         recipe = recipe.located()
     exported = recipe if name in ("peft", "vllm") else recipe.training()
-    written, comments = (TARGETS | plugins.exports())[name](exported), recipe.comments()
+    targets = TARGETS | plugins.merged(lambda plugin: plugin.exports())
+    written, comments = targets[name](exported), recipe.comments()
     with replacing_folder(folder) as temporary:
         if written.with_adapter:
             for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):

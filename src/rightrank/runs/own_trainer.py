@@ -31,7 +31,7 @@ from rightrank.runs.calls import (
 )
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hooks, Run
-from rightrank.runs.plugins import calls
+from rightrank.runs.plugins import merged
 from rightrank.schema.errors import AllTrialsFailedError, InputError, InterruptedRun, SettingsError, did_you_mean
 from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.metrics import direction, unknown_direction
@@ -233,7 +233,7 @@ def _caller(executor: str, workers: int, timeout_seconds: float | None) -> Calla
         raise SettingsError(
             'timeout_seconds needs executor="processes" and a number above 0: other calls can\'t be ended'
         )
-    elsewhere: dict[str, Callable[[TrainFunction], Call]] = calls()
+    elsewhere: dict[str, Callable[[TrainFunction], Call]] = merged(lambda plugin: plugin.calls())
     if executor not in ("local", "threads", "processes", *elsewhere):
         raise SettingsError(f'executor: got {executor!r}; give "local", "threads", "processes" or "ray"')
     if workers < 1 or (workers > 1 and executor == "local"):

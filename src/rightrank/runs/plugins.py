@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -139,47 +139,19 @@ class MemoryPlan:
     ]  # bytes of tensors at the peak of these in one pass; None: not planned
 
 
-def commands() -> list[click.Command]:
-    """Those of all plug-ins; and so the functions below."""
-    return [command for found in _asked(lambda plugin: plugin.commands()) for command in found]
+def listed(question: Callable[[Plugin], Sequence[Found]]) -> list[Found]:
+    """What all plug-ins answer, in one list."""
+    return [one for found in _asked(question) for one in found]
 
 
-def functions() -> dict[str, Callable[..., Any]]:
-    return _merged(_asked(lambda plugin: plugin.functions()))
-
-
-def hooks() -> list[Any]:
-    return [hook for found in _asked(lambda plugin: plugin.hooks()) for hook in found]
-
-
-def executors() -> dict[str, Callable[..., AbstractContextManager[Any]]]:
-    return _merged(_asked(lambda plugin: plugin.executors()))
-
-
-def calls() -> dict[str, Callable[..., Any]]:
-    return _merged(_asked(lambda plugin: plugin.calls()))
-
-
-def exports() -> dict[str, Callable[..., Any]]:
-    return _merged(_asked(lambda plugin: plugin.exports()))
-
-
-def outlook(started: RunStarted, measured: int | None = None) -> list[str]:
-    return [line for found in _asked(lambda plugin: plugin.outlook(started, measured)) for line in found]
-
-
-def _merged(mappings: Iterable[Mapping[str, Found]]) -> dict[str, Found]:
-    return {name: one for found in mappings for name, one in found.items()}
+def merged(question: Callable[[Plugin], Mapping[str, Found]]) -> dict[str, Found]:
+    """What all plug-ins answer, by name."""
+    return {name: one for found in _asked(question) for name, one in found.items()}
 
 
 def first(question: Callable[[Plugin], Found | None]) -> Found | None:
     """The answer of the first plug-in that has one."""
-    return next((answer for answer in map(question, plugins()) if answer is not None), None)
-
-
-def plugins() -> list[Plugin]:
-    """All that could be imported: those of this package, then those of other distributions."""
-    return list(_loaded().values())
+    return next((answer for answer in map(question, _loaded().values()) if answer is not None), None)
 
 
 def _asked(question: Callable[[Plugin], Found]) -> Iterator[Found]:
@@ -196,6 +168,7 @@ def _asked(question: Callable[[Plugin], Found]) -> Iterator[Found]:
 
 @cache
 def _loaded() -> dict[str, Plugin]:
+    """All that could be imported: those of this package, then those of other distributions."""
     found: dict[str, Plugin] = {}
     loaders: list[tuple[str, Callable[[], Plugin]]] = []
     with suppress(

@@ -15,7 +15,7 @@ from rightrank.report.format import size
 from rightrank.runs.finish import answer_early, finish, rescore
 from rightrank.runs.folder import RunFolder, run_store
 from rightrank.runs.hook import Executor, FailingAs, Hook, Hooks, Run
-from rightrank.runs.plugins import executors
+from rightrank.runs.plugins import merged
 from rightrank.runs.prepare import prepare, resuming, strategy_of
 from rightrank.runs.values import Prepared, Request, Selected
 from rightrank.schema.decision import Decision
@@ -159,7 +159,8 @@ def _executor_of(request: Request, prepared: Prepared, run: Run) -> Iterator[Exe
         largest = prepared.planned.max_adapters_per_pass if prepared.planned else None
         yield LocalExecutor(prepared.runtime, run.folder, run, largest)
         return
-    with executors()[request.settings.executor](request, prepared, run) as executor:
+    executors = merged(lambda plugin: plugin.executors())
+    with executors[request.settings.executor](request, prepared, run) as executor:
         yield executor
 
 

@@ -12,7 +12,7 @@ from rightrank.decision.adapter import probable_ranks, smallest_holding_truncati
 from rightrank.decision.run import Records, document
 from rightrank.models.places import require_model
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.plugins import executors
+from rightrank.runs.plugins import merged
 from rightrank.schema.decision import AdapterCandidate, Decision, HandedOver, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, SettingsError
 from rightrank.schema.settings import Goal, SelectSettings, stored_settings
@@ -89,7 +89,7 @@ def check(request: Request) -> None:
             require_rows(Path(source))
     if isinstance(request.model, str):
         require_model(request.model)
-    if settings.executor != "local" and settings.executor not in executors():
+    if settings.executor != "local" and settings.executor not in merged(lambda plugin: plugin.executors()):
         raise SettingsError(f"executor {settings.executor!r} needs the plug-in cluster, which is not there")
     for what, given in (("model", request.model), ("data", request.data)):
         if settings.executor != "local" and not isinstance(given, str | Path):
