@@ -30,6 +30,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from benchmarks.selection import planted
+from benchmarks.selection.long_grids import GRIDS as LONG_GRIDS
 from benchmarks.selection.long_grids import run_all
 from benchmarks.selection.real_training import GRIDS, Workshop, open_workshop, place
 from benchmarks.selection.study import run_study
@@ -43,10 +44,11 @@ from rightrank.train.adapter_runtime import adapter_attached
 HERE = Path(__file__).parent
 SCALES = ("alpha/r", "constant")
 READINGS = ("own", "kept")
-TASKS = {"senses_long": (1e-3, 3e-3), "glosses_long": (1e-3, 3e-3)}  # of the stored grids; the learning rates that nest
+# Of the stored grids; the learning rates that nest.
+TASKS = {"senses_long": (1e-3, 3e-3), "glosses_long": (1e-3, 3e-3), "reuters": (1e-3, 3e-3)}
 SEEDS = (0, 1)
 TEACHERS = range(64, 74)  # the first ten that chose no rule
-MARGINS = {"planted": 0.005, "senses_long": 0.02, "glosses_long": 0.02}  # of their families
+MARGINS = {"planted": 0.005, "senses_long": 0.02, "glosses_long": 0.02, "reuters": 0.02}  # of their families
 Values = dict[str, dict[str, dict[str, float]]]  # rank → learning rate → seed → held-out loss
 
 
@@ -198,7 +200,7 @@ def plain_values(shop: Workshop, ranks: Sequence[int]) -> Values:
 
 
 def real_rows(task: str, model: str, data: Path, work: Path) -> Iterator[dict[str, Any]]:
-    settings = make_settings(GRIDS[task] | {"seeds": SEEDS, "learning_rates": TASKS[task]})
+    settings = make_settings((GRIDS | LONG_GRIDS)[task] | {"seeds": SEEDS, "learning_rates": TASKS[task]})
     shop = open_workshop(model, data, settings, work / "plain")
     plain = plain_values(shop, settings.ranks)
     base = shop.run(base_arm(settings.lora_alpha))
