@@ -480,9 +480,7 @@ def _walked(found: Comparison) -> Iterator[tuple[float, int]]:
 
 
 def _likely(found: Comparison) -> list[tuple[float, int]]:
-    """Margin and rank by ascending margin: where it has the confidence; the base, where its bound holds."""
+    """Margin and rank by ascending margin: where it has the confidence. The base is no rank to answer with."""
     assert found.confidence is not None
     margins = {rank: max(0.0, found.evidence.margin_of(rank, found.confidence)) for rank in found.ranks}
-    if 0 in found.by_rank:
-        margins[0] = found.by_rank[0].threshold
     return sorted(((margin, rank) for rank, margin in margins.items()), key=lambda one: (one[0], -one[1]))
