@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow
 import pytest
 
-from rightrank.data.token_store import EncodedExample, TokenStore, lengths_of
+from rightrank.data.token_store import EncodedExample, TokenStore, lengths_of, longest_sequences
 from rightrank.train.batches import length_sorted_batches
 
 
@@ -35,6 +35,11 @@ def test_examples_are_read_as_they_were_written(store: TokenStore) -> None:
     assert store.lengths.tolist() == [item.length for item in items] == lengths_of(items).tolist()
     with pytest.raises(IndexError):
         store[3000]
+
+
+def test_the_longest_sequence_of_a_pair_is_that_of_its_longer_half(tmp_path: Path) -> None:
+    items = [EncodedExample("pair", [1] * 7, [1] * 7, 2), EncodedExample("one", [1] * 3, [1] * 3)]
+    assert longest_sequences(items).tolist() == longest_sequences(TokenStore(items, tmp_path)).tolist() == [5, 3]
 
 
 def test_nothing_is_left_in_the_folder_and_nothing_held(tmp_path: Path) -> None:

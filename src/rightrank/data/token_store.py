@@ -134,10 +134,10 @@ class TokenStore(Store[EncodedExample]):
         return found
 
     @property
-    def longest_sequence(self) -> int:
-        """In tokens."""
+    def longest_sequences(self) -> npt.NDArray[np.int64]:
+        """[examples], in tokens."""
         firsts = self.table["first_length"].to_numpy()
-        return int(np.maximum(firsts, self.lengths - firsts).max(initial=0))
+        return np.asarray(np.maximum(firsts, self.lengths - firsts), np.int64)
 
 
 def lengths_of(examples: Sequence[EncodedExample]) -> npt.NDArray[np.int64]:
@@ -147,8 +147,8 @@ def lengths_of(examples: Sequence[EncodedExample]) -> npt.NDArray[np.int64]:
     return np.fromiter((example.length for example in examples), np.int64, len(examples))
 
 
-def longest_sequence(examples: Sequence[EncodedExample]) -> int:
-    """Tokens of the longest sequence of any example."""
+def longest_sequences(examples: Sequence[EncodedExample]) -> npt.NDArray[np.int64]:
+    """[examples], the tokens of each example's longest sequence."""
     if isinstance(examples, TokenStore):
-        return examples.longest_sequence
-    return max(length for example in examples for length in example.sequence_lengths)
+        return examples.longest_sequences
+    return np.fromiter((max(example.sequence_lengths) for example in examples), np.int64, len(examples))

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from rightrank.data.token_store import longest_sequence
+from rightrank.data.token_store import lengths_of, longest_sequences
 from rightrank.schema.errors import MultiLoraError, is_out_of_memory
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch, length_sorted_batches
@@ -196,13 +196,15 @@ def _measure(runtime: Runtime, arm: Arm) -> Pace:
     )
 
 
-def _positions(runtime: Runtime, batches: Sequence[Sequence[int]]) -> int:
+def _positions(runtime: Runtime, batches: Sequence[list[int]]) -> int:
     """The positions that the model computes in these steps, padding included."""
     train, size = runtime.examples("train"), runtime.settings.batch_size
     if runtime.fast_paths.sequence_packing:
-        return sum(train[index].length for batch in batches for index in batch)
+        lengths = lengths_of(train)
+        return sum(int(lengths[batch].sum()) for batch in batches)
+    longest = longest_sequences(train)
     micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
-    return sum(len(rows) * longest_sequence([train[index] for index in rows]) for rows in micro)
+    return sum(len(rows) * int(longest[rows].max()) for rows in micro)
 
 
 def _timed(runtime: Runtime, work: Callable[[], Result]) -> tuple[float, Result]:

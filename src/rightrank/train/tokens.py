@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from rightrank.data.forms import DataForm, Example
 from rightrank.data.splits import SPLITS, DataSplits
-from rightrank.data.token_store import IGNORED, EncodedExample, TokenStore, longest_sequence
+from rightrank.data.token_store import IGNORED, EncodedExample, TokenStore, longest_sequences
 from rightrank.models.base_models import LoadedModel
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import DataSummary, SplitSummary
@@ -217,7 +217,7 @@ class EncodedData:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(longest_sequence(examples) for examples in self.splits.values())
+        return max(int(longest_sequences(examples).max(initial=0)) for examples in self.splits.values())
 
     def loss_weight(self, example: EncodedExample) -> int:
         """What an example counts in a mean loss: its labels, or 1 where the loss is one of the whole example."""
