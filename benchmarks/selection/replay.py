@@ -15,12 +15,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.selection.tables import GridCurve, Replayed, read_grids, replay, space_of_grid
-from rightrank.schema.errors import InputError, ResultsError, SettingsError, did_you_mean
+from rightrank.schema.errors import InputError, ResultsError, SettingsError
 from rightrank.schema.settings import Goal
-from rightrank.search import STRATEGIES
+from rightrank.search import strategy_in
 from rightrank.search.history import Space
 from rightrank.search.protocol import Strategy
 
@@ -160,10 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.margin > 0 or options.seeds < 1:
             raise SettingsError(f"margin {options.margin:g}, seeds {options.seeds}: give numbers above 0")
-        if options.strategy not in STRATEGIES:
-            raise SettingsError(f"--strategy {options.strategy}{did_you_mean(options.strategy, STRATEGIES)}")
         judged = replay_all(
-            read_grids(options.grids), STRATEGIES[options.strategy], options.margin, options.seeds, options.goal
+            read_grids(options.grids),
+            partial(strategy_in, options.strategy),
+            options.margin,
+            options.seeds,
+            options.goal,
         )
         if not judged:
             raise ResultsError(f"{options.grids}: no grid has truncations; give --goal training-rank")
