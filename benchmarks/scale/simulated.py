@@ -68,7 +68,7 @@ class SimulatedCrew:
             return
         self._events = [event for event in self._events if event[2] != worker]
         heapq.heapify(self._events)
-        self._plan(self.now, worker, TaskEnded(number=0))
+        self._plan(self.now, worker, TaskEnded())
 
     def _train(self, worker: str, task: Task) -> None:
         at = self.now
@@ -84,7 +84,7 @@ class SimulatedCrew:
                 done += self._pace.step
             at += seconds
             self._plan(at, worker, result_of(trial))
-        self._plan(at, worker, TaskEnded(number=task.number))
+        self._plan(at, worker, TaskEnded())
 
     def end(self, worker: str) -> None:
         if not self._is_deaf:

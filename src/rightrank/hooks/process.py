@@ -67,9 +67,8 @@ class JsonLog(Hook):
 
 
 def _fields(event: Record) -> dict[str, Any]:
-    by_example = (
-        name for name in type(event).model_fields if name.startswith("item_")
-    )  # in the journal, not in the log
+    # In the journal, not in the log.
+    by_example = (name for name in type(event).model_fields if name.startswith("item_"))
     excluded: Any = dict.fromkeys(("type", "schema_version", *by_example), True)
     excluded["points"] = {"__all__": {"item_scores"}}
     return event.model_dump(mode="json", exclude=excluded)

@@ -43,9 +43,8 @@ class Progress:
         self._whole_steps = 0  # of a whole training; 0: a custom trainer's own number
         self._spent = 0.0  # whole trainings that have ended
         self._running: dict[str, _Running] = {}
-        self._ended: dict[
-            str, tuple[int, float]
-        ] = {}  # last step, and seconds with those of the trial that it continued
+        # Last step, and seconds with those of the trial that it continued.
+        self._ended: dict[str, tuple[int, float]] = {}
         self._costs: list[float] = []  # seconds of each training alone
         self._work: Evaluating | None = None  # besides trials
         self._higher_is_better = False

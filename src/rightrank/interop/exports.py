@@ -42,13 +42,7 @@ LLAMAFACTORY_DATA: dict[str, dict[str, Any]] = {
     "messages": {
         "formatting": "sharegpt",
         "columns": {"messages": "messages"},
-        "tags": {
-            "role_tag": "role",
-            "content_tag": "content",
-            "user_tag": "user",
-            "assistant_tag": "assistant",
-            "system_tag": "system",
-        },
+        "tags": {f"{role}_tag": role for role in ("role", "content", "user", "assistant", "system")},
     },
     "preference": {"ranking": True, "columns": {column: column for column in PREFERENCE}},
     "text": {"columns": {"prompt": "text"}},
@@ -170,8 +164,6 @@ def _trl(recipe: Recipe) -> Written:
     if recipe.form == "preference":
         values |= {"beta": recipe.settings.beta, "loss_type": ["sigmoid"]}
     notes = _lacking(recipe, "TRL's command line", ("use_dora", "target_parameters")) + _column_notes(recipe, "TRL")
-    if recipe.form == "classification":
-        notes.append("TRL's sft trains on text; a classification head needs a separate script")
     return Written({f"trl_{job}.yaml": _yaml(values)}, f"trl {job} --config trl_{job}.yaml", notes)
 
 
@@ -212,8 +204,6 @@ def _axolotl(recipe: Recipe) -> Written:
     )
     has = ("use_dora", "target_parameters", "rank_pattern", "alpha_pattern")
     notes = _lacking(recipe, "axolotl", has)
-    if recipe.form == "classification":
-        notes.append("axolotl trains no classification head on this data")
     if recipe.form == "preference":
         values |= {"rl": "dpo", "rl_beta": recipe.settings.beta}
         notes.append(f"axolotl: {STRINGS}; for messages, set the data set's type to `chat_template.default`")
@@ -251,8 +241,6 @@ def _llamafactory(recipe: Recipe) -> Written:
         )
     if recipe.form == "messages":
         notes.append("replace the template `default` with the name of your model's template in LLaMA-Factory")
-    if recipe.form == "classification":
-        notes.append("LLaMA-Factory trains no classification head")
     names = {"prompt": "prompt", "response": "completion"}
     prompted = {"columns": {theirs: recipe.columns.get(ours, ours) for theirs, ours in names.items()}}
     entry = {"rightrank_data": {"file_name": recipe.data, **_data_entry(recipe, LLAMAFACTORY_DATA, prompted)}}
@@ -352,9 +340,10 @@ def _training_arguments(
 
 
 def _lacking(recipe: Recipe, who: str, has: Sequence[str] = ()) -> list[str]:
-    """Notes on the patterns, and on the settings of the adapter's kind, that the target lacks."""
+    """Notes on a classifier's head, on the patterns, and on the settings of the adapter's kind, that the target lacks."""
     patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(recipe, name) and name not in has]
     consequences = {
+        "; training it needs a script of your own": ["classification head"] * (recipe.form == "classification"),
         "; the file has one rank for all modules": patterns,
         ": it trains another adapter than the run did": [name for name in recipe.kind if name not in has],
     }

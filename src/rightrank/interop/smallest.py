@@ -119,9 +119,8 @@ class SmallestAdapter(TrainerCallback):
     _started: float = field(default_factory=time.monotonic, init=False)
     _shared: str = field(default="", init=False)  # a line on rows that are held out and trained on
     _values: list[tuple[int, float]] = field(default_factory=list, init=False)  # as trained, at each evaluation
-    _other: _Kept | None = field(
-        default=None, init=False
-    )  # best evaluation, or last step where the trainer ends with the best
+    # Best evaluation, or last step where the trainer ends with the best.
+    _other: _Kept | None = field(default=None, init=False)
     _evaluated: float | None = field(default=None, init=False)  # the value of the last evaluation
 
     def on_train_begin(

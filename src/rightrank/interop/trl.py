@@ -23,12 +23,10 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rightrank.decision.table import best_point, should_stop_early
-from rightrank.schema.errors import MissingExtraError, ReportError
+from rightrank.schema.errors import ReportError
 from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
 
 RewardFunction: TypeAlias = Callable[..., Sequence[float | None]]
-
-
 Rows: TypeAlias = Any  # a `datasets.Dataset`, or a list of rows
 
 
@@ -72,7 +70,7 @@ class GRPOTrain:
 
         lora: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **self.lora}
         looks = _Looks(task, score, self.looks)
-        trainer = _trl().GRPOTrainer(
+        trainer = import_module("trl").GRPOTrainer(
             self.model,
             reward_funcs=self._functions(),
             args=self._args_of(task),
@@ -171,13 +169,6 @@ def _greedy(model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int)
     ids = [row[: row.index(end) + 1] if end in row else row for row in rows]
     answers = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [[{"role": "assistant", "content": text}] for text in answers] if chat else answers, ids
-
-
-def _trl() -> Any:
-    try:
-        return import_module("trl")
-    except ImportError as error:
-        raise MissingExtraError("TRL is not installed: pip install 'rightrank[trl]'") from error
 
 
 class _Looks(TrainerCallback):

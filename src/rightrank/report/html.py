@@ -114,6 +114,7 @@ def adapter_page(sentence: str, texts: Sequence[str], figures: Sequence[Figure],
     return template.render(sentence=sentence, texts=texts, figures=figures, rows=rows, style=_asset("report.css"))
 
 
+@cache
 def templates(escaped: bool = True) -> Environment:
     """The templates; in a page every value is text, and control characters are visible."""
     made = Environment(

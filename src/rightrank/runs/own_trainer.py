@@ -356,9 +356,8 @@ class _Executor:
         begun = time.perf_counter()
         try:
             result = parse_result(call(task), request.metric, self._examples)
-            by_step = {
-                point.step: point for point in (*looks, *result.points)
-            }  # one that was returned replaces a report
+            # One that was returned replaces a report.
+            by_step = {point.step: point for point in (*looks, *result.points)}
             result = result.model_copy(update={"points": [by_step[step] for step in sorted(by_step)]})
         except TrainerDivergedError as error:
             return TrialDiverged(**trial.fields, step=looks[-1].step if looks else 0, reason=str(error))

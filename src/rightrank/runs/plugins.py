@@ -134,9 +134,8 @@ class MemoryPlan:
     memory_bytes: int | None  # what there is; None: unknown, and every rank is kept
     ranks: tuple[int, ...]  # those that fit, or all
     max_adapters_per_pass: int | None  # of the highest rank, that fit; None: unknown, or one alone is asked for
-    peak_of: Callable[
-        [Sequence[int]], int | None
-    ]  # bytes of tensors at the peak of these in one pass; None: not planned
+    # Bytes of tensors at the peak of these in one pass; None: not planned.
+    peak_of: Callable[[Sequence[int]], int | None]
 
 
 def listed(question: Callable[[Plugin], Sequence[Found]]) -> list[Found]:
@@ -171,9 +170,8 @@ def _loaded() -> dict[str, Plugin]:
     """All that could be imported: those of this package, then those of other distributions."""
     found: dict[str, Plugin] = {}
     loaders: list[tuple[str, Callable[[], Plugin]]] = []
-    with suppress(
-        ModuleNotFoundError
-    ):  # the folders here, whatever the installed metadata says: a source tree may be newer
+    # The folders here, whatever the installed metadata says: a source tree may be newer.
+    with suppress(ModuleNotFoundError):
         names = [module.name for module in iter_modules(import_module(GROUP).__path__)]
         loaders = [(name, partial(_of_folder, name)) for name in names]
     for name, load in [*loaders, *_of_others()]:

@@ -149,15 +149,13 @@ class Selected:
 
     decided: Decision | None  # of the training rank; None with goal "adapter"
     run: Path
-    adapter: (
-        Answer | None
-    )  # the smallest adapter that loses nothing, in `adapter/`; None if a custom trainer saved none
+    # The smallest adapter that loses nothing, in `adapter/`; None if a custom trainer saved none.
+    adapter: Answer | None
     training: Answer | None  # the rank to train at; None with goal "adapter"
     report: Path
     answers: Mapping[str, Any]  # both answers, as in decision.json
-    next_commands: Sequence[
-        str | None
-    ] = ()  # each next run as a command that can be pasted, where one continues this run
+    # Each next run as a command that can be pasted, where one continues this run.
+    next_commands: Sequence[str | None] = ()
     adapters: list[AdapterCandidate] = field(default_factory=list)  # every adapter of the run against the reference
 
     @property

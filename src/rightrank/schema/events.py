@@ -85,9 +85,8 @@ class DataSummary(Record):
     repeated: Whole = 0  # held-out rows left out because another row is equal
     not_evaluated: Whole = 0  # held-out rows beyond the number that is evaluated
     shape: str | None = None  # how rows of another shape got the form's columns, for people
-    renamed: dict[str, str] = Field(
-        default_factory=dict
-    )  # columns of the form that have another name in the file → that name
+    # Columns of the form that have another name in the file → that name.
+    renamed: dict[str, str] = Field(default_factory=dict)
     equal_pairs: Whole = 0  # rows left out because `chosen` and `rejected` are the same
 
     @property

@@ -24,9 +24,8 @@ SCHEMA_VERSION = 4  # of the journal: no other is read
 IDENTITY_VERSION = 1  # of the content that a trial id is a hash of; a change gives every trial a new id
 
 Whole: TypeAlias = Annotated[int, Field(ge=-MAX_WHOLE, le=MAX_WHOLE)]
-ToldText: TypeAlias = Annotated[
-    str, AfterValidator(without_secrets)
-]  # of an error of others: a secret in it is left out
+# Of an error of others: a secret in it is left out.
+ToldText: TypeAlias = Annotated[str, AfterValidator(without_secrets)]
 
 Floats: TypeAlias = "NDArray[np.float64]"
 MetricName: TypeAlias = str  # `loss`, `accuracy`, or the name of a metric in the settings

@@ -82,9 +82,8 @@ class Runtime:
         self._likelihood = make_likelihood(self.model, probe, data.is_classification)
         self.fast_paths = self._find_fast_paths(probe, cache_folder)
         self.objective: Objective = self._likelihood
-        self.on_evaluated: Callable[[int, int], None] = lambda _done, _of: (
-            None
-        )  # examples of an evaluation so far, of all
+        # Examples of an evaluation so far, of all.
+        self.on_evaluated: Callable[[int, int], None] = lambda _done, _of: None
         self._reference: Reference | None = None
         if isinstance(self._likelihood, Likelihood) and data.is_preference:
             self.objective = PreferenceLoss(self._likelihood.labels, settings.beta)

@@ -172,9 +172,8 @@ class ArmTraining:
         progress.eval_seconds += seconds
         self._scores = scores
         self._compare_with_base(scores.loss, "held-out")
-        if (
-            self.ended is None and progress.step in self._evaluate_at
-        ):  # not where it stops early: all have the same points
+        # Not where it stops early: all have the same points.
+        if self.ended is None and progress.step in self._evaluate_at:
             recent = progress.train_losses[progress.points[-1].step if progress.points else 0 :]
             value, train_value = self._point_value(scores), sum(recent) / len(recent)
             progress.points.append(EvalPoint(step=progress.step, value=value, train_value=train_value))

@@ -128,7 +128,7 @@ def test_a_worker_waits_for_a_full_disk(monkeypatch: pytest.MonkeyPatch, seconds
     monkeypatch.setattr(workers.Worker, "make_executor", lambda *_: FullAtFirst(full))
     worker = workers.Worker(sent.append)
     worker.set_up(Setup(model="m", data="d", settings={}, fingerprint="f", folder=Path(), working_folder=Path.cwd()))
-    worker.run_task(Task(number=1, trials=trials(2), base_loss=None))
+    worker.run_task(Task(trials=trials(2), base_loss=None))
     worker.close()
     finished = [message.trial_id for message in sent if isinstance(message, TrialFinished)]
     assert finished == [trial.trial_id for trial in trials(2 if seconds > 0 else 1)]

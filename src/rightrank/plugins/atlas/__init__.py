@@ -70,9 +70,9 @@ def expect(
     Raises:
         SettingsError: a number or rank that can't be, or data that can't be read.
     """
-    from rightrank.plugins.atlas.estimate import ask, expectation
+    from rightrank.plugins.atlas.estimate import Question, ask, expectation, kind_of
 
-    question, notes = ask(model, data, task, parameters, rows, tokens, metric, margin)
+    question, notes = ask(model, data, Question(task, parameters, rows, tokens, kind_of(metric), margin))
     found = expectation(question, ranks)
     return replace(found, notes=(*notes, *found.notes))
 

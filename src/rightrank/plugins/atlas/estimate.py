@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,8 @@ class Expectation:
     ranks: tuple[RankExpectation, ...]
     start_rank: int
     top_rank: int
-    nearest: tuple[
-        dict[str, Any], ...
-    ]  # the five most alike, one a source; none where nothing is known of the question
+    # The five most alike, one a source; none where nothing is known of the question.
+    nearest: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
 
 
@@ -257,43 +256,27 @@ FEW = 200  # rows that are read for the length and the columns
 LETTERS_A_TOKEN = 4  # of English text, about
 
 
-def ask(
-    model: str | None,
-    data: str | Path | None,
-    task: str | None,
-    parameters: float | None,
-    rows: int | None,
-    tokens: float | None,
-    metric: str | None,
-    margin: float | None,
-) -> tuple[Question, list[str]]:
-    """The question, and what could not be used of it.
+def ask(model: str | None, data: str | Path | None, told: Question) -> tuple[Question, list[str]]:
+    """What is told, completed by the model and the data; and what could not be used of it.
 
     Raises:
         SettingsError: a number that can't be.
     """
-    for name, value in (("parameters", parameters), ("rows", rows), ("tokens", tokens), ("margin", margin)):
+    for name in ("parameters", "rows", "tokens", "margin"):
+        value = getattr(told, name)
         if value is not None and not value > 0:
             raise SettingsError(f"{name} is {value:g}; give a number above 0")
-    question = Question(margin=margin)
-    notes: list[str] = []
+    question, notes = Question(), list[str]()
     if data is not None:
-        question = replace(_of_data(Path(data)), margin=margin)
+        question = _of_data(Path(data))
         notes += [] if question.rows else [f"{data}: neither .jsonl nor .csv, so its rows are not counted; give --rows"]
-    if model is not None and parameters is None:
-        parameters = size_of(model)
-        notes += [] if parameters else [f"{model}: its size is not known; give --parameters"]
-    if task is not None and task not in FAMILIES:
-        notes.append(f"{task!r} is no task family of the atlas, and is not used: {', '.join(FAMILIES)}")
-        task = None
-    given: dict[str, Any] = {
-        "family": task,
-        "parameters": parameters,
-        "rows": rows,
-        "tokens": tokens,
-        "kind": kind_of(metric),
-    }
-    return replace(question, **{name: value for name, value in given.items() if value is not None}), notes
+    if model is not None and told.parameters is None:
+        question = replace(question, parameters=size_of(model))
+        notes += [] if question.parameters else [f"{model}: its size is not known; give --parameters"]
+    if told.family is not None and told.family not in FAMILIES:
+        notes.append(f"{told.family!r} is no task family of the atlas, and is not used: {', '.join(FAMILIES)}")
+        told = replace(told, family=None)
+    return replace(question, **{name: value for name, value in asdict(told).items() if value is not None}), notes
 
 
 def kind_of(metric: str | None) -> str | None:

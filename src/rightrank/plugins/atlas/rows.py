@@ -19,11 +19,8 @@ FAMILIES = (
     *("vision", "events", "science"),
 )
 KINDS = ("loss", "accuracy", "other")
-MARGINS = {
-    "loss": 0.005,
-    "accuracy": 0.005,
-    "other": 0.01,
-}  # of `rightrank decide`; of another metric, its share of the best
+# Of `rightrank decide`; of another metric, its share of the best.
+MARGINS = {"loss": 0.005, "accuracy": 0.005, "other": 0.01}
 
 
 @dataclass(frozen=True, slots=True)

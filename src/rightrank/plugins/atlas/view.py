@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import click
 import rightrank
 from rightrank.cli.options import comma, whole_numbers
 from rightrank.models.ranks import LARGE_RANK, rank_change_line, rate_warning
-from rightrank.plugins.atlas.estimate import Expectation, expectation, of_run
+from rightrank.plugins.atlas.estimate import Expectation, Question, expectation, of_run
 from rightrank.plugins.atlas.rows import FAMILIES
 from rightrank.report.figure import Axis, Figure, Series, rank_axis
 
@@ -118,10 +119,16 @@ def outlook(started: RunStarted, measured: int | None) -> list[str]:
     question = of_run(started)
     if question.kind == "other" or started.data.form == "own":
         return []
-    likely = expectation(question).start_rank
+    likely = _start_rank(question)
     if measured is not None:
         return [f"before: {likely} likely; measured: {measured}"]
     return [f"before: rank {likely} was enough in half of the public sweeps; a start, not a bound (`rightrank expect`)"]
+
+
+@cache
+def _start_rank(question: Question) -> int:
+    """Asked at each line that a run shows."""
+    return expectation(question).start_rank
 
 
 def atlas_row(records: Records) -> dict[str, Any]:

@@ -98,10 +98,10 @@ class Pool:
         self._idle: list[str] = []
         self._queue: deque[Task] = deque()
         self._unread: deque[tuple[str, WorkerMessage | WorkerLost]] = deque()
-        self._unfinished: set[str] = set()  # trials without an outcome
+        self._unfinished = 0  # trials without an outcome
         self._losses: Counter[str] = Counter()  # trial → workers lost while they trained it, since it last got further
         self._lost_at: dict[str, int] = {}  # trial → the furthest step at which it lost one
-        self._started = self._tasks = self._failed_starts = 0
+        self._started = self._failed_starts = 0
         self._any_was_ready = False
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
@@ -119,10 +119,9 @@ class Pool:
                 yield from self._replace_hung_workers()
                 if self._listener.should_stop():
                     yield from self._stop_workers()
-                    raise InterruptedRun(f"stopped with {len(self._unfinished)} trainings to do")
+                    raise InterruptedRun(f"stopped with {self._unfinished} trainings to do")
         finally:
             if self._unfinished:
-                self._unfinished.clear()
                 list(self._stop_workers())
 
     def busy(self) -> list[str]:
@@ -135,16 +134,12 @@ class Pool:
 
     def _submit(self, trials: Sequence[Trial], base_loss: float | None) -> None:
         """Queue trials, the longest first: a long trial that starts last would delay the end."""
-        self._unfinished = {trial.trial_id for trial in trials}
+        self._unfinished = len(trials)
         ordered = sorted(trials, key=lambda trial: -trial.arm.steps)
         # An even share for each worker, at most `task_trials`.
         size = max(1, min(self._options.task_trials, -(-len(ordered) // self._options.workers)))
         for start in range(0, len(ordered), size):
-            self._queue.append(self._task(ordered[start : start + size], base_loss))
-
-    def _task(self, trials: list[Trial], base_loss: float | None) -> Task:
-        self._tasks += 1
-        return Task(number=self._tasks, trials=trials, base_loss=base_loss)
+            self._queue.append(Task(trials=ordered[start : start + size], base_loss=base_loss))
 
     def _assign_tasks(self) -> None:
         """Start workers for the queue and assign tasks to idle ones."""
@@ -197,7 +192,8 @@ class Pool:
                     self._listener.on_event(message)
             case _:
                 if worker.remaining.pop(message.trial_id, None) is not None:
-                    yield from self._resolve(message)
+                    self._unfinished -= 1
+                    yield message
 
     def _admit(self, name: str, worker: _Worker, ready: Ready) -> None:
         """Accept a worker that has the driver's versions and sees the driver's files."""
@@ -213,12 +209,6 @@ class Pool:
             )
         worker.is_ready = self._any_was_ready = True
         self._idle.append(name)
-
-    def _resolve(self, outcome: TrialOutcome) -> Iterator[TrialOutcome]:
-        """Yield the outcome unless its trial already has one or was dropped."""
-        if outcome.trial_id in self._unfinished:
-            self._unfinished.remove(outcome.trial_id)
-            yield outcome
 
     def _release(self, name: str, worker: _Worker) -> Iterator[TrialOutcome]:
         """The worker is idle; trials of its task that have no outcome are queued again."""
@@ -248,12 +238,11 @@ class Pool:
             if step > self._lost_at.get(trial.trial_id, 0):
                 self._losses[trial.trial_id], self._lost_at[trial.trial_id] = 0, step
             self._losses[trial.trial_id] += not lost.with_machine
-            if trial.trial_id not in self._unfinished:
-                continue
             if self._losses[trial.trial_id] < MAX_LOSSES:
-                self._queue.appendleft(self._task([trial], task.base_loss))
+                self._queue.appendleft(Task(trials=[trial], base_loss=task.base_loss))
             else:
-                yield from self._resolve(_failed_after_losses(trial, lost))
+                self._unfinished -= 1
+                yield _failed_after_losses(trial, lost)
 
     def _replace_hung_workers(self) -> Iterator[TrialOutcome]:
         """End workers that are silent for longer than `hang_seconds` and than 20 times their longest silence so far."""

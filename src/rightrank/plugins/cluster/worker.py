@@ -57,7 +57,6 @@ class Task(Record):
     """Trials for one worker, which trains several of them in one pass where that is faster."""
 
     type: Literal["task"] = "task"
-    number: int
     trials: list[Trial]
     base_loss: float | None
 
@@ -78,7 +77,6 @@ class TaskEnded(Record):
     """The worker is idle: every trial of the task has an outcome, or the worker was stopped."""
 
     type: Literal["task_ended"] = "task_ended"
-    number: int
 
 
 class Refused(Record):
@@ -175,7 +173,7 @@ class Worker:
             except OSError as error:
                 self._executor = None  # what it was doing is not undone
                 self._wait_for_disk(error, until)
-        self._send(TaskEnded(number=task.number))
+        self._send(TaskEnded())
 
     def _train(self, setup: Setup, remaining: dict[str, Trial], base_loss: float | None) -> None:
         """Send an outcome for each trial, which is then no longer in `remaining`."""

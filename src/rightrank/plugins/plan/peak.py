@@ -168,9 +168,8 @@ def _component(origin: Origin, is_gradient: bool, kept: bool) -> str:
         return "gradients"
     if origin.has_vocabulary:
         return "logits_and_loss"
-    if kept or (
-        origin.phase == "backward" and origin.module
-    ):  # a module that runs in the backward pass recomputes activations
+    # A module that runs in the backward pass recomputes activations.
+    if kept or (origin.phase == "backward" and origin.module):
         return "activations"
     return "temporary"
 

@@ -71,9 +71,8 @@ class Skeleton:
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """The tensors that PEFT writes into `adapter_model.safetensors`."""
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # that it saves an embedding with the adapter; the plan counts it
+        # That it saves an embedding with the adapter; the plan counts it.
+        with warnings.catch_warnings(action="ignore"):
             state: dict[str, torch.Tensor] = get_peft_model_state_dict(self.model)
         return state
 
