@@ -34,12 +34,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.trains)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_disks() -> Iterator[None]:
+    """Files of a test need not survive a power loss: a small selection syncs a hundred times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
-def traced_once() -> Iterator[None]:
-    """A step of one model with one setting is traced once: traces take a sixth of a small selection."""
+def done_once() -> Iterator[None]:
+    """What many small selections do alike and throw away: one model and one setting are traced once, and PEFT writes no card."""
+    from peft import PeftModel
+
+    from rightrank.plugins.plan import selection
     from rightrank.plugins.plan.estimate import Estimator
 
-    trace, known = Estimator._trace, {}
+    trace, known, made = Estimator._trace, {}, {}
 
     def remembered(self: Estimator, rank: int, training: bool) -> Any:
         key = self._config.to_json_string(), json.dumps(self.settings.model_dump(mode="json")), rank, training
@@ -47,13 +58,21 @@ def traced_once() -> Iterator[None]:
             known[key] = trace(self, rank, training)
         return known[key]
 
+    def estimator(config: Any, settings: Any) -> Estimator:
+        key = config.to_json_string(), json.dumps(settings.model_dump(mode="json"))
+        if key not in made:
+            made[key] = Estimator(config, settings)
+        return made[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Estimator, "_trace", remembered)
+        patch.setattr(selection, "Estimator", estimator)
+        patch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)  # which `save_adapter` removes
         yield
 
 
 @pytest.fixture(scope="session")
-def model_folder(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(done_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 3-layer Llama with a byte-level tokenizer."""
     return save_tiny_llama(tmp_path_factory.mktemp("model") / "tiny-llama")
 
