@@ -44,7 +44,8 @@ from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train import targets
 from rightrank.train.loop import train_trials
 from rightrank.train.loss import chunked_cross_entropy
-from rightrank.train.pace import adapters_per_pass_for, measure_pace
+from rightrank.train.pace import adapters_per_pass_for
+from rightrank.train.timing import measure_pace
 from rightrank.train.trial import TrialFolders
 
 STEPS = 3

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from rightrank.plugins.images.training import TextToImageTrain
-from rightrank.schema.trials import TrialResult
+from rightrank.runs.calls import TrialResult
 
 SIDE = 16  # pixels
 CAPTIONS = ("red", "blue", "green", "grey")

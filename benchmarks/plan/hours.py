@@ -26,7 +26,7 @@ from rightrank.report.format import duration
 from rightrank.schema.plan_settings import loop_of_select, make_plan_settings
 from rightrank.schema.settings import make_settings
 from rightrank.search import make_strategy
-from rightrank.train.pace import RUN_EVALUATIONS
+from rightrank.train.timing import RUN_EVALUATIONS
 
 HERE = Path(__file__).parent
 RESULT, PAGE = HERE / "results" / "hours.json", HERE / "hours.md"

@@ -24,13 +24,9 @@ from rightrank.adapters.held_out import Candidates, truncation_curve
 from rightrank.decision.comparison import estimate
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.settings import SelectSettings, make_settings
-from rightrank.train.adapter_runtime import (
-    DataUse,
-    adapter_attached,
-    adapter_runtime,
-)
+from rightrank.train.adapter_runtime import DataUse, adapter_runtime
 from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule, take_step
-from rightrank.train.runtime import Runtime
+from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.trial import finished_trial
 
 

@@ -24,7 +24,7 @@ from trl import GRPOConfig
 
 from benchmarks.rl.addition import reward, rows
 from rightrank.interop.trl import GRPOTrain
-from rightrank.schema.trials import TrialTask
+from rightrank.runs.calls import TrialTask
 
 RESULTS = Path(__file__).with_name("live.json")
 RANKS, LEARNING_RATES, SEEDS = (1, 4, 16), (1e-4, 4e-4, 2e-3), (0, 1, 2)

@@ -39,7 +39,7 @@ from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search.history import base_arm
 from rightrank.train.adapter import ADAPTER
-from rightrank.train.adapter_runtime import adapter_attached
+from rightrank.train.runtime import adapter_attached
 
 HERE = Path(__file__).parent
 SCALES = ("alpha/r", "constant")

@@ -44,9 +44,8 @@ from rightrank.schema.trials import (
 from rightrank.search.bracket import MAX_RECOVERED_RANK, outside_in, recovery
 from rightrank.search.history import Space, base_arm, space_of
 from rightrank.search.learning_rates import ANNEAL, LOOK
-from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.checkpoints import load_checkpoint
-from rightrank.train.runtime import Runtime
+from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.tokens import encode
 
 RANKS = (1, 4, 16, 64)

@@ -24,7 +24,7 @@ from rightrank.decision.adapter import Criterion, adapter_answer
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search.bracket import truncations
-from rightrank.train.adapter_runtime import adapter_attached
+from rightrank.train.runtime import adapter_attached
 
 TOPS = (16, 32, 64, 128)
 LOWER = (1, 2, 4, 8)

@@ -30,11 +30,10 @@ from rightrank.models.base_models import load_model
 from rightrank.models.truncation import DAMPING, Moments, components, ranks_within
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.trials import SplitName
-from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.covariances import gather_moments
 from rightrank.train.evaluation import Scores
 from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule, take_step
-from rightrank.train.runtime import Runtime
+from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.tokens import encode
 
 TOP = 64

@@ -18,22 +18,24 @@ if TYPE_CHECKING:
     from rightrank.api.runs import decide, export, write_report
     from rightrank.api.selecting import preflight, select_rank, select_rank_with
     from rightrank.interop.smallest import SmallestAdapter
+    from rightrank.runs.calls import TrialResult, TrialTask
     from rightrank.runs.values import Selected
     from rightrank.schema.decision import Decision
     from rightrank.schema.plan_settings import PlanSettings
     from rightrank.schema.settings import SelectSettings
-    from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
+    from rightrank.schema.trials import EvalPoint
 
 _PLACES = {
     "api.adapters": ("compare", "inspect", "resize"),
     "api.runs": ("decide", "export", "write_report"),
     "api.selecting": ("preflight", "select_rank", "select_rank_with"),
     "interop.smallest": ("SmallestAdapter",),
+    "runs.calls": ("TrialResult", "TrialTask"),
     "runs.values": ("Selected",),
     "schema.decision": ("Decision",),
     "schema.plan_settings": ("PlanSettings",),
     "schema.settings": ("SelectSettings",),
-    "schema.trials": ("EvalPoint", "TrialResult", "TrialTask"),
+    "schema.trials": ("EvalPoint",),
 }
 
 __all__ = [

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rightrank.models.base_models import load_model, read_identity, require_base
+from rightrank.models.base_models import load_model
 from rightrank.schema.errors import ModelError
+from rightrank.train.adapter_runtime import read_identity, require_base
 from tests.adapters.adapters import edit_config, load_strictly, make_adapter, make_base
 from tests.commands import run
 from tests.tiny import make_tokenizer, write_completions

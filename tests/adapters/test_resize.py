@@ -21,9 +21,10 @@ from rightrank.schema.errors import DataError
 from rightrank.schema.events import Evaluating, Listener, Notice
 from rightrank.schema.settings import make_settings
 from rightrank.schema.trials import Arm, Trial
-from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime
+from rightrank.train.adapter_runtime import DataUse, adapter_runtime
 from rightrank.train.covariances import gather_moments, moment_tokens, unseen_first
 from rightrank.train.loop import run_trial
+from rightrank.train.runtime import adapter_attached
 from rightrank.train.trial import TrialFolders
 from tests.adapters.adapters import deltas, load_strictly, make_adapter, make_base, tensors_of
 from tests.helpers import make_runtime

@@ -12,7 +12,7 @@ import pytest
 
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, at_checkpoint, table_of_results
-from rightrank.report.answer import certainty_rows
+from rightrank.report.tables import certainty_rows
 from rightrank.schema.decision import Result, ResultsTable
 from tests.commands import run
 

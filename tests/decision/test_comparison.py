@@ -19,7 +19,7 @@ from rightrank.decision.comparison import (
 from rightrank.decision.rule import decide
 from rightrank.decision.seeds import seed_parts, winners_gap
 from rightrank.decision.table import table_of
-from rightrank.report.answer import evidence_table
+from rightrank.report.tables import evidence_table
 from rightrank.schema.trials import TrialFinished
 from tests.decision.tables import bare
 from tests.tiny import UNMEASURED

@@ -12,7 +12,8 @@ from rightrank.decision.comparison import estimate
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import decide
 from rightrank.decision.table import Cell, ScoreTable, table_of
-from rightrank.report.answer import answer_view, evidence_table
+from rightrank.report.answer import answer_view
+from rightrank.report.tables import evidence_table
 from rightrank.schema.decision import Decision
 from rightrank.schema.trials import TrialDiverged, TrialFinished
 from tests.decision.tables import bare, scored

@@ -11,7 +11,8 @@ import pytest
 
 from rightrank import decide
 from rightrank.plugins.judge.judgements import Judgement, clustered_mean, decide_judged
-from rightrank.report.answer import answer_view, evidence_table
+from rightrank.report.answer import answer_view
+from rightrank.report.tables import evidence_table
 from rightrank.schema.errors import ResultsError
 from tests.commands import run
 from tests.tiny import write_jsonl

@@ -11,8 +11,9 @@ import pytest
 from rightrank.decision.comparison import is_within
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable
-from rightrank.report.answer import answer_view, evidence_table
+from rightrank.report.answer import answer_view
 from rightrank.report.figures import margin_steps, rank_at
+from rightrank.report.tables import evidence_table
 from rightrank.schema.decision import Decision, RankEvidence
 from tests.decision.tables import bare, scored
 from tests.decision.worlds import World, drawn, table_in, worlds

@@ -15,10 +15,11 @@ from rightrank.api.selecting import select_rank_with
 from rightrank.decision.run import Records, decide_run, records_of
 from rightrank.hooks import trackers as registry
 from rightrank.hooks.trackers import Trackers, require_trackers
+from rightrank.runs.calls import TrialResult, TrialTask
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import MissingExtraError, SettingsError
 from rightrank.schema.events import DecisionRecorded
-from rightrank.schema.trials import TrialFinished, TrialResult, TrialTask
+from rightrank.schema.trials import TrialFinished
 from tests.commands import run, select_arguments
 from tests.report.runs import journal_of
 

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Mapping
 
-from rightrank.schema.trials import TrialResult, TrialTask
+from rightrank.runs.calls import TrialResult, TrialTask
 
 GENEROUS_SECONDS = 600.0  # as in `tests.watch`
 ITEMS = [random.Random(0).gauss(0, 1) for _ in range(40)]

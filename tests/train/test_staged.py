@@ -10,8 +10,8 @@ import pytest
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.loop import run_trial
+from rightrank.train.runtime import adapter_attached
 from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.tiny import small_settings

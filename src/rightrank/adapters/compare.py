@@ -14,22 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rightrank.adapters.places import BASE, require_side
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.rows import held_out_fields
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
 from rightrank.decision.table import minus, table_of
-from rightrank.models.base_models import are_unnamed, load_base, require_base
-from rightrank.models.places import BASE, CLASSIFIER_FILE, CONFIG_FILE, read_header, require_side
+from rightrank.models.base_models import are_unnamed, load_base
+from rightrank.models.places import CLASSIFIER_FILE, CONFIG_FILE, read_header
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.events import Evaluating
 from rightrank.schema.metrics import default_margin
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.schema.settings import PAIR_MARGIN, SelectSettings
 from rightrank.schema.trials import TrialFinished
-from rightrank.train.adapter_runtime import adapter_attached, report_evaluations
+from rightrank.train.adapter_runtime import report_evaluations, require_base
 from rightrank.train.metrics import measure, require_scorers
-from rightrank.train.runtime import Runtime
+from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.tokens import encode
 from rightrank.train.trial import finished_trial
 

@@ -32,15 +32,10 @@ from rightrank.schema.events import Evaluating, Notice, RunStarted
 from rightrank.schema.results import HeldOut, Resized
 from rightrank.schema.settings import OF_SPLITS, SelectSettings, make_settings
 from rightrank.schema.trials import TrialFinished
-from rightrank.train.adapter_runtime import (
-    DataUse,
-    adapter_attached,
-    adapter_runtime,
-    report_evaluations,
-)
+from rightrank.train.adapter_runtime import DataUse, adapter_runtime, report_evaluations
 from rightrank.train.covariances import Gathered, gather_moments, moment_tokens, unseen_first
 from rightrank.train.evaluation import Scores
-from rightrank.train.runtime import Runtime
+from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.trial import finished_trial
 
 

@@ -23,14 +23,15 @@ from rightrank.adapters.live_scores import Batch, gathered
 from rightrank.data.files import read_json_object, replacing_folder, write_text
 from rightrank.decision.adapter import METHODS, probable_ranks
 from rightrank.models.adapter_files import open_adapter
-from rightrank.models.base_models import base_identity, read_identity
+from rightrank.models.base_models import base_identity
 from rightrank.models.places import BASE_FILE
-from rightrank.report.answer import candidate_table
 from rightrank.report.figure import Axis, Figure, Series
 from rightrank.report.figures import figure_of
 from rightrank.report.html import adapter_page
+from rightrank.report.tables import candidate_table
 from rightrank.schema.decision import AdapterAnswer, HandedOver
 from rightrank.schema.errors import ModelError, first_line
+from rightrank.train.adapter_runtime import read_identity
 from rightrank.train.device import peak_bytes
 from rightrank.train.targets import without_peft_noise
 

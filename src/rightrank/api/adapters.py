@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rightrank.models.places import find_adapter, require_adapter_folder, require_side
+from rightrank.adapters.places import find_adapter, require_side
+from rightrank.models.places import require_adapter_folder
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Evaluating, Notice
 from rightrank.schema.results import AdapterComparison, Inspection, Resized

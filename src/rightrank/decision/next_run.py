@@ -1,10 +1,15 @@
 """The next run that is expected to settle the answer, by a power calculation on the measured parts of the variance.
 
 A run is expected to settle a rank if it shows or refutes it in four of five cases, given the difference seen so far. That
-difference is itself uncertain, so the result is a plan and no guarantee.
+difference is itself uncertain, so the result is a plan and no guarantee. Of a run folder it is a command too.
 """
 
 from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
 
 from rightrank.decision.comparison import (
     MAX_EXAMPLE_GROWTH,
@@ -23,7 +28,9 @@ from rightrank.decision.verdicts import (
     shown_rank,
     underpowered,
 )
-from rightrank.schema.decision import NextRun, Verdict
+from rightrank.schema.decision import Decision, NextRun, Verdict
+from rightrank.schema.events import RunStarted
+from rightrank.schema.settings import MAX_SEED
 
 MIN_SEEDS = 2  # with which the noise over seeds is measured
 CHEAP_EXAMPLE_GROWTH = 24  # scoring up to so many times the examples usually costs less than further trainings
@@ -236,3 +243,44 @@ def _ranks(ranks: list[int]) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     return f"ranks {', '.join(str(rank) for rank in ranks[:-1])} and {ranks[-1]}"
+
+
+def next_commands(
+    started: RunStarted, decision: Decision | None, run: str, margin: float | None = None
+) -> list[str | None]:
+    """For each of the decision's next runs its command, or None if options of `select` can't express it.
+
+    `margin` is one that is not the run's own: part of the command, so that the continued run answers at this margin.
+    """
+    if decision is None:
+        return []
+    if started.data.form == "own":
+        return [None] * len(decision.next_runs)
+    further = [] if margin is None else ["--margin", f"{margin:g}"]
+    return [
+        shlex.join(["rightrank", "select", "--out", run, *options, *further]) if options else None
+        for options in (_further_options(started, wanted) for wanted in decision.next_runs)
+    ]
+
+
+def _further_options(started: RunStarted, wanted: NextRun) -> list[str]:
+    settings: dict[str, Any] = started.settings
+    options: list[str] = []
+    held_out = len(started.evaluation_items) + started.data.not_evaluated  # at most so many examples can be evaluated
+    if wanted.items is not None and len(started.evaluation_items) < wanted.items <= held_out:
+        options += ["--eval-items", str(wanted.items)]
+    ranks, rates, seeds = (settings[name] for name in ("ranks", "learning_rates", "seeds"))
+    if wanted.action == "seeds" and wanted.seeds is not None:
+        further = (seed for seed in range(MAX_SEED) if seed not in seeds)
+        options += _with_added("--seeds", seeds, [*seeds, *islice(further, wanted.seeds - len(seeds))])
+    if wanted.action == "rank":
+        options += _with_added("--ranks", ranks, [*ranks, *wanted.ranks])
+    if wanted.action in ("rank", "rates"):
+        options += _with_added("--learning-rates", rates, [*rates, *wanted.learning_rates])
+    return options
+
+
+def _with_added(option: str, before: Sequence[float], after: Sequence[float]) -> list[str]:
+    """The option with all values; empty where nothing is added."""
+    added = sorted(set(after))
+    return [option, ",".join(f"{value:g}" for value in added)] if set(after) > set(before) else []

@@ -20,8 +20,7 @@ from rightrank.schema.errors import DataError, InputError
 from rightrank.schema.events import GuardAnswer, GuardEvaluated
 from rightrank.schema.metrics import default_margin
 from rightrank.schema.settings import SelectSettings
-from rightrank.train.adapter_runtime import adapter_attached
-from rightrank.train.runtime import Runtime
+from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.tokens import EncodedData, encode
 
 MIN_ROWS = 4

@@ -23,7 +23,7 @@ from rightrank.schema.trials import Arm, split_name
 from rightrank.search.history import MIN_RECOVERY_PART, recovery_steps
 from rightrank.search.protocol import Strategy
 from rightrank.train.metrics import end_metrics
-from rightrank.train.pace import Pace, measure_pace
+from rightrank.train.timing import Pace, measure_pace
 
 
 def preflight(request: Request) -> Preflight:

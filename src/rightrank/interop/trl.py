@@ -23,8 +23,9 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rightrank.decision.table import best_point, should_stop_early
+from rightrank.runs.calls import TrialResult, TrialTask
 from rightrank.schema.errors import ReportError
-from rightrank.schema.trials import EvalPoint, TrialResult, TrialTask
+from rightrank.schema.trials import EvalPoint
 
 RewardFunction: TypeAlias = Callable[..., Sequence[float | None]]
 Rows: TypeAlias = Any  # a `datasets.Dataset`, or a list of rows

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -26,8 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rightrank.data.files import UnreadableError, read_json_object
-from rightrank.models.places import BASE_FILE, CONFIG_FILE, ModelSource, find_model, safe_shards
+from rightrank.models.places import ModelSource, find_model, safe_shards
 from rightrank.schema.errors import (
     LIBRARY_ERRORS,
     DeviceMemoryError,
@@ -393,64 +392,6 @@ def _precision(values: Sequence[float]) -> torch.dtype:
     exact = torch.tensor(values, dtype=torch.float64)
     types = (torch.bfloat16, torch.float16)
     return next((one for one in types if torch.equal(exact.to(one).double(), exact)), torch.float32)
-
-
-def require_base(adapter: Path, base: LoadedModel, ignore_name: bool = False) -> None:
-    """Refuse a base that the adapter was not trained on: the one check of every command that puts an adapter on a base.
-
-    `base.json` beside the adapter decides where it is; else the name alone, by its last part. A single file of kohya names no
-    base.
-
-    Args:
-        ignore_name: look at `base.json` alone.
-
-    Raises:
-        ModelError: another base, or a damaged `base.json`.
-    """
-    stored, named = adapter / BASE_FILE, _name_in(adapter / CONFIG_FILE, "base_model_name_or_path")
-    if stored.is_file():
-        known = read_identity(stored)
-        if (difference := known.difference(base.identity)) is not None:
-            raise ModelError(
-                f"{adapter}: it was trained on another base, {known.name}, than {base.name} ({difference}); give the base that it "
-                "was trained on"
-            )
-        return
-    saved = _name_in(Path(base.name) / "config.json", "_name_or_path")
-    names = [_last_part(name) for name in (base.name, saved or base.name)]
-    if not ignore_name and named is not None and _last_part(named) not in names:
-        raise ModelError(
-            f"{adapter}: it was trained on {named!r}, not on {base.name!r}; give that base, or if they are the same model, write the "
-            f"new name into its {CONFIG_FILE} (base_model_name_or_path)"
-        )
-
-
-def read_identity(file: Path) -> BaseIdentity:
-    """The `base.json` beside an adapter.
-
-    Raises:
-        ModelError: damaged.
-    """
-    try:
-        return BaseIdentity.model_validate(read_json_object(file))
-    except (UnreadableError, ValidationError) as error:
-        raise ModelError(
-            f"{file}: does not identify a base ({first_line(error)}); copy the adapter again, or remove the file"
-        ) from None
-
-
-def _name_in(file: Path, key: str) -> str | None:
-    """The text under `key` of a configuration; None where there is none."""
-    try:
-        found = read_json_object(file).get(key)
-    except UnreadableError:
-        return None
-    return found if isinstance(found, str) and found else None
-
-
-def _last_part(name: str) -> str:
-    """Of a path or a hub name: whoever holds a copy."""
-    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def _file_fingerprint(source: ModelSource) -> str | None:

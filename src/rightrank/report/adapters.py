@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 from statistics import median
 
-from rightrank.report.answer import candidate_table, labelled
+from rightrank.report.answer import labelled
 from rightrank.report.figure import Axis, Figure, Series, axis_from_zero, log_ticks
 from rightrank.report.format import table_lines
+from rightrank.report.tables import candidate_table
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import Allocation, Inspection, ModuleSpectrum, Resized
 

@@ -9,33 +9,14 @@ from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 
-from rightrank.decision.comparison import is_within
-from rightrank.decision.sentences import chance
-from rightrank.report.format import coverage, metric_unit, quantity, visible
+from rightrank.report.format import quantity, visible
 from rightrank.schema.decision import (
     AdapterAnswer,
-    AdapterCandidate,
     Decision,
     HandedOver,
     MetricAnswer,
-    RankEvidence,
 )
 
-FLAGS = {
-    "underpowered": "the data cannot show this",
-    "rising": "the largest rank tried is the best by more than the margin",
-    "lr_edge": "the best learning rate is the smallest or largest tried",
-    "unstable": "some trainings ended without a result",
-    "collapsed": "some trainings fell far below their own best: their learning rate is too high",
-    "one_seed": "a rank that the answer rests on has one seed: the answer is an indication",
-    "unequal_length": "trainings of unequal length are compared",
-    "winner_gap": "the best of several learning rates is optimistic by more than half the margin",
-    "metric_conflict": "another metric of the same trainings contradicts the answer for a rank",
-    "may_be_capacity_limited": "the differences between ranks were still growing when training ended",
-    "checkpoint_matters": "at the other checkpoint of each training, the best or the last, the values pick another rank",
-    "extrapolated": "the answer is for a longer training than was measured",
-}
-ENOUGH = {True: "yes", False: "no", None: "inconclusive"}  # by `RankEvidence.non_inferior`
 NO_ANSWERS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -158,99 +139,6 @@ def _metric_text(other: MetricAnswer) -> str:
         return other.sentence
     answer = f"rank {other.rank}" if other.rank else other.verdict.replace("_", " ")
     return f"{other.metric}: {answer}, at a margin of {brief(other.margin)}"
-
-
-def candidate_table(answer: AdapterAnswer, metric: str) -> list[list[str]]:
-    """The candidates as text, a heading first: rank, how, value, difference from the reference, its bound, whether it holds."""
-    heading = ["rank", "how", metric, "worse by", "95% bound", "holds"]
-    return [heading, *(_candidate_row(one, answer) for one in answer.candidates)]
-
-
-def _candidate_row(one: AdapterCandidate, answer: AdapterAnswer) -> list[str]:
-    is_reference = one.trial_id == answer.reference_id
-    bound = "–" if one.difference_high is None else f"{one.difference_high:+.4f}"
-    return [
-        str(one.rank),
-        one.how,
-        f"{one.value:.4f}",
-        "reference" if is_reference else f"{one.difference:+.4f}",
-        "" if is_reference else bound,
-        ENOUGH[one.holds],
-    ]
-
-
-def evidence_table(decision: Decision) -> list[list[str]]:
-    """The evidence, a row a rank and a heading first."""
-    with_learning_rate = any(evidence.learning_rate for evidence in decision.ranks)
-    interval, bounds = coverage(decision, "interval"), coverage(decision, "bounds")
-    heading = ["rank", decision.metric, interval, "worse by", bounds, "enough"]
-    heading += ["likely"] * _has_probabilities(decision)
-    heading += ["learning rate"] * with_learning_rate + ["seeds"]
-    return [heading, *(_evidence_row(evidence, decision, with_learning_rate) for evidence in decision.ranks)]
-
-
-def _has_probabilities(decision: Decision) -> bool:
-    return any(evidence.probability is not None for evidence in decision.ranks)
-
-
-def _evidence_row(evidence: RankEvidence, decision: Decision, with_learning_rate: bool) -> list[str]:
-    is_reference = evidence.rank == decision.reference_rank
-    low, high = evidence.difference_low, evidence.difference_high
-    row = [
-        str(evidence.rank) if evidence.rank else "base",
-        f"{evidence.value:.5g}",
-        f"{evidence.low:.5g} to {evidence.high:.5g}" if evidence.low < evidence.high else "unknown",
-        _reference_word(decision) if is_reference else brief(evidence.difference),
-        "" if low is None or is_reference else f"{brief(low)} to {brief(high)}",
-        _enough(evidence, decision),
-        *["" if evidence.probability is None else chance(evidence.probability)] * _has_probabilities(decision),
-    ]
-    rate = f"{evidence.learning_rate:.2g}" if evidence.learning_rate else ""
-    return [*row, *[rate] * with_learning_rate, str(evidence.seeds)]
-
-
-def _reference_word(decision: Decision) -> str:
-    """The reference is the rank that came out best, but where judgements compare all ranks with a given one."""
-    return "best" if decision.best_so_far in (None, decision.reference_rank) else "reference"
-
-
-def _enough(evidence: RankEvidence, decision: Decision) -> str:
-    """`yes`, `no` or `inconclusive`; of one number a rank, which shows nothing, what the values suggest.
-
-    A rank below one that failed, or beside a higher one that may be better, is inconclusive, whatever its own bound.
-    """
-    is_reading = decision.basis in ("std", "values")
-    nothing_shown = decision.rank is None and decision.fallback_rank is None
-    if evidence.rank == decision.reference_rank and (is_reading or nothing_shown):
-        word = _reference_word(decision)
-        return "best so far" if word == "best" else word
-    answer = decision.rank if decision.rank is not None else decision.fallback_rank
-    if evidence.non_inferior and not is_reading and evidence.rank > 0 and (answer is None or evidence.rank < answer):
-        return ENOUGH[None]
-    if not is_reading or evidence.non_inferior is False:
-        return ENOUGH[evidence.non_inferior]
-    return "perhaps" if is_within(evidence.difference or 0.0, decision.margin) else "unlikely"
-
-
-def certainty_rows(decision: Decision) -> list[tuple[str, str]]:
-    """What the answer rests on, as labelled sentences: checkpoint, basis, optimism, flags."""
-    optimism = (
-        f"The best of several learning rates looks up to {decision.winner_gap:.2g} {metric_unit(decision.metric)} better than "
-        "it is; the comparison corrects for that."
-    )
-    compared = ""
-    if (found := decision.checkpoint) is not None:
-        picks = f". By values alone, the last evaluations pick rank {found.last}, the best ones rank {found.best}."
-        picks = "; by values alone, its last and its best pick the same rank." if found.last == found.best else picks
-        compared = f"Each training counts at its {found.used} evaluation{picks}"
-    rows = [
-        ("checkpoint", compared),
-        ("basis", decision.basis_note or ""),
-        ("likely", decision.probability_note if "one_seed" in decision.flags else ""),
-        ("optimism", optimism if decision.winner_gap else ""),
-        *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
-    ]
-    return [row for row in rows if row[1]]
 
 
 def brief(value: float | None) -> str:

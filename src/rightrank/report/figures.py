@@ -8,7 +8,6 @@ from math import log2
 from statistics import fmean
 
 from rightrank.decision.run import Records, compared
-from rightrank.report.answer import ENOUGH
 from rightrank.report.figure import (
     Axis,
     Band,
@@ -23,6 +22,7 @@ from rightrank.report.figure import (
     rank_axis,
 )
 from rightrank.report.format import amount, coverage, metric_unit
+from rightrank.report.tables import ENOUGH
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, RankEvidence
 from rightrank.schema.trials import TrialFinished
 

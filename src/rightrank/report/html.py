@@ -24,12 +24,13 @@ from rightrank.decision.adapter import making_of
 from rightrank.decision.run import Records, document
 from rightrank.models.places import CLASSIFIER_FILE
 from rightrank.models.ranks import peft_scaling
-from rightrank.report.answer import answer_view, candidate_table, certainty_rows, evidence_table
+from rightrank.report.answer import answer_view
 from rightrank.report.figure import Figure, parts_of
 from rightrank.report.figures import figures_of, margin_range, margin_steps, rank_at
 from rightrank.report.format import metric_unit, quantity, size, visible
 from rightrank.report.status import cost_of, end_text
 from rightrank.report.svg import inline_svg, swatch
+from rightrank.report.tables import candidate_table, certainty_rows, evidence_table
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.decision import Decision, HandedOver, TrainingRankEstimate
 from rightrank.schema.events import RunStarted, TestEvaluated

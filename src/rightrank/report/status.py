@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 
 from pydantic import Field
 
+from rightrank.decision.next_run import next_commands
 from rightrank.decision.run import Records, decision_so_far, document, last_decided, running_trial, trainings
 from rightrank.report.answer import answer_view, labelled
 from rightrank.report.format import duration, quantity
 from rightrank.report.terminal import terminal_curve
-from rightrank.schema.command import next_commands
 from rightrank.schema.events import JournalRecord
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import (

@@ -7,8 +7,9 @@ from itertools import pairwise
 from math import log2
 from typing import TYPE_CHECKING, TypeAlias
 
-from rightrank.report.answer import answer_view, brief, certainty_rows, evidence_table, labelled
+from rightrank.report.answer import answer_view, brief, labelled
 from rightrank.report.format import duration, size, table_lines, visible
+from rightrank.report.tables import certainty_rows, evidence_table
 from rightrank.schema.decision import Decision
 
 if TYPE_CHECKING:

@@ -1,16 +1,17 @@
-"""How a user's function is called, here or in a process of its own, and the check of what it returns."""
+"""What a user's function receives and may return, how it is called, here or in a process of its own, and the check of its result."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
 from rightrank.schema.errors import (
     NotFiniteError,
@@ -18,11 +19,77 @@ from rightrank.schema.errors import (
     SettingsError,
     quoted,
 )
-from rightrank.schema.trials import (
-    EvalPoint,
-    TrialResult,
-    TrialTask,
-)
+from rightrank.schema.trials import EvalPoint, Record, Whole
+
+
+class TrialTask(Record):
+    """What a custom trainer receives: one training to run, or for rank 0 the evaluation of the base."""
+
+    trial_id: str
+    rank: Whole
+    learning_rate: float
+    lora_alpha: float
+    seed: Whole
+    steps: Whole  # 0: the trainer's own number
+    folder: Path  # exists; an adapter saved here is the result if the trial is chosen
+    collapse_drop: float | None = None  # a fall of the held-out value by more than this is a collapse; None: not judged
+
+    _receive: Callable[[EvalPoint], None] | None = PrivateAttr(default=None)
+
+    def report(self, step: int, value: float, item_scores: Sequence[float] | None = None) -> None:
+        """Report the held-out value after `step` optimizer steps. It is in the journal at once.
+
+        Args:
+            step: optimizer steps so far; 0 is the untrained adapter. A step that is reported again replaces the earlier
+                report and all later ones.
+            value: the metric that decides, on validation examples.
+            item_scores: that metric for each validation example, the same examples at every look of every trial.
+
+        Raises:
+            NotFiniteError: a value or a score is NaN or infinite. A function that lets it pass has diverged.
+            ReportError: a step, a value or scores that are no numbers.
+        """
+        step, value = int(_reported(step, "the step")), _reported(value, "the value")
+        if item_scores is not None and (isinstance(item_scores, str | dict) or not hasattr(item_scores, "__iter__")):
+            raise ReportError(
+                f"reported item_scores {quoted(item_scores)}; report one number for each example, or None"
+            )
+        scores = None if item_scores is None else [_reported(score, "a score") for score in item_scores]
+        bad = next((score for score in (float(value), *(scores or ())) if not math.isfinite(score)), None)
+        if bad is not None:
+            raise NotFiniteError(f"step {step}: reported {bad}; report finite numbers")
+        if self._receive is not None:
+            self._receive(EvalPoint(step=step, value=float(value), item_scores=scores))
+
+    def reporting_to(self, receive: Callable[[EvalPoint], None] | None) -> TrialTask:
+        """A copy of the task whose `report` calls `receive`; None for a task that can be sent to another process."""
+        task = self.model_copy()
+        task._receive = receive
+        return task
+
+
+def _reported(value: Any, what: str) -> float:
+    if isinstance(value, str | bool) or not hasattr(value, "__float__"):
+        raise ReportError(f"reported {what} as {type(value).__name__} {quoted(value)}; report a number")
+    return float(value)
+
+
+class TrialResult(Record):
+    """What a custom trainer may return instead of a mapping of metrics. NaN counts as diverged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+    metrics: dict[str, float]  # held-out; includes the deciding metric
+    item_scores: list[float] | None = None  # that metric for each held-out example; the same examples in every trial
+    item_weights: list[float] | None = None  # such as tokens per example; None: equal weights
+    train_value: float | None = None  # the metric on training data at the end
+    points: list[EvalPoint] = Field(default_factory=list)  # held-out values during the training
+    trainable_parameters: Whole = 0
+    train_tokens: Whole = 0
+    train_seconds: float | None = None  # None: the duration of the call
+    eval_seconds: float = 0.0
+    peak_bytes: Whole = 0
+
 
 TrainFunction: TypeAlias = Callable[[TrialTask], Mapping[str, float] | TrialResult]
 EvaluateFunction: TypeAlias = Callable[[Path, TrialTask], Mapping[str, float] | TrialResult]

@@ -15,21 +15,20 @@ from tempfile import TemporaryDirectory
 from rightrank.data.files import UnreadableError, read_json_object, replacing_folder
 from rightrank.decision.adapter import Criterion, adapter_answer, improved_by_training, test_difference, trained_answer
 from rightrank.decision.comparison import is_within
+from rightrank.decision.next_run import next_commands
 from rightrank.decision.run import Records, best_trial, checkpoint_of, compared, question_of, trainings
 from rightrank.decision.table import best_point
 from rightrank.models.places import BASE_FILE
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import FailingAs, Run
 from rightrank.runs.values import Answer, Selected, answers
-from rightrank.schema.command import next_commands
 from rightrank.schema.decision import AdapterAnswer, CheckpointNote, Decision, HandedOver
 from rightrank.schema.errors import AllTrialsFailedError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded, GuardAnswer, Listener, TestEvaluated
 from rightrank.schema.trials import Trial, TrialFinished
-from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.loop import run_trial
 from rightrank.train.metrics import measure
-from rightrank.train.runtime import Runtime
+from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.trial import TrialFolders
 
 CONFIG = "adapter_config.json"

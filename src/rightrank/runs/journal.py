@@ -6,7 +6,7 @@ adapters and checkpoints. Its guarantees:
 - One process writes, under the lock of the run folder. Others may read at any time (`read_settled`).
 - `append` returns when the record is on the disk. A record that can't be written completely leaves no trace.
 - A record is never changed. A later record about the same trial overrides an earlier one.
-- Each line ends in its length and CRC-32 (`io.journal_lines`), so that damage is found.
+- Each line ends in its length and CRC-32, so that damage is found.
 - An incomplete last line, left by a killed process, is moved to `journal.jsonl.torn-N` with a notice. Any other damage
   is an error; `repair` keeps the undamaged records.
 

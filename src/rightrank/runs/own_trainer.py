@@ -24,6 +24,8 @@ from rightrank.runs.calls import (
     TrainerDivergedError,
     TrainerError,
     TrainFunction,
+    TrialResult,
+    TrialTask,
     WrongResultError,
     call_in_process,
     call_inline,
@@ -52,9 +54,7 @@ from rightrank.schema.trials import (
     TrialFinished,
     TrialLook,
     TrialOutcome,
-    TrialResult,
     TrialStarted,
-    TrialTask,
     content_hash,
 )
 from rightrank.search import make_strategy, strategy_in

@@ -13,7 +13,7 @@ from rightrank.decision.run import decide_run
 from rightrank.models.base_models import LoadedModel
 from rightrank.report.format import size
 from rightrank.runs.finish import answer_early, finish, rescore
-from rightrank.runs.folder import RunFolder, run_store
+from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Executor, FailingAs, Hook, Hooks, Run
 from rightrank.runs.plugins import merged
 from rightrank.runs.prepare import prepare, resuming, strategy_of
@@ -52,8 +52,6 @@ def open_run(request: Request, folder: RunFolder, hooks: Hooks, loaded: LoadedMo
     journal = folder.journal.read(hooks.notice)
     resumed, notes = resuming(request, journal), list[str]()
     prepared = prepare(resumed, folder.cache, notes.append, loaded)
-    if request.settings.store:
-        folder.store = run_store(request.settings.store, prepared.started.fingerprint)
     return Run(
         folder,
         hooks,

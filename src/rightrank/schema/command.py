@@ -1,17 +1,14 @@
-"""Settings as the arguments of `rightrank select`: the command that repeats a run, and those that continue it."""
+"""Settings as the arguments of `rightrank select`: the command that repeats a run."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from decimal import Decimal
-from itertools import islice
 from typing import Any
 
-from rightrank.schema.decision import Decision, NextRun
-from rightrank.schema.events import RunStarted
-from rightrank.schema.settings import MAX_SEED, SelectSettings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.table import Setting
 
 
@@ -63,44 +60,3 @@ def _text(value: Any) -> str:
         return str(value)
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
-
-
-def next_commands(
-    started: RunStarted, decision: Decision | None, run: str, margin: float | None = None
-) -> list[str | None]:
-    """For each of the decision's next runs its command, or None if options of `select` can't express it.
-
-    `margin` is one that is not the run's own: part of the command, so that the continued run answers at this margin.
-    """
-    if decision is None:
-        return []
-    if started.data.form == "own":
-        return [None] * len(decision.next_runs)
-    further = [] if margin is None else ["--margin", f"{margin:g}"]
-    return [
-        shlex.join(["rightrank", "select", "--out", run, *options, *further]) if options else None
-        for options in (_further_options(started, wanted) for wanted in decision.next_runs)
-    ]
-
-
-def _further_options(started: RunStarted, wanted: NextRun) -> list[str]:
-    settings: dict[str, Any] = started.settings
-    options: list[str] = []
-    held_out = len(started.evaluation_items) + started.data.not_evaluated  # at most so many examples can be evaluated
-    if wanted.items is not None and len(started.evaluation_items) < wanted.items <= held_out:
-        options += ["--eval-items", str(wanted.items)]
-    ranks, rates, seeds = (settings[name] for name in ("ranks", "learning_rates", "seeds"))
-    if wanted.action == "seeds" and wanted.seeds is not None:
-        further = (seed for seed in range(MAX_SEED) if seed not in seeds)
-        options += _with_added("--seeds", seeds, [*seeds, *islice(further, wanted.seeds - len(seeds))])
-    if wanted.action == "rank":
-        options += _with_added("--ranks", ranks, [*ranks, *wanted.ranks])
-    if wanted.action in ("rank", "rates"):
-        options += _with_added("--learning-rates", rates, [*rates, *wanted.learning_rates])
-    return options
-
-
-def _with_added(option: str, before: Sequence[float], after: Sequence[float]) -> list[str]:
-    """The option with all values; empty where nothing is added."""
-    added = sorted(set(after))
-    return [option, ",".join(f"{value:g}" for value in added)] if set(after) > set(before) else []

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from rightrank.schema.errors import MAX_WHOLE, NotFiniteError, ReportError, quoted, without_secrets
+from rightrank.schema.errors import MAX_WHOLE, without_secrets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -248,72 +245,3 @@ class TrialFailed(ArmFields):
 
 TrialOutcome: TypeAlias = TrialFinished | TrialCollapsed | TrialDiverged | TrialFailed
 OUTCOMES = (TrialFinished, TrialCollapsed, TrialDiverged, TrialFailed)
-
-
-class TrialTask(Record):
-    """What a custom trainer receives: one training to run, or for rank 0 the evaluation of the base."""
-
-    trial_id: str
-    rank: Whole
-    learning_rate: float
-    lora_alpha: float
-    seed: Whole
-    steps: Whole  # 0: the trainer's own number
-    folder: Path  # exists; an adapter saved here is the result if the trial is chosen
-    collapse_drop: float | None = None  # a fall of the held-out value by more than this is a collapse; None: not judged
-
-    _receive: Callable[[EvalPoint], None] | None = PrivateAttr(default=None)
-
-    def report(self, step: int, value: float, item_scores: Sequence[float] | None = None) -> None:
-        """Report the held-out value after `step` optimizer steps. It is in the journal at once.
-
-        Args:
-            step: optimizer steps so far; 0 is the untrained adapter. A step that is reported again replaces the earlier
-                report and all later ones.
-            value: the metric that decides, on validation examples.
-            item_scores: that metric for each validation example, the same examples at every look of every trial.
-
-        Raises:
-            NotFiniteError: a value or a score is NaN or infinite. A function that lets it pass has diverged.
-            ReportError: a step, a value or scores that are no numbers.
-        """
-        step, value = int(_reported(step, "the step")), _reported(value, "the value")
-        if item_scores is not None and (isinstance(item_scores, str | dict) or not hasattr(item_scores, "__iter__")):
-            raise ReportError(
-                f"reported item_scores {quoted(item_scores)}; report one number for each example, or None"
-            )
-        scores = None if item_scores is None else [_reported(score, "a score") for score in item_scores]
-        bad = next((score for score in (float(value), *(scores or ())) if not math.isfinite(score)), None)
-        if bad is not None:
-            raise NotFiniteError(f"step {step}: reported {bad}; report finite numbers")
-        if self._receive is not None:
-            self._receive(EvalPoint(step=step, value=float(value), item_scores=scores))
-
-    def reporting_to(self, receive: Callable[[EvalPoint], None] | None) -> TrialTask:
-        """A copy of the task whose `report` calls `receive`; None for a task that can be sent to another process."""
-        task = self.model_copy()
-        task._receive = receive
-        return task
-
-
-def _reported(value: Any, what: str) -> float:
-    if isinstance(value, str | bool) or not hasattr(value, "__float__"):
-        raise ReportError(f"reported {what} as {type(value).__name__} {quoted(value)}; report a number")
-    return float(value)
-
-
-class TrialResult(Record):
-    """What a custom trainer may return instead of a mapping of metrics. NaN counts as diverged."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
-
-    metrics: dict[str, float]  # held-out; includes the deciding metric
-    item_scores: list[float] | None = None  # that metric for each held-out example; the same examples in every trial
-    item_weights: list[float] | None = None  # such as tokens per example; None: equal weights
-    train_value: float | None = None  # the metric on training data at the end
-    points: list[EvalPoint] = Field(default_factory=list)  # held-out values during the training
-    trainable_parameters: Whole = 0
-    train_tokens: Whole = 0
-    train_seconds: float | None = None  # None: the duration of the call
-    eval_seconds: float = 0.0
-    peak_bytes: Whole = 0

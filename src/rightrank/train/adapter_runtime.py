@@ -1,27 +1,23 @@
-"""The runtime of an existing adapter: its base, the data, and the adapter attached by PEFT."""
+"""The runtime of an existing adapter: its base, which must be the one that it was trained on, and the data."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from peft import PeftModel
+from pydantic import ValidationError
 
-from rightrank.data.files import read_json_object
+from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.models.adapter_files import AdapterFolder, peft_folder
-from rightrank.models.base_models import LoadedModel, load_base, require_base
-from rightrank.models.places import CONFIG_FILE, require_model
+from rightrank.models.adapter_files import AdapterFolder
+from rightrank.models.base_models import BaseIdentity, LoadedModel, load_base
+from rightrank.models.places import BASE_FILE, CONFIG_FILE, require_model
 from rightrank.schema.errors import ModelError, SettingsError, first_line
 from rightrank.schema.events import Evaluating
 from rightrank.schema.settings import SelectSettings
-from rightrank.train.adapter import unwrapped
 from rightrank.train.runtime import Runtime
-from rightrank.train.targets import without_peft_noise
 from rightrank.train.tokens import encode
 
 
@@ -104,36 +100,59 @@ def report_evaluations(runtime: Runtime, what: str, report: Callable[[Evaluating
     runtime.on_evaluated = on_evaluated
 
 
-@contextmanager
-def adapter_attached(runtime: Runtime, folder: Path) -> Iterator[Any]:
-    """The PeftModel of an adapter folder around the runtime's base, which is restored when the block ends.
+def require_base(adapter: Path, base: LoadedModel, ignore_name: bool = False) -> None:
+    """Refuse a base that the adapter was not trained on: the one check of every command that puts an adapter on a base.
+
+    `base.json` beside the adapter decides where it is; else the name alone, by its last part. A single file of kohya names no
+    base.
+
+    Args:
+        ignore_name: look at `base.json` alone.
 
     Raises:
-        ModelError: PEFT cannot attach this adapter to this base, or the adapter is of another task than the data.
+        ModelError: another base, or a damaged `base.json`.
     """
-    _require_task(runtime, folder)
-    try:
-        with without_peft_noise(), peft_folder(folder) as place:
-            peft_model: Any = PeftModel.from_pretrained(runtime.model, str(place))
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    stored, named = adapter / BASE_FILE, _name_in(adapter / CONFIG_FILE, "base_model_name_or_path")
+    if stored.is_file():
+        known = read_identity(stored)
+        if (difference := known.difference(base.identity)) is not None:
+            raise ModelError(
+                f"{adapter}: it was trained on another base, {known.name}, than {base.name} ({difference}); give the base that it "
+                "was trained on"
+            )
+        return
+    saved = _name_in(Path(base.name) / "config.json", "_name_or_path")
+    names = [_last_part(name) for name in (base.name, saved or base.name)]
+    if not ignore_name and named is not None and _last_part(named) not in names:
         raise ModelError(
-            f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({first_line(error)}); give the base that it was trained on"
-        ) from None
-    peft_model.train(False)
-    try:
-        yield peft_model
-    finally:
-        unwrapped(peft_model)
-
-
-def _require_task(runtime: Runtime, folder: Path) -> None:
-    """Refuse an adapter of a language model for a classifier, and the reverse: PEFT fails on them in its own way."""
-    file = folder / CONFIG_FILE
-    task = read_json_object(file).get("task_type") if file.is_file() else None
-    if task == "CAUSAL_LM" and runtime.data.is_classification:
-        raise ModelError(
-            f"{folder}: an adapter of a language model (task_type {task}), and the data have `text` and `label`, which need a "
-            "classifier; give data with `prompt` and `completion`, or with `text` alone"
+            f"{adapter}: it was trained on {named!r}, not on {base.name!r}; give that base, or if they are the same model, write the "
+            f"new name into its {CONFIG_FILE} (base_model_name_or_path)"
         )
-    if task == "SEQ_CLS" and not runtime.data.is_classification:
-        raise ModelError(f"{folder}: an adapter of a classifier (task_type {task}); give data with `text` and `label`")
+
+
+def read_identity(file: Path) -> BaseIdentity:
+    """The `base.json` beside an adapter.
+
+    Raises:
+        ModelError: damaged.
+    """
+    try:
+        return BaseIdentity.model_validate(read_json_object(file))
+    except (UnreadableError, ValidationError) as error:
+        raise ModelError(
+            f"{file}: does not identify a base ({first_line(error)}); copy the adapter again, or remove the file"
+        ) from None
+
+
+def _name_in(file: Path, key: str) -> str | None:
+    """The text under `key` of a configuration; None where there is none."""
+    try:
+        found = read_json_object(file).get(key)
+    except UnreadableError:
+        return None
+    return found if isinstance(found, str) and found else None
+
+
+def _last_part(name: str) -> str:
+    """Of a path or a hub name: whoever holds a copy."""
+    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()

@@ -23,8 +23,7 @@ from rightrank.models.truncation import Moments, save_moments
 from rightrank.schema.errors import first_line, is_out_of_memory
 from rightrank.schema.trials import Arm
 from rightrank.train.adapter import ADAPTER, lora_modules
-from rightrank.train.adapter_runtime import adapter_attached
-from rightrank.train.runtime import Runtime
+from rightrank.train.runtime import Runtime, adapter_attached
 
 MOMENT_TOKENS = 4096  # see benchmarks/truncation
 MAX_SHARE = 0.1  # of the tokens of a training

@@ -9,17 +9,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 
+from rightrank.data.files import read_json_object
 from rightrank.data.token_store import EncodedExample
+from rightrank.models.adapter_files import peft_folder
 from rightrank.models.base_models import LoadedModel
 from rightrank.models.kinds.base import Routing
-from rightrank.schema.errors import InterruptedRun, ModelError
+from rightrank.models.places import CONFIG_FILE
+from rightrank.schema.errors import InterruptedRun, ModelError, first_line
 from rightrank.schema.events import Evaluating
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
+from rightrank.train.adapter import unwrapped
 from rightrank.train.batches import (
     Batch,
     batch_plan,
@@ -43,7 +48,7 @@ from rightrank.train.loss import (
 )
 from rightrank.train.multi_lora import ArmBatch, MultiLora, concatenated
 from rightrank.train.prefix import FrozenPrefix, frozen_blocks
-from rightrank.train.targets import Targets, find_targets, lora_config
+from rightrank.train.targets import Targets, find_targets, lora_config, without_peft_noise
 from rightrank.train.tokens import EncodedData
 
 FURTHER_SHARE = 0.1  # of a training's steps: the examples that follow it, for moments and recovery after a truncation
@@ -281,3 +286,38 @@ def visible_label(name: str) -> ModelError:
         f"{name}: it sees the tokens that follow, so a label is visible where it is predicted, as in BERT; "
         "give a causal model, or `text` and `label` to train a classifier"
     )
+
+
+@contextmanager
+def adapter_attached(runtime: Runtime, folder: Path) -> Iterator[Any]:
+    """The PeftModel of an adapter folder around the runtime's base, which is restored when the block ends.
+
+    Raises:
+        ModelError: PEFT cannot attach this adapter to this base, or the adapter is of another task than the data.
+    """
+    _require_task(runtime, folder)
+    try:
+        with without_peft_noise(), peft_folder(folder) as place:
+            peft_model: Any = PeftModel.from_pretrained(runtime.model, str(place))
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({first_line(error)}); give the base that it was trained on"
+        ) from None
+    peft_model.train(False)
+    try:
+        yield peft_model
+    finally:
+        unwrapped(peft_model)
+
+
+def _require_task(runtime: Runtime, folder: Path) -> None:
+    """Refuse an adapter of a language model for a classifier, and the reverse: PEFT fails on them in its own way."""
+    file = folder / CONFIG_FILE
+    task = read_json_object(file).get("task_type") if file.is_file() else None
+    if task == "CAUSAL_LM" and runtime.data.is_classification:
+        raise ModelError(
+            f"{folder}: an adapter of a language model (task_type {task}), and the data have `text` and `label`, which need a "
+            "classifier; give data with `prompt` and `completion`, or with `text` alone"
+        )
+    if task == "SEQ_CLS" and not runtime.data.is_classification:
+        raise ModelError(f"{folder}: an adapter of a classifier (task_type {task}); give data with `text` and `label`")

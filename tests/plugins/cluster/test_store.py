@@ -12,8 +12,9 @@ import pytest
 
 from rightrank import select_rank
 from rightrank.plugins import cluster
+from rightrank.plugins.cluster.store import Store, run_store
 from rightrank.plugins.cluster.worker import Setup, Stop, Task, Worker, WorkerLost, WorkerMessage
-from rightrank.runs.folder import RunFolder, Store, run_store
+from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import MissingExtraError, RunError, SettingsError
 from rightrank.schema.settings import make_settings
 from tests.plugins.cluster.runs import decision_of, values_of
@@ -138,7 +139,7 @@ def test_a_store_that_fails_for_a_while_is_waited_for(
 ) -> None:
     (tmp_path / "file").write_text("first")
     waited: list[float] = []
-    monkeypatch.setattr("rightrank.runs.folder.time.sleep", waited.append)
+    monkeypatch.setattr("rightrank.plugins.cluster.store.time.sleep", waited.append)
     for patience, error in ((0.0, OSError("503")), (60.0, PermissionError("403"))):
         store = Store(share, patience)
         monkeypatch.setattr(store._files, "put_file", raising([error]))
@@ -146,7 +147,7 @@ def test_a_store_that_fails_for_a_while_is_waited_for(
             store.put(tmp_path / "file", "a")
         assert not waited
     monkeypatch.undo()
-    monkeypatch.setattr("rightrank.runs.folder.time.sleep", waited.append)
+    monkeypatch.setattr("rightrank.plugins.cluster.store.time.sleep", waited.append)
     store = Store(share, 60.0)
     monkeypatch.setattr(store._files, "put_file", raising([OSError("503")] * 3, store._files.put_file))
     store.put(tmp_path / "file", "a")

@@ -31,10 +31,10 @@ from rightrank.schema.events import Listener
 from rightrank.schema.results import Allocation, AllocationTrial, AllocationVerdict
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.adapter_runtime import DataUse, adapter_attached, adapter_runtime
+from rightrank.train.adapter_runtime import DataUse, adapter_runtime
 from rightrank.train.evaluation import Scores
 from rightrank.train.loop import run_trial
-from rightrank.train.runtime import Runtime
+from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.trial import TrialFolders
 
 CONFIDENCE = 0.975  # of each bound: a two-sided 95% interval

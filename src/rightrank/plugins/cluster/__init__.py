@@ -6,7 +6,7 @@ workers are lost, hang or don't fit. Adapters and checkpoints go through a share
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +29,11 @@ MAX_TASK_TRIALS = 16  # the worker measures how many of them to train in one pas
 
 class Cluster(Plugin):
     name = "cluster"
+
+    def hooks(self) -> Sequence[Any]:
+        from rightrank.plugins.cluster.store import StoreOfRun
+
+        return [StoreOfRun()]
 
     def executors(self) -> Mapping[str, Callable[..., AbstractContextManager[Any]]]:
         return {"processes": worker_executor, "ray": worker_executor}
@@ -95,7 +100,7 @@ def _offloaded_base(runtime: Runtime) -> Iterator[None]:
 
 def _require_store(address: str) -> None:
     """Write a file to the store and remove it again: a store that refuses ends the run before it starts."""
-    from rightrank.runs.folder import Store
+    from rightrank.plugins.cluster.store import Store
 
     store = Store(address)
     with NamedTemporaryFile(prefix="reachable-") as file:

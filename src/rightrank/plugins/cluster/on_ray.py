@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Send, Setup, Stop, Task, Worker, WorkerLost, WorkerMessage
-from rightrank.runs.calls import NO_RESULT, Call, TrainerError, TrainFunction, call_inline
+from rightrank.runs.calls import NO_RESULT, Call, TrainerError, TrainFunction, TrialTask, call_inline
 from rightrank.runs.hook import described
 from rightrank.schema.errors import InputError, MissingExtraError, RunError
-from rightrank.schema.trials import TrialTask
 
 CONNECT_SECONDS = 10.0
 HEAD_SECONDS = 10.0  # between looks at the cluster's head

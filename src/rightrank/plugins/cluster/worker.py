@@ -31,7 +31,8 @@ from rightrank.schema.trials import Record, Trial, TrialFailed, TrialOutcome, Tr
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.runs.folder import RunFolder, Store
+    from rightrank.plugins.cluster.store import Store
+    from rightrank.runs.folder import RunFolder
     from rightrank.runs.values import Prepared
 
 STEP_SECONDS = 0.5  # between two `Step` messages, at least
@@ -202,7 +203,8 @@ class Worker:
 
     def make_executor(self, setup: Setup) -> Executor:
         """The executor of this process, at the first task."""
-        from rightrank.runs.folder import RunFolder, run_store
+        from rightrank.plugins.cluster.store import run_store
+        from rightrank.runs.folder import RunFolder
         from rightrank.runs.run import LocalExecutor
 
         prepared = _prepared(setup, self._scratch / "cache")

@@ -18,7 +18,7 @@ from rightrank.adapters.held_out import Candidates, TruncationCurve, scored_data
 from rightrank.adapters.resize import require_plain_update
 from rightrank.data.files import creating, replacing_folder, require_absent
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_adapter
-from rightrank.models.base_models import load_base, require_base
+from rightrank.models.base_models import load_base
 from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank
 from rightrank.schema.decision import AdapterCandidate
@@ -26,7 +26,7 @@ from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.results import Resized
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Record, Whole
-from rightrank.train.adapter_runtime import DataUse, adapter_runtime
+from rightrank.train.adapter_runtime import DataUse, adapter_runtime, require_base
 
 
 class FleetAdapter(Record):

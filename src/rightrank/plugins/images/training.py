@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from rightrank.runs.calls import TrialResult, TrialTask
 from rightrank.schema.errors import MissingExtraError
-from rightrank.schema.trials import TrialResult, TrialTask
 
 Pixels = torch.Tensor  # [3, height, width]
 Judge = Callable[[Any, Sequence[str]], list[float]]

@@ -30,8 +30,8 @@ from rightrank.schema.decision import Decision
 from rightrank.schema.errors import DataError, ResultsError, RunFolderError
 from rightrank.schema.events import JournalRecord
 from rightrank.schema.settings import make_settings
-from rightrank.train.adapter_runtime import adapter_attached
 from rightrank.train.generation import promptable_examples, write_completion
+from rightrank.train.runtime import adapter_attached
 
 FOLDER = "judging"
 PAIRS, KEY, PAGE, JUDGEMENTS = "pairs.jsonl", "key.json", "judge.html", "judgements.jsonl"
