@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rightrank.data.splits import load_data
-from rightrank.models.base_models import load_model
+from rightrank.models.base_models import load_base
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.adapter import initialise, lora_modules, seeded, unwrapped, wrapped
@@ -21,7 +21,7 @@ from rightrank.train.tokens import encode
 def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Runtime:
     """What `select_rank` builds before the first trial."""
     splits = load_data(data, settings)
-    loaded = load_model(str(model), settings.dtype, settings.device, splits.classes, weight_bits=settings.weight_bits)
+    loaded = load_base(str(model), settings, splits.classes)
     encoded = encode(splits, loaded, settings)
     return Runtime(loaded, encoded, settings, settings.training_steps(len(encoded.splits["train"])), cache)
 

@@ -126,6 +126,9 @@ UNMEASURED: dict[str, Any] = {  # fields of a `TrialFinished` that its test does
 }
 
 
+ON_CPU = make_settings({"dtype": "float32", "device": "cpu"})
+
+
 def small_settings(**changes: Any) -> SelectSettings:
     """A selection of two ranks that takes a second or two."""
     values: dict[str, Any] = {

@@ -15,7 +15,7 @@ import torch
 from benchmarks.machine import machine
 from benchmarks.results import store
 from rightrank.data.splits import load_data
-from rightrank.models.base_models import load_model
+from rightrank.models.base_models import load_base
 from rightrank.plugins.fleet import fleet
 from rightrank.schema.events import Listener
 from rightrank.schema.settings import make_settings
@@ -57,7 +57,7 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     settings = make_settings(SETTINGS)
-    loaded = load_model(given.model, settings.dtype, settings.device, None)
+    loaded = load_base(given.model, settings, None)
     adapters, data = [], []
     for task in TASKS:
         train, held_out = rows_of(given.texts, task, given.work)

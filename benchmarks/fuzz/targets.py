@@ -136,7 +136,8 @@ def read_model(data: bytes, folder: Path) -> None:
 
 def read_journal(data: bytes, folder: Path) -> None:
     """A run folder: where it stands, its decision, its report."""
-    from rightrank.decision.run import decision_so_far, last_decided, records_of
+    from rightrank.decision.run import decision_so_far, records_of
+    from rightrank.report.status import last_decided
 
     (folder / "journal.jsonl").write_bytes(_journal(data))
     status(folder).model_dump_json()

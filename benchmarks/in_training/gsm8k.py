@@ -22,6 +22,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import machine
+from rightrank.adapters.compare import finished_trial
 from rightrank.adapters.held_out import capped
 from rightrank.adapters.live import LiveAdapter, as_it_came, gather, put_in_place
 from rightrank.adapters.resize import write_resized
@@ -29,7 +30,6 @@ from rightrank.decision.adapter import Criterion, adapter_answer
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.evaluation import Scores
-from rightrank.train.trial import finished_trial
 
 TEMPLATE = "Question: {query} Think step by step.\nAnswer:"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

@@ -19,7 +19,7 @@ import torch
 from benchmarks.machine import machine
 from rightrank.data.splits import load_data
 from rightrank.demo import prepare_docstrings, prepare_model_folder
-from rightrank.models.base_models import load_model
+from rightrank.models.base_models import load_base
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.train.generation import answers, prompts
 from rightrank.train.runtime import Runtime
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "answers.json"
 def bench_of(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Runtime:
     """The workbench, with everything in place to write."""
     splits = load_data(data, settings)
-    loaded = load_model(str(model), settings.dtype, settings.device, splits.classes)
+    loaded = load_base(str(model), settings, splits.classes)
     return Runtime(loaded, encode(splits, loaded, settings), settings, 1, cache)
 
 

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from benchmarks.machine import machine
 from benchmarks.preference.trl_trainer import trainer_over
 from rightrank.data.splits import load_data
-from rightrank.models.base_models import load_model
+from rightrank.models.base_models import load_base
 from rightrank.schema.events import StepDone
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.trials import Arm, Trial
@@ -103,7 +103,7 @@ def theirs(runtime: Runtime, model: str, data: Path, folder: Path, precompute: b
 def measured(model: str, data: Path, case: dict[str, Any]) -> dict[str, Any]:
     settings = settings_of(case)
     splits = load_data(data, settings)
-    loaded = load_model(model, settings.dtype, settings.device, None)
+    loaded = load_base(model, settings, None)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runtime = Runtime(loaded, encode(splits, loaded, settings), settings, ARM.steps, folder / "cache")

@@ -20,6 +20,7 @@ import yaml
 from tests.helpers import made_trainable
 
 from benchmarks.probe.common import store
+from rightrank.adapters.compare import finished_trial
 from rightrank.adapters.held_out import Candidates, truncation_curve
 from rightrank.decision.comparison import estimate
 from rightrank.models.adapter_files import open_adapter
@@ -27,7 +28,6 @@ from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.train.adapter_runtime import DataUse, adapter_runtime
 from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule, take_step
 from rightrank.train.runtime import Runtime, adapter_attached
-from rightrank.train.trial import finished_trial
 
 
 def run_settings(run: Path) -> SelectSettings:

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.machine import machine
 from rightrank.data.splits import load_data
-from rightrank.models.base_models import load_model
+from rightrank.models.base_models import load_base
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.run import LocalExecutor
 from rightrank.schema.events import JournalRecord, Listener, RunStarted
@@ -100,7 +100,7 @@ def truncated_values(folder: RunFolder, started: RunStarted, trained: list[Trial
     values = {name: value for name, value in started.settings.items() if name not in ("model", "data")}
     settings = make_settings(values | {"max_steps": 1})  # nothing is trained: no training batch is prepared
     splits = load_data(Path(str(started.settings["data"])), settings)
-    loaded = load_model(str(started.settings["model"]), settings.dtype, settings.device, splits.classes)
+    loaded = load_base(str(started.settings["model"]), settings, splits.classes)
     encoded = encode(splits, loaded, settings)
     steps = settings.training_steps(len(encoded.splits["train"]))
     top = max(trial.rank for trial in trained)

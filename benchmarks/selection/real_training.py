@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from benchmarks.machine import machine
 from rightrank.data.splits import load_data
-from rightrank.models.base_models import load_model
+from rightrank.models.base_models import load_base
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.run import LocalExecutor
 from rightrank.schema.events import Listener
@@ -143,7 +143,7 @@ def open_workshop(
 ) -> Workshop:
     assert settings.max_steps is not None
     splits = load_data(data, settings)
-    loaded = load_model(model, settings.dtype, settings.device, splits.classes)
+    loaded = load_base(model, settings, splits.classes)
     encoded = encode(splits, loaded, settings)
     work.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(work)

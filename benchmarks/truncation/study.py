@@ -26,7 +26,7 @@ from benchmarks.truncation.tops import Top, best_tops
 from rightrank.adapters.resize import RankChoice, write_resized
 from rightrank.data.splits import load_data
 from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_adapter, save_adapter
-from rightrank.models.base_models import load_model
+from rightrank.models.base_models import load_base
 from rightrank.models.truncation import DAMPING, Moments, components, ranks_within
 from rightrank.schema.settings import SelectSettings, make_settings
 from rightrank.schema.trials import SplitName
@@ -301,7 +301,7 @@ def run(study: Study, parts: Sequence[str]) -> Iterator[str]:
 def open_runtime(model: str, data: Path, settings: SelectSettings, cache: Path) -> Runtime:
     assert settings.max_steps is not None
     splits = load_data(data, settings)
-    loaded = load_model(model, settings.dtype, settings.device, splits.classes)
+    loaded = load_base(model, settings, splits.classes)
     return Runtime(loaded, encode(splits, loaded, settings), settings, settings.max_steps, cache)
 
 

@@ -48,7 +48,7 @@ def test_growing_the_data_moves_nothing(tmp_path: Path) -> None:
 
 def test_duplicates_fall_on_one_side(tmp_path: Path) -> None:
     splits = load_data(write_jsonl(tmp_path / "d.jsonl", TEXT_ROWS * 3), small_settings(eval_items=1000))
-    assert splits.duplicates_across_splits == 0
+    assert splits.summary.duplicates_across_splits == 0
     assert not ids(splits, "train") & (ids(splits, "selection") | ids(splits, "test"))
 
 
@@ -67,8 +67,8 @@ def test_given_splits_are_kept_and_duplicates_across_them_counted(tmp_path: Path
     write_jsonl(tmp_path / "validation.jsonl", TEXT_ROWS[78:100])
     write_jsonl(tmp_path / "test-00.jsonl", TEXT_ROWS[100:])
     splits = load_data(tmp_path, small_settings(eval_items=1000))
-    assert splits.splits_given
-    assert splits.duplicates_across_splits == 2
+    assert splits.summary.splits_given
+    assert splits.summary.duplicates_across_splits == 2
     assert len(splits.examples["selection"]) == 22
 
 

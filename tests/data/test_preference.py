@@ -58,8 +58,8 @@ def test_pairs_of_one_prompt_share_a_split(tmp_path: Path) -> None:
 
 def test_equal_pairs_are_left_out_and_counted(tmp_path: Path) -> None:
     data = loaded(tmp_path, [*ROWS, *(row | {"rejected": "yes"} for row in ROWS[:3])])
-    assert data.equal_pairs == 3
-    assert data.rows == len(ROWS) + 3
+    assert data.summary.equal_pairs == 3
+    assert data.summary.rows == len(ROWS) + 3
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_a_missing_column_is_answered_with_the_forms(tmp_path: Path) -> None:
 def test_a_prompt_of_another_name_is_found(tmp_path: Path) -> None:
     rows = [{"question": row["prompt"], "chosen": "yes", "rejected": "no"} for row in ROWS]
     data = loaded(tmp_path, rows)
-    assert data.shape == "question → prompt"
-    assert data.renamed == {"prompt": "question"}
+    assert data.summary.shape == "question → prompt"
+    assert data.summary.renamed == {"prompt": "question"}
     assert next(iter(data.examples["train"])).content["prompt"] in {row["prompt"] for row in ROWS}
     renamed = [{"ask": row["prompt"], "good": "yes", "bad": "no"} for row in ROWS]
     named = loaded(tmp_path, renamed, columns=("prompt=ask", "chosen=good", "rejected=bad"))

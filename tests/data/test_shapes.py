@@ -39,9 +39,9 @@ def test_other_columns_give_the_same_examples(tmp_path: Path, make: Any, columns
     named = loaded(tmp_path, [{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
     other = loaded(tmp_path, [make(*pair) for pair in pairs], columns=columns)
     assert other.fingerprint == named.fingerprint
-    assert named.shape is None
-    assert other.shape is not None
-    assert "→" in other.shape
+    assert named.summary.shape is None
+    assert other.summary.shape is not None
+    assert "→" in other.summary.shape
 
 
 def test_sharegpt_becomes_messages(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_sharegpt_becomes_messages(tmp_path: Path) -> None:
 def test_alpaca_gets_its_prompt(tmp_path: Path) -> None:
     rows = [{"instruction": text, "input": "" if n % 2 else "more", "output": "done"} for n, text in enumerate(TEXTS)]
     splits = loaded(tmp_path, rows)
-    assert (splits.form, splits.shape) == ("prompt_completion", "alpaca")
+    assert (splits.form, splits.summary.shape) == ("prompt_completion", "alpaca")
     prompts = [content["prompt"] for content in contents(splits)]
     assert all(prompt.endswith("\n\n### Response:\n") for prompt in prompts)
     assert any("### Input:\nmore\n\n" in prompt for prompt in prompts)
@@ -77,7 +77,7 @@ def test_a_validation_file_is_the_validation_split(tmp_path: Path) -> None:
     expected = {json.loads(line)["text"] for line in held_out.read_text().splitlines()}
     assert {example.content["text"] for example in splits.examples["selection"]} == expected
     assert len(splits.examples["test"]) >= 2  # from the data, by hash
-    assert splits.rows == 130
+    assert splits.summary.rows == 130
     write_jsonl(tmp_path / "folder-validation.jsonl", [])
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -106,10 +106,12 @@ def test_every_row_is_counted(tmp_path: Path) -> None:
     rows = [{"text": text} for text in TEXTS * 2] + [{"text": "\ud800"}]
     splits = loaded(tmp_path, rows, eval_items=5)
     kept = sum(len(examples) for examples in splits.examples.values())
-    assert splits.rows == 201
-    assert splits.rows == kept + splits.unreadable + splits.repeated + splits.not_evaluated
-    assert splits.repeated > 0
-    assert splits.not_evaluated > 0
+    assert splits.summary.rows == 201
+    assert (
+        splits.summary.rows == kept + splits.summary.unreadable + splits.summary.repeated + splits.summary.not_evaluated
+    )
+    assert splits.summary.repeated > 0
+    assert splits.summary.not_evaluated > 0
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,9 @@ def test_unknown_columns_are_answered_with_the_option_that_names_them(
     with pytest.raises(DataError, match=r"or name yours, such as --columns text=review,label=stars$"):
         loaded(tmp_path, [row])
     assert (
-        loaded(tmp_path, [row | {next(iter(row)): text} for text in TEXTS], columns=tuple(option.split(","))).rows
+        loaded(
+            tmp_path, [row | {next(iter(row)): text} for text in TEXTS], columns=tuple(option.split(","))
+        ).summary.rows
         == 100
     )
 

@@ -5,18 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.run import (
-    Records,
-    best_trial,
-    comparable,
-    decide_run,
-    decision_so_far,
-    last_decided,
-    records_of,
-    run_table,
-    running_trial,
-)
+from rightrank.decision.run import Records, best_trial, comparable, decide_run, decision_so_far, records_of, run_table
 from rightrank.decision.table import table_of
+from rightrank.report.status import last_decided, running_trial
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import Certified, DecisionRecorded, GuardEvaluated, JournalRecord
 from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialLook, TrialStarted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of_results
 from rightrank.schema.decision import Decision, Result, ResultsTable
+from rightrank.schema.metrics import kind_of
 
 Curve = Callable[[int], float]
 
@@ -59,7 +60,7 @@ class World:
 
 
 def decide_in(world: World) -> Decision:
-    return decide(table_in(world), world.margin, world.token_loss, horizon_steps=world.horizon)
+    return decide(table_in(world), world.margin, horizon_steps=world.horizon)
 
 
 def table_in(world: World) -> ScoreTable:
@@ -79,7 +80,8 @@ def table_in(world: World) -> ScoreTable:
                     scores = np.exp(scores)
                 results.append(_result(world, rank, learning_rate, seed, scores, weights))
     results += [Result(trial_id=f"gone-{rank}", rank=rank, value=None) for rank in world.missing]
-    return table_of_results(ResultsTable(metric=world.metric, higher_is_better=higher, results=results, understood=[]))
+    table = table_of_results(ResultsTable(metric=world.metric, higher_is_better=higher, results=results, understood=[]))
+    return table if world.token_loss else replace(table, kind=kind_of(world.metric, higher, token_loss=False))
 
 
 def _result(world: World, rank: int, learning_rate: float, seed: int, scores: Any, weights: Any) -> Result:

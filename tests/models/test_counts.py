@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from rightrank.models.ranks import safetensors_bytes
+from rightrank.plugins.plan.estimate import safetensors_bytes
 
 CODES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I8": np.int8}
 

@@ -90,7 +90,7 @@ def test_a_dry_run_knows_the_time(model_folder: Path, completion_file: Path) -> 
     assert found.cost.seconds_at_most is not None
     assert 0 < found.cost.seconds <= found.cost.seconds_at_most
     assert f"time: about {duration(found.cost.seconds)}, at most " in preflight_text(found)
-    assert any(note.startswith(f"time: measured on this device: {TIMED_STEPS} steps of rank 4") for note in found.notes)
+    assert any(f"(measured before the start: {TIMED_STEPS} steps of rank 4" in note for note in found.notes)
 
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)

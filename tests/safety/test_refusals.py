@@ -20,14 +20,14 @@ from rightrank.api.adapters import inspect
 from rightrank.api.runs import decide, status
 from rightrank.data.files import read_config
 from rightrank.data.splits import load_data
-from rightrank.models.base_models import load_model
+from rightrank.models.base_models import load_base
 from rightrank.plugins.plan import plan
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import DataError, InputError, ModelError, ResultsError, RunFolderError, SettingsError
 from rightrank.schema.plan_settings import make_plan_settings
 from rightrank.train.checkpoints import load_checkpoint
 from tests.report.runs import made_up_run
-from tests.tiny import sentences, small_settings, write_jsonl
+from tests.tiny import ON_CPU, sentences, small_settings, write_jsonl
 
 
 class Bomb:
@@ -106,7 +106,7 @@ def test_a_pickle_is_never_loaded_as_an_adapter_a_model_a_journal_or_a_checkpoin
     model = tmp_path / "model"
     shutil.copytree(model_folder, model)
     (model / "model.safetensors").write_bytes(bomb)
-    require_refused(lambda: load_model(str(model), "float32", "cpu", None), "can't load it", ModelError)
+    require_refused(lambda: load_base(str(model), ON_CPU, None), "can't load it", ModelError)
     require_refused(lambda: open_weights(model), "not a readable safetensors file", ModelError)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "journal.jsonl").write_bytes(bomb + b"\n")
@@ -122,7 +122,7 @@ def test_pickled_weights_beside_other_safetensors_are_not_read(tmp_path: Path, m
     shutil.copytree(model_folder, model)
     (model / "model.safetensors").rename(model / "other.safetensors")
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
-    require_refused(lambda: load_model(str(model), "float32", "cpu", None), "can't load it", ModelError)
+    require_refused(lambda: load_base(str(model), ON_CPU, None), "can't load it", ModelError)
     assert not (tmp_path / "mark").exists()
 
 
@@ -236,7 +236,7 @@ def test_shards_outside_the_folder(tmp_path: Path, model_folder: Path, name: obj
     save_file({"w": np.ones(1, np.float32)}, tmp_path / "other.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
     require_refused(lambda: open_weights(model), "names the shard .*of the folder itself", ModelError)
-    require_refused(lambda: load_model(str(model), "float32", "cpu", None), "names the shard", ModelError)
+    require_refused(lambda: load_base(str(model), ON_CPU, None), "names the shard", ModelError)
 
 
 @pytest.mark.parametrize("trial_id", ["../../mark", "/etc/mark", "a/b", "", ".", "x" * 300, "a\0b", "é"])
@@ -300,7 +300,7 @@ def foreign_model(model_folder: Path, target: Path, mark: Path) -> Path:
 def test_code_of_a_model_s_own_is_not_run_unasked(tmp_path: Path, model_folder: Path) -> None:
     mark = tmp_path / "mark"
     model = foreign_model(model_folder, tmp_path / "model", mark)
-    require_refused(lambda: load_model(str(model), "float32", "cpu", None), "trust_remote_code|custom code", ModelError)
+    require_refused(lambda: load_base(str(model), ON_CPU, None), "trust_remote_code|custom code", ModelError)
     require_refused(lambda: plan(str(model)), "trust_remote_code|custom code", ModelError)
     assert not mark.exists()
 
@@ -314,7 +314,7 @@ def test_a_configuration_that_names_compiled_code_on_the_hub(tmp_path: Path, mod
     config = json.loads((model / "config.json").read_text())
     value = {"attn_implementation": {"": "someone/kernel"}} if where == "text_config" else "someone/kernel"
     (model / "config.json").write_text(json.dumps(config | {where: value}))
-    require_refused(lambda: load_model(str(model), "float32", "cpu", None), "code from the hub", ModelError)
+    require_refused(lambda: load_base(str(model), ON_CPU, None), "code from the hub", ModelError)
     require_refused(lambda: plan(str(model)), "code from the hub", ModelError)
 
 
@@ -324,7 +324,7 @@ def test_an_adapter_in_a_model_s_folder_does_not_name_another_base(tmp_path: Pat
     (model / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": "someone/else"})
     )
-    require_refused(lambda: load_model(str(model), "float32", "cpu", None), "adapter_config.json too", ModelError)
+    require_refused(lambda: load_base(str(model), ON_CPU, None), "adapter_config.json too", ModelError)
 
 
 # what is no file

@@ -11,10 +11,12 @@ import pytest
 from benchmarks.selection.tables import recommend
 
 from rightrank.decision.seeds import detectable_difference, needed_seeds
-from rightrank.decision.table import collapse_of, should_stop_early, without_collapsing
+from rightrank.decision.table import without_collapsing
+from rightrank.runs.calls import collapse_of, should_stop_early
+from rightrank.runs.own_trainer import REASONER_START, is_distilled_reasoner
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 from rightrank.search.history import Space
-from rightrank.search.upward import REASONER_START, Upward, is_distilled_reasoner
+from rightrank.search.upward import Upward
 from tests.search.worlds import World, make_space, run_all
 
 LOW, MIDDLE, HIGH = 1e-4, 3e-4, 1e-3

@@ -9,15 +9,15 @@ import pytest
 
 from rightrank.data.splits import load_data
 from rightrank.data.token_store import IGNORED
-from rightrank.models.base_models import load_model
+from rightrank.models.base_models import load_base
 from rightrank.schema.errors import DataError
 from rightrank.train.tokens import encode
-from tests.tiny import sentences, small_settings, write_jsonl
+from tests.tiny import ON_CPU, sentences, small_settings, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def loaded(model_folder: Path) -> Any:
-    return load_model(str(model_folder), "float32", "cpu", None)
+    return load_base(str(model_folder), ON_CPU, None)
 
 
 def labelled_text(loaded: Any, item: Any) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from rightrank.plugins.judge.pairs import promptable_examples
 from rightrank.schema.errors import DataError
 from rightrank.schema.trials import Arm
 from rightrank.train import generation
-from rightrank.train.generation import answers, promptable_examples, prompts, write_completion
+from rightrank.train.generation import answers, prompts, write_completion
 from rightrank.train.multi_lora import MultiLora
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime

@@ -19,7 +19,7 @@ from rightrank.schema.trials import Arm
 from rightrank.train.pace import multi_lora_obstacle
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime
-from tests.tiny import make_tokenizer, small_settings
+from tests.tiny import ON_CPU, make_tokenizer, small_settings
 from tests.train.architectures import SIZES, run
 
 
@@ -28,13 +28,13 @@ def test_without_the_extra_it_is_named(model_folder: Path, monkeypatch: pytest.M
     with pytest.raises(
         MissingExtraError, match=r"load_in_4bit needs the `bitsandbytes` package: pip install 'rightrank\[bnb\]'"
     ):
-        models.load_model(str(model_folder), "float32", "cpu", None, weight_bits=4)
+        models.load_base(str(model_folder), ON_CPU.model_copy(update={"load_in_4bit": True}), None)
 
 
 def test_a_device_without_quantised_matrices_is_named(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "find_device", lambda _: torch.device("mps"))
     with pytest.raises(SettingsError, match="no 8-bit matrices on mps; give device cuda or cpu"):
-        models.load_model(str(model_folder), "float32", "mps", None, weight_bits=8)
+        models.load_base(str(model_folder), ON_CPU.model_copy(update={"device": "mps", "load_in_8bit": True}), None)
 
 
 def test_both_widths_at_once_are_refused() -> None:

@@ -27,12 +27,14 @@ from rightrank.schema.events import Evaluating
 from rightrank.schema.metrics import default_margin
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.schema.settings import PAIR_MARGIN, SelectSettings
-from rightrank.schema.trials import TrialFinished
+from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter_runtime import report_evaluations, require_base
-from rightrank.train.metrics import measure, require_scorers
+from rightrank.train.checkpoints import Progress
+from rightrank.train.evaluation import Scores
+from rightrank.train.metrics import Measured, measure, require_scorers
 from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.tokens import encode
-from rightrank.train.trial import finished_trial
+from rightrank.train.trial import finished
 
 VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cannot_tell", False: "worse"}
 
@@ -136,17 +138,12 @@ def _runtime(model: str, splits: DataSplits, settings: SelectSettings, cache: Pa
 def _scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
     """The held-out scores of the base, or of an adapter on it, by every metric of the settings."""
 
-    def read() -> TrialFinished:
-        scores, measured = runtime.evaluate("selection"), measure(runtime, "selection")
-        measured.require(list(measured.failed))
-        trial = finished_trial(name, 1, scores, "loss")
-        items = scores.item_metrics | measured.items
-        return trial.model_copy(update={"metrics": scores.metrics | measured.values, "item_metrics": items})
-
-    if adapter is None:
-        return read()
     with adapter_attached(runtime, adapter):
-        return read()
+        scores, measured = runtime.evaluate("selection"), measure(runtime, "selection")
+    measured.require(list(measured.failed))
+    trial = finished_trial(name, 1, scores, "loss")
+    items = scores.item_metrics | measured.items
+    return trial.model_copy(update={"metrics": scores.metrics | measured.values, "item_metrics": items})
 
 
 def _compare(sides: _Sides, metric: str, data: Path, settings: SelectSettings) -> MetricComparison:
@@ -158,7 +155,7 @@ def _compare(sides: _Sides, metric: str, data: Path, settings: SelectSettings) -
             " (rows with `text` and `label` have accuracy, rows with prompts exact_match and f1)"
         )
     higher = settings.is_higher_better(metric)
-    tables = [table_of([trial], metric, higher) for trial in (a, b)]
+    tables = [table_of([trial], metric, higher, token_loss=trial.item_correct is None) for trial in (a, b)]
     cells = [next(iter(table.cells.values())) for table in tables]
     if not all(cell.examples for cell in cells):
         raise SettingsError(
@@ -170,8 +167,7 @@ def _compare(sides: _Sides, metric: str, data: Path, settings: SelectSettings) -
     if margin is None and metric == "loss" and "reward_accuracy" in a.item_metrics:
         margin = PAIR_MARGIN
     if margin is None:
-        kind = "loss" if tables[0].kind == "token_loss" and a.item_correct is not None else tables[0].kind
-        margin = default_margin(kind, cells[0].value, [cells[0].value])
+        margin = default_margin(tables[0].kind, cells[0].value, [cells[0].value])
     verdict = VERDICTS[found.is_enough(margin)]
     return MetricComparison(
         data=str(data),
@@ -293,3 +289,11 @@ def _in_order(id2label: Any) -> list[str]:
     if sorted(by_number) != list(range(len(by_number))):
         raise ValueError(f"id2label numbers {', '.join(map(str, sorted(by_number)))}")
     return [by_number[number] for number in range(len(by_number))]
+
+
+def finished_trial(
+    name: str, rank: int, scores: Scores, metric: str, *, steps: int = 0, truncate_from: str | None = None
+) -> TrialFinished:
+    """Held-out scores as a record that `decide` reads."""
+    arm = Arm(rank=rank, learning_rate=0.0, lora_alpha=1.0, seed=0, steps=steps, truncate_from=truncate_from)
+    return finished(Trial(trial_id=name, arm=arm), metric, scores, Measured(), Progress())

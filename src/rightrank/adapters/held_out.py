@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from rightrank.adapters.compare import labels_of_side
+from rightrank.adapters.compare import finished_trial, labels_of_side
 from rightrank.adapters.resize import RankChoice, candidate_ranks, write_like, write_resized, write_truncated
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
@@ -36,7 +36,6 @@ from rightrank.train.adapter_runtime import DataUse, adapter_runtime, report_eva
 from rightrank.train.covariances import Gathered, gather_moments, moment_tokens, unseen_first
 from rightrank.train.evaluation import Scores
 from rightrank.train.runtime import Runtime, adapter_attached
-from rightrank.train.trial import finished_trial
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,13 +240,12 @@ def as_it_came(model: Any, name: str) -> Iterator[None]:
     weights = {id(one): (one, one.detach().clone()) for one in factors}
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    states = np.random.get_state(), random.getstate()
     try:
         for parameter, _, _ in parameters:
             parameter.grad = None
         model.eval()
-        with active_adapter(model, name):
+        with active_adapter(model, name), torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
     finally:
         with torch.no_grad():
@@ -257,11 +256,8 @@ def as_it_came(model: Any, name: str) -> Iterator[None]:
             parameter.grad = gradient
         for module, training in modes:
             module.training = training
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
+        np.random.set_state(states[0])
+        random.setstate(states[1])
 
 
 def gather(live: LiveAdapter) -> tuple[dict[str, Moments], tuple[str, ...]]:

@@ -120,15 +120,9 @@ def _document(found: LiveAnswer, out: Path, training: Training) -> dict[str, Any
     answer = found.answer
     estimate, command = next_training(answer, training.base)
     handed_over = HandedOver(
-        rank=answer.rank,
+        **answer.model_dump(include={*HandedOver.model_fields}),
         max_module_rank=open_adapter(out / "adapter").rank,
-        how=answer.how,
-        trained_rank=answer.trained_rank,
         reference_adapter=TRAINED,
-        difference=answer.difference,
-        difference_high=answer.difference_high,
-        test_difference=None,
-        test_difference_high=None,
     )
     return {
         "adapter_sentence": answer.sentence,

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -23,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.errors import LIBRARY_ERRORS, DataError, RightrankError, RunError
 from rightrank.train.adapter import lora_modules
-from rightrank.train.device import all_reduce, process_index, world_size
 from rightrank.train.evaluation import Scores
 from rightrank.train.loss import adapters_off
 from rightrank.train.prefix import find_blocks, frozen_blocks
@@ -103,15 +104,14 @@ class HeldOutBatches:
 
 
 def _gathered(found: Sequence[_BatchScores]) -> Scores:
-    """The examples of this process between zeros in the places of the others', summed over processes."""
-    mine = torch.cat([one.losses for one in found]).double().cpu() if found else torch.zeros(0, dtype=torch.float64)
-    tokens = torch.cat([one.tokens for one in found]).double().cpu() if found else mine
-    correct = [one.correct for one in found if one.correct is not None]
-    columns = [mine, tokens, *([torch.cat(correct).double().cpu()] if correct else [])]
-    if world_size() > 1:
-        columns = _over_processes(columns)
-    losses, counts, *metrics = (column.tolist() for column in columns)
-    return Scores(losses, [round(count) for count in counts], {"accuracy": metrics[0]} if metrics else {})
+    """The examples of all processes, in the order of these."""
+    losses = [loss for one in found for loss in one.losses.double().tolist()]
+    tokens = [count for one in found for count in one.tokens.tolist()]
+    correct = [right for one in found if one.correct is not None for right in one.correct.double().tolist()]
+    losses, tokens, correct = (
+        list(chain(*parts)) for parts in zip(*_over_processes((losses, tokens, correct)), strict=True)
+    )
+    return Scores(losses, tokens, {"accuracy": correct} if correct else {})
 
 
 @contextmanager
@@ -126,31 +126,28 @@ def together() -> Iterator[None]:
         yield
     except FAILURES as error:
         failure = error
-    if world_size() > 1:
-        flag = torch.tensor([float(failure is not None)], device=_collective_device())
-        all_reduce([flag])
-        if failure is None and float(flag):
-            raise RunError("another process of the training failed")
+    failed = any(_over_processes(failure is not None))
     if failure is not None:
         raise failure
+    if failed:
+        raise RunError("another process of the training failed")
 
 
-def _collective_device() -> torch.device:
-    return torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+def _over_processes(mine: Any) -> list[Any]:
+    """What every process has, by their numbers."""
+    every = [mine] * world_size()
+    if len(every) > 1:
+        dist.all_gather_object(every, mine)
+    return every
 
 
-def _over_processes(columns: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    device = _collective_device()
-    counts = torch.zeros(world_size(), 2, dtype=torch.float64, device=device)
-    counts[process_index()] = torch.tensor([len(columns[0]), len(columns)], dtype=torch.float64)
-    all_reduce([counts])
-    width = int(counts[:, 1].max())  # a process without batches knows no metric
-    begin, total = int(counts[: process_index(), 0].sum()), int(counts[:, 0].sum())
-    whole = torch.zeros(width, total, dtype=torch.float64, device=device)
-    for row, column in zip(whole, columns, strict=False):
-        row[begin : begin + len(column)] = column.to(device)
-    all_reduce([whole])
-    return list(whole.cpu())
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """The number of this process; process 0 writes files."""
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def batch_scores(

@@ -34,9 +34,8 @@ def find_adapter(path: Path) -> tuple[Path, str]:
         return path, ""
     folders = [file.parent for file in path.rglob(CONFIG_FILE) if OWN_FOLDER not in file.relative_to(path).parts]
     files = [] if (path / "config.json").exists() else list(path.glob("*.safetensors"))
-    files = [
-        file for file in files if file.name != "adapter_model.safetensors"
-    ]  # PEFT's, whose configuration is missing
+    # PEFT's, whose configuration is missing
+    files = [file for file in files if file.name != "adapter_model.safetensors"]
     found = sorted(folders or files, key=lambda one: (_steps(one.relative_to(path)), -len(one.parts), one.name))
     if not found:
         return path, ""

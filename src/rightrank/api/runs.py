@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
 from rightrank.decision import rule
 from rightrank.decision.next_run import next_commands
-from rightrank.decision.run import Records, comparable, decide_on, decision_so_far, last_decided, metrics_of, records_of
+from rightrank.decision.run import Records, comparable, decide_on, decision_so_far, metrics_of, records_of
 from rightrank.decision.table import table_of_results
 from rightrank.report.answer import answer_view, labelled, notebook_html
-from rightrank.report.status import RunStatus, is_fresh, run_status
+from rightrank.report.status import RunStatus, is_fresh, last_decided, run_status
 from rightrank.runs import plugins
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.runs.journal import Repaired, collector_paused

@@ -13,7 +13,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from rightrank.data.forms import DataForm, Example, Shape, example_of, shape_of,
 from rightrank.data.rows import Row, RowsBySplit, read_rows, rows_from_memory
 from rightrank.data.token_store import Store
 from rightrank.schema.errors import DataError
+from rightrank.schema.events import DataSummary
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName, split_name
 
@@ -69,19 +70,19 @@ class ExampleStore(Store[Example]):
 class DataSplits:
     """Examples by split, and what was found while reading."""
 
-    form: DataForm
+    summary: DataSummary  # its `splits` are empty: they count tokens
     examples: Mapping[SplitName, Sequence[Example]]
-    splits_given: bool
-    duplicates_across_splits: int
     fingerprint: str
-    classes: list[str] | None  # classification: the labels in the order of the logits
-    unreadable: int = 0  # rows left out because of lone surrogates, which no tokenizer accepts
-    rows: int = 0  # that were read
-    repeated: int = 0  # held-out rows left out because another row is equal
-    not_evaluated: int = 0  # held-out rows beyond the number that is evaluated
-    shape: str | None = None  # how rows of another shape got the form's columns, for people
-    renamed: Mapping[str, str] = field(default_factory=dict)  # columns that have another name in the file → that name
-    equal_pairs: int = 0  # rows left out because `chosen` and `rejected` are the same
+
+    @property
+    def form(self) -> DataForm:
+        assert self.summary.form != "own"
+        return self.summary.form
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Of a classification: the labels in the order of the logits."""
+        return self.summary.classes
 
 
 def load_data(
@@ -113,7 +114,7 @@ def load_data(
     begun = {split: found[:begun_items] if split in HELD_OUT else found for split, found in examples.items()}
     examples["test"] = begun["test"]
     is_given = None not in rows
-    count = len(stored) + read.rows_beside
+    count = len(stored) + read.rows_held_out + read.unreadable + read.equal_pairs
     _check_sizes(examples, settings, name, None if is_given else count)
     evaluated = [example for split in HELD_OUT for example in examples[split]]
     train, validation, test = (
@@ -121,15 +122,14 @@ def load_data(
         for numbers in (stored.numbers, *(np.frombuffer(read.held_out[split].ids, np.uint64) for split in HELD_OUT))
     )
     distinct = len(validation) + len(test)
-    return DataSplits(
+    summary = DataSummary(
         form=form,
-        examples=examples,
+        splits={},
         splits_given=is_given,
         # distinct validation examples that are in train, and test examples that are in either
         duplicates_across_splits=int(
             _is_in(validation, train).sum() + (_is_in(test, train) | _is_in(test, validation)).sum()
         ),
-        fingerprint=_fingerprint(stored, begun),
         classes=_classes(read.labels, examples, name, classes) if form == "classification" else None,
         unreadable=read.unreadable,
         rows=count,
@@ -139,6 +139,7 @@ def load_data(
         renamed={} if shape is None else dict(shape.renamed),
         equal_pairs=read.equal_pairs,
     )
+    return DataSplits(summary, examples, _fingerprint(stored, begun))
 
 
 class _Reading:
@@ -152,11 +153,6 @@ class _Reading:
         self.unreadable = 0
         self.equal_pairs = 0
         self._form, self._columns, self._settings = form, columns, settings
-
-    @property
-    def rows_beside(self) -> int:
-        """All rows but the training examples, those that are in no split included."""
-        return self.rows_held_out + self.unreadable + self.equal_pairs
 
     @property
     def rows_held_out(self) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from rightrank.schema.metrics import default_margin, kind_of
 from rightrank.schema.trials import Floats, TrialFinished, TrialOutcome
 
 SEARCH = "(--goal training-rank, the default)"  # what searches the training rank, in a note's words
+NAMED = {"rank", "how", "trial_id", "difference", "difference_high"}  # what an answer says of the adapter that it names
 MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
 
 
@@ -64,14 +66,14 @@ def adapter_answer(
         against.candidate(file) for file in sorted(children, key=lambda file: (-file.trial.rank, file.trial.steps))
     ]
     handed = against.candidate(chosen)
-    answer = _answer(
-        handed, top, against, [against.candidate(top), *candidates], _sentence(handed, top, against, tested)
-    )
-    return answer.model_copy(
-        update={
-            "extra_steps_difference": None if extra is None else against.difference(extra.cell, top.cell).mean,
-            "notes": _notes(handed, candidates, top, against),
-        }
+    return _answer(
+        handed,
+        top,
+        against,
+        [against.candidate(top), *candidates],
+        _sentence(handed, top, against, tested),
+        extra_steps_difference=None if extra is None else against.difference(extra.cell, top.cell).mean,
+        notes=_notes(handed, candidates, top, against),
     )
 
 
@@ -85,22 +87,23 @@ def trained_answer(trial: TrialFinished, criterion: Criterion, reference: TrialF
 
 
 def _answer(
-    handed: AdapterCandidate, top: AdapterFile, against: Against, candidates: list[AdapterCandidate], sentence: str
+    handed: AdapterCandidate,
+    top: AdapterFile,
+    against: Against,
+    candidates: list[AdapterCandidate],
+    sentence: str,
+    **further: Any,
 ) -> AdapterAnswer:
     return AdapterAnswer(
-        rank=handed.rank,
-        how=handed.how,
-        trial_id=handed.trial_id,
+        **handed.model_dump(include=NAMED),
         trained_rank=top.trial.rank,
         trained_id=top.trial.trial_id,
         reference_id=against.reference.trial.trial_id,
         reference_how=against.reference.how,
-        extra_steps_difference=None,
-        difference=handed.difference,
-        difference_high=handed.difference_high,
         margin=against.margin,
         candidates=candidates,
         sentence=sentence,
+        **further,
     )
 
 
@@ -139,12 +142,8 @@ def with_adapter(answer: AdapterAnswer, candidate: AdapterCandidate, sentence: s
     """The answer with another adapter handed over."""
     is_listed = any(one.trial_id == candidate.trial_id for one in answer.candidates)
     return answer.model_copy(
-        update={
-            "rank": candidate.rank,
-            "how": candidate.how,
-            "trial_id": candidate.trial_id,
-            "difference": candidate.difference,
-            "difference_high": candidate.difference_high,
+        update=candidate.model_dump(include=NAMED)
+        | {
             "candidates": answer.candidates if is_listed else [*answer.candidates, candidate],
             "sentence": sentence,
         }
@@ -281,18 +280,15 @@ def files_of(outcomes: Sequence[TrialOutcome], criterion: Criterion) -> tuple[di
         and outcome.stop_at is None
         and criterion.metric in outcome.metrics
     ]
-    if not trials:
-        return {}, ScoreTable(criterion.metric, criterion.higher_is_better, {})
     files: dict[str, AdapterFile] = {}
     lengths = {len(items[0]) if (items := trial.items(criterion.metric)) else 0 for trial in trials}
     table = ScoreTable(criterion.metric, criterion.higher_is_better, {})
     for trial in trials:
         bare = trial if len(lengths) == 1 else trial.model_copy(update={"item_losses": [], "item_tokens": []})
-        table = table_of([bare], criterion.metric, criterion.higher_is_better)
+        table = table_of([bare], criterion.metric, criterion.higher_is_better, token_loss=criterion.token_loss)
         files[trial.trial_id] = AdapterFile(trial, next(iter(table.cells.values())))
-    kind = "loss" if table.kind == "token_loss" and not criterion.token_loss else table.kind
     cells = {(index, 0.0, 0): file.cell for index, file in enumerate(files.values())}
-    return files, ScoreTable(criterion.metric, criterion.higher_is_better, cells, {}, kind)
+    return files, ScoreTable(criterion.metric, criterion.higher_is_better, cells, {}, table.kind)
 
 
 def _with_bound(candidate: AdapterCandidate) -> str:

@@ -22,7 +22,7 @@ from itertools import permutations
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, Bounds, Estimate, descending, is_within, walk_down
+from rightrank.decision.comparison import CONFIDENCE, Bounds, Estimate, descending, estimate, is_within, walk_down
 from rightrank.decision.seeds import (
     MIN_EXAMPLES,
     PairNoise,
@@ -41,12 +41,11 @@ from rightrank.decision.table import (
     Pair,
     ScoreTable,
     adjusted_means,
-    cells_of_shared_seeds,
     contender_of,
     differences,
-    estimate_of,
     estimate_of_pairs,
     losses_by_seed,
+    of_shared_seeds,
     on_common_seeds,
     paired_cells,
 )
@@ -159,7 +158,8 @@ class Evidence:
 
     def value(self, contender: Contender) -> Estimate:
         """The contender's own mean."""
-        found = estimate_of(list(contender.cells.values()))
+        cells = list(contender.cells.values())
+        found = estimate(np.stack([cell.sums for cell in cells]), cells[0].weights, max(cell.span for cell in cells))
         if contender.rank == 0:
             return found
         stated = self._stated(contender)
@@ -219,21 +219,16 @@ class Evidence:
         """
         if rank == 0 or self.no_probability:
             return None
-        loss = self.contenders[rank].fair_loss
-        return min(
-            probability_within(loss - self.contenders[other].fair_loss, self._spreads[rank, other], margin)
-            for other in self.contenders
-            if other != rank
-        )
+        return min(probability_within(*difference, margin) for difference in self._from_others(rank))
 
     def margin_of(self, rank: int, probability: float) -> float:
         """The margin from which the rank has the probability, which there must be."""
-        loss = self.contenders[rank].fair_loss
-        return max(
-            margin_within(loss - self.contenders[other].fair_loss, self._spreads[rank, other], probability)
-            for other in self.contenders
-            if other != rank
-        )
+        return max(margin_within(*difference, probability) for difference in self._from_others(rank))
+
+    def _from_others(self, rank: int) -> Iterator[tuple[float, float]]:
+        """How much worse the rank is than each other one, and the variance of that between examples."""
+        for other in self.contenders.keys() - {rank}:
+            yield self.contenders[rank].fair_loss - self.contenders[other].fair_loss, self._spreads[rank, other]
 
     @cached_property
     def _spreads(self) -> dict[tuple[int, int], float]:
@@ -261,7 +256,7 @@ class Evidence:
         if self.is_point_reading:
             seeds = np.diag([self.noise.individual] * len(columns))
         else:
-            pairs = {lr: cells_of_shared_seeds(by_seed[lr], contender.cells) for lr in columns if lr != best}
+            pairs = {lr: of_shared_seeds(by_seed[lr], contender.cells) for lr in columns if lr != best}
             seeds = _about_the_best([_seeds_part(pairs[lr], self.prior)[0] if pairs.get(lr) else 0.0 for lr in columns])
         return winners_gap(means, seeds + _examples_part(list(columns.values())))
 

@@ -35,7 +35,6 @@ ONE_SEED_CONFIDENCE = 0.7
 def decide(
     table: ScoreTable,
     margin: float | None = None,
-    token_loss: bool = True,
     *,
     horizon_steps: int | None = None,
     others: Sequence[ScoreTable] = (),
@@ -47,7 +46,6 @@ def decide(
 
     Args:
         margin: how much worse than the best is still enough, in the metric's unit; None for the default of the metric.
-        token_loss: whether a loss is per token (its default margin is then 0.005 nats).
         horizon_steps: the length of the training that the answer is for, if longer than the trials.
         others: the same trials by other metrics, each compared at its default margin.
         checkpoint: which evaluation of each training is compared, where a table has those during the training.
@@ -58,8 +56,6 @@ def decide(
     Raises:
         ResultsError: fewer than two ranks have a finished trial, or the margin is not above 0.
     """
-    if table.kind == "token_loss" and not token_loss:
-        table = replace(table, kind="loss")
     given, table = table, at_checkpoint(table, checkpoint)
     evidence, unit, margin = _prepared(table, margin)
     checkpoints = checkpoint_note(given, evidence, checkpoint, unit.oriented_margin(margin))
@@ -70,14 +66,9 @@ def decide(
         found = found.at_confidence(confidence)
     chosen = found.chosen
     verdict = verdict_of(found)
-    beside = [
-        answer
-        for answer in (_beside(found.by_rank, other, token_loss, confidence, checkpoint) for other in others)
-        if answer is not None
-    ]
-    flags = flags_of(found, verdict, horizon_steps, [answer.metric for answer in beside], checkpoints)
-    if any(answer.conflict for answer in beside) and "metric_conflict" not in flags:
-        flags.append("metric_conflict")
+    comparable = [other for other in others if len(other.ranks()) > 1]
+    beside = [_beside(found.by_rank, other, confidence, checkpoint) for other in comparable]
+    flags = flags_of(found, verdict, horizon_steps, beside, checkpoints)
     runs = next_runs(found, verdict, flags)
     alike = smallest_alike(found) if smallest_if_alike and verdict == "undecided" else None
     if alike is not None:
@@ -113,14 +104,11 @@ def decide(
 def _beside(
     by_rank: Mapping[int, Compared],
     other: ScoreTable,
-    token_loss: bool,
     confidence: float | None,
     checkpoint: Checkpoint,
-) -> MetricAnswer | None:
-    """The answer by another metric, and whether the two disagree; None if fewer than two ranks have the metric."""
-    if len(other.ranks()) < 2:
-        return None
-    answer = decide(other, token_loss=token_loss, confidence=confidence, checkpoint=checkpoint)
+) -> MetricAnswer:
+    """The answer by another metric, and whether the two disagree."""
+    answer = decide(other, confidence=confidence, checkpoint=checkpoint)
     ours = {rank: one.non_inferior for rank, one in by_rank.items() if rank > 0}
     theirs = {evidence.rank: evidence for evidence in answer.ranks if evidence.rank > 0}
     against = [rank for rank in ours if rank in theirs and {ours[rank], theirs[rank].non_inferior} == {True, False}]

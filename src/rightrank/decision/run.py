@@ -14,7 +14,6 @@ from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import (
     AdapterRecorded,
     Certified,
-    DecisionRecorded,
     GuardEvaluated,
     JournalRecord,
     RunContinued,
@@ -96,17 +95,6 @@ def settled_start(journal: Sequence[JournalRecord]) -> RunStarted:
     return started.model_copy(update=update) if update else started
 
 
-def last_decided(journal: Sequence[JournalRecord]) -> DecisionRecorded | None:
-    return next((record for record in reversed(journal) if isinstance(record, DecisionRecorded)), None)
-
-
-def running_trial(journal: Sequence[JournalRecord]) -> TrialStarted | None:
-    """The trial that began last and has not ended."""
-    ended = {record.trial_id for record in journal if isinstance(record, OUTCOMES)}
-    begun = [record for record in journal if isinstance(record, TrialStarted) and record.trial_id not in ended]
-    return begun[-1] if begun else None
-
-
 def decide_run(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> Decision:
     """The decision on `outcomes` at the margin and by the metric of the run. `outcomes` defaults to `comparable(records)`.
 
@@ -143,7 +131,6 @@ def decide_on(
     return decide(
         run_table(records, outcomes, metric, higher),
         float(margin) if isinstance(margin, int | float) else None,
-        token_loss=records.started.data.is_token_loss,
         horizon_steps=horizon_steps,
         checkpoint=checkpoint or checkpoint_of(records.started),
         others=others if records.started.data.form != "own" else (),
@@ -183,7 +170,8 @@ def run_table(
         higher = _direction_in(started, metric)
     if higher is None:
         raise ResultsError(f"{unknown_direction(metric)}; give --higher-is-better or --lower-is-better")
-    return table_of(outcomes, metric, higher, started.points_metric or started.metric, looks=records.outcomes)
+    along, per_token = started.points_metric or started.metric, started.data.is_token_loss
+    return table_of(outcomes, metric, higher, along, looks=records.outcomes, token_loss=per_token)
 
 
 def _direction_in(started: RunStarted, metric: str) -> bool | None:

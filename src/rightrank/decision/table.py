@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -28,9 +28,6 @@ from rightrank.schema.trials import (
     TrialOutcome,
 )
 
-DROP_IN_MARGINS = 2.5  # the fall that counts as a collapse: five points at a margin of two
-MIN_LOOKS_TO_END = 3  # the best one, and two far below it
-SURE_DEVIATIONS = 3.0  # of the paired fall over examples: the best of several looks is optimistic by about two
 RIDGE = 1e-4  # keeps seed effects at 0 where the seeds that rows share do not determine them
 
 
@@ -107,6 +104,7 @@ def table_of(
     higher_is_better: bool,
     points_metric: str | None = None,
     looks: Iterable[TrialOutcome] = (),
+    token_loss: bool = True,
 ) -> ScoreTable:
     """The table of a run's outcomes.
 
@@ -114,9 +112,10 @@ def table_of(
         outcomes: an outcome without this metric counts as missing.
         points_metric: the metric of the evaluations during training; None for `metric`.
         looks: trainings that are not compared, such as those stopped early; their learning rates count as tried.
+        token_loss: whether a loss is per token (its default margin is then 0.005 nats).
     """
     outcomes = list(outcomes)
-    kind = kind_of(metric, higher_is_better)
+    kind = kind_of(metric, higher_is_better, token_loss)
     scored = [o for o in outcomes if isinstance(o, TrialFinished) and metric in o.metrics]
     examples = [trial.items(metric) for trial in scored]
     sizes = {0 if found is None else len(found[0]) for found in examples}
@@ -253,7 +252,7 @@ def contender_of(table: ScoreTable, rank: int) -> Contender:
 
     def is_surely_lower(one: float, other: float) -> bool:
         """On the seeds that both have. One number a training shows no noise: there the means decide."""
-        return bounds_of(estimate_of_pairs(cells_of_shared_seeds(columns[one], columns[other]))).high < 0
+        return bounds_of(estimate_of_pairs(of_shared_seeds(columns[one], columns[other]))).high < 0
 
     best = best_learning_rate({lr: losses_by_seed(cells) for lr, cells in columns.items()}, is_surely_lower)
     cells = columns[best]
@@ -307,11 +306,8 @@ def best_learning_rate(
     return best
 
 
-def estimate_of(cells: list[Cell]) -> Estimate:
-    return estimate(np.stack([cell.sums for cell in cells]), cells[0].weights, max(cell.span for cell in cells))
-
-
 Pair: TypeAlias = tuple[Cell, Cell]
+OfSeed = TypeVar("OfSeed")
 
 
 def estimate_of_pairs(pairs: list[Pair], shift: float = 0.0) -> Estimate:
@@ -335,10 +331,11 @@ def paired_cells(contender: Contender, against: Contender) -> list[Pair]:
         return [(next(iter(left.values())), cell) for cell in right.values()]
     if against.rank == 0 and len(right) == 1:
         return [(cell, next(iter(right.values()))) for cell in left.values()]
-    return cells_of_shared_seeds(left, right) or list(zip(left.values(), right.values(), strict=False))
+    return of_shared_seeds(left, right) or list(zip(left.values(), right.values(), strict=False))
 
 
-def cells_of_shared_seeds(left: Mapping[int, Cell], right: Mapping[int, Cell]) -> list[Pair]:
+def of_shared_seeds(left: Mapping[int, OfSeed], right: Mapping[int, OfSeed]) -> list[tuple[OfSeed, OfSeed]]:
+    """What both have, by seed."""
     return [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
 
 
@@ -347,58 +344,10 @@ def minus(one: Cell, other: Cell) -> Cell:
     return Cell(one.trial_id, one.value - other.value, one.sums - other.sums, one.weights, max(one.span, other.span))
 
 
-@dataclass(frozen=True, slots=True)
-class Collapse:
-    """Where a training was best, and where it ended."""
-
-    best: EvalPoint
-    last: EvalPoint
-
-    @property
-    def reason(self) -> str:
-        return (
-            f"the held-out value fell from {self.best.value:.4g} at step {self.best.step} to {self.last.value:.4g} "
-            f"at step {self.last.step}"
-        )
-
-
 def best_point(points: Sequence[EvalPoint], higher_is_better: bool) -> EvalPoint:
     """The look with the best value; the earliest of equal ones."""
     sign = -1.0 if higher_is_better else 1.0
     return min(points, key=lambda point: (sign * point.value, point.step))
-
-
-def collapse_of(points: Sequence[EvalPoint], drop: float, higher_is_better: bool = True) -> Collapse | None:
-    """The collapse that the looks of a training show at their end; None if there is none.
-
-    The last value is worse than the best one by more than `drop` and, where both looks have scores of the same examples, by
-    more than `SURE_DEVIATIONS` standard errors of their paired difference.
-    """
-    if len(points) < 2:
-        return None
-    ordered = sorted(points, key=lambda point: point.step)
-    best, last = best_point(ordered, higher_is_better), ordered[-1]
-    fall = (best.value - last.value) * (1.0 if higher_is_better else -1.0)
-    left, right = best.item_scores or [], last.item_scores or []
-    noise = 0.0  # the standard error of the mean paired difference
-    if len(left) == len(right) >= 2:
-        noise = float(np.std(np.subtract(left, right), ddof=1) / np.sqrt(len(left)))
-    return Collapse(best, last) if fall > max(drop, SURE_DEVIATIONS * noise) else None
-
-
-def should_stop_early(points: Sequence[EvalPoint], drop: float, higher_is_better: bool = True) -> bool:
-    """Whether a training has collapsed so far that further steps are not worth their cost.
-
-    Its last two looks are both far below the best, and below the middle between the first look and the best. Runs recover from
-    lesser falls: a published one from .83 by way of .51 and .47 to .82 (benchmarks/rl).
-    """
-    ordered = sorted(points, key=lambda point: point.step)
-    if len(ordered) < MIN_LOOKS_TO_END:
-        return False
-    middle = (ordered[0].value + best_point(ordered, higher_is_better).value) / 2
-    below = [(middle - point.value) * (1.0 if higher_is_better else -1.0) > 0 for point in ordered[-2:]]
-    both = (ordered, ordered[:-1])
-    return all(below) and all(collapse_of(found, drop, higher_is_better) is not None for found in both)
 
 
 def collapsing_cells(outcomes: Iterable[TrialOutcome]) -> set[tuple[int, float]]:

@@ -23,14 +23,14 @@ In a point reading (`Evidence.is_point_reading`) nothing is inconclusive: ranks 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import numpy as np
 
 from rightrank.decision.comparison import CONFIDENCE, is_within, walk_down
 from rightrank.decision.evidence import Comparison, Evidence
 from rightrank.decision.table import Contender, ScoreTable, at_checkpoint
-from rightrank.schema.decision import CheckpointNote, Verdict
+from rightrank.schema.decision import CheckpointNote, MetricAnswer, Verdict
 from rightrank.schema.metrics import Checkpoint, default_margin, direction, kind_of, published_deviation
 
 
@@ -161,20 +161,20 @@ def flags_of(
     found: Comparison,
     verdict: Verdict,
     horizon_steps: int | None,
-    compared_others: Collection[str] = (),
+    beside: Sequence[MetricAnswer] = (),
     checkpoints: CheckpointNote | None = None,
 ) -> list[str]:
     """The flags in a fixed order. Each has an entry in docs/reference/decision.md.
 
     Args:
-        compared_others: other metrics that were compared by intervals, and need no comparison of bare values here.
+        beside: the answers by other metrics, which need no comparison of bare values here.
     """
     evidence, top = found.evidence, found.ranks[-1]
     answer = {found.chosen, found.reference.rank}
     trained = max((cell.steps or 0 for cell in found.reference.cells.values()), default=0)
     growth = _late_growth(found) or 0.0
     named = [set(cell.others) for one in evidence.contenders.values() for cell in one.cells.values()]
-    others = set.intersection(*named) - set(compared_others)
+    others = set.intersection(*named) - {answer.metric for answer in beside}
     raised = {
         "underpowered": underpowered(found, verdict),
         "rising": verdict == "undecided"
@@ -186,7 +186,8 @@ def flags_of(
         "collapsed": evidence.table.collapsed > 0,
         "one_seed": found.is_indication,
         "winner_gap": max(evidence.contenders[rank].gap for rank in answer) > found.margin / 2,
-        "metric_conflict": any(_conflicts_in(evidence, found.chosen, name) for name in sorted(others)),
+        "metric_conflict": any(answer.conflict for answer in beside)
+        or any(_conflicts_in(evidence, found.chosen, name) for name in sorted(others)),
         # the chosen rank's gap exceeds the margin if it grows by as much again
         "may_be_capacity_limited": growth > 0
         and not is_within(found.by_rank[found.chosen].difference.mean + growth, found.margin),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rightrank.data.rows import held_out_fields
 from rightrank.data.splits import load_data
@@ -89,9 +87,7 @@ def _measured(run: Run, guard: _GuardData, place: int) -> list[GuardEvaluated]:
         cache.mkdir(parents=True, exist_ok=True)
         own = Runtime(runtime.loaded, guard.encoded, guard.settings, 1, cache)
     for trial in whole:
-        base: AbstractContextManager[Any] = nullcontext()
-        adapter = base if trial.rank == 0 else adapter_attached(own, run.folder.finished_adapter(trial.trial_id))
-        with adapter:
+        with adapter_attached(own, run.folder.adapter_of(trial)):
             scores = own.evaluate("selection")
         run.on_event(
             GuardEvaluated(

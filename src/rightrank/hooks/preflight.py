@@ -36,10 +36,11 @@ def preflight(request: Request) -> Preflight:
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         prepared = prepare(request, Path(folder) / "cache", notes.append)
         strategy = strategy_of(prepared)
-        pace = pace_of(prepared)
-        found = _preflight_of(prepared, strategy, None if pace is None else _time_of(prepared, strategy, pace))
+        pace, seconds = pace_of(prepared), None
         if pace is not None:
-            notes.append(f"time: measured on this device: {_basis(pace)}, then discarded")
+            seconds = _time_of(prepared, strategy, pace)
+            notes.append(time_line(*seconds, _basis(pace), prepared.settings.budget_hours))
+        found = _preflight_of(prepared, strategy, seconds)
         notes += _adapter_lines(prepared)
         before = plugins.listed(lambda plugin: plugin.outlook(prepared.started, None))
         return found.model_copy(update={"before": before, "notes": notes})
@@ -168,9 +169,7 @@ class Outlook(Hook):
     """Tells what the selection will cost; where trainings are long, by a few steps that are measured."""
 
     ends_run = False
-
-    def __init__(self) -> None:
-        self._run: Run | None = None
+    _run: Run | None = None
 
     def on_prepared(self, run: Run) -> None:
         self._run = run

@@ -30,10 +30,8 @@ class Report(Hook):
     """Keeps the report, the figures, decision.json and the adapter's card up to date."""
 
     ends_run = False
-
-    def __init__(self) -> None:
-        self._run: Run | None = None
-        self._next = 0.0  # by the monotonic clock
+    _run: Run | None = None
+    _next = 0.0  # when it is written again, by the monotonic clock
 
     def on_prepared(self, run: Run) -> None:
         self._run = run

@@ -51,6 +51,7 @@ from rightrank.adapters.live_scores import (
     batch_scores,
     is_partitioned,
     is_sharded,
+    process_index,
     together,
     upper_share,
 )
@@ -59,7 +60,6 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, RightrankError, SettingsError, first_line
 from rightrank.schema.metrics import Checkpoint
 from rightrank.train.covariances import MOMENT_TOKENS
-from rightrank.train.device import process_index
 
 log = logging.getLogger("rightrank")
 

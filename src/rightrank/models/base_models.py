@@ -115,17 +115,10 @@ def resolve_dtype(name: AutoDtype, device: str) -> DtypeName:
     return "bfloat16" if with_bfloat16 else "float32"
 
 
-def load_model(
-    reference: str,
-    dtype: AutoDtype,
-    device: str,
-    classes: list[str] | None,
-    trust_remote_code: bool = False,
-    weight_bits: int | None = None,
-) -> LoadedModel:
-    """Load for causal language modelling, or with a classification head when `classes` are given.
+def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] | None) -> LoadedModel:
+    """Load for causal language modelling, or with a classification head when `classes` are given, as the settings say.
 
-    `weight_bits` 4 or 8 quantises the matrices on loading, with bitsandbytes.
+    In 4 or 8 bits the matrices are quantised on loading, with bitsandbytes.
 
     Raises:
         ModelError: no weights, no tokenizer, or a model that transformers can't load.
@@ -133,8 +126,8 @@ def load_model(
         SettingsError: the device does not exist, or does not support quantised matrices.
         MissingExtraError: quantised weights without bitsandbytes.
     """
-    found = find_device(device)
-    dtype = resolve_dtype(dtype, device)
+    trust_remote_code, weight_bits = settings.trust_remote_code, settings.weight_bits
+    found, dtype = find_device(settings.device), resolve_dtype(settings.dtype, settings.device)
     if weight_bits is not None:
         _require_quantisation(weight_bits, found)
     source = find_model(reference)
@@ -217,7 +210,7 @@ def model_skeleton(config: Any, trust_remote_code: bool, num_labels: int | None,
         raise ModelError(f"{config.model_type}: transformers cannot build the model ({first_line(error)})") from None
 
 
-def _loaded(name: str, classes: list[str] | None, arguments: Mapping[str, Any]) -> Any:
+def _loaded(name: str, classes: Sequence[str] | None, arguments: Mapping[str, Any]) -> Any:
     torch.manual_seed(0)  # the same new classification head in every run
     if classes is None:
         return AutoModelForCausalLM.from_pretrained(name, **arguments)
@@ -225,13 +218,6 @@ def _loaded(name: str, classes: list[str] | None, arguments: Mapping[str, Any]) 
     label2id = {label: number for number, label in by_number.items()}
     head = {"num_labels": len(classes), "id2label": by_number, "label2id": label2id}
     return AutoModelForSequenceClassification.from_pretrained(name, **head, **arguments)
-
-
-def load_base(name: str, settings: SelectSettings, classes: Sequence[str] | None) -> LoadedModel:
-    """`load_model` as the settings say."""
-    listed = None if classes is None else list(classes)
-    trusted, bits = settings.trust_remote_code, settings.weight_bits
-    return load_model(name, settings.dtype, settings.device, listed, trusted, bits)
 
 
 def prepare_model(

@@ -3,17 +3,15 @@ the learning rate when the rank changes."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.settings import CONSTANT_SCALING_RANK, Scaling
 
 SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
-SAFETENSORS_ALIGNMENT = 8  # the header is padded with spaces to a multiple of this
 # The best rate goes as rank to this power at scale alpha/r with alpha fixed: the medians of our and of public grids; with alpha = r
 # (arXiv 2602.04998: 12 rates, 3 seeds).
 RATE_EXPONENTS, TIED_EXPONENT = (0.03, 0.23), -0.41
@@ -100,21 +98,3 @@ def rate_warning(rank: int = LARGE_RANK, alpha: float = 2 * LARGE_RANK, rate: fl
     if rank < LARGE_RANK or alpha < 2 * rank or rate < LARGE_RATE:
         return ""
     return f"rank {LARGE_RANK} at {LARGE_RATE:g} with alpha = 2r diverged in a public trace: take alpha 32, or a lower rate"
-
-
-def safetensors_bytes(
-    tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
-) -> int:
-    """The size of the file with these tensors, each `(name, dtype code, shape, bytes per element)`.
-
-    The file has 8 bytes for the header's length, the header (JSON without spaces, sorted by descending element size and then
-    by name, padded) and the data without gaps. https://github.com/huggingface/safetensors#format
-    """
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    position = 0
-    for name, code, shape, element in sorted(tensors, key=lambda tensor: (-tensor[3], tensor[0])):
-        size = math.prod(shape) * element
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [position, position + size]}
-        position += size
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // SAFETENSORS_ALIGNMENT) * SAFETENSORS_ALIGNMENT + position

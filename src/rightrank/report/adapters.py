@@ -8,8 +8,7 @@ from statistics import median
 
 from rightrank.report.answer import labelled
 from rightrank.report.figure import Axis, Figure, Series, axis_from_zero, log_ticks
-from rightrank.report.format import table_lines
-from rightrank.report.tables import candidate_table
+from rightrank.report.tables import candidate_table, table_lines
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import Allocation, Inspection, ModuleSpectrum, Resized
 

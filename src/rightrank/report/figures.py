@@ -21,8 +21,8 @@ from rightrank.report.figure import (
     metric_axis,
     rank_axis,
 )
-from rightrank.report.format import amount, coverage, metric_unit
-from rightrank.report.tables import ENOUGH
+from rightrank.report.format import amount
+from rightrank.report.tables import ENOUGH, coverage, metric_unit
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, RankEvidence
 from rightrank.schema.trials import TrialFinished
 
@@ -89,7 +89,7 @@ def diminishing_rank(decision: Decision) -> int | None:
 
     It depends on the margin and on the ranks tried.
     """
-    ranks = sorted((e for e in decision.ranks if e.rank > 0), key=lambda e: e.rank)
+    ranks = [e for e in decision.ranks if e.rank > 0]
     sign = -1 if decision.higher_is_better else 1
     found = None
     for lower, upper in reversed(list(pairwise(ranks))):
@@ -236,17 +236,12 @@ def _listed(values: Mapping[int, float], unit: str) -> str:
     return ", ".join(f"rank {rank} {amount(value)} {unit}" for rank, value in values.items())
 
 
-def trained(decision: Decision) -> list[RankEvidence]:
-    """The ranks that were trained, ascending."""
-    return sorted((evidence for evidence in decision.ranks if evidence.rank > 0), key=lambda evidence: evidence.rank)
-
-
 def _best_trials(records: Records, decision: Decision | None) -> dict[int, list[TrialFinished]]:
     """The trials of each rank at its best learning rate: those that the decision names, if there is one."""
     finished = records.finished()
     by_id = {trial.trial_id: trial for trial in finished}
     if decision is not None:
-        named = {e.rank: [by_id[i] for i in e.trial_ids if i in by_id] for e in trained(decision)}
+        named = {e.rank: [by_id[i] for i in e.trial_ids if i in by_id] for e in decision.ranks if e.rank > 0}
         return {rank: trials for rank, trials in named.items() if trials}
     groups = by_rank([trial for trial in finished if trial.rank > 0 and trial.arm.is_direct])
     sign = -1 if records.started.higher_is_better else 1

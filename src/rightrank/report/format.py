@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-
-from rightrank.schema.decision import Decision
-
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
 # Invisible characters that can disguise text: DEL, C1 controls, bidirectional marks, separators, surrogates.
 HIDDEN = {
@@ -20,18 +16,6 @@ HIDDEN = {
 def visible(text: str) -> str:
     """The text with control characters shown as symbols, so that data cannot change how a page reads."""
     return text.translate(CONTROL_PICTURES | HIDDEN)
-
-
-def metric_unit(metric: str) -> str:
-    """The unit of a metric's differences."""
-    return "nats" if metric == "loss" else visible(metric)
-
-
-def coverage(decision: Decision, noun: str) -> str:
-    """`95% interval`; `interval over examples` for one seed; `interval` where the table shows no level."""
-    if decision.confidence is not None:
-        return f"{decision.confidence:.0%} {noun}"
-    return f"{noun} over examples" if decision.basis.startswith("items") else noun
 
 
 def quantity(count: float, noun: str) -> str:
@@ -59,15 +43,3 @@ def size(count: float) -> str:
             return f"{sign}{count:{spec}} {unit}"
         count /= 1024
     return f"{sign}{count:.2f} TiB"
-
-
-def table_lines(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
-    """One line a row, cells padded to their column's width; columns in `left` are aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -27,10 +27,10 @@ from rightrank.models.ranks import peft_scaling
 from rightrank.report.answer import answer_view
 from rightrank.report.figure import Figure, parts_of
 from rightrank.report.figures import figures_of, margin_range, margin_steps, rank_at
-from rightrank.report.format import metric_unit, quantity, size, visible
-from rightrank.report.status import cost_of, end_text
+from rightrank.report.format import quantity, size, visible
+from rightrank.report.status import cost_sentence, end_text
 from rightrank.report.svg import inline_svg, swatch
-from rightrank.report.tables import candidate_table, certainty_rows, evidence_table
+from rightrank.report.tables import candidate_table, certainty_rows, evidence_table, metric_unit
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.decision import Decision, HandedOver, TrainingRankEstimate
 from rightrank.schema.events import RunStarted, TestEvaluated
@@ -86,8 +86,8 @@ def render_report(
             view=answer_view(decision, document(records, decision, goal, estimate)),
             adapter=adapter,
             candidates=candidate_table(adapter.answer, records.started.metric) if adapter else [],
-            confidence=confidence_text(records, decision) if decision else "",
-            cost=cost_of(records).sentence(),
+            confidence=_confidence_text(records, decision) if decision else "",
+            cost=cost_sentence(records),
             evidence=evidence_table(decision) if decision else [],
             certainty=certainty_rows(decision) if decision else [],
             margin=_margin_text(decision) if decision else "",
@@ -258,7 +258,7 @@ def use_it(handed_over: HandedOver, records: Records) -> dict[str, str] | None:
     }
 
 
-def confidence_text(records: Records, decision: Decision) -> str:
+def _confidence_text(records: Records, decision: Decision) -> str:
     """The confidence level, or that the answer is an indication, and the evidence behind it."""
     examples = len(records.started.evaluation_items)
     held_out = f", paired over {quantity(examples, 'held-out example')}" if examples else ""

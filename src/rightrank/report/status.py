@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from pydantic import Field
 
 from rightrank.decision.next_run import next_commands
-from rightrank.decision.run import Records, decision_so_far, document, last_decided, running_trial, trainings
+from rightrank.decision.run import Records, decision_so_far, document, trainings
 from rightrank.report.answer import answer_view, labelled
 from rightrank.report.format import duration, quantity
 from rightrank.report.terminal import terminal_curve
-from rightrank.schema.events import JournalRecord
+from rightrank.schema.events import DecisionRecorded, JournalRecord
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import (
+    OUTCOMES,
     Record,
     TrialCollapsed,
     TrialDiverged,
@@ -71,7 +71,7 @@ def run_status(
     adapter = records.adapters[-1].answer if records.adapters else None
     if goal == "adapter":
         decision = None
-    cost, commands = cost_of(records), next_commands(records.started, decision, run)
+    commands = next_commands(records.started, decision, run)
     view = answer_view(decision, document(records, decision, goal), commands)
     is_done = decided is not None or (goal == "adapter" and adapter is not None)
     state = "running" if locked else "done" if is_done else "stopped"
@@ -79,12 +79,12 @@ def run_status(
         run=run,
         state=state,
         goal=goal,
-        trainings=cost.trainings,
+        trainings=trainings(records),
         trials_ended=len(records.outcomes),
-        trials_without_result=cost.without_result,
+        trials_without_result=len(records.outcomes) - len(records.finished()),
         running=_at_work(current, records) if current is not None and locked else None,
         progress=str(progress["progress"]) if progress is not None and locked else None,
-        cost=cost.sentence(),
+        cost=cost_sentence(records),
         answer=NO_ANSWER if decision is None and adapter is None else view.headline,
         adapter_sentence=None if adapter is None else adapter.sentence,
         rank=decision.rank if decision is not None else None,
@@ -144,38 +144,20 @@ def is_fresh(progress: Mapping[str, object]) -> bool:
     return (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() < STALE_SECONDS
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """The cost of the trials so far."""
-
-    trainings: float  # optimizer steps over those of a whole training
-    truncations: int  # evaluated without a training step
-    without_result: int
-    seconds: float
-
-    def sentence(self) -> str:
-        parts = [quantity(self.trainings, "training")]
-        if self.truncations:
-            parts.append(quantity(self.truncations, "truncation"))
-        if self.without_result:
-            parts.append(f"{quantity(self.without_result, 'trial')} without a result")
-        return ", ".join([*parts, duration(self.seconds)])
-
-
-def cost_of(records: Records) -> Cost:
-    """The cost of all trials; the seconds include the evaluation of the base model.
+def cost_sentence(records: Records) -> str:
+    """The cost of all trials so far: trainings, truncations, trials without a result, and the time with the base's evaluation.
 
     A training that resumes a stopped one contains its seconds, so those of the stopped one are subtracted.
     """
     finished = records.finished()
     by_id = {trial.trial_id: trial for trial in finished}
     resumed = [by_id[trial.continue_from] for trial in finished if trial.continue_from in by_id]
-    return Cost(
-        trainings=trainings(records),
-        truncations=sum(trial.truncate_from is not None and trial.steps == 0 for trial in finished),
-        without_result=sum(not isinstance(outcome, TrialFinished) for outcome in records.outcomes),
-        seconds=sum(map(_seconds, finished)) - sum(map(_seconds, resumed)),
-    )
+    truncations = sum(trial.truncate_from is not None and trial.steps == 0 for trial in finished)
+    lost = len(records.outcomes) - len(finished)
+    parts = [quantity(trainings(records), "training")]
+    parts += [quantity(truncations, "truncation")] if truncations else []
+    parts += [f"{quantity(lost, 'trial')} without a result"] if lost else []
+    return ", ".join([*parts, duration(sum(map(_seconds, finished)) - sum(map(_seconds, resumed)))])
 
 
 def _seconds(trial: TrialFinished) -> float:
@@ -189,3 +171,14 @@ def end_text(outcome: TrialCollapsed | TrialDiverged | TrialFailed) -> str:
     return (
         f"diverged at step {outcome.step}: {outcome.reason}" if isinstance(outcome, TrialDiverged) else outcome.reason
     )
+
+
+def last_decided(journal: Sequence[JournalRecord]) -> DecisionRecorded | None:
+    return next((record for record in reversed(journal) if isinstance(record, DecisionRecorded)), None)
+
+
+def running_trial(journal: Sequence[JournalRecord]) -> TrialStarted | None:
+    """The trial that began last and has not ended."""
+    ended = {record.trial_id for record in journal if isinstance(record, OUTCOMES)}
+    begun = [record for record in journal if isinstance(record, TrialStarted) and record.trial_id not in ended]
+    return begun[-1] if begun else None

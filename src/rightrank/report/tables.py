@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from rightrank.decision.comparison import is_within
 from rightrank.decision.sentences import chance
 from rightrank.report.answer import brief
-from rightrank.report.format import coverage, metric_unit
+from rightrank.report.format import visible
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, RankEvidence
 
 FLAGS = {
@@ -116,3 +118,27 @@ def certainty_rows(decision: Decision) -> list[tuple[str, str]]:
         *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
     ]
     return [row for row in rows if row[1]]
+
+
+def metric_unit(metric: str) -> str:
+    """The unit of a metric's differences."""
+    return "nats" if metric == "loss" else visible(metric)
+
+
+def coverage(decision: Decision, noun: str) -> str:
+    """`95% interval`; `interval over examples` for one seed; `interval` where the table shows no level."""
+    if decision.confidence is not None:
+        return f"{decision.confidence:.0%} {noun}"
+    return f"{noun} over examples" if decision.basis.startswith("items") else noun
+
+
+def table_lines(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
+    """One line a row, cells padded to their column's width; columns in `left` are aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

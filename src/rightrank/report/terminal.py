@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from math import log2
 from typing import TYPE_CHECKING, TypeAlias
 
 from rightrank.report.answer import answer_view, brief, labelled
-from rightrank.report.format import duration, size, table_lines, visible
-from rightrank.report.tables import certainty_rows, evidence_table
+from rightrank.report.format import duration, size, visible
+from rightrank.report.tables import certainty_rows, evidence_table, table_lines
 from rightrank.schema.decision import Decision
 
 if TYPE_CHECKING:
@@ -38,9 +37,7 @@ def decision_text(decision: Decision, understood: list[str], width: int, command
 
 def preflight_text(found: Preflight) -> str:
     """Everything, for a person."""
-    seconds, most = found.cost.seconds, found.cost.seconds_at_most
-    time = [] if seconds is None or most is None else [f"time: about {duration(seconds)}, at most {duration(most)}"]
-    lines = [*found.before, *_data_lines(found), *memory_lines(found), cost_line(found.cost), *time, *found.notes]
+    lines = [*found.before, *_data_lines(found), *memory_lines(found), cost_line(found.cost), *found.notes]
     return "\n".join([*lines, "nothing was written: this was a dry run"])
 
 
@@ -96,7 +93,6 @@ def time_line(expected: float, most: float, measured: str, budget_hours: float |
 
 
 MAX_CURVE_WIDTH, CURVE_ROWS = 72, 10  # characters
-BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # the dots of a character, four rows of two
 Points: TypeAlias = Sequence[tuple[int, float]]  # rank and value, by ascending rank
 
 
@@ -118,12 +114,10 @@ def terminal_curve(points: Points, width: int, truncated: Points = ()) -> str:
     def column(rank: int) -> int:
         return round((columns - 1) * log2(rank / ranks[0]) / log2(ranks[-1] / ranks[0]))
 
-    def places(series: Points) -> list[tuple[int, float]]:
-        return [(column(rank), (CURVE_ROWS - 1) * (1 - (value - low) / span)) for rank, value in series]
+    def place(rank: int, value: float) -> tuple[int, int]:
+        return round((CURVE_ROWS - 1) * (1 - (value - low) / span)), column(rank)
 
-    cells = _line(places(truncated)) | _line(places(points))
-    for series, marker in ((truncated, "○"), (points, "●")):
-        cells |= {(round(row), x): marker for x, row in places(series)}
+    cells = {place(*point): "○" for point in truncated} | {place(*point): "●" for point in points}
     lines = [
         f"{ticks.get(row, ''):>{margin}}{'┤' if row in ticks else '│'}"
         + "".join(cells.get((row, x), " ") for x in range(columns))
@@ -136,19 +130,6 @@ def terminal_curve(points: Points, width: int, truncated: Points = ()) -> str:
     return "\n".join(
         [frame[0], *lines, frame[1], names, f"{'':{margin + 1}}{'LoRA rank' + legend:^{columns}}".rstrip()]
     )
-
-
-def _line(places: Sequence[tuple[int, float]]) -> dict[tuple[int, int], str]:
-    """Braille characters along the straight lines between `places`: column and row, each with a fraction for its dots."""
-    dots: dict[tuple[int, int], int] = {}
-    for (left, upper), (right, lower) in pairwise(places):
-        steps = max(2 * (right - left), round(4 * abs(lower - upper)), 1)
-        for step in range(steps + 1):
-            x = round(2 * left + 2 * (right - left) * step / steps)
-            y = round(4 * (upper + (lower - upper) * step / steps) + 1.5)
-            cell = (min(y // 4, CURVE_ROWS - 1), x // 2)
-            dots[cell] = dots.get(cell, 0) | BRAILLE[y % 4][x % 2]
-    return {cell: chr(0x2800 + bits) for cell, bits in dots.items()}
 
 
 def _rank_names(names: Mapping[int, str]) -> str:

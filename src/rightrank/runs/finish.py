@@ -6,8 +6,7 @@ A run continued with more validation examples: adapters that exist are scored on
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +18,6 @@ from rightrank.decision.next_run import next_commands
 from rightrank.decision.run import Records, best_trial, checkpoint_of, compared, question_of, trainings
 from rightrank.decision.table import best_point
 from rightrank.models.places import BASE_FILE
-from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import FailingAs, Run
 from rightrank.runs.values import Answer, Selected, answers
 from rightrank.schema.decision import AdapterAnswer, CheckpointNote, Decision, HandedOver
@@ -105,7 +103,7 @@ def _read_test_split(run: Run, runtime: Runtime, trial_ids: Iterable[str]) -> No
         if any(test.trial_id == trial_id for test in run.records.tests):
             continue
         trial = run.finished(trial_id)
-        with _adapter_of(run.folder, runtime, trial):
+        with adapter_attached(runtime, run.folder.adapter_of(trial)):
             scores = runtime.evaluate("test")
             measured = measure(runtime, "test")
         measured.require([metric])
@@ -178,13 +176,9 @@ def _handed_over(records: Records, answer: AdapterAnswer, saved: Path) -> Handed
         pattern = None
     of_modules = pattern.values() if isinstance(pattern, dict) else ()
     return HandedOver(
-        rank=answer.rank,
+        **answer.model_dump(include={*HandedOver.model_fields}),
         max_module_rank=max([answer.rank, *(rank for rank in of_modules if isinstance(rank, int))]),
-        how=answer.how,
-        trained_rank=answer.trained_rank,
         reference_adapter=f"trials/{answer.reference_id}",
-        difference=answer.difference,
-        difference_high=answer.difference_high,
         test_difference=test and test[0],
         test_difference_high=test and test[1],
     )
@@ -252,7 +246,7 @@ def rescore(run: Run) -> None:
     run.notice(f"scoring {len(stale)} adapters on {count:,} validation examples, in place of {before:,}")
     records.adapters.clear()  # the first question is answered again, on all examples
     for trial in stale:
-        with _adapter_of(folder, run.prepared.runtime, trial):
+        with adapter_attached(run.prepared.runtime, folder.adapter_of(trial)):
             run.record(_scored_again(run.prepared.runtime, trial, records.started.metric))
 
 
@@ -270,13 +264,3 @@ def _scored_again(runtime: Runtime, trial: TrialFinished, metric: str) -> TrialF
             "failed_metrics": measured.failed,
         }
     )
-
-
-@contextmanager
-def _adapter_of(folder: RunFolder, runtime: Runtime, trial: TrialFinished) -> Iterator[None]:
-    """The base with the trial's adapter inside the block; the base alone for rank 0."""
-    if trial.rank == 0:
-        yield
-        return
-    with adapter_attached(runtime, folder.finished_adapter(trial.trial_id)):
-        yield

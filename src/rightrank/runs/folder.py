@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from rightrank.data.files import sweep_leftovers, write_text
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import RunError, RunFolderError
+from rightrank.schema.trials import TrialFinished
 
 PROGRESS_FILE = "progress.json"  # in the run folder while a process works
 
@@ -69,6 +70,10 @@ class RunFolder:
 
     def trial_adapter(self, trial_id: str) -> Path:
         return self.path / "trials" / self._name(trial_id)
+
+    def adapter_of(self, trial: TrialFinished) -> Path | None:
+        """As `finished_adapter`; None for the base."""
+        return None if trial.rank == 0 else self.finished_adapter(trial.trial_id)
 
     def finished_adapter(self, trial_id: str) -> Path:
         """The folder of a trial's adapter, downloaded from the store if it is not here.

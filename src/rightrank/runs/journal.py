@@ -38,13 +38,6 @@ from rightrank.schema.trials import SCHEMA_VERSION
 _SEAL = re.compile(rb',"len":(0|[1-9][0-9]*),"crc":"([0-9a-f]{8})"\}\Z')
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """Why a line is not a record; `reason` is printed after `journal.jsonl:5: `."""
-
-    reason: str
-
-
 def sealed(record: JournalRecord) -> bytes:
     """The record's line, with its line end."""
     return seal(record.model_dump_json().encode()) + b"\n"
@@ -56,24 +49,22 @@ def seal(line: bytes) -> bytes:
     return body + b',"len":%d,"crc":"%08x"}' % (len(body), zlib.crc32(body))
 
 
-def read_line(line: bytes) -> JournalRecord | Damage:
-    """Parse a line without its line end: the record, or what is wrong with the line."""
+def read_line(line: bytes) -> JournalRecord | str:
+    """Parse a line without its line end: the record, or what is wrong with the line, as printed after `journal.jsonl:5: `."""
     found = _SEAL.search(line)
     if found is None:
-        return Damage("damaged: it has no length and checksum at its end")
+        return "damaged: it has no length and checksum at its end"
     body, length, checksum = line[: found.start()], int(found[1]), int(found[2], 16)
     if len(body) != length:
-        return Damage(f"damaged: {len(body)} bytes where {length} were written")
+        return f"damaged: {len(body)} bytes where {length} were written"
     if zlib.crc32(body) != checksum:
-        return Damage("damaged: its checksum does not match")
+        return "damaged: its checksum does not match"
     try:
         record = JOURNAL_RECORD.validate_json(body + b"}")
     except ValidationError as error:
-        return Damage(f"not a record of schema {SCHEMA_VERSION} ({error.errors()[0]['msg']})")
+        return f"not a record of schema {SCHEMA_VERSION} ({error.errors()[0]['msg']})"
     if record.schema_version != SCHEMA_VERSION:
-        return Damage(
-            f"schema {record.schema_version}, and this version reads {SCHEMA_VERSION}: use the version that wrote it"
-        )
+        return f"schema {record.schema_version}, and this version reads {SCHEMA_VERSION}: use the version that wrote it"
     return record
 
 
@@ -142,7 +133,7 @@ class Journal:
             return []
         whole = self.path.read_bytes()
         body, torn = split_torn(whole)
-        if torn and not isinstance(read_line(torn), Damage):
+        if torn and not isinstance(read_line(torn), str):
             body, torn = body + torn + b"\n", b""
             self._replace(body)
         elif torn:
@@ -171,8 +162,8 @@ class Journal:
         body, torn = split_torn(self.path.read_bytes())
         lines = body.split(b"\n")[:-1] + ([torn] if torn else [])
         read = [read_line(line) for line in lines]
-        kept = [line for line, found in zip(lines, read, strict=True) if not isinstance(found, Damage)]
-        damaged = [line for line, found in zip(lines, read, strict=True) if isinstance(found, Damage)]
+        kept = [line for line, found in zip(lines, read, strict=True) if not isinstance(found, str)]
+        damaged = [line for line, found in zip(lines, read, strict=True) if isinstance(found, str)]
         if not damaged:
             return Repaired(len(kept), 0, None)
         if not isinstance(read[0], RunStarted):
@@ -191,8 +182,8 @@ class Journal:
         lines = body.split(b"\n")[:-1]
         for number, line in enumerate(lines, start=1):
             found = read_line(line)
-            if isinstance(found, Damage):
-                damaged.append(f"{number}: {found.reason}")
+            if isinstance(found, str):
+                damaged.append(f"{number}: {found}")
             else:
                 records.append(found)
         if damaged:

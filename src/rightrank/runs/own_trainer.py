@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import queue
+import re
 import shutil
 import time
 from collections import deque
@@ -15,11 +17,12 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
-from rightrank.decision.table import DROP_IN_MARGINS, Collapse, collapse_of
 from rightrank.runs.calls import (
+    DROP_IN_MARGINS,
     Call,
+    Collapse,
     EvaluateFunction,
     TrainerDivergedError,
     TrainerError,
@@ -29,6 +32,7 @@ from rightrank.runs.calls import (
     WrongResultError,
     call_in_process,
     call_inline,
+    collapse_of,
     parse_result,
 )
 from rightrank.runs.folder import RunFolder
@@ -37,14 +41,7 @@ from rightrank.runs.plugins import merged
 from rightrank.schema.errors import AllTrialsFailedError, InputError, InterruptedRun, SettingsError, did_you_mean
 from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.metrics import direction, unknown_direction
-from rightrank.schema.settings import (
-    PROFILES,
-    Goal,
-    ProfileName,
-    SelectSettings,
-    make_settings,
-    with_identity_of,
-)
+from rightrank.schema.settings import PROFILES, Goal, SelectSettings, make_settings, with_identity_of
 from rightrank.schema.trials import (
     EvalPoint,
     Trial,
@@ -59,8 +56,13 @@ from rightrank.schema.trials import (
 )
 from rightrank.search import make_strategy, strategy_in
 from rightrank.search.history import space_of
-from rightrank.search.upward import REASONER_START, Upward, is_distilled_reasoner
+from rightrank.search.upward import Upward
 from rightrank.version import __version__
+
+REASONER_START = 8  # where the climb starts on a distilled reasoner: below it such bases lost (docs/how-to/reinforcement-learning.md)
+_DISTILLED_REASONER = re.compile(
+    r"r1.*distill|distill.*(r1|qwq|reason)|open-?r1|openthinker|openreasoning|bespoke-stratos|sky-t1|deepscaler"
+)
 
 
 class TrainerSettings(TypedDict, total=False):
@@ -68,7 +70,7 @@ class TrainerSettings(TypedDict, total=False):
 
     goal: Goal
     """"adapter" stops at the smallest adapter and needs `evaluate`; "training-rank" continues to the rank to train at."""
-    profile: ProfileName | None
+    profile: Literal["rl"] | None
     """"rl" for reinforcement learning: strategy "upward", metric "reward", seeds 0, 1 and 2, a margin of 0.02 where none is given; a
     training whose held-out value falls far below its own best has collapsed and has no result; the smallest rank is the answer
     where no difference between ranks can be shown."""
@@ -430,3 +432,11 @@ def _numbers_of(result: TrialResult) -> Iterator[tuple[str, float]]:
         yield "train_value", result.train_value
     yield from (("a point's value", point.value) for point in result.points)
     yield from (("a point's score", score) for point in result.points for score in point.item_scores or [])
+
+
+def is_distilled_reasoner(model: str) -> bool:
+    """Whether the base was trained on the answers of a reasoning model, by its name or by the name in its configuration."""
+    names, config = [Path(model).name], Path(model) / "config.json"
+    if config.is_file():
+        names.append(str(json.loads(config.read_text(encoding="utf-8")).get("_name_or_path", "")))
+    return any(_DISTILLED_REASONER.search(name.lower().replace("_", "-")) for name in names)

@@ -144,7 +144,8 @@ def _load(request: Request, loaded: LoadedModel | None, folder: Path) -> _Source
     data = Path(request.data) if isinstance(request.data, str) else request.data
     splits = load_data(data, settings, folder, begun_items if isinstance(begun_items, int) else None)
     if splits.classes is not None and hasattr(request.model, "config"):
-        splits = replace(splits, classes=adopted_labels(request.model.config, splits.classes))
+        labels = adopted_labels(request.model.config, splits.classes)
+        splits = replace(splits, summary=splits.summary.model_copy(update={"classes": labels}))
     _require_metrics_fit(settings, splits.form)
     targets = _targets(request.model, splits, settings) if isinstance(request.model, str) else None
     if loaded is None and isinstance(request.model, str):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rightrank.decision.run import decide_run
 from rightrank.models.base_models import LoadedModel
@@ -162,21 +163,15 @@ def _executor_of(request: Request, prepared: Prepared, run: Run) -> Iterator[Exe
         yield executor
 
 
+@dataclass(slots=True)
 class LocalExecutor:
     """The executor of a single process. Errors other than running out of memory propagate with their traceback."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        folder: RunFolder,
-        listener: Listener,
-        max_adapters_per_pass: int | None = None,
-    ) -> None:
-        self._runtime = runtime
-        self._folder = folder
-        self._listener = listener
-        self._max_adapters_per_pass = max_adapters_per_pass  # adapters per pass that fit by the plan; None: not planned
-        self._prepared = False
+    _runtime: Runtime
+    _folder: RunFolder
+    _listener: Listener
+    _max_adapters_per_pass: int | None = None  # that fit by the plan; None: not planned
+    _is_prepared: bool = False
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         base = [trial for trial in trials if trial.arm.rank == 0]
@@ -184,9 +179,9 @@ class LocalExecutor:
         yield from train_trials(self._runtime, base, base_loss, self._folders, self._listener)
         if not trained:
             return
-        if not self._prepared:
+        if not self._is_prepared:
             self._runtime.prepare(self._listener.on_event, self._listener.should_stop)
-            self._prepared = True
+            self._is_prepared = True
         arms = [trial.arm for trial in trained]
         size = adapters_per_pass_for(
             self._runtime, arms, lambda text: self._listener.on_event(Notice(text=text)), self._max_adapters_per_pass

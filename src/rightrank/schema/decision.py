@@ -59,9 +59,8 @@ class RankEvidence(Record):
     further_seed_low: float | None = None  # two-sided 95% interval of the difference that a further seed would show
     further_seed_high: float | None = None  # None: the seed noise was not measured
     non_inferior: bool | None = None  # within the margin; None: inconclusive
-    probability: float | None = (
-        None  # that a further seed finds it within the margin of the best; None: `probability_note`
-    )
+    # that a further seed finds it within the margin of the best; None: `probability_note`
+    probability: float | None = None
     learning_rate: float | None = None
     seeds: Whole = 1
     trial_ids: list[str] = Field(default_factory=list)
@@ -184,16 +183,16 @@ class AdapterAnswer(Record):
     trained_id: str  # the training at the top rank that every candidate comes from
     reference_id: str
     reference_how: AdapterOrigin
-    extra_steps_difference: float | None  # the top with the extra steps minus the top as trained; None: not measured
+    # the top with the extra steps minus the top as trained; None: not measured
+    extra_steps_difference: float | None = None
     difference: float  # of the chosen adapter from the reference; 0 where it is the reference
     difference_high: float | None
     margin: float
     candidates: list[AdapterCandidate]  # by descending rank
     sentence: str
     notes: list[str] = Field(default_factory=list)  # what else a person should know, each with what to do
-    checkpoint: CheckpointNote | None = (
-        None  # smallest plain truncations that hold; None: the other one was not measured
-    )
+    # smallest plain truncations that hold; None: the other one was not measured
+    checkpoint: CheckpointNote | None = None
 
     @property
     def keeps_the_top(self) -> bool:
@@ -222,5 +221,5 @@ class HandedOver(Record):
     reference_adapter: str  # a folder that PEFT loads, relative to the run
     difference: float
     difference_high: float | None
-    test_difference: float | None  # None without a test split
-    test_difference_high: float | None
+    test_difference: float | None = None  # None without a test split
+    test_difference_high: float | None = None

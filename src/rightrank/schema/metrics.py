@@ -194,13 +194,14 @@ _ACCURACY = re.compile(
 )
 
 
-def kind_of(name: str, higher_is_better: bool) -> MetricKind:
-    """The kind of metric that the name denotes. A loss is taken to be per token."""
+def kind_of(name: str, higher_is_better: bool, token_loss: bool = True) -> MetricKind:
+    """The kind of metric that the name denotes; `token_loss`: whether a loss is per token."""
     words = re.sub(r"[_/\-.]+", " ", name.lower())
     if not higher_is_better:
         if _PERPLEXITY.search(words):
             return "perplexity"
-        return "token_loss" if re.search(r"loss|nll|nats", words) else "other"
+        is_loss = re.search(r"loss|nll|nats", words)
+        return "other" if not is_loss else "token_loss" if token_loss else "loss"
     return "accuracy" if _ACCURACY.search(words) else "other"
 
 

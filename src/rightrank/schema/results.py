@@ -206,14 +206,9 @@ class Allocation(Record):
 ComparisonVerdict: TypeAlias = Literal["not_worse", "worse", "cannot_tell"]
 
 
-class MetricComparison(Record):
-    """B against A by one metric on one data set."""
-
-    data: str
+class _Compared(Record):
     metric: str
     verdict: ComparisonVerdict
-    value_a: float
-    value_b: float
     difference: float  # B is worse by this much, metric's unit; below 0: better
     difference_low: float  # 95% lower bound of it, one-sided
     difference_high: float  # 95% upper bound of it, one-sided
@@ -224,17 +219,16 @@ class MetricComparison(Record):
     examples_needed: Whole | None
 
 
-class AdapterComparison(Record):
+class MetricComparison(_Compared):
+    """B against A by one metric on one data set."""
+
+    data: str
+    value_a: float
+    value_b: float
+
+
+class AdapterComparison(_Compared):
     """Whether B is no worse than A. The figures at the top are those of the comparison with the worst verdict."""
 
-    verdict: ComparisonVerdict
     sentence: str
-    metric: str
-    margin: float
-    difference: float
-    difference_low: float
-    difference_high: float
-    examples: Whole
-    left_out: Whole = 0
-    examples_needed: Whole | None
     comparisons: list[MetricComparison]

@@ -655,9 +655,6 @@ def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
     ]
 
 
-ProfileName: TypeAlias = Literal["rl"]
-
-
 # What `select_rank_with` takes where an argument is not given. For reinforcement learning: two points of a reward between 0 and 1;
 # three seeds measure the noise before the bulk is spent.
 PROFILES: Mapping[str | None, Mapping[str, Any]] = {

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 
 import numpy as np
 
 from rightrank.decision.comparison import Bounds, bounds_of, estimate, is_within, span_of, walk_down
-from rightrank.decision.table import adjusted_means, best_learning_rate, collapsing_cells
+from rightrank.decision.table import adjusted_means, best_learning_rate, collapsing_cells, of_shared_seeds
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.metrics import MetricKind, default_margin, kind_of
@@ -105,7 +105,6 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unse
         )
     name = settings.metric_name
     higher = settings.is_higher_better(name)
-    kind: MetricKind = "loss" if name == "loss" and not token_loss else kind_of(name, higher)
     trainings, optimizer_steps = settings.budget_trainings, settings.budget_steps
     budgets = [] if trainings is None else [trainings * steps]
     budgets += [] if optimizer_steps is None else [float(optimizer_steps)]  # the tighter one counts
@@ -119,7 +118,7 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unse
         recovery_steps=recovery_steps(steps, unseen_steps),
         margin=settings.margin,
         metric=name,
-        kind=kind,
+        kind=kind_of(name, higher, token_loss),
         higher_is_better=higher,
         points_are_losses=settings.points_metric != name,
         budget_steps=min(budgets, default=None),
@@ -240,7 +239,7 @@ class Trials:
             return None
 
         def is_surely_lower(one: float, other: float) -> bool:
-            return excess_of(_pairs(trials[one], trials[other]), self.space).high < 0
+            return excess_of(of_shared_seeds(trials[one], trials[other]), self.space).high < 0
 
         losses = {lr: {seed: oriented(t, self.space) for seed, t in found.items()} for lr, found in trials.items()}
         return best_learning_rate(losses, is_surely_lower)
@@ -269,7 +268,7 @@ class Trials:
         """How much worse `rank` is than `reference`, each at its best learning rate, over the seeds that both have."""
         rates = [(one, self.best_learning_rate(one)) for one in (rank, reference)]
         left, right = ({} if lr is None else self.by_seed(one, lr) for one, lr in rates)
-        pairs = _pairs(left, right)
+        pairs = of_shared_seeds(left, right)
         return excess_of(pairs, self.space) if pairs else Bounds(math.inf, math.inf, math.inf)
 
     def holds(self, rank: int, *, surely: bool = False) -> bool:
@@ -284,13 +283,6 @@ class Trials:
         """The result of the walk down from the reference over the ranks trained."""
         reference = self.reference()
         return None if reference is None else walk_down(self.ranks(), reference, self.holds)
-
-
-def _pairs(
-    left: Mapping[int, TrialFinished], right: Mapping[int, TrialFinished]
-) -> list[tuple[TrialFinished, TrialFinished]]:
-    """By shared seed."""
-    return [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
 
 
 def oriented(outcome: TrialFinished, space: Space) -> float:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Generator, Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -19,18 +16,6 @@ from rightrank.search.protocol import CostEstimate, Strategy
 
 MEASURING_SEEDS = 3  # of the smallest rank at its best learning rate, before any other rank is trained
 NEIGHBOURS = 1  # learning rates to either side of the previous rank's best one
-REASONER_START = 8  # where the climb starts on a distilled reasoner: below it such bases lost (docs/how-to/reinforcement-learning.md)
-_DISTILLED_REASONER = re.compile(
-    r"r1.*distill|distill.*(r1|qwq|reason)|open-?r1|openthinker|openreasoning|bespoke-stratos|sky-t1|deepscaler"
-)
-
-
-def is_distilled_reasoner(model: str) -> bool:
-    """Whether the base was trained on the answers of a reasoning model, by its name or by the name in its configuration."""
-    names, config = [Path(model).name], Path(model) / "config.json"
-    if config.is_file():
-        names.append(str(json.loads(config.read_text(encoding="utf-8")).get("_name_or_path", "")))
-    return any(_DISTILLED_REASONER.search(name.lower().replace("_", "-")) for name in names)
 
 
 class Upward(Strategy):

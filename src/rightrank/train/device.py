@@ -1,40 +1,20 @@
-"""Out-of-memory errors, the peak memory that the device or the system counts, and the processes of a user's own training."""
+"""Out-of-memory errors, and the peak memory that the device or the system counts."""
 
 from __future__ import annotations
 
 import gc
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # Linux: reset the peak resident set (man 5 proc)
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def process_index() -> int:
-    """The number of this process; process 0 writes files."""
-    return dist.get_rank() if world_size() > 1 else 0
-
-
-def all_reduce(tensors: Sequence[torch.Tensor]) -> None:
-    """Sum tensors of one dtype in place over all processes, in one collective."""
-    if world_size() == 1 or not tensors:
-        return
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
-    for tensor, summed in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(summed.view_as(tensor))
 
 
 def free_memory(device: torch.device) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from rightrank.schema.trials import SplitName
 from rightrank.train.device import kv_cache
 from rightrank.train.runtime import Runtime
 from rightrank.train.scorers import ModelAnswer
-
-MAX_PROMPT_TOKENS = 256  # of a prompt that people judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +47,6 @@ def answers(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
     asked = prompts(runtime, split)
     texts = zip(asked, _generate(runtime, asked), strict=True)
     return [ModelAnswer(prompt.item_id, prompt.text, text, prompt.expected) for prompt, text in texts]
-
-
-def promptable_examples(runtime: Runtime, count: int) -> list[Example]:
-    """The first `count` test examples with a string prompt that is not too long to show."""
-    if runtime.data.summary.form not in ("prompt_completion", "preference"):
-        return []
-    tokenizer = runtime.loaded.tokenizer
-
-    def can_be_shown(example: Example) -> bool:
-        prompt = example.content["prompt"]
-        return isinstance(prompt, str) and 0 < len(tokenizer(prompt)["input_ids"]) <= MAX_PROMPT_TOKENS
-
-    return list(islice(filter(can_be_shown, runtime.data.texts["test"]), count))
 
 
 def write_completion(runtime: Runtime, example: Example) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -91,28 +92,19 @@ def evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> Tria
     return record.model_copy(update={"peak_bytes": peak_bytes(runtime.loaded.device)})
 
 
+@dataclass(slots=True)
 class _TrainingLoop:
     """The running arms and the waiting trials."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        multi_lora: MultiLora,
-        base_loss: float | None,
-        folders: Folders,
-        listener: Listener,
-        adapters_per_pass: int,
-    ) -> None:
-        self._runtime = runtime
-        self._device = runtime.loaded.device
-        self._multi_lora = multi_lora
-        self._base_loss = base_loss
-        self._folders = folders
-        self._listener = listener
-        self._limit = adapters_per_pass
-        self._waiting: deque[Trial] = deque()
-        self._running: list[ArmTraining] = []
-        self._started: set[str] = set()
+    _runtime: Runtime
+    _multi_lora: MultiLora
+    _base_loss: float | None
+    _folders: Folders
+    _listener: Listener
+    _limit: int  # of the adapters in a pass
+    _waiting: deque[Trial] = field(default_factory=deque)
+    _running: list[ArmTraining] = field(default_factory=list)
+    _started: set[str] = field(default_factory=set)
 
     def run(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
         seeds = list(dict.fromkeys(trial.arm.seed for trial in trials))
@@ -123,7 +115,7 @@ class _TrainingLoop:
                 before = len(self._running)
                 yield from self._start_waiting()
                 if len(self._running) > before:
-                    reset_peak(self._device)
+                    reset_peak(self._runtime.loaded.device)
                 yield from self._take_out()  # arms resumed at their last step
                 if self._running:
                     self._step()
@@ -149,7 +141,7 @@ class _TrainingLoop:
                     raise
                 reason = first_line(error)
                 self._multi_lora.remove(adapter_name(trial))
-                free_memory(self._device)
+                free_memory(self._runtime.loaded.device)
                 if self._running:
                     self._waiting.appendleft(trial)
                     self._reduce_limit(len(self._running), len(self._running) + 1)
@@ -168,11 +160,12 @@ class _TrainingLoop:
             if not is_out_of_memory(error):
                 raise
             reason = first_line(error)
-        free_memory(self._device)
+        free_memory(self._runtime.loaded.device)
         first, before = self._running[0], len(self._running)
         if before > 1:
             for training in reversed(self._running[before // 2 :]):
-                training.pause()
+                training.save()
+                training.remove_adapter()
                 self._waiting.appendleft(training.trial)
             del self._running[before // 2 :]
             self._reduce_limit(before // 2, before)
@@ -199,7 +192,9 @@ class _TrainingLoop:
     def _reduce_limit(self, limit: int, tried: int) -> None:
         self._limit = limit
         self._listener.on_event(
-            Notice(text=f"{tried} adapters per pass ran out of memory on {self._device}: continuing with {limit}")
+            Notice(
+                text=f"{tried} adapters per pass ran out of memory on {self._runtime.loaded.device}: continuing with {limit}"
+            )
         )
 
     def _take_out(self) -> Iterator[TrialOutcome]:
@@ -212,7 +207,7 @@ class _TrainingLoop:
             training.delete_checkpoint()
         for training in [training for training in self._running if training.is_done]:
             try:
-                outcome = training.finish(peak_bytes(self._device))
+                outcome = training.finish(peak_bytes(self._runtime.loaded.device))
             except MetricError:  # keep what has been trained
                 self._save_all()
                 raise

@@ -289,12 +289,15 @@ def visible_label(name: str) -> ModelError:
 
 
 @contextmanager
-def adapter_attached(runtime: Runtime, folder: Path) -> Iterator[Any]:
-    """The PeftModel of an adapter folder around the runtime's base, which is restored when the block ends.
+def adapter_attached(runtime: Runtime, folder: Path | None) -> Iterator[Any]:
+    """The PeftModel of an adapter folder around the runtime's base, which is restored when the block ends; None: the base alone.
 
     Raises:
         ModelError: PEFT cannot attach this adapter to this base, or the adapter is of another task than the data.
     """
+    if folder is None:
+        yield runtime.model
+        return
     _require_task(runtime, folder)
     try:
         with without_peft_noise(), peft_folder(folder) as place:

@@ -253,8 +253,7 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
             dropped=count.dropped,
             equal=count.equal,
         )
-    of_data = {name: getattr(data, name) for name in DataSummary.model_fields if name != "splits"}
-    summary = DataSummary(splits=summaries, **of_data)
+    summary = data.summary.model_copy(update={"splits": summaries})
     return EncodedData(splits, {"selection": data.examples["selection"], "test": data.examples["test"]}, summary)
 
 

@@ -20,7 +20,7 @@ from rightrank.decision.table import best_point
 from rightrank.models.adapter_files import save_adapter
 from rightrank.models.truncation import load_moments, truncated_tensors
 from rightrank.schema.events import Listener, StepDone
-from rightrank.schema.trials import Arm, EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
+from rightrank.schema.trials import EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
 from rightrank.train.batches import Batch
 from rightrank.train.checkpoints import Progress, RunningMean, load_checkpoint, save_checkpoint
 from rightrank.train.evaluation import Scores
@@ -285,11 +285,6 @@ class ArmTraining:
     def remove_adapter(self) -> None:
         self._multi_lora.remove(self.adapter)
 
-    def pause(self) -> None:
-        """Write a checkpoint and remove the adapter from the base, to be resumed later."""
-        self.save()
-        self.remove_adapter()
-
     @property
     def is_checkpoint_due(self) -> bool:
         """True after `checkpoint_seconds`, or later where writing would take more than `CHECKPOINT_SHARE` of the time."""
@@ -324,11 +319,3 @@ def finished(trial: Trial, metric: str, scores: Scores, measured: Measured, prog
         pass_ranks=[0],
         **progress.model_dump(exclude={"step"}),
     )
-
-
-def finished_trial(
-    name: str, rank: int, scores: Scores, metric: str, *, steps: int = 0, truncate_from: str | None = None
-) -> TrialFinished:
-    """Held-out scores as a record that `decide` reads."""
-    arm = Arm(rank=rank, learning_rate=0.0, lora_alpha=1.0, seed=0, steps=steps, truncate_from=truncate_from)
-    return finished(Trial(trial_id=name, arm=arm), metric, scores, Measured(), Progress())

@@ -76,7 +76,8 @@ def fleet(
 
 def _fleet_text(found: Fleet) -> str:
     """Everything, for a person."""
-    from rightrank.report.format import table_lines, visible
+    from rightrank.report.format import visible
+    from rightrank.report.tables import table_lines
 
     ranks = sorted({one.rank for adapter in found.adapters for one in adapter.candidates}, reverse=True)
     rows = [["adapter", "rank", "needs", *(f"at {rank}" for rank in ranks)]]

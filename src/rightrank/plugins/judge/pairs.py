@@ -15,14 +15,17 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rightrank.data.files import UnreadableError, read_json_object, write_text
-from rightrank.decision.run import Records, best_trial, decision_so_far, last_decided, records_of
+from rightrank.data.forms import Example
+from rightrank.decision.run import Records, best_trial, decision_so_far, records_of
 from rightrank.interop.tables import raw_rows
 from rightrank.plugins.judge.judgements import SCORES, decide_judged, judgements_of
 from rightrank.report.html import script_hash, script_json, templates
+from rightrank.report.status import last_decided
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.prepare import prepare
 from rightrank.runs.values import Request
@@ -30,9 +33,10 @@ from rightrank.schema.decision import Decision
 from rightrank.schema.errors import DataError, ResultsError, RunFolderError
 from rightrank.schema.events import JournalRecord
 from rightrank.schema.settings import make_settings
-from rightrank.train.generation import promptable_examples, write_completion
-from rightrank.train.runtime import adapter_attached
+from rightrank.train.generation import write_completion
+from rightrank.train.runtime import Runtime, adapter_attached
 
+MAX_PROMPT_TOKENS = 256  # of a prompt that people judge
 FOLDER = "judging"
 PAIRS, KEY, PAGE, JUDGEMENTS = "pairs.jsonl", "key.json", "judge.html", "judgements.jsonl"
 
@@ -200,3 +204,16 @@ def judge_page(pairs: Sequence[Mapping[str, str]]) -> str:
 
 def _asset(name: str) -> str:
     return files("rightrank.plugins.judge").joinpath(name).read_text(encoding="utf-8").strip("\n")
+
+
+def promptable_examples(runtime: Runtime, count: int) -> list[Example]:
+    """The first `count` test examples with a string prompt that is not too long to show."""
+    if runtime.data.summary.form not in ("prompt_completion", "preference"):
+        return []
+    tokenizer = runtime.loaded.tokenizer
+
+    def can_be_shown(example: Example) -> bool:
+        prompt = example.content["prompt"]
+        return isinstance(prompt, str) and 0 < len(tokenizer(prompt)["input_ids"]) <= MAX_PROMPT_TOKENS
+
+    return list(islice(filter(can_be_shown, runtime.data.texts["test"]), count))

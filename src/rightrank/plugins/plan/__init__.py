@@ -14,7 +14,8 @@ import click
 
 from rightrank.cli.options import SettingsCommand, announce, gather, setting_options
 from rightrank.models.ranks import LARGE_RANK, rank_change_line, rate_warning
-from rightrank.report.format import size, table_lines
+from rightrank.report.format import size
+from rightrank.report.tables import table_lines
 from rightrank.runs.journal import collector_paused
 from rightrank.runs.plugins import MemoryPlan, Plugin
 from rightrank.schema.plan_settings import PlanSettings, make_plan_settings

@@ -8,18 +8,21 @@ bytes. Otherwise every rank is traced.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rightrank.models.ranks import safetensors_bytes
 from rightrank.plugins.plan.peak import OptimizerMemory, Peak, Resident, optimizer_memory, simulate_peak
 from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, adapt, build_base, count_parameters
 from rightrank.plugins.plan.trace import StepTrace, trace_step
 from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, first_line
 from rightrank.schema.plan_settings import PlanSettings
+
+SAFETENSORS_ALIGNMENT = 8  # the header is padded with spaces to a multiple of this
 
 # What a model's own code raises on tensors without values, or on kernels that meta tensors lack.
 UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)
@@ -196,3 +199,21 @@ def _between(low: int, high: int, ends: tuple[int, int], rank: int) -> int | Non
         return low
     slope, remainder = divmod(high - low, ends[1] - ends[0])
     return None if remainder else low + slope * (rank - ends[0])
+
+
+def safetensors_bytes(
+    tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
+) -> int:
+    """The size of the file with these tensors, each `(name, dtype code, shape, bytes per element)`.
+
+    The file has 8 bytes for the header's length, the header (JSON without spaces, sorted by descending element size and then
+    by name, padded) and the data without gaps. https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for name, code, shape, element in sorted(tensors, key=lambda tensor: (-tensor[3], tensor[0])):
+        size = math.prod(shape) * element
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // SAFETENSORS_ALIGNMENT) * SAFETENSORS_ALIGNMENT + position
