@@ -57,10 +57,7 @@ class Run:
         identity = trial_id("replay", arm)
         fall = collapse_of(self.points, DROP_IN_MARGINS * margin)
         if fall is not None:
-            return TrialCollapsed(
-                trial_id=identity, **arm.model_dump(), step=fall.last.step, value=fall.last.value,
-                best_step=fall.best.step, best_value=fall.best.value, reason=fall.reason,
-            )  # fmt: skip
+            return TrialCollapsed(trial_id=identity, **arm.model_dump(), **fall)
         return TrialFinished(
             trial_id=identity,
             **arm.model_dump(),

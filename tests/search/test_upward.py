@@ -175,7 +175,7 @@ def test_a_fall_within_the_noise_of_few_prompts_is_no_collapse() -> None:
         found = collapse_of(points(0.62, 0.5, scores=both), 0.05)
         assert (found is not None) is collapses
     assert found is not None
-    assert found.reason == "the held-out value fell from 0.62 at step 0 to 0.5 at step 10"
+    assert found["reason"] == "the held-out value fell from 0.62 at step 0 to 0.5 at step 10"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import TypeAlias
 
 from rightrank.adapters.compare import finished_trial, labels_of_side
 from rightrank.adapters.resize import RankChoice, candidate_ranks, write_like, write_resized, write_truncated
@@ -301,12 +302,7 @@ def smallest_of(trials: Sequence[TrialFinished], criterion: Criterion) -> Adapte
     return adapter_answer(trials, criterion) or trained_answer(max(trials, key=lambda trial: trial.rank), criterion)
 
 
-@dataclass(frozen=True, slots=True)
-class _Half:
-    """Half of the scored examples, with moments over the other half."""
-
-    scored: list[int]
-    gathered: Gathered
+_Half: TypeAlias = tuple[list[int], Mapping[str, Moments]]  # half of the scored examples, moments over the other half
 
 
 def _halves(adapter: AdapterFolder, runtime: Runtime) -> list[_Half]:
@@ -320,7 +316,7 @@ def _halves(adapter: AdapterFolder, runtime: Runtime) -> list[_Half]:
     train = [example.item_id for example in runtime.examples("train")]
     with adapter_attached(runtime, adapter.path) as peft_model:
         return [
-            _Half(half, gather_moments(runtime, peft_model, [i for i, name in enumerate(train) if name in other]))
+            (half, gather_moments(runtime, peft_model, [i for i, name in enumerate(train) if name in other]).moments)
             for half, other in zip(halves, reversed(names), strict=True)
         ]
 
@@ -328,13 +324,12 @@ def _halves(adapter: AdapterFolder, runtime: Runtime) -> list[_Half]:
 def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half], rank: int, working: Path) -> Scores:
     """The scores of every example under the truncation whose moments come from the half without it."""
     found = []
-    for number, half in enumerate(halves):
+    for number, (scored, moments) in enumerate(halves):
         folder = working / f"r{rank}-half{number}"
-        moments = half.gathered.moments
         write_truncated(adapter, folder, capped(adapter, rank, moments), moments)
         with adapter_attached(runtime, folder):
-            found.append(runtime.evaluate("selection", half.scored))
-    return found[0].with_examples_of(found[1], halves[1].scored)
+            found.append(runtime.evaluate("selection", scored))
+    return found[0].with_others(found[1])
 
 
 def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> RankChoice:

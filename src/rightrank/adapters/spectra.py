@@ -110,7 +110,7 @@ def inspect_adapter(path: Path) -> Inspection:
     return inspection_of(
         [spectrum for pair in adapter.pairs for spectrum in _spectra(adapter, pair)],
         kind="adapter",
-        scaling_rule=adapter.scaling_rule,
+        scaling_rule="alpha/sqrt(r)" if adapter.use_rslora else "alpha/r",
         base_model=adapter.base_model,
         parameters=adapter.trained,
         modules_to_save=[key.removeprefix(PREFIX) for key in adapter.other_keys if not is_alpha(key)],

@@ -6,6 +6,7 @@ A row is a mapping with its origin, so that every error can name file and line.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -269,9 +270,7 @@ def _require_own_files(folder: Path) -> None:
 
 
 def _split_of(stem: str) -> SplitName | None:
-    for separator in "-_.":
-        stem = stem.replace(separator, " ")
-    return SPLIT_NAMES.get(stem.split(" ")[0].lower())
+    return SPLIT_NAMES.get(re.split("[-_. ]", stem)[0].lower())
 
 
 def _types_allowed() -> str:

@@ -40,6 +40,7 @@ from rightrank.schema.metrics import MetricKind, is_percent
 from rightrank.schema.trials import Floats
 
 CONFIDENCE = 0.95  # of each bound
+TWO_SIDED = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2  # the quantiles of a two-sided interval
 POWER = 0.8  # with which a planned run settles a comparison
 TIE = 1e-9  # of the margin: a difference that exceeds it by rounding alone is within it
 MAX_EXAMPLE_GROWTH = 64
@@ -314,11 +315,6 @@ def binary_bound(worse: int, better: int, examples: int, confidence: float) -> f
         inside = middle - observed < reach * math.sqrt(max(2 * share + middle * (1 - middle), 0.0) / examples)
         low, high = (middle, high) if inside else (low, middle)
     return high
-
-
-def two_sided(confidence: float) -> tuple[float, float]:
-    """The quantiles of a two-sided interval: `(0.025, 0.975)` for 0.95."""
-    return (1 - confidence) / 2, (1 + confidence) / 2
 
 
 def normal_quantile(probability: float) -> float:

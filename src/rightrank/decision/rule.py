@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from rightrank.decision.comparison import CONFIDENCE, two_sided
+from rightrank.decision.comparison import CONFIDENCE, TWO_SIDED
 from rightrank.decision.evidence import Compared, Comparison, Evidence, Unit, compare, staircase
 from rightrank.decision.next_run import next_runs
 from rightrank.decision.sentences import basis_note, conflict_sentence, probability_note, sentence_of
@@ -147,9 +147,9 @@ def _record(found: Comparison, compared: Compared, unit: Unit) -> RankEvidence:
     unknown = found.evidence.basis == "values" and compared.difference.variance == 0 and not is_reference
     further: dict[str, float] = {}
     if compared.further is not None:
-        further_ends = (unit.difference(compared.further.bound(level)) for level in two_sided(CONFIDENCE))
+        further_ends = (unit.difference(compared.further.bound(level)) for level in TWO_SIDED)
         further = dict(zip(("further_seed_low", "further_seed_high"), further_ends, strict=True))
-    ends = sorted(unit.value(compared.mean.bound(level)) for level in two_sided(CONFIDENCE))
+    ends = sorted(unit.value(compared.mean.bound(level)) for level in TWO_SIDED)
     return RankEvidence(
         rank=contender.rank,
         value=unit.value(contender.loss),

@@ -31,8 +31,7 @@ class Certificate(Hook):
         assert prepared is not None
         if not records.certificates:
             handed_over = records.adapters[-1].answer.trial_id
-            whole = [trial for trial in records.finished() if trial.rank > 0 and trial.stop_at is None]
-            trained = [trial for trial in whole if trial.truncate_from is None]
+            trained = [trial for trial in records.finished() if trial.rank > 0 and trial.is_direct]
             fullest = max(trained, key=lambda one: (one.adapters_per_pass, one.steps))
             trial = next((one for one in trained if one.trial_id == handed_over), fullest)
             adapter, scratch = run.folder.finished_adapter(trial.trial_id), run.folder.cache / "certify"

@@ -187,10 +187,6 @@ class AdapterFolder:
         return bool(self.config.get("use_dora"))
 
     @property
-    def scaling_rule(self) -> str:
-        return "alpha/sqrt(r)" if self.use_rslora else "alpha/r"
-
-    @property
     def base_model(self) -> str | None:
         name = self.config.get("base_model_name_or_path")
         return str(name) if name else None

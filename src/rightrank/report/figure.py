@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 from rightrank.report.format import visible
 
 Scale: TypeAlias = Literal["linear", "log2", "log10"]
-Kind: TypeAlias = Literal["line", "points", "both", "step"]
+Kind: TypeAlias = Literal["line", "both", "step"]
 Tone: TypeAlias = Literal["main", "second", "accent", "faint"] | int  # an integer: position in a sequence of colours
 Number: TypeAlias = float | int
 Cell: TypeAlias = str | float | int | None

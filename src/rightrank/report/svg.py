@@ -174,12 +174,11 @@ def _series(series: Series, x: _Scale, y: _Scale) -> str:
     for value, low, high in zip(series.x, map(y, series.low), map(y, series.high), strict=False):
         caps = f"M{x(value)} {low}V{high}M{x(value) - 4:.1f} {low}h8M{x(value) - 4:.1f} {high}h8"
         parts.append(f'<path d="{caps}" fill="none" stroke="currentColor" stroke-width="1.3" opacity=".6"/>')
-    if series.kind != "points":
-        between = "H{0}V{1}" if series.kind == "step" else "L{0} {1}"
-        path = f"M{places[0][0]} {places[0][1]}" + "".join(between.format(*place) for place in places[1:])
-        dashes = ' stroke-dasharray="6 4"' if series.dashed else ""
-        parts.append(f'<path d="{path}" fill="none" stroke="currentColor" stroke-width="2"{dashes}/>')
-    if series.kind in ("both", "points"):
+    between = "H{0}V{1}" if series.kind == "step" else "L{0} {1}"
+    path = f"M{places[0][0]} {places[0][1]}" + "".join(between.format(*place) for place in places[1:])
+    dashes = ' stroke-dasharray="6 4"' if series.dashed else ""
+    parts.append(f'<path d="{path}" fill="none" stroke="currentColor" stroke-width="2"{dashes}/>')
+    if series.kind == "both":
         parts += [f'<circle cx="{a}" cy="{b}" r="3.6" fill="currentColor"/>' for a, b in places]
     numbers = " ".join(
         f'data-{name}="{" ".join(f"{value:.5g}" for value in values)}"'
@@ -200,7 +199,6 @@ def swatch(part: Part) -> str:
         "band": '<rect y="1" width="22" height="10" fill="currentColor" opacity=".35"/>',
         "level": line.format(' stroke-dasharray="2 3"'),
         "ring": '<circle cx="11" cy="6" r="4.7" fill="none" stroke="currentColor" stroke-width="2"/>',
-        "points": '<path d="M11 0v12" stroke="currentColor"/>' + dot,
         "both": line.format(' stroke-dasharray="5 3"' if part.dashed else "") + dot,
     }
     return signs.get(part.sign) or line.format(' stroke-dasharray="5 3"' if part.dashed else "")

@@ -7,7 +7,6 @@ import multiprocessing
 import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -236,23 +235,8 @@ MIN_LOOKS_TO_END = 3  # the best one, and two far below it
 SURE_DEVIATIONS = 3.0  # of the paired fall over examples: the best of several looks is optimistic by about two
 
 
-@dataclass(frozen=True, slots=True)
-class Collapse:
-    """Where a training was best, and where it ended."""
-
-    best: EvalPoint
-    last: EvalPoint
-
-    @property
-    def reason(self) -> str:
-        return (
-            f"the held-out value fell from {self.best.value:.4g} at step {self.best.step} to {self.last.value:.4g} "
-            f"at step {self.last.step}"
-        )
-
-
-def collapse_of(points: Sequence[EvalPoint], drop: float, higher_is_better: bool = True) -> Collapse | None:
-    """The collapse that the looks of a training show at their end; None if there is none.
+def collapse_of(points: Sequence[EvalPoint], drop: float, higher_is_better: bool = True) -> dict[str, Any] | None:
+    """The collapse that the looks of a training show at their end, as fields of `TrialCollapsed`; None if there is none.
 
     The last value is worse than the best one by more than `drop` and, where both looks have scores of the same examples, by
     more than `SURE_DEVIATIONS` standard errors of their paired difference.
@@ -266,7 +250,11 @@ def collapse_of(points: Sequence[EvalPoint], drop: float, higher_is_better: bool
     noise = 0.0  # the standard error of the mean paired difference
     if len(left) == len(right) >= 2:
         noise = float(np.std(np.subtract(left, right), ddof=1) / np.sqrt(len(left)))
-    return Collapse(best, last) if fall > max(drop, SURE_DEVIATIONS * noise) else None
+    if fall <= max(drop, SURE_DEVIATIONS * noise):
+        return None
+    told = f"the held-out value fell from {best.value:.4g} at step {best.step} to {last.value:.4g} at step {last.step}"
+    at = {"step": last.step, "value": last.value, "best_step": best.step, "best_value": best.value}
+    return {**at, "reason": told}
 
 
 def should_stop_early(points: Sequence[EvalPoint], drop: float, higher_is_better: bool = True) -> bool:

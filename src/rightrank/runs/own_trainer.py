@@ -17,12 +17,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from rightrank.runs.calls import (
     DROP_IN_MARGINS,
     Call,
-    Collapse,
     EvaluateFunction,
     TrainerDivergedError,
     TrainerError,
@@ -380,11 +379,7 @@ class _Executor:
         if collapse is not None:
             return TrialCollapsed(
                 **trial.fields,
-                step=collapse.last.step,
-                value=collapse.last.value,
-                best_step=collapse.best.step,
-                best_value=collapse.best.value,
-                reason=collapse.reason,
+                **collapse,
                 points=result.points,
                 train_seconds=seconds if result.train_seconds is None else result.train_seconds,
             )
@@ -393,7 +388,7 @@ class _Executor:
         self._base = outcome if trial.arm.rank == 0 else self._base
         return outcome
 
-    def _collapse_of(self, trial: Trial, result: TrialResult) -> Collapse | None:
+    def _collapse_of(self, trial: Trial, result: TrialResult) -> dict[str, Any] | None:
         """A fall along the looks, or to an end below the base."""
         drop, higher = self._request.collapse_drop, self._request.higher_is_better
         if drop is None or trial.arm.rank == 0:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-Number = TypeVar("Number", int, float)
+from operator import add
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +36,10 @@ class Scores:
             "item_metrics": self.item_metrics,
         }
 
-    def with_examples_of(self, other: Scores, indices: Sequence[int]) -> Scores:
-        """These scores, with those of `other` at the given examples."""
-        taken = set(indices)
-
-        def merged(mine: list[Number], theirs: list[Number]) -> list[Number]:
-            return [theirs[index] if index in taken else value for index, value in enumerate(mine)]
-
-        by_example = {name: merged(each, other.by_example[name]) for name, each in self.by_example.items()}
-        return Scores(merged(self.losses, other.losses), merged(self.tokens, other.tokens), by_example)
+    def with_others(self, other: Scores) -> Scores:
+        """The scores of all examples, from those of some and of the others: what was left out is zero."""
+        by_example = {name: list(map(add, each, other.by_example[name])) for name, each in self.by_example.items()}
+        return Scores(list(map(add, self.losses, other.losses)), list(map(add, self.tokens, other.tokens)), by_example)
 
     @property
     def loss(self) -> float:

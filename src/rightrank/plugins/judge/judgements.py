@@ -13,11 +13,11 @@ from rightrank.data.rows import Row
 from rightrank.decision.comparison import (
     CONFIDENCE,
     RULE_OF_THREE,
+    TWO_SIDED,
     Bounds,
     Estimate,
     descending,
     examples_needed,
-    two_sided,
     walk_down,
 )
 from rightrank.schema.decision import Decision, NextRun, RankEvidence, StaircaseStep, Verdict
@@ -272,7 +272,7 @@ def _evidence(judged: Mapping[int, _Judged], top: int, margin: float) -> list[Ra
     even = {"value": EVEN, "low": EVEN, "high": EVEN, "difference_low": 0.0, "difference_high": 0.0}
     rows = [RankEvidence(rank=top, difference=0.0, non_inferior=True, **even)]
     for rank, one in judged.items():
-        low, high = (EVEN - one.worse.bound(level) for level in reversed(two_sided(CONFIDENCE)))
+        low, high = (EVEN - one.worse.bound(level) for level in reversed(TWO_SIDED))
         rows.append(
             RankEvidence(
                 rank=rank,
