@@ -27,7 +27,7 @@ from rightrank.schema.errors import LIBRARY_ERRORS, DataError, RightrankError, R
 from rightrank.train.adapter import lora_modules
 from rightrank.train.evaluation import Scores
 from rightrank.train.loss import adapters_off
-from rightrank.train.prefix import find_blocks, frozen_blocks
+from rightrank.train.prefix import find_blocks, frozen_blocks, returning
 
 Batch = Mapping[str, Any]  # as the trainer's collator makes it
 BETA = 0.1  # of preference pairs, as TRL's default
@@ -368,19 +368,16 @@ class _LowerBlocks:
     @contextmanager
     def serving(self, number: int) -> Iterator[None]:
         """In the block, a model's pass over batch `number` takes the kept output, or keeps it."""
-        handle = self.blocks[-1].register_forward_hook(lambda *found: self._keep(number, found[2]))
         if (output := self.kept.get(number)) is not None:
-            handle.remove()
             device = next(self.blocks[-1].parameters()).device
-            moved = (output[0].to(device),) if isinstance(output, tuple) else output.to(device)
-            for block in self.blocks:
-                block.forward = lambda *_, **__: moved
+            with returning(self.blocks, (output[0].to(device),) if isinstance(output, tuple) else output.to(device)):
+                yield
+            return
+        handle = self.blocks[-1].register_forward_hook(lambda *found: self._keep(number, found[2]))
         try:
             yield
         finally:
             handle.remove()
-            for block in self.blocks:
-                vars(block).pop("forward", None)
 
     def _keep(self, number: int, output: Any) -> None:
         if isinstance(output, tuple) and len(output) > 1:

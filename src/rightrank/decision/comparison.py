@@ -209,16 +209,14 @@ class Estimate:
         degrees = self.seeds_degrees
         if degrees > 0:
             degrees = max(degrees + seeds - self.seeds, 1.0)
-        return Estimate(
-            self.mean,
-            pure_examples + both,
-            pure_seeds + both,
-            both,
-            examples,
-            seeds,
-            degrees,
-            self.skewness,
-            self.kurtosis,
+        return replace(
+            self,
+            examples_variance=pure_examples + both,
+            seeds_variance=pure_seeds + both,
+            interaction_variance=both,
+            examples=examples,
+            seeds=seeds,
+            seeds_degrees=degrees,
         )
 
 

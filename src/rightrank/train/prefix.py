@@ -61,7 +61,6 @@ class FrozenPrefix:
         self._group_size = group_size
         self._stores: dict[str, _Store] = {}
         self._returns_tuple = False
-        self._current: torch.Tensor | None = None
 
     def add_split(self, name: str, examples: Sequence[EncodedExample], expected: Iterable[int]) -> None:
         """Register a split. Examples in `expected` are computed in groups of like length, any others one by one."""
@@ -96,21 +95,12 @@ class FrozenPrefix:
             hidden = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(self._device)
             each = len(parts) // len(rows)  # sequences of an example
             order = [each * number + part for number in numbers for part in range(each)]
-            self._current = hidden[order] if len(distinct) < len(numbers) else hidden
+            hidden = hidden[order] if len(distinct) < len(numbers) else hidden
         else:
             moved = [row.to(self._device) for row in rows]
-            self._current = torch.cat([moved[number] for number in numbers])[None]
-        for block in self._blocks:
-            block.forward = self._serve
-        try:
+            hidden = torch.cat([moved[number] for number in numbers])[None]
+        with returning(self._blocks, (hidden,) if self._returns_tuple else hidden):
             yield
-        finally:
-            self._current = None
-            for block in self._blocks:
-                del block.forward
-
-    def _serve(self, *_: Any, **__: Any) -> Any:
-        return (self._current,) if self._returns_tuple else self._current
 
     @torch.no_grad()
     def _compute(self, model: Any, store: _Store, split: str, indices: Sequence[int]) -> None:
@@ -150,6 +140,18 @@ class FrozenPrefix:
         path = self._folder / f"{split}.hidden"
         preallocate(path, tokens * width * like.element_size())
         return torch.from_file(str(path), shared=True, size=tokens * width, dtype=like.dtype).view(tokens, width)
+
+
+@contextmanager
+def returning(blocks: Sequence[Any], output: Any) -> Iterator[None]:
+    """Within the block, each of some blocks of a model returns this in place of its own output."""
+    for block in blocks:
+        block.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def find_blocks(model: Any) -> tuple[str, torch.nn.ModuleList] | None:
