@@ -139,8 +139,7 @@ def answer_table(result: dict[str, Any]) -> str:
 
 def draw(path: Path = PICTURE) -> list[str]:
     """Every long grid in one picture; the names of those drawn. Locked ones are read only after their judgement."""
-    later = [curve for file in sorted(compare.HERE.glob("grids/later/*.json")) for curve in read_grids(file)]
-    opened = [*compare.whole_grids_of("real, 400 steps"), *later]
+    opened = compare.whole_grids_of("real, 400 steps")
     names = json.loads(JUDGED.read_text())["grids"] if JUDGED.exists() else []
     locked = [curve for name in names for curve in read_grids(locks.LOCKED / f"{name}.json")]
     compare.draw_grids([*opened, *locked], MARGINS[1], path, {curve.name for curve in locked})

@@ -416,26 +416,29 @@ def all_picks(every: Sequence[Seen], ratios: dict[str, float]) -> dict[str, Any]
 
 
 def picks_after_bracket(families: Sequence[str]) -> dict[str, Any]:
-    """What `decide` says of the trainings that `bracket` runs with one seed, against the mean of all seeds of the grid."""
+    """What `decide` says of the trainings that `bracket` runs, with one seed and with two, against the mean of all seeds of the grid.
+
+    Where it is undecided, the rank that it falls back to is counted.
+    """
     found: dict[str, Any] = {}
+    answers = ("undecided", "too low", "exact", "one rank too high", "further too high")
     for family in families:
         rows: dict[str, dict[str, int]] = {}
-        for curve, margin in product(curves_of(family), FAMILIES[family][2]):
-            space = space_of_grid(curve, margin, 1)
+        for curve, margin, seeds in product(curves_of(family), FAMILIES[family][2], (1, 2)):
+            space = space_of_grid(curve, margin, seeds)
             direct = [o for o in replay(curve, STRATEGIES["bracket"], space).outcomes if o.rank > 0 and o.arm.is_direct]
             table = table_of(direct, curve.metric, curve.higher_is_better)
             best, truth = min(map(curve.best, curve.ranks)), curve.ranks.index(curve.truth(margin))
-            for confidence in (None, *CONFIDENCES):
+            for confidence in (None, *CONFIDENCES) if seeds == 1 else (None,):
                 decision = decide(table, margin, confidence=confidence)
                 largest = None if confidence is None else table.ranks()[-1]
                 named = (decision.rank, largest, decision.fallback_rank, decision.best_so_far)
                 chosen = next(rank for rank in named if rank is not None)
                 off = curve.ranks.index(chosen) - truth
-                name = "present rule" if confidence is None else f"at {confidence:g}"
-                row = rows.setdefault(
-                    name, dict.fromkeys(("cases", "too low", "exact", "one rank too high", "further too high"), 0)
-                )
+                name = "two seeds" if seeds == 2 else "present rule" if confidence is None else f"at {confidence:g}"
+                row = rows.setdefault(name, dict.fromkeys(("cases", *answers), 0))
                 row["cases"] += 1
+                row["undecided"] += decision.rank is None
                 row["too low"] += off < 0 and curve.best(chosen) > best + margin + 1e-9
                 row["exact"] += off == 0
                 row["one rank too high"] += off == 1

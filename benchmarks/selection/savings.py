@@ -8,6 +8,9 @@ noise           the difference of a rank from the top at the top's best learning
 learning rates  the top rank's learning rate chosen on a part of the training, as it is, by running means, by annealed copies: how
                 much worse than the best it ends. And the top's learning rate kept for every lower rank: how much that costs there,
                 and how often the whole grid's pick changes
+starts          `bracket` with one seed, its walk begun at the smallest truncation that a further seed finds within the margin with a
+                probability (at .5: whose mean is within it), or at the rank that it ends with, which no rule can beat: trainings, and
+                answers too low and exact against the mean of all seeds. Also of the locked grids, which have judged
 stops           a rank that is compared with the top at half is stopped where the probability that it holds at the end is below a
                 level: failing ranks that are stopped, and ranks that would have held. The prediction is as in `one_seed.py`, from the
                 difference at half, and each family is predicted by the others
@@ -18,22 +21,30 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.stats import t as student
 
 from benchmarks.machine import machine
-from benchmarks.selection.compare import FAMILIES, HERE, whole_grids_of
-from benchmarks.selection.tables import GridCurve, SeedGrid
+from benchmarks.selection import locks
+from benchmarks.selection.compare import FAMILIES, HERE, curves_of, whole_grids_of
+from benchmarks.selection.replay import judge
+from benchmarks.selection.tables import GridCurve, SeedGrid, each_seed_first, read_grids, replay, space_of_grid
+from rightrank.schema.trials import Arm
+from rightrank.search import bracket
+from rightrank.search.history import Space, Trials
 
 USED = ("planted, new", "real, short", "real, 400 steps")
 PARTS = (0.125, 0.25, 0.5)
 LEVELS = (0.02, 0.05, 0.1)
+STARTS = (0.5, 0.7, 0.9, 0.95, 0.98)
 DEGREES = 2.0
 FLOOR = 1e-3  # of what was learned: no difference is smaller
 
@@ -233,6 +244,47 @@ def stops(every: Sequence[Half], families: Sequence[str] = USED) -> dict[str, An
     return found
 
 
+class StartedAt(bracket.Bracket):
+    """`bracket` with a walk that begins at a given rank."""
+
+    def __init__(self, space: Space, rank: int) -> None:
+        super().__init__(space)
+        self._rank = rank
+
+    def start(self, trials: Trials, learning_rate: float) -> Generator[Sequence[Arm], None, int]:
+        yield from ()
+        return self._rank
+
+
+def starts(curves: Sequence[GridCurve], margins: Sequence[float]) -> dict[str, Any]:
+    """By probability, and for the best start: mean trainings, and answers too low and exact."""
+    found: dict[str, Any] = {}
+    for name in (*STARTS, "the answer"):
+        judged = []
+        for curve, margin in product(curves, margins):
+            space = space_of_grid(curve, margin)
+            if isinstance(name, float):
+                with patch.object(bracket, "FORESEEN", name):
+                    done = replay(curve, bracket.Bracket, space)
+            else:
+                answer = replay(curve, bracket.Bracket, space).answer.rank or space.top
+                begun = space.ranks[-2] if answer == space.top else answer
+                done = replay(curve, lambda space, begun=begun: StartedAt(space, begun), space)
+            judged.append(judge(curve, margin, done.answer.rank, done.answer.learning_rate, done.trainings))
+        found[str(name)] = {
+            "cases": len(judged),
+            "trainings": round(float(np.mean([one.trainings for one in judged])), 3),
+            "too low": sum(one.under for one in judged),
+            "exact": sum(one.exact for one in judged),
+        }
+    return found
+
+
+def locked_curves() -> list[GridCurve]:
+    curves = [curve for name in locks.read_lock() for curve in read_grids(locks.LOCKED / name)]
+    return [turned for curve in curves for turned in each_seed_first(curve)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "savings.json")
@@ -246,6 +298,8 @@ def main() -> None:
             for family, curves in families.items()
             for margin in FAMILIES[family][2][1:2]
         },
+        "starts": {family: starts(curves_of(family), FAMILIES[family][2]) for family in USED}
+        | {"locked": starts(locked_curves(), FAMILIES["real, 400 steps"][2])},
         "stops": stops([case for family, curves in families.items() for case in halves(family, curves)]),
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")

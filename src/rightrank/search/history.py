@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 
 import numpy as np
 
-from rightrank.decision.comparison import Bounds, bounds_of, estimate, is_within, span_of, walk_down
+from rightrank.decision.comparison import Bounds, Estimate, bounds_of, estimate, is_within, span_of, walk_down
+from rightrank.decision.seeds import MIN_EXAMPLES, probability_within
 from rightrank.decision.table import adjusted_means, best_learning_rate, collapsing_cells, of_shared_seeds
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError
@@ -294,13 +295,29 @@ def oriented(outcome: TrialFinished, space: Space) -> float:
 def excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space) -> Bounds:
     """The mean difference of paired outcomes and its bounds over examples and pairs; the mean alone without scores by example."""
     pairs = list(pairs)
-    mean = float(np.mean([oriented(left, space) - oriented(right, space) for left, right in pairs]))
+    mean, found = _difference(pairs, space), _over_examples(pairs, space)
+    return Bounds(mean, mean, mean) if found is None else bounds_of(replace(found, mean=mean))
+
+
+def is_foreseen(pair: tuple[TrialFinished, TrialFinished], space: Space, margin: float, probability: float) -> bool:
+    """Whether a further seed finds the difference within `margin` with this probability; without enough examples, whether it is."""
+    mean, found = _difference([pair], space), _over_examples([pair], space)
+    if found is None or found.examples < MIN_EXAMPLES or not found.examples_variance:
+        return is_within(mean, margin)
+    return probability_within(mean, found.examples_variance * found.examples, margin) >= probability
+
+
+def _difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space) -> float:
+    return float(np.mean([oriented(left, space) - oriented(right, space) for left, right in pairs]))
+
+
+def _over_examples(pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space) -> Estimate | None:
+    """The paired difference with its variance between examples; None where a pair has no scores by example."""
     scored = [(left.items(space.metric), right.items(space.metric)) for left, right in pairs]
     known = [(ours, theirs) for ours, theirs in scored if ours and theirs and len(ours[0]) == len(theirs[0]) > 1]
     if len(known) < len(pairs):
-        return Bounds(mean, mean, mean)
+        return None
     sums = np.array([np.subtract(ours[0], theirs[0]) for ours, theirs in known])
     weights = np.asarray(known[0][0][1], dtype=np.float64)
     span = span_of(space.kind, [scores for pair in known for scores, _ in pair], weights)
-    found = estimate(-sums if space.higher_is_better else sums, weights, span)
-    return bounds_of(replace(found, mean=mean))
+    return estimate(-sums if space.higher_is_better else sums, weights, span)

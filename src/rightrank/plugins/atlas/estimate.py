@@ -257,7 +257,7 @@ LETTERS_A_TOKEN = 4  # of English text, about
 
 
 def ask(model: str | None, data: str | Path | None, told: Question) -> tuple[Question, list[str]]:
-    """What is told, completed by the model and the data; and what could not be used of it.
+    """What the caller gives, completed by the model and the data; and what could not be used of it.
 
     Raises:
         SettingsError: a number that can't be.
