@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SUPPLY := $(VENV)/supply/bin
 DEMO_OUT ?= demo
-JOBS ?= 2
+JOBS ?= 3
 
 .PHONY: demo check test lint generated docs sbom audit dist clean
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sysconfig
+from functools import cache
 from pathlib import Path
 
+import gguf
 import pytest
 
 from rightrank import demo
@@ -40,9 +44,21 @@ def test_a_missing_model_package_is_one_clear_line(monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "demo").exists()
 
 
-def test_the_demo_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    demo.demo_model_file()  # the make targets install it: a missing model is a failure, not a skip
+@pytest.fixture
+def shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text of the library's single files; transformers reads a GGUF file once, and not for each of its questions."""
     monkeypatch.setattr(demo, "DEMO_SETTINGS", SHORT)
+    library = tmp_path / "library"
+    library.mkdir()
+    for source in Path(sysconfig.get_paths()["stdlib"]).glob("*.py"):
+        shutil.copy(source, library)
+    monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
+
+
+def test_the_demo_in_short(shortened: None, tmp_path: Path) -> None:
+    demo.demo_model_file()  # the make targets install it: a missing model is a failure, not a skip
     selected = demo.run_demo(tmp_path, [])
     assert [evidence.rank for evidence in selected.decision.ranks] == [0, 1, 8]
     base, *trained = selected.decision.ranks

@@ -37,7 +37,7 @@ from rightrank.adapters.live import LiveAdapter, smallest_adapter, trained_adapt
 from rightrank.adapters.live_files import measure_again
 from rightrank.adapters.live_scores import HeldOutBatches, batch_scores
 from rightrank.adapters.resize import candidate_ranks
-from rightrank.interop.smallest import training_warnings
+from rightrank.interop.smallest import main, training_warnings
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.errors import DataError, ModelError, SettingsError
@@ -281,7 +281,12 @@ def test_a_tracker_that_fails_at_the_end_is_one_line(
 
 
 def test_a_measurement_that_was_cut_off_is_made_again(
-    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model_folder: Path,
+    rows: Rows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The command that is printed first, in a fresh process, from the folder."""
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "rightrank"):
@@ -293,9 +298,8 @@ def test_a_measurement_that_was_cut_off_is_made_again(
     weights = tmp_path / "cut" / "rightrank" / "measure" / "trained" / "adapter_model.safetensors"
     before = weights.read_bytes()
     weights.write_bytes(before[: len(before) // 2])
-    broken = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, check=False)
-    assert broken.returncode == 2
-    assert broken.stderr.count("\n") == 1
+    assert main(command[3:]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
     weights.write_bytes(before)
     subprocess.run([sys.executable, *command[1:]], check=True)
     callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
