@@ -36,10 +36,17 @@ pytestmark = pytest.mark.trains
 WAYS = ("ddp", "fsdp2")
 
 
-def process(number: int, port: int, way: str, model: Path, rows: list[Any], out: Path) -> None:
+def process(number: int, port: int, model: Path, rows: list[Any], out: Path) -> None:
+    """Each way in a folder of its own; both in one start of the processes, which takes longer than a training."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
     torch.set_num_threads(1)
+    for way in WAYS:
+        train(way, number, model, rows, out / way)
+    torch.distributed.destroy_process_group()
+
+
+def train(way: str, number: int, model: Path, rows: list[Any], out: Path) -> None:
     arguments = TrainingArguments(
         output_dir=str(out), max_steps=12, learning_rate=1e-2, per_device_train_batch_size=4, save_strategy="no", report_to=[],
         disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, ddp_backend="gloo",
@@ -61,7 +68,6 @@ def process(number: int, port: int, way: str, model: Path, rows: list[Any], out:
     (out / f"{number}.json").write_text(callback.result.answer.model_dump_json())
     if number == 0:
         torch.save({name: one.detach().cpu() for name, one in whole.items()}, out / "after.pt")
-    torch.distributed.destroy_process_group()
 
 
 def train_sharded(model: Any, arguments: TrainingArguments, loader: Any, callback: SmallestAdapter) -> None:
@@ -147,21 +153,30 @@ def rows_of(model_folder: Path, completion_file: Path) -> list[Any]:
     return rows
 
 
+@pytest.fixture(scope="module")
+def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each way."""
+    out = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(
+        process, args=(free_port(), model_folder, rows_of(model_folder, completion_file), out), nprocs=2
+    )
+    return out
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_give_one_answer(way: str, model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+def test_two_processes_give_one_answer(way: str, trained: Path, model_folder: Path, completion_file: Path) -> None:
     """Both have the same answer; it is that of the adapter that was saved; and the factors are those that were trained."""
-    rows = rows_of(model_folder, completion_file)
-    multiprocessing.spawn(process, args=(free_port(), way, model_folder, rows, tmp_path), nprocs=2)
-    answers = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
+    rows, out = rows_of(model_folder, completion_file), trained / way
+    answers = [json.loads((out / f"{number}.json").read_text()) for number in range(2)]
     assert answers[0] == answers[1]
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
     values = {}
     for name in ("trained", "adapter"):
         base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-        loaded: Any = PeftModel.from_pretrained(base, tmp_path / "rightrank" / name).eval()
+        loaded: Any = PeftModel.from_pretrained(base, out / "rightrank" / name).eval()
         values[name] = HeldOutBatches(loaded, batches).scores().loss
         if name == "trained":
-            after = torch.load(tmp_path / "after.pt", weights_only=True)
+            after = torch.load(out / "after.pt", weights_only=True)
             assert after.keys() == {one for one, _ in loaded.named_parameters() if "lora_" in one}
             assert all(torch.equal(value, after[one]) for one, value in loaded.named_parameters() if one in after)
     assert values["adapter"] - values["trained"] == pytest.approx(answers[0]["difference"], abs=1e-4)
