@@ -55,7 +55,7 @@ def python(source: Path, *arguments: str, folder: Path | None = None) -> subproc
 
 def source_without(names: Sequence[str], folder: Path) -> Path:
     """A copy of the source without the folders of these plug-ins."""
-    shutil.copytree(SOURCE, folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(SOURCE, folder / "src")  # with the compiled files, whose times are kept
     for name in names:
         shutil.rmtree(folder / "src" / "rightrank" / "plugins" / name)
     return folder / "src"
