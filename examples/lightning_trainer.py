@@ -57,9 +57,8 @@ def train(task: TrialTask) -> TrialResult:
         enable_model_summary=False,
     )
     trainer.fit(module, batches)
-    items = causal_item_losses(module.model, batches_of(tokenizer, held_out, 16))
     module.model.save_pretrained(task.folder)
-    return TrialResult(metrics={"loss": items.mean}, item_scores=items.scores, item_weights=items.weights)
+    return causal_item_losses(module.model, batches_of(tokenizer, held_out, 16))
 
 
 if __name__ == "__main__":

@@ -35,9 +35,8 @@ def train(task: TrialTask) -> TrialResult:
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    items = causal_item_losses(model, batches_of(tokenizer, held_out, 16))
     model.save_pretrained(task.folder)
-    return TrialResult(metrics={"loss": items.mean}, item_scores=items.scores, item_weights=items.weights)
+    return causal_item_losses(model, batches_of(tokenizer, held_out, 16))
 
 
 if __name__ == "__main__":

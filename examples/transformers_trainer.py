@@ -41,14 +41,9 @@ def train(task: TrialTask) -> TrialResult:
     trainer = Trainer(model, settings, data_collator=collator, train_dataset=training, eval_dataset=held_out)
     trainer.train()
     model.save_pretrained(task.folder)
-    items = causal_item_losses(model, batches_of(tokenizer, held_out, 16))
     looks = [one for one in trainer.state.log_history if "eval_loss" in one]
-    return TrialResult(
-        metrics={"loss": items.mean},
-        item_scores=items.scores,
-        item_weights=items.weights,
-        points=[EvalPoint(step=look["step"], value=look["eval_loss"]) for look in looks],
-    )
+    points = [EvalPoint(step=look["step"], value=look["eval_loss"]) for look in looks]
+    return causal_item_losses(model, batches_of(tokenizer, held_out, 16)).model_copy(update={"points": points})
 
 
 if __name__ == "__main__":

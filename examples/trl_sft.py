@@ -45,8 +45,7 @@ def train(task: TrialTask) -> TrialResult:
     )
     trainer.train()
     trainer.model.save_pretrained(task.folder)
-    items = causal_item_losses(trainer.model, batches_of(tokenizer, held_out, 16))
-    return TrialResult(metrics={"loss": items.mean}, item_scores=items.scores, item_weights=items.weights)
+    return causal_item_losses(trainer.model, batches_of(tokenizer, held_out, 16))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def inspect(
         InputError: not a readable adapter or checkpoint, or two that don't belong together.
     """
     if adapter is not None and base is None and finetuned is None:
-        _require_adapter(Path(adapter))
+        require_adapter_folder(Path(adapter))
 
         from rightrank.adapters.spectra import inspect_adapter
 
@@ -38,12 +38,6 @@ def inspect(
 
         return inspect_checkpoints(Path(base), Path(finetuned))
     raise SettingsError("give an adapter folder, or two checkpoints as base and finetuned (--base A --finetuned B)")
-
-
-def _require_adapter(place: Path) -> None:
-    """Refuse a missing folder, or one without an adapter, before torch is imported; a file is left to its reader."""
-    if not place.is_file():
-        require_adapter_folder(place)
 
 
 def resize(
@@ -84,7 +78,7 @@ def resize(
     given = {"--rank": rank, "--energy": energy, "--data": data}
     names = [name for name, value in given.items() if value is not None]
     place, chosen = find_adapter(Path(adapter))
-    _require_adapter(place)
+    require_adapter_folder(place)
     if chosen:
         on_event(Notice(text=chosen))
     if len(names) != 1:

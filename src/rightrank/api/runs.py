@@ -26,7 +26,6 @@ from rightrank.schema.trials import TrialFinished
 
 if TYPE_CHECKING:  # what each verb alone needs is imported by it: `status` is to be quick
     from rightrank.interop.exports import Exported
-    from rightrank.interop.tables import TableOptions
 
 
 def write_report(run: str | Path) -> Path:
@@ -210,32 +209,31 @@ def decide(
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    from rightrank.interop.tables import TableOptions, flat, raw_rows, results_of_rows, rows_of_mappings
+    from rightrank.interop.tables import flat, raw_rows, results_of_rows, rows_of_mappings
 
-    asked = TableOptions(metric, higher_is_better, columns or {}, margin)
     further: dict[str, Any] = {"horizon_steps": horizon_steps}
     if confidence is not None:
         further["confidence"] = confidence
     if isinstance(results, str | Path):
         folder = RunFolder(Path(results))
         if folder.journal.path.is_file():
-            return _decide_run(folder, asked, further | {"checkpoint": checkpoint})
+            return _decide_run(folder, metric, margin, further | {"higher": higher_is_better, "checkpoint": checkpoint})
         where, rows = str(results), raw_rows(Path(results))
     else:
         where, rows = "results", rows_of_mappings(results)
     if (decided := plugins.first(lambda plugin: plugin.decide_rows(rows, margin))) is not None:
         return Decided(*decided)
-    read = results_of_rows(flat(rows), asked, where)
+    read = results_of_rows(flat(rows), where, metric, higher_is_better, margin, columns or {})
     decision = rule.decide(table_of_results(read), margin, checkpoint=checkpoint or "last", **further)
     return Decided(decision, read.understood)
 
 
-def _decide_run(folder: RunFolder, asked: TableOptions, further: Mapping[str, Any]) -> Decided:
+def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, further: Mapping[str, Any]) -> Decided:
     """Decide on a run folder, at the run's own metric and margin unless the question gives others."""
     records = records_of(folder.journal.read(), str(folder.path))
     started = records.started
     direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
-    metric = asked.metric or started.metric
+    metric, asked = metric or started.metric, margin
     known = metrics_of(records)
     if metric not in known or (started.data.form == "own" and metric != started.metric):
         raise ResultsError(f"{folder.path}: the run has no metric {metric!r}; it has {', '.join(known)}")
@@ -245,12 +243,12 @@ def _decide_run(folder: RunFolder, asked: TableOptions, further: Mapping[str, An
             f"{folder.path}: one rank was trained, so the rank to train at is open (rightrank select with --goal training-rank "
             f"continues the run); the adapter: {records.adapters[-1].answer.sentence}"
         )
-    outcomes, margin = direct, asked.margin
+    outcomes = direct
     if metric == started.metric:
         outcomes = comparable(records)
         own = started.settings.get("margin")
         margin = own if margin is None and isinstance(own, int | float) else margin
-    decision = decide_on(records, outcomes, metric, margin, higher=asked.higher_is_better, **further)
+    decision = decide_on(records, outcomes, metric, margin, **further)
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
-    commands = next_commands(started, decision, str(folder.path), asked.margin) if metric == started.metric else []
+    commands = next_commands(started, decision, str(folder.path), asked) if metric == started.metric else []
     return Decided(decision, [f"{len(direct)} trainings of a run folder"], adapter, commands)

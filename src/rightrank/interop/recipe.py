@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,9 @@ class Recipe:
     adapter: Path
     r: int
     lora_alpha: float
-    use_rslora: bool
-    lora_dropout: float
-    task_type: str
     target_modules: tuple[str, ...]
+    target_parameters: tuple[str, ...]
     module_names: tuple[str, ...]
-    layers_to_transform: tuple[int, ...] | None
-    modules_to_save: tuple[str, ...]
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
     learning_rate: float
     max_steps: int
     warmup_steps: int
@@ -55,8 +49,14 @@ class Recipe:
     guard: str = ""  # how the adapter does on the guard's data, in a sentence
     shape: str | None = None  # how rows of other columns became the form: see `data.forms`
     columns: Mapping[str, str] = field(default_factory=dict)  # a column of the form → its other name in the file
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    task_type: str = "CAUSAL_LM"
+    layers_to_transform: Sequence[int] | None = None
+    modules_to_save: Sequence[str] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_dora: bool = False
-    target_parameters: tuple[str, ...] = ()
 
     def located(self) -> Recipe:
         """The recipe with absolute paths of model and data, so that its files work from any folder."""
@@ -148,22 +148,13 @@ def recipe_of(
 
 
 def _adapter_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe that PEFT's configuration of the adapter gives."""
-    layers = config.get("layers_to_transform")
-    return {
-        "r": config["r"],
-        "lora_alpha": config["lora_alpha"],
-        "use_rslora": config.get("use_rslora", False),
-        "lora_dropout": config.get("lora_dropout", 0.0),
-        "task_type": config.get("task_type") or "CAUSAL_LM",
-        "target_modules": tuple(sorted(config["target_modules"])),
-        "layers_to_transform": None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
-        "modules_to_save": tuple(config.get("modules_to_save") or ()),
-        "rank_pattern": config.get("rank_pattern") or {},
-        "alpha_pattern": config.get("alpha_pattern") or {},
-        "use_dora": bool(config.get("use_dora")),
-        "target_parameters": tuple(sorted(config.get("target_parameters") or ())),
-    }
+    """The fields of a recipe that PEFT's configuration of the adapter gives, in its names."""
+    given = {one.name: config[one.name] for one in fields(Recipe) if config.get(one.name) is not None}
+    for name in ("target_modules", "target_parameters"):
+        given[name] = tuple(sorted(given.get(name, ())))
+    if isinstance(given.get("layers_to_transform"), int):
+        given["layers_to_transform"] = (given["layers_to_transform"],)
+    return given
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -263,7 +263,7 @@ class SmallestAdapter(TrainerCallback):
             ends_with, other = self._checkpoints(args, state)
             before = None if other is None else _Kept(0, None, _trained_parameters(model))
             takes_other = other is not None and self.checkpoint not in (None, ends_with)
-            with _in_place(model, other if takes_other else None):
+            with _in_place(model, other) if other is not None and takes_other else nullcontext():
                 live = self._live(model, args, state)
                 training = self._training(live, args, state)
                 _keep(live, out, training)
@@ -411,19 +411,14 @@ def _trained_parameters(model: Any) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _in_place(model: Any, kept: _Kept | None) -> Iterator[None]:
+def _in_place(model: Any, kept: _Kept) -> Iterator[None]:
     """In the block the model has these trained parameters; afterwards it is as before, to the bit."""
-    before = {} if kept is None else _trained_parameters(model)
-    parameters = dict(model.named_parameters())
+    before = _trained_parameters(model)
     try:
-        with torch.no_grad():
-            for name, value in ({} if kept is None else kept.parameters).items():
-                parameters[name].copy_(value)
+        model.load_state_dict(kept.parameters, strict=False)
         yield
     finally:
-        with torch.no_grad():
-            for name, value in before.items():
-                parameters[name].copy_(value)
+        model.load_state_dict(before, strict=False)
 
 
 def keep_smallest(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -44,14 +44,6 @@ DETAILS = ("std", "std_seeds", "train_value")  # fields of a result; later rows 
 MAX_RANK = 2**20
 
 Key: TypeAlias = tuple[int, float, int]  # rank, learning rate, seed
-
-
-@dataclass(frozen=True, slots=True)
-class TableOptions:
-    metric: str | None = None
-    higher_is_better: bool | None = None
-    mapping: Mapping[str, str] = field(default_factory=dict)
-    margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,22 +129,29 @@ def _flat(fields: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterat
             yield f"{prefix}{name}", value
 
 
-def results_of_rows(rows: list[Row], asked: TableOptions, where: str) -> ResultsTable:
-    """The trainings in rows without nested fields, and how each column was read.
+def results_of_rows(
+    rows: list[Row],
+    where: str,
+    metric: str | None,
+    higher: bool | None,
+    margin: float | None,
+    mapping: Mapping[str, str],
+) -> ResultsTable:
+    """The trainings in rows without nested fields, and how each column was read. `where` is the table's name in error messages.
 
     Raises:
         ResultsError: rows that can't be compared; the message names file and row.
     """
-    named = rows_of_names(rows, asked.mapping)
+    named = rows_of_names(rows, mapping)
     notes = ["rank from the names of the trainings"] if named is not rows else []
-    columns = identify_columns(named, asked.metric, asked.mapping, where)
+    columns = identify_columns(named, metric, mapping, where)
     _require_one_kind(named, where)
     metric = columns.metric
     with_rank = [row for row in named if not is_blank(row.fields.get(columns.by_name["rank"]))]
     results, counts = _results([_line(row, columns, metric) for row in with_rank], columns)
     _require_comparable(results, where)
-    higher, why = _direction(metric, asked.higher_is_better, where)
-    if asked.margin is None and kind_of_metric(metric, higher) == "other":
+    higher, why = _direction(metric, higher, where)
+    if margin is None and kind_of_metric(metric, higher) == "other":
         notes.append(
             f"margin: 1% of the best, as the name {metric!r} says no unit (--metric NAME or --margin changes it)"
         )

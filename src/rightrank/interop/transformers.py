@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rightrank.data.token_store import IGNORED
-
-
-@dataclass(frozen=True, slots=True)
-class ItemScores:
-    """A score and a weight for each example, in the order of the examples."""
-
-    scores: list[float]
-    weights: list[float]
-
-    @property
-    def mean(self) -> float:
-        return sum(s * w for s, w in zip(self.scores, self.weights, strict=True)) / sum(self.weights)
+from rightrank.schema.trials import TrialResult
 
 
 @torch.no_grad()
-def causal_item_losses(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> ItemScores:
-    """The mean loss per label token of each example, in nats, with its number of label tokens as the weight.
+def causal_item_losses(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> TrialResult:
+    """The result of a task: the mean loss per label token, in nats, of each example and, as `loss`, of all.
+
+    An example weighs as much as it has label tokens; one without any is left out.
 
     Args:
         model: a causal language model; it keeps its training mode.
@@ -43,5 +33,7 @@ def causal_item_losses(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]
         losses += (each.sum(1) / tokens.clamp(min=1)).tolist()
         counts += tokens.tolist()
     model.train(was_training)
-    kept = [(loss, float(count)) for loss, count in zip(losses, counts, strict=True) if count]
-    return ItemScores([loss for loss, _ in kept], [count for _, count in kept])
+    kept = [(loss, count) for loss, count in zip(losses, counts, strict=True) if count]
+    scores, weights = map(list, zip(*kept, strict=True))
+    mean = sum(loss * count for loss, count in kept) / sum(counts)
+    return TrialResult(metrics={"loss": mean}, item_scores=scores, item_weights=weights)

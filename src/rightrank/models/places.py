@@ -136,16 +136,16 @@ def _implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def require_adapter_folder(path: Path) -> None:
-    """Refuse a path that is no folder with an adapter's configuration.
+    """Refuse a path that holds no adapter, before torch is imported; a file of weights is left to its reader.
 
     Raises:
         ModelError: the message names the adapter of a run folder, and the way to compare whole models.
     """
     if not path.exists():
         raise ModelError(f"{path}: no such folder; give an adapter folder, one that PEFT's save_pretrained wrote")
-    if not path.is_dir():
+    if not path.is_dir() and path.suffix != ".safetensors":
         raise ModelError(f"{path}: a file; give the adapter's folder, the one that holds {CONFIG_FILE}")
-    if (path / CONFIG_FILE).exists():
+    if path.is_file() or (path / CONFIG_FILE).exists():
         return
     hint = "give a folder that PEFT's save_pretrained wrote"
     if (path / "config.json").exists():

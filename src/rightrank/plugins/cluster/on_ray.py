@@ -23,6 +23,8 @@ from rightrank.runs.calls import NO_RESULT, Call, TrainerError, TrainFunction, T
 from rightrank.runs.hook import described
 from rightrank.schema.errors import InputError, MissingExtraError, RunError
 
+# Variables of the environment that workers inherit from this process.
+INHERITED = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
 CONNECT_SECONDS = 10.0
 HEAD_SECONDS = 10.0  # between looks at the cluster's head
 SILENT_SECONDS = 30.0  # without an answer: the head is lost
@@ -76,8 +78,7 @@ class RayCrew:
         self._ray, self._address = connected(address), address
         self._setup = setup
         self._resources = resources(bytes_planned, on_cuda)
-        self._actor_class = actor
-        self._actor = self._ray.remote(actor)
+        self._actor = actor
         self._next_look = 0.0  # at the cluster's head, on the monotonic clock
         self._answered = time.monotonic()  # when the head last did
         self.room()
@@ -106,13 +107,13 @@ class RayCrew:
 
     def start(self, worker: str) -> None:
         wanted = self._resources
-        options = self._actor.options(
+        options = self._ray.remote(self._actor).options(
             num_cpus=wanted["CPU"],
             num_gpus=wanted.get("GPU", 0),
             memory=wanted.get("memory"),
             max_concurrency=4,  # it receives commands while it sends messages
             max_restarts=0,  # the pool starts a new one
-            runtime_env={"env_vars": _environment()},
+            runtime_env={"env_vars": {name: os.environ[name] for name in INHERITED if name in os.environ}},
         )
         actor = self._actors[worker] = options.remote()
         self._streams[actor.messages.options(num_returns="streaming").remote()] = worker
@@ -190,7 +191,7 @@ class RayCrew:
                 if time.monotonic() > until:
                     raise
             time.sleep(1.0)
-        self._actor, self._answered = self._ray.remote(self._actor_class), time.monotonic()
+        self._answered = time.monotonic()
         return [(worker, WorkerLost(lost, with_machine=True)) for worker in workers]
 
     def close(self) -> None:
@@ -260,12 +261,6 @@ def resources(bytes_planned: int | None, on_cuda: bool) -> dict[str, float]:
     if on_cuda:
         return {"CPU": 1.0, "GPU": 1.0}
     return {"CPU": 1.0} if bytes_planned is None else {"CPU": 1.0, "memory": float(bytes_planned)}
-
-
-def _environment() -> dict[str, str]:
-    """The environment variables that workers inherit from this process."""
-    names = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
-    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def call_on_ray(train: TrainFunction) -> Call:

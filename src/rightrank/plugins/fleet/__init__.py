@@ -56,9 +56,8 @@ def fleet(
     """
     from rightrank.models.places import require_adapter_folder
 
-    for adapter in map(Path, adapters):
-        if not adapter.is_file():
-            require_adapter_folder(adapter)  # before what brings torch
+    for adapter in adapters:
+        require_adapter_folder(Path(adapter))  # before what brings torch
 
     from rightrank.plugins.fleet.common_rank import run_fleet
 

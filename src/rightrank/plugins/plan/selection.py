@@ -9,6 +9,7 @@ from typing import Any
 from rightrank.models.base_models import LoadedModel, device_memory, is_known
 from rightrank.plugins.plan.estimate import Estimator, NotSharedError, UntraceableError
 from rightrank.plugins.plan.planner import changes_that_fit, context_bytes, needed, rank_fits
+from rightrank.report.format import size
 from rightrank.runs.plugins import MemoryPlan
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.plan_settings import (
@@ -54,8 +55,8 @@ def left_out_line(planned: MemoryPlan) -> str | None:
     left_out = [rank for rank in planned.needed_bytes if rank not in planned.ranks]
     if not left_out or planned.memory_bytes is None:
         return None
-    wanted = ", ".join(f"{rank} ({_gib(planned.needed_bytes[rank])})" for rank in left_out)
-    return f"left out, since they need more than the {_gib(planned.memory_bytes)} available: ranks {wanted}"
+    wanted = ", ".join(f"{rank} ({size(planned.needed_bytes[rank])})" for rank in left_out)
+    return f"left out, since they need more than the {size(planned.memory_bytes)} available: ranks {wanted}"
 
 
 def plan_selection(
@@ -149,15 +150,11 @@ def step_settings(
 
 
 def _refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:
-    smallest = min(rank for rank, size in needs.items() if size > memory)
+    smallest = min(rank for rank, count in needs.items() if count > memory)
     tensors = needs[smallest] - context_bytes(estimator.settings)
     changes = changes_that_fit(estimator, min(needs))
     advice = ", ".join(f"{name} {value}" for name, value in changes.items() if name in SelectSettings.model_fields)
     return (
-        f"rank {smallest} needs {_gib(needs[smallest])} ({_gib(tensors)} for tensors, the rest for the process), and "
-        f"{_gib(memory)} are available; give more --memory, lower ranks{', or ' + advice if advice else ''}"
+        f"rank {smallest} needs {size(needs[smallest])} ({size(tensors)} for tensors, the rest for the process), and "
+        f"{size(memory)} are available; give more --memory, lower ranks{', or ' + advice if advice else ''}"
     )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
