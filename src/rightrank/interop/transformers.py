@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rightrank.data.token_store import IGNORED
-from rightrank.schema.trials import TrialResult
+from rightrank.runs.calls import TrialResult
 
 
 @torch.no_grad()
