@@ -101,6 +101,15 @@ except SystemExit as ended:
 print(sorted({"torch", "transformers"} & set(sys.modules)), file=sys.stderr)
 """
 
+
+def test_help_loads_neither_settings_nor_numbers() -> None:
+    """All commands are listed, those of plug-ins with them."""
+    asked = LIGHT.replace('{"torch", "transformers"}', '{"torch", "transformers", "numpy", "pydantic", "rich"}')
+    done = subprocess.run([sys.executable, "-c", asked, "--help"], capture_output=True, text=True)
+    assert "expect" in done.stdout
+    assert done.stderr == "[]\n"
+
+
 REFUSED = LIGHT.replace("ended.code == 0", "ended.code == 2")
 
 

@@ -23,12 +23,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.plugins.atlas.rows import FAMILIES, Atlas, Sweep, load
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import RunStarted
+
+if TYPE_CHECKING:
+    from rightrank.schema.events import RunStarted
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHRINK = 4.0  # an even chance weighs as much as this many independent sweeps of the best quality

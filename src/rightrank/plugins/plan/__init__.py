@@ -15,15 +15,13 @@ import click
 from rightrank.cli.options import SettingsCommand, announce, gather, setting_options
 from rightrank.models.ranks import LARGE_RANK, rank_change_line, rate_warning
 from rightrank.report.format import size
-from rightrank.report.tables import table_lines
-from rightrank.runs.journal import collector_paused
 from rightrank.runs.plugins import MemoryPlan, Plugin
 from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
-from rightrank.schema.results import Plan, RankPlan
 from rightrank.schema.table import given_values
 
 if TYPE_CHECKING:
     from rightrank.schema.keywords import PlanKeywords
+    from rightrank.schema.results import Plan, RankPlan
 
 
 class PlanPlugin(Plugin):
@@ -89,6 +87,8 @@ def _plan(model: str, config_file: Path | None, assignments: tuple[str, ...], as
     MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. What a selection on your data will do and
     cost is `rightrank select MODEL DATA --dry-run`. The exit status is 1 if there is a memory budget and no rank fits.
     """
+    from rightrank.runs.journal import collector_paused
+
     values = gather(config_file, assignments, options)
     announce("tracing a step of the model, in shapes alone")
     with collector_paused():  # importing torch and transformers takes a quarter less time
@@ -99,6 +99,8 @@ def _plan(model: str, config_file: Path | None, assignments: tuple[str, ...], as
 
 def _plan_text(plan: Plan) -> str:
     """The whole plan in plain lines."""
+    from rightrank.report.tables import table_lines
+
     heads = ["rank", "parameters", "adapter", "peak", "reserved", "with headroom", "TFLOP/step"]
     heads += ["fits"] * (plan.memory_bytes is not None)
     last = plan.ranks[-1]
