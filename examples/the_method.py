@@ -1,5 +1,6 @@
 """The smallest LoRA adapter that loses nothing, from one training: the whole method in plain PyTorch and PEFT.
 
+    pip install scipy  # for Student's t
     python examples/the_method.py MODEL TRAIN.jsonl HELD_OUT.jsonl --learning-rate 1e-3 --steps 200
 
 Rows have `prompt` and `completion`, or `text`. The steps are those of `rightrank select --goal adapter`, without its search for the learning rate:

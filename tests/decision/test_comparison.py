@@ -15,6 +15,8 @@ from rightrank.decision.comparison import (
     estimate_of_files,
     examples_needed,
     is_within,
+    t_quantile,
+    t_tail,
 )
 from rightrank.decision.rule import decide
 from rightrank.decision.seeds import seed_parts, winners_gap
@@ -55,6 +57,15 @@ def test_where_no_example_differs_the_bound_is_about_three_over_their_number(exa
         assert found.low == pytest.approx(-found.high, rel=1e-9)
         assert found.is_enough(0.01) is (True if examples > 300 else None)
     assert bounds_of_files(0 * ones, ones).high == 0.0  # losses that are equal to the bit are of one function
+
+
+@pytest.mark.parametrize("degrees", [1.0, 1.3, 2.0, 4.7, 19.0, 200.5, 1e6])
+def test_student_s_t_is_that_of_scipy(degrees: float) -> None:
+    for probability in (0.001, 0.05, 0.3, 0.5, 0.7, 0.95, 0.975, 0.999999):
+        expected = stats.t.ppf(probability, degrees)
+        assert t_quantile(degrees, probability) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    for x in (0.0, 0.4, 3.0, 40.0):
+        assert t_tail(degrees, x)[0] == pytest.approx(stats.t.sf(x, degrees), abs=1e-10)
 
 
 def test_select_by_a_score_of_thirty_zeros_shows_nothing() -> None:

@@ -59,11 +59,7 @@ def report(run: Path, atlas_row: bool, as_json: bool) -> None:
     epilog="Example: rightrank export run --to axolotl",
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--to",
-    required=True,
-    help=f"{', '.join(TARGETS[:-1])}, or {TARGETS[-1]}.",
-)
+@click.option("--to", required=True, help=f"{', '.join(TARGETS[:-1])}, or {TARGETS[-1]}.")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
 def export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
@@ -101,10 +97,7 @@ def repair(run: Path, as_json: bool) -> None:
         )
 
 
-@click.command(
-    short_help="Print the file that a trainer loads.",
-    epilog="Example: rightrank path ms-swift",
-)
+@click.command(short_help="Print the file that a trainer loads.", epilog="Example: rightrank path ms-swift")
 @click.argument("trainer", type=click.Choice(["ms-swift"]))
 @click.option("--json", "as_json", is_flag=True, help="Print the path as one JSON object.")
 def path(trainer: str, as_json: bool) -> None:
@@ -184,13 +177,7 @@ def decide(results: Path, plot_file: Path | None, as_json: bool, **asked: Any) -
     from rightrank.report.format import visible
     from rightrank.report.terminal import decision_text
 
-    click.echo(
-        decision_text(
-            decided.decision,
-            decided.understood,
-            shutil.get_terminal_size((100, 24)).columns,
-            decided.next_commands,
-        )
-    )
+    width = shutil.get_terminal_size((100, 24)).columns
+    click.echo(decision_text(decided.decision, decided.understood, width, decided.next_commands))
     if decided.adapter_sentence is not None:
         click.echo(f"adapter: {visible(decided.adapter_sentence)}")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, POWER, normal_quantile
+from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, POWER, normal_quantile, t_quantile, t_tail
 from rightrank.schema.metrics import MetricKind
 from rightrank.schema.trials import Floats
 
@@ -93,16 +93,14 @@ def probability_within(difference: float, spread: float, margin: float) -> float
     Args:
         spread: the variance between examples of the paired difference; above 0.
     """
-    from scipy.special import stdtr
-
-    return float(stdtr(FURTHER_SEED_DEGREES, (margin - difference) / (FURTHER_SEED_RATIO * math.sqrt(spread))))
+    deviations = (margin - difference) / (FURTHER_SEED_RATIO * math.sqrt(spread))
+    beyond, _ = t_tail(FURTHER_SEED_DEGREES, abs(deviations))
+    return 1 - beyond if deviations > 0 else beyond
 
 
 def margin_within(difference: float, spread: float, probability: float) -> float:
     """The margin at which `probability_within` is `probability`."""
-    from scipy.special import stdtrit
-
-    return difference + FURTHER_SEED_RATIO * math.sqrt(spread) * float(stdtrit(FURTHER_SEED_DEGREES, probability))
+    return difference + FURTHER_SEED_RATIO * math.sqrt(spread) * t_quantile(FURTHER_SEED_DEGREES, probability)
 
 
 def start_of(kind: MetricKind) -> Prior:

@@ -259,7 +259,7 @@ def checkpoint_note(table: ScoreTable, evidence: Evidence, used: Checkpoint, mar
     """
     if not any(cell.points for (rank, _, _), cell in table.cells.items() if rank > 0):
         return None
-    tables = [at_checkpoint(table, checkpoint) for checkpoint in CHECKPOINTS]
+    tables = [evidence.table if at == used else at_checkpoint(table, at) for at in CHECKPOINTS]
     last, best = (_pick(evidence if at is evidence.table else Evidence(at), margin) for at in tables)
     return CheckpointNote(used=used, last=last, best=best)
 

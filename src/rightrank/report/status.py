@@ -21,7 +21,6 @@ from rightrank.schema.trials import (
     TrialCollapsed,
     TrialDiverged,
     TrialFailed,
-    TrialFinished,
     TrialStarted,
 )
 
@@ -139,9 +138,7 @@ def best_by_rank(records: Records, trained: bool) -> list[tuple[int, float]]:
 def is_fresh(progress: Mapping[str, object]) -> bool:
     """Whether a progress file was written within `STALE_SECONDS`."""
     at = progress.get("at")
-    if not isinstance(at, str):
-        return False
-    return (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() < STALE_SECONDS
+    return isinstance(at, str) and (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() < STALE_SECONDS
 
 
 def cost_sentence(records: Records) -> str:
@@ -157,11 +154,8 @@ def cost_sentence(records: Records) -> str:
     parts = [quantity(trainings(records), "training")]
     parts += [quantity(truncations, "truncation")] if truncations else []
     parts += [f"{quantity(lost, 'trial')} without a result"] if lost else []
-    return ", ".join([*parts, duration(sum(map(_seconds, finished)) - sum(map(_seconds, resumed)))])
-
-
-def _seconds(trial: TrialFinished) -> float:
-    return trial.train_seconds + trial.eval_seconds
+    spent, counted_twice = (sum(one.train_seconds + one.eval_seconds for one in part) for part in (finished, resumed))
+    return ", ".join([*parts, duration(spent - counted_twice)])
 
 
 def end_text(outcome: TrialCollapsed | TrialDiverged | TrialFailed) -> str:

@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -179,9 +180,8 @@ class Journal:
     def _records(self, body: bytes) -> list[JournalRecord]:
         records: list[JournalRecord] = []
         damaged: list[str] = []
-        lines = body.split(b"\n")[:-1]
-        for number, line in enumerate(lines, start=1):
-            found = read_line(line)
+        for number, line in enumerate(BytesIO(body), start=1):  # one by one: a list of all takes as much memory again
+            found = read_line(line[:-1])
             if isinstance(found, str):
                 damaged.append(f"{number}: {found}")
             else:
@@ -189,7 +189,7 @@ class Journal:
         if damaged:
             more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
             raise RunFolderError(
-                f"{self.path}:{damaged[0]}{more}; {len(records)} of {len(lines)} records are undamaged: "
+                f"{self.path}:{damaged[0]}{more}; {len(records)} of {number} records are undamaged: "
                 f"`rightrank repair {self.path.parent}` keeps those and moves the damaged lines to another file"
             )
         return records

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
@@ -180,10 +181,10 @@ class TrialFinished(ArmFields):
             raise ValueError("the numbers of scores and weights of its examples differ")
         return self
 
-    def items(self, metric: str) -> tuple[list[float], list[float]] | None:
+    def items(self, metric: str) -> tuple[Sequence[float], Sequence[float]] | None:
         """`(scores times weights, weights)` of a metric by example, in the metric's direction; None if not measured."""
         if metric == "loss" and self.item_losses:
-            return self.item_losses, [float(tokens) for tokens in self.item_tokens]
+            return self.item_losses, self.item_tokens
         if self.item_scores is not None:  # the deciding metric, under any name that a custom trainer gives it
             weights = self.item_weights or [1.0] * len(self.item_scores)
             return [score * weight for score, weight in zip(self.item_scores, weights, strict=True)], weights
