@@ -137,7 +137,6 @@ def _runtime(model: str, splits: DataSplits, settings: SelectSettings, cache: Pa
 
 def _scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
     """The held-out scores of the base, or of an adapter on it, by every metric of the settings."""
-
     with adapter_attached(runtime, adapter):
         scores, measured = runtime.evaluate("selection"), measure(runtime, "selection")
     measured.require(list(measured.failed))

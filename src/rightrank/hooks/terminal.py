@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -37,11 +36,8 @@ class View(Hook):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        curve = "" if error is not None else self._curve()
-        if curve:
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None and (curve := self._curve()):
             self.say(curve)
 
     def on_event(self, event: Event) -> None:
@@ -78,11 +74,9 @@ class LiveView(View):
         self._live.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.__exit__(kind, error, trace)
-        super().__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._live.__exit__(*error)
+        super().__exit__(*error)
 
     def say(self, text: str) -> None:
         self._console.print(Text.from_ansi(text), highlight=False)

@@ -123,11 +123,6 @@ class AdapterModule:
     def parameters(self) -> int:
         return self.rank * (self.rows + self.columns)
 
-    @property
-    def trained(self) -> int:
-        """Trainable parameters: those of the factors, DoRA's magnitudes and the bias."""
-        return self.parameters + self.rows * ((self.magnitude_key is not None) + (self.bias_key is not None))
-
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
@@ -155,9 +150,8 @@ class AdapterFolder:
 
     @property
     def keys(self) -> list[str]:
-        optional = [key for (module, *_) in self.pairs for key in (module.magnitude_key, module.bias_key) if key]
-        factors = [key for (module, *_) in self.pairs for key in (module.a_key, module.b_key)]
-        return [*factors, *optional, *self.other_keys]
+        own = [(one.a_key, one.b_key, one.magnitude_key, one.bias_key) for (one, *_) in self.pairs]
+        return [*(key for keys in own for key in keys if key), *self.other_keys]
 
     @property
     def pairs(self) -> list[list[AdapterModule]]:
@@ -174,9 +168,9 @@ class AdapterFolder:
 
     @property
     def trained(self) -> int:
-        """Trainable parameters of the adapted modules."""
-        factors = sum(module.parameters for module in self.modules)
-        return factors + sum(first.trained - first.parameters for (first, *_) in self.pairs)
+        """Trainable parameters of the adapted modules: those of the factors, DoRA's magnitudes and the biases."""
+        beside = sum(one.rows * bool(key) for (one, *_) in self.pairs for key in (one.magnitude_key, one.bias_key))
+        return beside + sum(module.parameters for module in self.modules)
 
     @property
     def use_rslora(self) -> bool:

@@ -21,7 +21,6 @@ from rightrank.schema.events import (
     Journaled,
     JournalRecord,
     Listener,
-    Notice,
     RunContinued,
     RunStarted,
     SelectionPlanned,
@@ -69,10 +68,6 @@ class Hooks(Hook):
     def __init__(self, hooks: Sequence[Hook] = ()) -> None:
         self._hooks = list(hooks)
         self._faults: dict[Hook, HookError] = {}
-
-    def notice(self, text: str) -> None:
-        """Tell a line for a person."""
-        self.on_event(Notice(text=text))
 
     def on_prepared(self, run: Run) -> None:
         self._each(lambda hook: hook.on_prepared(run))
@@ -242,10 +237,6 @@ class Run(Listener):
         """Keep a record in the journal."""
         self.folder.journal.append(record)
         self.records.keep(record)
-
-    def notice(self, text: str) -> None:
-        """Tell a line for a person."""
-        self.on_event(Notice(text=text))
 
     def should_stop(self) -> bool:
         return self.hooks.should_stop()

@@ -21,7 +21,7 @@ from rightrank.runs.prepare import prepare, resuming, strategy_of
 from rightrank.runs.values import Prepared, Request, Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import AllTrialsFailedError, DeviceMemoryError, InterruptedRun, ResultsError
-from rightrank.schema.events import Listener, Notice, RunStopped
+from rightrank.schema.events import Listener, RunStopped
 from rightrank.schema.trials import (
     Trial,
     TrialFailed,
@@ -183,9 +183,7 @@ class LocalExecutor:
             self._runtime.prepare(self._listener.on_event, self._listener.should_stop)
             self._is_prepared = True
         arms = [trial.arm for trial in trained]
-        size = adapters_per_pass_for(
-            self._runtime, arms, lambda text: self._listener.on_event(Notice(text=text)), self._max_adapters_per_pass
-        )
+        size = adapters_per_pass_for(self._runtime, arms, self._listener.notice, self._max_adapters_per_pass)
         yield from train_trials(self._runtime, trained, base_loss, self._folders, self._listener, size)
 
     def _folders(self, trial: Trial) -> TrialFolders:

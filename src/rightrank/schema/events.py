@@ -276,6 +276,10 @@ class Listener:
     def on_event(self, event: Event) -> None:
         """Called with each event, on the thread that runs the selection: a slow listener slows it down."""
 
+    def notice(self, text: str) -> None:
+        """Give it a line for a person."""
+        self.on_event(Notice(text=text))
+
     def should_stop(self) -> bool:
         """Asked after each step; on True every running trial writes a checkpoint, and `InterruptedRun` is raised."""
         return False

@@ -20,9 +20,9 @@ from rightrank.data.files import replacing
 from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.truncation import Moments, save_moments
-from rightrank.schema.errors import first_line, is_out_of_memory
 from rightrank.schema.trials import Arm
 from rightrank.train.adapter import ADAPTER, lora_modules
+from rightrank.train.device import memory_permitting
 from rightrank.train.runtime import Runtime, adapter_attached
 
 MOMENT_TOKENS = 4096  # see benchmarks/truncation
@@ -69,14 +69,12 @@ def gather_moments(
     sums, batches = MomentSums(), list(micro_batches(runtime, examples, tokens))
     read = [index for indices in batches for index in indices]
     runtime.expect("train", read)
-    try:
-        with rank_space(peft_model, plain, sums.add, adapter), runtime.recomputing(), runtime.without_dropout():
-            for indices in batches:
-                runtime.losses("train", runtime.batch("train", indices), 1.0, backward=True)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return Gathered({}, 0, 0, (f"no moments for truncation: {first_line(error)}; the plain SVD is used",))
+    gathering = rank_space(peft_model, plain, sums.add, adapter)
+    with memory_permitting() as reasons, gathering, runtime.recomputing(), runtime.without_dropout():
+        for indices in batches:
+            runtime.losses("train", runtime.batch("train", indices), 1.0, backward=True)
+    if reasons:
+        return Gathered({}, 0, 0, (f"no moments for truncation: {reasons[0]}; the plain SVD is used",))
     encoded = [runtime.examples("train")[index] for index in read]
     moments = sums.moments(sum(map(runtime.data.loss_weight, encoded)))
     if not all(bool(torch.isfinite(one).all()) for pair in sums.pairs.values() for one in pair):

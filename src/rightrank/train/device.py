@@ -12,13 +12,27 @@ from typing import Any
 
 import torch
 
+from rightrank.schema.errors import first_line, is_out_of_memory
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # Linux: reset the peak resident set (man 5 proc)
 
 
+@contextmanager
+def memory_permitting() -> Iterator[list[str]]:
+    """A block that ends where memory runs out; its value then holds the reason. No traceback keeps the failed pass after it."""
+    reasons: list[str] = []
+    try:
+        yield reasons
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reasons.append(first_line(error))
+
+
 def free_memory(device: torch.device) -> None:
-    """Return unused memory to the device. Call it outside the `except` block, whose traceback keeps the failed pass."""
+    """Return unused memory to the device. Call it outside an `except` block, whose traceback keeps the failed pass."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

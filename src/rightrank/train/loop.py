@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rightrank.schema.errors import InterruptedRun, MetricError, first_line, is_out_of_memory
-from rightrank.schema.events import Listener, Notice
+from rightrank.schema.errors import InterruptedRun, MetricError
+from rightrank.schema.events import Listener
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, TrialStarted
 from rightrank.train.batches import Batch
 from rightrank.train.checkpoints import Progress
 from rightrank.train.covariances import ensure_moments
-from rightrank.train.device import free_memory, peak_bytes, reset_peak
+from rightrank.train.device import free_memory, memory_permitting, peak_bytes, reset_peak
 from rightrank.train.metrics import measure
 from rightrank.train.multi_lora import MultiLora
 from rightrank.train.optimizer import take_step
@@ -68,7 +68,7 @@ def train_trials(
         found = folders(trial)
         if found.truncate_from is not None and found.moments is not None:
             for notice in ensure_moments(runtime, trial.arm, found.truncate_from, found.moments):
-                listener.on_event(Notice(text=notice))
+                listener.notice(notice)
     if trained:
         with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
             yield from _TrainingLoop(runtime, multi_lora, base_loss, folders, listener, adapters_per_pass).run(trained)
@@ -132,34 +132,28 @@ class _TrainingLoop:
             if trial.trial_id not in self._started:
                 self._listener.on_event(TrialStarted(**trial.fields))
                 self._started.add(trial.trial_id)
-            try:
+            with memory_permitting() as reasons:
                 folders = self._folders(trial)
                 training = ArmTraining(self._runtime, trial, self._multi_lora, self._base_loss, folders, self._listener)
                 self._running.append(training)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = first_line(error)
+            if reasons:
                 self._multi_lora.remove(adapter_name(trial))
                 free_memory(self._runtime.loaded.device)
                 if self._running:
                     self._waiting.appendleft(trial)
                     self._reduce_limit(len(self._running), len(self._running) + 1)
                 else:
-                    yield out_of_memory(trial, self._runtime, reason)
+                    yield out_of_memory(trial, self._runtime, *reasons)
         self._running.sort(key=lambda training: training.trial.arm.rank)  # neighbours of one rank share a product
         for training in self._running:
             training.note_pass([other.trial.arm.rank for other in self._running if other is not training])
 
     def _step(self) -> None:
         """One step of every running arm. Where memory runs out, fewer arms continue."""
-        try:
+        with memory_permitting() as reasons:
             self._step_all()
+        if not reasons:
             return
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = first_line(error)
         free_memory(self._runtime.loaded.device)
         first, before = self._running[0], len(self._running)
         if before > 1:
@@ -170,7 +164,7 @@ class _TrainingLoop:
             del self._running[before // 2 :]
             self._reduce_limit(before // 2, before)
         else:
-            first.ended = out_of_memory(first.trial, self._runtime, reason)
+            first.ended = out_of_memory(first.trial, self._runtime, *reasons)
 
     def _step_all(self) -> None:
         """One step of every running arm in shared passes, and the evaluations that are due. Arms share the time evenly."""
@@ -191,11 +185,8 @@ class _TrainingLoop:
 
     def _reduce_limit(self, limit: int, tried: int) -> None:
         self._limit = limit
-        self._listener.on_event(
-            Notice(
-                text=f"{tried} adapters per pass ran out of memory on {self._runtime.loaded.device}: continuing with {limit}"
-            )
-        )
+        device = self._runtime.loaded.device
+        self._listener.notice(f"{tried} adapters per pass ran out of memory on {device}: continuing with {limit}")
 
     def _take_out(self) -> Iterator[TrialOutcome]:
         """Yield the outcomes of the arms that are over, those without a result first."""
@@ -239,24 +230,18 @@ def evaluate_all(runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[Ar
     On running out of memory each half is evaluated in its own pass, and a single training ends.
     """
     begun = time.perf_counter()
-    try:
+    with memory_permitting() as reasons:
         all_scores = runtime.evaluate_adapters("selection", multi_lora, [training.adapter for training in trainings])
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = first_line(error)
-    else:
+    if not reasons:
         seconds = (time.perf_counter() - begun) / len(trainings)
         for training, scores in zip(trainings, all_scores, strict=True):
             training.take_scores(scores, seconds)
-        return
-    # Outside the `except` block, whose traceback keeps the tensors of the failed pass.
-    if len(trainings) > 1:
+    elif len(trainings) > 1:
         half = len(trainings) // 2
         evaluate_all(runtime, multi_lora, trainings[:half])
         evaluate_all(runtime, multi_lora, trainings[half:])
     else:
-        trainings[0].ended = out_of_memory(trainings[0].trial, runtime, reason)
+        trainings[0].ended = out_of_memory(trainings[0].trial, runtime, *reasons)
 
 
 def out_of_memory(trial: Trial, runtime: Runtime, reason: str) -> TrialFailed:

@@ -253,28 +253,23 @@ TIE = 1e-5  # a reward margin below which a pair counts half, as every pair of t
 LogProbabilities = Callable[[SplitName, Sequence[int]], torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
 class PreferenceLoss:
-    """The objective of preference pairs.
+    """The objective of preference pairs."""
 
-    Args:
-        labels: gives the cross-entropies of the model's labels.
-        beta: how strongly a step away from the base counts.
-    """
-
-    def __init__(self, labels: LabelLoss, beta: float) -> None:
-        self._labels = labels
-        self._beta = beta
+    labels: LabelLoss  # gives the cross-entropies of the model's labels
+    beta: float  # how strongly a step away from the base counts
 
     def __call__(self, model: Any, batch: Batch, scale: Scale) -> BatchLoss:
         """The loss of each of b pairs; `batch` holds 2b sequences and their reference [2b]."""
         assert batch.reference is not None
-        found = self._labels(model, batch, 1.0)
+        found = self.labels(model, batch, 1.0)
         counts = torch.bincount(found.sequences, minlength=batch.sequences).tolist()
         # Summed one by one, because a sum over padded rows depends on the longest sequence of the batch.
         sums = torch.stack([part.sum() for part in torch.split(found.scaled, counts)])
         log_ratios = -sums - batch.reference.to(sums)
         chosen, rejected = log_ratios[0::2], log_ratios[1::2]
-        margins = self._beta * (chosen - rejected)
+        margins = self.beta * (chosen - rejected)
         losses = -F.logsigmoid(margins)
         metrics = {
             "reward_accuracy": (1 + margins.sign() * (margins.abs() > TIE)) / 2,

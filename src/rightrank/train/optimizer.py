@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -33,30 +34,19 @@ def take_step(optimizers: Sequence[ArmOptimizer], run_pass: Pass) -> None:
         optimizer.update()
 
 
+@dataclass(eq=False)
 class ArmOptimizer:
-    """The optimizer of one adapter, and all that a checkpoint of its training holds.
+    """The optimizer of one adapter, and all that a checkpoint of its training holds."""
 
-    Args:
-        named: what is trained, by PEFT's names.
-        learning_rate: what the schedule's factor multiplies.
-        plan: example indices of each step.
-    """
+    _runtime: Runtime
+    named: Mapping[str, torch.nn.Parameter]  # what is trained, by PEFT's names
+    _learning_rate: float  # what the schedule's factor multiplies
+    _plan: Sequence[Sequence[int]]  # example indices of each step
+    _schedule: Schedule
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        named: Mapping[str, torch.nn.Parameter],
-        learning_rate: float,
-        plan: Sequence[Sequence[int]],
-        schedule: Schedule,
-    ) -> None:
-        self._runtime = runtime
-        self.named = named
-        self._parameters = list(named.values())
-        self._learning_rate = learning_rate
-        self._plan = plan
-        self._schedule = schedule
-        self._optimizer = make_optimizer(named, learning_rate, runtime.settings)
+    def __post_init__(self) -> None:
+        self._parameters = list(self.named.values())
+        self._optimizer = make_optimizer(self.named, self._learning_rate, self._runtime.settings)
         self.progress = Progress()
         self.mean: RunningMean | None = None  # of the parameters, where the training compares it
         self.best: Mapping[str, torch.Tensor] = {}  # the parameters at the best evaluation so far

@@ -13,8 +13,9 @@ from typing import TypeVar
 
 import torch
 
-from rightrank.schema.errors import MultiLoraError, is_out_of_memory
+from rightrank.schema.errors import MultiLoraError
 from rightrank.schema.trials import Arm
+from rightrank.train.device import memory_permitting
 from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.runtime import Runtime
 
@@ -56,12 +57,11 @@ def multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
     if reason is not None:
         return reason
     try:
-        shared, alone = _probe_losses(runtime, arms[:2])
+        with memory_permitting() as reasons:
+            shared, alone = _probe_losses(runtime, arms[:2])
     except MultiLoraError as error:
         return str(error)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
+    if reasons:
         return f"two don't fit on {runtime.loaded.device}"
     tolerance = CHECK_TOLERANCE[next(runtime.model.parameters()).dtype]
     if not torch.allclose(shared, alone, rtol=tolerance, atol=tolerance):
@@ -73,13 +73,9 @@ def _fastest_count(runtime: Runtime, arms: Sequence[Arm], limit: int = MAX_ADAPT
     """Double the number of adapters up to `limit` while that pays; running out of memory ends the search."""
     best, count = _seconds_per_arm(runtime, arms[:1]), 1
     while count * 2 <= min(limit, len(arms)):
-        try:
+        with memory_permitting() as reasons:
             seconds = _seconds_per_arm(runtime, arms[: count * 2])
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            break
-        if seconds > MAX_TIME_RATIO * best:
+        if reasons or seconds > MAX_TIME_RATIO * best:
             break
         best, count = seconds, count * 2
     return count

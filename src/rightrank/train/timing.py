@@ -9,10 +9,9 @@ from functools import partial
 import torch
 
 from rightrank.data.token_store import lengths_of, longest_sequences
-from rightrank.schema.errors import is_out_of_memory
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch, length_sorted_batches
-from rightrank.train.device import free_memory
+from rightrank.train.device import free_memory, memory_permitting
 from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.optimizer import ArmOptimizer, arm_schedule, take_step
 from rightrank.train.pace import TIMED_STEPS, WARM_UP_STEPS, timed
@@ -50,11 +49,8 @@ class Pace:
 
 def measure_pace(runtime: Runtime, arm: Arm) -> Pace | None:
     """Train a scratch adapter of `arm` for a few steps and evaluate it on a batch; None where memory runs out."""
-    try:
+    with memory_permitting():
         return _measure(runtime, arm)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
     free_memory(runtime.loaded.device)
     return None
 

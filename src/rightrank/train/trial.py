@@ -49,31 +49,26 @@ def adapter_name(trial: Trial) -> str:
     return f"arm_{trial.trial_id}"
 
 
+@dataclass(eq=False)
 class ArmTraining:
     """One arm's optimizer, progress and checkpoint; the passes over the base are shared.
 
     A training is over when it is done, or when `ended` says how it ended without a result.
     """
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        trial: Trial,
-        multi_lora: MultiLora,
-        base_loss: float | None,
-        folders: TrialFolders,
-        listener: Listener,
-    ) -> None:
-        self._runtime = runtime
-        self.trial = trial
-        self.adapter = adapter_name(trial)
-        self._multi_lora = multi_lora
-        self._base_loss = base_loss
-        self._folders = folders
-        self._listener = listener
+    _runtime: Runtime
+    trial: Trial
+    _multi_lora: MultiLora
+    _base_loss: float | None
+    _folders: TrialFolders
+    _listener: Listener
+
+    def __post_init__(self) -> None:
+        runtime, multi_lora, arm = self._runtime, self._multi_lora, self.trial.arm
+        self.adapter = adapter_name(self.trial)
         self._settings = runtime.settings
         self._truncation: Literal["svd", "kfac"] | None = None
-        arm, config = trial.arm, runtime.config(trial.arm)
+        config = runtime.config(arm)
         truncated = self._truncated(config)
         first = 0 if arm.truncate_from is None else runtime.steps  # recovery continues where a whole training ends
         plan = runtime.batch_plan(arm.seed, first + arm.steps)[first:]
