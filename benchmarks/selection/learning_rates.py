@@ -19,9 +19,8 @@ import numpy as np
 
 from benchmarks.machine import machine
 from benchmarks.selection.tables import REPLAY_STEPS, GridCurve, TableRunner, read_grids, space_of_grid
-from rightrank.schema.trials import TrialFinished, TrialOutcome
+from rightrank.schema.trials import TrialFinished, TrialOutcome, steps_of
 from rightrank.search import STRATEGIES
-from rightrank.search.history import steps_of
 
 HERE = Path(__file__).parent
 NEAR = (0.001, 0.005)  # nats a token
@@ -48,11 +47,13 @@ def search(curve: GridCurve, seed: int) -> Searched:
     alone = replace(curve, cells=cells, truncated={}, recovered={})
     strategy = STRATEGIES["bracket"](space_of_grid(alone, margin=0.005, goal="adapter"))
     runner, outcomes, steps = TableRunner(alone), list[TrialOutcome](), 0
+    finished: dict[str, TrialFinished] = {}
     while arms := strategy.ask(outcomes):
         for arm in arms:
             outcome = runner.run(arm)
-            if isinstance(outcome, TrialFinished) and arm.rank > 0:
-                steps += steps_of(arm, outcomes)
+            if isinstance(outcome, TrialFinished):
+                steps += steps_of(arm, finished)
+                finished[outcome.trial_id] = outcome
             outcomes.append(outcome)
     top = max(curve.ranks)
     chosen = min(o.value for o in outcomes if isinstance(o, TrialFinished) and o.rank == top and o.arm.is_direct)

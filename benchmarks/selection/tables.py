@@ -18,8 +18,8 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import kind_of
 from rightrank.schema.settings import Goal
-from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, trial_id
-from rightrank.search.history import Space, Trials, steps_of
+from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, steps_of, trial_id
+from rightrank.search.history import Space, Trials
 from rightrank.search.protocol import Strategy
 from rightrank.search.upward import Upward
 
@@ -364,12 +364,14 @@ def replay(curve: GridCurve, make: Callable[[Space], Strategy], space: Space) ->
     """Run a strategy on a grid to its end."""
     strategy, runner = make(space), TableRunner(curve)
     outcomes: list[TrialOutcome] = []
+    finished: dict[str, TrialFinished] = {}
     steps = 0
     while arms := strategy.ask(outcomes):
         for arm in arms:
             outcome = runner.run(arm)
-            if isinstance(outcome, TrialFinished) and arm.rank > 0:
-                steps += steps_of(arm, outcomes)
+            if isinstance(outcome, TrialFinished):
+                steps += steps_of(arm, finished)
+                finished[outcome.trial_id] = outcome
             outcomes.append(outcome)
     adapter = strategy.adapter(outcomes)
     parent = next((one for one in outcomes if adapter is not None and one.trial_id == adapter.trained_id), None)

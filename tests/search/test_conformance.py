@@ -7,9 +7,9 @@ import random
 import pytest
 from benchmarks.selection.tables import recommend
 
-from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome
+from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, steps_of
 from rightrank.search import STRATEGIES
-from rightrank.search.history import Space, steps_of
+from rightrank.search.history import Space
 from tests.search.worlds import STEPS, World, make_space, rounds, run_all
 
 WORLDS = {
@@ -184,9 +184,8 @@ def test_outcomes_of_other_arms_change_nothing(name: str) -> None:
 
 def spent(known: list[TrialOutcome]) -> int:
     """Optimizer steps, without failed arms."""
-    return sum(
-        steps_of(outcome.arm, known) for outcome in known if isinstance(outcome, TrialFinished) and outcome.rank > 0
-    )
+    finished = {outcome.trial_id: outcome for outcome in known if isinstance(outcome, TrialFinished)}
+    return sum(steps_of(outcome, finished) for outcome in finished.values() if outcome.rank > 0)
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])

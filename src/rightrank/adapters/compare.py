@@ -196,10 +196,9 @@ def _sentence(a: str, b: str, worst: MetricComparison, count: int) -> str:
         f"{worst.difference_high:+.3g}) on {worst.examples} examples{left_out}, margin {worst.margin:g}"
     )
     among = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."
-    if worst.verdict == "not_worse":
-        return f"{names}: not worse; {figures}.{among}"
-    if worst.verdict == "worse":
-        return f"{names}: worse by more than the margin; {figures}.{among}"
+    if worst.verdict != "cannot_tell":
+        told = "not worse" if worst.verdict == "not_worse" else "worse by more than the margin"
+        return f"{names}: {told}; {figures}.{among}"
     cure = (
         f"about {worst.examples_needed:,} examples would show it"
         if worst.examples_needed is not None

@@ -114,7 +114,7 @@ def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: R
         chosen = decided.adapter_trial_id
     else:
         raise RunFolderError(f"{folder.path}: no adapter yet; run `rightrank select` again, then export")
-    trial = next((trial for trial in records.finished() if trial.trial_id == chosen), None)
+    trial = records.by_id.get(chosen)
     if trial is None:
         raise RunFolderError(
             f"{folder.path}: the journal lacks the trial {chosen} of the adapter; run `rightrank repair`"

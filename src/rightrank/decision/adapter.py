@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from rightrank.decision.comparison import Estimate, bounds_of, estimate, is_within, span_of
+from rightrank.decision.evidence import Unit
 from rightrank.decision.table import Cell, ScoreTable, best_point, estimate_of_pairs, table_of
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterOrigin
 from rightrank.schema.events import TestEvaluated
@@ -242,9 +243,10 @@ class Against:
         low = high = 0.0 if file is self.reference else None  # 0 is exact
         if file.trial.trial_id != self.reference.trial.trial_id:
             found = bounds_of(self.difference(file.cell))
-            difference = self._unit(found.mean)
+            unit = Unit(self.table.kind, self.criterion.higher_is_better, self.reference.cell.value)
+            difference = unit.difference(found.mean)
             if file.cell.examples:
-                low, high = self._unit(found.low), self._unit(found.high)
+                low, high = unit.difference(found.low), unit.difference(found.high)
         decides = high if high is not None else difference if self.criterion.trusts_values else math.inf
         return AdapterCandidate(
             rank=file.trial.rank,
@@ -256,11 +258,6 @@ class Against:
             difference_high=high,
             holds=is_within(decides, self.margin),
         )
-
-    def _unit(self, oriented: float) -> float:
-        if self.table.kind != "perplexity":
-            return oriented
-        return self.reference.cell.value * math.expm1(min(oriented, 100.0))
 
 
 def against_reference(

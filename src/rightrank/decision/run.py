@@ -21,7 +21,7 @@ from rightrank.schema.events import (
     TestEvaluated,
 )
 from rightrank.schema.metrics import REPORTED_ONLY, Checkpoint, direction, unknown_direction
-from rightrank.schema.trials import OUTCOMES, EvalPoint, TrialFinished, TrialLook, TrialOutcome, TrialStarted
+from rightrank.schema.trials import OUTCOMES, EvalPoint, TrialFinished, TrialLook, TrialOutcome, TrialStarted, steps_of
 
 
 @dataclass(slots=True)
@@ -69,6 +69,11 @@ class Records:
 
     def finished(self) -> list[TrialFinished]:
         return [outcome for outcome in self.outcomes if isinstance(outcome, TrialFinished)]
+
+    @property
+    def by_id(self) -> dict[str, TrialFinished]:
+        """The finished trials by id."""
+        return {trial.trial_id: trial for trial in self.finished()}
 
 
 def records_of(journal: Sequence[JournalRecord], where: str) -> Records:
@@ -228,10 +233,10 @@ def compared(records: Records) -> list[AdapterCandidate]:
 
 def trainings(records: Records) -> float:
     """Optimizer steps of all outcomes over those of a whole training; an arm that resumes pays for the rest."""
-    finished = [one for one in records.outcomes if isinstance(one, TrialFinished) and one.rank > 0]
-    stops = {one.trial_id: one.stop_at or 0 for one in finished}
+    by_id = records.by_id
+    finished = [one for one in by_id.values() if one.rank > 0]
     whole = max((one.steps for one in finished if one.truncate_from is None), default=0)
-    steps = sum((one.stop_at or one.steps) - stops.get(one.continue_from or "", 0) for one in finished)
+    steps = sum(steps_of(one, by_id) for one in finished)
     return round(steps / whole, 3) if whole else float(len(finished))
 
 
@@ -246,8 +251,7 @@ def document(
     noted = adapter and adapter.answer.checkpoint
     if noted and noted.matters:
         found["flags"] = list(dict.fromkeys([*found.get("flags", ()), "checkpoint_matters"]))
-    finished = records.finished()
-    chosen = next((one for one in finished if adapter is not None and one.trial_id == adapter.answer.trial_id), None)
+    chosen = records.by_id.get(adapter.answer.trial_id) if adapter else None
     started = records.started
     return (
         {"metric": started.metric, "higher_is_better": started.higher_is_better, "goal": goal}
@@ -255,7 +259,7 @@ def document(
         | {
             "adapter_sentence": adapter and adapter.answer.sentence,
             "cost": {"trainings": trainings(records), "trainings_to_adapter": adapter and adapter.trainings},
-            "adapter_making": chosen and making_of(chosen, finished).sentence(),
+            "adapter_making": chosen and making_of(chosen, records.finished()).sentence(),
             "handed_over": adapter and adapter.handed_over.model_dump(mode="json"),
             "guard": adapter and adapter.guard and adapter.guard.model_dump(mode="json"),
             "adapter_answer": adapter and adapter.answer.model_dump(mode="json"),

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
+from typing import TypeAlias
 
 from rightrank.decision.comparison import CONFIDENCE, normal_quantile
 from rightrank.hooks.terminal import left_out
@@ -25,6 +26,8 @@ from rightrank.search.protocol import Strategy
 from rightrank.train.metrics import end_metrics
 from rightrank.train.timing import Pace, measure_pace
 
+_Seconds: TypeAlias = tuple[float, float]  # expected, and at most
+
 
 def preflight(request: Request) -> Preflight:
     """Prepare the selection in a temporary folder, and say what it will do.
@@ -36,12 +39,9 @@ def preflight(request: Request) -> Preflight:
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         prepared = prepare(request, Path(folder) / "cache", notes.append)
         strategy = strategy_of(prepared)
-        pace, seconds = pace_of(prepared), None
-        if pace is not None:
-            seconds = _time_of(prepared, strategy, pace)
-            notes.append(time_line(*seconds, _basis(pace), prepared.settings.budget_hours))
+        seconds, time = _time_of(prepared, strategy, pace_of(prepared))
         found = _preflight_of(prepared, strategy, seconds)
-        notes += _adapter_lines(prepared)
+        notes += [*time, *_adapter_lines(prepared)]
         before = plugins.listed(lambda plugin: plugin.outlook(prepared.started, None))
         return found.model_copy(update={"before": before, "notes": notes})
 
@@ -61,19 +61,19 @@ def pace_of(prepared: Prepared) -> Pace | None:
     return measure_pace(prepared.runtime, arm)
 
 
-def _time_of(prepared: Prepared, strategy: Strategy, pace: Pace) -> tuple[float, float]:
-    """Seconds expected, at the mean pace of the ranks, and at most, at that of the highest."""
+def _time_of(prepared: Prepared, strategy: Strategy, pace: Pace | None) -> tuple[_Seconds | None, list[str]]:
+    """Seconds expected, at the mean pace of the ranks, and at most, at that of the highest; and the line that says so."""
+    if pace is None:
+        return None, []
     cost, points, ranks = strategy.cost(), prepared.settings.eval_points, prepared.settings.ranks
     expected = pace.seconds(fmean(ranks), cost.expected, strategy.expected_arms(), points)
-    return expected, pace.seconds(max(ranks), cost.maximum, strategy.max_arms(), points)
-
-
-def _basis(pace: Pace) -> str:
+    at_most = pace.seconds(max(ranks), cost.maximum, strategy.max_arms(), points)
     steps, examples = quantity(len(pace.batches), "step"), quantity(len(pace.evaluated), "validation example")
-    return f"{steps} of rank {pace.rank} and {examples}"
+    basis = f"{steps} of rank {pace.rank} and {examples}"
+    return (expected, at_most), [time_line(expected, at_most, basis, prepared.settings.budget_hours)]
 
 
-def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: tuple[float, float] | None) -> Preflight:
+def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: _Seconds | None) -> Preflight:
     settings, data, planned, space = prepared.settings, prepared.started.data, prepared.planned, strategy.space
     is_known = space.margin is not None or space.kind in ("token_loss", "accuracy")  # else it is a share of a value
     peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
@@ -103,7 +103,7 @@ def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: tuple[float, 
     )
 
 
-def _cost(prepared: Prepared, strategy: Strategy, seconds: tuple[float, float] | None) -> PreflightCost:
+def _cost(prepared: Prepared, strategy: Strategy, seconds: _Seconds | None) -> PreflightCost:
     trainings = strategy.cost()
     return PreflightCost(
         strategy=strategy.name,
@@ -182,18 +182,15 @@ class Outlook(Hook):
         # A trial that has ended gives its time.
         ended = any(trial.rank > 0 for trial in run.records.finished())
         pace = pace_of(prepared) if prepared.steps >= MIN_STEPS and not ended else None
-        seconds, time = None, list[str]()
-        if pace is not None:
-            seconds = _time_of(prepared, run.strategy, pace)
-            time.append(time_line(*seconds, _basis(pace), prepared.settings.budget_hours))
+        seconds, time = _time_of(prepared, run.strategy, pace)
+        if seconds is not None:
             run.on_event(TimeExpected(expected_seconds=seconds[0]))
         found = _preflight_of(prepared, run.strategy, seconds)
         before = plugins.listed(lambda plugin: plugin.outlook(prepared.started, None))
         lines = [*before, labels_line(found), *memory_lines(found), cost_line(found.cost)]
         for line in [*lines, *time, *_adapter_lines(prepared)]:
             run.notice(line)
-        if end_metrics(prepared.settings):
-            names = [spec.name for spec in prepared.settings.metric_specs if not spec.is_measured_along]
+        if names := [spec.name for spec in end_metrics(prepared.settings)]:
             run.notice(
                 f"{', '.join(names)}: measured on the base, at the end of each training, and on the test split: "
                 f"{prepared.started.data.splits['selection'].items} examples, at most {prepared.settings.max_new_tokens} new tokens "

@@ -117,7 +117,7 @@ class Progress:
         pace = self._pace()
         if pace is None:
             return None
-        shares = sum(self._share(one.arm, _last_step(one.arm)) for one in self._running.values())
+        shares = sum(self._share(one.arm, one.arm.end) for one in self._running.values())
         to_come = max(0.0, self._expected - self._spent - shares)
         return to_come * pace + sum(_left(one, pace) for one in self._running.values())
 
@@ -170,15 +170,15 @@ class Progress:
         running = self._running.pop(event.trial_id, None)
         total = running.step.seconds if running is not None and running.step is not None else 0.0
         if isinstance(event, TrialFinished):
-            total = event.train_seconds + event.eval_seconds
+            total = event.seconds
             self._peak_bytes = max(self._peak_bytes, event.peak_bytes)
             if event.rank > 0 and event.stop_at is None:
                 values = self._best if event.arm.is_direct else self._truncated
                 better = max if self._higher_is_better else min
                 values[event.rank] = better(event.value, values.get(event.rank, event.value))
-        self._spent += self._share(event, _last_step(event))
+        self._spent += self._share(event, event.end)
         _, before = self._ended.get(event.continue_from or "", (0, 0.0))
-        self._ended[event.trial_id] = _last_step(event), total
+        self._ended[event.trial_id] = event.end, total
         seconds = max(0.0, total - before)
         if event.rank > 0 and total > 0:
             self._costs.append(seconds)
@@ -207,8 +207,4 @@ def _left(running: _Running, pace: float) -> float:
         return 0.0
     if running.step is None:
         return max(0.0, pace - (time.monotonic() - running.since))
-    return running.step.seconds / running.step.step * max(0, _last_step(running.arm) - running.step.step)
-
-
-def _last_step(arm: ArmFields) -> int:
-    return arm.steps if arm.stop_at is None else arm.stop_at
+    return running.step.seconds / running.step.step * max(0, running.arm.end - running.step.step)

@@ -256,7 +256,7 @@ def _steps(started: RunStarted, trial: TrialFinished, prefix: str) -> dict[int, 
         found.setdefault(step, {})["train/loss"] = loss
     for point in trial.points:
         found.setdefault(point.step, {})[f"{prefix}/{along}"] = point.value
-    last = found.setdefault(trial.steps if trial.stop_at is None else trial.stop_at, {})
+    last = found.setdefault(trial.end, {})
     last |= {f"{prefix}/{metric}": value for metric, value in trial.metrics.items()}
     for name in ("train_seconds", "eval_seconds", "trainable_parameters", "peak_bytes"):
         last[name] = getattr(trial, name)

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 
+from rightrank.decision.sentences import number
 from rightrank.report.format import quantity, visible
 from rightrank.schema.decision import (
     AdapterAnswer,
@@ -143,9 +144,7 @@ def _metric_text(other: MetricAnswer) -> str:
 
 def brief(value: float | None) -> str:
     """Two significant digits; empty for None."""
-    if value is None:
-        return ""
-    return "0" if abs(value) < 1e-12 else f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
+    return "" if value is None else "0" if abs(value) < 1e-12 else number(value)
 
 
 def notebook_html(view: AnswerView, adapters: str, ranks: str) -> str:

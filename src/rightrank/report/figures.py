@@ -238,12 +238,11 @@ def _listed(values: Mapping[int, float], unit: str) -> str:
 
 def _best_trials(records: Records, decision: Decision | None) -> dict[int, list[TrialFinished]]:
     """The trials of each rank at its best learning rate: those that the decision names, if there is one."""
-    finished = records.finished()
-    by_id = {trial.trial_id: trial for trial in finished}
+    by_id = records.by_id
     if decision is not None:
         named = {e.rank: [by_id[i] for i in e.trial_ids if i in by_id] for e in decision.ranks if e.rank > 0}
         return {rank: trials for rank, trials in named.items() if trials}
-    groups = by_rank([trial for trial in finished if trial.rank > 0 and trial.arm.is_direct])
+    groups = by_rank([trial for trial in by_id.values() if trial.rank > 0 and trial.arm.is_direct])
     sign = -1 if records.started.higher_is_better else 1
     return {rank: [min(trials, key=lambda trial: sign * trial.value)] for rank, trials in groups.items()}
 
@@ -260,7 +259,7 @@ FIRST_SHOWN = 0.1  # of the steps: what falls before may be off the scale, or th
 def learning_figure(records: Records, decision: Decision | None) -> Figure | None:
     """Held-out values and the training loss by step: each rank at its best learning rate, means over seeds."""
     best = _best_trials(records, decision)
-    finished = {trial.trial_id: trial for trial in records.finished()}
+    finished = records.by_id
     metric = records.started.points_metric or records.started.metric
     base = next((trial.metrics.get(metric) for trial in finished.values() if trial.rank == 0), None)
     series: list[Series] = []

@@ -192,7 +192,7 @@ def _row(outcome: TrialOutcome) -> dict[str, Any]:
     row["value"] = f"{outcome.value:.4f}" + (f" ({outcome.value_metric})" if outcome.value_metric else "")
     row["note"] = "; ".join(filter(None, [row["note"], *outcome.failed_metrics.values()]))
     row["train"] = "" if outcome.train_value is None else f"{outcome.train_value:.4f}"
-    row["seconds"] = f"{outcome.train_seconds + outcome.eval_seconds:.0f}"
+    row["seconds"] = f"{outcome.seconds:.0f}"
     row["parameters"] = f"{outcome.trainable_parameters:,}" if outcome.trainable_parameters else ""
     row["memory"] = size(outcome.peak_bytes) if outcome.peak_bytes else ""
     return row
@@ -205,7 +205,7 @@ def model_card(records: Records, decision: Decision | None) -> str:
     """The card of `adapter/`: front matter for the hub, the answers, the evidence, how to load the adapter."""
     started, recorded = records.started, records.adapters[-1]
     answer = recorded.answer
-    trial = next(one for one in records.finished() if one.trial_id == answer.trial_id)
+    trial = records.by_id[answer.trial_id]
     model = started.settings.get("model")
     loading = loading_lines("this/folder", model if isinstance(model, str) else None, started.data.classes is not None)
     template = templates(escaped=False).get_template("model_card.md")
@@ -240,7 +240,7 @@ def use_it(handed_over: HandedOver, records: Records) -> dict[str, str] | None:
 
     None for an adapter whose folder this package did not write.
     """
-    settings, trials = records.started.settings, {trial.trial_id: trial for trial in records.finished()}
+    settings, trials = records.started.settings, records.by_id
     answer = records.adapters[-1].answer
     trial, trained = trials.get(answer.trial_id), trials.get(answer.trained_id)
     model = settings.get("model")

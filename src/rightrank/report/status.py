@@ -22,6 +22,7 @@ from rightrank.schema.trials import (
     TrialDiverged,
     TrialFailed,
     TrialStarted,
+    seconds_of,
 )
 
 NO_ANSWER = "no answer yet"
@@ -142,20 +143,15 @@ def is_fresh(progress: Mapping[str, object]) -> bool:
 
 
 def cost_sentence(records: Records) -> str:
-    """The cost of all trials so far: trainings, truncations, trials without a result, and the time with the base's evaluation.
-
-    A training that resumes a stopped one contains its seconds, so those of the stopped one are subtracted.
-    """
-    finished = records.finished()
-    by_id = {trial.trial_id: trial for trial in finished}
-    resumed = [by_id[trial.continue_from] for trial in finished if trial.continue_from in by_id]
+    """The cost of all trials so far: trainings, truncations, trials without a result, and the time with the base's evaluation."""
+    by_id = records.by_id
+    finished = by_id.values()
     truncations = sum(trial.truncate_from is not None and trial.steps == 0 for trial in finished)
     lost = len(records.outcomes) - len(finished)
     parts = [quantity(trainings(records), "training")]
     parts += [quantity(truncations, "truncation")] if truncations else []
     parts += [f"{quantity(lost, 'trial')} without a result"] if lost else []
-    spent, counted_twice = (sum(one.train_seconds + one.eval_seconds for one in part) for part in (finished, resumed))
-    return ", ".join([*parts, duration(spent - counted_twice)])
+    return ", ".join([*parts, duration(sum(seconds_of(trial, by_id) for trial in finished))])
 
 
 def end_text(outcome: TrialCollapsed | TrialDiverged | TrialFailed) -> str:

@@ -102,7 +102,7 @@ def _read_test_split(run: Run, runtime: Runtime, trial_ids: Iterable[str]) -> No
     for trial_id in trial_ids:
         if any(test.trial_id == trial_id for test in run.records.tests):
             continue
-        trial = run.finished(trial_id)
+        trial = run.records.by_id[trial_id]
         with adapter_attached(runtime, run.folder.adapter_of(trial)):
             scores = runtime.evaluate("test")
             measured = measure(runtime, "test")
@@ -189,7 +189,7 @@ def _with_other_checkpoint(run: Run, runtime: Runtime, answer: AdapterAnswer) ->
 
     Of both, plain truncations count.
     """
-    trained, folder = run.finished(answer.trained_id), run.folder.other_checkpoint(answer.trained_id)
+    trained, folder = run.records.by_id[answer.trained_id], run.folder.other_checkpoint(answer.trained_id)
     question = replace(question_of(run.records), margin=answer.margin)
     children = [one for one in run.records.finished() if one.truncate_from == trained.trial_id and one.steps == 0]
     ours = adapter_answer([trained, *children], question)

@@ -26,7 +26,7 @@ from rightrank.schema.events import (
     SelectionPlanned,
 )
 from rightrank.schema.settings import CONTINUABLE, SelectSettings, settings_difference
-from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome
 from rightrank.search.protocol import Strategy
 
 if TYPE_CHECKING:  # these bring torch, which a hook may not need
@@ -148,7 +148,7 @@ class HookError(RunError):
     """A hook, or another part without which a run is complete, has a fault."""
 
 
-class FailingAs:
+class FailingAs:  # no `contextmanager`, which lets a StopIteration pass that a RunError is raised from
     """A block whose fault is reported in one line that names it. Errors that are reported in one line already pass.
 
     Raises:
@@ -245,10 +245,6 @@ class Run(Listener):
     def evidence(self) -> list[TrialOutcome]:
         """The outcomes that the strategy compares ranks by."""
         return self.strategy.evidence(self.records.outcomes)
-
-    def finished(self, trial_id: str) -> TrialFinished:
-        """The finished trial of that id."""
-        return next(trial for trial in self.records.finished() if trial.trial_id == trial_id)
 
 
 def _continued(journal: Sequence[JournalRecord], started: RunStarted) -> RunContinued | None:

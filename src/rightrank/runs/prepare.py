@@ -180,7 +180,7 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
                 raise SettingsError(
                     f"metric {spec.name!r} needs {columns}; the data has the form {form!r}: give metric 'loss'"
                 )
-        if form == "text" and spec.needs_answers:
+        if form == "text" and not spec.is_measured_along:
             raise SettingsError(
                 f"metric {spec.name!r} needs the model to write for a prompt, and the data has the form {form!r}: "
                 "give `prompt` and `completion`, or metric 'loss'"

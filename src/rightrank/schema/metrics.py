@@ -116,13 +116,8 @@ class MetricSpec(NamedTuple):
     target: str = ""  # the function or command line
 
     @property
-    def needs_answers(self) -> bool:
-        """Whether the metric needs the model's answer to each held-out example: a generated text or a class."""
-        return self.kind not in ("loss", "pairs") and self.name != "accuracy"
-
-    @property
     def is_measured_along(self) -> bool:
-        """Whether every held-out evaluation measures it at no further cost."""
+        """Whether every held-out evaluation measures it; else it needs the model's answers, generated texts or classes."""
         return self.kind in ("loss", "pairs") or self.name == "accuracy"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
@@ -72,6 +72,11 @@ class ArmFields(Record):
     def is_direct(self) -> bool:
         """Whether this is a complete training from the start, as the comparison of ranks requires."""
         return self.stop_at is None and self.truncate_from is None
+
+    @property
+    def end(self) -> int:
+        """The step at which it ends."""
+        return self.steps if self.stop_at is None else self.stop_at
 
 
 class Arm(ArmFields):
@@ -181,6 +186,11 @@ class TrialFinished(ArmFields):
             raise ValueError("the numbers of scores and weights of its examples differ")
         return self
 
+    @property
+    def seconds(self) -> float:
+        """Of training and evaluation."""
+        return self.train_seconds + self.eval_seconds
+
     def items(self, metric: str) -> tuple[Sequence[float], Sequence[float]] | None:
         """`(scores times weights, weights)` of a metric by example, in the metric's direction; None if not measured."""
         if metric == "loss" and self.item_losses:
@@ -246,3 +256,15 @@ class TrialFailed(ArmFields):
 
 TrialOutcome: TypeAlias = TrialFinished | TrialCollapsed | TrialDiverged | TrialFailed
 OUTCOMES = (TrialFinished, TrialCollapsed, TrialDiverged, TrialFailed)
+
+
+def steps_of(arm: ArmFields, finished: Mapping[str, TrialFinished]) -> int:
+    """Optimizer steps that `arm` adds to those of the trial that it resumes; `finished` by trial id."""
+    before = finished.get(arm.continue_from or "")
+    return arm.end - (0 if before is None else before.end)
+
+
+def seconds_of(outcome: TrialFinished, finished: Mapping[str, TrialFinished]) -> float:
+    """Seconds of training and evaluation that `outcome` adds to those of the trial that it resumes, and contains."""
+    before = finished.get(outcome.continue_from or "")
+    return outcome.seconds - (0.0 if before is None else before.seconds)

@@ -133,25 +133,6 @@ def recovery_steps(steps: int, unseen_steps: int) -> int:
     return found if found >= MIN_RECOVERY_PART * steps else 0
 
 
-def steps_of(arm: Arm, outcomes: Iterable[TrialOutcome]) -> int:
-    """Optimizer steps that `arm` adds. An arm that resumes a stopped one does not pay for its steps again."""
-    end = arm.stop_at if arm.stop_at is not None else arm.steps
-    if arm.continue_from is None:
-        return end
-    before = [outcome for outcome in outcomes if outcome.trial_id == arm.continue_from]
-    return end - (before[0].stop_at or 0) if before else end
-
-
-def seconds_of(outcome: TrialFinished, outcomes: Iterable[TrialOutcome]) -> float:
-    """Seconds of training and evaluation that `outcome` adds to those of the trial that it resumed."""
-    seconds = outcome.train_seconds + outcome.eval_seconds
-    if outcome.continue_from is not None:
-        for before in outcomes:
-            if isinstance(before, TrialFinished) and before.trial_id == outcome.continue_from:
-                return seconds - before.train_seconds - before.eval_seconds
-    return seconds
-
-
 @dataclass(slots=True)
 class Trials:
     """The outcomes of the arms that a script asked for so far."""
@@ -194,7 +175,7 @@ class Trials:
             if arm.truncate_from is not None or not isinstance(outcome, TrialFinished):
                 continue
             losses = self.space.points_are_losses
-            if (arm.stop_at or arm.steps) == step and outcome.kept_step is None:
+            if arm.end == step and outcome.kept_step is None:
                 return outcome.metrics["loss"] if losses else oriented(outcome, self.space)
             for point in outcome.points:
                 if point.step == step:

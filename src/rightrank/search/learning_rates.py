@@ -230,7 +230,7 @@ def _finish(trials: Trials, rank: int, learning_rate: float, part: float) -> Req
     base = _look_loss(trials.finished(base_arm(space.lora_alpha)), space)
     for later in STAGES:
         step = early_step(space, later)
-        if step <= (stage.stop_at or 0):
+        if step <= stage.end:
             continue
         following = _resumed(trials, stage, step)
         yield [following]
@@ -254,13 +254,10 @@ def _finish(trials: Trials, rank: int, learning_rate: float, part: float) -> Req
 
 def _bring_to(trials: Trials, rank: int, learning_rate: float, step: int) -> Generator[Sequence[Arm], None, Arm]:
     """The arm that trains to `step`, from the latest look at the learning rate that there is."""
-    for part in (QUARTER, LOOK):
-        look = _early_arm(trials.space, rank, learning_rate, part)
-        if trials.finished(look) is not None and (look.stop_at or 0) < step:
-            arm = _resumed(trials, look, step)
-            break
-    else:
-        arm = _early_arm(trials.space, rank, learning_rate, 1.0).model_copy(update={"stop_at": step})
+    looks = (_early_arm(trials.space, rank, learning_rate, part) for part in (QUARTER, LOOK))
+    latest = next((look for look in looks if trials.finished(look) is not None and look.end < step), None)
+    whole = trials.space.arm(rank, learning_rate)
+    arm = whole.model_copy(update={"stop_at": step}) if latest is None else _resumed(trials, latest, step)
     yield [arm]
     return arm
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import chain
 
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome
-from rightrank.search.history import Space, Trials, base_arm, seconds_of, steps_of
+from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, seconds_of, steps_of
+from rightrank.search.history import Space, Trials, base_arm
 from rightrank.search.learning_rates import Requests
 
 
@@ -118,6 +118,7 @@ class Strategy(ABC):
     def _replay(self, outcomes: Iterable[TrialOutcome]) -> tuple[Trials, list[Arm]]:
         """The point that the script reaches: its trials, and the arms it waits for."""
         trials, known = Trials(self.space), {outcome.arm: outcome for outcome in outcomes}
+        finished = {outcome.trial_id: outcome for outcome in known.values() if isinstance(outcome, TrialFinished)}
         limits = self.space.budget_steps, self.space.budget_seconds
         most_steps, most_seconds = (math.inf if limit is None else limit for limit in limits)
         spent_steps, spent_seconds = 0, 0.0
@@ -127,7 +128,7 @@ class Strategy(ABC):
             for arm in wanted:
                 if arm in trials.outcomes:
                     continue
-                steps = steps_of(arm, known.values())
+                steps = steps_of(arm, finished)
                 outcome = known.get(arm)
                 pace = spent_seconds / spent_steps if spent_steps else 0.0
                 spent_steps += steps
@@ -139,7 +140,7 @@ class Strategy(ABC):
                     continue
                 trials.outcomes[arm] = outcome
                 if isinstance(outcome, TrialFinished):
-                    spent_seconds += seconds_of(outcome, known.values())
+                    spent_seconds += seconds_of(outcome, finished)
             if waiting:
                 return trials, waiting
         return trials, []

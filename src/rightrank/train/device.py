@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rightrank.models.kinds.base import training_is
 from rightrank.schema.errors import first_line, is_out_of_memory
 
 _STATUS = Path("/proc/self/status")
@@ -85,16 +86,3 @@ def kv_cache(model: Any) -> Iterator[None]:
 
 def _checkpointed(model: Any) -> list[Any]:
     return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-
-
-@contextmanager
-def training_is(value: bool, modules: Iterable[Any]) -> Iterator[None]:
-    """Within the block, these modules alone are in training mode, or in evaluation mode; after it, in the other."""
-    found = list(modules)
-    for module in found:
-        module.training = value
-    try:
-        yield
-    finally:
-        for module in found:
-            module.training = not value

@@ -77,7 +77,7 @@ def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Mea
     measured = Measured()
     if not specs:
         return measured
-    answered = answers(runtime, split) if any(spec.needs_answers for spec in specs) else []
+    answered = answers(runtime, split)
     if keep is not None and answered:
         write_answers(answered, keep)
     for spec in specs:

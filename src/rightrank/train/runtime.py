@@ -18,7 +18,7 @@ from rightrank.data.files import read_json_object
 from rightrank.data.token_store import EncodedExample
 from rightrank.models.adapter_files import peft_folder
 from rightrank.models.base_models import LoadedModel
-from rightrank.models.kinds.base import Routing
+from rightrank.models.kinds.base import Routing, training_is
 from rightrank.models.places import CONFIG_FILE
 from rightrank.schema.errors import InterruptedRun, ModelError, first_line
 from rightrank.schema.events import Evaluating
@@ -32,7 +32,7 @@ from rightrank.train.batches import (
     length_sorted_batches,
     wants_float32,
 )
-from rightrank.train.device import gradient_checkpointing_on, training_is
+from rightrank.train.device import gradient_checkpointing_on
 from rightrank.train.evaluation import Scores
 from rightrank.train.fast_paths import FastPaths, can_pack_sequences, find_last_block, packing_probe, prefix_agrees
 from rightrank.train.loss import (

@@ -19,7 +19,7 @@ from rightrank.models.base_models import LoadedModel
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import DataSummary, SplitSummary
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import SplitName
+from rightrank.schema.trials import SplitName, split_name
 
 EncodedSequence: TypeAlias = tuple[list[int], list[int]]  # token ids, and the label of each
 AT_ONCE = 2**13  # characters tokenised in one call: few enough that the collector of cycles seldom visits their offsets
@@ -239,9 +239,8 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
         pieces = _encode_split(encoder, data.examples[split], limit, count)
         encoded = TokenStore(pieces, folder)
         if not encoded and data.examples[split]:
-            shown = "validation" if split == "selection" else split
             raise DataError(
-                f"the {shown} split has no label token left after tokenising ({len(data.examples[split])} examples, "
+                f"the {split_name(split)} split has no label token left after tokenising ({len(data.examples[split])} examples, "
                 f"{count.left_out(limit)}); give examples with text to learn, or a larger seq_len"
             )
         splits[split] = encoded

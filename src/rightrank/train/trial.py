@@ -75,7 +75,7 @@ class ArmTraining:
         named = multi_lora.add(self.adapter, arm, config)
         schedule = arm_schedule(runtime.settings, arm)
         self.optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule)
-        self._last_step = arm.steps if arm.stop_at is None else arm.stop_at
+        self._last_step = arm.end
         if arm.stop_at is not None and arm.continue_from is None:  # later stages compare no means
             self.optimizer.mean = RunningMean(named, self._last_step // 2)
         points = runtime.settings.eval_points

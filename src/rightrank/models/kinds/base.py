@@ -27,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -246,6 +246,19 @@ def salt_of(name: str) -> int:
 
 
 @contextmanager
+def training_is(value: bool, modules: Iterable[Any]) -> Iterator[None]:
+    """Within the block, these modules alone are in training mode, or in evaluation mode; after it, in the other."""
+    found = list(modules)
+    for module in found:
+        module.training = value
+    try:
+        yield
+    finally:
+        for module in found:
+            module.training = not value
+
+
+@contextmanager
 def _training(module: Any, adapter: str, seed: int | None) -> Iterator[None]:
     """Within the block, PEFT's layer is in training mode, and its dropout draws from the seed and the layer; None: neither.
 
@@ -258,14 +271,8 @@ def _training(module: Any, adapter: str, seed: int | None) -> Iterator[None]:
     if adapter in module.lora_dropout and isinstance(module.lora_dropout[adapter], torch.nn.Dropout):
         trained.append(module.lora_dropout[adapter])
     draws = len(trained) > 1
-    before = [part.training for part in trained]
     with torch.random.fork_rng(enabled=draws):
         if draws:
             torch.manual_seed((seed * 0x9E3779B1 + module.rightrank_salt) % 2**63)
-        for part in trained:
-            part.training = True
-        try:
+        with training_is(True, [part for part in trained if not part.training]):
             yield
-        finally:
-            for part, was in zip(trained, before, strict=True):
-                part.training = was
