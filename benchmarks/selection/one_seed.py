@@ -31,7 +31,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, permutations, product
+from itertools import combinations, pairwise, permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from scipy.stats import t as student
 
 from benchmarks.decide.seed_coverage import _grid, source_of, stored_grids
 from benchmarks.machine import machine
+from benchmarks.selection import locks
 from benchmarks.selection.compare import FAMILIES, curves_of
 from benchmarks.selection.tables import replay, space_of_grid
 from rightrank.decision.evidence import Evidence
@@ -344,6 +345,36 @@ def events(every: Sequence[Seen], forecast: Forecast) -> list[Event]:
     ]  # fmt: skip
 
 
+def of_two_seeds(rows: Iterable[Row]) -> list[Event]:
+    """Two seeds of each grid in turn as those that are seen; the forecasts of `decide` for the seeds that are left."""
+    found = []
+    for source, family, grid, _ in rows:
+        table = source_of(grid["name"], grid)
+        for seen, margin in product(combinations(table.seeds, 2), MARGINS[family]):
+            decided = [rank for rank in decide(table.table(seen), margin).ranks if rank.probability is not None]
+            for seed in set(table.seeds) - set(seen):
+                cells = {rank.rank: table.cells.get((rank.rank, rank.learning_rate or 0.0, seed)) for rank in decided}
+                losses = {rank: cell.loss for rank, cell in cells.items() if cell is not None}
+                if len(losses) < len(decided):
+                    continue
+                for rank in decided:
+                    held = losses[rank.rank] <= min(losses.values()) + margin + 1e-9
+                    found.append(Event(source, family, grid["name"], rank.probability or 0.0, held))
+    return found
+
+
+def two_seeds(rows: Iterable[Row]) -> dict[str, Any]:
+    found = of_two_seeds(rows)
+    by_family = {
+        family: round(brier(own), 3) for family in MARGINS if (own := [e for e in found if e.family == family])
+    }
+    real = [event for event in found if event.family != "planted"]
+    return {
+        "brier": {"all": round(brier(found), 3), "interval": over_grids(found), **by_family},
+        "reliability": {"all": reliability(found), "real": reliability(real)},
+    }
+
+
 def brier(found: Sequence[Event]) -> float:
     """The mean squared error of the forecasts: the mean over sources."""
     errors: dict[str, list[float]] = {}
@@ -533,6 +564,8 @@ def study(sweeps: Path | None) -> dict[str, Any]:
             real = [one for one in found if one.family != "planted"]
             result["reliability"][name] = {"all": reliability(found), "real": reliability(real)}
     result["picks after bracket"] = picks_after_bracket(("real, short", "real, 400 steps"))
+    result["two seeds"] = two_seeds(curves())
+    result["two seeds, locked"] = two_seeds(curves_in([locks.LOCKED / name for name in locks.read_lock()]))
     if sweeps is not None:
         result["public"] = public(sweeps, result["ratio"])
     return result

@@ -191,18 +191,20 @@ class Evidence:
         variance = start.ratio * _noise_of(pairs).spread / seeds
         return replace(found, seeds=seeds).with_seeds(variance, start.degrees + seeds - 1)
 
+    @property
+    def has_several_seeds(self) -> bool:
+        return any(len(contender.cells) > 1 for contender in self.contenders.values())
+
     @cached_property
     def no_probability(self) -> str:
         """Why the ranks have no probability, as a clause; empty where each has one."""
         contenders = list(self.contenders.values())
         cells = [cell for contender in contenders for cell in contender.cells.values()]
-        if any(len(contender.cells) > 1 for contender in contenders):
-            return "with several seeds the intervals hold the noise over seeds"
         if not self.has_examples:
             return "one number a training shows no noise"
         if self.table.kind == "other":
             return f"how {self.table.metric} varies between seeds is not known"
-        if len({seed for contender in contenders for seed in contender.cells}) > 1:
+        if not set.intersection(*(set(contender.cells) for contender in contenders if contender.rank > 0)):
             return "the ranks have no seed in common"
         if len({cell.steps for cell in cells}) > 1:
             return "the trainings have unequal numbers of steps"
@@ -226,17 +228,21 @@ class Evidence:
         return max(margin_within(*difference, probability) for difference in self._from_others(rank))
 
     def _from_others(self, rank: int) -> Iterator[tuple[float, float]]:
-        """How much worse the rank is than each other one, and the variance of that between examples."""
+        """How much worse the rank is than each other one over the seeds of both, and the variance of that which a further seed sees."""
         for other in self.contenders.keys() - {rank}:
-            yield self.contenders[rank].fair_loss - self.contenders[other].fair_loss, self._spreads[rank, other]
+            yield self.difference(self.contenders[rank], self.contenders[other]).mean, self._spreads[rank, other]
 
     @cached_property
     def _spreads(self) -> dict[tuple[int, int], float]:
-        """The variance between examples of the difference of each two ranks."""
-        return {
-            (one.rank, other.rank): _noise_of(paired_cells(one, other)).spread
-            for one, other in permutations(self.contenders.values(), 2)
-        }
+        """The variance between examples of the difference of each two ranks, less where it is a mean over several seeds.
+
+        The difference of one seed from that of another has twice the variance of either; from a mean of n seeds, 1 + 1/n times.
+        """
+        found = {}
+        for one, other in permutations(self.contenders.values(), 2):
+            pairs = paired_cells(one, other)
+            found[one.rank, other.rank] = _noise_of(pairs).spread * (1 + 1 / len(pairs)) / 2
+        return found
 
     def _stated(self, contender: Contender) -> float | None:
         """The variance of the contender's mean that the table states, if the evidence rests on stated deviations."""
@@ -390,8 +396,11 @@ class Comparison:
         return self.evidence.probability(rank, self.margin)
 
     def at_confidence(self, confidence: float) -> Comparison:
-        """With the smallest rank whose probability is at least `confidence`, else the largest; as it is without probabilities."""
-        if self.evidence.no_probability:
+        """With the smallest rank whose probability is at least `confidence`, else the largest.
+
+        As it is without probabilities, and with several seeds, whose bounds decide.
+        """
+        if self.evidence.no_probability or self.evidence.has_several_seeds:
             return self
         likely = [rank for rank in self.ranks if (self.probability(rank) or 0.0) >= confidence]
         return replace(self, chosen=min(likely, default=self.ranks[-1]), confidence=confidence)

@@ -92,7 +92,9 @@ def _compared(found: Comparison, rank: int, unit: Unit) -> str:
 
 
 def _likely(found: Comparison) -> str:
-    """The chosen rank's probability, and that of the likeliest larger one: ` (71% likely; rank 16: 96%)`."""
+    """With one seed, the chosen rank's probability, and that of the likeliest larger one: ` (71% likely; rank 16: 96%)`."""
+    if found.evidence.has_several_seeds:
+        return ""
     chances = {rank: likely for rank in found.ranks if (likely := found.probability(rank)) is not None}
     if found.chosen not in chances:
         return ""

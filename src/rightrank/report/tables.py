@@ -113,7 +113,7 @@ def certainty_rows(decision: Decision) -> list[tuple[str, str]]:
     rows = [
         ("checkpoint", compared),
         ("basis", decision.basis_note or ""),
-        ("likely", decision.probability_note if "one_seed" in decision.flags else ""),
+        ("likely", decision.probability_note if "one_seed" in decision.flags or _has_probabilities(decision) else ""),
         ("optimism", optimism if decision.winner_gap else ""),
         *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
     ]
