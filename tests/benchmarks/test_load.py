@@ -39,7 +39,9 @@ def test_a_strategy_finds_the_trials_of_each_cell() -> None:
     records = made_up_run(RANKS, [1e-5 * 1.05**n for n in range(100)], range(2))
     space = space_of(make_settings({"ranks": RANKS}), 40)
     trials = Trials(space, {trial.arm: trial for trial in records.finished()})
-    found = {cell: trials.by_seed(*cell) for cell in {(rank, rate) for rank, rate, _ in trials.direct()}}
+    found = {
+        cell: trials.by_seed(*cell) for cell in {(arm.rank, arm.learning_rate) for arm in trials.outcomes if arm.rank}
+    }
     assert len(found) == 800
     assert all(isinstance(trial, TrialFinished) for seeds in found.values() for trial in seeds.values())
 

@@ -1,22 +1,4 @@
-"""The errors that `rightrank` raises, and what each means at the command line.
-
-    RightrankError                  base class; the message is one line for a person
-    ├── InputError(ValueError)      exit 2: bad usage or bad input, nothing was started
-    │   ├── SettingsError           a setting, an option or a config file
-    │   ├── DataError               a data file or its rows
-    │   ├── ModelError              a model folder, its modules or its tokenizer
-    │   ├── ResultsError            a table of finished runs
-    │   ├── RunFolderError          a run folder: made with other settings, locked, damaged
-    │   └── MissingExtraError       an optional dependency that is not installed
-    ├── RunError(RuntimeError)      exit 1: the command started and could not finish
-    │   ├── DeviceMemoryError       a device ran out of memory in a trial
-    │   ├── NotFiniteError          a custom trainer reported NaN or an infinite value
-    │   ├── ReportError             a custom trainer or its reward function gave no numbers
-    │   ├── MetricError             a function, program or task gave no score
-    │   ├── MultiLoraError          arms that can't share a pass; they are then trained alone
-    │   └── AllTrialsFailedError    no trial, or too few, ended with a result
-    └── InterruptedRun              exit 130: stopped by the user, can be resumed
-        └── TerminatedRun           exit 143: stopped by SIGTERM
+"""The errors that `rightrank` raises, and the exit status that each has at the command line.
 
 Every message states what was got, what is allowed, and what to do, in one line of at most 1,500 visible characters.
 All errors survive pickling: they carry one string and nothing else.

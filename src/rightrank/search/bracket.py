@@ -100,7 +100,7 @@ def _smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | N
     A rank of its own mostly trains worse than its truncation. So the walk ends where a further seed may find the truncation too far behind.
     """
     space = trials.space
-    parent = trials.direct().get((space.top, learning_rate, space.seeds[0]))
+    parent = trials.whole(space.top, learning_rate)
     if parent is None:
         return None
     known = {
@@ -171,7 +171,7 @@ MAX_RECOVERED_RANK = 4
 def _answer_adapter_question(trials: Trials, learning_rate: float) -> Requests:
     """Ask for the candidates of the first question and keep its answer in `trials.adapter`."""
     space = trials.space
-    parent = trials.direct().get((space.top, learning_rate, space.seeds[0]))
+    parent = trials.whole(space.top, learning_rate)
     if parent is None or not space.truncates:
         return
     yield truncations(space, parent)

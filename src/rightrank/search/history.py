@@ -182,10 +182,9 @@ class Trials:
                     return -point.value if self.space.higher_is_better and not losses else point.value
         return None
 
-    def direct(self) -> dict[tuple[int, float, int], TrialFinished]:
-        """Whole trainings by (rank, learning rate, seed)."""
-        cells = ((rank, rate, seeds) for rank, rates in self._by_rank().items() for rate, seeds in rates.items())
-        return {(rank, rate, seed): outcome for rank, rate, seeds in cells for seed, outcome in seeds.items()}
+    def whole(self, rank: int, learning_rate: float) -> TrialFinished | None:
+        """The whole training with the first seed; None without a result."""
+        return self.by_seed(rank, learning_rate).get(self.space.seeds[0])
 
     def _by_rank(self) -> dict[int, dict[float, dict[int, TrialFinished]]]:
         for arm, outcome in islice(self.outcomes.items(), self._indexed, None):
@@ -211,7 +210,7 @@ class Trials:
 
     def whole_loss(self, rank: int, learning_rate: float) -> float:
         """Of the whole training with the first seed; infinite without a result."""
-        outcome = self.by_seed(rank, learning_rate).get(self.space.seeds[0])
+        outcome = self.whole(rank, learning_rate)
         return math.inf if outcome is None else oriented(outcome, self.space)
 
     def best_learning_rate(self, rank: int) -> float | None:

@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TypeAlias
 
-from rightrank.schema.trials import Arm, TrialFinished
+from rightrank.schema.trials import Arm
 from rightrank.search.history import Space, Trials, base_arm, oriented
 
 Requests: TypeAlias = Iterator[Sequence[Arm]]  # what a script yields: arms that may run at the same time
@@ -133,7 +133,7 @@ def find_learning_rate(trials: Trials, rank: int) -> Choice:
 def train(trials: Trials, rank: int, learning_rate: float) -> Requests:
     """Train `rank` whole with the first seed, with a look on the way that other learning rates can be compared with."""
     space = trials.space
-    if (rank, learning_rate, space.seeds[0]) in trials.direct():
+    if trials.whole(rank, learning_rate) is not None:
         return
     if _can_look(space):
         look = _early_arm(space, rank, learning_rate, LOOK)
@@ -196,7 +196,7 @@ def _compare(trials: Trials, rank: int, pair: tuple[float, float], part: float) 
     if len(scores) < 2:
         return next(iter(scores), None)
     better, worse = sorted(pair, key=lambda lr: (scores[lr], lr))
-    base = _look_loss(trials.finished(base_arm(space.lora_alpha)), space)
+    base = _look_loss(trials, base_arm(space.lora_alpha))
     worse_look = trials.finished(looks[worse])
     has_mean = worse_look is not None and worse_look.averaged_loss is not None
     close = CLOSE if has_mean or worse < better else CLOSE_WITHOUT_MEAN
@@ -204,15 +204,13 @@ def _compare(trials: Trials, rank: int, pair: tuple[float, float], part: float) 
         return better
     copies = {lr: _annealed(trials, look) for lr, look in looks.items()}
     yield list(copies.values())
-    annealed = {
-        lr: loss for lr, copy in copies.items() if (loss := _look_loss(trials.finished(copy), space)) is not None
-    }
+    annealed = {lr: loss for lr, copy in copies.items() if (loss := _look_loss(trials, copy)) is not None}
     if len(annealed) == 2:
         return min(pair, key=lambda lr: (annealed[lr], lr))
     if any(trials.diverged(copy) for copy in copies.values()):
         return next(iter(annealed), better)
     for lr in pair:  # no annealed copies here
-        if (rank, lr, space.seeds[0]) not in trials.direct():
+        if trials.whole(rank, lr) is None:
             yield [_resumed(trials, looks[lr])]
     return min(pair, key=lambda lr: (trials.whole_loss(rank, lr), lr))
 
@@ -223,18 +221,18 @@ def _finish(trials: Trials, rank: int, learning_rate: float, part: float) -> Req
     Where its loss rises, the next lower learning rate may take its place; where it has learned nothing yet, the next higher.
     """
     space = trials.space
-    if (rank, learning_rate, space.seeds[0]) in trials.direct():
+    if trials.whole(rank, learning_rate) is not None:
         return
     stage = _early_arm(space, rank, learning_rate, part)
-    before = _look_loss(trials.finished(stage), space)
-    base = _look_loss(trials.finished(base_arm(space.lora_alpha)), space)
+    before = _look_loss(trials, stage)
+    base = _look_loss(trials, base_arm(space.lora_alpha))
     for later in STAGES:
         step = early_step(space, later)
         if step <= stage.end:
             continue
         following = _resumed(trials, stage, step)
         yield [following]
-        loss = _look_loss(trials.finished(following), space)
+        loss = _look_loss(trials, following)
         if loss is None or before is None:
             return
         stage = following
@@ -245,7 +243,7 @@ def _finish(trials: Trials, rank: int, learning_rate: float, part: float) -> Req
             neighbour = min((lr for lr in space.learning_rates if lr > stage.learning_rate), default=None)
         if neighbour is not None:
             rival = yield from _bring_to(trials, rank, neighbour, step)
-            rival_loss = _look_loss(trials.finished(rival), space)
+            rival_loss = _look_loss(trials, rival)
             if rival_loss is not None and rival_loss < loss:
                 stage, loss = rival, rival_loss
         before = loss
@@ -269,23 +267,23 @@ def _can_look(space: Space) -> bool:
 
 def _is_worse_than_base(trials: Trials, look: Arm) -> bool:
     """Whether a look learned nothing. Learning rates that are too high to train level off, and a higher one may look better."""
-    base = _look_loss(trials.finished(base_arm(trials.space.lora_alpha)), trials.space)
+    base = _look_loss(trials, base_arm(trials.space.lora_alpha))
     score = _score(trials, look)
     return base is not None and score is not None and score > base
 
 
 def _score(trials: Trials, look: Arm) -> float | None:
     """The lower of the loss and the loss of the running mean; None without a result."""
-    outcome = trials.finished(look)
-    loss = _look_loss(outcome, trials.space)
+    outcome, loss = trials.finished(look), _look_loss(trials, look)
     if outcome is None or loss is None or outcome.averaged_loss is None:
         return loss
     return min(loss, outcome.averaged_loss)
 
 
-def _look_loss(outcome: TrialFinished | None, space: Space) -> float | None:
+def _look_loss(trials: Trials, look: Arm) -> float | None:
     """The held-out loss, whatever the metric; the oriented value where a table has no loss."""
-    return None if outcome is None else outcome.metrics.get("loss", oriented(outcome, space))
+    outcome = trials.finished(look)
+    return None if outcome is None else outcome.metrics.get("loss", oriented(outcome, trials.space))
 
 
 def _annealed(trials: Trials, look: Arm) -> Arm:
