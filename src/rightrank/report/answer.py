@@ -11,12 +11,7 @@ from typing import Any
 
 from rightrank.decision.sentences import number
 from rightrank.report.format import quantity, visible
-from rightrank.schema.decision import (
-    AdapterAnswer,
-    Decision,
-    HandedOver,
-    MetricAnswer,
-)
+from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver, MetricAnswer
 
 NO_ANSWERS: Mapping[str, Any] = MappingProxyType({})
 

@@ -16,17 +16,7 @@ from pathlib import Path
 from textwrap import wrap
 
 from rightrank.data.files import write_text
-from rightrank.report.figure import (
-    MAX_LABELS,
-    Axis,
-    Figure,
-    Part,
-    Series,
-    Tone,
-    colour_name,
-    parts_of,
-    to_csv,
-)
+from rightrank.report.figure import MAX_LABELS, Axis, Figure, Part, Series, Tone, colour_name, parts_of, to_csv
 from rightrank.report.format import visible
 from rightrank.schema.errors import SettingsError
 

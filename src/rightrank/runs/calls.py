@@ -15,12 +15,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
 from rightrank.decision.table import best_point
-from rightrank.schema.errors import (
-    NotFiniteError,
-    ReportError,
-    SettingsError,
-    quoted,
-)
+from rightrank.schema.errors import NotFiniteError, ReportError, SettingsError, quoted
 from rightrank.schema.trials import EvalPoint, Record, Whole
 
 

@@ -12,12 +12,7 @@ from rightrank.plugins.plan.planner import changes_that_fit, context_bytes, need
 from rightrank.report.format import size
 from rightrank.runs.plugins import MemoryPlan
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.plan_settings import (
-    STEP_OF_SELECT,
-    PlanSettings,
-    loop_of_select,
-    make_plan_settings,
-)
+from rightrank.schema.plan_settings import STEP_OF_SELECT, PlanSettings, loop_of_select, make_plan_settings
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.pace import MAX_ADAPTERS_PER_PASS
 from rightrank.train.tokens import EncodedData
