@@ -24,11 +24,15 @@ settings.load_profile("no limit of time")
 NEEDS_A_MODEL = {"model_folder", "alone"}  # a test that takes one of these fixtures trains or evaluates
 
 
-LONG = ("tests/test_demo.py", "tests/plugins/cluster/", "tests/interop/", "tests/docs/", "tests/train/test_devices.py")
+LONG = (
+    *("tests/test_demo.py", "tests/plugins/cluster/", "tests/interop/", "tests/docs/", "tests/train/test_devices.py"),
+    *("tests/benchmarks/", "tests/runs/", "tests/train/"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))  # at the end, a long one would leave a core idle
+    # In this order: at the end, a long file would leave a core idle.
+    items.sort(key=lambda item: next((n for n, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG)))
     for item in items:
         if NEEDS_A_MODEL.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.trains)

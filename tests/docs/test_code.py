@@ -25,17 +25,24 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def here(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def place(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the pages speak of: a model, a mixture of experts, data and preference pairs."""
-    shutil.copytree(model_folder, tmp_path / "model")
+    folder = tmp_path_factory.mktemp("place")
+    shutil.copytree(model_folder, folder / "model")
     tokenizer = make_tokenizer()
-    make_model("mixtral", len(tokenizer)).save_pretrained(tmp_path / "mixture")
-    tokenizer.save_pretrained(tmp_path / "mixture")
-    write_completions(tmp_path / "data.jsonl", 80)
-    write_pairs(tmp_path / "pairs.jsonl", 80)
+    make_model("mixtral", len(tokenizer)).save_pretrained(folder / "mixture")
+    tokenizer.save_pretrained(folder / "mixture")
+    write_completions(folder / "data.jsonl", 80)
+    write_pairs(folder / "pairs.jsonl", 80)
+    return folder
+
+
+@pytest.fixture
+def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a copy of that folder."""
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", CODE, ids=name_of)
-def test_code_runs(page: Path, here: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_runs(page: Path, here: None, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Block by block in one folder, Python in one namespace; selections made small by options that pages need not show."""
     namespace: dict[str, object] = {"__name__": "page"}
     for block in blocks(page):

@@ -292,7 +292,9 @@ def test_a_measurement_that_was_cut_off_is_made_again(
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "rightrank"):
         patch.setattr("rightrank.interop.smallest.smallest_adapter", killed)
         with pytest.raises(KeyboardInterrupt):
-            trained(model_folder, rows, tmp_path / "cut", [SmallestAdapter(Listed(rows[140:]), margin=0.1)])
+            trained(
+                model_folder, rows, tmp_path / "cut", [SmallestAdapter(Listed(rows[140:]), margin=0.1)], max_steps=8
+            )
     line = next(record.getMessage() for record in caplog.records if "to measure again: " in record.getMessage())
     command = shlex.split(line.split("to measure again: ")[1])
     weights = tmp_path / "cut" / "rightrank" / "measure" / "trained" / "adapter_model.safetensors"
@@ -303,7 +305,7 @@ def test_a_measurement_that_was_cut_off_is_made_again(
     weights.write_bytes(before)
     subprocess.run([sys.executable, *command[1:]], check=True)
     callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
-    trained(model_folder, rows, tmp_path / "whole", [callback])
+    trained(model_folder, rows, tmp_path / "whole", [callback], max_steps=8)
     assert callback.result is not None
     found = json.loads((tmp_path / "cut" / "rightrank" / "decision.json").read_text(encoding="utf-8"))["answer"]
     assert found["rank"] == callback.result.answer.rank

@@ -143,13 +143,10 @@ class GRPOTrain:
 def _greedy(model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int) -> tuple[list[Any], list[list[int]]]:
     """The completions, strings or messages as the prompts are, and their tokens."""
     chat = not isinstance(prompts[0], str)
-    texts = (
-        [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
-        if chat
-        else prompts
-    )
+    if chat:
+        prompts = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
     encoded = tokenizer(
-        texts,
+        prompts,
         return_tensors="pt",
         padding=True,
         padding_side="left",
@@ -172,36 +169,36 @@ def _greedy(model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int)
     return [[{"role": "assistant", "content": text}] for text in answers] if chat else answers, ids
 
 
+@dataclass(eq=False)
 class _Looks(TrainerCallback):
     """Score the validation examples before the first step and at evenly spaced steps, and report each look to the task.
 
     The callback keeps the adapter of the best look, and ends a training that has collapsed for two looks (`should_stop_early`).
     """
 
-    def __init__(self, task: TrialTask, score: Callable[[Any], list[float]], looks: int) -> None:
-        self.points: list[EvalPoint] = []
-        self._task = task
-        self._score = score  # of the model: the reward of each validation row
-        self._looks = looks
-        self.best: dict[str, torch.Tensor] = {}  # the adapter of the best look
+    task: TrialTask
+    score: Callable[[Any], list[float]]  # of the model: the reward of each validation row
+    looks: int
+    points: list[EvalPoint] = field(default_factory=list)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)  # the adapter of the best look
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._look(model, 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         step, steps = state.global_step, state.max_steps
-        due = {max(1, round(steps * number / self._looks)) for number in range(1, self._looks + 1)}
+        due = {max(1, round(steps * number / self.looks)) for number in range(1, self.looks + 1)}
         if step not in due:
             return
         self._look(model, step)
-        drop = self._task.collapse_drop
+        drop = self.task.collapse_drop
         if drop is not None and should_stop_early(self.points, drop, higher_is_better=True):
             control.should_training_stop = True
 
     def _look(self, model: Any, step: int) -> None:
-        scores = self._score(model)
+        scores = self.score(model)
         value = sum(scores) / len(scores)
-        self._task.report(step, value, scores)
+        self.task.report(step, value, scores)
         self.points.append(EvalPoint(step=step, value=value, item_scores=scores))
         if best_point(self.points, higher_is_better=True).step == step:
             state = get_peft_model_state_dict(model)
