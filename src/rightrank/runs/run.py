@@ -22,13 +22,7 @@ from rightrank.runs.values import Prepared, Request, Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import AllTrialsFailedError, DeviceMemoryError, InterruptedRun, ResultsError
 from rightrank.schema.events import Listener, RunStopped
-from rightrank.schema.trials import (
-    Trial,
-    TrialFailed,
-    TrialFinished,
-    TrialOutcome,
-    trial_id,
-)
+from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, trial_id
 from rightrank.train.loop import train_trials
 from rightrank.train.pace import adapters_per_pass_for
 from rightrank.train.runtime import Runtime

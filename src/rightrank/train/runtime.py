@@ -25,13 +25,7 @@ from rightrank.schema.events import Evaluating
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
 from rightrank.train.adapter import unwrapped
-from rightrank.train.batches import (
-    Batch,
-    batch_plan,
-    collate,
-    length_sorted_batches,
-    wants_float32,
-)
+from rightrank.train.batches import Batch, batch_plan, collate, length_sorted_batches, wants_float32
 from rightrank.train.device import gradient_checkpointing_on
 from rightrank.train.evaluation import Scores
 from rightrank.train.fast_paths import FastPaths, can_pack_sequences, find_last_block, packing_probe, prefix_agrees
