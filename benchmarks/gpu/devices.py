@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.devices [--cases NAMES] [--lines] [--out FILE]
 
 Each case trains on `pretend` (see `pretend.py`) and on the CPU, through `select`'s own preparation and engine. `--lines` counts the lines of the
-engine, the kinds and the planning that ran on the device; a line of a function that only imports is not counted.
+engine, the kinds and the planning that ran on the device, or, for plans, which run on shapes, for the device `cuda`; a line of a function that
+only imports is not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import torch
@@ -34,17 +35,23 @@ from tests.tiny import (
     write_pairs,
 )
 
+import rightrank
 from benchmarks.gpu.pretend import install
 from benchmarks.results import store
 from rightrank.models import base_models
+from rightrank.plugins import plan as plan_command
+from rightrank.plugins.plan.selection import plan_selection
+from rightrank.plugins.plan.skeleton import read_config
 from rightrank.runs import prepare as preparation
 from rightrank.runs.values import Request
+from rightrank.schema.errors import InterruptedRun, SettingsError
 from rightrank.schema.events import Listener
-from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.train import targets
-from rightrank.train.loop import train_trials
+from rightrank.train.loop import run_trial, train_trials
 from rightrank.train.loss import chunked_cross_entropy
 from rightrank.train.pace import adapters_per_pass_for
+from rightrank.train.runtime import Runtime
 from rightrank.train.timing import measure_pace
 from rightrank.train.trial import TrialFolders
 
@@ -74,8 +81,21 @@ CASES: dict[str, Case] = {
     "head trained whole": ("Llama", SIZES, "language", {"modules_to_save": ("lm_head",)}),
     "DoRA": ("Llama", SIZES, "language", {"use_dora": True}),
     "experts": ("Mixtral", MIXTURE, "language", EXPERTS),
-    "answers": ("Llama", SIZES, "language", {"metrics": ("exact_match",)}),
+    "answers": ("Llama", SIZES, "language", {"metrics": ("exact_match", "f1", "rouge1", "rougeL")}),
+    "answers that are classes": ("Llama", SIZES, "classes", {"metrics": ("macro_f1",)}),
+    "other ends": ("Llama", SIZES, "language", {}),
+    "an adapter that exists": ("Llama", SIZES, "language", {}),
 }  # fmt: skip
+PLANS: dict[str, dict[str, Any]] = {  # of a tiny Llama, for CUDA
+    "fits": {"memory_bytes": 2**33},
+    "unknown memory": {},
+    "fits nowhere": {"memory_bytes": 2**20},
+    "4 bits": {"load_in_4bit": True},
+    "8 bits": {"load_in_8bit": True, "optim": "adamw_8bit"},
+    "several arms": {"adapters_per_pass": 4, "loss": "chunked"},
+    "recomputed, padded, fused": {"gradient_checkpointing": True, "padding": True, "optim": "adamw_fused"},
+    "float32, a large rank": {"dtype": "float32", "ranks": (2, 3, 4, 8)},
+}
 
 
 def run_case(name: str, device: str, folder: Path) -> dict[str, Any]:
@@ -93,15 +113,93 @@ def run_case(name: str, device: str, folder: Path) -> dict[str, Any]:
         for number, one in enumerate(_trained(runtime, arms, folder / way, count, base_loss)):
             found[f"{way} {number}"] = one.train_losses + one.item_losses
             found[f"{way} {number} adapter"] = _weights(folder / way / f"t{number}")
-    if name == next(iter(CASES)):
-        assert adapters_per_pass_for(runtime, arms, lambda _: None) >= 1
-        assert measure_pace(runtime, arms[0]) is not None
     if runtime.targets.why_not_truncated is None:
         cut = Arm(rank=1, learning_rate=1e-2, lora_alpha=16.0, seed=4, steps=1, truncate_from="t1")
         places = TrialFolders(folder / "cut.ckpt", folder / "cut", None, folder / "alone" / "t1", folder / "moments")
         ended = next(train_trials(runtime, [Trial(trial_id="cut", arm=cut)], base_loss, lambda _: places, Listener()))
         assert isinstance(ended, TrialFinished), ended
         found["cut"] = ended.train_losses + ended.item_losses
+    if name == "other ends":
+        assert adapters_per_pass_for(runtime, arms, lambda _: None) >= 1
+        assert measure_pace(runtime, arms[0]) is not None
+        found |= other_ends(runtime, base_loss, folder)
+    if name == "an adapter that exists":
+        settings = request.settings.model_copy(update={"ranks": (1, 2)})
+        adapter, data = folder / "alone" / "t1", folder / "data.jsonl"
+        held_out = rightrank.resize(adapter, folder / "resized", data=data, settings=settings).held_out
+        found["resized"] = [one.value for one in held_out or ()]
+    return found
+
+
+def other_ends(runtime: Runtime, base_loss: float, folder: Path) -> dict[str, list[float]]:
+    """A training that is stopped and resumed, one that ends early and is continued, a pass that memory halves, and ends without a result."""
+    arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=16.0, seed=1, steps=STEPS)
+    early = arm.model_copy(update={"stop_at": 2})
+    rest = arm.model_copy(update={"continue_from": "early"})
+    found: dict[str, list[float]] = {}
+
+    def end(name: str, arm: Arm, listener: Listener = SILENT, base: float = base_loss) -> TrialOutcome:
+        before = None if arm.continue_from is None else folder / f"{arm.continue_from}.ckpt"
+        places = TrialFolders(folder / f"{name}.ckpt", folder / name, before)
+        return run_trial(runtime, Trial(trial_id=name, arm=arm), base, places, listener)
+
+    with contextlib.suppress(InterruptedRun):
+        end("stopped", arm, Stops())
+    assert (folder / "stopped.ckpt").exists()
+    for name, outcome in (
+        ("base", end("base", arm.model_copy(update={"rank": 0, "steps": 0}))),
+        ("stopped", end("stopped", arm)),
+        ("early", end("early", early)),
+        ("continued", end("continued", rest)),
+    ):
+        assert isinstance(outcome, TrialFinished), outcome
+        found[name] = outcome.train_losses + outcome.item_losses
+    plain, pair = Runtime.accumulate_gradients, [arm, arm.model_copy(update={"rank": 4})]
+
+    def one_alone(*given: Any) -> list[torch.Tensor]:
+        return plain(*given) if len(given[2]) == 1 else _no_memory()
+
+    with patch.object(Runtime, "accumulate_gradients", one_alone):
+        halved = _trained(runtime, pair, folder / "halved", 2, base_loss)
+    found |= {f"halved {one.rank}": one.train_losses + one.item_losses for one in halved}
+    with patch.object(Runtime, "accumulate_gradients", lambda *_: _no_memory()):
+        assert isinstance(end("none", arm), TrialFailed)
+    assert isinstance(end("diverged", arm, base=1e-3), TrialDiverged)
+    return found
+
+
+def _no_memory() -> NoReturn:
+    raise RuntimeError("CUDA out of memory")
+
+
+class Stops(Listener):
+    def should_stop(self) -> bool:
+        return True
+
+
+SILENT = Listener()
+
+
+def plans_for_cuda(folder: Path) -> list[dict[str, Any]]:
+    """The plans of a tiny model for CUDA, as a table and within a selection, without a device."""
+    request = _request("Llama", SIZES, "language", {}, folder)
+    found = []
+    for name, settings in PLANS.items():
+        wanted: Any = {"ranks": (2, 4), "batch_size": 4, "seq_len": 32, "device": "cuda"} | settings
+        planned = plan_command.plan(request.model, **wanted)
+        assert f"{planned.targets} adapted matrices" in plan_command._plan_text(planned)
+        found.append({"plan": name, "peak_bytes": [row.peak_bytes for row in planned.ranks], "fits": planned.max_rank})
+    config = read_config(request.model, False)
+    enough = request.settings.model_copy(update={"memory_bytes": 2**30, "adapters_per_pass": 8})
+    planned_selection = plan_selection(config, enough, 32, "cuda")
+    together = planned_selection.peak_of([2, 4])
+    assert together is not None
+    assert together > planned_selection.peak_bytes[4]
+    fits, count = max(planned_selection.ranks), planned_selection.max_adapters_per_pass
+    found.append({"plan": "a selection", "fits": fits, "together": count})
+    with contextlib.suppress(SettingsError):
+        plan_selection(config, request.settings.model_copy(update={"memory_bytes": 2**20}), 32, "cuda")
+        raise AssertionError("a selection that fits nowhere is planned")
     return found
 
 
@@ -261,10 +359,14 @@ def main(words: list[str] | None = None) -> int:
     for name in given.cases:
         rows.append(compare(name, lines))
         print(json.dumps(rows[-1]), flush=True)
+    plans: list[dict[str, Any]] = []
+    if lines is not None:
+        with tempfile.TemporaryDirectory() as folder, lines:
+            plans = plans_for_cuda(Path(folder))
     table = [] if lines is None else lines.table()
     for row in table:
         print(f"{row['folder']:14} {row['ran']} of {row['lines']} lines, {row['share']:.0%}")
-    store({"cases": rows, "refused": mixes(), "lines": table}, given.out)
+    store({"cases": rows, "refused": mixes(), "plans": plans, "lines": table}, given.out)
     return 0
 
 

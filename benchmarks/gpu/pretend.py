@@ -10,6 +10,8 @@ on the device, `numpy()`. One thing more is refused: an index of the CPU, for wh
 
 from __future__ import annotations
 
+import sys
+import threading
 from typing import Any
 
 import torch
@@ -122,6 +124,8 @@ def _inner(value: Any) -> Any:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operation on the CPU's tensors; its results are on the device of its operands, or on the one that it names."""
+    if sys.gettrace() != threading.gettrace():  # the backward pass has a thread that Python does not trace by itself
+        sys.settrace(threading.gettrace())
     tensors: list[torch.Tensor] = []
     tree_map(lambda value: tensors.append(value) if isinstance(value, torch.Tensor) else None, (args, kwargs))
     is_here = any(isinstance(value, PretendTensor) for value in tensors)

@@ -14,7 +14,7 @@ import pytest
 pytestmark = pytest.mark.trains
 ROOT = Path(__file__).parents[2]
 CASES = (
-    "joined examples",
+    "other ends",
     "dropout, accumulation",
     "classes",
     "pairs, frozen prefix",
