@@ -79,7 +79,6 @@ def main() -> None:
         model=given.model,
         data=data,
         settings=settings,
-        ignore_base_name=True,
         notice=lambda line: print(line, flush=True),
     )
     rows = [

@@ -86,7 +86,7 @@ FINE = [
     "resize adapter small --energy 0.9",
     f"allocate of_model data.jsonl --rank 2 {TRAINING}",
     "compare of_model of_model --model model --data data.jsonl --seq-len 32 --device cpu",
-    "fleet of_model also_of_model --model model --data data.jsonl --out common --margin 9 --ignore-base-name "
+    "fleet of_model also_of_model --model model --data data.jsonl --out common --margin 9 "
     "--set seq_len=32 --set eval_items=8 --set max_steps=2 --set device=cpu",
     "judge done --prompts 2",
     f"select model data.jsonl --dry-run {SMALL}",

@@ -107,11 +107,11 @@ def test_the_log_is_one_json_object_a_line() -> None:
 def test_a_live_view_needs_a_terminal_with_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
-    assert isinstance(make_view(Console(file=io.StringIO(), force_terminal=True), quiet=False), LiveView)
-    assert type(make_view(Console(file=io.StringIO(), force_terminal=True), quiet=True)) is View
-    assert type(make_view(Console(file=io.StringIO()), quiet=False)) is View
+    assert isinstance(make_view(False, Console(file=io.StringIO(), force_terminal=True)), LiveView)
+    assert type(make_view(True, Console(file=io.StringIO(), force_terminal=True))) is View
+    assert type(make_view(False, Console(file=io.StringIO()))) is View
     monkeypatch.setenv("NO_COLOR", "1")
-    assert type(make_view(Console(file=io.StringIO(), force_terminal=True), quiet=False)) is View
+    assert type(make_view(False, Console(file=io.StringIO(), force_terminal=True))) is View
 
 
 @pytest.mark.parametrize("quiet", [True, False])

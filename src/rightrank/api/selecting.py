@@ -105,11 +105,9 @@ def _views(progress: bool, opened: ExitStack) -> list[Hook]:
     """The view on stderr, where that is asked for."""
     if not progress:
         return []
-    from rich.console import Console
-
     from rightrank.hooks.terminal import make_view
 
-    return [opened.enter_context(make_view(Console(stderr=True), quiet=False))]
+    return [opened.enter_context(make_view(quiet=False))]
 
 
 def preflight(

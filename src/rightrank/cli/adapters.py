@@ -131,12 +131,10 @@ def resize(
 
 def _view(quiet: bool, log_json: bool) -> AbstractContextManager[View | JsonLog]:
     """What shows the progress of evaluations on stderr."""
-    from rich.console import Console
-
     from rightrank.hooks.process import JsonLog
     from rightrank.hooks.terminal import make_view
 
-    return nullcontext(JsonLog(sys.stderr)) if log_json else make_view(Console(stderr=True), quiet)
+    return nullcontext(JsonLog(sys.stderr)) if log_json else make_view(quiet)
 
 
 @click.command(

@@ -130,14 +130,12 @@ def _watched(run: Callable[[list[Hook]], Selected], quiet: bool, out: Path, log_
     """Run with progress on stderr; Ctrl-C and SIGTERM stop the run with checkpoints."""
     if not quiet and not log_json:
         announce("checking the request, then loading model and data")
-    from rich.console import Console
-
     from rightrank.hooks.process import Interrupts, JsonLog, ProgressFile
     from rightrank.hooks.terminal import make_view
     from rightrank.runs.hook import Hooks
 
     with ExitStack() as opened:
-        view = JsonLog(sys.stderr) if log_json else opened.enter_context(make_view(Console(stderr=True), quiet))
+        view = JsonLog(sys.stderr) if log_json else opened.enter_context(make_view(quiet))
         progress = opened.enter_context(ProgressFile(out))
         stop = opened.enter_context(Interrupts(Hooks([view]).notice, of_process=True))
         try:

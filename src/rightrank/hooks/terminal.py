@@ -98,8 +98,9 @@ def lines_of(event: Event) -> list[str]:
     return []
 
 
-def make_view(console: Console, quiet: bool) -> View:
-    """`LiveView` on a terminal; plain lines in a pipe or a notebook, with `NO_COLOR` or if `quiet`."""
+def make_view(quiet: bool, console: Console | None = None) -> View:
+    """On stderr, or `console`: `LiveView` on a terminal; plain lines in a pipe or a notebook, with `NO_COLOR` or if `quiet`."""
+    console = console or Console(stderr=True)
     return LiveView(console) if console.is_terminal and not (quiet or console.no_color) else View(console, quiet)
 
 

@@ -64,9 +64,6 @@ class Columns:
     metric: str  # what the value is called
     others: tuple[str, ...]  # columns of further held-out metrics
 
-    def get(self, name: str) -> str | None:
-        return self.by_name.get(name)
-
 
 def plain(name: str) -> str:
     """Normalize a column's name: `config.lora.r` → `r`, `params_lora_r` → `lora_r`, `eval/loss` → `eval_loss`."""

@@ -163,7 +163,7 @@ def _trl(recipe: Recipe) -> Written:
     )
     if recipe.form == "preference":
         values |= {"beta": recipe.settings.beta, "loss_type": ["sigmoid"]}
-    notes = _lacking(recipe, "TRL's command line", ("use_dora", "target_parameters")) + _column_notes(recipe, "TRL")
+    notes = _lacking(recipe, "TRL's command line", ("use_dora", "target_parameters"), reader="TRL")
     return Written({f"trl_{job}.yaml": _yaml(values)}, f"trl {job} --config trl_{job}.yaml", notes)
 
 
@@ -275,7 +275,7 @@ model = FastLanguageModel.get_peft_model(
 )
 learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_steps} steps of {recipe.settings.batch_size * recipe.settings.gradient_accumulation_steps} examples
 """
-    notes = _lacking(recipe, "this snippet") + _column_notes(recipe, "your trainer")
+    notes = _lacking(recipe, "this snippet", reader="your trainer")
     return Written({"unsloth_lora.py": code}, "python unsloth_lora.py", notes)
 
 
@@ -339,24 +339,22 @@ def _training_arguments(
     }
 
 
-def _lacking(recipe: Recipe, who: str, has: Sequence[str] = ()) -> list[str]:
-    """Notes on a classifier's head, on the patterns, and on the settings of the adapter's kind, that the target lacks."""
+def _lacking(recipe: Recipe, who: str, has: Sequence[str] = (), reader: str = "") -> list[str]:
+    """Notes on a classifier's head, on the patterns, and on the settings of the adapter's kind, that the target lacks.
+
+    Where `reader` knows the columns of a form alone, a note says what to do with others.
+    """
     patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(recipe, name) and name not in has]
     consequences = {
         "; training it needs a script of your own": ["classification head"] * (recipe.form == "classification"),
         "; the file has one rank for all modules": patterns,
         ": it trains another adapter than the run did": [name for name in recipe.kind if name not in has],
     }
-    return [f"{who} has no {' and no '.join(names)}{what}" for what, names in consequences.items() if names]
-
-
-def _column_notes(recipe: Recipe, who: str) -> list[str]:
-    """What to do with data whose columns the trainer does not know."""
-    if recipe.shape is None:
-        return []
-    return [
-        f"{who} reads the columns of the form {recipe.form}; change those of {recipe.data} as select did ({recipe.shape})"
-    ]
+    notes = [f"{who} has no {' and no '.join(names)}{what}" for what, names in consequences.items() if names]
+    columns = (
+        f"reads the columns of the form {recipe.form}; change those of {recipe.data} as select did ({recipe.shape})"
+    )
+    return [*notes, f"{reader} {columns}"] if reader and recipe.shape is not None else notes
 
 
 def _serving_notes(recipe: Recipe) -> list[str]:

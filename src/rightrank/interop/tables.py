@@ -223,7 +223,7 @@ def _line(row: Row, columns: Columns, metric: str) -> _Line:
 
 
 def _cell(row: Row, columns: Columns, role: str) -> Any:
-    column = columns.get(role)
+    column = columns.by_name.get(role)
     return None if column is None else row.fields.get(column)
 
 
@@ -231,7 +231,7 @@ def _details(row: Row, columns: Columns) -> dict[str, float]:
     """The row's further numbers: those of a result by role, those of other metrics by column."""
     found: dict[str, float] = {}
     for name in (*DETAILS, *columns.others):
-        column = columns.get(name) if name in SYNONYMS else name
+        column = columns.by_name.get(name) if name in SYNONYMS else name
         number = None if column is None else _number(row, column, strict=name in ("std", "std_seeds"))
         if number is not None:
             found[name] = number
@@ -240,7 +240,7 @@ def _details(row: Row, columns: Columns) -> dict[str, float]:
         raise ResultsError(f"{row.where}: std {std:g} is not allowed: a standard deviation is 0 or above")
     if seeds < 1 or not seeds.is_integer():
         raise ResultsError(
-            f"{row.where}: {columns.get('std_seeds')} {seeds:g} is not allowed: give a whole number from 1"
+            f"{row.where}: {columns.by_name.get('std_seeds')} {seeds:g} is not allowed: give a whole number from 1"
         )
     return found
 
@@ -281,7 +281,7 @@ def _results(lines: Sequence[_Line], columns: Columns) -> tuple[list[Result], li
 def _two_values(line: _Line, first: _Line, columns: Columns) -> ResultsError:
     rank, learning_rate, seed = line.key
     rate = f", lr {learning_rate:g}" if learning_rate else ""
-    what = f", example {line.item}" if line.item else f", step {line.step}" if columns.get("step") else ""
+    what = f", example {line.item}" if line.item else f", step {line.step}" if columns.by_name.get("step") else ""
     return ResultsError(
         f"{line.where}: rank {rank}{rate}, seed {seed}{what} occurs twice with different values (also {first.where}); add the "
         "column that distinguishes them (seed, lr or item), or remove one"
@@ -310,7 +310,7 @@ def _result(lines: Sequence[_Line], columns: Columns) -> Result:
         seed=seed,
         value=mean,
         item_values=values,
-        item_weights=weights if columns.get("weight") else [],
+        item_weights=weights if columns.by_name.get("weight") else [],
         std=details.get("std"),
         std_seeds=int(details.get("std_seeds", 1)) if "std" in details else 1,
         train_value=details.get("train_value"),
@@ -347,14 +347,14 @@ def _key(row: Row, columns: Columns) -> Key:
     if rank > MAX_RANK:
         raise ResultsError(f"{row.where}: rank {rank} is not allowed: no adapter has more than {MAX_RANK:,}")
     learning_rate, seed = 0.0, 0
-    column = columns.get("lr")
+    column = columns.by_name.get("lr")
     if rank > 0 and column is not None and not is_blank(row.fields.get(column)):
         learning_rate = _number(row, column) or 0.0
         if learning_rate <= 0:
             raise ResultsError(
                 f"{row.where}: learning rate {row.fields[column]!r} is not allowed: give a number above 0"
             )
-    column = columns.get("seed")
+    column = columns.by_name.get("seed")
     if column is not None and not is_blank(row.fields.get(column)):
         seed = _integer(row, column, "seed", "an integer from 0")
     return rank, learning_rate, seed

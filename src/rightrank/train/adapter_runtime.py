@@ -100,14 +100,11 @@ def report_evaluations(runtime: Runtime, what: str, report: Callable[[Evaluating
     runtime.on_evaluated = on_evaluated
 
 
-def require_base(adapter: Path, base: LoadedModel, ignore_name: bool = False) -> None:
+def require_base(adapter: Path, base: LoadedModel) -> None:
     """Refuse a base that the adapter was not trained on: the one check of every command that puts an adapter on a base.
 
     `base.json` beside the adapter decides where it is; else the name alone, by its last part. A single file of kohya names no
     base.
-
-    Args:
-        ignore_name: look at `base.json` alone.
 
     Raises:
         ModelError: another base, or a damaged `base.json`.
@@ -123,7 +120,7 @@ def require_base(adapter: Path, base: LoadedModel, ignore_name: bool = False) ->
         return
     saved = _name_in(Path(base.name) / "config.json", "_name_or_path")
     names = [_last_part(name) for name in (base.name, saved or base.name)]
-    if not ignore_name and named is not None and _last_part(named) not in names:
+    if named is not None and _last_part(named) not in names:
         raise ModelError(
             f"{adapter}: it was trained on {named!r}, not on {base.name!r}; give that base, or if they are the same model, write the "
             f"new name into its {CONFIG_FILE} (base_model_name_or_path)"

@@ -241,7 +241,7 @@ def amount(value: float) -> str:
 
 def _notes(question: Question, like: bool, counted: Sequence[Sweep]) -> list[str]:
     notes = [] if like else ["no sweep of the atlas is like this one: these are the rates of all"]
-    if not any(sweep.resolves(question.margin) and sweep.noise is not None for sweep in counted):
+    if not any(sweep.noise is not None and sweep.noise <= sweep.margin(question.margin) for sweep in counted):
         notes.append("no sweep among them has seeds or examples enough to resolve this margin")
     rising = sum(sweep.rises(question.margin) for sweep in counted)
     if 2 * rising > len(counted):

@@ -85,10 +85,6 @@ class Sweep:
         """1 with rates chosen by rank and seeds, .5 with rates alone, .2 at one rate."""
         return (1.0 if self.seeds > 1 else 0.5) if self.tuned else 0.2
 
-    def resolves(self, margin: float | None) -> bool:
-        """Whether its noise, where it is known, is no larger than the margin."""
-        return (self.noise or 0.0) <= self.margin(margin)
-
 
 @dataclass(frozen=True, slots=True)
 class Atlas:

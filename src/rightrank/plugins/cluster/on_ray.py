@@ -52,14 +52,8 @@ class RayWorker:
         self._worker.receive(line)
 
     def messages(self) -> Iterator[str]:
-        while True:
-            lines = [self._sent.get()]
-            while not self._sent.empty():
-                lines.append(self._sent.get())
-            if sent := "\n".join(filter(None, lines)):
-                yield sent
-            if "" in lines:
-                return
+        while line := self._sent.get():
+            yield line
 
 
 class RayCrew:
@@ -141,12 +135,12 @@ class RayCrew:
         for stream in ready:
             worker = self._streams[stream]
             try:
-                lines = self._ray.get(next(stream))
+                line = self._ray.get(next(stream))
             except (self._ray.exceptions.RayError, StopIteration) as error:
                 self.end(worker)
                 found.append((worker, _lost(error)))
             else:
-                found.extend((worker, WORKER_MESSAGE.validate_json(line)) for line in lines.split("\n"))
+                found.append((worker, WORKER_MESSAGE.validate_json(line)))
         return found
 
     def _has_head(self) -> bool:

@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rightrank.plugins.cluster.worker import Ready, Refused, Step, Stop, Task, TaskEnded, WorkerLost, WorkerMessage
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
@@ -242,7 +242,10 @@ class Pool:
                 self._queue.appendleft(Task(trials=[trial], base_loss=task.base_loss))
             else:
                 self._unfinished -= 1
-                yield _failed_after_losses(trial, lost)
+                memory = "; the system kills processes when memory is short" if lost.killed else ""
+                reason = f"{trial.arm.label()} lost {MAX_LOSSES} workers (the last: {lost.reason}){memory}"
+                kind: Literal["out_of_memory", "error"] = "out_of_memory" if lost.killed else "error"
+                yield TrialFailed(**trial.fields, error=kind, reason=reason)
 
     def _replace_hung_workers(self) -> Iterator[TrialOutcome]:
         """End workers that are silent for longer than `hang_seconds` and than 20 times their longest silence so far."""
@@ -274,12 +277,3 @@ class Pool:
         if name in self._idle:
             self._idle.remove(name)
         return self._workers.pop(name)
-
-
-def _failed_after_losses(trial: Trial, lost: WorkerLost) -> TrialFailed:
-    memory = "; the system kills processes when memory is short" if lost.killed else ""
-    return TrialFailed(
-        **trial.fields,
-        error="out_of_memory" if lost.killed else "error",
-        reason=f"{trial.arm.label()} lost {MAX_LOSSES} workers (the last: {lost.reason}){memory}",
-    )

@@ -14,7 +14,6 @@ from rightrank.schema.settings import SelectSettings, make_settings
 
 if TYPE_CHECKING:
     from rightrank.plugins.fleet.common_rank import Fleet
-    from rightrank.schema.decision import AdapterCandidate
 
 
 class FleetPlugin(Plugin):
@@ -37,7 +36,6 @@ def fleet(
     model: str,
     data: str | Path | Sequence[str | Path],
     settings: SelectSettings | None = None,
-    ignore_base_name: bool = False,
     notice: Callable[[str], None] = lambda _: None,
 ) -> Fleet:
     """Bring several adapters of one server to the smallest rank at which none loses more than the margin.
@@ -48,7 +46,6 @@ def fleet(
         model: the base.
         data: held-out rows for all adapters, or one file for each in their order.
         settings: of evaluation and margin; see `SelectSettings`.
-        ignore_base_name: accept adapters that name another base, if their shapes fit.
         notice: receives each line for a person.
 
     Raises:
@@ -68,7 +65,6 @@ def fleet(
         model=model,
         files=[Path(file) for file in files],
         settings=settings or make_settings({}),
-        ignore_base_name=ignore_base_name,
         notice=notice,
     )
 
@@ -82,14 +78,11 @@ def _fleet_text(found: Fleet) -> str:
     rows = [["adapter", "rank", "needs", *(f"at {rank}" for rank in ranks)]]
     for adapter in found.adapters:
         best = {one.rank: one for one in reversed(adapter.candidates)}
-        cells = ["" if rank not in best else _loss(best[rank]) for rank in ranks]
+        losses = {rank: f"{one.difference:+.4f}{'' if one.holds else '*'}" for rank, one in best.items()}
+        cells = [losses.get(rank, "") for rank in ranks]
         rows.append([visible(Path(adapter.out).name), str(adapter.rank_before), str(adapter.rank), *cells])
     note = "(held-out, worse than the adapter itself by; * not shown to be within the margin)"
     return "\n".join([found.sentence, "", *table_lines(rows), note, "", f"adapters: {found.out}"])
-
-
-def _loss(one: AdapterCandidate) -> str:
-    return f"{one.difference:+.4f}{'' if one.holds else '*'}"
 
 
 @click.command(
@@ -110,7 +103,6 @@ def _loss(one: AdapterCandidate) -> str:
     "--out", required=True, type=click.Path(path_type=Path), help="Folder to write, one folder for each adapter."
 )
 @click.option("--margin", type=float, help="How much an adapter may lose (default 0.005 nats a token).")
-@click.option("--ignore-base-name", is_flag=True, help="Accept adapters that name another base, if their shapes fit.")
 @click.option(
     "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of select, such as seq_len=256."
 )

@@ -115,7 +115,6 @@ def run_fleet(
     model: str,
     files: Sequence[Path],
     settings: SelectSettings,
-    ignore_base_name: bool,
     notice: Callable[[str], None],
 ) -> Fleet:
     """Measure, decide and write; see `rightrank.plugins.fleet.fleet` for the arguments.
@@ -142,7 +141,7 @@ def run_fleet(
         missing = next((name for name in whole if name not in names), None)
         if missing is not None:
             raise ModelError(f"{adapter.path}: {model} has no module {missing}: it is an adapter of another base")
-        require_base(adapter.path, loaded, ignore_base_name)
+        require_base(adapter.path, loaded)
     powers = {2**power for power in range(max(adapter.rank for adapter in adapters).bit_length())}
     ranks = sorted({*powers, *(adapter.rank for adapter in adapters)})
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:

@@ -197,13 +197,10 @@ def _keep(place: Path, key: Mapping[str, Any], choices: Mapping[str, Mapping[str
 
 def judge_page(pairs: Sequence[Mapping[str, str]]) -> str:
     """The page for these pairs, each with `id`, `prompt`, `a` and `b`."""
-    page, script, style = (_asset(name) for name in ("judge.html", "judge.js", "judge.css"))
+    assets = [files("rightrank.plugins.judge").joinpath(name) for name in ("judge.html", "judge.js", "judge.css")]
+    page, script, style = (asset.read_text(encoding="utf-8").strip("\n") for asset in assets)
     texts = {"script": script, "script_hash": script_hash(script), "style": style, "pairs": script_json(list(pairs))}
     return templates().from_string(page).render(texts)
-
-
-def _asset(name: str) -> str:
-    return files("rightrank.plugins.judge").joinpath(name).read_text(encoding="utf-8").strip("\n")
 
 
 def promptable_examples(runtime: Runtime, count: int) -> list[Example]:
