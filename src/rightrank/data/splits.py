@@ -12,7 +12,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -59,11 +59,9 @@ class ExampleStore(Store[Example]):
     def entry(self, row: Mapping[str, Any]) -> Example:
         return Example(f"{row['number']:016x}", json.loads(row["content"]), os.fsdecode(row["where"]))
 
-    @property
-    def numbers(self) -> npt.NDArray[np.uint64]:
-        """[examples], the identities."""
-        found: npt.NDArray[np.uint64] = self.table["number"].to_numpy()
-        return found
+    def numbers(self) -> Iterator[npt.NDArray[np.uint64]]:
+        """The identities, some of the examples at a time."""
+        return (batch["number"].to_numpy() for batch in self.batches())
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +115,7 @@ def load_data(
     count = len(stored) + read.rows_held_out + read.unreadable + read.equal_pairs
     _check_sizes(examples, settings, name, None if is_given else count)
     evaluated = [example for split in HELD_OUT for example in examples[split]]
-    train, validation, test = (
-        np.unique(numbers)
-        for numbers in (stored.numbers, *(np.frombuffer(read.held_out[split].ids, np.uint64) for split in HELD_OUT))
-    )
+    validation, test = (np.unique(np.frombuffer(read.held_out[split].ids, np.uint64)) for split in HELD_OUT)
     distinct = len(validation) + len(test)
     summary = DataSummary(
         form=form,
@@ -128,7 +123,7 @@ def load_data(
         splits_given=is_given,
         # distinct validation examples that are in train, and test examples that are in either
         duplicates_across_splits=int(
-            _is_in(validation, train).sum() + (_is_in(test, train) | _is_in(test, validation)).sum()
+            _are_in(validation, stored.numbers()).sum() + _are_in(test, chain([validation], stored.numbers())).sum()
         ),
         classes=_classes(read.labels, examples, name, classes) if form == "classification" else None,
         unreadable=read.unreadable,
@@ -196,18 +191,19 @@ class _SmallestHashes:
         return [self._kept[item_id] for item_id in sorted(self._kept)[: self._limit]]
 
 
-def _is_in(numbers: npt.NDArray[np.uint64], others: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Whether each of `numbers` is one of `others`, which are sorted; no array as long as `others` is made."""
-    places = np.searchsorted(others, numbers)
-    found = places < len(others)
-    found[found] = others[places[found]] == numbers[found]
+def _are_in(numbers: npt.NDArray[np.uint64], parts: Iterable[npt.NDArray[np.uint64]]) -> npt.NDArray[np.bool_]:
+    """Whether each of `numbers`, which are sorted, is in one of the parts; no array as long as all parts is made."""
+    found = np.zeros(len(numbers), np.bool_)
+    for part in parts if len(numbers) else ():
+        places = np.searchsorted(numbers[:-1], part)
+        found[places[numbers[places] == part]] = True
     return found
 
 
 def _fingerprint(train: ExampleStore, examples: Mapping[SplitName, Sequence[Example]]) -> str:
     digest = hashlib.sha256(b"train:")
-    for batch in train.batches:
-        digest.update("".join(f"{number:016x}" for number in batch["number"].to_numpy().tolist()).encode())
+    for numbers in train.numbers():
+        digest.update("".join(f"{number:016x}" for number in numbers.tolist()).encode())
     for split in HELD_OUT:
         digest.update(f"{split}:".encode())
         for example in examples[split]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,8 +41,8 @@ class Store(Sequence[Entry]):
                     writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, self.schema))
             file.flush()
             self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # outlives the file
-        self.table: Any = pyarrow.ipc.open_file(pyarrow.py_buffer(self._mapped)).read_all()
-        self.batches = self.table.to_batches()  # of `ROWS` each, but for the last
+        self._reader: Any = pyarrow.ipc.open_file(pyarrow.py_buffer(self._mapped))
+        self._rows: int = sum(batch.num_rows for batch in self.batches())
         self.give_back()
 
     @abstractmethod
@@ -53,11 +53,15 @@ class Store(Sequence[Entry]):
     def entry(self, row: Mapping[str, Any]) -> Entry:
         """The entry with these columns."""
 
+    def batches(self) -> Iterator[Any]:
+        """The rows, `ROWS` in each but for the last; none is kept, since each takes some kilobytes beside its rows."""
+        return map(self._reader.get_batch, range(self._reader.num_record_batches))
+
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return self._rows
 
     def __iter__(self) -> Iterator[Entry]:
-        for batch in self.batches:
+        for batch in self.batches():
             yield from map(self.entry, batch.to_pylist())
             self.give_back()
 
@@ -75,7 +79,7 @@ class Store(Sequence[Entry]):
         if isinstance(numbers, range):
             return [self[number] for number in numbers]
         batch, place = divmod(numbers, ROWS)
-        return self.entry(self.batches[batch].slice(place, 1).to_pylist()[0])
+        return self.entry(self._reader.get_batch(batch).slice(place, 1).to_pylist()[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +133,21 @@ class TokenStore(Store[EncodedExample]):
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """[examples], in tokens."""
-        found = np.asarray(pyarrow.compute.list_value_length(self.table["input_ids"]).to_numpy(), np.int64)
-        self.give_back()
-        return found
+        return self._numbers(lambda batch: pyarrow.compute.list_value_length(batch["input_ids"]))
 
     @property
     def longest_sequences(self) -> npt.NDArray[np.int64]:
         """[examples], in tokens."""
-        firsts = self.table["first_length"].to_numpy()
+        firsts = self._numbers(lambda batch: batch["first_length"])
         return np.asarray(np.maximum(firsts, self.lengths - firsts), np.int64)
+
+    def _numbers(self, column: Callable[[Any], Any]) -> npt.NDArray[np.int64]:
+        """[examples], a whole number of each."""
+        found = np.empty(len(self), np.int64)
+        for number, batch in enumerate(self.batches()):
+            found[number * ROWS :][: batch.num_rows] = column(batch).to_numpy()
+        self.give_back()
+        return found
 
 
 def lengths_of(examples: Sequence[EncodedExample]) -> npt.NDArray[np.int64]:

@@ -61,9 +61,9 @@ def batch_plan(examples: int, batch_size: int, steps: int, seed: int) -> list[li
     The next pass completes a batch that a pass does not fill.
     """
     generator = np.random.default_rng([seed, 0x8A7C])
-    passes = -(-batch_size * steps // examples)
-    order = np.concatenate([generator.permutation(examples) for _ in range(passes)])
-    plan: list[list[int]] = order[: batch_size * steps].reshape(steps, batch_size).tolist()
+    needed = batch_size * steps
+    order = np.concatenate([generator.permutation(examples)[:needed] for _ in range(-(-needed // examples))])
+    plan: list[list[int]] = order[:needed].reshape(steps, batch_size).tolist()
     return plan
 
 
