@@ -5,9 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.adapter import Criterion, adapter_answer, probable_ranks, smallest_holding_truncation
+from rightrank.decision.adapter import (
+    Criterion,
+    adapter_answer,
+    files_of,
+    probable_ranks,
+    smallest_holding_truncation,
+    trained_answer,
+    with_adapter,
+)
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.trials import EvalPoint, TrialFinished
+from rightrank.schema.trials import EvalPoint, TrialDiverged, TrialFinished
 from tests.tiny import UNMEASURED
 
 EXAMPLES, TOKENS = 400, 10
@@ -117,6 +125,62 @@ def test_without_scores_by_example_the_top_is_kept() -> None:
     assert found.rank == 64
     assert found.candidates[1].difference_high is None
     assert "without scores by example" in found.sentence
+
+
+def test_files_are_whole_trainings_and_truncations_with_the_metric() -> None:
+    changed = {
+        "base": {"rank": 0},
+        "look": {"stop_at": 10},
+        "scored by another metric": {"metrics": {"accuracy": 0.5}},
+    }
+    others = [TOP.model_copy(update={"trial_id": name} | update) for name, update in changed.items()]
+    diverged = TrialDiverged(trial_id="diverged", **TOP.arm.model_dump(), step=3, reason="NaN")
+    truncated = trial("a", 32, 0.0, parent="top")
+    assert list(files_of([*others, diverged, TOP, truncated], LOSS)) == ["top", "a"]
+
+
+def test_adapters_scored_on_unequal_numbers_of_examples_are_compared_by_their_values() -> None:
+    few = trial("a", 32, 0.002, parent="top")
+    few = few.model_copy(update={"item_losses": few.item_losses[:50], "item_tokens": few.item_tokens[:50]})
+    assert [file.cell.examples for file in files_of([TOP, few], LOSS).values()] == [0, 0]
+    found = answer(TOP, few).candidates[1]
+    assert found.difference == pytest.approx(0.002)
+    assert (found.difference_high, found.holds) == (None, False)
+    exact = Criterion("loss", False, 0.005, trusts_values=True)
+    assert answer(TOP, few, criterion=exact).candidates[1].holds
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher", "token_loss", "values", "margin", "difference"),
+    [
+        ("loss", False, True, (2.0, 2.1), 0.005, 0.1),
+        ("loss", False, False, (2.0, 2.1), 0.02, 0.1),
+        ("accuracy", True, True, (0.9, 0.8), 0.005, 0.1),
+        ("accuracy", True, True, (0.9, 80.0), 0.5, -79.1),  # the scale of all of them
+        ("perplexity", False, True, (8.0, 8.4), 0.04, 0.4),
+    ],
+)
+def test_the_margin_and_the_unit_are_those_of_the_metric(
+    metric: str, higher: bool, token_loss: bool, values: tuple[float, float], margin: float, difference: float
+) -> None:
+    nothing = {"item_losses": [], "item_tokens": []}
+    top, other = (
+        one.model_copy(update=nothing | {"value": value, "metrics": {metric: value}})
+        for one, value in zip((TOP, trial("a", 32, 0.0, parent="top")), values, strict=True)
+    )
+    found = answer(top, other, criterion=Criterion(metric, higher, None, token_loss))
+    assert (found.reference_id, found.margin) == ("top", pytest.approx(margin))
+    assert found.candidates[1].difference == pytest.approx(difference)
+
+
+def test_another_adapter_is_handed_over_and_listed_once() -> None:
+    before = trained_answer(TOP, LOSS)
+    other = answer(TOP, trial("a", 32, 0.001, parent="top")).candidates[1]
+    after = with_adapter(before, other, "Another one.")
+    assert (after.trial_id, after.rank, after.how, after.sentence) == ("a", 32, "truncated", "Another one.")
+    assert (after.difference, after.difference_high) == (other.difference, other.difference_high)
+    assert [one.trial_id for one in after.candidates] == ["top", "a"]
+    assert with_adapter(after, other, "Again.").candidates == after.candidates
 
 
 def test_plain_truncations_are_measured_from_the_top_as_trained() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from rightrank.decision.rule import decide
 from rightrank.decision.table import table_of
-from rightrank.schema.trials import TrialFinished
+from rightrank.schema.trials import EvalPoint, TrialFinished
 from tests.tiny import UNMEASURED
 
 ITEMS = 800  # where none differs, the bound of 3 / 800 is below the margin
@@ -81,3 +81,25 @@ def test_a_metric_that_is_nothing_everywhere_still_has_a_margin() -> None:
     ]
     decision = decide(table_of(none, "rougeL", True))
     assert (decision.margin, decision.verdict) == (0.01, "flat")
+
+
+def test_the_other_metric_is_judged_as_the_one_that_decides() -> None:
+    right = {1: 0.5, 4: 0.5025, 16: 0.505}
+    points = [EvalPoint(step=5, value=0.9), EvalPoint(step=10, value=0.5)]
+    trials = [trial(rank, 0, 2.0, right[rank]).model_copy(update={"points": points}) for rank in right]
+    other = table_of(trials, "exact_match", True)
+    answers = set()
+    for confidence, checkpoint in ((None, "last"), (0.5, "last"), (0.7, "last"), (0.7, "best")):
+        alone = decide(other, confidence=confidence, checkpoint=checkpoint)
+        (beside,) = decide(
+            table_of(trials, "loss", False), 0.005, others=[other], confidence=confidence, checkpoint=checkpoint
+        ).other_metrics
+        assert (beside.rank, beside.verdict, beside.ranks) == (alone.rank, alone.verdict, alone.ranks)
+        answers.add((beside.rank, beside.verdict, beside.ranks[0].value))
+    assert len(answers) == 4
+
+
+def test_metrics_that_differ_on_the_base_alone_are_no_conflict() -> None:
+    decision = decided({0: 2.2, 4: 2.0, 16: 2.0}, {0: 0.7, 4: 0.7, 16: 0.7})
+    assert (decision.verdict, decision.other_metrics[0].verdict) == ("flat", "no_gain")
+    assert not decision.other_metrics[0].conflict

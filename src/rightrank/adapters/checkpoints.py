@@ -126,11 +126,8 @@ def _sketched_values(delta: torch.Tensor, rank: int) -> Floats:
     """The leading singular values of `delta` [d, k]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        values: Floats = (
-            torch.svd_lowrank(delta, min(rank + OVERSAMPLING, *delta.shape), POWER_ITERATIONS)[1][:rank]
-            .double()
-            .numpy()
-        )
+        _, leading, _ = torch.svd_lowrank(delta, min(rank + OVERSAMPLING, *delta.shape), POWER_ITERATIONS)
+    values: Floats = leading[:rank].double().numpy()
     return values
 
 

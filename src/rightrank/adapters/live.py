@@ -50,29 +50,21 @@ from rightrank.train.evaluation import Scores
 
 @dataclass(frozen=True, slots=True)
 class LiveAdapter:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        model: PEFT's model, with a LoRA adapter of linear layers.
-        held_out: batches of examples that the training did not see.
-        train: batches of training examples, for second moments; without them truncation is by singular values.
-        margin: how much worse is still enough, in nats a token (or accuracy); None for the metric's default.
-        ranks: candidates; None for the powers of two below the adapter's rank.
-        name: the adapter's name in PEFT.
-        metric: `loss`, or `accuracy` of a classifier.
-        beta: of the loss of preference pairs.
-        moment_tokens: how many tokens of `train` are read at most.
-    """
-
-    model: Any
-    held_out: Sequence[Batch]
-    train: Sequence[Batch] = ()
-    margin: float | None = None
-    ranks: Sequence[int] | None = None
-    name: str = "default"
-    metric: str = "loss"
-    beta: float = BETA
-    moment_tokens: int = MOMENT_TOKENS
+    model: Any  # PEFT's, with a LoRA adapter of linear layers
+    held_out: Sequence[Batch]  # of examples that the training did not see
+    train: Sequence[
+        Batch
+    ] = ()  # of training examples, for second moments; without them truncation is by singular values
+    margin: float | None = (
+        None  # how much worse is still enough, in nats a token (or accuracy); None: the metric's default
+    )
+    ranks: Sequence[int] | None = None  # candidates; None: the powers of two below the adapter's rank
+    name: str = "default"  # of the adapter in PEFT
+    metric: str = "loss"  # or `accuracy` of a classifier
+    beta: float = BETA  # of the loss of preference pairs
+    moment_tokens: int = MOMENT_TOKENS  # of `train` that are read at most
 
 
 @dataclass(frozen=True, slots=True)

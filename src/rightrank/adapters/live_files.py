@@ -59,11 +59,8 @@ class Training:
         told = (
             f"rank {rank} holds at the checkpoint that is used, {self.checkpoint}, and rank {other} at the {name} one"
         )
-        if rank == other:
-            return replace(self, notes=[*self.notes, told])
-        return replace(
-            self, notes=[*self.notes, f"checkpoint_matters: {told}"], flags=[*self.flags, "checkpoint_matters"]
-        )
+        flags = ["checkpoint_matters"] if rank != other else []
+        return replace(self, notes=[*self.notes, ": ".join([*flags, told])], flags=[*self.flags, *flags])
 
     def cost(self, found: LiveAnswer) -> dict[str, Any]:
         """Seconds and memory of the end against the training."""
@@ -80,12 +77,8 @@ class Training:
     def cost_sentence(self, found: LiveAnswer) -> str:
         share = f", {found.seconds / self.seconds:.1%} of the training's time" if self.seconds else ""
         more = peak_so_far() - self.peak_bytes if self.peak_bytes else 0
-        memory = (
-            f"peak memory {more / 2**20:.0f} MiB above the training's"
-            if more > 0
-            else "peak memory not above the training's"
-        )
-        known = f"; {memory}" if self.peak_bytes else ""
+        above = f"{more / 2**20:.0f} MiB above" if more > 0 else "not above"
+        known = f"; peak memory {above} the training's" if self.peak_bytes else ""
         return f"Measured on {found.examples} held-out examples in {found.seconds:.1f} s{share}{known}."
 
 

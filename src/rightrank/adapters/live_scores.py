@@ -38,7 +38,6 @@ FAILURES = (RightrankError, MemoryError, *LIBRARY_ERRORS)
 CHUNK = 1024  # positions whose logits exist at a time: 0.5 GB in float32 for a vocabulary of 128,256
 KEPT_BYTES = 2**30  # hidden states that are kept between passes, at most
 ROUNDING = 1e-5  # relative: what a kept hidden state may change in a loss
-# Labels stay outside: fused losses return no logits when they get them.
 NOT_FOR_THE_MODEL = ("labels", "num_items_in_batch", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 

@@ -21,10 +21,10 @@ import numpy as np
 
 from rightrank.decision.comparison import Estimate, bounds_of, estimate, is_within, span_of
 from rightrank.decision.evidence import Unit
-from rightrank.decision.table import Cell, ScoreTable, best_point, estimate_of_pairs, table_of
+from rightrank.decision.table import Cell, best_point, estimate_of_pairs, table_of
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterOrigin
 from rightrank.schema.events import TestEvaluated
-from rightrank.schema.metrics import default_margin, kind_of
+from rightrank.schema.metrics import MetricKind, default_margin, kind_of
 from rightrank.schema.trials import Floats, TrialFinished, TrialOutcome
 
 SEARCH = "(--goal training-rank, the default)"  # what searches the training rank, in a note's words
@@ -53,7 +53,7 @@ def adapter_answer(
         outcomes: of a run; only finished trials count.
         top_id: the training to take candidates from; None: the best of those that were truncated.
     """
-    files, table = files_of(outcomes, criterion)
+    files = files_of(outcomes, criterion)
     parents = {file.trial.truncate_from for file in files.values()}
     tops = [files[name] for name in files if name in parents and top_id in (None, name)]
     if not tops:
@@ -61,7 +61,7 @@ def adapter_answer(
     top = min(tops, key=lambda file: (-file.trial.rank, file.loss, file.trial.trial_id))
     children = [file for file in files.values() if file.trial.truncate_from == top.trial.trial_id]
     extra = next((file for file in children if file.trial.rank == top.trial.rank and file.how == "recovered"), None)
-    against = Against(extra if extra is not None and extra.loss < top.loss else top, table, criterion)
+    against = Against(extra if extra is not None and extra.loss < top.loss else top, files, criterion)
     chosen, tested = _walk(children, against, top.trial.rank)
     candidates = [
         against.candidate(file) for file in sorted(children, key=lambda file: (-file.trial.rank, file.trial.steps))
@@ -80,8 +80,8 @@ def adapter_answer(
 
 def trained_answer(trial: TrialFinished, criterion: Criterion, reference: TrialFinished | None = None) -> AdapterAnswer:
     """The answer where no truncation was compared: a trained adapter, against the best one of the run (itself by default)."""
-    files, table = files_of([trial, *([] if reference is None else [reference])], criterion)
-    against = Against(files[(reference or trial).trial_id], table, criterion)
+    files = files_of([trial, *([] if reference is None else [reference])], criterion)
+    against = Against(files[(reference or trial).trial_id], files, criterion)
     handed = against.candidate(files[trial.trial_id])
     sentence = f"The adapter is the one trained at rank {trial.rank}; no truncation was compared."
     return _answer(handed, files[trial.trial_id], against, [handed], sentence)
@@ -116,10 +116,10 @@ def improved_by_training(
     A training of a lower rank must hold against the same reference. One of the same rank must be shown to be better: the
     95% upper bound of its difference from the present adapter is below 0.
     """
-    files, table = files_of(outcomes, criterion)
+    files = files_of(outcomes, criterion)
     if answer.reference_id not in files or answer.trial_id not in files:
         return None
-    against, present = against_reference(answer, files, table, criterion), files[answer.trial_id]
+    against, present = against_reference(answer, files, criterion), files[answer.trial_id]
     better: list[AdapterCandidate] = []
     for file in files.values():
         if file.how != "trained" or file.trial.rank > answer.rank or file is present:
@@ -159,11 +159,11 @@ def compared_adapters(
     Of several runs of a rank, the best is shown, and every one that the answer names: a guard may hand over another
     learning rate of the reference's rank. Where the journal lacks a run that the answer names, there are its candidates alone.
     """
-    files, table = files_of(outcomes, criterion)
+    files = files_of(outcomes, criterion)
     named = {answer.trial_id, answer.reference_id, answer.trained_id}
     if not named <= files.keys():
         return answer.candidates
-    against = against_reference(answer, files, table, criterion)
+    against = against_reference(answer, files, criterion)
     shown = [files[trial_id] for trial_id in sorted(named, key=lambda trial_id: files[trial_id].loss)]
     places = {(file.trial.rank, file.how) for file in shown}
     for file in sorted(files.values(), key=lambda file: file.loss):
@@ -207,6 +207,7 @@ def _test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] | No
 class AdapterFile:
     trial: TrialFinished
     cell: Cell
+    kind: MetricKind
 
     @property
     def how(self) -> AdapterOrigin:
@@ -224,7 +225,7 @@ class Against:
     """Comparison with the reference file."""
 
     reference: AdapterFile
-    table: ScoreTable
+    files: Mapping[str, AdapterFile]
     criterion: Criterion
 
     @property
@@ -232,7 +233,8 @@ class Against:
         """In the metric's unit."""
         if self.criterion.margin is not None:
             return self.criterion.margin
-        return default_margin(self.table.kind, self.reference.cell.value, self.table.values())
+        values = [file.cell.value for file in self.files.values()]
+        return default_margin(self.reference.kind, self.reference.cell.value, values)
 
     def difference(self, cell: Cell, other: Cell | None = None) -> Estimate:
         """Paired over examples, metric's unit; above 0 is worse. A perplexity's is relative to the reference's."""
@@ -243,7 +245,7 @@ class Against:
         low = high = 0.0 if file is self.reference else None  # 0 is exact
         if file.trial.trial_id != self.reference.trial.trial_id:
             found = bounds_of(self.difference(file.cell))
-            unit = Unit(self.table.kind, self.criterion.higher_is_better, self.reference.cell.value)
+            unit = Unit(self.reference.kind, self.criterion.higher_is_better, self.reference.cell.value)
             difference = unit.difference(found.mean)
             if file.cell.examples:
                 low, high = unit.difference(found.low), unit.difference(found.high)
@@ -260,15 +262,13 @@ class Against:
         )
 
 
-def against_reference(
-    answer: AdapterAnswer, files: Mapping[str, AdapterFile], table: ScoreTable, criterion: Criterion
-) -> Against:
+def against_reference(answer: AdapterAnswer, files: Mapping[str, AdapterFile], criterion: Criterion) -> Against:
     """Comparison with the reference of an answer, at its margin."""
-    return Against(files[answer.reference_id], table, replace(criterion, margin=answer.margin))
+    return Against(files[answer.reference_id], files, replace(criterion, margin=answer.margin))
 
 
-def files_of(outcomes: Sequence[TrialOutcome], criterion: Criterion) -> tuple[dict[str, AdapterFile], ScoreTable]:
-    """Finished whole trainings and truncations by trial id, with the cells of a table that holds them all."""
+def files_of(outcomes: Sequence[TrialOutcome], criterion: Criterion) -> dict[str, AdapterFile]:
+    """Finished whole trainings and truncations by trial id; of unequal numbers of examples, each by its value alone."""
     trials = [
         outcome
         for outcome in outcomes
@@ -279,13 +279,11 @@ def files_of(outcomes: Sequence[TrialOutcome], criterion: Criterion) -> tuple[di
     ]
     files: dict[str, AdapterFile] = {}
     lengths = {len(items[0]) if (items := trial.items(criterion.metric)) else 0 for trial in trials}
-    table = ScoreTable(criterion.metric, criterion.higher_is_better, {})
     for trial in trials:
         bare = trial if len(lengths) == 1 else trial.model_copy(update={"item_losses": [], "item_tokens": []})
         table = table_of([bare], criterion.metric, criterion.higher_is_better, token_loss=criterion.token_loss)
-        files[trial.trial_id] = AdapterFile(trial, next(iter(table.cells.values())))
-    cells = {(index, 0.0, 0): file.cell for index, file in enumerate(files.values())}
-    return files, ScoreTable(criterion.metric, criterion.higher_is_better, cells, {}, table.kind)
+        files[trial.trial_id] = AdapterFile(trial, next(iter(table.cells.values())), table.kind)
+    return files
 
 
 def _with_bound(candidate: AdapterCandidate) -> str:

@@ -106,8 +106,8 @@ def _measured(
     """Every adapter that was measured on all guard files, against the base there and the reference on the task."""
     losses = {(one.trial_id, one.file): one for one in evaluated}
     bases = {one.file: one for one in losses.values() if one.rank == 0}
-    files, table = files_of(outcomes, criterion)
-    against = against_reference(answer, files, table, criterion)
+    files = files_of(outcomes, criterion)
+    against = against_reference(answer, files, criterion)
     return [
         _Measured(
             file,
