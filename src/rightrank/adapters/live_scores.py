@@ -65,7 +65,7 @@ class HeldOutBatches:
         )
         self._beta = beta
         self._references: dict[int, torch.Tensor] = {}
-        self._lower = None if is_sharded(model) else lower_blocks(model)
+        self._lower = None if is_sharded(model) else _lower_blocks(model)
         self._is_checked = False
         # A module that is trained whole is off in the reference, whose lower blocks are then others.
         self._shares_reference = not any(isinstance(one, AuxiliaryTrainingWrapper) for one in model.modules())
@@ -327,7 +327,7 @@ def active_adapter(model: Any, name: str) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def lower_blocks(model: Any) -> _LowerBlocks | None:
+def _lower_blocks(model: Any) -> _LowerBlocks | None:
     """The blocks below the first adapted one; None where there are none, or where others have replaced or hooked
     their passes."""
     found = find_blocks(model.get_base_model())
@@ -344,7 +344,7 @@ def lower_blocks(model: Any) -> _LowerBlocks | None:
 
 def upper_share(model: Any) -> float:
     """The share of a pass, by parameters, from the first adapted block on."""
-    found, lower = find_blocks(model.get_base_model()), lower_blocks(model)
+    found, lower = find_blocks(model.get_base_model()), _lower_blocks(model)
     if found is None or lower is None:
         return 1.0
     head = model.get_base_model().get_output_embeddings()

@@ -91,8 +91,8 @@ def run_status(
         verdict=decision.verdict if decision is not None else None,
         next_runs=[sentence for sentence, _ in view.next_runs],
         next_commands=commands,
-        curve=[(e.rank, e.value) for e in decision.ranks if e.rank > 0] if decision else best_by_rank(records, True),
-        truncated_curve=best_by_rank(records, False),
+        curve=[(e.rank, e.value) for e in decision.ranks if e.rank > 0] if decision else _best_by_rank(records, True),
+        truncated_curve=_best_by_rank(records, False),
     )
 
 
@@ -126,7 +126,7 @@ def status_lines(status: RunStatus, width: int) -> str:
     return "\n".join([first, *lines, *([curve] if curve else [])])
 
 
-def best_by_rank(records: Records, trained: bool) -> list[tuple[int, float]]:
+def _best_by_rank(records: Records, trained: bool) -> list[tuple[int, float]]:
     """The best value of each rank: of whole trainings, or of truncations, recovered or not."""
     best: dict[int, float] = {}
     better = max if records.started.higher_is_better else min

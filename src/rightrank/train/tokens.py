@@ -26,7 +26,7 @@ AT_ONCE = 2**13  # characters tokenised in one call: few enough that the collect
 COST_OF_TEXT = 64  # characters that a text counts for beside its own
 
 
-def label_count(example: EncodedExample) -> int:
+def _label_count(example: EncodedExample) -> int:
     """The number of label tokens with a loss; a sequence has none at its first position, which nothing precedes."""
     return sum(_count_of(labels) for _, labels in example.sequences())
 
@@ -221,7 +221,7 @@ class EncodedData:
 
     def loss_weight(self, example: EncodedExample) -> int:
         """What an example counts in a mean loss: its labels, or 1 where the loss is one of the whole example."""
-        return label_count(example) if self.summary.is_token_loss else 1
+        return _label_count(example) if self.summary.is_token_loss else 1
 
 
 def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folder: Path | None = None) -> EncodedData:
@@ -287,7 +287,7 @@ def _encode_split(
         else:
             ids, labels = (list(chain.from_iterable(parts)) for parts in zip(*within, strict=True))
             encoded = EncodedExample(example.item_id, ids, labels, len(first) if second else 0)
-            count.label_tokens += 1 if encoder.is_classification else label_count(encoded)
+            count.label_tokens += 1 if encoder.is_classification else _label_count(encoded)
             yield encoded
             continue
         count.first_left_out = count.first_left_out or example.where

@@ -120,7 +120,7 @@ WRAPPED = ".base_layer"  # PEFT's suffix for each wrapper inside another
 LAST_IN_A_LAYER = ("down", "w2", "output")  # in the names of parameters that modules register last
 
 
-class Experts(AdapterKind):
+class _Experts(AdapterKind):
     """PEFT's `ParamWrapper`."""
 
     name = "expert"
@@ -180,7 +180,7 @@ def _parameters(pair: StoredPair) -> list[str]:
     return [parameter for path, _, parameter in found if path and module.endswith(f".{path}")]
 
 
-KINDS: tuple[AdapterKind, ...] = (Experts(), _Dora(), _Embedding(), _Convolution(), Linear(), _Other())
+KINDS: tuple[AdapterKind, ...] = (_Experts(), _Dora(), _Embedding(), _Convolution(), Linear(), _Other())
 """The first that claims a module or a pair describes it; the last claims any module."""
 
 
