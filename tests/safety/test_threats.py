@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -128,9 +129,16 @@ def test_workers_of_a_cluster_get_four_variables_of_the_environment(monkeypatch:
     """A Ray head shows the environment of its actors to whoever reaches its dashboard."""
     from rightrank.plugins.cluster import on_ray
 
+    ray, setup = MagicMock(), MagicMock()
+    ray.nodes.return_value = [{"Alive": True, "Resources": {"CPU": 8.0, "memory": 2.0**36}}]
+    monkeypatch.setattr(on_ray, "connected", lambda _: ray)
+    crew = RayCrew(setup, None, None, on_cuda=False)
     monkeypatch.setattr(os, "environ", {"HF_TOKEN": SECRET, "AWS_SECRET_ACCESS_KEY": SECRET, "PYTHONPATH": "src"})
-    assert on_ray._environment() == {"PYTHONPATH": "src"}
-    assert RayCrew.__init__.__annotations__["setup"] == "Setup"  # all that an actor is given, as JSON
+    crew.start("worker-0")
+    assert ray.remote.return_value.options.call_args.kwargs["runtime_env"] == {"env_vars": {"PYTHONPATH": "src"}}
+    ray.remote.return_value.options.return_value.remote.assert_called_once_with()  # an actor is given its setup alone, as JSON
+    actor = ray.remote.return_value.options.return_value.remote.return_value
+    actor.receive.remote.assert_called_once_with(setup.model_dump_json.return_value)
 
 
 def test_a_cluster_is_joined_only_where_it_is_asked_for() -> None:
