@@ -24,15 +24,11 @@ PAIRS = (  # further names of prompt and completion, in the order in which they 
 PROMPTS = ("question", "query", "instruction", "input")  # further names of a preference pair's prompt
 CONVERSATIONS = ("messages", "conversations", "conversation")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
 ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n{context}### Response:\n"
 )
+PAIRED = ", paired with an input that provides further context"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +132,8 @@ def _alpaca(row: Row) -> Mapping[str, Any]:
     instruction, context = row.fields.get("instruction"), row.fields.get("input")
     if not isinstance(instruction, str) or not isinstance(context, str | None):
         raise DataError(f"{row.where}: `instruction` and `input` must be strings")
-    template = ALPACA_WITH_INPUT if context else ALPACA
-    prompt = template.format(instruction=instruction, input=context)
+    paired, given = (PAIRED, f"### Input:\n{context}\n\n") if context else ("", "")
+    prompt = ALPACA.format(instruction=instruction, paired=paired, context=given)
     return {**row.fields, "prompt": prompt, "completion": row.fields.get("output")}
 
 

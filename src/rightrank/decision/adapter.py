@@ -314,14 +314,10 @@ def _sentence(answer: AdapterCandidate, top: AdapterFile, against: Against, test
             f"The smallest adapter of this training that loses nothing has rank {answer.rank}: its held-out difference from the "
             f"rank {top.trial.rank} adapter is {_with_bound(answer)}, within the margin of {margin:.4g}."
         )
+    why = f"rank {tested[0]} is not shown" if tested else "no lower rank is measured"
     if not top.cell.examples:
-        return (
-            f"The adapter keeps rank {top.trial.rank}: without scores by example no truncation can be shown to lose less "
-            f"than the margin of {margin:.4g}."
-        )
-    lower = f"rank {tested[0]}" if tested else "no lower rank"
-    shown = "is not shown" if tested else "is measured"
-    return f"The adapter keeps rank {top.trial.rank}: {lower} {shown} to lose less than the margin of {margin:.4g}."
+        why = "without scores by example no truncation can be shown"
+    return f"The adapter keeps rank {top.trial.rank}: {why} to lose less than the margin of {margin:.4g}."
 
 
 def _notes(

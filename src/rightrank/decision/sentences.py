@@ -37,6 +37,7 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
     caution = "; one seed indicates this, and further seeds may change it" if found.is_indication else ""
     if evidence.is_point_reading:
         caution = "; one number per rank can suggest this, not show it"
+    enough = f"Rank {chosen} {verb} enough{_likely(found)}"
     match verdict:
         case "no_gain":
             return (
@@ -49,14 +50,14 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
             return _no_difference(found, within, unit)
         case "overfitting":
             return (
-                f"Rank {chosen} {verb} enough{_likely(found)}: above rank {reference} held-out results get worse "
-                f"while training results still improve{caution}."
+                f"{enough}: above rank {reference} held-out results get worse while training results still "
+                f"improve{caution}."
             )
         case "flat":
             apart = max(found.ranks, key=lambda rank: abs(found.by_rank[rank].difference.mean))
             if not is_within(abs(found.by_rank[apart].difference.mean), found.margin):
                 return (
-                    f"Rank {chosen} {verb} enough{_likely(found)}: the smallest tried, it is within {within} of the best ({reference}); rank {apart} "
+                    f"{enough}: the smallest tried, it is within {within} of the best ({reference}); rank {apart} "
                     f"looks {_compared(found, apart, unit)}, and is not shown to be{caution}."
                 )
             return (
@@ -69,12 +70,9 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
                 f"{within}{caution}."
             )
         case "saturated":
-            if chosen == reference:
-                start = f"Rank {chosen} {verb} enough{_likely(found)}: it is the best of the ranks tried"
-            else:
-                start = (
-                    f"Rank {chosen} {verb} enough{_likely(found)}: it is within {within} of the best (rank {reference})"
-                )
+            is_best = chosen == reference
+            best = "the best of the ranks tried" if is_best else f"within {within} of the best (rank {reference})"
+            start = f"{enough}: it is {best}"
             if found.next_lower is None:
                 return f"{start}, and the smallest tried{caution}."
             next_lower = f"{start}, and the next lower rank ({found.next_lower}) is"
@@ -205,9 +203,5 @@ def _noise_note(evidence: Evidence) -> str:
         {evidence.difference(one).seeds for one in evidence.contenders.values() if one is not evidence.reference}
     )
     counts = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    return (
-        f" The noise over seeds is that of each rank's paired difference over {counts} seeds, moderated by what its variation "
-        "between examples leads to expect."
-        if evidence.has_examples
-        else f" The noise over seeds is that of each rank's paired difference over {counts} seeds, moderated by the other ranks'."
-    )
+    by = "what its variation between examples leads to expect" if evidence.has_examples else "the other ranks'"
+    return f" The noise over seeds is that of each rank's paired difference over {counts} seeds, moderated by {by}."

@@ -42,8 +42,7 @@ def preflight(request: Request) -> Preflight:
         seconds, time = _time_of(prepared, strategy, pace_of(prepared))
         found = _preflight_of(prepared, strategy, seconds)
         notes += [*time, *_adapter_lines(prepared)]
-        before = plugins.listed(lambda plugin: plugin.outlook(prepared.started, None))
-        return found.model_copy(update={"before": before, "notes": notes})
+        return found.model_copy(update={"notes": notes})
 
 
 def pace_of(prepared: Prepared) -> Pace | None:
@@ -100,6 +99,7 @@ def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: _Seconds | No
         memory_bytes=planned.memory_bytes if planned else None,
         cost=_cost(prepared, strategy, seconds),
         seeds=len(settings.seeds),
+        before=plugins.listed(lambda plugin: plugin.outlook(prepared.started, None)),
     )
 
 
@@ -186,8 +186,7 @@ class Outlook(Hook):
         if seconds is not None:
             run.on_event(TimeExpected(expected_seconds=seconds[0]))
         found = _preflight_of(prepared, run.strategy, seconds)
-        before = plugins.listed(lambda plugin: plugin.outlook(prepared.started, None))
-        lines = [*before, labels_line(found), *memory_lines(found), cost_line(found.cost)]
+        lines = [*found.before, labels_line(found), *memory_lines(found), cost_line(found.cost)]
         for line in [*lines, *time, *_adapter_lines(prepared)]:
             run.notice(line)
         if names := [spec.name for spec in end_metrics(prepared.settings)]:

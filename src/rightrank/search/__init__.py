@@ -16,11 +16,7 @@ from rightrank.search.history import Space, space_of
 from rightrank.search.protocol import Strategy
 from rightrank.search.upward import Upward
 
-STRATEGIES: dict[str, Callable[[Space], Strategy]] = {
-    "bracket": Bracket,
-    "grid": Grid,
-    "upward": Upward,
-}
+STRATEGIES: dict[str, Callable[[Space], Strategy]] = {one.name: one for one in (Bracket, Grid, Upward)}
 
 
 def make_strategy(
