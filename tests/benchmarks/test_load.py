@@ -55,6 +55,8 @@ def test_the_stored_load_is_linear_and_its_pages_are_small(case: str) -> None:
     assert last["seconds"] <= 1.5 * growth * first["seconds"]
     if case == "status":
         assert last["seconds"] < 1
+    if case == "rows":
+        assert last["mib"] - last["mib_before"] <= 1.5 * (first["mib"] - first["mib_before"])
     if case == "report":
         assert max(row["report_kib"] for row in rows) <= PAGE_KIB
 
