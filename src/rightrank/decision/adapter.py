@@ -144,10 +144,7 @@ def with_adapter(answer: AdapterAnswer, candidate: AdapterCandidate, sentence: s
     is_listed = any(one.trial_id == candidate.trial_id for one in answer.candidates)
     return answer.model_copy(
         update=candidate.model_dump(include=NAMED)
-        | {
-            "candidates": answer.candidates if is_listed else [*answer.candidates, candidate],
-            "sentence": sentence,
-        }
+        | {"candidates": answer.candidates if is_listed else [*answer.candidates, candidate], "sentence": sentence}
     )
 
 
@@ -321,10 +318,7 @@ def _sentence(answer: AdapterCandidate, top: AdapterFile, against: Against, test
 
 
 def _notes(
-    answer: AdapterCandidate,
-    candidates: Sequence[AdapterCandidate],
-    top: AdapterFile,
-    against: Against,
+    answer: AdapterCandidate, candidates: Sequence[AdapterCandidate], top: AdapterFile, against: Against
 ) -> list[str]:
     notes, criterion = [], against.criterion
     failing = [one.rank for one in candidates if one.rank < answer.rank and not one.holds]

@@ -102,10 +102,7 @@ def decide(
 
 
 def _beside(
-    by_rank: Mapping[int, Compared],
-    other: ScoreTable,
-    confidence: float | None,
-    checkpoint: Checkpoint,
+    by_rank: Mapping[int, Compared], other: ScoreTable, confidence: float | None, checkpoint: Checkpoint
 ) -> MetricAnswer:
     """The answer by another metric, and whether the two disagree."""
     answer = decide(other, confidence=confidence, checkpoint=checkpoint)

@@ -60,12 +60,7 @@ class RayCrew:
     """Actors with the resources that the plan says a worker needs. Actors without room wait, which triggers autoscaling."""
 
     def __init__(
-        self,
-        setup: Setup,
-        address: str | None,
-        bytes_planned: int | None,
-        on_cuda: bool,
-        actor: type = RayWorker,
+        self, setup: Setup, address: str | None, bytes_planned: int | None, on_cuda: bool, actor: type = RayWorker
     ) -> None:
         ray = sys.modules.get("ray")
         self._joined_before = ray is not None and bool(ray.is_initialized())  # the caller's session is left open

@@ -55,12 +55,7 @@ def left_out_line(planned: MemoryPlan) -> str | None:
 
 
 def plan_selection(
-    config: Any,
-    settings: SelectSettings,
-    longest: int,
-    device: str,
-    num_labels: int | None = None,
-    sequences: int = 1,
+    config: Any, settings: SelectSettings, longest: int, device: str, num_labels: int | None = None, sequences: int = 1
 ) -> MemoryPlan:
     """Predict every rank's peak, and keep the ranks that fit.
 
