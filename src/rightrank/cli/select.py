@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 @click.argument("model", required=False)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Run folder; resumed by the same command, or without MODEL DATA.",
+    "--out", type=click.Path(path_type=Path), help="Run folder; resumed by the same command, or without MODEL DATA."
 )
 @click.option("--dry-run", is_flag=True, help="Say what it will do, cost and be able to show; write nothing.")
 @setting_options(SelectSettings)

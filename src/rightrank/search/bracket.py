@@ -291,8 +291,7 @@ def _promising_neighbours(trials: Trials, rank: int, learning_rate: float) -> Se
         limit = MAX_DEFICIT_AT_TOP * space.margin_at(trials.best_loss(space.top))
         reference = trials.reference()
         fails_by_far = reference is not None and not is_within(
-            trials.excess(rank, reference).mean,
-            MAX_RECOVERABLE_EXCESS * space.margin_at(trials.best_loss(reference)),
+            trials.excess(rank, reference).mean, MAX_RECOVERABLE_EXCESS * space.margin_at(trials.best_loss(reference))
         )
         is_slow = _is_undertrained(trials, rank, learning_rate)
         neighbours = [

@@ -157,9 +157,7 @@ def _train(
 
 
 def _answer(
-    ranks: Mapping[str, int],
-    trained: Mapping[PatternKind, list[_TrainedPattern]],
-    options: AllocateOptions,
+    ranks: Mapping[str, int], trained: Mapping[PatternKind, list[_TrainedPattern]], options: AllocateOptions
 ) -> Allocation:
     verdicts = [
         compare(trained["allocated"], trained["uniform"], "uniform"),
