@@ -54,9 +54,8 @@ class LiveAdapter:
 
     model: Any  # PEFT's, with a LoRA adapter of linear layers
     held_out: Sequence[Batch]  # of examples that the training did not see
-    train: Sequence[
-        Batch
-    ] = ()  # of training examples, for second moments; without them truncation is by singular values
+    # Of training examples, for second moments; without them truncation is by singular values.
+    train: Sequence[Batch] = ()
     margin: float | None = (
         None  # how much worse is still enough, in nats a token (or accuracy); None: the metric's default
     )

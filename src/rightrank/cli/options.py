@@ -37,9 +37,6 @@ def hours(_context: click.Context, _parameter: click.Parameter, value: str | Non
     return found
 
 
-CALLBACKS = {"budget_hours": hours}  # of settings whose option has a unit
-
-
 def setting_options(kind: type[Settings], *settings: str) -> Callable[[Command], Command]:
     """A decorator: an option for each of the settings that have one, or for each of those that are named."""
     listed = settings or [name for name, row in kind.model_fields.items() if row.option]
@@ -62,8 +59,8 @@ def _option(name: str, row: Setting, hint: Any) -> Callable[[Command], Command]:
         spelled += f"/{spelled.replace('--', '--no-', 1)}" if NoneType in kinds else ""
     elif is_list(hint):
         further |= {"callback": comma} if row.split else {"multiple": True}
-    elif name in CALLBACKS:
-        further |= {"callback": CALLBACKS[name]}
+    elif name == "budget_hours":  # which has a unit
+        further |= {"callback": hours}
     elif row.parse is None and kinds & {int, float}:
         further |= {"type": float if float in kinds else int}
     return click.option(spelled, name, cls=_SettingOption, group=row.group, help=_option_help(row), **further)

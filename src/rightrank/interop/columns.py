@@ -47,6 +47,9 @@ _CONTAINER_LIKE = re.compile(r"(params?|config|args|kwargs)$")
 _OPTUNA_PREFIX = re.compile(r"^(params|user_attrs)_")  # of the columns of Optuna's trials_dataframe()
 _MEASURED = re.compile(r"(metrics|summary)[./]", re.IGNORECASE)
 _MAX_NAMES = 12
+DATABASES = (".db", ".sqlite", ".sqlite3")
+STATE = "trainer_state.json"
+BLANKS = ("", "-", "–", "—", "none", "null", "n/a")  # texts of cells that hold nothing
 # Parts of a name such as r16, r=16, rank_16, lora-r-16; lr1e-4, lr=0.0003; seed3.
 _NAMED = {
     "rank": re.compile(r"(?:^|[^a-z])(?:lora[-_=]?)?(?:rank|r)[-_= ]?(\d+)(?![\d.])", re.IGNORECASE),
@@ -77,9 +80,6 @@ def direction_of(column: str) -> bool | None:
     """Whether higher is better by the metric in a column; None if its name is not a known metric's."""
     known = direction(column)
     return direction(plain(column)) if known is None else known
-
-
-BLANKS = ("", "-", "–", "—", "none", "null", "n/a")
 
 
 def is_blank(value: Any) -> bool:
@@ -188,10 +188,6 @@ def _first(candidates: Iterable[str], by_plain: Mapping[str, str]) -> str | None
 def listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_MAX_NAMES])
     return f"{shown}, … ({len(names)} in all)" if len(names) > _MAX_NAMES else shown or "no columns"
-
-
-DATABASES = (".db", ".sqlite", ".sqlite3")
-STATE = "trainer_state.json"
 
 
 def import_rows(source: Path) -> list[Row] | None:

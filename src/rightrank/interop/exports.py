@@ -229,10 +229,7 @@ def _llamafactory(recipe: Recipe) -> Written:
         "output_dir": "llamafactory-output",
         **_training_arguments(recipe),
     }
-    values |= _given(
-        additional_target=",".join(recipe.modules_to_save),
-        use_dora=recipe.use_dora,
-    )
+    values |= _given(additional_target=",".join(recipe.modules_to_save), use_dora=recipe.use_dora)
     notes = _lacking(recipe, "LLaMA-Factory", ("use_dora",))
     if recipe.form == "preference":
         values |= {"pref_beta": recipe.settings.beta, "pref_loss": "sigmoid"}

@@ -69,8 +69,6 @@ MAX_SHARE = 0.1  # of the training's time, which the end may take where FEWEST e
 MOMENT_BATCHES = 64  # of a loop of the user's own
 MOMENT_SHARE = 0.02  # of the training's tokens, for second moments
 COMPARED_ROWS = 100_000  # of the training set, in the search for held-out rows
-
-
 Caller = TypeVar("Caller")
 
 

@@ -40,7 +40,6 @@ KINDS = {
     "dataset_name", "data", "task", "method", "peft_type", "optimizer", "optim", "metric", "metric_name",
 }  # fmt: skip
 DETAILS = ("std", "std_seeds", "train_value")  # fields of a result; later rows override earlier ones
-
 MAX_RANK = 2**20
 
 Key: TypeAlias = tuple[int, float, int]  # rank, learning rate, seed

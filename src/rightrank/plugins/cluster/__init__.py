@@ -55,13 +55,17 @@ def worker_executor(request: Request, prepared: Prepared, run: Run) -> Iterator[
         RunError: the cluster or the store does not answer.
     """
     from rightrank.plugins.cluster.pool import Pool, PoolOptions
+    from rightrank.plugins.cluster.store import Store
     from rightrank.plugins.cluster.worker import Setup, versions
 
     settings, on_cuda = request.settings, prepared.runtime.loaded.device.type == "cuda"
     plan = prepared.planned
     needed = None if plan is None else max(plan.needed_bytes[rank] for rank in plan.ranks)
-    if settings.store:
-        _require_store(settings.store)
+    if settings.store:  # one that refuses ends the run before it starts
+        store = Store(settings.store)
+        with NamedTemporaryFile(prefix="reachable-") as file:
+            store.put(Path(file.name), "reachable")
+        store.remove("reachable")
     with _offloaded_base(prepared.runtime):
         setup = Setup(
             model=request.model_name,
@@ -96,16 +100,6 @@ def _offloaded_base(runtime: Runtime) -> Iterator[None]:
         yield
     finally:
         runtime.model.to(device)
-
-
-def _require_store(address: str) -> None:
-    """Write a file to the store and remove it again: a store that refuses ends the run before it starts."""
-    from rightrank.plugins.cluster.store import Store
-
-    store = Store(address)
-    with NamedTemporaryFile(prefix="reachable-") as file:
-        store.put(Path(file.name), "reachable")
-    store.remove("reachable")
 
 
 def _crew(settings: SelectSettings, setup: Setup, needed: int | None, on_cuda: bool) -> tuple[Crew, int]:

@@ -28,6 +28,8 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Record, Whole
 from rightrank.train.adapter_runtime import DataUse, adapter_runtime, require_base
 
+MAX_NAMED = 3  # adapters that a sentence names
+
 
 class FleetAdapter(Record):
     """One adapter of the fleet."""
@@ -90,9 +92,6 @@ def _folder_names(paths: Sequence[Path]) -> list[str]:
         name if names.count(name) == 1 else place.parent.name if name == "adapter" else f"{place.parent.name}-{name}"
         for place, name in zip(places, names, strict=True)
     ]
-
-
-MAX_NAMED = 3  # adapters that a sentence names
 
 
 @dataclass(frozen=True, slots=True)
