@@ -122,7 +122,7 @@ def test_a_resumed_run_counts_what_is_done(tmp_path: object) -> None:
     progress.event(StepDone(trial_id="t4", step=15, steps=20, loss=3.0, seconds=15 * STEP_SECONDS))
     assert progress.remaining_seconds() == pytest.approx(5 * STEP_SECONDS + whole, abs=EVAL_SECONDS)
     assert progress.progress_line().startswith("4.8 of about 6.0 trainings · rank 16, ")
-    assert [rank for rank, _ in progress.curve()] == [1, 2, 4, 8]
+    assert [rank for rank, _ in progress.curves()[0]] == [1, 2, 4, 8]
 
 
 def test_a_continued_training_counts_by_itself() -> None:

@@ -63,9 +63,8 @@ def adapter_answer(
     extra = next((file for file in children if file.trial.rank == top.trial.rank and file.how == "recovered"), None)
     against = Against(extra if extra is not None and extra.loss < top.loss else top, files, criterion)
     chosen, tested = _walk(children, against, top.trial.rank)
-    candidates = [
-        against.candidate(file) for file in sorted(children, key=lambda file: (-file.trial.rank, file.trial.steps))
-    ]
+    descending = sorted(children, key=lambda file: (-file.trial.rank, file.trial.steps))
+    candidates = [against.candidate(file) for file in descending]
     handed = against.candidate(chosen)
     return _answer(
         handed,

@@ -199,9 +199,8 @@ def _noise_note(evidence: Evidence) -> str:
     """What the noise over seeds was measured on."""
     if evidence.prior is None:
         return " No two ranks share two seeds, so the noise over seeds is known of single ranks alone."
-    seeds = sorted(
-        {evidence.difference(one).seeds for one in evidence.contenders.values() if one is not evidence.reference}
-    )
+    others = (one for one in evidence.contenders.values() if one is not evidence.reference)
+    seeds = sorted({evidence.difference(one).seeds for one in others})
     counts = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     by = "what its variation between examples leads to expect" if evidence.has_examples else "the other ranks'"
     return f" The noise over seeds is that of each rank's paired difference over {counts} seeds, moderated by {by}."

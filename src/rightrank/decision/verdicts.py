@@ -127,9 +127,8 @@ def _better_above(found: Comparison) -> int | None:
     It guards against a low rank that came out best by luck.
     """
     lows = {rank: found.by_rank[rank].low for rank in found.ranks if rank > found.reference.rank}
-    return min(
-        (rank for rank in lows if not is_within(-lows[rank], found.margin)), key=lambda rank: lows[rank], default=None
-    )
+    better = [rank for rank in lows if not is_within(-lows[rank], found.margin)]
+    return min(better, key=lambda rank: lows[rank], default=None)
 
 
 def rises(found: Comparison) -> bool:

@@ -96,17 +96,14 @@ class ProgressFile(Hook):
         ends = isinstance(event, OUTCOMES)
         if ends or (isinstance(event, StepDone | Evaluating) and time.monotonic() - self._written > PROGRESS_SECONDS):
             self._written = time.monotonic()
-            self._write()
-
-    def _write(self) -> None:
-        values = {
-            "pid": os.getpid(),
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "progress": self._progress.progress_line(),
-            "remaining_seconds": self._progress.remaining_seconds(),
-        }
-        if self._path.parent.is_dir():
-            write_text(self._path, json.dumps(values) + "\n", flush=False)
+            values = {
+                "pid": os.getpid(),
+                "at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "progress": self._progress.progress_line(),
+                "remaining_seconds": self._progress.remaining_seconds(),
+            }
+            if self._path.parent.is_dir():
+                write_text(self._path, json.dumps(values) + "\n", flush=False)
 
 
 GRACE_SECONDS = 20.0  # Kubernetes waits 30 s and Slurm 30 s by default between SIGTERM and SIGKILL

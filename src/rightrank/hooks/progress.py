@@ -87,13 +87,9 @@ class Progress:
         if self._spent > 0 and top and not any(one.rank == top for one in planned.outcomes):
             self._expected += self._spent
 
-    def curve(self) -> list[tuple[int, float]]:
-        """The best trained value of each rank so far."""
-        return sorted(self._best.items())
-
-    def truncated(self) -> list[tuple[int, float]]:
-        """The best truncation of each rank so far, recovered or not."""
-        return sorted(self._truncated.items())
+    def curves(self) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+        """The best trained value of each rank so far, and the best truncation, recovered or not."""
+        return sorted(self._best.items()), sorted(self._truncated.items())
 
     def progress_line(self) -> str:
         if (work := self._work) is not None:

@@ -60,7 +60,8 @@ class View(Hook):
             self.say(self._progress.progress_line())
 
     def _curve(self) -> str:
-        return terminal_curve(self._progress.curve(), self._console.width, self._progress.truncated())
+        trained, truncated = self._progress.curves()
+        return terminal_curve(trained, self._console.width, truncated)
 
 
 class LiveView(View):

@@ -189,12 +189,10 @@ def memory_figure(records: Records) -> Figure | None:
     series = [Series("measured", tuple(peaks), tuple(peaks.values()))]
     if planned and not on_cpu:
         series.append(Series("planned", tuple(planned), tuple(planned.values()), dashed=True, tone="second"))
-    columns = ("measured MiB", "planned, tensors only, MiB" if on_cpu else "planned MiB")
+    columns = {"measured MiB": peaks, "planned, tensors only, MiB" if on_cpu else "planned MiB": planned}
     title = "Peak memory of a training" + (", whole process" if on_cpu else "")
     alt = f"Peak memory by rank: {_listed(peaks, 'MiB')}."
-    return _cost_figure(
-        "memory", title, alt, "peak memory, MiB", series, dict(zip(columns, (peaks, planned), strict=True))
-    )
+    return _cost_figure("memory", title, alt, "peak memory, MiB", series, columns)
 
 
 def _time_figure(records: Records) -> Figure | None:
@@ -284,9 +282,8 @@ def learning_figure(records: Records, decision: Decision | None) -> Figure | Non
     begin = FIRST_SHOWN * max(one.x[-1] for one in series)
     late = [value for one in series for step, value in zip(one.x, one.y, strict=True) if step >= begin]
     room = 0.06 * ((max(late) - min(late)) or abs(late[0]) or 1.0)
-    ends = ", ".join(
-        f"rank {rank} {fmean(t.metrics.get(metric, t.value) for t in trials):.4g}" for rank, trials in best.items()
-    )
+    means = {rank: fmean(t.metrics.get(metric, t.value) for t in trials) for rank, trials in best.items()}
+    ends = ", ".join(f"rank {rank} {mean:.4g}" for rank, mean in means.items())
     return Figure(
         name="learning_curves",
         title="Learning curves (training dashed)" if metric == "loss" else "Learning curves",

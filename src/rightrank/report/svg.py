@@ -170,10 +170,8 @@ def _series(series: Series, x: _Scale, y: _Scale) -> str:
     parts.append(f'<path d="{path}" fill="none" stroke="currentColor" stroke-width="2"{dashes}/>')
     if series.kind == "both":
         parts += [f'<circle cx="{a}" cy="{b}" r="3.6" fill="currentColor"/>' for a, b in places]
-    numbers = " ".join(
-        f'data-{name}="{" ".join(f"{value:.5g}" for value in values)}"'
-        for name, values in (("x", series.x), ("y", series.y))
-    )
+    xs, ys = (" ".join(f"{value:.5g}" for value in values) for values in (series.x, series.y))
+    numbers = f'data-x="{xs}" data-y="{ys}"'
     return f'<g class="series" data-label="{_text(series.label)}" {numbers} color="{_colour(series.tone)}">{"".join(parts)}</g>'
 
 

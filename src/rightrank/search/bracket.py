@@ -200,12 +200,8 @@ def _current_answer(trials: Trials, parent: TrialFinished) -> AdapterAnswer | No
 
 def truncations(space: Space, parent: TrialFinished) -> list[Arm]:
     """The adapter of `parent` truncated to every lower rank, descending, without recovery."""
-    return [
-        parent.arm.model_copy(
-            update={"rank": rank, "steps": 0, "truncate_from": parent.trial_id, "continue_from": None}
-        )
-        for rank in space.truncated_ranks
-    ]
+    truncated = {"steps": 0, "truncate_from": parent.trial_id, "continue_from": None}
+    return [parent.arm.model_copy(update=truncated | {"rank": rank}) for rank in space.truncated_ranks]
 
 
 def recovery(space: Space, parent: TrialFinished, rank: int) -> Arm:

@@ -203,10 +203,8 @@ class Trials:
 
     def learning_rates(self, rank: int) -> list[float]:
         """Learning rates at which the rank has a whole training, ascending; without those at which others collapsed."""
-        return sorted(
-            self._by_rank().get(rank, {}).keys()
-            - {lr for r, lr in collapsing_cells(self.outcomes.values()) if r == rank}
-        )
+        collapsing = {lr for r, lr in collapsing_cells(self.outcomes.values()) if r == rank}
+        return sorted(self._by_rank().get(rank, {}).keys() - collapsing)
 
     def whole_loss(self, rank: int, learning_rate: float) -> float:
         """Of the whole training with the first seed; infinite without a result."""

@@ -149,9 +149,8 @@ def train(trials: Trials, rank: int, learning_rate: float) -> Requests:
 def challenge(trials: Trials, rank: int, holder: float, challenger: float) -> Requests:
     """Train `rank` at `challenger`, whole only if its look beats that of `holder`."""
     space = trials.space
-    part = next(
-        (part for part in (LOOK, QUARTER) if _score(trials, _early_arm(space, rank, holder, part)) is not None), None
-    )
+    looked = (part for part in (LOOK, QUARTER) if _score(trials, _early_arm(space, rank, holder, part)) is not None)
+    part = next(looked, None)
     if part is None or not _can_look(space):
         yield [space.arm(rank, challenger)]
         return
