@@ -1,9 +1,8 @@
 """The smallest LoRA adapter that loses nothing, from one training: the whole method in plain PyTorch and PEFT.
 
-    pip install scipy  # for Student's t
     python examples/the_method.py MODEL TRAIN.jsonl HELD_OUT.jsonl --learning-rate 1e-3 --steps 200
 
-Rows have `prompt` and `completion`, or `text`. The steps are those of `rightrank select --goal adapter`, without its search for the learning rate:
+Student's t needs scipy. Rows have `prompt` and `completion`, or `text`. The steps are those of `rightrank select --goal adapter`, without its search for the learning rate:
 
 1. Train one adapter at the top rank.
 2. Gather second moments of each module's inputs and output gradients on training examples (K-FAC).
