@@ -15,8 +15,10 @@ demo: $(VENV)/.installed
 check: lint
 	$(BIN)/python -m pytest -q -m 'not trains'
 
-# A file stays in one process, so that what its tests share is trained once.
+# A file stays in one process, so that what its tests share is trained once. Compiled once, the sources are not compiled by each of
+# the many processes that tests start, even where PYTHONDONTWRITEBYTECODE is set.
 test: lint
+	$(BIN)/python -m compileall -q src
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -q --durations=20
 
 # The types of keywords and the page of settings, from the table of settings.
