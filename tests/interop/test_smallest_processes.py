@@ -43,7 +43,9 @@ def process(number: int, port: int, model: Path, rows: list[Any], out: Path) -> 
     torch.set_num_threads(1)
     for way in WAYS:
         train(way, number, model, rows, out / way)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # all is written; the threads of a process group now and then abort an interpreter that ends
 
 
 def train(way: str, number: int, model: Path, rows: list[Any], out: Path) -> None:
