@@ -161,8 +161,7 @@ def main() -> int:
     if options.rehearse is None and (reason := refusal()) is not None:
         print(f"judge_locked: {reason}")
         return 2
-    locked = [locks.LOCKED / name for name in locks.read_lock()]
-    result = judge(sorted(locked if options.rehearse is None else compare.HERE.glob("grids/*.json")))
+    result = judge(sorted(locks.files() if options.rehearse is None else compare.HERE.glob("grids/*.json")))
     (options.rehearse or JUDGED).write_text(json.dumps(result, indent=1) + "\n")
     if options.rehearse is None:
         draw()

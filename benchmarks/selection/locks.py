@@ -39,6 +39,10 @@ def read_lock() -> dict[str, Lock]:
     return found
 
 
+def files() -> list[Path]:
+    return [LOCKED / name for name in read_lock()]
+
+
 def lock(file: Path, commit: str) -> None:
     """Bring the file into the locked folder, with its hash, the date and the commit that it was trained from."""
     (curve,) = json.loads(file.read_text())["curves"]

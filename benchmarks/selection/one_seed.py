@@ -565,7 +565,7 @@ def study(sweeps: Path | None) -> dict[str, Any]:
             result["reliability"][name] = {"all": reliability(found), "real": reliability(real)}
     result["picks after bracket"] = picks_after_bracket(("real, short", "real, 400 steps"))
     result["two seeds"] = two_seeds(curves())
-    result["two seeds, locked"] = two_seeds(curves_in([locks.LOCKED / name for name in locks.read_lock()]))
+    result["two seeds, locked"] = two_seeds(curves_in(locks.files()))
     if sweeps is not None:
         result["public"] = public(sweeps, result["ratio"])
     return result

@@ -264,7 +264,7 @@ def starts(curves: Sequence[GridCurve], margins: Sequence[float]) -> dict[str, A
         for curve, margin in product(curves, margins):
             space = space_of_grid(curve, margin)
             if isinstance(name, float):
-                with patch.object(bracket, "FORESEEN", name):
+                with patch.object(bracket, "START_PROBABILITY", name):
                     done = replay(curve, bracket.Bracket, space)
             else:
                 answer = replay(curve, bracket.Bracket, space).answer.rank or space.top
@@ -281,7 +281,7 @@ def starts(curves: Sequence[GridCurve], margins: Sequence[float]) -> dict[str, A
 
 
 def locked_curves() -> list[GridCurve]:
-    curves = [curve for name in locks.read_lock() for curve in read_grids(locks.LOCKED / name)]
+    curves = [curve for file in locks.files() for curve in read_grids(file)]
     return [turned for curve in curves for turned in each_seed_first(curve)]
 
 

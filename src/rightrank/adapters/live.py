@@ -56,9 +56,8 @@ class LiveAdapter:
     held_out: Sequence[Batch]  # of examples that the training did not see
     # Of training examples, for second moments; without them truncation is by singular values.
     train: Sequence[Batch] = ()
-    margin: float | None = (
-        None  # how much worse is still enough, in nats a token (or accuracy); None: the metric's default
-    )
+    # How much worse is still enough, in nats a token (or accuracy); None: the metric's default.
+    margin: float | None = None
     ranks: Sequence[int] | None = None  # candidates; None: the powers of two below the adapter's rank
     name: str = "default"  # of the adapter in PEFT
     metric: str = "loss"  # or `accuracy` of a classifier

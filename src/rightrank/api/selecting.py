@@ -82,17 +82,8 @@ def select_rank(
         from rightrank.runs.run import select
 
         certificate = [Certificate()] if request.settings.certify else []
-        hooks = [
-            *views,
-            stop,
-            Outlook(),
-            Guard(),
-            trackers,
-            *certificate,
-            Report(),
-            *plugins.listed(lambda plugin: plugin.hooks()),
-            *callbacks,
-        ]
+        added = plugins.listed(lambda plugin: plugin.hooks())
+        hooks = [*views, stop, Outlook(), Guard(), trackers, *certificate, Report(), *added, *callbacks]
         try:
             return (select_extended if request.settings.extends else select)(request, folder, hooks)
         except InterruptedRun as stopped:
@@ -201,10 +192,5 @@ def select_rank_with(
     trackers, folder = Trackers(settings.get("report_to", ()), Path(out)), RunFolder(Path(out))
     with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
         views = _views(settings.get("progress", False), opened)
-        return complete(
-            open_own_run(
-                request,
-                folder,
-                Hooks([*views, trackers, Report(), *plugins.listed(lambda plugin: plugin.hooks()), *callbacks]),
-            )
-        )
+        added = plugins.listed(lambda plugin: plugin.hooks())
+        return complete(open_own_run(request, folder, Hooks([*views, trackers, Report(), *added, *callbacks])))

@@ -210,7 +210,7 @@ class Evidence:
             return "the trainings have unequal numbers of steps"
         if cells[0].examples < MIN_EXAMPLES:
             return f"{cells[0].examples} examples are too few (at least {MIN_EXAMPLES})"
-        if min(self._spreads.values()) <= 0:
+        if min(variance for _, variance in self._apart.values()) <= 0:
             return "two ranks have the same scores"
         return ""
 
@@ -221,27 +221,23 @@ class Evidence:
         """
         if rank == 0 or self.no_probability:
             return None
-        return min(probability_within(*difference, margin) for difference in self._from_others(rank))
+        return min(probability_within(*self._apart[rank, other], margin) for other in self.contenders if other != rank)
 
     def margin_of(self, rank: int, probability: float) -> float:
         """The margin from which the rank has the probability, which there must be."""
-        return max(margin_within(*difference, probability) for difference in self._from_others(rank))
-
-    def _from_others(self, rank: int) -> Iterator[tuple[float, float]]:
-        """How much worse the rank is than each other one over the seeds of both, and the variance of that which a further seed sees."""
-        for other in self.contenders.keys() - {rank}:
-            yield self.difference(self.contenders[rank], self.contenders[other]).mean, self._spreads[rank, other]
+        return max(margin_within(*self._apart[rank, other], probability) for other in self.contenders if other != rank)
 
     @cached_property
-    def _spreads(self) -> dict[tuple[int, int], float]:
-        """The variance between examples of the difference of each two ranks, less where it is a mean over several seeds.
+    def _apart(self) -> dict[tuple[int, int], tuple[float, float]]:
+        """How much worse the first of two ranks is, and the variance of that between examples, less for a mean over several seeds.
 
         The difference of one seed from that of another has twice the variance of either; from a mean of n seeds, 1 + 1/n times.
         """
         found = {}
         for one, other in permutations(self.contenders.values(), 2):
             pairs = paired_cells(one, other)
-            found[one.rank, other.rank] = _noise_of(pairs).spread * (1 + 1 / len(pairs)) / 2
+            mean = estimate_of_pairs(pairs, shift=one.gap - other.gap).mean
+            found[one.rank, other.rank] = mean, _noise_of(pairs).spread * (1 + 1 / len(pairs)) / 2
         return found
 
     def _stated(self, contender: Contender) -> float | None:

@@ -19,7 +19,7 @@ from rightrank.decision.adapter import Criterion, adapter_answer
 from rightrank.decision.comparison import is_within, walk_down
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search.history import RECOVERY_LR_FACTOR, Space, Trials, is_foreseen
+from rightrank.search.history import RECOVERY_LR_FACTOR, Space, Trials, is_likely_within
 from rightrank.search.learning_rates import (
     ANNEAL,
     HALF,
@@ -37,8 +37,9 @@ from rightrank.search.learning_rates import (
 from rightrank.search.protocol import CostEstimate, Strategy
 
 DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)
-# Probability. By the mean alone the walk starts lower and costs .2 trainings more on long real grids (benchmarks/selection).
-FORESEEN = 0.95
+# Of the truncation that the walk starts at. By its mean alone the walk starts lower, for .2 trainings more on long real grids
+# (benchmarks/selection).
+START_PROBABILITY = 0.95
 STAGES = 5  # of one training at most: a look, two stages, the end, and an annealed copy
 
 
@@ -97,7 +98,7 @@ class Bracket(Strategy):
 def _smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | None:
     """The result of the walk down over the plain truncations of the top rank; None where none has a result.
 
-    A rank of its own mostly trains worse than its truncation. So the walk ends where a further seed may find the truncation too far behind.
+    A training at a rank mostly ends worse than the truncation to it. So a truncation must be within the margin with some certainty.
     """
     space = trials.space
     parent = trials.whole(space.top, learning_rate)
@@ -112,7 +113,11 @@ def _smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | N
     if not known:
         return None
     margin = space.margin_at(trials.best_loss(space.top))
-    return walk_down(known, space.top, lambda rank: is_foreseen((known[rank], parent), space, margin, FORESEEN))
+
+    def is_enough(rank: int) -> bool:
+        return is_likely_within((known[rank], parent), space, margin, START_PROBABILITY)
+
+    return walk_down(known, space.top, is_enough)
 
 
 def _predicted_rank(trials: Trials, second: int) -> int:

@@ -277,8 +277,13 @@ def excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space
     return Bounds(mean, mean, mean) if found is None else bounds_of(replace(found, mean=mean))
 
 
-def is_foreseen(pair: tuple[TrialFinished, TrialFinished], space: Space, margin: float, probability: float) -> bool:
-    """Whether a further seed finds the difference within `margin` with this probability; without enough examples, whether it is."""
+def is_likely_within(
+    pair: tuple[TrialFinished, TrialFinished], space: Space, margin: float, probability: float
+) -> bool:
+    """Whether a further seed finds the difference within `margin` with this probability.
+
+    Without enough examples there is no probability: then whether the difference itself is.
+    """
     mean, found = _difference([pair], space), _over_examples([pair], space)
     if found is None or found.examples < MIN_EXAMPLES or not found.examples_variance:
         return is_within(mean, margin)
