@@ -8,13 +8,20 @@ import pytest
 from rightrank.decision.adapter import (
     Criterion,
     adapter_answer,
+    compared_adapters,
     files_of,
+    improved_by_training,
+    making_of,
     probable_ranks,
     smallest_holding_truncation,
     trained_answer,
     with_adapter,
 )
+from rightrank.decision.adapter import (
+    test_difference as difference_on_test,
+)
 from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.events import TestEvaluated
 from rightrank.schema.trials import EvalPoint, TrialDiverged, TrialFinished
 from tests.tiny import UNMEASURED
 
@@ -173,6 +180,22 @@ def test_the_margin_and_the_unit_are_those_of_the_metric(
     assert found.candidates[1].difference == pytest.approx(difference)
 
 
+def test_every_adapter_is_compared_with_the_reference_the_best_of_a_rank_and_all_that_the_answer_names() -> None:
+    cut, small = trial("cut", 16, 0.002, parent="top"), trial("small", 4, 0.1, parent="top")
+    better, worse = trial("better", 16, -0.001), trial("worse", 16, 0.3)
+    of_another = trial("of another", 32, 0.0, parent="worse")
+    found = answer(TOP, cut, small)
+    assert found.trial_id == "cut"
+    shown = compared_adapters(found, [worse, better, small, cut, TOP, of_another], LOSS)
+    assert [(one.rank, one.trial_id) for one in shown] == [(64, "top"), (16, "better"), (16, "cut"), (4, "small")]
+    assert [one.difference for one in shown[:1]] == [0.0]
+    assert [one.holds for one in shown] == [True, True, True, False]
+    named = found.model_copy(update={"trial_id": "worse"})  # a guard may name another run of a rank
+    assert {one.trial_id for one in compared_adapters(named, [worse, better, TOP, cut], LOSS)} >= {"worse", "top"}
+    assert compared_adapters(found, [cut, small], LOSS) == found.candidates  # the reference is not in the journal
+    assert len(compared_adapters(found, [cut, TOP], LOSS)) == 2
+
+
 def test_another_adapter_is_handed_over_and_listed_once() -> None:
     before = trained_answer(TOP, LOSS)
     other = answer(TOP, trial("a", 32, 0.001, parent="top")).candidates[1]
@@ -220,3 +243,128 @@ def test_the_best_step_is_named_from_points_of_the_metric_alone(metric_points: b
     assert answer(top.model_copy(update={"points": steady}), small, criterion=criterion).notes == []
     kept = answer(top.model_copy(update={"kept_step": 10}), small, criterion=criterion).notes
     assert kept == ["The best checkpoint of rank 64 is used: step 10 of 100."]
+
+
+TRUNCATED = trial("cut", 16, 0.002, parent="top")
+
+
+@pytest.mark.parametrize(
+    ("rank", "shift", "taken"),
+    [
+        (8, 0.003, True),  # within the margin of the reference
+        (8, 0.008, False),
+        (16, -0.01, True),  # of the same rank it must be better than the truncation
+        (16, 0.002, False),
+        (32, -0.01, False),  # a larger adapter is no improvement
+    ],
+)
+def test_a_direct_training_takes_the_place_of_the_truncation_where_it_is_better(
+    rank: int, shift: float, taken: bool
+) -> None:
+    before = answer(TOP, TRUNCATED)
+    assert before.rank == 16
+    direct = trial("direct", rank, shift)
+    after = improved_by_training(before, [TOP, TRUNCATED, direct], LOSS)
+    if not taken:
+        assert after is None
+        return
+    assert after is not None
+    assert (after.trial_id, after.rank, after.how) == ("direct", rank, "trained")
+    assert (after.reference_id, after.margin) == (before.reference_id, before.margin)
+    assert after.difference_high is not None
+    assert after.sentence == (
+        f"The smallest adapter that loses nothing has rank {rank}, trained at that rank: its held-out difference from the "
+        f"reference is {after.difference:+.2g} (95% upper bound {after.difference_high:+.2g}), within the margin of 0.005."
+    )
+
+
+def test_of_several_direct_trainings_the_lowest_rank_and_then_the_best_is_taken() -> None:
+    before = answer(TOP, TRUNCATED)
+    found = improved_by_training(
+        before, [TOP, TRUNCATED, trial("worse", 4, 0.003), trial("better", 4, 0.001), trial("higher", 8, -0.01)], LOSS
+    )
+    assert found is not None
+    assert found.trial_id == "better"
+    extra = trial("extra", 8, -0.01, parent="top", steps=20)  # a truncation is no training of its own
+    assert improved_by_training(before, [TOP, TRUNCATED, extra], LOSS) is None
+
+
+@pytest.mark.parametrize("left", [[TOP], [TRUNCATED]], ids=["no answer", "no reference"])
+def test_without_the_files_of_the_answer_nothing_improves_it(left: list[TrialFinished]) -> None:
+    assert improved_by_training(answer(TOP, TRUNCATED), [*left, trial("direct", 8, -0.1)], LOSS) is None
+
+
+def on_test(value: float, **scores: object) -> TestEvaluated:
+    return TestEvaluated.model_validate(
+        {"trial_id": "t", "rank": 4, "value": value, "item_losses": [], "item_tokens": []} | scores
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher", "ours", "theirs", "difference"),
+    [
+        # The mean over tokens, in which the second example has three times the weight of the first.
+        ("loss", False, ([3.0, 9.0], [1, 3]), ([1.0, 6.0], [1, 3]), 1.25),
+        ("accuracy", True, [1, 0, 0, 0], [1, 1, 1, 0], 0.5),
+        ("f1", True, [0.5, 0.0], [0.75, 1.0], 0.625),
+        ("wer", False, [0.5, 0.0], [0.75, 1.0], -0.625),
+    ],
+)
+def test_the_test_split_is_compared_by_example(
+    metric: str, higher: bool, ours: object, theirs: object, difference: float
+) -> None:
+    def scored(one: object) -> TestEvaluated:
+        if metric == "loss":
+            assert isinstance(one, tuple)
+            return on_test(7.0, item_losses=one[0], item_tokens=one[1])
+        return on_test(7.0, **({"item_correct": one} if metric == "accuracy" else {"item_metrics": {metric: one}}))
+
+    found = difference_on_test(scored(ours), scored(theirs), Criterion(metric, higher, None))
+    assert found is not None
+    assert found[0] == pytest.approx(difference)
+    assert found[1] is not None
+    assert found[1] > found[0]
+
+
+def test_on_the_test_split_without_scores_by_example_the_values_are_compared() -> None:
+    one, other = on_test(0.7), on_test(0.5)
+    assert difference_on_test(one, other, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
+    assert difference_on_test(one, other, Criterion("accuracy", True, None)) == (pytest.approx(-0.2), None)
+    assert difference_on_test(one, other, Criterion("cost", False, None)) == (pytest.approx(0.2), None)
+    half = on_test(0.7, item_metrics={"bleu": [0.7]})
+    assert difference_on_test(half, other, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
+    assert difference_on_test(other, half, Criterion("bleu", True, None)) == (pytest.approx(0.2), None)
+    assert difference_on_test(None, other, LOSS) is None
+    assert difference_on_test(one, None, LOSS) is None
+
+
+def test_how_an_adapter_was_made() -> None:
+    cut = TRUNCATED.model_copy(update={"truncation": "kfac"})
+    plain = trial("plain", 8, 0.0, parent="top")
+    recovered = trial("recovered", 8, 0.0, parent="top", steps=20).model_copy(update={"learning_rate": 3e-4})
+    once = recovered.model_copy(update={"steps": 1, "rank": 64})
+    finished = [TRUNCATED, TOP, plain, recovered]
+    trained = "trained at rank 64 (learning rate 0.001, 100 steps)"
+    recovery = "of recovery on unseen examples (learning rate 0.0003)"
+    assert making_of(TOP, finished).sentence() == trained
+    assert making_of(cut, finished).sentence() == f"{trained}, truncated to rank 16 by K-FAC"
+    assert making_of(plain, finished).sentence() == f"{trained}, truncated to rank 8 by SVD"
+    assert making_of(recovered, finished).sentence() == f"{trained}, truncated to rank 8 by SVD, 20 steps {recovery}"
+    assert making_of(once, finished).sentence() == f"{trained}, 1 step {recovery}"
+    kept = TOP.model_copy(update={"kept_step": 40})
+    assert making_of(kept, [kept]).sentence() == "trained at rank 64 (learning rate 0.001, step 40 of 100 steps)"
+    own = TOP.model_copy(update={"steps": 0})
+    assert making_of(own, [own]).sentence() == "trained at rank 64 (learning rate 0.001)"
+    made = making_of(cut, finished)
+    assert (made.rank, made.trained_rank, made.steps, made.kept_step) == (16, 64, 100, None)
+    assert (made.recovery_steps, made.recovery_learning_rate) == (0, 0.0)
+
+
+def test_a_trained_adapter_is_measured_against_the_reference_that_is_given() -> None:
+    small = trial("small", 8, 0.003)
+    alone, beside = trained_answer(small, LOSS), trained_answer(small, LOSS, TOP)
+    assert (alone.reference_id, alone.difference, alone.trained_id, alone.trained_rank) == ("small", 0.0, "small", 8)
+    assert (beside.reference_id, beside.trial_id, beside.trained_id) == ("top", "small", "small")
+    assert beside.difference == pytest.approx(0.003)
+    assert [one.trial_id for one in beside.candidates] == ["small"]
+    assert beside.sentence == "The adapter is the one trained at rank 8; no truncation was compared."

@@ -20,7 +20,7 @@ from rightrank.decision.comparison import (
 )
 from rightrank.decision.rule import decide
 from rightrank.decision.seeds import seed_parts, winners_gap
-from rightrank.decision.table import table_of
+from rightrank.decision.table import Cell, minus, table_of
 from rightrank.report.tables import evidence_table
 from rightrank.schema.trials import TrialFinished
 from tests.decision.tables import bare
@@ -57,6 +57,37 @@ def test_where_no_example_differs_the_bound_is_about_three_over_their_number(exa
         assert found.low == pytest.approx(-found.high, rel=1e-9)
         assert found.is_enough(0.01) is (True if examples > 300 else None)
     assert bounds_of_files(0 * ones, ones).high == 0.0  # losses that are equal to the bit are of one function
+
+
+@pytest.mark.parametrize("span", [1.0, 100.0])
+def test_right_and_wrong_answers_of_two_files_have_the_bounds_of_two_shares(span: float) -> None:
+    sums, ones = span * np.array([1.0] * 9 + [-1.0] * 2 + [0.0] * 33), np.ones(44)
+    found = bounds_of_files(sums, ones, span)
+    assert found.mean == pytest.approx(span * 7 / 44)
+    assert found.high == pytest.approx(span * binary_bound(9, 2, 44, 0.95))
+    assert found.low == pytest.approx(-span * binary_bound(2, 9, 44, 0.95))
+
+
+@pytest.mark.parametrize("other", ["a share", "weights", "losses", "another span"])
+def test_other_scores_of_two_files_have_those_of_a_mean(other: str) -> None:
+    sums, weights, span = np.array([1.0] * 9 + [-1.0] * 2 + [0.0] * 33), np.ones(44), 1.0
+    if other == "a share":
+        sums[0] = 0.5
+    elif other == "weights":
+        sums, weights = 2 * sums, 2 * weights
+        span = 2.0
+    else:
+        span = 0.0 if other == "losses" else 2.0
+    expected = bounds_of(estimate_of_files(sums, weights, span))
+    assert bounds_of_files(sums, weights, span) == expected
+    assert expected.high != pytest.approx(binary_bound(9, 2, 44, 0.95))
+
+
+def test_few_examples_that_differ_widen_the_bounds_of_two_files_of_bounded_scores() -> None:
+    scores = np.array([0.5] + [0.0] * 99)
+    bounded, losses = bounds_of_files(scores, np.ones(100), 1.0), bounds_of_files(scores, np.ones(100))
+    assert bounded.high >= 0.005 + 3 / 100
+    assert bounded.high > 1.5 * losses.high
 
 
 @pytest.mark.parametrize("degrees", [1.0, 1.3, 2.0, 4.7, 19.0, 200.5, 1e6])
@@ -105,6 +136,9 @@ def test_bounds_of_files_follow_the_kurtosis_and_widen_with_skewness_alone() -> 
     assert bounds_of(found).low == pytest.approx(found.mean - reach)  # skewed upward: the lower bound is plain
     assert bounds_of(found).high > found.mean + reach
     assert found.degrees < 79
+    small = estimate_of_files(scores / 100, np.ones(80))  # in another unit
+    assert (small.kurtosis, small.degrees) == pytest.approx((found.kurtosis, found.degrees))
+    assert estimate_of_files(np.zeros(80), np.ones(80)).kurtosis == estimate(np.zeros((1, 80)), np.ones(80)).kurtosis
 
 
 def test_examples_needed_count_a_worse_difference_too() -> None:
@@ -171,3 +205,11 @@ def test_the_winner_of_equals_is_optimistic_by_the_expected_minimum() -> None:
     assert winners_gap(np.zeros(3), np.eye(3)) == pytest.approx(0.846, rel=0.05)
     assert winners_gap(np.array([0.0, 100.0]), np.eye(2)) == pytest.approx(0.0, abs=0.06)
     assert winners_gap(np.zeros(1), np.eye(1)) == 0.0
+
+
+def test_the_difference_of_two_cells_is_how_much_worse_one_is_on_each_example() -> None:
+    weights = np.array([1.0, 3.0])
+    one = Cell("one", 0.7, np.array([3.0, 1.0]), weights, 1.0)
+    found = minus(one, Cell("other", 0.5, np.array([1.0, 2.0]), weights, 2.0))
+    assert (found.trial_id, found.value, found.span) == ("one", pytest.approx(0.2), 2.0)
+    assert (found.sums.tolist(), found.weights.tolist()) == ([2.0, -1.0], [1.0, 3.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -80,12 +81,26 @@ def test_an_answer_that_keeps_the_guard_stays() -> None:
     assert (answer.rank, guard.task_rank, guard.holds) == (4, 4, True)
     assert guard.difference == pytest.approx(0.01, abs=0.01)
     assert guard.confidence == 1 - 0.05 / 2  # two adapters are enough on the task
+    (file,) = guard.files
+    assert (file.file, file.examples, file.holds) == ("guard.jsonl", EXAMPLES, True)
+    assert (file.difference, file.difference_high) == (guard.difference, guard.difference_high)
+    assert (guard.margin, guard.task_trial_id) == (0.05, "four")
     assert guard.sentence.startswith("Guard: kept;")
 
 
 def test_another_adapter_that_is_both_takes_its_place() -> None:
     answer, guard = judged(TOP, Adapter("four", 4, 1.0, 0.3, "top"))
     assert (answer.rank, answer.trial_id, guard.task_rank, guard.holds) == (16, "top", 4, True)
+    assert re.fullmatch(
+        r"Guard: kept by rank 16 at learning rate 0\.001; the loss on guard\.jsonl differs from the base's by \+0\.0\d+ nats "
+        r"\(upper bound \+0\.0\d+\), guard margin 0\.05\. By the task alone the answer would be rank 4 at learning rate 0\.001, "
+        r"which is not shown to keep it \(upper bound \+0\.3\d*\)\.",
+        guard.sentence,
+    )
+    assert answer.sentence == (
+        "The smallest adapter that loses nothing on the task and keeps the guard has rank 16 (trained, learning rate 0.001): "
+        "its held-out difference from the reference is +0, within the margin of 0.02."
+    )
     assert "By the task alone the answer would be rank 4" in guard.sentence
     assert "keeps the guard has rank 16" in answer.sentence
 
@@ -110,6 +125,34 @@ def test_too_few_examples_are_said_with_the_number_needed() -> None:
     assert not guard.holds
     assert "Guard: not shown to hold" in guard.sentence
     assert "guard examples in place of 200" in guard.sentence
+
+
+def test_a_file_is_named_without_its_folders() -> None:
+    more = [
+        on_guard(name, rank, np.linspace(2, 4, EXAMPLES) + shift, file)
+        for name, rank, shift in (("base", 0, 0.0), ("top", 16, 0.2), ("four", 4, 0.2))
+        for file in ("/data/a/other.jsonl", "C:\\data\\third.jsonl")
+    ]
+    for file, name in (("/data/a/other.jsonl", "other.jsonl"), ("C:\\data\\third.jsonl", "third.jsonl")):
+        of_file = [one for one in more if one.file == file]
+        _, guard = judged(TOP, Adapter("four", 4, 1.0, 0.01, "top"), more=of_file)
+        assert f"the loss on {name} differs" in guard.sentence
+
+
+def test_the_answer_by_the_task_of_an_earlier_guard_is_kept_where_it_is_no_larger() -> None:
+    trials = [trial(one, place) for place, one in enumerate((TOP, Adapter("four", 4, 1.0, 0.3, "top")))]
+    base = np.linspace(1, 3, EXAMPLES)
+    measured = [on_guard("base", 0, base), on_guard("top", 16, base + 0.01), on_guard("four", 4, base + 0.3)]
+    found = adapter_answer(trials, QUESTION)
+    assert found is not None
+    moved, first = guarded(found, trials, QUESTION, measured, 0.05)
+    assert (moved.trial_id, first.task_rank, first.task_trial_id) == ("top", 4, "four")
+    again, second = guarded(moved, trials, QUESTION, measured, 0.05, first)
+    assert (again, second) == (moved, first)
+    # Without it the adapter that keeps the guard would be the answer by the task.
+    assert guarded(moved, trials, QUESTION, measured, 0.05)[1].task_rank == 16
+    larger = first.model_copy(update={"task_rank": 64, "task_trial_id": "gone"})
+    assert guarded(found, trials, QUESTION, measured, 0.05, larger)[1].task_trial_id == "four"
 
 
 def test_the_outer_figures_are_those_of_the_worst_file() -> None:

@@ -1,10 +1,16 @@
-"""The power calculation does what it says: checked by simulation."""
+"""The power calculation does what it says, checked by simulation; and the next runs as commands."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from rightrank.decision.comparison import CONFIDENCE, estimate, examples_needed, seeds_needed, settles
+from rightrank.decision.next_run import next_commands
+from rightrank.decision.run import decide_run
+from rightrank.schema.decision import NextRun
+from rightrank.schema.events import RunStarted
+from tests.report.runs import made_up_run
 
 
 def test_the_examples_needed_settle_it_in_four_of_five_runs() -> None:
@@ -40,3 +46,75 @@ def test_a_difference_at_the_margin_is_never_settled() -> None:
     pilot = type(pilot)(0.005, 1e-4, 0.0, 0.0, 100, 1, 0.0, 0.0)
     assert not settles(pilot.at(6400, 1), 0.005)
     assert examples_needed(pilot, 0.005) is None
+
+
+def started() -> RunStarted:
+    """A run of two ranks, two learning rates and two seeds on 30 of 50 held-out examples."""
+    made = made_up_run((1, 4), (1e-3, 3e-3), (0, 2)).started
+    data = made.data.model_copy(update={"not_evaluated": 20})
+    return made.model_copy(update={"data": data})
+
+
+def command(
+    wanted: dict[str, object], run: str = "out", margin: float | None = None, form: str | None = None
+) -> str | None:
+    """The command of one next run."""
+    begun = started()
+    if form is not None:
+        begun = begun.model_copy(update={"data": begun.data.model_copy(update={"form": form})})
+    next_run = NextRun.model_validate({"sentence": "x"} | wanted)
+    decision = decide_run(made_up_run()).model_copy(update={"next_runs": [next_run]})
+    found = next_commands(begun, decision, run, margin)
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "options"),
+    [
+        ({"action": "seeds", "seeds": 4}, "--seeds 0,1,2,3"),  # the smallest that the run does not have
+        ({"action": "seeds", "seeds": 2}, None),
+        ({"action": "seeds"}, None),
+        ({"action": "rank", "ranks": [8]}, "--ranks 1,4,8"),
+        (
+            {"action": "rank", "ranks": [8, 4], "learning_rates": [3e-4, 1e-3]},
+            "--ranks 1,4,8 --learning-rates 0.0003,0.001,0.003",
+        ),
+        ({"action": "rank", "ranks": [4]}, None),
+        ({"action": "rates", "ranks": [8], "learning_rates": [0.0123]}, "--learning-rates 0.001,0.003,0.0123"),
+        ({"action": "rates", "learning_rates": [1e-3]}, None),
+        ({"action": "items", "items": 50}, "--eval-items 50"),
+        ({"action": "items", "items": 51}, None),  # more than there are
+        ({"action": "items", "items": 30}, None),  # no more than now
+        ({"action": "seeds", "seeds": 3, "items": 31}, "--eval-items 31 --seeds 0,1,2"),
+        ({"action": "steps", "ranks": [8], "seeds": 9, "learning_rates": [0.1]}, None),
+        ({"action": "test", "ranks": [8]}, None),
+        ({"action": "data", "learning_rates": [0.1]}, None),
+    ],
+)
+def test_a_next_run_that_select_can_do_is_a_command(wanted: dict[str, object], options: str | None) -> None:
+    assert command(wanted) == (None if options is None else f"rightrank select --out out {options}")
+
+
+def test_the_command_can_be_pasted_and_has_another_margin_where_one_is_given() -> None:
+    assert command({"action": "seeds", "seeds": 3}, "a run") == "rightrank select --out 'a run' --seeds 0,1,2"
+    assert command({"action": "rank", "ranks": [8]}, margin=0.0125) == (
+        "rightrank select --out out --ranks 1,4,8 --margin 0.0125"
+    )
+    assert command({"action": "test"}, margin=0.01) is None
+
+
+def test_a_custom_trainer_has_no_commands_and_without_a_decision_there_are_none() -> None:
+    assert command({"action": "seeds", "seeds": 3}, form="own") is None
+    assert next_commands(started(), None, "out") == []
+
+
+def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
+    records = made_up_run((1, 4, 16), (1e-3,))
+    base, one, four, sixteen = records.finished()
+    outcomes = [base, one.model_copy(update={"steps": 10}), four.model_copy(update={"steps": 20}), sixteen]
+    (found,) = [one for one in decide_run(records, outcomes).next_runs if one.action == "steps"]
+    assert (found.ranks, found.steps, found.trials) == ([1, 4], sixteen.steps, 2)
+    assert found.sentence == (
+        f"Train ranks 1 and 4 for {sixteen.steps} steps too (2 trainings): trainings of unequal length are compared."
+    )

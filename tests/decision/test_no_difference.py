@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -59,3 +61,42 @@ def test_the_sentence_names_the_ranks_the_noise_and_the_seeds() -> None:
     assert "take rank 4, the smallest of them" in sentence
     assert "a difference of 0.02 in reward would take about " in sentence
     assert sentence.endswith(" seeds a rank.")
+
+
+def sentence(*rows: tuple[int, int, list[float]], metric: str = "reward") -> str:
+    """Of trainings by rank, seed and scores, at a margin of 0.02."""
+    results = [
+        Result(trial_id=f"{rank} {seed}", rank=rank, seed=seed, value=float(np.mean(scores)), item_values=scores)
+        for rank, seed, scores in rows
+    ]
+    made = ResultsTable(metric=metric, higher_is_better=True, results=results, understood=[])
+    found = decide(table_of_results(made), 0.02, smallest_if_alike=True, confidence=None)
+    assert found.verdict == "no_difference"
+    return found.sentence
+
+
+def test_one_seed_shows_no_noise_and_the_best_may_be_the_smallest() -> None:
+    generator = np.random.default_rng(5)
+    ease = generator.normal(0.5, 0.1, 40)
+    low, high = ease + 0.001, ease + generator.normal(0, 0.2, 40)
+    high += low.mean() - high.mean()
+    best = sentence((1, 0, list(low + 0.001)), (4, 0, list(high)))
+    assert best == (
+        "No difference between ranks 1 and 4 can be shown at this noise: take rank 1, the smallest. "
+        "It is the best of them as measured."
+    )
+    other = sentence((1, 0, list(low)), (4, 0, list(high + 0.01)))
+    assert other == (
+        "No difference between ranks 1 and 4 can be shown at this noise: take rank 1, the smallest. "
+        "Rank 4 looks 0.01 better."
+    )
+
+
+def test_three_ranks_are_listed_and_two_seeds_show_their_noise() -> None:
+    told = decide(table({1: 0.6, 4: 0.6, 16: 0.6}, 0.06), 0.02, smallest_if_alike=True).sentence
+    assert re.fullmatch(
+        r"No difference between ranks 1, 4 and 16 can be shown at this noise \(seed standard deviation 0\.0\d+\): take rank 1, "
+        r"the smallest\. (It is the best of them as measured|Rank \d+ looks 0\.\d+ better); a difference of 0\.02 in reward would "
+        r"take about \d+ seeds a rank\.",
+        told,
+    )

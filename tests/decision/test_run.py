@@ -5,11 +5,25 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.run import Records, best_trial, comparable, decide_run, decision_so_far, records_of, run_table
+from rightrank.decision.run import (
+    Records,
+    best_trial,
+    comparable,
+    compared,
+    decide_on,
+    decide_run,
+    decision_so_far,
+    document,
+    question_of,
+    records_of,
+    run_table,
+    trainings,
+)
 from rightrank.decision.table import table_of
 from rightrank.report.status import last_decided, running_trial
-from rightrank.schema.errors import RunFolderError
-from rightrank.schema.events import Certified, DecisionRecorded, GuardEvaluated, JournalRecord
+from rightrank.schema.decision import CheckpointNote, Decision, TrainingRankEstimate
+from rightrank.schema.errors import ResultsError, RunFolderError
+from rightrank.schema.events import Certified, DecisionRecorded, GuardEvaluated, JournalRecord, RunContinued
 from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialLook, TrialStarted
 from tests.report.runs import ITEMS, TOKENS, answered_run, made_up_run
 
@@ -232,3 +246,157 @@ def test_a_perplexity_of_weighted_examples_is_the_weighted_mean_of_logarithms() 
     ]
     cell = table_of(trials, "perplexity", False).cells[4, 1e-3, 0]
     assert cell.loss == pytest.approx((3 * np.log(2.0) + np.log(8.0)) / 4)
+
+
+def test_a_continued_run_has_the_settings_and_the_examples_that_it_was_last_continued_with() -> None:
+    made = made_up_run()
+    more = made.started.data.model_copy(update={"rows": 99})
+    continued = [
+        RunContinued(settings={"margin": 0.5, "seeds": [0, 1]}, evaluation_items=["a", "b"], data=more),
+        RunContinued(settings={"margin": 0.25}),
+        RunContinued(settings={}, evaluation_items=["a", "b", "c"]),
+    ]
+    started = records_of([*journal_of(made), *continued], "run").started
+    assert started.settings == made.started.settings | {"margin": 0.25, "seeds": [0, 1]}
+    assert started.evaluation_items == ["a", "b", "c"]
+    assert started.data == made.started.data
+    assert records_of([*journal_of(made), *continued[:2]], "run").started.data == more
+    untouched = {"settings", "evaluation_items", "data"}
+    assert started.model_dump(exclude=untouched) == made.started.model_dump(exclude=untouched)
+    # Examples without settings, and settings without examples.
+    only = records_of([made.started, RunContinued(settings={}, evaluation_items=["a"])], "run").started
+    assert (only.settings, only.evaluation_items) == (made.started.settings, ["a"])
+    assert records_of([made.started, RunContinued(settings={})], "run").started == made.started
+
+
+def with_settings(records: Records, **settings: object) -> Records:
+    started = records.started.model_copy(update={"settings": records.started.settings | settings})
+    return Records.of(started, [*records.outcomes, *records.adapters])
+
+
+def test_the_confidence_is_that_of_the_run_unless_another_is_asked() -> None:
+    """A probability that is none is refused by its value: the one that was asked."""
+    records = made_up_run()
+
+    def asked(settings: dict[str, object], confidence: float | None = None) -> str:
+        run = with_settings(records, **settings)
+        with pytest.raises(ResultsError) as refused:
+            decide_on(run, comparable(run), "loss", 0.02, confidence=confidence)
+        return str(refused.value).removeprefix("confidence ").partition(" ")[0]
+
+    assert asked({"confidence": 0.3}) == "0.3"
+    assert asked({"confidence": 0.9}, 0.2) == "0.2"
+    assert asked({"confidence": 0.3}, 0.2) == "0.2"
+    assert asked({"confidence": 1}) == "1"
+    assert asked({"profile": "rl", "confidence": 0.3}) == "0.3"
+
+
+def used(decision: Decision) -> str:
+    assert decision.checkpoint is not None
+    return decision.checkpoint.used
+
+
+def test_the_checkpoint_is_that_of_the_run_unless_another_is_asked() -> None:
+    records = made_up_run()
+    best = with_settings(records, checkpoint="best")
+    assert used(decide_run(records)) == used(decide_run(with_settings(records, checkpoint="last"))) == "last"
+    assert used(decide_run(best)) == "best"
+    assert used(decide_on(best, comparable(best), "loss", checkpoint="last")) == "last"
+    assert used(decide_on(records, comparable(records), "loss", checkpoint="best")) == "best"
+
+
+def test_the_criterion_of_a_run_is_its_metric_at_its_margin() -> None:
+    records = made_up_run()
+    found = question_of(records)
+    assert (found.metric, found.higher_is_better, found.margin, found.token_loss) == ("loss", False, 0.02, True)
+    assert found.points_are_of_the_metric
+    assert not found.trusts_values
+    assert question_of(with_settings(records, margin=None)).margin is None
+    assert question_of(with_settings(records, margin=1)).margin == 1.0
+    started = records.started.model_copy(
+        update={
+            "metric": "f1",
+            "higher_is_better": True,
+            "points_metric": "loss",
+            "data": records.started.data.model_copy(update={"form": "preference"}),
+        }
+    )
+    other = question_of(Records.of(started, []))
+    assert (other.metric, other.higher_is_better, other.token_loss) == ("f1", True, False)
+    assert not other.points_are_of_the_metric
+    same = records.started.model_copy(update={"points_metric": "loss"})
+    assert question_of(Records.of(same, [])).points_are_of_the_metric
+
+
+def test_every_adapter_of_a_run_is_compared_with_the_reference_of_its_last_answer() -> None:
+    records = answered_run(direct=[4])
+    found = compared(records)
+    assert [(one.rank, one.how) for one in found] == [
+        (64, "recovered"), (64, "trained"), (32, "truncated"), (16, "truncated"), (8, "recovered"), (8, "truncated"),
+        (4, "trained"), (4, "truncated"),
+    ]  # fmt: skip
+    assert [one.difference for one in found if one.trial_id == records.adapters[-1].answer.reference_id] == [0.0]
+    assert compared(made_up_run()) == []
+
+
+def test_the_cost_of_a_run_is_counted_in_whole_trainings() -> None:
+    records = made_up_run((1, 4), (1e-3,))
+    assert trainings(records) == 2.0  # the base is evaluated, not trained
+    one, four = records.finished()[1:]
+    stopped = altered(one, trial_id="stopped", stop_at=10)
+    resumed = altered(one, trial_id="resumed", stop_at=30, continue_from="stopped")
+    recovered = altered(four, trial_id="recovered", truncate_from=four.trial_id, steps=400)
+    records.outcomes += [stopped, resumed, recovered]
+    assert trainings(records) == pytest.approx(2 + 0.25 + 0.5 + 10)
+    third = altered(one, trial_id="third", stop_at=None, steps=13)
+    assert trainings(Records.of(records.started, [four, third])) == 1.325
+    # A custom trainer may not tell its steps; then each training counts as one.
+    own = Records.of(records.started, [altered(trial, steps=0) for trial in (one, four)])
+    assert trainings(own) == 2.0
+    assert trainings(Records.of(records.started, [])) == 0.0
+
+
+def test_both_answers_are_one_document() -> None:
+    records = answered_run(direct=[1, 4, 16])
+    decision, adapter = decide_run(records), records.adapters[-1]
+    found = document(records, decision, "training-rank")
+    assert {name: found[name] for name in ("metric", "higher_is_better", "goal")} == {
+        "metric": "loss",
+        "higher_is_better": False,
+        "goal": "training-rank",
+    }
+    assert (found["rank"], found["verdict"], found["sentence"]) == (decision.rank, decision.verdict, decision.sentence)
+    assert found["flags"] == list(decision.flags)
+    assert found["adapter_sentence"] == adapter.answer.sentence
+    assert found["cost"] == {"trainings": trainings(records), "trainings_to_adapter": 1.2}
+    assert found["adapter_making"].startswith("trained at rank 64 (learning rate 0.003, 40 steps), truncated to rank ")
+    assert found["handed_over"] == adapter.handed_over.model_dump(mode="json")
+    assert found["adapter_answer"] == adapter.answer.model_dump(mode="json")
+    assert (found["guard"], found["training_rank_estimate"]) == (None, None)
+
+
+def test_a_question_that_was_not_asked_is_none_in_the_document() -> None:
+    estimate = TrainingRankEstimate(low=8, high=16, trainings=3.0, sentence="Between 8 and 16.")
+    first = document(answered_run(), None, "adapter", estimate)
+    assert [first[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
+    assert first["training_rank_estimate"] == estimate.model_dump(mode="json")
+    assert "flags" not in first
+    records = made_up_run()
+    second = document(records, decide_run(records), "training-rank")
+    of_the_adapter = ("adapter_sentence", "adapter_making", "handed_over", "guard", "adapter_answer")
+    assert {name: second[name] for name in of_the_adapter} == dict.fromkeys(of_the_adapter)
+    assert second["cost"] == {"trainings": 8.0, "trainings_to_adapter": None}
+
+
+@pytest.mark.parametrize("matters", [True, False])
+def test_a_checkpoint_that_changes_the_adapter_is_flagged_once(matters: bool) -> None:
+    records = answered_run(direct=[1, 4, 16])
+    last = records.adapters[-1]
+    noted = CheckpointNote(used="last", last=8, best=4 if matters else 8)
+    records.adapters[-1] = last.model_copy(update={"answer": last.answer.model_copy(update={"checkpoint": noted})})
+    decision = decide_run(records)
+    told = decision.model_copy(update={"flags": [*decision.flags, "checkpoint_matters"]})
+    flags = document(records, decision, "training-rank").get("flags")
+    assert flags == [*decision.flags, *(["checkpoint_matters"] if matters else [])]
+    assert document(records, told, "training-rank")["flags"] == told.flags
+    assert document(records, None, "adapter").get("flags") == (["checkpoint_matters"] if matters else None)

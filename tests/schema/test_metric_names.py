@@ -6,18 +6,23 @@ Also the kind of a metric, its margin and its published noise.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from rightrank.schema.metrics import (
+    BUILT_IN,
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
     MetricKind,
+    MetricSpec,
     default_margin,
     direction,
     is_percent,
     kind_of,
+    parse_metric,
+    parse_metrics,
     published_deviation,
 )
 
@@ -376,3 +381,53 @@ def test_margin_and_published_noise(
 ) -> None:
     assert default_margin(kind, reference, values) == pytest.approx(margin)
     assert published_deviation(kind, reference, values) == pytest.approx(deviation)
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        *((name, MetricSpec(name, kind)) for name, kind in BUILT_IN.items()),
+        ("f1=f1", MetricSpec("f1", "text")),
+        ("my.scores:bleu", MetricSpec("bleu", "function", "my.scores:bleu")),
+        ("bleu4=my.scores:bleu", MetricSpec("bleu4", "function", "my.scores:bleu")),
+        ("a-b= /tmp/a b.py:_one ", MetricSpec("a-b", "function", "/tmp/a b.py:_one")),
+        ("bleu=command:python bleu.py --in=a:b", MetricSpec("bleu", "command", "python bleu.py --in=a:b")),
+        ("x=command:one\ntwo", MetricSpec("x", "command", "one\ntwo")),
+    ],
+)
+def test_a_metric_is_named_by_its_text(text: str, spec: MetricSpec) -> None:
+    assert parse_metric(text) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("accuracies", "metric 'accuracies' is not known (did you mean 'accuracy'?); there are: loss, accuracy,"),
+        ("zzz", "metric 'zzz' is not known; there are: loss, accuracy, macro_f1,"),
+        ("mine=f1", "metric 'mine=f1' is not known"),
+        ("f1=my.scores:f1", "metric 'f1=my.scores:f1': 'f1' is a built-in metric; give yours another name"),
+        ("command:wc -l", "metric 'command:wc -l' has no name; give NAME=command:PROGRAM, such as bleu=command:wc -l"),
+        ("command:a=b", "metric 'command:a=b' has no name"),
+        ("bleu=command: ", "metric 'bleu=command: ' is not known"),
+        ("module:", "metric 'module:' is not known"),
+        ("module:1x", "metric 'module:1x' is not known"),
+        (":f", "metric ':f' is not known"),
+    ],
+)
+def test_a_metric_that_is_none_is_refused_with_a_line(text: str, line: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(line)):
+        parse_metric(text)
+
+
+def test_the_metric_that_decides_comes_before_the_others_and_each_has_its_own_name() -> None:
+    assert [one.name for one in parse_metrics("f1", ["loss", "x=m:f"])] == ["f1", "loss", "x"]
+    assert parse_metrics("loss", []) == (MetricSpec("loss", "loss"),)
+    twice = "metrics: 'f' is given twice; give each once, under names that differ (NAME=…)"
+    with pytest.raises(ValueError, match=re.escape(twice)):
+        parse_metrics("loss", ["m:f", "n:f"])
+
+
+def test_which_metrics_every_evaluation_measures() -> None:
+    along = [name for name in BUILT_IN if parse_metric(name).is_measured_along]
+    assert along == ["loss", "accuracy", "reward_accuracy", "reward_margin"]
+    assert not parse_metric("m:f").is_measured_along
