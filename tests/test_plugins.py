@@ -10,9 +10,8 @@ import subprocess
 import sys
 import textwrap
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -146,14 +145,12 @@ def test_the_plug_in_of_the_docs_works(tmp_path: Path) -> None:
 
 
 def test_a_plug_in_adds_an_export_and_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Added(plugins.Plugin):
-        def exports(self) -> dict[str, Callable[..., Any]]:
-            return {"note": lambda recipe: Written({"note.txt": f"rank {recipe.r}"}, "cat note.txt")}
-
-        def calls(self) -> dict[str, Callable[..., Any]]:
-            return {"twice": lambda train: lambda task: {"loss": 2 * train(task)["loss"]}}
-
-    monkeypatch.setitem(plugins._loaded(), "added", Added())
+    added = plugins.Plugin(
+        name="added",
+        exports={"note": lambda recipe: Written({"note.txt": f"rank {recipe.r}"}, "cat note.txt")},
+        calls={"twice": lambda train: lambda task: {"loss": 2 * train(task)["loss"]}},
+    )
+    monkeypatch.setitem(plugins._loaded(), "added", added)
     selected = rightrank.select_rank_with(
         lambda task: {"loss": 1 / task.rank}, tmp_path / "run", ranks=(1, 4), learning_rates=(1e-3,), executor="twice"
     )

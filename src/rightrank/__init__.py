@@ -68,6 +68,6 @@ def __getattr__(name: str) -> Any:
     if not name.startswith("_"):
         from rightrank.runs import plugins
 
-        if (function := plugins.merged(lambda plugin: plugin.functions()).get(name)) is not None:
+        if (function := plugins.merged(lambda plugin: plugin.functions).get(name)) is not None:
             return function
     raise AttributeError(f"module 'rightrank' has no attribute {name!r}")

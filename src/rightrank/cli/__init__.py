@@ -41,7 +41,7 @@ class Commands(click.Group):
 
 def _of_plugins() -> dict[str, click.Command]:
     """They are imported when they are asked for, since they import this package."""
-    return {command.name or "": command for command in plugins.listed(lambda plugin: plugin.commands())}
+    return {command.name or "": command for command in plugins.listed(lambda plugin: plugin.commands)}
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

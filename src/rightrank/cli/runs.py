@@ -46,7 +46,7 @@ def report(run: Path, atlas_row: bool, as_json: bool) -> None:
     from rightrank.runs import plugins
 
     if atlas_row:
-        if (row := plugins.merged(lambda plugin: plugin.functions()).get("atlas_row")) is None:
+        if (row := plugins.merged(lambda plugin: plugin.functions).get("atlas_row")) is None:
             raise SettingsError("--atlas-row needs the plug-in `atlas`, which is not installed")
         click.echo(json.dumps(row(run)))
         return

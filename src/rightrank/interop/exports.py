@@ -76,7 +76,7 @@ def require_target(name: str) -> None:
     Raises:
         SettingsError: such a target, with the nearest known one.
     """
-    known = [*TARGETS, *plugins.merged(lambda plugin: plugin.exports())]
+    known = [*TARGETS, *plugins.merged(lambda plugin: plugin.exports)]
     if name not in known:
         raise SettingsError(
             f"export target {name!r} is not known{did_you_mean(name, known)}; allowed: {', '.join(known)}"
@@ -92,7 +92,7 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
     if name != "peft":  # its folder may be published, and needs neither the model nor the data
         recipe = recipe.located()
     exported = recipe if name in ("peft", "vllm") else recipe.training()
-    targets = TARGETS | plugins.merged(lambda plugin: plugin.exports())
+    targets = TARGETS | plugins.merged(lambda plugin: plugin.exports)
     written, comments = targets[name](exported), recipe.comments()
     with replacing_folder(folder) as temporary:
         if written.with_adapter:

@@ -234,7 +234,7 @@ def _caller(executor: str, workers: int, timeout_seconds: float | None) -> Calla
         raise SettingsError(
             'timeout_seconds needs executor="processes" and a number above 0: other calls can\'t be ended'
         )
-    elsewhere: dict[str, Callable[[TrainFunction], Call]] = merged(lambda plugin: plugin.calls())
+    elsewhere: dict[str, Callable[[TrainFunction], Call]] = merged(lambda plugin: plugin.calls)
     if executor not in ("local", "threads", "processes", *elsewhere):
         raise SettingsError(f'executor: got {executor!r}; give "local", "threads", "processes" or "ray"')
     if workers < 1 or (workers > 1 and executor == "local"):

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -36,93 +36,50 @@ FAULTS = (ImportError, SyntaxError, NameError, *LIBRARY_ERRORS)
 Found = TypeVar("Found")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Plugin:
-    """What a plug-in adds. A base class: every method adds nothing.
+    """What a plug-in adds; a field that is left out adds nothing.
 
-    The methods import what they return, so that a plug-in costs nothing until it is used. For example::
+    Its functions import what they need, so that a plug-in costs nothing until it is used. For example::
 
-        class Chat(Plugin):
-            name = "chat"
-
-            def hooks(self):
-                from chat.hook import PostToChat
-
-                return [PostToChat()]
+        PLUGIN = Plugin(name="chat", functions={"chat": chat}, hooks=lambda: [PostToChat()])
     """
 
-    name = ""
+    name: str
+    commands: Sequence[click.Command] = ()
+    """Commands of `rightrank`."""
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """Functions of the Python API by name: `rightrank.NAME`."""
+    hooks: Callable[[], Sequence[Any]] = tuple
+    """New hooks for one selection; see `rightrank.hooks.Hook`."""
+    executors: Mapping[str, Callable[..., AbstractContextManager[Any]]] = field(default_factory=dict)
+    """By a value of the setting `executor`: a function of request, prepared selection and selection.
 
-    def commands(self) -> Sequence[click.Command]:
-        """Commands of `rightrank`."""
-        return ()
+    It gives a context, within which workers run, whose value is a `rightrank.runs.hook.Executor`.
+    """
+    calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """By a value of `executor` of `select_rank_with`: turns a training function into one that runs elsewhere."""
+    exports: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """By a name of `export --to`: a function of a `rightrank.interop.recipe.Recipe` that returns what to write."""
+    outlook: Callable[[RunStarted, int | None], Sequence[str]] = lambda started, measured: ()
+    """Lines for a person about a selection, from the first record of its run and the rank that was found, None before it is.
 
-    def functions(self) -> Mapping[str, Callable[..., Any]]:
-        """Functions of the Python API by name: `rightrank.NAME`."""
-        return {}
+    They are shown, and enter neither what is tried nor the answer.
+    """
+    memory_plan: Callable[
+        [LoadedModel, EncodedData, int | None, SelectSettings, Callable[[str], None]], MemoryPlan | None
+    ] = lambda *selection: None
+    """The memory of a selection's ranks, and those that fit; None where this plug-in can't tell.
 
-    def hooks(self) -> Sequence[Any]:
-        """New hooks for one selection; see `rightrank.hooks.Hook`."""
-        return ()
+    From the base, the data, the classes of a classification (None for others), the settings, and what receives each line for a
+    person. Ranks that the user did not give may be chosen here. It raises SettingsError where fewer ranks fit than a comparison needs.
+    """
+    decide_rows: Callable[[Sequence[Row], float | None], tuple[Decision, list[str]] | None] = lambda rows, margin: None
+    """The decision on finished results of another kind than values, and how they were understood; None for other rows.
 
-    def executors(self) -> Mapping[str, Callable[..., AbstractContextManager[Any]]]:
-        """By a value of the setting `executor`: a function of request, prepared selection and selection.
-
-        It gives a context, within which workers run, whose value is a `rightrank.runs.hook.Executor`.
-        """
-        return {}
-
-    def calls(self) -> Mapping[str, Callable[..., Any]]:
-        """By a value of `executor` of `select_rank_with`: turns a training function into one that runs elsewhere."""
-        return {}
-
-    def exports(self) -> Mapping[str, Callable[..., Any]]:
-        """By a name of `export --to`: a function of a `rightrank.interop.recipe.Recipe` that returns what to write."""
-        return {}
-
-    def outlook(self, started: RunStarted, measured: int | None) -> Sequence[str]:
-        """Lines for a person about a selection, from what is known before its trainings.
-
-        They are shown, and enter neither what is tried nor the answer.
-
-        Args:
-            started: the first record of the run.
-            measured: the training rank that was found; None before it is.
-        """
-        return ()
-
-    def memory_plan(
-        self,
-        loaded: LoadedModel,
-        encoded: EncodedData,
-        classes: int | None,
-        settings: SelectSettings,
-        notice: Callable[[str], None],
-    ) -> MemoryPlan | None:
-        """The memory of a selection's ranks, and those that fit; None where this plug-in can't tell.
-
-        Args:
-            loaded: the base.
-            encoded: the data.
-            classes: of a classification; None for others.
-            settings: of the selection. Ranks that the user did not give may be chosen here.
-            notice: receives each line for a person.
-
-        Raises:
-            SettingsError: fewer ranks fit than a comparison needs.
-        """
-        return None
-
-    def decide_rows(self, rows: Sequence[Row], margin: float | None) -> tuple[Decision, list[str]] | None:
-        """The decision on finished results of another kind than values, and how they were understood; None for other rows.
-
-        Args:
-            rows: of a table, with the place of each.
-            margin: None for the default of this kind.
-
-        Raises:
-            ResultsError: rows of this kind that can't be used.
-        """
-        return None
+    From the rows of a table, with the place of each, and the margin, None for the default of this kind. It raises ResultsError for rows of
+    this kind that can't be used.
+    """
 
 
 @dataclass(frozen=True, slots=True)

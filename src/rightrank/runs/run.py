@@ -152,7 +152,7 @@ def _executor_of(request: Request, prepared: Prepared, run: Run) -> Iterator[Exe
         largest = prepared.planned.max_adapters_per_pass if prepared.planned else None
         yield LocalExecutor(prepared.runtime, run.folder, run, largest)
         return
-    executors = merged(lambda plugin: plugin.executors())
+    executors = merged(lambda plugin: plugin.executors)
     with executors[request.settings.executor](request, prepared, run) as executor:
         yield executor
 

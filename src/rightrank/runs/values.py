@@ -89,7 +89,7 @@ def check(request: Request) -> None:
             require_rows(Path(source))
     if isinstance(request.model, str):
         require_model(request.model)
-    if settings.executor != "local" and settings.executor not in merged(lambda plugin: plugin.executors()):
+    if settings.executor != "local" and settings.executor not in merged(lambda plugin: plugin.executors):
         raise SettingsError(f"executor {settings.executor!r} needs the plug-in cluster, which is not there")
     for what, given in (("model", request.model), ("data", request.data)):
         if settings.executor != "local" and not isinstance(given, str | Path):

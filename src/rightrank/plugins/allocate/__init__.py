@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +14,6 @@ from rightrank.schema.settings import SelectSettings, make_settings
 
 if TYPE_CHECKING:
     from rightrank.schema.results import Allocation, AllocationTrial
-
-
-class Allocate(Plugin):
-    name = "allocate"
-
-    def commands(self) -> Sequence[click.Command]:
-        return [_allocate]
-
-    def functions(self) -> Mapping[str, Callable[..., Any]]:
-        return {"allocate": allocate}
-
-
-PLUGIN = Allocate()
 
 
 def allocate(
@@ -100,3 +87,6 @@ def _allocate(seeds: list[str] | None, assignments: tuple[str, ...], as_json: bo
     from rightrank.report.adapters import allocation_text
 
     click.echo(allocation_text(allocation))
+
+
+PLUGIN = Plugin(name="allocate", commands=[_allocate], functions={"allocate": allocate})

@@ -7,39 +7,14 @@ nothing here narrows what a selection tries or enters its evidence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from rightrank.plugins.atlas import view
+from rightrank.plugins.atlas.estimate import Expectation, Question, ask, expectation, kind_of
 from rightrank.runs.plugins import Plugin
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import click
-
-    from rightrank.plugins.atlas.estimate import Expectation
-    from rightrank.schema.events import RunStarted
-
-
-class AtlasPlugin(Plugin):
-    name = "atlas"
-
-    def commands(self) -> Sequence[click.Command]:
-        from rightrank.plugins.atlas import view
-
-        return [view.expect]
-
-    def functions(self) -> Mapping[str, Callable[..., Any]]:
-        return {"expect": expect, "atlas_row": atlas_row}
-
-    def outlook(self, started: RunStarted, measured: int | None) -> Sequence[str]:
-        from rightrank.plugins.atlas.view import outlook
-
-        return outlook(started, measured)
-
-
-PLUGIN = AtlasPlugin()
 
 
 def expect(
@@ -70,8 +45,6 @@ def expect(
     Raises:
         SettingsError: a number or rank that can't be, or data that can't be read.
     """
-    from rightrank.plugins.atlas.estimate import Question, ask, expectation, kind_of
-
     question, notes = ask(model, data, Question(task, parameters, rows, tokens, kind_of(metric), margin))
     found = expectation(question, ranks)
     return replace(found, notes=(*notes, *found.notes))
@@ -84,8 +57,15 @@ def atlas_row(run: str | Path) -> dict[str, Any]:
         RunFolderError: the folder has no journal that can be read.
     """
     from rightrank.decision.run import records_of
-    from rightrank.plugins.atlas.view import atlas_row as row_of
     from rightrank.runs.folder import RunFolder
 
     folder = RunFolder.existing(run)
-    return row_of(records_of(folder.journal.read(), str(folder.path)))
+    return view.atlas_row(records_of(folder.journal.read(), str(folder.path)))
+
+
+PLUGIN = Plugin(
+    name="atlas",
+    commands=[view.expect],
+    functions={"expect": expect, "atlas_row": atlas_row},
+    outlook=view.outlook,
+)

@@ -6,12 +6,12 @@ workers are lost, hang or don't fit. Adapters and checkpoints go through a share
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rightrank.runs.plugins import Plugin
 from rightrank.schema.errors import SettingsError
@@ -27,26 +27,8 @@ if TYPE_CHECKING:
 MAX_TASK_TRIALS = 16  # the worker measures how many of them to train in one pass
 
 
-class Cluster(Plugin):
-    name = "cluster"
-
-    def hooks(self) -> Sequence[Any]:
-        from rightrank.plugins.cluster.store import StoreOfRun
-
-        return [StoreOfRun()]
-
-    def executors(self) -> Mapping[str, Callable[..., AbstractContextManager[Any]]]:
-        return {"processes": worker_executor, "ray": worker_executor}
-
-    def calls(self) -> Mapping[str, Callable[..., Any]]:
-        return {"ray": lambda train: import_module("rightrank.plugins.cluster.on_ray").call_on_ray(train)}
-
-
-PLUGIN = Cluster()
-
-
 @contextmanager
-def worker_executor(request: Request, prepared: Prepared, run: Run) -> Iterator[Pool]:
+def _workers(request: Request, prepared: Prepared, run: Run) -> Iterator[Pool]:
     """The executor of workers in processes or on Ray. They start on demand and run as long as the block.
 
     Raises:
@@ -118,3 +100,11 @@ def _crew(settings: SelectSettings, setup: Setup, needed: int | None, on_cuda: b
     if not workers:
         raise SettingsError("executor 'processes' needs the number of workers on a CPU: give it, such as --workers 2")
     return ProcessCrew(setup, setup.folder / "workers", devices), workers
+
+
+PLUGIN = Plugin(
+    name="cluster",
+    hooks=lambda: [import_module("rightrank.plugins.cluster.store").StoreOfRun()],
+    executors={"processes": _workers, "ray": _workers},
+    calls={"ray": lambda train: import_module("rightrank.plugins.cluster.on_ray").call_on_ray(train)},
+)

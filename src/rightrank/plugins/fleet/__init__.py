@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +14,6 @@ from rightrank.schema.settings import SelectSettings, make_settings
 
 if TYPE_CHECKING:
     from rightrank.plugins.fleet.common_rank import Fleet
-
-
-class FleetPlugin(Plugin):
-    name = "fleet"
-
-    def commands(self) -> Sequence[click.Command]:
-        return [_fleet]
-
-    def functions(self) -> Mapping[str, Callable[..., Any]]:
-        return {"fleet": fleet}
-
-
-PLUGIN = FleetPlugin()
 
 
 def fleet(
@@ -112,3 +99,6 @@ def _fleet(margin: float | None, assignments: tuple[str, ...], as_json: bool, **
     settings = make_settings(gather(None, assignments, {"margin": margin}))
     found = fleet(**asked, settings=settings, notice=lambda line: click.echo(line, err=True))
     click.echo(found.model_dump_json() if as_json else _fleet_text(found))
+
+
+PLUGIN = Plugin(name="fleet", commands=[_fleet], functions={"fleet": fleet})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,27 +15,6 @@ if TYPE_CHECKING:
     from rightrank.data.rows import Row
     from rightrank.plugins.judge.pairs import JudgedRun
     from rightrank.schema.decision import Decision
-
-
-class Judge(Plugin):
-    name = "judge"
-
-    def commands(self) -> Sequence[click.Command]:
-        return [_judge]
-
-    def functions(self) -> Mapping[str, Callable[..., Any]]:
-        return {"judge": judge}
-
-    def decide_rows(self, rows: Sequence[Row], margin: float | None) -> tuple[Decision, list[str]] | None:
-        if not rows or not {"rank_a", "rank_b"} <= rows[0].fields.keys():
-            return None
-        from rightrank.plugins.judge.judgements import decide_judged, judgements_of
-
-        judgements, understood = judgements_of(rows)
-        return decide_judged(judgements, margin), understood
-
-
-PLUGIN = Judge()
 
 
 def judge(
@@ -95,3 +74,16 @@ def _judge(run: Path, as_json: bool, **asked: Any) -> None:
     click.echo(found.decision.sentence)
     click.echo(f"verdict: {found.decision.verdict} ({', '.join(found.understood)})")
     click.echo(f"next:    {found.decision.next_run}")
+
+
+def _decide_rows(rows: Sequence[Row], margin: float | None) -> tuple[Decision, list[str]] | None:
+    """The decision on rows of judgements."""
+    if not rows or not {"rank_a", "rank_b"} <= rows[0].fields.keys():
+        return None
+    from rightrank.plugins.judge.judgements import decide_judged, judgements_of
+
+    judgements, understood = judgements_of(rows)
+    return decide_judged(judgements, margin), understood
+
+
+PLUGIN = Plugin(name="judge", commands=[_judge], functions={"judge": judge}, decide_rows=_decide_rows)

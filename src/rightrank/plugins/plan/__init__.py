@@ -6,7 +6,8 @@ rank from two traces) → planner (the plan), and selection (the memory and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -15,31 +16,13 @@ import click
 from rightrank.cli.options import SettingsCommand, announce, gather, setting_options
 from rightrank.models.ranks import LARGE_RANK, rank_change_line, rate_warning
 from rightrank.report.format import size
-from rightrank.runs.plugins import MemoryPlan, Plugin
+from rightrank.runs.plugins import Plugin
 from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
 from rightrank.schema.table import given_values
 
 if TYPE_CHECKING:
     from rightrank.schema.keywords import PlanKeywords
     from rightrank.schema.results import Plan, RankPlan
-
-
-class PlanPlugin(Plugin):
-    name = "plan"
-
-    def commands(self) -> Sequence[click.Command]:
-        return [_plan]
-
-    def functions(self) -> Mapping[str, Callable[..., Any]]:
-        return {"plan": plan}
-
-    def memory_plan(self, *selection: Any) -> MemoryPlan | None:
-        from rightrank.plugins.plan.selection import plan_loaded
-
-        return plan_loaded(*selection)
-
-
-PLUGIN = PlanPlugin()
 
 
 def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack[PlanKeywords]) -> Plan:
@@ -156,3 +139,11 @@ def _fits_line(plan: Plan, memory: int) -> str:
     if plan.largest_possible_rank != plan.max_rank:
         possible = f" (largest of all ranks: {plan.largest_possible_rank})"
     return f"largest requested rank that fits in {size(memory)}: {plan.max_rank}{possible}"
+
+
+PLUGIN = Plugin(
+    name="plan",
+    commands=[_plan],
+    functions={"plan": plan},
+    memory_plan=lambda *selection: import_module("rightrank.plugins.plan.selection").plan_loaded(*selection),
+)
