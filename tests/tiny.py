@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -126,7 +126,7 @@ UNMEASURED: dict[str, Any] = {  # fields of a `TrialFinished` that its test does
 }
 
 
-ON_CPU = make_settings({"dtype": "float32", "device": "cpu"})
+ON_CPU = SelectSettings(dtype="float32", device="cpu")
 
 
 def small_settings(**changes: Any) -> SelectSettings:
@@ -142,7 +142,7 @@ def small_settings(**changes: Any) -> SelectSettings:
         "eval_points": 2,
         "dtype": "float32",  # what is planned without a preparation has a type of its own
     }
-    return make_settings(values | changes)
+    return SelectSettings(**values | changes)
 
 
 def write_pairs(path: Path, count: int = 200) -> Path:

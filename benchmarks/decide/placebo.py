@@ -27,7 +27,7 @@ from tests.tiny import WORDS, make_tokenizer, sentences, tiny_llama_config, writ
 
 from benchmarks.machine import machine
 from rightrank import select_rank
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 
 HERE = Path(__file__).parent
 Kind = Literal["random", "shuffled", "true"]
@@ -89,7 +89,7 @@ def make_base(folder: Path, seed: int, steps: int) -> Path:
 
 def one_run(kind: Kind, seed: int, base: Path, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
     data = write_jsonl(out.with_suffix(".jsonl"), rows(kind, 1200, 100 * seed + KINDS.index(kind)))
-    settings = make_settings(SETTINGS | {"seeds": (2 * seed, 2 * seed + 1)} | changes)
+    settings = SelectSettings(**SETTINGS | {"seeds": (2 * seed, 2 * seed + 1)} | changes)
     decision = select_rank(str(base), data, out, settings=settings).decision
     values = {str(e.rank): round(e.value, 4) for e in decision.ranks}
     return {

@@ -10,7 +10,7 @@ import torch
 from benchmarks.machine import machine as plain_machine
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_base
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import EncodedData, encode
@@ -31,7 +31,7 @@ def machine() -> dict[str, Any]:
 
 
 def make_runtime(model: str, data: Path, steps: int, cache: Path, **changes: Any) -> Runtime:
-    settings = make_settings(DEFAULTS | changes)
+    settings = SelectSettings(**DEFAULTS | changes)
     splits = load_data(data, settings)
     loaded = load_base(model, settings, splits.classes)
     return Runtime(loaded, encode(splits, loaded, settings), settings, steps, cache)

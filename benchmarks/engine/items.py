@@ -31,7 +31,7 @@ from benchmarks.engine.common import machine
 from rightrank.data.splits import load_data
 from rightrank.data.token_store import lengths_of
 from rightrank.models.base_models import BaseIdentity, LoadedModel
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.train.batches import batch_plan, collate
 from rightrank.train.tokens import encode
 
@@ -79,7 +79,7 @@ def measure(count: int, model: Path, data: Path, folder: Path) -> dict[str, Any]
     loaded = LoadedModel(
         None, tokenizer, str(model), "", torch.device("cpu"), BaseIdentity(name=str(model), config={}, weights={})
     )
-    settings = make_settings({"ranks": (1, 16), "seq_len": 128, "batch_size": BATCH})
+    settings = SelectSettings(ranks=(1, 16), seq_len=128, batch_size=BATCH)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what the rows above held goes back now, not while others are counted
     before, begun = anonymous_bytes(), time.process_time()

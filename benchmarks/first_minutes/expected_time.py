@@ -24,7 +24,7 @@ from rightrank import select_rank
 from rightrank.demo import DEMO_SETTINGS
 from rightrank.report.format import duration
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 
 HERE = Path(__file__).parent
 CASES: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ def measured(model: Path, data: Path, changes: Mapping[str, Any]) -> dict[str, A
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         given = DEMO_SETTINGS.model_dump(include=DEMO_SETTINGS.model_fields_set)
-        settings = make_settings(given | dict(changes))
+        settings = SelectSettings(**given | dict(changes))
         selected = select_rank(str(model), data, Path(folder) / "run", settings=settings, callbacks=[watching])
     seconds = time.perf_counter() - begun[0]  # to the end, views and the test split included
     ran = selected.cost["trainings"]

@@ -31,8 +31,8 @@ STAGES = {
 }
 PLAN = (
     "from rightrank.plugins.plan.skeleton import read_config; from rightrank.plugins.plan.planner import plan_config; "
-    "from rightrank.schema.plan_settings import make_plan_settings; "
-    "plan_config(read_config({model!r}, False), 'm', make_plan_settings({{'ranks': [8, 16]}}))"
+    "from rightrank.schema.plan_settings import PlanSettings; "
+    "plan_config(read_config({model!r}, False), 'm', PlanSettings(ranks=[8, 16]))"
 )
 
 

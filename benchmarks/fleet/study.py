@@ -18,7 +18,7 @@ from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_base
 from rightrank.plugins.fleet import fleet
 from rightrank.schema.events import Listener
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.loop import run_trial
 from rightrank.train.runtime import Runtime
@@ -56,7 +56,7 @@ def main() -> None:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    settings = make_settings(SETTINGS)
+    settings = SelectSettings(**SETTINGS)
     loaded = load_base(given.model, settings, None)
     adapters, data = [], []
     for task in TASKS:

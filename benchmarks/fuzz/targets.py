@@ -24,8 +24,8 @@ from rightrank.report.terminal import decision_text
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import seal
 from rightrank.schema.errors import InputError
-from rightrank.schema.plan_settings import make_plan_settings
-from rightrank.schema.settings import make_settings, to_bytes
+from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import SelectSettings
 from rightrank.train.tokens import encode
 
 PART = b"\n--part--\n"  # between the files of one input
@@ -61,7 +61,7 @@ def read_data(data: bytes, folder: Path) -> None:
     suffix, body = _file_type(data)
     path = folder / f"data{suffix}"
     path.write_bytes(body)
-    settings = make_settings({"batch_size": 1, "test_fraction": 0.3, "validation_fraction": 0.3, "seq_len": 64})
+    settings = SelectSettings(batch_size=1, test_fraction=0.3, validation_fraction=0.3, seq_len=64)
     splits = load_data(path, settings)
     encode(splits, SimpleNamespace(tokenizer=_tokenizer()), settings)  # type: ignore[arg-type]
 
@@ -94,13 +94,13 @@ def read_settings(data: bytes, folder: Path) -> None:
     """A configuration file, and the same text as assignments on the command line."""
     text = data.decode("utf-8", "replace")
     for line in text.splitlines()[:5]:
-        _refusable(lambda line=line: make_settings(gather(None, (line.replace(": ", "="),), {})))  # type: ignore[misc]
-        _refusable(lambda line=line: to_bytes(line))  # type: ignore[misc]
+        _refusable(lambda line=line: SelectSettings(**gather(None, (line.replace(": ", "="),), {})))  # type: ignore[misc]
+        _refusable(lambda line=line: SelectSettings(memory_bytes=line))  # type: ignore[misc]
     path = folder / "config.yaml"
     path.write_bytes(data)
     values = gather(path, (), {})
-    _refusable(lambda: make_plan_settings(values))
-    make_settings(values).model_dump(mode="json")
+    _refusable(lambda: PlanSettings(**values))
+    SelectSettings(**values).model_dump(mode="json")
 
 
 def _refusable(read: Callable[[], object]) -> None:
@@ -131,7 +131,7 @@ def read_weights(data: bytes, folder: Path) -> None:
 def read_model(data: bytes, folder: Path) -> None:
     """A model's configuration, planned for."""
     (folder / "config.json").write_bytes(data)
-    plan(str(folder), settings=make_plan_settings({"ranks": (2,), "batch_size": 1, "seq_len": 16})).model_dump_json()
+    plan(str(folder), settings=PlanSettings(ranks=(2,), batch_size=1, seq_len=16)).model_dump_json()
 
 
 def read_journal(data: bytes, folder: Path) -> None:

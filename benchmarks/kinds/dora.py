@@ -19,7 +19,7 @@ from rightrank.decision.comparison import estimate
 from rightrank.decision.run import records_of
 from rightrank.demo import DEMO_SETTINGS, prepare_docstrings, prepare_model_folder
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 
 SETTINGS: dict[str, Any] = DEMO_SETTINGS.model_dump(include=DEMO_SETTINGS.model_fields_set) | {
@@ -69,7 +69,7 @@ def main(folder: Path) -> None:
     model, data = prepare_model_folder(folder / "base_model", print), prepare_docstrings(folder / "docstrings.jsonl")
     decisions = {}
     for name, use_dora in (("lora", False), ("dora", True)):
-        settings = make_settings(SETTINGS | {"use_dora": use_dora})
+        settings = SelectSettings(**SETTINGS | {"use_dora": use_dora})
         selected = select_rank(str(model), data, folder / name, settings=settings, callbacks=[observer])
         assert selected.decision is not None
         decisions[name] = {"rank": selected.decision.rank, "verdict": selected.decision.verdict}

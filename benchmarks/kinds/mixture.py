@@ -22,7 +22,7 @@ from benchmarks.kinds.cases import FUSED
 from benchmarks.kinds.dora import best_by_rank
 from benchmarks.machine import machine
 from rightrank import inspect, select_rank
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 
 EXPERTS, STEPS = 4, 300
 SETTINGS: dict[str, Any] = {
@@ -78,7 +78,7 @@ def main(folder: Path) -> None:
     observer = Watch(notice=lambda line: print(line, flush=True))
     model, data = trained_mixture(folder / "mixture"), write_completions(folder / "data.jsonl", 1200)
     found: dict[str, Any] = {"machine": machine(), "settings": SETTINGS, "experts": EXPERTS}
-    selected = select_rank(str(model), data, folder / "run", settings=make_settings(SETTINGS), callbacks=[observer])
+    selected = select_rank(str(model), data, folder / "run", settings=SelectSettings(**SETTINGS), callbacks=[observer])
     assert selected.decision is not None
     assert selected.adapter is not None
     trials = best_by_rank(folder / "run")

@@ -20,7 +20,7 @@ from benchmarks.machine import machine
 from rightrank.data.splits import load_data
 from rightrank.demo import prepare_docstrings, prepare_model_folder
 from rightrank.models.base_models import load_base
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.train.generation import answers, prompts
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode
@@ -90,14 +90,12 @@ def main() -> None:
         folder = Path(name)
         model = prepare_model_folder(folder / "model", print)
         data = prepare_docstrings(folder / "docstrings.jsonl")
-        settings = make_settings(
-            {
-                "eval_items": asked.items,
-                "max_new_tokens": asked.new,
-                "seq_len": 160,
-                "device": "cpu",
-                "cache_prefix": False,
-            }
+        settings = SelectSettings(
+            eval_items=asked.items,
+            max_new_tokens=asked.new,
+            seq_len=160,
+            device="cpu",
+            cache_prefix=False,
         )
         found = {"machine": machine(), **compare(bench_of(model, data, settings, folder / "cache"), asked.repeats)}
     text = json.dumps(found, indent=1)

@@ -30,7 +30,7 @@ from rightrank.runs.prepare import Prepared, prepare
 from rightrank.runs.values import Request
 from rightrank.schema.errors import RightrankError
 from rightrank.schema.events import Listener
-from rightrank.schema.plan_settings import make_plan_settings
+from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.loop import train_trials
 from rightrank.train.pace import multi_lora_obstacle
@@ -264,7 +264,7 @@ def _require_counts(case: Case, prepared: Prepared, base: Path, adapters: Path) 
         counted = sum(tensor.numel() for tensor in load_file(stored).values()), stored.stat().st_size
         _require_counted("select's plan", selection, rank, counted)
     rank = case.ranks[0]
-    settings = make_plan_settings({"ranks": (rank,), "num_labels": classes, "dtype": "float32"})
+    settings = PlanSettings(ranks=(rank,), num_labels=classes, dtype="float32")
     estimator = Estimator(read_config(str(base), False, classes is not None), settings)
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     assert estimator.base_parameters == parameters, (

@@ -20,7 +20,7 @@ from benchmarks.machine import machine
 from benchmarks.plan.architectures import SMALL_CONFIGS
 from benchmarks.plan.measure import measure
 from rightrank.plugins.plan.planner import plan_config
-from rightrank.schema.plan_settings import make_plan_settings
+from rightrank.schema.plan_settings import PlanSettings
 
 LIMIT = 0.03
 SELECT: dict[str, Any] = {"packed": True, "loss": "chunked", "optim": "adamw_fused"}
@@ -81,7 +81,7 @@ def compare(name: str, make: Any, case: dict[str, Any]) -> dict[str, Any]:
         values["target_modules"] = ATTENTION.get(name, ["q_proj", "v_proj"])
     if name == "moe":
         values["exclude_modules"] = ["shared_expert_gate"]
-    settings = make_plan_settings(values)
+    settings = PlanSettings(**values)
     begun = time.perf_counter()
     plan = plan_config(make(), name, settings)
     seconds = time.perf_counter() - begun

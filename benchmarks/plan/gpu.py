@@ -24,7 +24,7 @@ from benchmarks.machine import machine
 from benchmarks.plan.architectures import FULL_CONFIGS, SMALL_CONFIGS, Configs
 from benchmarks.plan.measure import measure
 from rightrank.plugins.plan.planner import plan_config
-from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
+from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.results import Plan
 
 ALLOCATED_LIMIT, RESERVED_LIMIT = 0.03, 0.05
@@ -83,7 +83,7 @@ def dry_run(configs: Configs, **changes: Any) -> list[tuple[str, dict[str, Any],
 
 
 def settings_of(case: dict[str, Any]) -> PlanSettings:
-    return make_plan_settings({"ranks": (16,), "batch_size": 4, "seq_len": 512} | case)
+    return PlanSettings(**{"ranks": (16,), "batch_size": 4, "seq_len": 512} | case)
 
 
 def compare(name: str, make: Callable[[], Any], case: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from benchmarks.results import store
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.planner import needed
 from rightrank.report.format import duration
-from rightrank.schema.plan_settings import loop_of_select, make_plan_settings
-from rightrank.schema.settings import make_settings
+from rightrank.schema.plan_settings import PlanSettings, loop_of_select
+from rightrank.schema.settings import SelectSettings
 from rightrank.search import make_strategy
 from rightrank.train.timing import RUN_EVALUATIONS
 
@@ -58,9 +58,9 @@ GPUS: dict[str, tuple[float, float, str]] = {
 
 def planned(model: str) -> dict[str, Any]:
     """Operations, trainings and memory of the selection."""
-    settings = make_plan_settings(RUN | loop_of_select(None) | MODELS[model])
+    settings = PlanSettings(**RUN | loop_of_select(None) | MODELS[model])
     estimator = Estimator(FULL_CONFIGS[model](), settings)
-    strategy = make_strategy(make_settings({"ranks": settings.ranks}), STEPS)
+    strategy = make_strategy(SelectSettings(ranks=settings.ranks), STEPS)
     cost, passes = strategy.cost(), 3 if settings.gradient_checkpointing else 2  # forward, again, and backward
 
     def operations(step: float, trainings: float, arms: int) -> float:

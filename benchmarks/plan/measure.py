@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch
 from rightrank.train.device import gradient_checkpointing_on
@@ -98,7 +98,7 @@ def _measure_multi_lora(model: Any, settings: PlanSettings, rank: int) -> Measur
     """The arms of the settings in one pass, as `select` trains them."""
     model.requires_grad_(False)
     model.eval()
-    select = make_settings({"ranks": (rank, rank + 1), "target_modules": settings.target_modules})
+    select = SelectSettings(ranks=(rank, rank + 1), target_modules=settings.target_modules)
     select = select.model_copy(update={"exclude_modules": settings.exclude_modules})
     classification = settings.num_labels is not None
     names = find_targets(model, select, classification).names

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.machine import machine
 from benchmarks.plan.architectures import FULL_CONFIGS
 from rightrank.plugins.plan.planner import plan_config
-from rightrank.schema.plan_settings import make_plan_settings
+from rightrank.schema.plan_settings import PlanSettings
 
 # Bytes reserved at most. The first is the table's, to the byte; the others are known to us rounded to 0.01 GB.
 PUBLISHED: list[dict[str, Any]] = [
@@ -59,7 +59,7 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
 
 def reserved(case: dict[str, Any], length: int, **closer: bool) -> int:
     values = {"target_modules": case["target_modules"], "ranks": (case["rank"],), "batch_size": 4, "seq_len": length}
-    settings = make_plan_settings(values | {"dtype": "bfloat16"} | closer)
+    settings = PlanSettings(**values | {"dtype": "bfloat16"} | closer)
     return plan_config(FULL_CONFIGS["Llama-3.2-3B"](), "Llama-3.2-3B", settings).ranks[0].peak_reserved_bytes
 
 

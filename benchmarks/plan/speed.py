@@ -57,16 +57,16 @@ def one(name: str) -> dict[str, Any]:
 def inside(name: str) -> dict[str, Any]:
     """All linear modules, ten ranks, in this process."""
     from rightrank.plugins.plan.planner import plan_config
-    from rightrank.schema.plan_settings import make_plan_settings
+    from rightrank.schema.plan_settings import PlanSettings
 
     warnings.simplefilter("ignore")
     values = {"ranks": (1, 2, 4, 8, 16, 32, 64, 96, 128, 192), "batch_size": 1, "seq_len": 512}
-    settings = make_plan_settings(values)
+    settings = PlanSettings(**values)
     begun, cpu = time.perf_counter(), time.process_time()
     plan_config(FULL_CONFIGS[name](), name, settings)
     table, table_cpu = time.perf_counter() - begun, time.process_time() - cpu
     begun, cpu = time.perf_counter(), time.process_time()
-    plan_config(FULL_CONFIGS[name](), name, make_plan_settings(values | {"memory_bytes": "80GiB"}))
+    plan_config(FULL_CONFIGS[name](), name, PlanSettings(**values | {"memory_bytes": "80GiB"}))
     return {
         "model": name,
         "table_seconds": round(table, 2),

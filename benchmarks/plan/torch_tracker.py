@@ -28,7 +28,7 @@ from benchmarks.machine import machine
 from benchmarks.plan.architectures import SMALL_CONFIGS
 from benchmarks.plan.measure import TYPES, measure
 from rightrank.plugins.plan.planner import plan_config
-from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
+from rightrank.schema.plan_settings import PlanSettings
 
 CASES: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
 ARCHITECTURES = ("llama", "gpt2", "moe")
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
-    on_cuda = tracked(SMALL_CONFIGS["llama"], make_plan_settings({**SHARED, "device": "cuda"}))
+    on_cuda = tracked(SMALL_CONFIGS["llama"], PlanSettings(**SHARED, device="cuda"))
     print(on_cuda, flush=True)
     rows = []
     for name in ARCHITECTURES:
@@ -65,7 +65,7 @@ def compare(name: str, make: Callable[[], Any], case: dict[str, Any]) -> dict[st
     values = {**SHARED, "device": "cpu", **case}
     if name == "moe":
         values["exclude_modules"] = ["shared_expert_gate"]
-    settings = make_plan_settings(values)
+    settings = PlanSettings(**values)
     measured = measure(make(), settings, 16).peak_bytes
     begun = time.process_time()
     planned = plan_config(make(), name, settings).ranks[0].peak_bytes

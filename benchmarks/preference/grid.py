@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.selection.real_training import COMMON, Workshop, changed, curve_of, open_workshop, store, train_grid
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 
 SETTINGS = COMMON | {
     "layers_to_transform": (28, 29),
@@ -29,7 +29,7 @@ SETTINGS = COMMON | {
 
 def settings_of(options: argparse.Namespace) -> SelectSettings:
     given = {"learning_rates": options.learning_rates, "seeds": options.seeds, "ranks": options.ranks}
-    return make_settings(SETTINGS | {name: values for name, values in given.items() if values})
+    return SelectSettings(**SETTINGS | {name: values for name, values in given.items() if values})
 
 
 def workshop(options: argparse.Namespace) -> Workshop:

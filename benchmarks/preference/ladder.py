@@ -17,7 +17,7 @@ import torch
 from benchmarks.machine import machine
 from benchmarks.preference.grid import SETTINGS
 from benchmarks.selection.real_training import Workshop, open_workshop
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.history import base_arm
 
@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    settings = make_settings(ALL_LAYERS | {"max_steps": STEPS, "eval_items": 100, "learning_rates": (1e-4, 3e-4, 1e-3)})
+    settings = SelectSettings(
+        **ALL_LAYERS | {"max_steps": STEPS, "eval_items": 100, "learning_rates": (1e-4, 3e-4, 1e-3)}
+    )
     shop = open_workshop(options.model, options.data, settings, options.work)
     shop.run(base_arm(settings.lora_alpha))
     found: dict[str, Any] = {f"{rate:g}": metrics_at(shop, rate) for rate in LEARNING_RATES}

@@ -26,7 +26,7 @@ from benchmarks.preference.trl_trainer import trainer_over
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_base
 from rightrank.schema.events import StepDone
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.loop import train_trials
 from rightrank.train.runtime import Runtime
@@ -38,8 +38,8 @@ CASES: dict[str, dict[str, Any]] = {"last two layers": {"layers_to_transform": (
 
 
 def settings_of(case: dict[str, Any]) -> SelectSettings:
-    return make_settings(
-        {"ranks": (16,), "seq_len": 48, "max_steps": ARM.steps, "eval_items": 16, "device": "cpu", "eval_points": 1}
+    return SelectSettings(
+        **{"ranks": (16,), "seq_len": 48, "max_steps": ARM.steps, "eval_items": 16, "device": "cpu", "eval_points": 1}
         | case
     )
 

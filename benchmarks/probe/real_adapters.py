@@ -24,7 +24,7 @@ from rightrank.adapters.compare import finished_trial
 from rightrank.adapters.held_out import Candidates, truncation_curve
 from rightrank.decision.comparison import estimate
 from rightrank.models.adapter_files import open_adapter
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.train.adapter_runtime import DataUse, adapter_runtime
 from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule, take_step
 from rightrank.train.runtime import Runtime, adapter_attached
@@ -34,7 +34,7 @@ def run_settings(run: Path) -> SelectSettings:
     """The run's own settings, as far as data and evaluation go."""
     values = yaml.safe_load((run / "config.yaml").read_text())
     known = {name: value for name, value in values.items() if name in SelectSettings.model_fields and value is not None}
-    return make_settings(known | {"layers_to_transform": None, "target_modules": ["all-linear"]})
+    return SelectSettings(**known | {"layers_to_transform": None, "target_modules": ["all-linear"]})
 
 
 def difference(left: Any, right: Any) -> dict[str, float]:

@@ -57,11 +57,9 @@ class Case:
     def warm_up(self, out: Path) -> None:
         """One whole run in this process: fonts, templates and modules are then there for every fork."""
         from rightrank.api.selecting import select_rank
-        from rightrank.schema.settings import make_settings
+        from rightrank.schema.settings import SelectSettings
 
-        settings = make_settings(
-            {"ranks": [1, 2], "learning_rates": [1e-2], "max_steps": 2, "seq_len": 32, "device": "cpu"}
-        )
+        settings = SelectSettings(ranks=[1, 2], learning_rates=[1e-2], max_steps=2, seq_len=32, device="cpu")
         select_rank(str(self._model), self._data, out, settings=settings)
 
     def start(self, out: Path, phase: str | None = None, entry: int = 0) -> int:

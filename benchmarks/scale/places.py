@@ -30,7 +30,7 @@ from rightrank.runs.hook import Hooks, Run
 from rightrank.runs.run import decide, loop
 from rightrank.runs.values import Selected
 from rightrank.schema.events import DataSummary, Event, RunStarted
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search import make_strategy
 
@@ -172,7 +172,7 @@ def _crew_at(place: Place) -> Crew:
 def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: float = 600.0) -> None:
     """One selection over sleeping workers; the fault within a trial's time after so many outcomes of this drive."""
     folder = place.folder
-    settings = make_settings({"strategy": "grid", "ranks": (1, 2, 4, 8), "learning_rates": (1e-3, 3e-3, 1e-2)})
+    settings = SelectSettings(strategy="grid", ranks=(1, 2, 4, 8), learning_rates=(1e-3, 3e-3, 1e-2))
     started = RunStarted(
         rightrank_version="benchmark",
         fingerprint="benchmark",

@@ -32,7 +32,7 @@ from benchmarks.selection.real_training import (
     store,
     test_grids,
 )
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished, trial_id
 from rightrank.search.bracket import outside_in
 from rightrank.search.history import base_arm
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--store-only", action="store_true", help="train nothing: store the whole seeds")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    settings = make_settings(GRIDS[options.name])
+    settings = SelectSettings(**GRIDS[options.name])
     shop = open_workshop(options.model, options.data, settings, options.work)
     missing = [seed for seed in settings.seeds if seed not in stored_seeds(options.out / f"{options.name}.json")]
     for seed in () if options.store_only else missing:

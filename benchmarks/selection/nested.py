@@ -35,7 +35,7 @@ from benchmarks.selection.long_grids import run_all
 from benchmarks.selection.real_training import GRIDS, Workshop, open_workshop, place
 from benchmarks.selection.study import run_study
 from rightrank.models.kinds import linear
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search.history import base_arm
 from rightrank.train.adapter import ADAPTER
@@ -200,7 +200,7 @@ def plain_values(shop: Workshop, ranks: Sequence[int]) -> Values:
 
 
 def real_rows(task: str, model: str, data: Path, work: Path) -> Iterator[dict[str, Any]]:
-    settings = make_settings((GRIDS | LONG_GRIDS)[task] | {"seeds": SEEDS, "learning_rates": TASKS[task]})
+    settings = SelectSettings(**(GRIDS | LONG_GRIDS)[task] | {"seeds": SEEDS, "learning_rates": TASKS[task]})
     shop = open_workshop(model, data, settings, work / "plain")
     plain = plain_values(shop, settings.ranks)
     base = shop.run(base_arm(settings.lora_alpha))

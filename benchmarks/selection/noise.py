@@ -35,7 +35,7 @@ from benchmarks.selection.long_grids import MINILM, SHORT_TEXTS, run_all
 from benchmarks.selection.nested import TEACHERS
 from benchmarks.selection.real_training import COMMON, LONG, Workshop, open_workshop
 from benchmarks.selection.study import run_study
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.train import trial
 from rightrank.train.checkpoints import RunningMean
@@ -155,7 +155,7 @@ def real_losses(shop: Workshop, way: str) -> Losses:
 
 
 def real_rows(task: str, model: str, data: Path, work: Path) -> Iterator[dict[str, Any]]:
-    settings = make_settings(SETTINGS | {"learning_rates": (RATES[task],)})
+    settings = SelectSettings(**SETTINGS | {"learning_rates": (RATES[task],)})
     for way in REAL_WAYS:
         shop = open_workshop(model, data, settings, work / way.replace(" ", "_"))
         losses = real_losses(shop, way)

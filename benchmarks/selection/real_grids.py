@@ -22,7 +22,7 @@ from rightrank.models.base_models import load_base
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.run import LocalExecutor
 from rightrank.schema.events import JournalRecord, Listener, RunStarted
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, trial_id
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode
@@ -98,7 +98,7 @@ def place(grid: dict[str, Any], trial: TrialFinished, value: object) -> None:
 def truncated_values(folder: RunFolder, started: RunStarted, trained: list[TrialFinished]) -> dict[str, Any]:
     """Held-out values of the top rank's adapters truncated to every lower rank; the top itself among them."""
     values = {name: value for name, value in started.settings.items() if name not in ("model", "data")}
-    settings = make_settings(values | {"max_steps": 1})  # nothing is trained: no training batch is prepared
+    settings = SelectSettings(**values | {"max_steps": 1})  # nothing is trained: no training batch is prepared
     splits = load_data(Path(str(started.settings["data"])), settings)
     loaded = load_base(str(started.settings["model"]), settings, splits.classes)
     encoded = encode(splits, loaded, settings)

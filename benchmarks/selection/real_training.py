@@ -30,7 +30,7 @@ from rightrank.models.base_models import load_base
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.run import LocalExecutor
 from rightrank.schema.events import Listener
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import (
     Arm,
     Trial,
@@ -429,7 +429,7 @@ def main() -> None:
     own: dict[str, object] = {} if options.steps is None else {"max_steps": options.steps}
     if options.seeds is not None:
         own["seeds"] = tuple(int(seed) for seed in options.seeds.split(","))
-    settings = make_settings(GRIDS[options.name] | own)
+    settings = SelectSettings(**GRIDS[options.name] | own)
     shop = open_workshop(options.model, options.data, settings, options.work)
     if not options.store_only:
         train_grid(shop)

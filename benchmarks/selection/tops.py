@@ -21,7 +21,7 @@ from benchmarks.selection.long_grids import FEW, MINILM, SHORT_TEXTS, SMOLLM2, r
 from benchmarks.selection.real_training import COMMON, LONG, Workshop, open_workshop
 from benchmarks.selection.study import run_study
 from rightrank.decision.adapter import Criterion, adapter_answer
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search.bracket import truncations
 from rightrank.train.runtime import adapter_attached
@@ -129,7 +129,7 @@ def on_stored_grids() -> list[str]:
 
 
 def rows_of_task(options: argparse.Namespace) -> list[dict[str, Any]]:
-    shop = open_workshop(options.model, options.data, make_settings(TASKS[options.task]), options.work)
+    shop = open_workshop(options.model, options.data, SelectSettings(**TASKS[options.task]), options.work)
     return [row for parent in train(shop) for row in rows_of(options.task, shop, parent)]
 
 

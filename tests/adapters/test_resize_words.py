@@ -11,7 +11,7 @@ import pytest
 from rightrank import resize
 from rightrank.decision.adapter import SEARCH
 from rightrank.models.adapter_files import open_adapter
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from tests.adapters.adapters import (
     edit_config,
     make_adapter,
@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_adapter_that_learned_nothing_has_no_gain(base: Path, data: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", rank=4)
     rewrite(adapter, {key: value * ("lora_B" not in key) for key, value in tensors_of(adapter).items()})
-    found = resize(adapter, tmp_path / "out", data=data, ranks=(1,), settings=make_settings(SETTINGS))
+    found = resize(adapter, tmp_path / "out", data=data, ranks=(1,), settings=SelectSettings(**SETTINGS))
     assert found.answer is not None
     assert found.no_gain
     values = {one.rank: one.value for one in found.held_out}
@@ -51,13 +51,13 @@ def test_an_adapter_that_learned_nothing_has_no_gain(base: Path, data: Path, tmp
         f"No gain: the base alone has {values[0]:.4f} and the adapter {values[4]:.4f}"
     )
     changed = make_adapter(base, tmp_path / "changed", rank=4)
-    found = resize(changed, tmp_path / "out2", data=data, ranks=(1,), margin=1e-6, settings=make_settings(SETTINGS))
+    found = resize(changed, tmp_path / "out2", data=data, ranks=(1,), margin=1e-6, settings=SelectSettings(**SETTINGS))
     assert not found.no_gain
 
 
 def test_advice_is_a_command_that_select_takes(base: Path, data: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", rank=4)
-    found = resize(adapter, tmp_path / "out", data=data, margin=1e-9, settings=make_settings(SETTINGS))
+    found = resize(adapter, tmp_path / "out", data=data, margin=1e-9, settings=SelectSettings(**SETTINGS))
     assert found.answer is not None
     notes = [note for note in found.answer.notes if "direct training" in note]
     assert notes
@@ -86,7 +86,7 @@ def test_a_base_that_is_not_found_from_here_is_one_line(
 
 def test_a_rank_that_is_shared_out_is_said_with_its_r(base: Path, data: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", rank=8)
-    found = resize(adapter, tmp_path / "out", data=data, ranks=(2,), margin=9.0, settings=make_settings(SETTINGS))
+    found = resize(adapter, tmp_path / "out", data=data, ranks=(2,), margin=9.0, settings=SelectSettings(**SETTINGS))
     r = open_adapter(tmp_path / "out").config["r"]
     said = [note for note in found.notes if note.startswith(f"r is {r} in the written configuration")]
     assert bool(said) == (r != found.rank == 2)

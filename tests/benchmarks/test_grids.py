@@ -14,7 +14,7 @@ from benchmarks.selection.planted import teachers
 from benchmarks.selection.ray_asha import ray_asha, reports
 from benchmarks.selection.tables import GridCurve, read_grids
 
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 
 pytestmark = pytest.mark.trains
 
@@ -54,7 +54,7 @@ def test_long_grids_are_whole() -> None:
     for file in (one for one in files if one.name != "lock.json"):
         (curve,), (entry,) = read_grids(file), json.loads(file.read_text())["curves"]
         cells = [seeds for by_rate in curve.cells.values() for seeds in by_rate.values()]
-        settings = make_settings(GRIDS[file.stem])
+        settings = SelectSettings(**GRIDS[file.stem])
         assert len(cells) <= len(settings.ranks) * len(settings.learning_rates)  # diverged ones are missing
         assert len(curve.items) == sum(len(seeds) for seeds in cells)
         assert (curve.seeds == list(settings.seeds)) != entry["partial"]

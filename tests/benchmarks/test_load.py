@@ -11,7 +11,7 @@ from benchmarks.load.measure import HERE, RANKS, RATES, SIZES, journal
 from rightrank.api.runs import status, write_report
 from rightrank.decision.run import decide_run
 from rightrank.report.html import MAX_ROWS
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search.history import Trials, space_of
 from tests.report.runs import made_up_run
@@ -37,7 +37,7 @@ def test_a_wide_grid_is_decided() -> None:
 
 def test_a_strategy_finds_the_trials_of_each_cell() -> None:
     records = made_up_run(RANKS, [1e-5 * 1.05**n for n in range(100)], range(2))
-    space = space_of(make_settings({"ranks": RANKS}), 40)
+    space = space_of(SelectSettings(ranks=RANKS), 40)
     trials = Trials(space, {trial.arm: trial for trial in records.finished()})
     found = {
         cell: trials.by_seed(*cell) for cell in {(arm.rank, arm.learning_rate) for arm in trials.outcomes if arm.rank}

@@ -9,7 +9,7 @@ from rightrank.cli import cli
 from rightrank.cli.runs import TARGETS as OFFERED
 from rightrank.interop.exports import TARGETS
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 
 
 def test_every_target_is_offered() -> None:
@@ -18,11 +18,11 @@ def test_every_target_is_offered() -> None:
 
 def test_an_unknown_setting_is_answered_with_the_nearest_names() -> None:
     with pytest.raises(SettingsError, match=r"unknown setting 'zzz'; the nearest: (\w+), (\w+), (\w+)$"):
-        make_settings({"zzz": 1e-3})
+        SelectSettings(zzz=1e-3)
     with pytest.raises(SettingsError, match=r"unknown setting 'lr' \(did you mean 'learning_rates'\?\)$"):
-        make_settings({"lr": 1e-3})
+        SelectSettings(lr=1e-3)
     with pytest.raises(SettingsError, match="did you mean 'seq_len'"):
-        make_settings({"seqlen": 8})
+        SelectSettings(seqlen=8)
 
 
 def test_help_lists_the_commands_in_the_order_of_use_and_no_line_is_shortened() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rightrank.schema.errors import MetricError, RunError, SettingsError
-from rightrank.schema.metrics import parse_metric
+from rightrank.schema.metrics import parse_metrics
 from rightrank.train.scorers import ModelAnswer, Scored, require_scorer, run_program, score
 
 pytestmark = pytest.mark.trains
@@ -25,7 +25,7 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scored_by(code: str, more: str = "{file}") -> Scored:
-    return score(parse_metric(f"x=command:{shlex.quote(sys.executable)} -c {shlex.quote(code)} {more}"), ANSWERS)
+    return score(*parse_metrics(f"x=command:{shlex.quote(sys.executable)} -c {shlex.quote(code)} {more}"), ANSWERS)
 
 
 def test_texts_and_paths_reach_no_shell() -> None:
@@ -99,8 +99,8 @@ A_NUMBER = 3
 def test_python_functions(capsys: pytest.CaptureFixture[str]) -> None:
     Path("scores_of_mine.py").write_text(FUNCTIONS)
     lengths = [float(len(text)) for text in NASTY]
-    assert score(parse_metric("scores_of_mine:by_item"), ANSWERS) == Scored.of_examples(lengths)
-    assert score(parse_metric("scores_of_mine.py:whole"), ANSWERS) == Scored(sum(lengths), None)
+    assert score(*parse_metrics("scores_of_mine:by_item"), ANSWERS) == Scored.of_examples(lengths)
+    assert score(*parse_metrics("scores_of_mine.py:whole"), ANSWERS) == Scored(sum(lengths), None)
     assert capsys.readouterr().out == ""
 
 
@@ -116,7 +116,7 @@ def test_python_functions(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_bad_function_is_one_line(function: str, said: str) -> None:
     Path("mine.py").write_text(FUNCTIONS)
     with pytest.raises(MetricError) as caught:
-        score(parse_metric(f"mine.py:{function}"), ANSWERS)
+        score(*parse_metrics(f"mine.py:{function}"), ANSWERS)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -131,4 +131,4 @@ def test_what_is_no_function_is_told_before_the_start() -> None:
         ("nowhere_at_all:f", "No module named"),
     ):
         with pytest.raises(SettingsError, match=said):
-            require_scorer(parse_metric(asked))
+            require_scorer(*parse_metrics(asked))

@@ -20,7 +20,7 @@ from rightrank.models.base_models import adopted_labels
 from rightrank.report.html import base_arguments, loading_lines
 from rightrank.runs.values import Selected
 from rightrank.schema.errors import DataError, ModelError
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from tests.tiny import save_tiny_llama, small_settings, write_jsonl
 
 LABELS = ["news", "art", "sport", "law"]  # not in the order of the alphabet
@@ -102,7 +102,7 @@ def test_rows_with_some_of_the_classes_are_compared_by_the_adapter_s(selected: S
     assert selected.adapter is not None
     rows = [row for row in _rows(60, 5) if row["label"] in ("sport", "news")]
     some = write_jsonl(tmp_path / "some.jsonl", rows)
-    adapter, by_accuracy = selected.adapter.path, make_settings({"metric": "accuracy", "metrics": ("macro_f1",)})
+    adapter, by_accuracy = selected.adapter.path, SelectSettings(metric="accuracy", metrics=("macro_f1",))
     model = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     found = compare(adapter, adapter, model=model, data=some, settings=by_accuracy)
     assert [one.metric for one in found.comparisons] == ["accuracy", "macro_f1"]  # neither is refused

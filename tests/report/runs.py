@@ -19,7 +19,7 @@ from rightrank.schema.events import (
     SplitSummary,
     TestEvaluated,
 )
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, EvalPoint, TrialDiverged, TrialFinished, TrialStarted, trial_id
 
 STEPS, ITEMS, TOKENS = 40, 30, 20
@@ -62,7 +62,7 @@ def made_up_run(
 
 
 def _started(model: str, ranks: Sequence[int], rates: Sequence[float], seeds: Sequence[int]) -> RunStarted:
-    settings = make_settings({"ranks": ranks or (1,), "learning_rates": rates, "seeds": seeds, "margin": 0.02})
+    settings = SelectSettings(ranks=ranks or (1,), learning_rates=rates, seeds=seeds, margin=0.02)
     split = SplitSummary(items=ITEMS, tokens=ITEMS * TOKENS, label_tokens=ITEMS * TOKENS, truncated=0, dropped=0)
     return RunStarted(
         rightrank_version="0.1.0",

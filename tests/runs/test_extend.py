@@ -14,7 +14,7 @@ from rightrank.hooks.extend import extended
 from rightrank.runs.journal import Journal
 from rightrank.runs.values import Selected
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, NextRun
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 from tests.tiny import sentences, small_settings, write_jsonl
 from tests.watch import Watch
 
@@ -71,10 +71,10 @@ def test_a_larger_top_is_trained_where_the_adapter_keeps_the_top_rank(model_fold
 
 
 def test_it_extends_with_a_time_budget_unless_told_otherwise() -> None:
-    assert not make_settings({}).extends
-    assert make_settings({"budget_hours": 1.0}).extends
-    assert not make_settings({"budget_hours": 1.0, "extend": False}).extends
-    assert make_settings({"extend": True}).extends
+    assert not SelectSettings().extends
+    assert SelectSettings(budget_hours=1.0).extends
+    assert not SelectSettings(budget_hours=1.0, extend=False).extends
+    assert SelectSettings(extend=True).extends
 
 
 def test_a_rising_answer_adds_the_rank_above(model_folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank import preflight, select_rank
 from rightrank.schema.results import Preflight
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from tests.commands import SMALL, run
 from tests.tiny import SIZES, make_tokenizer, small_settings
 from tests.watch import Watch
@@ -96,7 +96,7 @@ def test_bad_use_is_one_line(more: list[str], message: str, capsys: pytest.Captu
 
 def test_the_first_lines_say_where_the_top_rank_comes_from(model_folder: Path, completion_file: Path) -> None:
     def found(model: Any, tokenizer: Any = None, **changes: Any) -> tuple[Preflight, str]:
-        settings = make_settings({"max_steps": 4, "eval_items": 12, "seq_len": 32, "device": "cpu"} | changes)
+        settings = SelectSettings(**{"max_steps": 4, "eval_items": 12, "seq_len": 32, "device": "cpu"} | changes)
         before = preflight(model, completion_file, tokenizer=tokenizer, settings=settings)
         return before, next(note for note in before.notes if note.startswith("top rank "))
 

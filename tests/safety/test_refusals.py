@@ -24,7 +24,7 @@ from rightrank.models.base_models import load_base
 from rightrank.plugins.plan import plan
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import DataError, InputError, ModelError, ResultsError, RunFolderError, SettingsError
-from rightrank.schema.plan_settings import make_plan_settings
+from rightrank.schema.plan_settings import PlanSettings
 from rightrank.train.checkpoints import load_checkpoint
 from tests.report.runs import made_up_run
 from tests.tiny import ON_CPU, sentences, small_settings, write_jsonl
@@ -187,11 +187,11 @@ ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     ],
 )
 def test_configs_that_are_more_than_plain_values(tmp_path: Path, text: str, message: str) -> None:
-    from rightrank.schema.settings import make_settings
+    from rightrank.schema.settings import SelectSettings
 
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    require_refused(lambda: make_settings(read_config(path)), message, SettingsError)
+    require_refused(lambda: SelectSettings(**read_config(path)), message, SettingsError)
     assert not (tmp_path / "mark").exists()
 
 
@@ -220,7 +220,7 @@ def test_model_configurations_without_end(
 ) -> None:
     config = json.loads((model_folder / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
-    settings = make_plan_settings({"ranks": (2,), "batch_size": 1, "seq_len": 16})
+    settings = PlanSettings(ranks=(2,), batch_size=1, seq_len=16)
     require_refused(lambda: plan(str(tmp_path), settings=settings), message, ModelError)
 
 

@@ -19,7 +19,7 @@ from rightrank.plugins.judge.pairs import judge_page
 from rightrank.report.html import script_hash
 from rightrank.runs.hook import described
 from rightrank.schema.errors import RunError, SettingsError, first_line, one_line, without_secrets
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 from tests.commands import COMMANDS, run
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,7 @@ def texts() -> Iterator[str]:
 def test_a_setting_that_holds_a_secret_is_refused(name: str, form: str) -> None:
     """Settings are in the journal, the report, the card and the trackers."""
     with pytest.raises(SettingsError) as caught:
-        make_settings({name: FORMS[form]})
+        SelectSettings(**{name: FORMS[form]})
     assert SECRET not in str(caught.value)
 
 
@@ -142,9 +142,9 @@ def test_workers_of_a_cluster_get_four_variables_of_the_environment(monkeypatch:
 
 
 def test_a_cluster_is_joined_only_where_it_is_asked_for() -> None:
-    assert make_settings({}).executor == "local"
+    assert SelectSettings().executor == "local"
     with pytest.raises(SettingsError, match="ray_address was given and the executor is"):
-        make_settings({"ray_address": "head:10001"})
+        SelectSettings(ray_address="head:10001")
 
 
 HOSTILE = "</script><script>fetch('https://elsewhere')</script><img src=x onerror=alert(1)>\u202e"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rightrank.cli import cli
 from rightrank.cli.options import gather
 from rightrank.schema.command import reproduce_command
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.table import is_list
 from tests.commands import COMMANDS
 from tests.schema.generated import GENERATED
@@ -76,7 +76,7 @@ def _of(kind: Any, bounds: Any) -> st.SearchStrategy[Any]:
 @settings(deadline=None)
 @given(data=st.data())
 def test_a_value_comes_back_from_the_command(name: str, data: st.DataObject) -> None:
-    chosen = make_settings(TOGETHER.get(name, {}) | {name: data.draw(values_of(name))})
+    chosen = SelectSettings(**TOGETHER.get(name, {}) | {name: data.draw(values_of(name))})
     command = reproduce_command({"model": "./base", "data": "rows.jsonl", **chosen.model_dump(mode="json")})
     assert command is not None
     _, verb, *arguments = shlex.split(command)
@@ -84,7 +84,7 @@ def test_a_value_comes_back_from_the_command(name: str, data: st.DataObject) -> 
         parameters = COMMANDS[verb].make_context(verb, arguments, parent=parent).params
     others = ("model", "data", "out", "dry_run", "as_json", "quiet", "log_json")
     options = {option: value for option, value in parameters.items() if option not in others}
-    again = make_settings(gather(options.pop("config_file"), options.pop("assignments"), options))
+    again = SelectSettings(**gather(options.pop("config_file"), options.pop("assignments"), options))
     assert again == chosen
 
 

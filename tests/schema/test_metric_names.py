@@ -21,7 +21,6 @@ from rightrank.schema.metrics import (
     direction,
     is_percent,
     kind_of,
-    parse_metric,
     parse_metrics,
     published_deviation,
 )
@@ -396,7 +395,7 @@ def test_margin_and_published_noise(
     ],
 )
 def test_a_metric_is_named_by_its_text(text: str, spec: MetricSpec) -> None:
-    assert parse_metric(text) == spec
+    assert parse_metrics(text) == (spec,)
 
 
 @pytest.mark.parametrize(
@@ -416,18 +415,18 @@ def test_a_metric_is_named_by_its_text(text: str, spec: MetricSpec) -> None:
 )
 def test_a_metric_that_is_none_is_refused_with_a_line(text: str, line: str) -> None:
     with pytest.raises(ValueError, match=re.escape(line)):
-        parse_metric(text)
+        parse_metrics(text)
 
 
 def test_the_metric_that_decides_comes_before_the_others_and_each_has_its_own_name() -> None:
-    assert [one.name for one in parse_metrics("f1", ["loss", "x=m:f"])] == ["f1", "loss", "x"]
-    assert parse_metrics("loss", []) == (MetricSpec("loss", "loss"),)
+    assert [one.name for one in parse_metrics("f1", "loss", "x=m:f")] == ["f1", "loss", "x"]
+    assert parse_metrics("loss") == (MetricSpec("loss", "loss"),)
     twice = "metrics: 'f' is given twice; give each once, under names that differ (NAME=…)"
     with pytest.raises(ValueError, match=re.escape(twice)):
-        parse_metrics("loss", ["m:f", "n:f"])
+        parse_metrics("loss", "m:f", "n:f")
 
 
 def test_which_metrics_every_evaluation_measures() -> None:
-    along = [name for name in BUILT_IN if parse_metric(name).is_measured_along]
+    along = [spec.name for spec in parse_metrics(*BUILT_IN) if spec.is_measured_along]
     assert along == ["loss", "accuracy", "reward_accuracy", "reward_margin"]
-    assert not parse_metric("m:f").is_measured_along
+    assert not parse_metrics("m:f")[0].is_measured_along

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.plan_settings import make_plan_settings
-from rightrank.schema.settings import make_settings
+from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import SelectSettings
 
 
 def test_one_value_is_a_list_of_one() -> None:
-    settings = make_settings({"ranks": 8, "learning_rates": 1e-3, "seeds": 0, "target_modules": "all-linear"})
+    settings = SelectSettings(ranks=8, learning_rates=1e-3, seeds=0, target_modules="all-linear")
     assert (settings.ranks, settings.learning_rates, settings.seeds) == ((8,), (1e-3,), (0,))
     assert settings.target_modules == ("all-linear",)
 
 
 def test_a_string_with_commas_is_a_list() -> None:
-    settings = make_settings({"ranks": "4,8", "learning_rates": "1e-4, 3e-4", "target_modules": "q_proj,v_proj"})
+    settings = SelectSettings(ranks="4,8", learning_rates="1e-4, 3e-4", target_modules="q_proj,v_proj")
     assert settings.ranks == (4, 8)
     assert settings.learning_rates == (1e-4, 3e-4)
     assert settings.target_modules == ("q_proj", "v_proj")
@@ -25,13 +25,13 @@ def test_a_string_with_commas_is_a_list() -> None:
 @pytest.mark.parametrize("values", [{"ranks": True}, {"seeds": "first"}, {"learning_rates": ""}, {"columns": "ask"}])
 def test_other_values_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match=next(iter(values))):
-        make_settings(values)
+        SelectSettings(**values)
 
 
 def test_short_names_of_types() -> None:
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "float32": "float32", "auto": "auto"}
-    assert {name: make_settings({"dtype": name}).dtype for name in names} == names
-    assert make_plan_settings({"dtype": "bf16"}).dtype == "bfloat16"
+    assert {name: SelectSettings(dtype=name).dtype for name in names} == names
+    assert PlanSettings(dtype="bf16").dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((8, 0), "bfloat16"), ((7, 5), "float32")])

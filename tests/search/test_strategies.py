@@ -9,7 +9,7 @@ import pytest
 from benchmarks.selection.tables import recommend
 
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search import STRATEGIES, make_strategy
 from rightrank.search.bracket import outside_in, try_rank
@@ -307,16 +307,16 @@ def test_outside_in() -> None:
 )
 def test_bad_settings_are_one_clear_line(values: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        make_strategy(make_settings(values), 100)
+        make_strategy(SelectSettings(**values), 100)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_the_least_budget_compares_two_ranks() -> None:
     for name in ("grid", "bracket"):
-        strategy: Strategy = make_strategy(make_settings({"strategy": name}), 100)
+        strategy: Strategy = make_strategy(SelectSettings(strategy=name), 100)
         least = strategy.min_trainings()
-        tight = make_strategy(make_settings({"strategy": name, "budget_trainings": least}), 100)
+        tight = make_strategy(SelectSettings(strategy=name, budget_trainings=least), 100)
         known = run_all(tight, World(can_truncate=False))
         assert len({outcome.rank for outcome in tight.evidence(known) if outcome.rank}) >= 2
 

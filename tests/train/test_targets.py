@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 
 from rightrank.plugins.plan.skeleton import adapt, build_base
 from rightrank.schema.errors import ModelError
-from rightrank.schema.plan_settings import make_plan_settings
+from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.adapter import wrapped
 from rightrank.train.targets import find_targets, lora_config, without_peft_noise
@@ -147,7 +147,7 @@ def test_options_adapt_what_peft_adapts(option: str, model: Any) -> None:
 def planned(model: Any, **options: Any) -> set[str]:
     """The modules that a plan counts."""
     labels = model.config.num_labels if is_classifier(model) else None
-    settings = make_plan_settings({"ranks": (1, 2), "num_labels": labels, **options})
+    settings = PlanSettings(ranks=(1, 2), num_labels=labels, **options)
     skeleton = adapt(build_base(model.config, settings), settings, 2)
     return {target.name for target in skeleton.targets}
 

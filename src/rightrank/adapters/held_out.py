@@ -31,7 +31,7 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.events import Evaluating, Notice, RunStarted
 from rightrank.schema.results import HeldOut, Resized
-from rightrank.schema.settings import OF_SPLITS, SelectSettings, make_settings
+from rightrank.schema.settings import OF_SPLITS, SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import DataUse, adapter_runtime, report_evaluations
 from rightrank.train.covariances import Gathered, gather_moments, moment_tokens, unseen_first
@@ -111,7 +111,7 @@ def _trained(
     if not isinstance(started, RunStarted) or not isinstance(source, str) or not Path(source).exists():
         return None, None
     values = {name: started.settings[name] for name in OF_SPLITS if name in started.settings}
-    of_run = settings.model_copy(update=make_settings(values).model_dump(include=set(values)))
+    of_run = settings.model_copy(update=SelectSettings(**values).model_dump(include=set(values)))
     return load_data(Path(source), of_run, classes=classes), Path(source)
 
 

@@ -10,7 +10,7 @@ from rightrank.models.places import require_adapter_folder
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Evaluating, Notice
 from rightrank.schema.results import AdapterComparison, Inspection, Resized
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.table import given_values
 
 
@@ -96,7 +96,7 @@ def resize(
     if data is not None:
         from rightrank.adapters.held_out import DataRule, resize_by_data  # heavier: they measure
 
-        read = make_settings(given_values(settings) | ({} if margin is None else {"margin": margin}))
+        read = SelectSettings(**given_values(settings) | ({} if margin is None else {"margin": margin}))
         trained = None if train is None else Path(train)
         rule = DataRule(Path(data), trained, base, read, ranks, on_event)
         resized = resize_by_data(opened, Path(out), rule)
@@ -136,4 +136,4 @@ def compare(
 
     files = [data] if isinstance(data, str | Path) else list(data)
     places = [Path(file) for file in files]
-    return compare_adapters((str(a), str(b)), model, places, settings or make_settings({}), on_event)
+    return compare_adapters((str(a), str(b)), model, places, settings or SelectSettings(), on_event)

@@ -14,7 +14,7 @@ from rightrank.schema.configs import settings_of_configs
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.keywords import SelectKeywords
 from rightrank.schema.results import Preflight
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.table import given_values
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _overridden(
     peft_config: LoraConfig | None = None,
     args: TrainingArguments | None = None,
 ) -> SelectSettings:
-    return make_settings(given_values(settings) | settings_of_configs(peft_config, args) | dict(keywords))
+    return SelectSettings(**given_values(settings) | settings_of_configs(peft_config, args) | dict(keywords))
 
 
 def select_rank_with(

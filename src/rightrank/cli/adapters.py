@@ -11,7 +11,7 @@ import click
 
 from rightrank.cli.options import SettingsCommand, announce, comma, gather, setting_options, whole_numbers
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
     from rightrank.hooks.process import JsonLog
@@ -54,7 +54,7 @@ def inspect(
             raise SettingsError("--gradient can't be combined with an adapter, --base or --finetuned: leave them out")
         from rightrank.adapters.checkpoints import inspect_gradient
 
-        found = inspect_gradient(gradient[0], Path(gradient[1]), make_settings(gather(None, assignments, {})))
+        found = inspect_gradient(gradient[0], Path(gradient[1]), SelectSettings(**gather(None, assignments, {})))
     elif assignments:
         raise SettingsError("--set needs --gradient MODEL DATA: give both, or leave it out")
     else:
@@ -122,7 +122,7 @@ def resize(
             adapter,
             out,
             ranks=whole_numbers(ranks, "--ranks"),
-            settings=make_settings(gather(None, assignments, {"margin": margin})),
+            settings=SelectSettings(**gather(None, assignments, {"margin": margin})),
             on_event=view.on_event,
             **rule,
         )
@@ -186,7 +186,7 @@ def compare(
     """
     from rightrank.api import adapters as api
 
-    settings = make_settings(gather(None, assignments, options))
+    settings = SelectSettings(**gather(None, assignments, options))
     if not quiet and not log_json:
         announce("loading model and data")
     with _view(quiet, log_json) as view:

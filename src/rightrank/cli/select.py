@@ -68,12 +68,12 @@ def select(
         raise SettingsError("give MODEL and DATA, or neither to continue the run in --out")
     from rightrank.api.runs import begun_as
     from rightrank.api.selecting import select_rank
-    from rightrank.schema.settings import make_settings
+    from rightrank.schema.settings import SelectSettings
 
     begun = begun_as(out) if model is None else {}
     base = str(begun.pop("model")) if model is None else model
     rows = Path(str(begun.pop("data"))) if data is None else data
-    settings = make_settings(begun | gather(config_file, assignments, options))
+    settings = SelectSettings(**begun | gather(config_file, assignments, options))
     if not (quiet or log_json or as_json or sys.stderr.isatty()):  # on a terminal, a line comes before the check
         from rightrank.runs.values import Request, check
 
@@ -96,9 +96,9 @@ def _print_selected(selected: Selected, as_json: bool) -> None:
 def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> None:
     from rightrank.api.selecting import preflight
     from rightrank.report.terminal import preflight_text
-    from rightrank.schema.settings import make_settings
+    from rightrank.schema.settings import SelectSettings
 
-    found = preflight(model, data, settings=make_settings(values))
+    found = preflight(model, data, settings=SelectSettings(**values))
     click.echo(found.model_dump_json() if as_json else preflight_text(found))
 
 

@@ -60,7 +60,9 @@ def _prepared(run: Run) -> Prepared:
 
 
 def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Sequence[str] | None) -> _GuardData:
-    own = settings.of_other_data()
+    # Scored by its loss, each file whole and under its own columns.
+    loss = {"metric": "loss", "metrics": (), "higher_is_better": (), "lower_is_better": ()}
+    own = settings.model_copy(update=loss | {"columns": (), "validation": "", "ranks": (1,)})
     try:
         listed = held_out_fields(Path(file))
         if len(listed) < MIN_ROWS:

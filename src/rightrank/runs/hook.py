@@ -25,7 +25,7 @@ from rightrank.schema.events import (
     RunStarted,
     SelectionPlanned,
 )
-from rightrank.schema.settings import CONTINUABLE, SelectSettings, settings_difference
+from rightrank.schema.settings import CONTINUABLE, SelectSettings, settings_of_identity
 from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome
 from rightrank.search.protocol import Strategy
 
@@ -263,7 +263,12 @@ def _require_same_run(folder: RunFolder, first: JournalRecord, started: RunStart
         raise RunFolderError(f"{folder.journal.path}: the first line is not the start of a run; give another --out")
     if first.fingerprint == started.fingerprint:
         return
-    changed = settings_difference(first.settings, started.settings)
+    before = settings_of_identity(first.settings, {})
+    after = settings_of_identity(started.settings, first.settings)
+    names = sorted(before.keys() | after.keys())
+    changed = [
+        f"{name}: {before.get(name)!r} → {after.get(name)!r}" for name in names if before.get(name) != after.get(name)
+    ]
     if not changed:
         changed = ["the data, the model's files or the trainer have changed since"]
     raise RunFolderError(

@@ -40,7 +40,7 @@ from rightrank.runs.plugins import merged
 from rightrank.schema.errors import AllTrialsFailedError, InputError, InterruptedRun, SettingsError, did_you_mean
 from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.metrics import direction, unknown_direction
-from rightrank.schema.settings import PROFILES, Goal, SelectSettings, make_settings, with_identity_of
+from rightrank.schema.settings import PROFILES, Goal, SelectSettings, settings_of_identity
 from rightrank.schema.trials import (
     EvalPoint,
     Trial,
@@ -204,7 +204,7 @@ def _settings(profile: Mapping[str, object], compared: Mapping[str, object], giv
     values = {**compared, "strategy": given.get("strategy") or None}
     values |= {name: profile[name] for name in ("seeds", "margin", "strategy") if values[name] is None}
     goal, alpha = given.get("goal", "training-rank"), given.get("lora_alpha", 32.0)
-    settings = make_settings(values | {"goal": goal, "lora_alpha": alpha})
+    settings = SelectSettings(**values | {"goal": goal, "lora_alpha": alpha})
     make_strategy(settings, 1)  # refuses an unknown name first
     if settings.goal == "adapter" and settings.strategy == Upward.name:
         raise SettingsError(
@@ -266,7 +266,7 @@ def _run_started(request: _OwnRequest, journal: Sequence[JournalRecord]) -> RunS
     begun = journal[0].settings if journal and isinstance(journal[0], RunStarted) else {}
     return RunStarted(
         rightrank_version=__version__,
-        fingerprint=content_hash({"settings": with_identity_of(values, begun)}),
+        fingerprint=content_hash({"settings": settings_of_identity(values, begun)}),
         settings=values,
         environment={
             "python": platform.python_version(),

@@ -29,7 +29,7 @@ from rightrank.runs.plugins import MemoryPlan, first
 from rightrank.runs.values import Prepared, Request
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, RunStarted
-from rightrank.schema.settings import SelectSettings, settings_of_identity, with_identity_of
+from rightrank.schema.settings import SelectSettings, settings_of_identity
 from rightrank.schema.trials import content_hash
 from rightrank.search import make_strategy
 from rightrank.search.protocol import Strategy
@@ -190,7 +190,7 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
 def _started(request: Request, sources: _Sources, settings: SelectSettings, steps: int) -> RunStarted:
     values = {"model": request.model_name, "data": request.data_name, **settings.model_dump(mode="json")}
     identity = {
-        "settings": settings_of_identity(with_identity_of(values, request.begun or {})),
+        "settings": settings_of_identity(values, request.begun or {}),
         "model": sources.loaded.fingerprint,
         "data": sources.splits.fingerprint,
         "steps": steps,

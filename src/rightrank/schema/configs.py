@@ -13,7 +13,7 @@ from typing import Any
 
 from rightrank.schema.errors import SettingsError, quoted
 from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
-from rightrank.schema.table import is_list, names_elsewhere
+from rightrank.schema.table import is_list
 
 REPLACED = {"r", "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}
 REPLACED |= {"inference_mode", "runtime_config", "megatron_core"}  # by the ranks, the base and the form of the data
@@ -62,10 +62,9 @@ def _of_adapter(config: Any) -> Iterator[tuple[str, Any]]:
 def _of_training(args: Any) -> Iterator[tuple[str, Any]]:
     with warnings.catch_warnings(action="ignore"):  # of its own defaults
         default = type(args)(use_cpu=True, bf16=False)  # which every machine takes
-    meant = names_elsewhere(SelectSettings)
     yield from _by_own_rules(args)
     for name, value in _fields(args):
-        setting = name if name in SelectSettings.model_fields else meant.get(name)
+        setting = name if name in SelectSettings.model_fields else SelectSettings.names_elsewhere.get(name)
         if name in OWN_RULES or name.startswith(LOGS_AND_SAVES) or value is None:
             continue
         if setting is not None:

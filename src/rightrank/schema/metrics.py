@@ -13,7 +13,6 @@ NAME=command:PROGRAM {file}     a program that reads the answers as JSONL and pr
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 from rightrank.schema.errors import did_you_mean
@@ -121,7 +120,7 @@ class MetricSpec(NamedTuple):
         return self.kind in ("loss", "pairs") or self.name == "accuracy"
 
 
-def parse_metric(text: str) -> MetricSpec:
+def _parse_metric(text: str) -> MetricSpec:
     """The metric that `text` names.
 
     Raises:
@@ -152,13 +151,13 @@ def _parse_foreign(name: str | None, rest: str) -> MetricSpec | None:
     return MetricSpec(name or rest.rpartition(":")[2], "function", rest)
 
 
-def parse_metrics(deciding: str, others: Sequence[str]) -> tuple[MetricSpec, ...]:
-    """The metric that decides, then the others.
+def parse_metrics(*texts: str) -> tuple[MetricSpec, ...]:
+    """The metrics that the texts name; the first one decides.
 
     Raises:
         ValueError: an unknown metric, or two with one name.
     """
-    specs = tuple(parse_metric(text) for text in (deciding, *others))
+    specs = tuple(_parse_metric(text) for text in texts)
     names = [spec.name for spec in specs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

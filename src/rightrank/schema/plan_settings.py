@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from rightrank.schema.settings import (
     COMPARE,
     DATA,
+    DTYPE_ALIASES,
     MACHINE,
     TRAINING,
     DtypeName,
     PeftFields,
     SelectSettings,
-    gathered_options,
-    to_dtype,
 )
 from rightrank.schema.table import setting
 
@@ -51,7 +49,7 @@ class PlanSettings(PeftFields):
         "`adamw`, `adamw_fused` or `adamw_8bit`",
         option=True,
         also=("optimizer",),
-        parse=lambda name: TRANSFORMERS_NAMES.get(name, name) if isinstance(name, str) else name,
+        aliases=TRANSFORMERS_NAMES,
     )
     loss: Literal["full", "chunked"] = setting(
         "full",
@@ -79,7 +77,7 @@ class PlanSettings(PeftFields):
         "the frozen weights' type: `bf16`, `fp16` or `fp32`",
         option=True,
         also=("bf16", "fp16", "torch_dtype"),
-        parse=to_dtype,
+        aliases=DTYPE_ALIASES,
     )
     device: Literal["cuda", "cpu"] = setting("cuda", MACHINE, "kernels and allocator of `cuda` or `cpu`", option=True)
     memory_bytes: int | None = _as_select("memory_bytes")
@@ -107,15 +105,6 @@ class PlanSettings(PeftFields):
 STEP_OF_SELECT = tuple(
     name for name in PlanSettings.model_fields if name in SelectSettings.model_fields and name != "adapters_per_pass"
 )
-
-
-def make_plan_settings(values: Mapping[str, Any]) -> PlanSettings:
-    """Plan settings from plain values.
-
-    Raises:
-        SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
-    """
-    return PlanSettings(**gathered_options(values))
 
 
 def loop_of_select(num_labels: object) -> dict[str, Any]:

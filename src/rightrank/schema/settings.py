@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -39,7 +40,7 @@ UNITS = {
 # What people write, as the values that the types take.
 
 
-def to_bytes(text: object) -> object:
+def _to_bytes(text: object) -> object:
     """`24GiB` as bytes; any value but a text as it is.
 
     Raises:
@@ -57,10 +58,6 @@ def to_bytes(text: object) -> object:
     return size
 
 
-def to_dtype(name: object) -> object:
-    return DTYPE_ALIASES.get(name, name) if isinstance(name, str) else name
-
-
 # What a value must be beside its type.
 
 
@@ -72,18 +69,14 @@ def _require_columns(entries: tuple[str, ...]) -> tuple[str, ...]:
     return entries
 
 
-def _distinct(fits: Callable[[Any], bool], one: str, allowed: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """A check of a list: at least one value, each allowed and given once; the list in order."""
-
-    def check(values: tuple[Any, ...]) -> tuple[Any, ...]:
-        wrong = next((value for value in values if not fits(value)), None)
-        if wrong is not None:
-            raise ValueError(f"{one} {wrong:g} is not allowed: {one}s are {allowed}")
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"{one.replace(' ', '_')}s: got {list(values)}; give at least one, and each once")
-        return tuple(sorted(values))
-
-    return check
+def _distinct(fits: Callable[[Any], bool], one: str, allowed: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The list in order: at least one value, each allowed and given once."""
+    wrong = next((value for value in values if not fits(value)), None)
+    if wrong is not None:
+        raise ValueError(f"{one} {wrong:g} is not allowed: {one}s are {allowed}")
+    if not values or len(set(values)) != len(values):
+        raise ValueError(f"{one.replace(' ', '_')}s: got {list(values)}; give at least one, and each once")
+    return tuple(sorted(values))
 
 
 def _require_device(device: str) -> str:
@@ -111,21 +104,6 @@ def _require_store(store: str) -> str:
 PEFT_OPTIONS = (
     *("lora_bias", "layers_pattern", "use_qalora", "qalora_group_size", "ensure_weight_tying", "fan_in_fan_out"),
 )
-
-
-def gathered_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, with those that are fields of LoraConfig alone under `peft_options`.
-
-    Raises:
-        SettingsError: another name under `peft_options`.
-    """
-    inner = parsed_json(values.get("peft_options") or {})
-    flat = {name: value for name, value in values.items() if name in PEFT_OPTIONS}
-    if not isinstance(inner, Mapping) or not inner.keys() <= {*PEFT_OPTIONS}:
-        raise SettingsError(f"peft_options: got {inner!r}; give a mapping of {', '.join(PEFT_OPTIONS)}")
-    options = {name: parsed_json(value) for name, value in {**inner, **flat}.items()}
-    others = {name: value for name, value in values.items() if name not in flat and name != "peft_options"}
-    return {**others, "peft_options": options} if options else others
 
 
 class PeftFields(Settings):
@@ -159,6 +137,19 @@ class PeftFields(Settings):
     peft_options: dict[str, Any] = setting(
         {}, ADAPTER, "further fields of PEFT's `LoraConfig`, such as `lora_bias`; each can be given by its own name"
     )
+
+    def __init__(self, **values: Any) -> None:
+        """As of `Settings`; fields of LoraConfig that have no setting of their own may be among the values.
+
+        Raises:
+            SettingsError: also for another name under `peft_options`.
+        """
+        inner = parsed_json(values.pop("peft_options", None) or {})
+        if not isinstance(inner, Mapping) or not inner.keys() <= {*PEFT_OPTIONS}:
+            raise SettingsError(f"peft_options: got {inner!r}; give a mapping of {', '.join(PEFT_OPTIONS)}")
+        flat = {name: values.pop(name) for name in list(values) if name in PEFT_OPTIONS}
+        options = {name: parsed_json(value) for name, value in {**inner, **flat}.items()}
+        super().__init__(**values, **({"peft_options": options} if options else {}))
 
     def lora_config(self) -> dict[str, Any]:
         """These fields as LoraConfig takes them, but for the parameters, whose names depend on the model."""
@@ -237,7 +228,9 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         continuable=True,
         also=("rank", "r", "lora_r", "lora_rank"),
         split=True,
-        check=_distinct(lambda rank: rank >= 1, "rank", "integers from 1 (the base, rank 0, is always measured)"),
+        check=partial(
+            _distinct, lambda rank: rank >= 1, "rank", "integers from 1 (the base, rank 0, is always measured)"
+        ),
     )
     learning_rates: tuple[float, ...] = setting(
         (3e-4, 1e-3, 3e-3),
@@ -247,7 +240,7 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         continuable=True,
         also=("lr", "learning_rate"),
         split=True,
-        check=_distinct(lambda rate: rate > 0, "learning rate", "numbers above 0, such as 1e-4"),
+        check=partial(_distinct, lambda rate: rate > 0, "learning rate", "numbers above 0, such as 1e-4"),
     )
     seeds: tuple[int, ...] = setting(
         (0,),
@@ -257,7 +250,7 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         continuable=True,
         also=("seed",),
         split=True,
-        check=_distinct(lambda seed: 0 <= seed <= MAX_SEED, "seed", f"integers from 0 to {MAX_SEED}"),
+        check=partial(_distinct, lambda seed: 0 <= seed <= MAX_SEED, "seed", f"integers from 0 to {MAX_SEED}"),
     )
     extend: bool | None = setting(
         None,
@@ -426,7 +419,7 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         "computes in it, else float32; adapters train in float32",
         option=True,
         also=("bf16", "fp16", "torch_dtype"),
-        parse=to_dtype,
+        aliases=DTYPE_ALIASES,
     )
     device: str = setting(
         "auto",
@@ -442,7 +435,7 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         option="--memory",
         identity=False,
         also=("memory",),
-        parse=to_bytes,
+        parse=_to_bytes,
         gt=0,
     )
     load_in_4bit: bool = setting(
@@ -559,11 +552,6 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
             )
         return found
 
-    def of_other_data(self) -> SelectSettings:
-        """These settings for further data that is scored by its loss, each file whole and under its own columns."""
-        loss = {"metric": "loss", "metrics": (), "higher_is_better": (), "lower_is_better": ()}
-        return self.model_copy(update=loss | {"columns": (), "validation": "", "ranks": (1,)})
-
     def of_form(self, form: str) -> SelectSettings:
         """These settings with the margin that the loss of preference pairs has by default; unchanged for other data."""
         if form != "preference" or self.margin is not None or self.metric_name != "loss":
@@ -573,7 +561,7 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
     @property
     def metric_specs(self) -> tuple[MetricSpec, ...]:
         """The metric that decides, then the others."""
-        return parse_metrics(self.metric, self.metrics)
+        return parse_metrics(self.metric, *self.metrics)
 
     @property
     def metric_name(self) -> str:
@@ -606,18 +594,9 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         return max(1, round((self.num_train_epochs or 1.0) * train_examples / self.items_per_step))
 
 
-def make_settings(values: Mapping[str, object]) -> SelectSettings:
-    """Settings from plain values; fields of LoraConfig that have no setting of their own may be among them.
-
-    Raises:
-        SettingsError: an unknown name (with the nearest known one) or a value that is not allowed.
-    """
-    return SelectSettings(**gathered_options(values))
-
-
 def stored_settings(values: Mapping[str, Any]) -> SelectSettings:
     """The settings of a run from what its journal holds, which also has the model, the data and an own trainer."""
-    return make_settings({name: value for name, value in values.items() if name in SelectSettings.model_fields})
+    return SelectSettings(**{name: value for name, value in values.items() if name in SelectSettings.model_fields})
 
 
 # Settings that say which rows are in which split.
@@ -626,33 +605,19 @@ OF_SPLITS = ("columns", "validation", "test_fraction", "validation_fraction", "e
 CONTINUABLE = tuple(name for name, row in SelectSettings.model_fields.items() if row.continuable)
 
 
-def with_identity_of(values: Mapping[str, Any], begun: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with those of the begun run where a difference makes no other run: the same trials keep their identity.
+def settings_of_identity(values: Mapping[str, Any], begun: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among `values` (JSON) that say what a selection finds.
 
-    Two spellings of one path, such as `model` and `./model`, are the same.
+    They are those of the begun run where a difference makes no other run: the same trials keep their identity. Two spellings of
+    one path, such as `model` and `./model`, are the same.
     """
+    rows = SelectSettings.model_fields
     kept = {name: begun[name] for name in CONTINUABLE if name in begun}
     for name in ("model", "data", "validation"):
         one, other = values.get(name), begun.get(name)
         if isinstance(one, str) and isinstance(other, str) and Path(one).exists():
             kept[name] = other if Path(one).resolve() == Path(other).resolve() else one
-    return {**values, **kept}
-
-
-def settings_of_identity(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among `values` (JSON) that say what a selection finds."""
-    rows = SelectSettings.model_fields
-    return {name: value for name, value in values.items() if name not in rows or rows[name].identity}
-
-
-def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The settings whose values differ and matter, one `name: old → new` each."""
-    before, after = settings_of_identity(old), settings_of_identity(with_identity_of(new, old))
-    return [
-        f"{name}: {before.get(name)!r} → {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
+    return {name: value for name, value in {**values, **kept}.items() if name not in rows or rows[name].identity}
 
 
 # What `select_rank_with` takes where an argument is not given. For reinforcement learning: two points of a reward between 0 and 1;

@@ -45,8 +45,8 @@ class Setting:
     `help` is Markdown; the command line shows it without the marks. `option` is the name at the command line, empty for a
     setting that is given through `--set` alone. A setting of `identity` makes another run where it differs; one that is
     `continuable` may differ when a run is continued. `also` are its names in other tools, which are answered with its own.
-    `split` takes a text with commas as several values. `parse` makes a value of what people write, `check` refuses one with
-    ValueError.
+    `split` takes a text with commas as several values. `aliases` are other tools' names of a value, `parse` makes a value of
+    what people write, `check` refuses one with ValueError.
     """
 
     default: Any
@@ -57,6 +57,7 @@ class Setting:
     continuable: bool = False
     also: tuple[str, ...] = ()
     split: bool = False
+    aliases: Mapping[str, str] = field(default_factory=dict)
     parse: Callable[[Any], Any] | None = None
     check: Callable[[Any], Any] | None = None
     bounds: Mapping[str, Any] = field(default_factory=dict)  # gt, ge, lt and le
@@ -81,6 +82,7 @@ class Settings:
 
     model_fields: ClassVar[Mapping[str, Setting]] = {}
     model_types: ClassVar[Mapping[str, Any]] = {}
+    names_elsewhere: ClassVar[Mapping[str, str]] = {}  # names of other tools → the setting of the same meaning
     checked_by: ClassVar[type[Any] | None] = None  # pydantic's record of the same types, made at the first use
     model_fields_set: frozenset[str]  # those that were given
 
@@ -92,6 +94,7 @@ class Settings:
         hints = get_type_hints(cls)
         cls.checked_by = None
         cls.model_types = {name: hints[name] for name in rows}
+        cls.names_elsewhere = {other: name for name, row in rows.items() for other in row.also}
         cls.model_fields = dict(sorted(rows.items(), key=lambda named: order.index(named[1].group)))
 
     def __init__(self, **values: Any) -> None:
@@ -102,7 +105,7 @@ class Settings:
         """
         unknown = next((name for name in values if name not in self.model_fields), None)
         if unknown is not None:
-            meant = names_elsewhere(type(self)).get(unknown)
+            meant = self.names_elsewhere.get(unknown)
             near = f" (did you mean {meant!r}?)" if meant else did_you_mean(unknown, self.model_fields)
             nearest = ", ".join(get_close_matches(unknown, self.model_fields, n=NEAREST_NAMES, cutoff=0.0))
             raise SettingsError(f"unknown setting {unknown!r}{near or '; the nearest: ' + nearest}")
@@ -152,11 +155,6 @@ def is_list(hint: Any) -> bool:
     return any(get_origin(part) is tuple for part in (hint, *get_args(hint)))
 
 
-def names_elsewhere(kind: type[Settings]) -> dict[str, str]:
-    """Names of other tools → the setting that has the same meaning."""
-    return {other: name for name, row in kind.model_fields.items() for other in row.also}
-
-
 def _validated(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
     from pydantic import ValidationError
 
@@ -189,6 +187,8 @@ def _read(kind: type[Settings], name: str, value: Any) -> Any:
     row, hint = kind.model_fields[name], kind.model_types[name]
     if row.parse is not None:
         value = row.parse(value)
+    if isinstance(value, str):
+        value = row.aliases.get(value, value)
     if get_origin(hint) is dict:
         return parsed_json(value)
     if not is_list(hint):

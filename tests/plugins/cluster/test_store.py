@@ -16,7 +16,7 @@ from rightrank.plugins.cluster.store import Store, run_store
 from rightrank.plugins.cluster.worker import Setup, Stop, Task, Worker, WorkerLost, WorkerMessage
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import MissingExtraError, RunError, SettingsError
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from tests.plugins.cluster.runs import decision_of, values_of
 from tests.tiny import small_settings
 
@@ -180,14 +180,14 @@ def raising(errors: list[OSError], then: Any = None) -> Any:
 )
 def test_invalid_addresses_are_one_line(address: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message) as caught:
-        make_settings({"executor": "processes", "workers": 2, "store": address})
+        SelectSettings(executor="processes", workers=2, store=address)
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_store_is_for_workers() -> None:
     with pytest.raises(SettingsError, match="store was given and the executor is 'local'"):
-        make_settings({"store": "s3://bucket/runs"})
+        SelectSettings(store="s3://bucket/runs")
 
 
 def test_a_store_without_its_package_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from rightrank.plugins.cluster.on_ray import RayWorker, connected, resources
 from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Ready, Setup, Stop, Task, WorkerLost, serve, versions
 from rightrank.schema.errors import InputError, MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Event, StepDone
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from tests.plugins.cluster.runs import STEPS, decision_of, trials, values_of
 from tests.tiny import small_settings
@@ -65,7 +65,7 @@ def test_processes_come_to_the_same_decision_though_one_is_killed(
 )
 def test_settings_that_do_not_go_together_are_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        make_settings(changes)
+        SelectSettings(**changes)
 
 
 def test_data_in_memory_needs_the_local_executor(model_folder: Path, tmp_path: Path) -> None:

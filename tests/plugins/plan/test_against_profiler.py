@@ -8,7 +8,7 @@ import pytest
 from benchmarks.plan.measure import measure
 
 from rightrank.plugins.plan.planner import CPU_PROCESS_BYTES, plan_config
-from rightrank.schema.plan_settings import make_plan_settings
+from rightrank.schema.plan_settings import PlanSettings
 from tests.plugins.plan import CONFIGS
 
 pytestmark = pytest.mark.trains
@@ -34,7 +34,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_peaks_are_within_three_percent(name: str, options: dict[str, Any]) -> None:
     values = {"device": "cpu", "dtype": "float32", "ranks": (8,), "batch_size": 4, "seq_len": 64}
-    settings = make_plan_settings(values | options)
+    settings = PlanSettings(**values | options)
     plan = plan_config(CONFIGS[name](), name, settings)
     assert plan.source == "traced"
     measured = measure(CONFIGS[name](), settings, 8)
@@ -47,10 +47,10 @@ def test_peaks_are_within_three_percent(name: str, options: dict[str, Any]) -> N
 def test_the_cheapest_changes_fit_in_a_measured_step_too() -> None:
     """A budget that nothing fits: the list is followed, and the step then measured stays inside it."""
     values = {"device": "cpu", "dtype": "float32", "ranks": (8,), "batch_size": 16, "seq_len": 64}
-    settings = make_plan_settings(values | {"memory_bytes": CPU_PROCESS_BYTES + 12 * 2**20, "optim": "adamw_fused"})
+    settings = PlanSettings(**values | {"memory_bytes": CPU_PROCESS_BYTES + 12 * 2**20, "optim": "adamw_fused"})
     plan = plan_config(CONFIGS["llama"](), "llama", settings)
     assert plan.max_rank is None
     assert measure(CONFIGS["llama"](), settings, 8).peak_bytes > 12 * 2**20
     assert plan.changes
-    followed = make_plan_settings(settings.model_dump() | plan.changes)
+    followed = PlanSettings(**settings.model_dump() | plan.changes)
     assert measure(CONFIGS["llama"](), followed, 8).peak_bytes <= 12 * 2**20

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rightrank.cli import main
-from rightrank.schema.settings import to_bytes
+from rightrank.schema.settings import SelectSettings
 from tests.plugins.plan import CONFIGS
 
 pytestmark = pytest.mark.trains
@@ -144,6 +144,6 @@ def test_bad_models_are_one_line(
 
 
 def test_sizes() -> None:
-    assert to_bytes("24GiB") == 24 * 2**30
-    assert to_bytes(" 1.5 GB ") == 1_500_000_000
-    assert to_bytes("80gib") == 80 * 2**30
+    assert SelectSettings(memory_bytes="24GiB").memory_bytes == 24 * 2**30
+    assert SelectSettings(memory_bytes=" 1.5 GB ").memory_bytes == 1_500_000_000
+    assert SelectSettings(memory_bytes="80gib").memory_bytes == 80 * 2**30

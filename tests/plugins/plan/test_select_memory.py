@@ -14,7 +14,7 @@ from rightrank.plugins.plan.planner import needed
 from rightrank.plugins.plan.selection import left_out_line, plan_selection, step_settings
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from tests.adapters.adapters import make_base
 from tests.commands import run, select_arguments
@@ -156,7 +156,7 @@ def test_ranks_that_do_not_fit_are_left_out() -> None:
 
 def test_default_ranks_are_those_that_the_matrices_can_have() -> None:
     """The smallest adapted matrix has 16 rows."""
-    config, default = one_block(), make_settings({"device": "cpu", "dtype": "float32"})
+    config, default = one_block(), SelectSettings(device="cpu", dtype="float32")
     assert plan_selection(config, default, 32, "cpu").ranks == (1, 4, 16)
 
 

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.planner import plan_config
 from rightrank.schema.errors import ModelError
-from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
+from rightrank.schema.plan_settings import PlanSettings
 from tests.plugins.plan import CONFIGS
 
 pytestmark = pytest.mark.trains
 
 
 def settings_of(**values: Any) -> PlanSettings:
-    return make_plan_settings({"ranks": (4, 12), "batch_size": 2, "seq_len": 32} | values)
+    return PlanSettings(**{"ranks": (4, 12), "batch_size": 2, "seq_len": 32} | values)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "bert"])
@@ -93,7 +93,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def test_counts_are_those_of_peft(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Ranks 2, 4 and 8: the one between is computed from the two at the ends, so all three are compared."""
     values = {"dtype": "float32", "ranks": (2, 4, 8), "batch_size": 1, "seq_len": 16, **options}
-    rows = plan_config(CONFIGS[name](), name, make_plan_settings(values)).ranks
+    rows = plan_config(CONFIGS[name](), name, PlanSettings(**values)).ranks
     for row in rows:
         model = AutoModelForCausalLM.from_config(CONFIGS[name]())
         peft_options: dict[str, Any] = {"target_modules": "all-linear"} | options
@@ -108,7 +108,7 @@ def test_counts_are_those_of_peft(name: str, options: dict[str, Any], tmp_path: 
 def test_published_counts_of_llama_3b() -> None:
     """PEFT's own table (method_comparison, MetaMathQA, lora--llama-3.2-3B-rank32): parameters and file size."""
     config = FULL_CONFIGS["Llama-3.2-3B"]()
-    settings = make_plan_settings({"ranks": (32,), "target_modules": ("q_proj", "v_proj"), "seq_len": 16})
+    settings = PlanSettings(ranks=(32,), target_modules=("q_proj", "v_proj"), seq_len=16)
     plan = plan_config(config, "llama", settings)
     assert plan.ranks[0].trainable_parameters == 9_175_040
     assert plan.ranks[0].adapter_bytes == 36_715_216

@@ -10,7 +10,7 @@ import click
 
 from rightrank.cli.options import comma, gather, whole_numbers
 from rightrank.runs.plugins import Plugin
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
     from rightrank.schema.results import Allocation, AllocationTrial
@@ -48,7 +48,7 @@ def allocate(
     from rightrank.plugins.allocate.proposal import AllocateOptions
     from rightrank.plugins.allocate.proposal import allocate as allocate_ranks
 
-    read = settings or make_settings({})
+    read = settings or SelectSettings()
     options = AllocateOptions(rank, learning_rate, max_steps, tuple(seeds), base, read, on_trial)
     return allocate_ranks(Path(adapter), Path(data), options)
 
@@ -78,7 +78,7 @@ def _allocate(seeds: list[str] | None, assignments: tuple[str, ...], as_json: bo
     allocation = allocate(
         **asked,
         seeds=tuple(whole_numbers(seeds, "--seeds") or (0, 1)),
-        settings=make_settings(gather(None, assignments, {})),
+        settings=SelectSettings(**gather(None, assignments, {})),
         on_trial=lambda trial: click.echo(f"{trial.pattern}, seed {trial.seed}: {trial.value:.4f}", err=True),
     )
     if as_json:

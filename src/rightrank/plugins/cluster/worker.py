@@ -226,9 +226,9 @@ def _prepared(setup: Setup, cache: Path) -> Prepared:
     """
     from rightrank.runs.prepare import prepare
     from rightrank.runs.values import Request
-    from rightrank.schema.settings import make_settings
+    from rightrank.schema.settings import SelectSettings
 
-    prepared = prepare(Request(setup.model, None, setup.data, make_settings(setup.settings), setup.begun), cache)
+    prepared = prepare(Request(setup.model, None, setup.data, SelectSettings(**setup.settings), setup.begun), cache)
     if prepared.started.fingerprint != setup.fingerprint:
         raise RunError(
             f"a worker on {platform.node()} found a different model or different data at {setup.model} and {setup.data}: "

@@ -10,7 +10,7 @@ import click
 
 from rightrank.cli.options import gather
 from rightrank.runs.plugins import Plugin
-from rightrank.schema.settings import SelectSettings, make_settings
+from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
     from rightrank.plugins.fleet.common_rank import Fleet
@@ -51,7 +51,7 @@ def fleet(
         Path(out),
         model=model,
         files=[Path(file) for file in files],
-        settings=settings or make_settings({}),
+        settings=settings or SelectSettings(),
         notice=notice,
     )
 
@@ -96,7 +96,7 @@ def _fleet_text(found: Fleet) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def _fleet(margin: float | None, assignments: tuple[str, ...], as_json: bool, **asked: Any) -> None:
     """Find the smallest rank that all ADAPTERs can be truncated to without losing more than the margin, and write them."""
-    settings = make_settings(gather(None, assignments, {"margin": margin}))
+    settings = SelectSettings(**gather(None, assignments, {"margin": margin}))
     found = fleet(**asked, settings=settings, notice=lambda line: click.echo(line, err=True))
     click.echo(found.model_dump_json() if as_json else _fleet_text(found))
 

@@ -32,7 +32,7 @@ from rightrank.runs.values import Request
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import DataError, ResultsError, RunFolderError
 from rightrank.schema.events import JournalRecord
-from rightrank.schema.settings import make_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.train.generation import write_completion
 from rightrank.train.runtime import Runtime, adapter_attached
 
@@ -136,7 +136,7 @@ def _answers(
     """`(answers by rank and prompt id, prompt texts by id)`."""
     values = dict(records.started.settings)
     model, data = str(values.pop("model")), str(values.pop("data"))
-    settings = make_settings({name: value for name, value in values.items() if value is not None})
+    settings = SelectSettings(**{name: value for name, value in values.items() if value is not None})
     with tempfile.TemporaryDirectory(prefix="rightrank-") as cache:
         prepared = prepare(Request(model, None, data, settings), Path(cache) / "cache")
         runtime = prepared.runtime

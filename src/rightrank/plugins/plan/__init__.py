@@ -17,7 +17,7 @@ from rightrank.cli.options import SettingsCommand, announce, gather, setting_opt
 from rightrank.models.ranks import LARGE_RANK, rank_change_line, rate_warning
 from rightrank.report.format import size
 from rightrank.runs.plugins import Plugin
-from rightrank.schema.plan_settings import PlanSettings, make_plan_settings
+from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.table import given_values
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack
     """
     from rightrank.models.places import require_model
 
-    settings = make_plan_settings(given_values(settings) | keywords)
+    settings = PlanSettings(**given_values(settings) | keywords)
     require_model(model)  # before what brings torch
     from rightrank.models.base_models import device_memory
     from rightrank.plugins.plan.planner import plan_config
@@ -75,7 +75,7 @@ def _plan(model: str, config_file: Path | None, assignments: tuple[str, ...], as
     values = gather(config_file, assignments, options)
     announce("tracing a step of the model, in shapes alone")
     with collector_paused():  # importing torch and transformers takes a quarter less time
-        answer: Plan = plan(model, settings=make_plan_settings(values))
+        answer: Plan = plan(model, settings=PlanSettings(**values))
     click.echo(answer.model_dump_json() if as_json else _plan_text(answer))
     return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0
 

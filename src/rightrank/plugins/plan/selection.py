@@ -12,7 +12,7 @@ from rightrank.plugins.plan.planner import changes_that_fit, context_bytes, need
 from rightrank.report.format import size
 from rightrank.runs.plugins import MemoryPlan
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.plan_settings import STEP_OF_SELECT, PlanSettings, loop_of_select, make_plan_settings
+from rightrank.schema.plan_settings import STEP_OF_SELECT, PlanSettings, loop_of_select
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.pace import MAX_ADAPTERS_PER_PASS
 from rightrank.train.tokens import EncodedData
@@ -125,8 +125,8 @@ def step_settings(
     eager = getattr(config, "_attn_implementation", None) == "eager"
     for name in ("batch_size", "eval_batch_size"):  # the plan's examples are sequences
         shared[name] *= sequences
-    return make_plan_settings(
-        shared
+    return PlanSettings(
+        **shared
         | loop_of_select(num_labels)
         | {
             "seq_len": max(2, longest),
