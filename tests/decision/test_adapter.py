@@ -20,6 +20,7 @@ from rightrank.decision.adapter import (
 from rightrank.decision.adapter import (
     test_difference as difference_on_test,
 )
+from rightrank.decision.comparison import bounds_of, estimate
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.trials import EvalPoint, TrialDiverged, TrialFinished
@@ -95,11 +96,48 @@ def test_where_the_training_rank_probably_lies(
     found = answer(TOP, *(trial(str(rank), rank, shift, parent="top") for rank, shift in shifts.items()))
     assert smallest_holding_truncation(found) == holding
     assert probable_ranks(found) == probable
+    assert all(isinstance(rank, int) for rank in probable_ranks(found))
+    top, *truncated = found.candidates
+    alone = found.model_copy(update={"candidates": truncated})  # the top's difference is then 0, as it is here
+    assert top.difference == 0
+    assert smallest_holding_truncation(alone) == holding
 
 
 def test_the_first_failure_ends_the_sequence() -> None:
     found = answer(TOP, trial("a", 32, 0.02, parent="top"), trial("b", 16, 0.001, parent="top"))
     assert (found.rank, found.how) == (64, "trained")
+
+
+def test_the_first_failure_ends_the_sequence_of_those_with_extra_steps() -> None:
+    extra = trial("extra", 64, -0.02, parent="top", steps=20, noise=0.0)
+    failed, good = trial("a", 32, 0.1, parent="top", steps=20), trial("b", 16, -0.018, parent="top", steps=20)
+    found = answer(TOP, extra, failed, good)
+    assert (found.rank, found.how) == (64, "recovered")
+    assert found.sentence == "The adapter keeps rank 64: rank 32 is not shown to lose less than the margin of 0.005."
+    assert answer(TOP, extra, good).rank == 16
+
+
+def test_why_the_top_is_kept() -> None:
+    failed = answer(TOP, trial("a", 32, 0.02, parent="top"), trial("b", 16, 0.02, parent="top"))
+    assert failed.sentence == "The adapter keeps rank 64: rank 32 is not shown to lose less than the margin of 0.005."
+    extra = trial("extra", 64, -0.02, parent="top", steps=20, noise=0.0)
+    none = answer(TOP, extra, trial("a", 32, 0.0, parent="top"))
+    assert (
+        none.sentence == "The adapter keeps rank 64: no lower rank is measured to lose less than the margin of 0.005."
+    )
+
+
+def test_candidates_are_those_of_the_highest_rank_and_of_the_best_training_there() -> None:
+    low = trial("low", 32, -0.5)
+    worse = trial("a worse top", 64, 0.3)
+    cuts = [trial(f"of {parent}", 16, shift, parent=parent) for parent, shift in (("low", -0.5), ("top", 0.0))]
+    cuts.append(trial("of a worse top", 16, 0.3, parent="a worse top"))
+    found = answer(low, worse, TOP, *cuts)
+    assert (found.trained_id, found.trial_id) == ("top", "of top")
+    asked = adapter_answer([low, worse, TOP, *cuts], LOSS, "low")
+    assert asked is not None
+    assert (asked.trained_id, asked.trial_id) == ("low", "of low")
+    assert adapter_answer([low, worse, TOP, *cuts], LOSS, "of low") is None
 
 
 def test_a_wide_interval_is_a_failure() -> None:
@@ -154,7 +192,12 @@ def test_adapters_scored_on_unequal_numbers_of_examples_are_compared_by_their_va
     assert found.difference == pytest.approx(0.002)
     assert (found.difference_high, found.holds) == (None, False)
     exact = Criterion("loss", False, 0.005, trusts_values=True)
-    assert answer(TOP, few, criterion=exact).candidates[1].holds
+    trusted = answer(TOP, few, criterion=exact)
+    assert trusted.candidates[1].holds
+    assert trusted.sentence == (
+        "The smallest adapter of this training that loses nothing has rank 32: its held-out difference from the "
+        "rank 64 adapter is +0.002, within the margin of 0.005."
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,6 +235,13 @@ def test_every_adapter_is_compared_with_the_reference_the_best_of_a_rank_and_all
     assert [one.holds for one in shown] == [True, True, True, False]
     named = found.model_copy(update={"trial_id": "worse"})  # a guard may name another run of a rank
     assert {one.trial_id for one in compared_adapters(named, [worse, better, TOP, cut], LOSS)} >= {"worse", "top"}
+    wider = Criterion("loss", False, 0.5)  # the margin is the answer's
+    assert [one.holds for one in compared_adapters(found, [cut, small, TOP], wider)] == [True, True, False]
+    unset = Criterion("loss", False, None)
+    assert [one.holds for one in compared_adapters(found, [cut, small, TOP], unset)] == [True, True, False]
+    other = trial("a second top", 64, 0.01)
+    both = compared_adapters(found.model_copy(update={"trial_id": "a second top"}), [other, cut, TOP], LOSS)
+    assert [one.trial_id for one in both] == ["top", "a second top", "cut"]  # the better one first
     assert compared_adapters(found, [cut, small], LOSS) == found.candidates  # the reference is not in the journal
     assert len(compared_adapters(found, [cut, TOP], LOSS)) == 2
 
@@ -203,6 +253,7 @@ def test_another_adapter_is_handed_over_and_listed_once() -> None:
     assert (after.trial_id, after.rank, after.how, after.sentence) == ("a", 32, "truncated", "Another one.")
     assert (after.difference, after.difference_high) == (other.difference, other.difference_high)
     assert [one.trial_id for one in after.candidates] == ["top", "a"]
+    assert AdapterAnswer.model_validate(after.model_dump()) == after
     assert with_adapter(after, other, "Again.").candidates == after.candidates
 
 
@@ -254,6 +305,7 @@ TRUNCATED = trial("cut", 16, 0.002, parent="top")
         (8, 0.003, True),  # within the margin of the reference
         (8, 0.008, False),
         (16, -0.01, True),  # of the same rank it must be better than the truncation
+        (16, 0.0, True),  # which the reference is too
         (16, 0.002, False),
         (32, -0.01, False),  # a larger adapter is no improvement
     ],
@@ -334,8 +386,25 @@ def test_on_the_test_split_without_scores_by_example_the_values_are_compared() -
     half = on_test(0.7, item_metrics={"bleu": [0.7]})
     assert difference_on_test(half, other, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
     assert difference_on_test(other, half, Criterion("bleu", True, None)) == (pytest.approx(0.2), None)
+    one_example = [on_test(0.7, item_metrics={"bleu": [value]}) for value in (0.7, 0.5)]
+    assert difference_on_test(*one_example, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
     assert difference_on_test(None, other, LOSS) is None
     assert difference_on_test(one, None, LOSS) is None
+
+
+@pytest.mark.parametrize(("metric", "scale"), [("accuracy", 1), ("f1", 1), ("f1", 100), ("score", 7)])
+def test_one_answer_that_differs_on_the_test_split_has_the_bound_of_a_rare_difference(metric: str, scale: int) -> None:
+    ours, theirs = [scale] * 40, [*[scale] * 39, 0]
+    sides = [
+        on_test(0.5, **({"item_correct": one} if metric == "accuracy" else {"item_metrics": {metric: one}}))
+        for one in (ours, theirs)
+    ]
+    found = difference_on_test(sides[1], sides[0], Criterion(metric, True, None))
+    assert found is not None
+    expected = estimate(np.subtract(ours, theirs, dtype=float)[None, :], np.ones(40), float(scale))
+    assert found == (pytest.approx(scale / 40), pytest.approx(bounds_of(expected).high))
+    assert found[1] is not None
+    assert found[1] > scale * (1 + 3) / 40
 
 
 def test_how_an_adapter_was_made() -> None:
@@ -367,4 +436,5 @@ def test_a_trained_adapter_is_measured_against_the_reference_that_is_given() -> 
     assert (beside.reference_id, beside.trial_id, beside.trained_id) == ("top", "small", "small")
     assert beside.difference == pytest.approx(0.003)
     assert [one.trial_id for one in beside.candidates] == ["small"]
+    assert trained_answer(small, Criterion("loss", False, None), TOP).margin == 0.005
     assert beside.sentence == "The adapter is the one trained at rank 8; no truncation was compared."

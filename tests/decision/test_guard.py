@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rightrank.decision.adapter import Criterion, adapter_answer, compared_adapters
-from rightrank.decision.comparison import estimate
+from rightrank.decision.comparison import estimate, examples_needed
 from rightrank.decision.guard import guarded
 from rightrank.report.figures import figure_of
 from rightrank.report.svg import svg_file
@@ -124,7 +124,12 @@ def test_too_few_examples_are_said_with_the_number_needed() -> None:
     _, guard = judged(TOP, Adapter("four", 4, 1.0, 0.01, "top"), margin=0.009)
     assert not guard.holds
     assert "Guard: not shown to hold" in guard.sentence
-    assert "guard examples in place of 200" in guard.sentence
+    found = estimate((0.01 + GUARD_NOISE[1])[None, :], np.ones(EXAMPLES))
+    needed = examples_needed(found, 0.009, guard.confidence)
+    assert needed is not None
+    assert f"; about {needed:,} guard examples in place of 200 would show" in guard.sentence
+    _, at_the_margin = judged(TOP, Adapter("four", 4, 1.0, 0.01, "top"), margin=found.mean)
+    assert "; more guard examples in place of 200 would show whether it is worse." in at_the_margin.sentence
 
 
 def test_a_file_is_named_without_its_folders() -> None:

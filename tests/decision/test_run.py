@@ -24,7 +24,8 @@ from rightrank.report.status import last_decided, running_trial
 from rightrank.schema.decision import CheckpointNote, Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import Certified, DecisionRecorded, GuardEvaluated, JournalRecord, RunContinued
-from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialLook, TrialStarted
+from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, TrialFinished, TrialLook, TrialStarted
+from tests.report import runs
 from tests.report.runs import ITEMS, TOKENS, answered_run, made_up_run
 
 
@@ -349,7 +350,7 @@ def test_the_cost_of_a_run_is_counted_in_whole_trainings() -> None:
     records.outcomes += [stopped, resumed, recovered]
     assert trainings(records) == pytest.approx(2 + 0.25 + 0.5 + 10)
     third = altered(one, trial_id="third", stop_at=None, steps=13)
-    assert trainings(Records.of(records.started, [four, third])) == 1.325
+    assert trainings(Records.of(records.started, [altered(four, steps=30), third])) == 1.433
     # A custom trainer may not tell its steps; then each training counts as one.
     own = Records.of(records.started, [altered(trial, steps=0) for trial in (one, four)])
     assert trainings(own) == 2.0
@@ -381,6 +382,7 @@ def test_a_question_that_was_not_asked_is_none_in_the_document() -> None:
     assert [first[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
     assert first["training_rank_estimate"] == estimate.model_dump(mode="json")
     assert "flags" not in first
+    assert (first["metric"], first["higher_is_better"], first["goal"]) == ("loss", False, "adapter")
     records = made_up_run()
     second = document(records, decide_run(records), "training-rank")
     of_the_adapter = ("adapter_sentence", "adapter_making", "handed_over", "guard", "adapter_answer")
@@ -400,3 +402,71 @@ def test_a_checkpoint_that_changes_the_adapter_is_flagged_once(matters: bool) ->
     assert flags == [*decision.flags, *(["checkpoint_matters"] if matters else [])]
     assert document(records, told, "training-rank")["flags"] == told.flags
     assert document(records, None, "adapter").get("flags") == (["checkpoint_matters"] if matters else None)
+
+
+def test_a_metric_that_is_only_reported_is_compared_where_it_was_asked_for() -> None:
+    made = made_up_run((1, 4), (1e-3,))
+    outcomes = [altered(one, metrics=one.metrics | {"reward_margin": 0.5 + one.rank}) for one in made.finished()]
+    records = Records.of(made.started, outcomes)
+    assert decide_run(records).other_metrics == []
+    (asked,) = decide_run(with_settings(records, metrics=["reward_margin"])).other_metrics
+    assert (asked.metric, asked.higher_is_better) == ("reward_margin", True)
+    assert decide_run(with_settings(records, metrics="reward_margin")).other_metrics == []  # no list
+    deciding = Records.of(
+        made.started.model_copy(update={"metric": "reward_margin", "higher_is_better": True}), outcomes
+    )
+    assert [one.metric for one in decide_run(deciding).other_metrics] == ["loss"]
+    by_loss = decide_on(deciding, comparable(deciding), "loss", 0.02).other_metrics
+    assert [one.metric for one in by_loss] == ["reward_margin"]
+
+
+def test_of_rewards_an_undecided_comparison_takes_the_smallest_rank_that_is_not_worse() -> None:
+    made = made_up_run((16, 64), (3e-3,), (0, 1), with_base=False)
+    rewards, *others = (with_settings(made, margin=0.009, **more) for more in ({"profile": "rl"}, {"profile": "x"}, {}))
+    assert (decide_run(rewards).verdict, decide_run(rewards).rank) == ("no_difference", 64)
+    for other in others:
+        assert (decide_run(other).verdict, decide_run(other).rank) == ("undecided", None)
+
+
+def test_one_seed_of_rewards_is_answered_by_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "ITEMS", 200)
+    records = made_up_run((16, 64), (3e-3,), with_base=False)
+    rewards, plain = (decide_run(with_settings(records, margin=0.009, **more)) for more in ({"profile": "rl"}, {}))
+    assert (rewards.verdict, plain.verdict) == ("no_difference", "saturated")
+    asked = decide_run(with_settings(records, margin=0.009, profile="rl", confidence=0.7))
+    assert (asked.verdict, asked.rank) == (plain.verdict, plain.rank)
+
+
+def test_the_direction_that_is_given_is_that_of_a_custom_trainer_s_metric() -> None:
+    made = made_up_run((1, 4), (1e-3,))
+    own = made.started.model_copy(
+        update={"metric": "score", "data": made.started.data.model_copy(update={"form": "own"})}
+    )
+    records = Records.of(own, [altered(one, metrics={"score": 1.0}) for one in made.finished()[1:]])
+    assert not run_table(records).higher_is_better
+    assert run_table(records, higher=True).higher_is_better
+
+
+def test_a_metric_without_a_direction_is_named() -> None:
+    made = made_up_run((1, 4), (1e-3,))
+    records = Records.of(made.started, [altered(one, metrics={"colour": 1.0}) for one in made.finished()])
+    line = "metric 'colour': whether higher or lower is better is not known from its name; give --higher-is-better or"
+    with pytest.raises(ResultsError, match=line):
+        run_table(records, metric="colour")
+
+
+def test_learning_rates_of_stopped_trainings_count_as_tried_in_a_run() -> None:
+    records = made_up_run((1, 4), (1e-3,))
+    stopped = altered(records.finished()[1], trial_id="stopped", learning_rate=0.1, stop_at=5)
+    records.outcomes.append(stopped)
+    assert run_table(records).tried[1] == {1e-3, 0.1}
+
+
+def test_collapses_and_the_kept_step_are_in_the_table() -> None:
+    one, four = made_up_run((1, 4), (1e-3,)).finished()[1:]
+    collapsed = TrialCollapsed(
+        trial_id="x", **four.arm.model_dump(), step=7, reason="x", value=9.0, best_step=3, best_value=1.0
+    )
+    table = table_of([altered(one, kept_step=20), collapsed], "loss", False)
+    assert (table.collapsed, table.missing) == (1, {4: 1})
+    assert table.cells[1, 1e-3, 0].kept_step == 20

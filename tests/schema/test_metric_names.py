@@ -430,3 +430,10 @@ def test_which_metrics_every_evaluation_measures() -> None:
     along = [spec.name for spec in parse_metrics(*BUILT_IN) if spec.is_measured_along]
     assert along == ["loss", "accuracy", "reward_accuracy", "reward_margin"]
     assert not parse_metrics("m:f")[0].is_measured_along
+
+
+@pytest.mark.parametrize(
+    ("name", "higher"), [("", None), ("___", None), ("/loss/", False), ("eval_", None), ("x acc", None)]
+)
+def test_separators_around_a_name_are_left_out(name: str, higher: bool | None) -> None:
+    assert direction(name) is higher

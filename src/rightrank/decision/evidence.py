@@ -483,4 +483,4 @@ def _likely(found: Comparison) -> list[tuple[float, int]]:
     """Margin and rank by ascending margin: where it has the confidence. The base is no rank to answer with."""
     assert found.confidence is not None
     margins = {rank: max(0.0, found.evidence.margin_of(rank, found.confidence)) for rank in found.ranks}
-    return sorted(((margin, rank) for rank, margin in margins.items()), key=lambda one: (one[0], -one[1]))
+    return sorted((margin, rank) for rank, margin in margins.items())

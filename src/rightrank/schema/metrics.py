@@ -126,7 +126,7 @@ def _parse_metric(text: str) -> MetricSpec:
     Raises:
         ValueError: an unknown metric; the message lists the known forms.
     """
-    named = _NAMED.fullmatch(text) if not text.startswith("command:") else None
+    named = _NAMED.fullmatch(text)
     name, rest = (named[1], named[2]) if named else (None, text)
     if rest in BUILT_IN and (name is None or name == rest):
         return MetricSpec(rest, BUILT_IN[rest])
