@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rightrank.api.adapters import inspect
 from rightrank.cli import main
-from rightrank.report.adapters import layer_figure, split_name
+from rightrank.report.adapters import layer_figure
 from rightrank.report.svg import svg_file
 from tests.adapters.adapters import KINDS, deltas, load_strictly, make_adapter, make_base, rewrite, tensors_of
 
@@ -136,5 +136,6 @@ def test_the_figure_has_a_point_a_module(base: Path, tmp_path: Path) -> None:
     found = next(series for series in data.series if series.label == "q_proj")
     assert found.y[1] == by_name["model.layers.2.self_attn.q_proj"]
     assert svg_file(data) == svg_file(data)
-    assert split_name("transformer.h.11.attn.c_proj") == ("11", "attn.c_proj")
-    assert split_name("lm_head") == ("-", "lm_head")
+    gpt2 = modules[0].model_copy(update={"name": "transformer.h.11.attn.c_proj"})
+    outside = gpt2.model_copy(update={"name": "lm_head"})
+    assert [row[:2] for row in layer_figure([gpt2, outside]).rows] == [(11, "attn.c_proj")]

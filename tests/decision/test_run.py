@@ -20,7 +20,7 @@ from rightrank.decision.run import (
     trainings,
 )
 from rightrank.decision.table import table_of
-from rightrank.report.status import last_decided, running_trial
+from rightrank.report.status import last_decided, run_status
 from rightrank.schema.decision import CheckpointNote, Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import Certified, DecisionRecorded, GuardEvaluated, JournalRecord, RunContinued
@@ -118,15 +118,19 @@ def test_a_rate_counts_as_tried_where_a_training_of_its_own_start_stopped_or_div
 
 def test_the_trial_that_began_last_and_has_not_ended_is_running() -> None:
     one, two, three = made_up_run().finished()[:3]
-    assert running_trial([]) is None
-    assert running_trial([begun(one), one]) is None
-    assert running_trial([begun(one), begun(two), one]) == begun(two)
-    assert running_trial([begun(one), begun(two), begun(three), two]) == begun(three)
+
+    def running(*journal: JournalRecord) -> str | None:
+        return run_status("run", journal, made_up_run(), "training-rank", True, {}).running
+
+    assert running() is None
+    assert running(begun(one), one) is None
+    assert running(begun(one), begun(two), one) == two.arm.label()
+    assert running(begun(one), begun(two), begun(three), two) == three.arm.label()
     for ended in (
         TrialDiverged(trial_id=one.trial_id, **one.arm.model_dump(), step=1, reason="x"),
         TrialFailed(trial_id=one.trial_id, **one.arm.model_dump(), error="error", reason="x"),
     ):
-        assert running_trial([begun(one), ended]) is None
+        assert running(begun(one), ended) is None
 
 
 def test_the_last_decision_is_found() -> None:

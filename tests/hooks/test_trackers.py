@@ -171,13 +171,13 @@ def test_each_trial_is_logged_once_and_a_failing_tracker_ends_nothing(
     written: list[str] = []
     fails_at = 2
 
-    def write(_name: str, run: Any, _folder: Path) -> None:
+    def write(run: Any, _folder: Path) -> None:
         if len(written) == fails_at:
             raise ConnectionError("no\nroute")
         written.append(run.key)
 
     monkeypatch.setattr(registry, "find_spec", lambda _name: object())
-    monkeypatch.setattr(registry, "write_run", write)
+    monkeypatch.setitem(registry._WRITERS, "wandb", write)
     notices = log_all(records, "wandb")
     assert len(written) == 2
     assert notices == ["wandb: logging stopped (ConnectionError: no route); run again to log the missing trials"]

@@ -17,7 +17,7 @@ from rightrank import compare, export, resize, select_rank
 from rightrank.adapters.compare import labels_of_side
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import adopted_labels
-from rightrank.report.html import base_arguments, loading_lines
+from rightrank.report.html import loading_lines
 from rightrank.runs.values import Selected
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.settings import SelectSettings
@@ -159,7 +159,6 @@ def test_a_model_in_memory_keeps_the_order_of_its_labels() -> None:
 
 
 def test_a_base_in_a_gguf_file_is_loaded_by_folder_and_file() -> None:
-    assert base_arguments("org/model") == "'org/model'"
     lines = loading_lines("adapter", "/models/small.Q4_1.gguf", is_classifier=False)
     assert lines[-2:] == [
         "base = AutoModelForCausalLM.from_pretrained('/models', gguf_file='small.Q4_1.gguf')",

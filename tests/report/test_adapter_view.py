@@ -138,7 +138,7 @@ def test_with_goal_adapter_the_training_rank_is_an_estimate_and_no_evidence() ->
     found = answers(records, None, "adapter")
     assert [found[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
     assert found["training_rank_estimate"]["sentence"].startswith("An estimate, not evidence: ")
-    text = Elements(render_report(records, None, goal="adapter", estimate=estimate)).text
+    text = Elements(render_report(records, None, found)).text
     assert "Training rank: not asked (--goal adapter)." in text
     assert estimate.sentence in text
     assert answers(records, None, "training-rank")["training_rank_estimate"] is None

@@ -14,7 +14,7 @@ from benchmarks.report.screenshots import docs_screenshots
 
 from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.plugins.judge.pairs import judge_page
-from rightrank.report.figures import margin_range, margin_steps, rank_at
+from rightrank.report.figures import margin_steps
 from rightrank.report.html import render_report
 from tests.report.chromium import CHROMIUM, FLAGS, sync_api
 from tests.report.runs import made_up_run
@@ -97,15 +97,16 @@ def test_no_error_no_request_no_overflow_and_no_barrier(
 def test_the_slider_moves_the_answer(browser: Any, files: dict[int, Path]) -> None:
     records: Records = RUNS[9]()
     made = decide_run(records)
+    steps = margin_steps(made)
     page = opened(browser, files[9], **SCREENS["desktop"]).page
     answer = page.locator("#answer")
     before = page.locator('svg[data-figure="rank_curve"]').inner_html()
-    assert answer.inner_text().endswith(f"enough is {rank_at(margin_steps(made), made.margin)}.")
+    assert answer.inner_text().endswith(f"enough is {[rank for needed, rank in steps if needed <= made.margin][-1]}.")
     page.focus("#margin")
     page.keyboard.press("Home")
-    assert answer.inner_text().endswith(f"enough is {rank_at(margin_steps(made), margin_range(made)[0])}.")
+    assert answer.inner_text().endswith(f"enough is {steps[0][1]}.")
     page.keyboard.press("End")
-    assert answer.inner_text().endswith(f"enough is {rank_at(margin_steps(made), margin_range(made)[1])}.")
+    assert answer.inner_text().endswith(f"enough is {steps[-1][1]}.")
     assert page.locator('svg[data-figure="rank_curve"]').inner_html() != before
     assert "nats" in page.get_attribute("#margin", "aria-valuetext")
 

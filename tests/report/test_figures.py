@@ -9,17 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.decision.run import decide_run, decision_so_far
-from rightrank.report.figure import log_ticks
-from rightrank.report.figures import (
-    diminishing_rank,
-    figures_of,
-    learning_figure,
-    margin_steps,
-    memory_figure,
-    rank_at,
-    rank_figure,
-)
+from rightrank.decision.run import Records, decide_run, decision_so_far
+from rightrank.report.figure import Figure, log_ticks
+from rightrank.report.figures import figures_of, margin_steps, rank_figure
 from rightrank.report.svg import inline_svg, svg_file, write_figures
 from rightrank.schema.decision import Decision
 from tests.report.runs import made_up_run
@@ -27,6 +19,10 @@ from tests.report.runs import made_up_run
 
 def decision() -> Decision:
     return decide_run(made_up_run())
+
+
+def figure_named(name: str, records: Records, decision: Decision | None = None) -> Figure:
+    return next(figure for figure in figures_of(records, decision) if figure.name == name)
 
 
 def test_rank_figure_is_the_decision() -> None:
@@ -52,12 +48,13 @@ def test_steps_agree_with_the_rule_at_every_margin_of_the_staircase() -> None:
     steps = margin_steps(made)
     assert len({rank for _, rank in steps}) > 1
     for step in made.staircase:
-        assert rank_at(steps, step.margin) == step.rank
+        assert [rank for needed, rank in steps if needed <= step.margin][-1] == step.rank
 
 
 def test_diminishing_rank_is_where_doublings_stop_to_pay() -> None:
     # 3 + 0.2/r: from 1 to 4 a doubling gains 0.075, from 4 to 16 0.019, from 16 on less
-    assert diminishing_rank(decision()) == 4
+    marks = {mark.label: mark.x for mark in rank_figure(decision()).marks}
+    assert marks["doubling gains less than the margin"] == 4
 
 
 def test_memory_draws_like_beside_like() -> None:
@@ -67,8 +64,7 @@ def test_memory_draws_like_beside_like() -> None:
         outcome.model_copy(update={"predicted_peak_bytes": 2**31}) if outcome.rank == 4 else outcome
         for outcome in records.outcomes
     ]
-    figure = memory_figure(records)
-    assert figure is not None
+    figure = figure_named("memory", records)
     assert figure.title == "Peak memory of a training, whole process"
     assert [series.label for series in figure.series] == ["measured"]
     assert figure.y.limits is not None
@@ -77,8 +73,7 @@ def test_memory_draws_like_beside_like() -> None:
     assert 2048.0 in {row[2] for row in figure.rows}
     environment = records.started.environment | {"device": "cuda"}
     records.started = records.started.model_copy(update={"environment": environment})
-    on_cuda = memory_figure(records)
-    assert on_cuda is not None
+    on_cuda = figure_named("memory", records)
     assert [series.label for series in on_cuda.series] == ["measured", "planned"]
     assert on_cuda.series[1].y == (2048.0,)
 
@@ -91,15 +86,13 @@ def test_a_truncation_and_a_stopped_training_are_not_among_the_trainings() -> No
     )
     early = parent.model_copy(update={"trial_id": "early", "learning_rate": 3e-3, "stop_at": 5})
     records.outcomes += [truncated, early]
-    memory = memory_figure(records)
-    assert memory is not None
+    memory = figure_named("memory", records)
     assert memory.series[0].x == (4, 16)
 
 
 def test_learning_curves_have_the_training_loss_between_evaluations() -> None:
     records = made_up_run()
-    figure = learning_figure(records, decide_run(records))
-    assert figure is not None
+    figure = figure_named("learning_curves", records, decide_run(records))
     held, training = (next(s for s in figure.series if s.dashed == dashed) for dashed in (False, True))
     assert held.x == (0, 10, 20, 40)
     assert training.x == (10, 20, 40)
@@ -114,8 +107,7 @@ def test_learning_curves_have_the_values_at_which_a_training_was_stopped() -> No
     )
     resumed = whole.model_copy(update={"continue_from": "second"})
     records.outcomes[-1:] = [first, second, resumed]
-    figure = learning_figure(records, None)
-    assert figure is not None
+    figure = figure_named("learning_curves", records)
     assert figure.series[0].x == (0, 3, 5, 10, 20, 40)
     assert figure.series[0].y[1:3] == (4.0, 3.9)
 

@@ -6,12 +6,13 @@ import base64
 import hashlib
 import json
 import re
+from html import unescape
 
 import pytest
 
 from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.report.figures import rank_figure
-from rightrank.report.html import render_report, use_it
+from rightrank.report.html import render_report
 from rightrank.schema.command import reproduce_command
 from tests.report.elements import Elements
 from tests.report.runs import answered_run, made_up_run
@@ -125,9 +126,9 @@ def test_the_box_is_code_whatever_the_model_s_name_is() -> None:
     records = answered_run()
     settings = records.started.settings | {"model": NASTY}
     records.started = records.started.model_copy(update={"settings": settings})
-    box = use_it(records.adapters[-1].handed_over, records)
-    assert box is not None
-    compile(box["code"], "box", "exec")
+    code = re.search(r'<pre class="code">(.*?)</pre>', render_report(records, None), re.DOTALL)
+    assert code is not None
+    compile(unescape(code[1]), "box", "exec")
 
 
 def test_a_refused_rank_has_no_ring() -> None:

@@ -70,7 +70,7 @@ def test_measured_steps_change_no_result(
     )
     assert log.position("time: about") < log.seen.index(0) < log.seen.index(4)  # before the base and before rank 4
     assert any(isinstance(one, float) and one > 0 for one in log.seen[: log.seen.index(0)])  # on_time
-    monkeypatch.setattr(planned, "pace_of", lambda *_, **__: None)
+    monkeypatch.setattr(planned, "_pace_of", lambda *_, **__: None)
     without = select_rank(str(model_folder), completion_file, tmp_path / "without", settings=settings)
     assert outcomes(with_time) == outcomes(without)
     for one in sorted((tmp_path / "with").rglob("adapter_model.safetensors")):

@@ -21,7 +21,7 @@ from tests.commands import run
 VIEWS = [
     "rightrank.hooks.report.adapter_figure",
     "rightrank.hooks.report.model_card",
-    "rightrank.hooks.report.further_figures",
+    "rightrank.hooks.report._further_figures",
     "rightrank.hooks.report.write_figures",
     "rightrank.hooks.report.answers",
     "rightrank.hooks.report.render_report",

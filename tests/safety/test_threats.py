@@ -13,10 +13,10 @@ from unittest.mock import MagicMock
 import pytest
 
 from rightrank import select_rank_with
-from rightrank.hooks.trackers import Trackers
+from rightrank.hooks import trackers
 from rightrank.plugins.cluster.on_ray import RayCrew
 from rightrank.plugins.judge.pairs import judge_page
-from rightrank.report.html import script_hash
+from rightrank.report.html import page_script
 from rightrank.runs.hook import described
 from rightrank.schema.errors import RunError, SettingsError, first_line, one_line, without_secrets
 from rightrank.schema.settings import SelectSettings
@@ -111,11 +111,11 @@ def test_a_secret_in_a_trainer_s_error_reaches_no_file_and_no_line(
     def unreachable(*_: object) -> None:
         raise OSError(f"401 for {FORMS['a query']}")
 
-    monkeypatch.setattr("rightrank.hooks.trackers.write_run", unreachable)
+    monkeypatch.setitem(trackers._WRITERS, "mlflow", unreachable)
     monkeypatch.setattr("rightrank.hooks.trackers.find_spec", lambda _: True)
     out = tmp_path / "run"
     ranks = {"ranks": (1, 4, 16), "learning_rates": (1e-3,)}
-    select_rank_with(train, out, **ranks, metric="loss", callbacks=[Trackers(["mlflow"], out)])
+    select_rank_with(train, out, **ranks, metric="loss", callbacks=[trackers.Trackers(["mlflow"], out)])
     printed = "".join(capfd.readouterr())
     written = {
         path.name: path.read_text(encoding="utf-8", errors="replace") for path in out.rglob("*") if path.is_file()
@@ -156,7 +156,7 @@ def test_the_judge_s_page_shows_answers_as_text_and_sends_nothing() -> None:
     assert "<img" not in page
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
     assert policy.startswith("default-src 'none'")
-    assert script_hash(re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[0]) in policy
+    assert page_script(re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[0], None)["script_hash"] in policy
     held = re.findall(r'id="pairs">(.*?)</script>', page, re.DOTALL)[0]
     assert json.loads(held)[0]["a"] == HOSTILE.replace("\u202e", "\ufffd")
     assert "innerHTML" not in page

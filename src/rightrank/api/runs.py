@@ -13,7 +13,7 @@ from rightrank.decision.next_run import next_commands
 from rightrank.decision.run import Records, comparable, decide_on, decision_so_far, metrics_of, records_of
 from rightrank.decision.table import table_of_results
 from rightrank.report.answer import answer_view, labelled, notebook_html
-from rightrank.report.status import RunStatus, is_fresh, last_decided, run_status
+from rightrank.report.status import RunStatus, last_decided, run_status
 from rightrank.runs import plugins
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.runs.journal import Repaired, collector_paused
@@ -34,9 +34,10 @@ def write_report(run: str | Path) -> Path:
     Raises:
         RunFolderError: no run there.
     """
-    from rightrank.hooks import report as views
+    from rightrank.hooks.report import write_report as write_views
     from rightrank.report.figures import figures_of
     from rightrank.report.svg import write_figures
+    from rightrank.runs.values import answers
 
     folder, journal, records = _opened(run, settled=False)
     goal = _goal(records)
@@ -44,8 +45,8 @@ def write_report(run: str | Path) -> Path:
     if goal == "training-rank":
         decision = decision_so_far(records) if (decided := last_decided(journal)) is None else decided.decision
     with report_disk_errors(folder.path):
-        views.write_report(folder, records, decision, goal)
-        write_figures(folder.figures, [*figures_of(records, decision), *views.further_figures(folder.adapter)])
+        further = write_views(folder, records, decision, answers(records, decision, goal))
+        write_figures(folder.figures, [*figures_of(records, decision), *further])
     return folder.report
 
 
@@ -145,8 +146,7 @@ def status(run: str | Path) -> RunStatus:
         found = read_json_object(folder.path / PROGRESS_FILE)
     except UnreadableError:
         found = {}  # no process runs, or it has just ended
-    progress = found if "progress" in found and is_fresh(found) else None
-    return run_status(str(run), journal, records, _goal(records), folder.is_locked(), progress)
+    return run_status(str(run), journal, records, _goal(records), folder.is_locked(), found)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -170,7 +170,7 @@ class Decided:
 
     def __str__(self) -> str:
         view = answer_view(self.decision, commands=self.next_commands)
-        rows = [("decision", view.training_rank), *view.safe_rows(), *view.next_rows()]
+        rows = [("decision", view.training_rank), ("", view.safe_choice), *view.next_rows()]
         return "\n".join([*self.understood, *labelled(rows, 10)])
 
     def _repr_html_(self) -> str:
@@ -209,7 +209,7 @@ def decide(
     Raises:
         ResultsError: the table can't be used; the message names file and row.
     """
-    from rightrank.interop.tables import flat, raw_rows, results_of_rows, rows_of_mappings
+    from rightrank.interop.tables import raw_rows, results_of_rows, rows_of_mappings
 
     further: dict[str, Any] = {"horizon_steps": horizon_steps}
     if confidence is not None:
@@ -223,7 +223,7 @@ def decide(
         where, rows = "results", rows_of_mappings(results)
     if (decided := plugins.first(lambda plugin: plugin.decide_rows(rows, margin))) is not None:
         return Decided(*decided)
-    read = results_of_rows(flat(rows), where, metric, higher_is_better, margin, columns or {})
+    read = results_of_rows(rows, where, metric, higher_is_better, margin, columns or {})
     decision = rule.decide(table_of_results(read), margin, checkpoint=checkpoint or "last", **further)
     return Decided(decision, read.understood)
 

@@ -161,7 +161,6 @@ def _print_json(selected: Selected) -> None:
 def _print_answer(selected: Selected) -> None:
     from rightrank.report.answer import labelled
 
-    view, asked = selected.view, selected.decided is not None or selected.view.estimate
-    click.echo("\n".join(["", *labelled([*view.adapter_rows(), *(view.rank_rows() if asked else [])], 9)]))
+    click.echo("\n".join(["", *labelled(selected.view.rows(), 9)]))
     assert selected.adapter is not None
     click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter.path}  (rank {selected.adapter.rank})")

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from rightrank.decision.comparison import CONFIDENCE, normal_quantile
 from rightrank.hooks.terminal import left_out
 from rightrank.report.format import quantity
-from rightrank.report.terminal import cost_line, labels_line, memory_lines, time_line
+from rightrank.report.terminal import preflight_lines, time_line
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.prepare import prepare, strategy_of
@@ -39,13 +39,13 @@ def preflight(request: Request) -> Preflight:
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         prepared = prepare(request, Path(folder) / "cache", notes.append)
         strategy = strategy_of(prepared)
-        seconds, time = _time_of(prepared, strategy, pace_of(prepared))
+        seconds, time = _time_of(prepared, strategy, _pace_of(prepared))
         found = _preflight_of(prepared, strategy, seconds)
         notes += [*time, *_adapter_lines(prepared)]
         return found.model_copy(update={"notes": notes})
 
 
-def pace_of(prepared: Prepared) -> Pace | None:
+def _pace_of(prepared: Prepared) -> Pace | None:
     """The pace of the highest rank, by a few real steps; None where trainings run in workers, or memory runs out."""
     settings = prepared.settings
     if settings.executor != "local":
@@ -181,13 +181,12 @@ class Outlook(Hook):
     def _announce(self, run: Run, prepared: Prepared) -> None:
         # A trial that has ended gives its time.
         ended = any(trial.rank > 0 for trial in run.records.finished())
-        pace = pace_of(prepared) if prepared.steps >= MIN_STEPS and not ended else None
+        pace = _pace_of(prepared) if prepared.steps >= MIN_STEPS and not ended else None
         seconds, time = _time_of(prepared, run.strategy, pace)
         if seconds is not None:
             run.on_event(TimeExpected(expected_seconds=seconds[0]))
         found = _preflight_of(prepared, run.strategy, seconds)
-        lines = [*found.before, labels_line(found), *memory_lines(found), cost_line(found.cost)]
-        for line in [*lines, *time, *_adapter_lines(prepared)]:
+        for line in [*found.before, *preflight_lines(found), *time, *_adapter_lines(prepared)]:
             run.notice(line)
         if names := [spec.name for spec in end_metrics(prepared.settings)]:
             run.notice(

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from rightrank.data.files import replacing, write_text
 from rightrank.decision.run import Records, decision_so_far
-from rightrank.report.adapters import spectrum_figure
-from rightrank.report.figure import Figure
+from rightrank.report.figure import Axis, Figure, Series, log_ticks
 from rightrank.report.figures import adapter_figure, figures_of
 from rightrank.report.html import CURVE, PICTURE, model_card, render_report
 from rightrank.report.svg import write_figures
 from rightrank.runs import plugins
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, Run
-from rightrank.runs.values import Selected, answers, training_rank_estimate
+from rightrank.runs.values import Selected, answers
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import InputError
 from rightrank.schema.events import AdapterRecorded, Event, RunStopped
-from rightrank.schema.settings import Goal
+from rightrank.schema.results import Inspection
 from rightrank.schema.trials import OUTCOMES
 
 MAX_SHARE = 0.05  # of the wall time, for writing the report while trials run
+MAX_TICKS = 12  # of the singular values, each of which is then a tick
 
 
 class Report(Hook):
@@ -55,16 +58,15 @@ class Report(Hook):
         write_figures(run.folder.figures, figures_of(run.records, selected.decided))
         if selected.adapter is not None:
             _write_card(run, selected.decided)
-        _write_views(run, selected.decided)
-        write_figures(run.folder.figures, further_figures(run.folder.adapter))
+        write_figures(run.folder.figures, _write_views(run, selected.decided))
 
 
-def _write_views(run: Run, decision: Decision | None) -> None:
-    """Write decision.json, once either question has an answer, and the report."""
-    goal = run.settings.goal
+def _write_views(run: Run, decision: Decision | None) -> list[Figure]:
+    """Write decision.json, once either question has an answer, and the report; see `write_report`."""
+    found = answers(run.records, decision, run.settings.goal)
     if decision is not None or run.records.adapters:
-        run.folder.write_decision(answers(run.records, decision, goal))
-    write_report(run.folder, run.records, decision, goal)
+        run.folder.write_decision(found)
+    return write_report(run.folder, run.records, decision, found)
 
 
 def _write_card(run: Run, decision: Decision | None) -> None:
@@ -79,23 +81,26 @@ def _write_card(run: Run, decision: Decision | None) -> None:
     write_text(folder.adapter / "README.md", model_card(records, decision))
 
 
-def write_report(folder: RunFolder, records: Records, decision: Decision | None, goal: Goal) -> None:
-    further = further_figures(folder.adapter)
+def write_report(
+    folder: RunFolder, records: Records, decision: Decision | None, found: Mapping[str, Any]
+) -> list[Figure]:
+    """Write the report of `found`, the answers; return its figures that are not those of the records."""
+    further = _further_figures(folder.adapter)
     exports, rank = folder.path / "exports", None if decision is None else decision.rank
     page = render_report(
         records,
         decision,
+        found,
         further,
-        goal=goal,
-        estimate=training_rank_estimate(records) if goal == "adapter" else None,
         run=str(folder.path),
         exports=sorted(path.name for path in exports.iterdir() if path.is_dir()) if exports.is_dir() else (),
         before=plugins.listed(lambda plugin: plugin.outlook(records.started, rank)),
     )
     write_text(folder.report, page)
+    return further
 
 
-def further_figures(adapter: Path) -> list[Figure]:
+def _further_figures(adapter: Path) -> list[Figure]:
     """The spectrum of the adapter that was handed over.
 
     No figure before there is one, nor for one that is not in PEFT's format.
@@ -105,7 +110,34 @@ def further_figures(adapter: Path) -> list[Figure]:
     from rightrank.adapters.spectra import inspect_adapter  # brings torch, which a report without it spares
 
     try:
-        figure = spectrum_figure(inspect_adapter(adapter))
+        figure = _spectrum_figure(inspect_adapter(adapter))
     except InputError:
         return []
     return [] if figure is None else [figure]
+
+
+def _spectrum_figure(inspection: Inspection) -> Figure | None:
+    """The median of the singular values over the modules, in descending order, with the smallest and the largest."""
+    spectra = [module.singular_values for module in inspection.modules if any(v > 0 for v in module.singular_values)]
+    if not spectra:
+        return None
+    count = max(len(spectrum) for spectrum in spectra)
+    columns = [[s[k] for s in spectra if k < len(s) and s[k] > 0] for k in range(count)]
+    known = [(k + 1, values) for k, values in enumerate(columns) if values]
+    x = tuple(k for k, _ in known)
+    low, high = 0.9 * min(min(values) for _, values in known), 1.1 * max(max(values) for _, values in known)
+    return Figure(
+        name="spectrum",
+        title=f"Singular values of the adapter, {len(spectra)} modules",
+        alt=f"Singular values of s·B·A over {len(spectra)} modules, median from "
+        f"{median(known[0][1]):.3g} for the first to {median(known[-1][1]):.3g} for number {x[-1]}. {inspection.summary.sentence}",
+        x=Axis("singular value, largest first", ticks=x if len(x) <= MAX_TICKS else ()),
+        y=Axis("size", "log10", log_ticks(low, high), (low, high)),
+        series=(
+            Series("median module", x, tuple(median(values) for _, values in known)),
+            Series("largest and smallest", x, tuple(max(values) for _, values in known), kind="line", tone="faint"),
+            Series("largest and smallest", x, tuple(min(values) for _, values in known), kind="line", tone="faint"),
+        ),
+        columns=("number", "median", "smallest", "largest", "modules"),
+        rows=tuple((k, median(values), min(values), max(values), len(values)) for k, values in known),
+    )

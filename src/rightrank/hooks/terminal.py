@@ -42,8 +42,15 @@ class View(Hook):
 
     def on_event(self, event: Event) -> None:
         line = self._progress.event(event)
-        for one in lines_of(event) if line is None else [line]:
-            self.say(one)
+        match event:
+            case Notice():
+                self.say(event.text)
+            case SelectionPlanned():
+                self.say(plan_line(event.started, event.steps))
+                if event.outcomes:  # each stage and truncation is one
+                    self.say(f"resuming the run: {quantity(len(event.outcomes), 'trial')} ended before")
+            case _ if line is not None:
+                self.say(line)
         if not isinstance(event, Notice | SelectionPlanned):
             self._redraw()
         if isinstance(event, OUTCOMES):
@@ -85,18 +92,6 @@ class LiveView(View):
     def _redraw(self) -> None:
         lines = [Text.from_ansi(self._curve()), Text(self._progress.so_far_line())]
         self._live.update(Group(*lines, Text(self._progress.progress_line(), style="bold")))
-
-
-def lines_of(event: Event) -> list[str]:
-    """The lines for a person about what is no trial."""
-    match event:
-        case Notice():
-            return [event.text]
-        case SelectionPlanned():
-            ended = quantity(len(event.outcomes), "trial")  # each stage and truncation is one
-            resumed = [f"resuming the run: {ended} ended before"] if event.outcomes else []
-            return [plan_line(event.started, event.steps), *resumed]
-    return []
 
 
 def make_view(quiet: bool, console: Console | None = None) -> View:

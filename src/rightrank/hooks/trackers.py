@@ -93,7 +93,7 @@ class Trackers(Hook):
                 continue
             try:
                 with redirect_stdout(sys.stderr):  # stdout is reserved for the answer
-                    write_run(name, run, self._folder)
+                    _WRITERS[name](run, self._folder)
             except Exception as error:  # noqa: BLE001 - an unreachable tracker must not end the selection
                 reason = one_line(str(error))[:200]
                 self._run.notice(
@@ -124,11 +124,6 @@ class _TrackedRun:
     steps: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # step → name → number
     summary: Mapping[str, Plain] = field(default_factory=dict)
     failed: bool = False
-
-
-def write_run(name: str, run: _TrackedRun, folder: Path) -> None:
-    """Write one trial or the decision, as a whole, to the tracker `name`."""
-    {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb, "trackio": _trackio}[name](run, folder)
 
 
 def _tensorboard(run: _TrackedRun, folder: Path) -> None:
@@ -222,7 +217,7 @@ def _tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> _T
         "steps": arm.steps,
         "stage": arm.stage() or "whole",
     }
-    config |= {f"settings/{name}": plain(value) for name, value in started.settings.items()}
+    config |= {f"settings/{name}": _plain(value) for name, value in started.settings.items()}
     name = f"r{arm.rank}-lr{arm.learning_rate:g}-seed{arm.seed}-{outcome.trial_id[:6]}"
     if not isinstance(outcome, TrialFinished):
         summary = {"outcome": outcome.type, "reason": outcome.reason}
@@ -235,15 +230,15 @@ def _tracked_trial(started: RunStarted, outcome: TrialOutcome, group: str) -> _T
 def _tracked_decision(started: RunStarted, decision: Decision, group: str) -> _TrackedRun:
     """The decision as the last run of the group."""
     summary: dict[str, Plain] = {
-        f"decision/{name}": plain(value)
+        f"decision/{name}": _plain(value)
         for name, value in decision.model_dump(mode="json").items()
         if name not in ("staircase", "next_runs", "other_metrics")
     }
-    config = {f"settings/{name}": plain(value) for name, value in started.settings.items()}
+    config = {f"settings/{name}": _plain(value) for name, value in started.settings.items()}
     return _TrackedRun("decision", "decision", group, config, summary=summary)
 
 
-def plain(value: object) -> Plain:
+def _plain(value: object) -> Plain:
     """The value itself if every tracker can hold it, else JSON."""
     return value if isinstance(value, str | int | float | bool | None) else json.dumps(value)
 
@@ -261,3 +256,6 @@ def _steps(started: RunStarted, trial: TrialFinished, prefix: str) -> dict[int, 
     for name in ("train_seconds", "eval_seconds", "trainable_parameters", "peak_bytes"):
         last[name] = getattr(trial, name)
     return dict(sorted(found.items()))
+
+
+_WRITERS = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb, "trackio": _trackio}

@@ -96,24 +96,6 @@ def names_of(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.fields))
 
 
-def texts_of(rows: Iterable[Row], column: str) -> list[str]:
-    """The different texts of a column's cells that are not blank, sorted."""
-    return sorted({str(row.fields.get(column)) for row in rows if not is_blank(row.fields.get(column))})
-
-
-def rows_of_names(rows: list[Row], mapping: Mapping[str, str]) -> list[Row]:
-    """Rows whose rank is in their name alone (`lora-r16-seed0`), with what the names say as columns; others as they are."""
-    names = names_of(rows)
-    if "rank" in mapping or set(map(plain, names)) & set(SYNONYMS["rank"]):
-        return rows
-    for name in names:
-        told = [settings_of_name(str(row.fields.get(name) or "")) for row in rows]
-        ranks = {settings.get("rank") for settings in told}
-        if len(ranks) > 1 and None not in ranks:
-            return [Row({**settings, **row.fields}, row.where) for settings, row in zip(told, rows, strict=True)]
-    return rows
-
-
 def identify_columns(rows: Sequence[Row], metric: str | None, mapping: Mapping[str, str], where: str) -> Columns:
     """Find the columns.
 

@@ -21,9 +21,7 @@ from rightrank.interop.columns import (
     listed,
     names_of,
     plain,
-    rows_of_names,
     settings_of_name,
-    texts_of,
 )
 from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.errors import MAX_WHOLE, DataError, ResultsError, quoted
@@ -109,10 +107,10 @@ def rows_of_mappings(mappings: Any) -> list[Row]:
         rows.append(Row(fields, f"row {number}"))
     if not rows:
         raise ResultsError("no rows: give one mapping for each training")
-    return flat(rows)
+    return _flat_rows(rows)
 
 
-def flat(rows: Iterable[Row]) -> list[Row]:
+def _flat_rows(rows: Iterable[Row]) -> list[Row]:
     """Rows with nested mappings, and JSON objects in cells, as dotted names."""
     return [Row(dict(_flat(row.fields)), row.where) for row in rows]
 
@@ -136,13 +134,14 @@ def results_of_rows(
     margin: float | None,
     mapping: Mapping[str, str],
 ) -> ResultsTable:
-    """The trainings in rows without nested fields, and how each column was read. `where` is the table's name in error messages.
+    """The trainings in rows, and how each column was read. `where` is the table's name in error messages.
 
     Raises:
         ResultsError: rows that can't be compared; the message names file and row.
     """
-    named = rows_of_names(rows, mapping)
-    notes = ["rank from the names of the trainings"] if named is not rows else []
+    flat = _flat_rows(rows)
+    named = _rows_of_names(flat, mapping)
+    notes = ["rank from the names of the trainings"] if named is not flat else []
     columns = identify_columns(named, metric, mapping, where)
     _require_one_kind(named, where)
     metric = columns.metric
@@ -157,13 +156,31 @@ def results_of_rows(
     roles = [f"{name} from column {column}" for name, column in columns.by_name.items() if name != column]
     roles.append(f"value from column {columns.value}: {'higher' if higher else 'lower'} is better ({why})")
     taken = {*columns.by_name.values(), columns.value, *columns.others, ""}
-    unused = [name for name in names_of(named) if name not in taken and texts_of(named, name)]
+    unused = [name for name in names_of(named) if name not in taken and _texts_of(named, name)]
     left = [f"not used: {listed(unused)}"] if unused else []
     rankless = len(named) - len(with_rank)
     left += [f"{rankless} row{'s' * (rankless != 1)} without a rank left out"] if rankless else []
     return ResultsTable(
         metric=metric, higher_is_better=higher, results=results, understood=[*roles, *notes, *left, *counts]
     )
+
+
+def _rows_of_names(rows: list[Row], mapping: Mapping[str, str]) -> list[Row]:
+    """Rows whose rank is in their name alone (`lora-r16-seed0`), with what the names say as columns; others as they are."""
+    names = names_of(rows)
+    if "rank" in mapping or set(map(plain, names)) & set(SYNONYMS["rank"]):
+        return rows
+    for name in names:
+        told = [settings_of_name(str(row.fields.get(name) or "")) for row in rows]
+        ranks = {settings.get("rank") for settings in told}
+        if len(ranks) > 1 and None not in ranks:
+            return [Row({**settings, **row.fields}, row.where) for settings, row in zip(told, rows, strict=True)]
+    return rows
+
+
+def _texts_of(rows: Iterable[Row], column: str) -> list[str]:
+    """The different texts of a column's cells that are not blank, sorted."""
+    return sorted({str(row.fields.get(column)) for row in rows if not is_blank(row.fields.get(column))})
 
 
 def _require_one_kind(rows: Sequence[Row], where: str) -> None:
@@ -173,7 +190,7 @@ def _require_one_kind(rows: Sequence[Row], where: str) -> None:
         ResultsError: names the column and two of its texts.
     """
     for name in names_of(rows):
-        texts = texts_of(rows, name)
+        texts = _texts_of(rows, name)
         if plain(name) in KINDS and len(texts) > 1:
             one, other = [quoted(text, 40) for text in texts[:2]]
             raise ResultsError(

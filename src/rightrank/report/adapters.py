@@ -1,45 +1,15 @@
-"""The spectra of an adapter as figures, and what `inspect`, `resize` and `allocate` print."""
+"""What `inspect` and `resize` show: the effective rank by layer as a figure, and both answers as text."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from statistics import median
 
 from rightrank.report.answer import labelled
-from rightrank.report.figure import Axis, Figure, Series, axis_from_zero, log_ticks
+from rightrank.report.figure import Axis, Figure, Series, axis_from_zero
 from rightrank.report.tables import candidate_table, table_lines
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.results import Allocation, Inspection, ModuleSpectrum, Resized
-
-MAX_TICKS = 12  # of the singular values, each of which is then a tick
-
-
-def spectrum_figure(inspection: Inspection) -> Figure | None:
-    """The median of the singular values over the modules, in descending order, with the smallest and the largest."""
-    spectra = [module.singular_values for module in inspection.modules if any(v > 0 for v in module.singular_values)]
-    if not spectra:
-        return None
-    count = max(len(spectrum) for spectrum in spectra)
-    columns = [[s[k] for s in spectra if k < len(s) and s[k] > 0] for k in range(count)]
-    known = [(k + 1, values) for k, values in enumerate(columns) if values]
-    x = tuple(k for k, _ in known)
-    low, high = 0.9 * min(min(values) for _, values in known), 1.1 * max(max(values) for _, values in known)
-    return Figure(
-        name="spectrum",
-        title=f"Singular values of the adapter, {len(spectra)} modules",
-        alt=f"Singular values of s·B·A over {len(spectra)} modules, median from "
-        f"{median(known[0][1]):.3g} for the first to {median(known[-1][1]):.3g} for number {x[-1]}. {inspection.summary.sentence}",
-        x=Axis("singular value, largest first", ticks=x if len(x) <= MAX_TICKS else ()),
-        y=Axis("size", "log10", log_ticks(low, high), (low, high)),
-        series=(
-            Series("median module", x, tuple(median(values) for _, values in known)),
-            Series("largest and smallest", x, tuple(max(values) for _, values in known), kind="line", tone="faint"),
-            Series("largest and smallest", x, tuple(min(values) for _, values in known), kind="line", tone="faint"),
-        ),
-        columns=("number", "median", "smallest", "largest", "modules"),
-        rows=tuple((k, median(values), min(values), max(values), len(values)) for k, values in known),
-    )
+from rightrank.schema.results import Inspection, ModuleSpectrum, Resized
 
 
 def layer_figure(modules: Sequence[ModuleSpectrum]) -> Figure:
@@ -48,8 +18,13 @@ def layer_figure(modules: Sequence[ModuleSpectrum]) -> Figure:
     Raises:
         SettingsError: no module is in a numbered layer.
     """
-    places = [(*split_name(module.name), module.effective_rank or module.stable_rank) for module in modules]
-    points = sorted((int(layer), name, value) for layer, name, value in places if layer.isdigit())
+    points: list[tuple[int, str, float]] = []
+    for module in modules:
+        if match := re.match(r"(?:.*?\.)?(\d+)\.(.+)$", module.name):
+            parts = match[2].split(".")
+            kind = ".".join(parts[-2:]) if parts[-1] == "c_proj" else parts[-1]
+            points.append((int(match[1]), kind, module.effective_rank or module.stable_rank))
+    points.sort()
     if not points:
         raise SettingsError("--plot: no module is in a numbered layer; leave it out, and see the table")
     names = list(dict.fromkeys(name for _, name, _ in points))
@@ -72,15 +47,6 @@ def layer_figure(modules: Sequence[ModuleSpectrum]) -> Figure:
         columns=("layer", "module", "effective rank"),
         rows=tuple(points),
     )
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """`(layer, module)` of a module's name: ("12", "q_proj"); ("-", name) outside layers."""
-    match = re.match(r"(?:.*?\.)?(\d+)\.(.+)$", name)
-    if match is None:
-        return "-", name.rsplit(".", 1)[-1]
-    parts = match[2].split(".")
-    return match[1], parts[-1] if parts[-1] != "c_proj" else ".".join(parts[-2:])
 
 
 MAX_ROWS = 20  # modules in the table; --json has all
@@ -108,7 +74,7 @@ def inspection_text(inspection: Inspection) -> str:
         ("changed, not a matrix", ", ".join(summary.not_matrices)),
         *(("note", note) for note in summary.notes),
     ]
-    return "\n".join([*lines, *labelled([fact for fact in facts if fact[1]], 23), "", summary.sentence])
+    return "\n".join([*lines, *labelled(facts, 23), "", summary.sentence])
 
 
 def _module_row(module: ModuleSpectrum) -> list[str]:
@@ -140,18 +106,6 @@ def resized_text(resized: Resized) -> str:
         lines += [*table_lines(candidate_table(resized.answer, "held-out")), resized.answer.sentence]
         lines += resized.answer.notes
     return "\n".join([*lines, *(f"note: {note}" for note in resized.notes)])
-
-
-def allocation_text(allocation: Allocation) -> str:
-    """The answer and the comparisons behind it."""
-    rows = [["pattern", "seed", "parameters", "held-out"]]
-    for trial in allocation.trials:
-        rows.append([trial.pattern, str(trial.seed), f"{trial.parameters:,}", f"{trial.value:.4f}"])
-    compared = [
-        f"pattern against {one.against}: {one.difference:+.4f} [{one.low:+.4f}, {one.high:+.4f}]"
-        for one in allocation.verdicts
-    ]
-    return "\n".join([allocation.sentence, *table_lines(rows, left=(0,)), *compared])
 
 
 def _or_dash(value: float | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
@@ -36,23 +36,18 @@ class AnswerView:
         """Both answers in a few words."""
         return " · ".join(filter(None, (self.adapter_headline, self.rank_headline))) or "Running: no answer yet"
 
-    def adapter_rows(self) -> list[tuple[str, str]]:
-        """The first answer as labelled lines."""
-        return [("Adapter", self.adapter), *(("", note) for note in self.adapter_notes)] if self.adapter else []
-
-    def rank_rows(self) -> list[tuple[str, str]]:
-        """The second answer as labelled lines."""
-        rows = [("Training rank", f"{self.training_rank} {self.estimate}".rstrip())]
-        rows += [("verdict", self.verdict)] if self.verdict else []
-        rows += [("metric", metric) for metric in self.metrics]
-        return [*rows, *self.safe_rows(), *self.next_rows()]
-
-    def safe_rows(self) -> list[tuple[str, str]]:
-        return [("", self.safe_choice)] if self.safe_choice else []
+    def rows(self) -> list[tuple[str, str]]:
+        """Both answers as labelled lines; the second where it was asked, or has an estimate."""
+        first = [("Adapter", self.adapter), *(("", note) for note in self.adapter_notes)] if self.adapter else []
+        if not (self.verdict or self.estimate):
+            return first
+        second = [("Training rank", f"{self.training_rank} {self.estimate}".rstrip()), ("verdict", self.verdict)]
+        metrics = [("metric", metric) for metric in self.metrics]
+        return [*first, *second, *metrics, ("", self.safe_choice), *self.next_rows()]
 
     def next_rows(self) -> list[tuple[str, str]]:
         """Each next run, below it its command."""
-        return [row for run, command in self.next_runs for row in (("next", run), ("", command or "")) if row[1]]
+        return [row for run, command in self.next_runs for row in (("next", run), ("", command or ""))]
 
 
 def answer_view(
@@ -96,9 +91,9 @@ def _safe_choice(decision: Decision) -> str:
     )
 
 
-def labelled(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
-    """`label: text` in lines, the texts below each other from column `width` on."""
-    return [f"{f'{label}:' if label else '':<{width - 1}} {text}" for label, text in rows]
+def labelled(rows: Iterable[tuple[str, str | None]], width: int) -> list[str]:
+    """`label: text` in lines, the texts below each other from column `width` on; a row without a text is left out."""
+    return [f"{f'{label}:' if label else '':<{width - 1}} {text}" for label, text in rows if text]
 
 
 def _adapter_notes(answers: Mapping[str, Any]) -> list[str]:

@@ -1,14 +1,12 @@
 """Figures as plain data: pure functions compute them, backends draw them, tests check the numbers.
 
-The backends: `svg`, the curve of `terminal` (text) and `to_csv`.
+The backends: `svg` and the curve of `terminal` (text).
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import StringIO
 from math import ceil, floor, log10
 from typing import Literal, TypeAlias
 
@@ -138,12 +136,3 @@ def parts_of(figure: Figure) -> list[Part]:
 def colour_name(tone: Tone) -> str:
     """The name of a tone's colour in the style sheet."""
     return f"s{tone % 10}" if isinstance(tone, int) else tone
-
-
-def to_csv(figure: Figure) -> str:
-    """The figure's numbers, one header line first."""
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(figure.columns)
-    writer.writerows(figure.rows)
-    return text.getvalue()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import log2
+from math import log2, log10
 from statistics import fmean
+from typing import Any
 
 from rightrank.decision.run import Records, compared
 from rightrank.report.figure import (
@@ -21,7 +22,6 @@ from rightrank.report.figure import (
     metric_axis,
     rank_axis,
 )
-from rightrank.report.format import amount
 from rightrank.report.tables import ENOUGH, coverage, metric_unit
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, RankEvidence
 from rightrank.schema.trials import TrialFinished
@@ -84,7 +84,7 @@ def _limits(values: list[float], base: float | None) -> tuple[float, float]:
     return low - room, high + room
 
 
-def diminishing_rank(decision: Decision) -> int | None:
+def _diminishing_rank(decision: Decision) -> int | None:
     """The smallest rank from which no measured doubling gains more than the margin; None if the last one still does.
 
     It depends on the margin and on the ranks tried.
@@ -103,7 +103,7 @@ def diminishing_rank(decision: Decision) -> int | None:
 def _marks(decision: Decision, trained: list[RankEvidence]) -> list[Mark]:
     values = {e.rank: e.value for e in trained}
     marks: list[Mark] = []
-    diminishing = diminishing_rank(decision)
+    diminishing = _diminishing_rank(decision)
     if diminishing is not None:
         marks.append(Mark("doubling gains less than the margin", diminishing, values[diminishing], "second"))
     chosen = decision.rank_at_hand
@@ -124,9 +124,9 @@ def figures_of(records: Records, decision: Decision | None) -> list[Figure]:
     if decision is not None:
         figures += [rank_figure(decision), _staircase_figure(decision)]
     figures += [
-        learning_figure(records, decision),
+        _learning_figure(records, decision),
         adapter_figure(records),
-        memory_figure(records),
+        _memory_figure(records),
         _time_figure(records),
     ]
     return [figure for figure in figures if figure is not None]
@@ -138,23 +138,39 @@ def margin_steps(decision: Decision) -> list[tuple[float, int]]:
     return steps if steps and steps[0][0] == 0 else [(0.0, decision.reference_rank), *steps]
 
 
-def rank_at(steps: Sequence[tuple[float, int]], margin: float) -> int:
+def _rank_at(steps: Sequence[tuple[float, int]], margin: float) -> int:
     """The rank that is enough at a margin."""
     return next(rank for needed, rank in reversed(steps) if needed <= margin)
 
 
-def margin_range(decision: Decision) -> tuple[float, float]:
+def _margin_range(decision: Decision) -> tuple[float, float]:
     """The interesting margins: from below the first step to above the one at which the smallest rank is enough."""
     needed = [margin for margin, _ in margin_steps(decision) if margin > 0]
     return min([decision.margin / 5, *(m / 2 for m in needed)]), max([decision.margin * 5, *(m * 2 for m in needed)])
 
 
+def margin_slider(decision: Decision) -> dict[str, Any]:
+    """The slider's start, 0 to 1000 along the logarithm of the margin, and its data: which rank is enough from which margin."""
+    steps, (low, high) = margin_steps(decision), _margin_range(decision)
+    data = {
+        "steps": steps,
+        "margin": decision.margin,
+        "range": (low, high),
+        "unit": metric_unit(decision.metric),
+        "values": {str(evidence.rank): evidence.value for evidence in decision.ranks},
+        "reference": decision.reference_rank,
+        "higher_is_better": decision.higher_is_better,
+    }
+    start = round(1000 * log10(decision.margin / low) / log10(high / low))
+    return {"start": start, "rank": _rank_at(steps, decision.margin), "data": data}
+
+
 def _staircase_figure(decision: Decision) -> Figure:
     """Margin → rank as a staircase."""
     steps = margin_steps(decision)
-    low, high = margin_range(decision)
-    corners = [(low, rank_at(steps, low))] + [step for step in steps if low < step[0] < high]
-    corners.append((high, rank_at(steps, high)))
+    low, high = _margin_range(decision)
+    corners = [(low, _rank_at(steps, low))] + [step for step in steps if low < step[0] < high]
+    corners.append((high, _rank_at(steps, high)))
     ranks = sorted({rank for _, rank in corners})
     steps_text = "; ".join(f"from {needed:.2g} on, rank {rank}" for needed, rank in corners[1:-1])
     return Figure(
@@ -167,19 +183,19 @@ def _staircase_figure(decision: Decision) -> Figure:
         series=(
             Series("enough", tuple(c[0] for c in corners), tuple(c[1] for c in corners), kind="step", tone="main"),
         ),
-        marks=(Mark("this margin", decision.margin, rank_at(steps, decision.margin)),),
+        marks=(Mark("this margin", decision.margin, _rank_at(steps, decision.margin)),),
         columns=("margin from", "rank"),
         rows=tuple(steps),
     )
 
 
-def memory_figure(records: Records) -> Figure | None:
+def _memory_figure(records: Records) -> Figure | None:
     """Peak memory by rank: measured, and planned for the same trainings.
 
     On a CPU, the measured peak is of the whole process and the planned one of the tensors: like is drawn with like, so the
     plan is among the numbers alone.
     """
-    trained = by_rank([trial for trial in records.finished() if trial.steps > 0 and trial.peak_bytes > 0])
+    trained = _by_rank([trial for trial in records.finished() if trial.steps > 0 and trial.peak_bytes > 0])
     highest = {rank: max(trials, key=lambda t: t.peak_bytes) for rank, trials in trained.items() if rank > 0}
     peaks = {rank: trial.peak_bytes / MIB for rank, trial in highest.items()}
     planned = {rank: trial.predicted_peak_bytes / MIB for rank, trial in highest.items() if trial.predicted_peak_bytes}
@@ -197,7 +213,7 @@ def memory_figure(records: Records) -> Figure | None:
 
 def _time_figure(records: Records) -> Figure | None:
     """Mean seconds of training and of evaluation by rank."""
-    groups = by_rank([trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct])
+    groups = _by_rank([trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct])
     if not groups:
         return None
     train = {rank: fmean(trial.train_seconds for trial in trials) for rank, trials in groups.items()}
@@ -231,7 +247,8 @@ def _cost_figure(
 
 
 def _listed(values: Mapping[int, float], unit: str) -> str:
-    return ", ".join(f"rank {rank} {amount(value)} {unit}" for rank, value in values.items())
+    texts = {rank: f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for rank, value in values.items()}
+    return ", ".join(f"rank {rank} {text} {unit}" for rank, text in texts.items())
 
 
 def _best_trials(records: Records, decision: Decision | None) -> dict[int, list[TrialFinished]]:
@@ -240,12 +257,12 @@ def _best_trials(records: Records, decision: Decision | None) -> dict[int, list[
     if decision is not None:
         named = {e.rank: [by_id[i] for i in e.trial_ids if i in by_id] for e in decision.ranks if e.rank > 0}
         return {rank: trials for rank, trials in named.items() if trials}
-    groups = by_rank([trial for trial in by_id.values() if trial.rank > 0 and trial.arm.is_direct])
+    groups = _by_rank([trial for trial in by_id.values() if trial.rank > 0 and trial.arm.is_direct])
     sign = -1 if records.started.higher_is_better else 1
     return {rank: [min(trials, key=lambda trial: sign * trial.value)] for rank, trials in groups.items()}
 
 
-def by_rank(trials: Sequence[TrialFinished]) -> dict[int, list[TrialFinished]]:
+def _by_rank(trials: Sequence[TrialFinished]) -> dict[int, list[TrialFinished]]:
     """The trials of each rank, ranks ascending."""
     ranks = sorted({trial.rank for trial in trials})
     return {rank: [trial for trial in trials if trial.rank == rank] for rank in ranks}
@@ -254,7 +271,7 @@ def by_rank(trials: Sequence[TrialFinished]) -> dict[int, list[TrialFinished]]:
 FIRST_SHOWN = 0.1  # of the steps: what falls before may be off the scale, or the end would be a flat line
 
 
-def learning_figure(records: Records, decision: Decision | None) -> Figure | None:
+def _learning_figure(records: Records, decision: Decision | None) -> Figure | None:
     """Held-out values and the training loss by step: each rank at its best learning rate, means over seeds."""
     best = _best_trials(records, decision)
     finished = records.by_id

@@ -24,11 +24,6 @@ def quantity(count: float, noun: str) -> str:
     return f"{text} {noun}" + ("" if count == 1 else "s")
 
 
-def amount(value: float) -> str:
-    """Three significant digits, without an exponent above one."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
 def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"

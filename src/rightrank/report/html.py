@@ -14,7 +14,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from math import log10
 from pathlib import PurePath
 from typing import Any
 
@@ -26,15 +25,14 @@ from rightrank.models.places import CLASSIFIER_FILE
 from rightrank.models.ranks import peft_scaling
 from rightrank.report.answer import answer_view
 from rightrank.report.figure import Figure, parts_of
-from rightrank.report.figures import figures_of, margin_range, margin_steps, rank_at
+from rightrank.report.figures import figures_of, margin_slider
 from rightrank.report.format import quantity, size, visible
 from rightrank.report.status import cost_sentence, end_text
 from rightrank.report.svg import inline_svg, swatch
 from rightrank.report.tables import candidate_table, certainty_rows, evidence_table, metric_unit
 from rightrank.schema.command import reproduce_command
-from rightrank.schema.decision import Decision, HandedOver, TrainingRankEstimate
+from rightrank.schema.decision import Decision, HandedOver
 from rightrank.schema.events import RunStarted, TestEvaluated
-from rightrank.schema.settings import Goal
 from rightrank.schema.trials import TrialFinished, TrialOutcome, split_name
 
 MAX_VISIBLE_ROWS, MAX_ROWS = 24, 1000  # of the trial table: a longer one is folded, and its newest are shown
@@ -45,10 +43,9 @@ MAX_NUMBERS = 200  # rows of a figure's numbers; its CSV file has all of them
 def render_report(
     records: Records,
     decision: Decision | None,
+    answers: Mapping[str, Any] | None = None,
     further_figures: Sequence[Figure] = (),
     *,
-    goal: Goal = "training-rank",
-    estimate: TrainingRankEstimate | None = None,
     run: str = "RUN",
     exports: Sequence[str] = (),
     before: Sequence[str] = (),
@@ -58,16 +55,15 @@ def render_report(
     Args:
         records: what the journal holds.
         decision: the decision, or the one so far; None without one.
+        answers: the object of decision.json; None for that of a run which asks for both answers.
         further_figures: shown after those of the records and the decision.
-        goal: what the run was asked.
-        estimate: of the training rank, where it was not asked.
         run: the run folder, as commands name it.
         exports: names of the folders below `exports/` beside the report.
         before: lines on what was to be expected before the run, which the answer does not rest on.
     """
     adapter = records.adapters[-1] if records.adapters else None
     plots = {figure.name: figure for figure in (*figures_of(records, decision), *further_figures)}
-    slider = None if decision is None else _slider(decision)
+    slider = None if decision is None else margin_slider(decision)
     script = _asset("figures.js") + "\n" + _asset("page.js")
     return (
         templates()
@@ -75,7 +71,7 @@ def render_report(
         .render(
             started=records.started,
             subject=_subject_text(records.started),
-            use_it=use_it(adapter.handed_over, records) if adapter else None,
+            use_it=_use_it(adapter.handed_over, records) if adapter else None,
             export_command=shlex.join(["rightrank", "export", run, "--to", "trl"]),
             exports=exports,
             before=before,
@@ -83,14 +79,14 @@ def render_report(
                 (name, json.dumps(value, ensure_ascii=False)) for name, value in records.started.settings.items()
             ],
             decision=decision,
-            view=answer_view(decision, document(records, decision, goal, estimate)),
+            view=answer_view(decision, answers or document(records, decision, "training-rank")),
             adapter=adapter,
             candidates=candidate_table(adapter.answer, records.started.metric) if adapter else [],
             confidence=_confidence_text(records, decision) if decision else "",
             cost=cost_sentence(records),
             evidence=evidence_table(decision) if decision else [],
             certainty=certainty_rows(decision) if decision else [],
-            margin=_margin_text(decision) if decision else "",
+            margin=f"{decision.margin:.4g} {metric_unit(decision.metric)}" if decision else "",
             slider=slider,
             plots=plots,
             further_plots=[figure for name, figure in plots.items() if name not in IN_THEIR_SECTIONS],
@@ -102,9 +98,7 @@ def render_report(
             not_tested=_not_tested(records, decision),
             command=reproduce_command(records.started.settings),
             style=_asset("report.css"),
-            script=script,
-            page_data=script_json({"answer": slider and slider["data"]}),
-            script_hash=script_hash(script),
+            **page_script(script, {"answer": slider and slider["data"]}),
         )
     )
 
@@ -144,15 +138,15 @@ def _asset(name: str) -> str:
     return files("rightrank.report").joinpath("templates", name).read_text(encoding="utf-8").strip("\n")
 
 
-def script_hash(script: str) -> str:
-    """The source expression that allows an inline script in a Content-Security-Policy."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+def page_script(script: str, data: Any) -> dict[str, str]:
+    """A page's one script, the source expression that allows it in a Content-Security-Policy, and its data.
 
-
-def script_json(value: Any) -> str:
-    """JSON that is safe inside a script element, whatever its strings contain."""
-    text = json.dumps(_visible_in(value), ensure_ascii=True, allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    The data are JSON that is safe inside a script element, whatever its strings contain.
+    """
+    found = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = json.dumps(_visible_in(data), ensure_ascii=True, allow_nan=False)
+    safe = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return {"script": script, "script_hash": f"sha256-{found}", "page_data": safe}
 
 
 def _visible_in(value: Any) -> Any:
@@ -161,22 +155,6 @@ def _visible_in(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _visible_in(inner) for key, inner in value.items()}
     return [_visible_in(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _slider(decision: Decision) -> dict[str, Any]:
-    """The slider's start, 0 to 1000 along the logarithm of the margin, and its data: which rank is enough from which margin."""
-    steps, (low, high) = margin_steps(decision), margin_range(decision)
-    data = {
-        "steps": steps,
-        "margin": decision.margin,
-        "range": (low, high),
-        "unit": metric_unit(decision.metric),
-        "values": {str(evidence.rank): evidence.value for evidence in decision.ranks},
-        "reference": decision.reference_rank,
-        "higher_is_better": decision.higher_is_better,
-    }
-    start = round(1000 * log10(decision.margin / low) / log10(high / low))
-    return {"start": start, "rank": rank_at(steps, decision.margin), "margin": _margin_text(decision), "data": data}
 
 
 def _row(outcome: TrialOutcome) -> dict[str, Any]:
@@ -235,7 +213,7 @@ def _subject_text(started: RunStarted) -> str:
     return f"{model} on {data}" + (f": {counts} examples" if counts else "")
 
 
-def use_it(handed_over: HandedOver, records: Records) -> dict[str, str] | None:
+def _use_it(handed_over: HandedOver, records: Records) -> dict[str, str] | None:
     """What the box shows: the adapter in the names of PEFT, with code that loads it beside the report.
 
     None for an adapter whose folder this package did not write.
@@ -249,7 +227,7 @@ def use_it(handed_over: HandedOver, records: Records) -> dict[str, str] | None:
     scaling: Any = settings.get("scaling", "alpha/r")
     alpha, _ = peft_scaling(scaling, trained.lora_alpha, trained.rank)  # a truncation keeps its parent's alpha
     loading = loading_lines("adapter", model, records.started.data.classes is not None)
-    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({base_arguments(model)})"
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({_base_arguments(model)})"
     return {
         "r": str(handed_over.rank),
         "alpha": f"{alpha:g}",
@@ -309,10 +287,6 @@ def _not_tested(records: Records, decision: Decision | None) -> list[str]:
     return limits
 
 
-def _margin_text(decision: Decision) -> str:
-    return f"{decision.margin:.4g} {metric_unit(decision.metric)}"
-
-
 def _plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(_plain(part) for part in value)
@@ -336,11 +310,11 @@ def loading_lines(folder: str, base: str | None, is_classifier: bool) -> list[st
         return [*imports, f"from peft import {kind}", *head, f"model = {kind}.from_pretrained({folder!r}{more})"]
     plain = kind.replace("AutoPeft", "Auto")
     imports += ["from peft import PeftModel", f"from transformers import {plain}"]
-    loaded = f"base = {plain}.from_pretrained({base_arguments(base)}{more})"
+    loaded = f"base = {plain}.from_pretrained({_base_arguments(base)}{more})"
     return [*imports, *head, loaded, f"model = PeftModel.from_pretrained(base, {folder!r})"]
 
 
-def base_arguments(base: str) -> str:
+def _base_arguments(base: str) -> str:
     """What `from_pretrained` takes for a base: its name, or the folder and the name of a GGUF file."""
     path = PurePath(base)
     return f"{str(path.parent)!r}, gguf_file={path.name!r}" if path.suffix.lower() == ".gguf" else repr(base)

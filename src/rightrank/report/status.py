@@ -57,16 +57,17 @@ def run_status(
     records: Records,
     goal: Goal,
     locked: bool,
-    progress: Mapping[str, object] | None,
+    progress: Mapping[str, object],
 ) -> RunStatus:
     """The state of a run.
 
     Args:
         goal: of the last `select`.
         locked: a process holds the folder.
-        progress: the content of its progress file, if that is fresh.
+        progress: the content of its progress file; empty without one.
     """
-    decided, current = last_decided(journal), running_trial(journal)
+    decided, at = last_decided(journal), progress.get("at")
+    is_fresh = isinstance(at, str) and (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() < STALE_SECONDS
     decision = decision_so_far(records) if decided is None else decided.decision
     adapter = records.adapters[-1].answer if records.adapters else None
     if goal == "adapter":
@@ -82,8 +83,8 @@ def run_status(
         trainings=trainings(records),
         trials_ended=len(records.outcomes),
         trials_without_result=len(records.outcomes) - len(records.finished()),
-        running=_at_work(current, records) if current is not None and locked else None,
-        progress=str(progress["progress"]) if progress is not None and locked else None,
+        running=_at_work(journal, records) if locked else None,
+        progress=str(progress["progress"]) if locked and is_fresh and "progress" in progress else None,
         cost=cost_sentence(records),
         answer=NO_ANSWER if decision is None and adapter is None else view.headline,
         adapter_sentence=None if adapter is None else adapter.sentence,
@@ -96,10 +97,13 @@ def run_status(
     )
 
 
-def _at_work(current: TrialStarted, records: Records) -> str:
-    """The arm, and the last value that its trainer reported."""
-    looks = records.looks.get(current.trial_id)
-    label = current.arm.label()
+def _at_work(journal: Sequence[JournalRecord], records: Records) -> str | None:
+    """The arm that began last and has not ended, and the last value that its trainer reported."""
+    ended = {record.trial_id for record in journal if isinstance(record, OUTCOMES)}
+    begun = [record for record in journal if isinstance(record, TrialStarted) and record.trial_id not in ended]
+    if not begun:
+        return None
+    looks, label = records.looks.get(begun[-1].trial_id), begun[-1].arm.label()
     return f"{label}, step {looks[-1].step}: held-out {looks[-1].value:.4g}" if looks else label
 
 
@@ -122,7 +126,7 @@ def status_lines(status: RunStatus, width: int) -> str:
         rows.append(("resume", shlex.join(["rightrank", "select", "--out", status.run])))
     first = f"{status.run}: {status.state}, {quantity(status.trainings, 'training')}{so_far}"
     curve = terminal_curve(status.curve, width, status.truncated_curve)
-    lines = labelled([(label, text) for label, text in rows if text], 8)
+    lines = labelled(rows, 8)
     return "\n".join([first, *lines, *([curve] if curve else [])])
 
 
@@ -134,12 +138,6 @@ def _best_by_rank(records: Records, trained: bool) -> list[tuple[int, float]]:
         if trial.rank > 0 and trial.stop_at is None and (trial.truncate_from is None) == trained:
             best[trial.rank] = better(trial.value, best.get(trial.rank, trial.value))
     return sorted(best.items())
-
-
-def is_fresh(progress: Mapping[str, object]) -> bool:
-    """Whether a progress file was written within `STALE_SECONDS`."""
-    at = progress.get("at")
-    return isinstance(at, str) and (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() < STALE_SECONDS
 
 
 def cost_sentence(records: Records) -> str:
@@ -165,10 +163,3 @@ def end_text(outcome: TrialCollapsed | TrialDiverged | TrialFailed) -> str:
 
 def last_decided(journal: Sequence[JournalRecord]) -> DecisionRecorded | None:
     return next((record for record in reversed(journal) if isinstance(record, DecisionRecorded)), None)
-
-
-def running_trial(journal: Sequence[JournalRecord]) -> TrialStarted | None:
-    """The trial that began last and has not ended."""
-    ended = {record.trial_id for record in journal if isinstance(record, OUTCOMES)}
-    begun = [record for record in journal if isinstance(record, TrialStarted) and record.trial_id not in ended]
-    return begun[-1] if begun else None

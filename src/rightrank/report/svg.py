@@ -6,17 +6,19 @@ Every series, band, level and mark is a group with its label in `data-label`; a 
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from io import StringIO
 from math import ceil, floor, log10
 from pathlib import Path
 from textwrap import wrap
 
 from rightrank.data.files import write_text
-from rightrank.report.figure import MAX_LABELS, Axis, Figure, Part, Series, Tone, colour_name, parts_of, to_csv
+from rightrank.report.figure import MAX_LABELS, Axis, Figure, Part, Series, Tone, colour_name, parts_of
 from rightrank.report.format import visible
 from rightrank.schema.errors import SettingsError
 
@@ -216,13 +218,9 @@ def write_figures(folder: Path, figures: Sequence[Figure]) -> None:
     """`folder/<name>.svg` and `.csv` of each figure. Each file is replaced as a whole."""
     for figure in figures:
         write_text(folder / f"{figure.name}.svg", svg_file(figure))
-        write_text(folder / f"{figure.name}.csv", to_csv(figure))
-
-
-def require_svg(path: Path) -> None:
-    """Refuse a file for a plot that does not end in `.svg`."""
-    if path.suffix.lower() != ".svg":
-        raise SettingsError(f"--plot {path}: give a file that ends in .svg")
+        numbers = StringIO()
+        csv.writer(numbers, lineterminator="\n").writerows([figure.columns, *figure.rows])
+        write_text(folder / f"{figure.name}.csv", numbers.getvalue())
 
 
 def write_plot(figure: Figure, path: Path) -> None:
@@ -231,7 +229,8 @@ def write_plot(figure: Figure, path: Path) -> None:
     Raises:
         SettingsError: the file does not end in `.svg`, or it can't be written.
     """
-    require_svg(path)
+    if path.suffix.lower() != ".svg":
+        raise SettingsError(f"--plot {path}: give a file that ends in .svg")
     try:
         write_text(path, svg_file(figure))
     except OSError as error:

@@ -25,7 +25,7 @@ def decision_text(decision: Decision, understood: list[str], width: int, command
     rows = [
         ("verdict", decision.verdict.replace("_", " ")),
         ("answer", view.training_rank),
-        *view.safe_rows(),
+        ("", view.safe_choice),
         ("margins", f"{stairs} (requested: {decision.margin:g})"),
         *certainty_rows(decision),
         *(("metric", metric) for metric in view.metrics),
@@ -37,11 +37,22 @@ def decision_text(decision: Decision, understood: list[str], width: int, command
 
 def preflight_text(found: Preflight) -> str:
     """Everything, for a person."""
-    lines = [*found.before, *_data_lines(found), *memory_lines(found), cost_line(found.cost), *found.notes]
-    return "\n".join([*lines, "nothing was written: this was a dry run"])
+    splits = ", ".join(f"{split.items:,} {name}" for name, split in found.splits.items())
+    given = "given splits" if found.splits_given else "split by content"
+    data = [f"data ({found.form}, {given}): {splits} examples", *(f"  {line}" for line in found.left_out)]
+    return "\n".join(
+        [*found.before, *data, *preflight_lines(found), *found.notes, "nothing was written: this was a dry run"]
+    )
 
 
-def cost_line(cost: PreflightCost) -> str:
+def preflight_lines(found: Preflight) -> list[str]:
+    """Label tokens, memory and trainings, which a selection prints beside its plan."""
+    labels = ", ".join(f"{split.label_tokens:,} {name}" for name, split in found.splits.items())
+    longest = f"longest example: {found.longest} tokens of at most {found.seq_len}"
+    return [f"label tokens: {labels}; {longest}", _memory_line(found), _cost_line(found.cost)]
+
+
+def _cost_line(cost: PreflightCost) -> str:
     """The trainings of a selection."""
     if cost.trainings == cost.trainings_at_most:
         return f"strategy {cost.strategy}: {cost.trainings:.3g} trainings of {cost.steps} steps"
@@ -53,33 +64,16 @@ def cost_line(cost: PreflightCost) -> str:
     )
 
 
-def _data_lines(found: Preflight) -> list[str]:
-    """Splits and what was left out; what a selection prints of them beside its plan is `labels_line`."""
-    splits = ", ".join(f"{split.items:,} {name}" for name, split in found.splits.items())
-    given = "given splits" if found.splits_given else "split by content"
-    return [
-        f"data ({found.form}, {given}): {splits} examples",
-        *(f"  {line}" for line in found.left_out),
-        labels_line(found),
-    ]
-
-
-def labels_line(found: Preflight) -> str:
-    """Label tokens by split, and the longest example."""
-    labels = ", ".join(f"{split.label_tokens:,} {name}" for name, split in found.splits.items())
-    return f"label tokens: {labels}; longest example: {found.longest} tokens of at most {found.seq_len}"
-
-
-def memory_lines(found: Preflight) -> list[str]:
+def _memory_line(found: Preflight) -> str:
     """Ranks with their memory, and the budget."""
     known = [(one, one.needed_bytes) for one in found.ranks if one.needed_bytes is not None]
     if not known:
-        return [f"ranks: {', '.join(str(one.rank) for one in found.ranks)} (memory not planned for this architecture)"]
+        return f"ranks: {', '.join(str(one.rank) for one in found.ranks)} (memory not planned for this architecture)"
     shown = ", ".join(
         f"{one.rank} ({size(needed)}{'' if one.fits is not False else ', does not fit'})" for one, needed in known
     )
     budget = "no budget given" if found.memory_bytes is None else f"{size(found.memory_bytes)} available"
-    return [f"ranks and memory: {shown}; {budget}"]
+    return f"ranks and memory: {shown}; {budget}"
 
 
 def time_line(expected: float, most: float, measured: str, budget_hours: float | None) -> str:
@@ -110,14 +104,12 @@ def terminal_curve(points: Points, width: int, truncated: Points = ()) -> str:
     ticks = {row: f"{value:#.4g}".rstrip(".") for row, value in at.items()}  # with zeros, so that they line up
     margin = max(map(len, ticks.values()))
     columns = max(len(ranks), min(width, MAX_CURVE_WIDTH) - margin - 1 - len(str(ranks[-1])))
-
-    def column(rank: int) -> int:
-        return round((columns - 1) * log2(rank / ranks[0]) / log2(ranks[-1] / ranks[0]))
-
-    def place(rank: int, value: float) -> tuple[int, int]:
-        return round((CURVE_ROWS - 1) * (1 - (value - low) / span)), column(rank)
-
-    cells = {place(*point): "○" for point in truncated} | {place(*point): "●" for point in points}
+    column = {rank: round((columns - 1) * log2(rank / ranks[0]) / log2(ranks[-1] / ranks[0])) for rank in ranks}
+    cells = {
+        (round((CURVE_ROWS - 1) * (1 - (value - low) / span)), column[rank]): sign
+        for sign, drawn in (("○", truncated), ("●", points))
+        for rank, value in drawn
+    }
     lines = [
         f"{ticks.get(row, ''):>{margin}}{'┤' if row in ticks else '│'}"
         + "".join(cells.get((row, x), " ") for x in range(columns))
@@ -126,7 +118,7 @@ def terminal_curve(points: Points, width: int, truncated: Points = ()) -> str:
     ]
     frame = f"{'':{margin}}┌{'─' * columns}┐", f"{'':{margin}}└{'─' * columns}┘"
     legend = " (● trained, ○ truncated)" if truncated and columns > 33 else ""
-    names = " " * (margin + 1) + _rank_names({column(rank): str(rank) for rank in ranks})
+    names = " " * (margin + 1) + _rank_names({column[rank]: str(rank) for rank in ranks})
     return "\n".join(
         [frame[0], *lines, frame[1], names, f"{'':{margin + 1}}{'LoRA rank' + legend:^{columns}}".rstrip()]
     )

@@ -202,12 +202,12 @@ class Selected:
         view = self.view
         rows = [("run", str(self.run)), ("adapter", view.adapter)]
         if self.decided is not None:
-            rows += [("training rank", view.training_rank), ("verdict", view.verdict), *view.safe_rows()]
-            rows += view.next_rows()[: 2 if any(self.next_commands[:1]) else 1]
+            rows += [("training rank", view.training_rank), ("verdict", view.verdict), ("", view.safe_choice)]
+            rows += view.next_rows()[:2]
         if self.adapter is not None:  # a custom trainer may save none
             rows.append(("folder", f"{self.adapter.path}  (rank {self.adapter.rank})"))
         rows.append(("report", str(self.report)))
-        return "\n".join(labelled([row for row in rows if row[1]], 15))
+        return "\n".join(labelled(rows, 15))
 
     @property
     def view(self) -> AnswerView:

@@ -81,12 +81,21 @@ def _allocate(seeds: list[str] | None, assignments: tuple[str, ...], as_json: bo
         settings=SelectSettings(**gather(None, assignments, {})),
         on_trial=lambda trial: click.echo(f"{trial.pattern}, seed {trial.seed}: {trial.value:.4f}", err=True),
     )
-    if as_json:
-        click.echo(allocation.model_dump_json())
-        return
-    from rightrank.report.adapters import allocation_text
+    click.echo(allocation.model_dump_json() if as_json else _allocation_text(allocation))
 
-    click.echo(allocation_text(allocation))
+
+def _allocation_text(allocation: Allocation) -> str:
+    """The answer and the comparisons behind it."""
+    from rightrank.report.tables import table_lines
+
+    rows = [["pattern", "seed", "parameters", "held-out"]]
+    for trial in allocation.trials:
+        rows.append([trial.pattern, str(trial.seed), f"{trial.parameters:,}", f"{trial.value:.4f}"])
+    compared = [
+        f"pattern against {one.against}: {one.difference:+.4f} [{one.low:+.4f}, {one.high:+.4f}]"
+        for one in allocation.verdicts
+    ]
+    return "\n".join([allocation.sentence, *table_lines(rows, left=(0,)), *compared])
 
 
 PLUGIN = Plugin(name="allocate", commands=[_allocate], functions={"allocate": allocate})

@@ -47,9 +47,8 @@ def expect(ranks: list[str] | None, plot_file: Path | None, as_json: bool, **kno
     """
     found: Expectation = rightrank.expect(**known, ranks=whole_numbers(ranks, "--ranks"))
     if plot_file is not None:
-        from rightrank.report.svg import require_svg, write_plot
+        from rightrank.report.svg import write_plot
 
-        require_svg(plot_file)
         write_plot(figure_of(found), plot_file)
     click.echo(json.dumps(asdict(found)) if as_json else text(found))
 

@@ -24,7 +24,7 @@ from rightrank.data.forms import Example
 from rightrank.decision.run import Records, best_trial, decision_so_far, records_of
 from rightrank.interop.tables import raw_rows
 from rightrank.plugins.judge.judgements import SCORES, decide_judged, judgements_of
-from rightrank.report.html import script_hash, script_json, templates
+from rightrank.report.html import page_script, templates
 from rightrank.report.status import last_decided
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.prepare import prepare
@@ -199,8 +199,7 @@ def judge_page(pairs: Sequence[Mapping[str, str]]) -> str:
     """The page for these pairs, each with `id`, `prompt`, `a` and `b`."""
     assets = [files("rightrank.plugins.judge").joinpath(name) for name in ("judge.html", "judge.js", "judge.css")]
     page, script, style = (asset.read_text(encoding="utf-8").strip("\n") for asset in assets)
-    texts = {"script": script, "script_hash": script_hash(script), "style": style, "pairs": script_json(list(pairs))}
-    return templates().from_string(page).render(texts)
+    return templates().from_string(page).render(style=style, **page_script(script, list(pairs)))
 
 
 def promptable_examples(runtime: Runtime, count: int) -> list[Example]:
