@@ -26,6 +26,7 @@ from rightrank.report.format import duration
 from rightrank.schema.plan_settings import PlanSettings, loop_of_select
 from rightrank.schema.settings import SelectSettings
 from rightrank.search import make_strategy
+from rightrank.search.history import space_of
 from rightrank.train.timing import RUN_EVALUATIONS
 
 HERE = Path(__file__).parent
@@ -60,7 +61,7 @@ def planned(model: str) -> dict[str, Any]:
     """Operations, trainings and memory of the selection."""
     settings = PlanSettings(**RUN | loop_of_select(None) | MODELS[model])
     estimator = Estimator(FULL_CONFIGS[model](), settings)
-    strategy = make_strategy(SelectSettings(ranks=settings.ranks), STEPS)
+    strategy = make_strategy("bracket", space_of(SelectSettings(ranks=settings.ranks), STEPS))
     cost, passes = strategy.cost(), 3 if settings.gradient_checkpointing else 2  # forward, again, and backward
 
     def operations(step: float, trainings: float, arms: int) -> float:
@@ -71,7 +72,7 @@ def planned(model: str) -> dict[str, Any]:
     steps = [estimator.flops(rank) for rank in settings.ranks]
     return {
         "expected_flops": operations(fmean(steps), cost.expected, strategy.expected_arms()),
-        "most_flops": operations(max(steps), cost.maximum, strategy.max_arms()),
+        "most_flops": operations(max(steps), cost.maximum, cost.max_arms),
         "expected_trainings": cost.expected,
         "most_trainings": cost.maximum,
         "needed_bytes": max(needed(estimator.estimate(rank).peak.reserved_bytes, settings) for rank in settings.ranks),

@@ -33,6 +33,7 @@ from rightrank.schema.events import DataSummary, Event, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search import make_strategy
+from rightrank.search.history import space_of
 
 WORKERS = 3
 STEPS = 700  # of a sleeping trial: milliseconds
@@ -195,7 +196,7 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
     run_folder, until = RunFolder(folder), time.monotonic() + LIMIT_SECONDS
     observer = Watch(on_event=listen, notice=place.notices.append, should_stop=lambda: time.monotonic() > until)
     with run_folder.locked():
-        report, strategy = Report(), make_strategy(settings, STEPS)
+        report, strategy = Report(), make_strategy(settings.strategy, space_of(settings, STEPS))
         hooks = Hooks([observer, report])
         run = Run(run_folder, hooks, started, settings, STEPS, strategy, nullcontext, run_folder.journal.read())
         hooks.on_prepared(run)

@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.selection.tables import GridCurve, Replayed, read_grids, replay, space_of_grid
 from rightrank.schema.errors import InputError, ResultsError, SettingsError
 from rightrank.schema.settings import Goal
-from rightrank.search import strategy_in
+from rightrank.search import make_strategy
 from rightrank.search.history import Space
 from rightrank.search.protocol import Strategy
 
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise SettingsError(f"margin {options.margin:g}, seeds {options.seeds}: give numbers above 0")
         judged = replay_all(
             read_grids(options.grids),
-            partial(strategy_in, options.strategy),
+            partial(make_strategy, options.strategy),
             options.margin,
             options.seeds,
             options.goal,

@@ -373,7 +373,7 @@ def replay(curve: GridCurve, make: Callable[[Space], Strategy], space: Space) ->
                 steps += steps_of(arm, finished)
                 finished[outcome.trial_id] = outcome
             outcomes.append(outcome)
-    adapter = strategy.adapter(outcomes)
+    adapter = strategy.trials(outcomes).adapter
     parent = next((one for one in outcomes if adapter is not None and one.trial_id == adapter.trained_id), None)
     learning_rate = None if parent is None else parent.learning_rate
     return Replayed(

@@ -83,7 +83,7 @@ def test_cost_and_arms_stay_within_their_bounds(name: str, world: World, space: 
     cost = strategy.cost()
     assert cost.expected <= cost.maximum
     assert spent(known) <= cost.maximum * space.steps
-    assert len(known) <= strategy.max_arms()
+    assert len(known) <= cost.max_arms
 
 
 def test_recommends_a_rank_that_it_trained(name: str, world: World, space: Space) -> None:
@@ -197,4 +197,4 @@ def test_without_the_base_it_requests_what_it_requests_when_the_base_fails(name:
     assert arms == [outcome.arm for outcome in run_all(failing, world)][1:]
     assert 0 not in {arm.rank for arm in arms}
     assert without.expected_arms() == failing.expected_arms() - 1
-    assert without.max_arms() == failing.max_arms() - 1
+    assert without.cost().max_arms == failing.cost().max_arms - 1

@@ -13,10 +13,15 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search import STRATEGIES, make_strategy
 from rightrank.search.bracket import outside_in, try_rank
-from rightrank.search.history import Trials, base_arm, excess_of
+from rightrank.search.history import Trials, base_arm, space_of
 from rightrank.search.learning_rates import Requests, find_learning_rate
 from rightrank.search.protocol import Strategy
 from tests.search.worlds import STEPS, World, make_space, rounds, run_all
+
+
+def made(**values: Any) -> Strategy:
+    settings = SelectSettings(**values)
+    return make_strategy(settings.strategy, space_of(settings, 100))
 
 
 def whole_grid_pick(world: World, ranks: tuple[int, ...], margin: float) -> int:
@@ -264,15 +269,16 @@ def test_confirms_with_further_seeds() -> None:
 def test_example_losses_give_a_bound_above_the_mean() -> None:
     space = make_space()
     world = World()
-    left, right = (world.run(space.arm(rank, 1e-3)) for rank in (4, 64))
+    small, large = (space.arm(rank, 1e-3) for rank in (4, 64))
+    left, right = world.run(small), world.run(large)
     assert isinstance(left, TrialFinished)
     assert isinstance(right, TrialFinished)
-    bare = excess_of([(left, right)], space)
+    bare = Trials(space, {small: left, large: right}).excess(4, 64)
     assert bare.high == bare.mean
     tokens = [2, 3, 5, 4]
     left = left.model_copy(update={"item_losses": [2.1, 3.3, 5.2, 4.6], "item_tokens": tokens, "value": 15.2 / 14})
     right = right.model_copy(update={"item_losses": [2.0, 3.0, 5.0, 4.0], "item_tokens": tokens, "value": 1.0})
-    known = excess_of([(left, right)], space)
+    known = Trials(space, {small: left, large: right}).excess(4, 64)
     assert known.mean == pytest.approx(1.2 / 14)
     assert known.high > known.mean
 
@@ -307,16 +313,15 @@ def test_outside_in() -> None:
 )
 def test_bad_settings_are_one_clear_line(values: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        make_strategy(SelectSettings(**values), 100)
+        made(**values)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_the_least_budget_compares_two_ranks() -> None:
     for name in ("grid", "bracket"):
-        strategy: Strategy = make_strategy(SelectSettings(strategy=name), 100)
-        least = strategy.min_trainings()
-        tight = make_strategy(SelectSettings(strategy=name, budget_trainings=least), 100)
+        strategy = made(strategy=name)
+        tight = made(strategy=name, budget_trainings=strategy.cost().least)
         known = run_all(tight, World(can_truncate=False))
         assert len({outcome.rank for outcome in tight.evidence(known) if outcome.rank}) >= 2
 
@@ -357,7 +362,7 @@ def test_the_example_in_the_protocol_keeps_the_rules() -> None:
     known = run_all(strategy, World())
     assert {outcome.rank for outcome in known} == {0, space.ranks[0], space.top}
     assert not strategy.ask(known)
-    assert len(known) <= strategy.max_arms()
+    assert len(known) <= strategy.cost().max_arms
     assert sum(outcome.steps for outcome in strategy.evidence(known)) <= strategy.cost().maximum * STEPS
 
 
@@ -367,9 +372,9 @@ def test_the_first_question_is_answered_before_the_second() -> None:
     known: list[Any] = []
     answered_after = None
     for arm in rounds(strategy, world, known, lambda arms: arms[:1]):
-        if answered_after is None and strategy.adapter(known) is not None:
+        if answered_after is None and strategy.trials(known).adapter is not None:
             answered_after = arm
-    answer = strategy.adapter(known)
+    answer = strategy.trials(known).adapter
     assert answer is not None
     assert answered_after is not None
     assert answered_after.truncate_from is not None
@@ -378,7 +383,7 @@ def test_the_first_question_is_answered_before_the_second() -> None:
     alone = STRATEGIES["bracket"](make_space(recovery_steps=10, trusts_values=True, goal="adapter"))
     first = run_all(alone, world)
     assert [outcome.arm for outcome in first] == [outcome.arm for outcome in known][: len(first)]
-    assert alone.adapter(first) == answer
+    assert alone.trials(first).adapter == answer
 
 
 def test_without_unseen_examples_nothing_is_recovered() -> None:

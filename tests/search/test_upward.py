@@ -74,7 +74,7 @@ def test_on_a_distilled_reasoner_it_starts_at_eight_and_goes_down_while_it_holds
     known = run_all(strategy, World(gain=gain))
     assert list(dict.fromkeys(ranks_of(known))) == ranks
     assert recommend(strategy, known).rank == chosen
-    assert strategy.notes(known)[0] == (
+    assert strategy.trials(known).notes[0] == (
         "The base is a distilled reasoner: the climb starts at rank 16, and goes down from there."
     )
 
@@ -105,16 +105,16 @@ def test_the_noise_decides_how_many_seeds_are_trained() -> None:
     few, many = run_all(quiet, World(gain=0.0, noise=0.001)), run_all(loud, World(gain=0.0, noise=0.05))
     assert {outcome.seed for outcome in few if outcome.rank == 4} == {0, 1}
     assert {outcome.seed for outcome in many if outcome.rank == 4} == set(range(8))
-    (note,) = quiet.notes(few)
+    (note,) = quiet.trials(few).notes
     assert note.startswith("Seed noise at rank 1: a standard deviation of ")
     assert note.endswith("takes about 2 seeds a rank; 2 of the 8 are used.")
-    (note,) = loud.notes(many)
+    (note,) = loud.trials(many).notes
     assert "; the 8 given show differences from about 0.0" in note
 
 
 def test_the_note_comes_before_any_other_rank() -> None:
     strategy, world, known = Upward(space()), World(gain=0.0, noise=0.001), list[TrialOutcome]()
-    while not strategy.notes(known):
+    while not strategy.trials(known).notes:
         known += [world.run(arm) for arm in strategy.ask(known)]
     assert {outcome.rank for outcome in known} == {0, 1}
 
@@ -200,7 +200,7 @@ def test_a_run_stops_early_after_two_looks_far_below(values: tuple[float, ...], 
 def test_seeds_that_agree_exactly_measure_no_noise() -> None:
     strategy = Upward(make_space(learning_rates=(LOW,), seeds=(0, 1)))
     known = run_all(strategy, World(gain=0.0))
-    (note,) = strategy.notes(known)
+    (note,) = strategy.trials(known).notes
     assert note == (
         "Seed noise: not measured at rank 1 (2 seeds with the same result); seeds=(0, 1, 2) or more measure it."
     )

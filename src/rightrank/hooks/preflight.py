@@ -66,7 +66,7 @@ def _time_of(prepared: Prepared, strategy: Strategy, pace: Pace | None) -> tuple
         return None, []
     cost, points, ranks = strategy.cost(), prepared.settings.eval_points, prepared.settings.ranks
     expected = pace.seconds(fmean(ranks), cost.expected, strategy.expected_arms(), points)
-    at_most = pace.seconds(max(ranks), cost.maximum, strategy.max_arms(), points)
+    at_most = pace.seconds(max(ranks), cost.maximum, cost.max_arms, points)
     steps, examples = quantity(len(pace.batches), "step"), quantity(len(pace.evaluated), "validation example")
     basis = f"{steps} of rank {pace.rank} and {examples}"
     return (expected, at_most), [time_line(expected, at_most, basis, prepared.settings.budget_hours)]

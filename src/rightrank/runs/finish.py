@@ -34,7 +34,7 @@ CONFIG = "adapter_config.json"
 
 def answer_early(run: Run) -> None:
     """Hand over the answer to the first question while the second is open, where the trials so far give one that is new."""
-    answer = run.strategy.adapter(run.records.outcomes)
+    answer = run.strategy.trials(run.records.outcomes).adapter
     last = run.records.adapters[-1].answer if run.records.adapters else None
     if answer is None or (last and (last.margin, last.trained_id) == (answer.margin, answer.trained_id)):
         return  # not known yet, or recorded: a continued run may ask at another margin or top rank

@@ -53,7 +53,7 @@ from rightrank.schema.trials import (
     TrialStarted,
     content_hash,
 )
-from rightrank.search import make_strategy, strategy_in
+from rightrank.search import make_strategy
 from rightrank.search.history import space_of
 from rightrank.search.upward import Upward
 from rightrank.version import __version__
@@ -177,7 +177,7 @@ def open_own_run(request: _OwnRequest, folder: RunFolder, hooks: Hooks) -> Run:
         _run_started(request, journal),
         request.settings,
         request.steps,
-        strategy_in(request.settings.strategy, space),
+        make_strategy(request.settings.strategy, space),
         lambda run: nullcontext(_Executor(request, run)),
         journal,
         advice="give another range of learning rates, and a new out",
@@ -205,7 +205,7 @@ def _settings(profile: Mapping[str, object], compared: Mapping[str, object], giv
     values |= {name: profile[name] for name in ("seeds", "margin", "strategy") if values[name] is None}
     goal, alpha = given.get("goal", "training-rank"), given.get("lora_alpha", 32.0)
     settings = SelectSettings(**values | {"goal": goal, "lora_alpha": alpha})
-    make_strategy(settings, 1)  # refuses an unknown name first
+    make_strategy(settings.strategy, space_of(settings, 1))  # refuses an unknown name first
     if settings.goal == "adapter" and settings.strategy == Upward.name:
         raise SettingsError(
             f"goal 'adapter' needs an adapter of the largest rank, and strategy {Upward.name!r} climbs from the smallest; give "

@@ -32,6 +32,7 @@ from rightrank.schema.events import JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings, settings_of_identity
 from rightrank.schema.trials import content_hash
 from rightrank.search import make_strategy
+from rightrank.search.history import space_of
 from rightrank.search.protocol import Strategy
 from rightrank.train.metrics import require_scorers
 from rightrank.train.runtime import Runtime, visible_label
@@ -107,7 +108,8 @@ def strategy_of(prepared: Prepared) -> Strategy:
             f"goal 'adapter' needs adapters that can be truncated ({reason}); give goal 'training-rank'"
         )
     is_token_loss = prepared.started.data.is_token_loss
-    return make_strategy(settings, prepared.steps, is_token_loss, prepared.unseen_steps, reason is None)
+    space = space_of(settings, prepared.steps, is_token_loss, prepared.unseen_steps)
+    return make_strategy(settings.strategy, replace(space, truncates=reason is None))
 
 
 def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:

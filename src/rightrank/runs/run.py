@@ -90,7 +90,7 @@ def loop(run: Run, executor: Executor) -> None:
         answer_early(run)
         fingerprint = run.started.fingerprint
         trials = [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in run.strategy.ask(run.records.outcomes)]
-        notes = run.strategy.notes(run.records.outcomes)
+        notes = run.strategy.trials(run.records.outcomes).notes
         for line in notes[told:]:
             run.notice(line)
         told = max(told, len(notes))

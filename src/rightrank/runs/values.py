@@ -18,6 +18,7 @@ from rightrank.schema.errors import ResultsError, SettingsError
 from rightrank.schema.settings import Goal, SelectSettings, stored_settings
 from rightrank.schema.table import require_no_secret
 from rightrank.search import make_strategy
+from rightrank.search.history import space_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,7 +84,7 @@ def check(request: Request) -> None:
         require_no_secret("data", request.data_name)
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    make_strategy(settings, settings.max_steps or 1)
+    make_strategy(settings.strategy, space_of(settings, settings.max_steps or 1))
     for source in (request.data, settings.validation or None):
         if isinstance(source, str | Path):
             require_rows(Path(source))
@@ -116,7 +117,8 @@ def training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
     compared = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
     steps = max((trial.steps for trial in records.finished() if trial.arm.is_direct), default=1) or 1
     settings = settings.model_copy(update={"ranks": compared})
-    cost = make_strategy(settings, steps, token_loss=records.started.data.is_token_loss).cost()
+    space = space_of(settings, steps, token_loss=records.started.data.is_token_loss)
+    cost = make_strategy(settings.strategy, space).cost()
     trainings = round(cost.expected - cost.to_adapter, 2)
     noun = "training" if trainings == 1 else "trainings"
     takes = f"about {trainings:.2g} more {noun}" if trainings else "no further training"

@@ -7,31 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 from rightrank.schema.errors import SettingsError, did_you_mean
-from rightrank.schema.settings import SelectSettings
 from rightrank.search.bracket import Bracket, Grid
-from rightrank.search.history import Space, space_of
+from rightrank.search.history import Space
 from rightrank.search.protocol import Strategy
 from rightrank.search.upward import Upward
 
 STRATEGIES: dict[str, Callable[[Space], Strategy]] = {one.name: one for one in (Bracket, Grid, Upward)}
 
 
-def make_strategy(
-    settings: SelectSettings, steps: int, token_loss: bool = True, unseen_steps: int = 0, truncates: bool = True
-) -> Strategy:
-    """The strategy that `settings.strategy` names, for trainings of `steps` optimizer steps; see `space_of`.
-
-    Raises:
-        SettingsError: an unknown name, or a budget too small to compare two ranks.
-    """
-    space = space_of(settings, steps, token_loss, unseen_steps)
-    return strategy_in(settings.strategy, replace(space, truncates=truncates))
-
-
-def strategy_in(name: str, space: Space) -> Strategy:
+def make_strategy(name: str, space: Space) -> Strategy:
     """The strategy of that name in a space.
 
     Raises:
@@ -42,7 +28,7 @@ def strategy_in(name: str, space: Space) -> Strategy:
         near = did_you_mean(name, STRATEGIES)
         raise SettingsError(f"unknown strategy {name!r}{near}; there are: {', '.join(STRATEGIES)}")
     strategy = factory(space)
-    least = strategy.min_trainings()
+    least = strategy.cost().least
     if space.budget_steps is not None and space.budget_steps < least * space.steps:
         raise SettingsError(
             f"a budget of {space.budget_steps / space.steps:.3g} trainings is too small: {name!r} with "

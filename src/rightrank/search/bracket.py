@@ -30,8 +30,6 @@ from rightrank.search.learning_rates import (
     early_step,
     find_learning_rate,
     find_learning_rate_cost,
-    max_search_trainings,
-    min_trainings,
     train,
 )
 from rightrank.search.protocol import CostEstimate, Strategy
@@ -80,19 +78,18 @@ class Bracket(Strategy):
 
     def unbounded_cost(self) -> CostEstimate:
         space = self.space
-        adapter, at_most = _adapter_cost(space)
-        to_adapter = find_learning_rate_cost(space) + adapter
+        search, search_at_most, least = find_learning_rate_cost(space)
+        adapter, adapter_at_most, adapter_arms = _adapter_cost(space)
+        to_adapter = search + adapter
+        # All learning rates at the top, three at every other rank, and every further seed.
+        tried = min(len(space.learning_rates), 3)
+        others = tried * (1 + 2 * ANNEAL) * (len(space.ranks) - 1)
+        trainings = search_at_most + others + (len(space.seeds) - 1) * tried * len(space.ranks)
+        arms = 1 + STAGES * math.ceil(trainings) + adapter_arms
         if space.goal == "adapter":
-            return CostEstimate(to_adapter, max_search_trainings(space) + at_most, to_adapter)
+            return CostEstimate(to_adapter, search_at_most + adapter_at_most, to_adapter, least - 1.0, arms)
         expected = to_adapter + min(2.0, len(space.ranks) - 1.0) + 3.0 * (len(space.seeds) - 1)
-        return CostEstimate(expected, _max_trainings(space) + at_most, to_adapter)
-
-    def min_trainings(self) -> float:
-        found = min_trainings(self.space)
-        return found - 1.0 if self.space.goal == "adapter" else found
-
-    def max_script_arms(self) -> int:
-        return 1 + STAGES * math.ceil(_max_trainings(self.space)) + _max_adapter_arms(self.space)
+        return CostEstimate(expected, trainings + adapter_at_most, to_adapter, least, arms)
 
 
 def _smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | None:
@@ -140,25 +137,16 @@ class Grid(Strategy):
     name = "grid"
 
     def script(self, trials: Trials) -> Requests:
-        yield self._arms()
-        top = self.space.top
-        learning_rate = min(self.space.learning_rates, key=lambda lr: (trials.whole_loss(top, lr), lr))
+        space = self.space
+        cells = product(space.seeds, space.learning_rates, outside_in(space.ranks))
+        yield [space.arm(rank, learning_rate, seed) for seed, learning_rate, rank in cells]
+        learning_rate = min(space.learning_rates, key=lambda lr: (trials.whole_loss(space.top, lr), lr))
         yield from _answer_adapter_question(trials, learning_rate)
 
     def unbounded_cost(self) -> CostEstimate:
-        maximum = self._cells() + _adapter_cost(self.space)[1]
-        return CostEstimate(maximum, maximum, maximum)
-
-    def max_script_arms(self) -> int:
-        return 1 + len(self._arms()) + _max_adapter_arms(self.space)
-
-    def min_trainings(self) -> float:
-        return 2.0
-
-    def _arms(self) -> list[Arm]:
-        space = self.space
-        cells = product(space.seeds, space.learning_rates, outside_in(space.ranks))
-        return [space.arm(rank, learning_rate, seed) for seed, learning_rate, rank in cells]
+        _, adapter_at_most, adapter_arms = _adapter_cost(self.space)
+        maximum = self._cells() + adapter_at_most
+        return CostEstimate(maximum, maximum, maximum, 2.0, 1 + self._cells() + adapter_arms)
 
 
 def outside_in(ranks: Sequence[int]) -> list[int]:
@@ -247,15 +235,15 @@ def _holds(trials: Trials, parent: TrialFinished, rank: int) -> bool:
     return answer is not None and any(one.holds for one in answer.candidates if one.rank == rank)
 
 
-def _max_adapter_arms(space: Space) -> int:
-    """An upper bound of the arms: a truncation and a recovery of every rank, and the extra steps of the top."""
-    return 2 * len(space.truncated_ranks) + 1 if space.truncates else 0
+def _adapter_cost(space: Space) -> tuple[float, float, int]:
+    """Trainings for the first question, expected and at most, and an upper bound of its arms.
 
-
-def _adapter_cost(space: Space) -> tuple[float, float]:
-    """Trainings for the first question, expected and at most: the extra steps of the top and of two or three truncations, or of all."""
+    The arms are a truncation and a recovery of every rank, and the extra steps of the top. Expected are the extra steps of the top
+    and of two or three truncations.
+    """
     part = space.recovery_steps / space.steps if space.truncates and space.recovery_steps else 0.0
-    return 3.5 * part, _max_adapter_arms(space) * part
+    arms = 2 * len(space.truncated_ranks) + 1 if space.truncates else 0
+    return 3.5 * part, arms * part, arms
 
 
 # The moves: try a rank, walk to the lowest rank that holds, confirm the result.
@@ -382,7 +370,8 @@ def settle(trials: Trials) -> Requests:
             return
         above = space.above(best) if space.top in trials.ranks() and not trials.holds(space.top) else None
         below = space.below(chosen)
-        rank = next((rank for rank in (above, below) if rank is not None and rank not in trials.asked()), None)
+        asked = {arm.rank for arm in trials.outcomes if arm.truncate_from is None}  # whatever the outcome
+        rank = next((rank for rank in (above, below) if rank is not None and rank not in asked), None)
         if rank is None:
             return
         yield from try_rank(trials, rank, _nearest_learning_rate(trials, rank, space.learning_rates[0]))
@@ -417,10 +406,3 @@ def confirm(trials: Trials) -> Requests:
         yield [space.arm(rank, lr, seed) for rank, lr in best.items() if lr is not None for seed in space.seeds[1:]]
         if trials.smallest_that_holds() == chosen and trials.reference() == reference:
             return
-
-
-def _max_trainings(space: Space) -> float:
-    """An upper bound: all learning rates at the top, three at every other rank, and every further seed."""
-    tried = min(len(space.learning_rates), 3)
-    others = tried * (1 + 2 * ANNEAL) * (len(space.ranks) - 1)
-    return max_search_trainings(space) + others + (len(space.seeds) - 1) * tried * len(space.ranks)

@@ -45,12 +45,7 @@ class Space:
     trusts_values: bool = False  # whether values without scores by example can show that a truncation holds (tables)
     budget_steps: float | None = None  # optimizer steps over all arms
     budget_seconds: float | None = None  # of training and evaluation, over all arms
-    start_rank: int = 0  # the smallest rank that a climb from below starts at; see `start`
-
-    @property
-    def start(self) -> int:
-        """The first rank of a climb: the smallest of at least `start_rank`, the top where there is none."""
-        return next((rank for rank in self.ranks if rank >= self.start_rank), self.top)
+    start_rank: int = 0  # a climb from below starts at the smallest rank of at least this
 
     @property
     def top(self) -> int:
@@ -140,7 +135,8 @@ class Trials:
     space: Space
     outcomes: dict[Arm, TrialOutcome] = field(default_factory=dict)
     adapter: AdapterAnswer | None = None  # the answer to the first question, once the script has it
-    notes: list[str] = field(default_factory=list)  # lines for a person that the script wrote
+    # Lines for a person that the script wrote. Later outcomes only append; each is printed once.
+    notes: list[str] = field(default_factory=list)
     _whole: dict[int, dict[float, dict[int, TrialFinished]]] = field(default_factory=dict)  # rank → rate → seed
     _indexed: int = 0  # outcomes that `_whole` knows; more only append
 
@@ -197,28 +193,23 @@ class Trials:
         """Ranks with a whole training, descending."""
         return sorted(self._by_rank(), reverse=True)
 
-    def asked(self) -> set[int]:
-        """The ranks of which the script asked for a training, whatever its outcome."""
-        return {arm.rank for arm in self.outcomes if arm.truncate_from is None}
-
-    def learning_rates(self, rank: int) -> list[float]:
-        """Learning rates at which the rank has a whole training, ascending; without those at which others collapsed."""
-        collapsing = {lr for r, lr in collapsing_cells(self.outcomes.values()) if r == rank}
-        return sorted(self._by_rank().get(rank, {}).keys() - collapsing)
-
     def whole_loss(self, rank: int, learning_rate: float) -> float:
         """Of the whole training with the first seed; infinite without a result."""
         outcome = self.whole(rank, learning_rate)
         return math.inf if outcome is None else oriented(outcome, self.space)
 
     def best_learning_rate(self, rank: int) -> float | None:
-        """The learning rate with the best mean, compared on shared seeds as the decision does; None without a result."""
-        trials = {lr: self.by_seed(rank, lr) for lr in self.learning_rates(rank)}
+        """The learning rate with the best mean, compared on shared seeds as the decision does; None without a result.
+
+        Learning rates at which others collapsed are left out.
+        """
+        collapsing = {lr for r, lr in collapsing_cells(self.outcomes.values()) if r == rank}
+        trials = {lr: self.by_seed(rank, lr) for lr in sorted(self._by_rank().get(rank, {}).keys() - collapsing)}
         if not trials:
             return None
 
         def is_surely_lower(one: float, other: float) -> bool:
-            return excess_of(of_shared_seeds(trials[one], trials[other]), self.space).high < 0
+            return _excess_of(of_shared_seeds(trials[one], trials[other]), self.space).high < 0
 
         losses = {lr: {seed: oriented(t, self.space) for seed, t in found.items()} for lr, found in trials.items()}
         return best_learning_rate(losses, is_surely_lower)
@@ -248,7 +239,7 @@ class Trials:
         rates = [(one, self.best_learning_rate(one)) for one in (rank, reference)]
         left, right = ({} if lr is None else self.by_seed(one, lr) for one, lr in rates)
         pairs = of_shared_seeds(left, right)
-        return excess_of(pairs, self.space) if pairs else Bounds(math.inf, math.inf, math.inf)
+        return _excess_of(pairs, self.space) if pairs else Bounds(math.inf, math.inf, math.inf)
 
     def holds(self, rank: int, *, surely: bool = False) -> bool:
         """Whether the rank's mean, by which the search goes, is within the margin of the reference's; or its 95% upper bound."""
@@ -270,7 +261,7 @@ def oriented(outcome: TrialFinished, space: Space) -> float:
     return -outcome.value if is_turned else outcome.value
 
 
-def excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space) -> Bounds:
+def _excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space) -> Bounds:
     """The mean difference of paired outcomes and its bounds over examples and pairs; the mean alone without scores by example."""
     pairs = list(pairs)
     mean, found = _difference(pairs, space), _over_examples(pairs, space)

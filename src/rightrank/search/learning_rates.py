@@ -25,7 +25,7 @@ learning rates are both trained whole. Where trainings can't stop early, every t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TypeAlias
 
 from rightrank.schema.trials import Arm
@@ -39,43 +39,35 @@ QUARTER, HALF = 0.25, 0.5  # parts of a training after which learning rates are 
 MAX_PLAUSIBLE_GAIN = 0.05
 
 
-def climb(trials: Trials, rank: int) -> Requests:
+def _climb(trials: Trials, rank: int) -> Requests:
     """Climb from the upper middle to a learning rate that is better than both its neighbours.
 
     The loss has one valley over the logarithm of the learning rate, so the climb ends where a search over all of them would.
     Learning rates that are far too high are an exception: there the loss is flat, and a higher one may look better. A
     doubtful climb upward, and one whose start gave no result, is therefore followed by a climb downward.
     """
-    space = trials.space
-    learning_rates = space.learning_rates
-
-    def arm(place: int) -> Arm:
-        return space.arm(rank, learning_rates[place])
-
-    first = len(learning_rates) // 2
-    yield [arm(first)]
-    best = first
-    if not trials.diverged(arm(first)):
-        best = yield from _climb_one_way(trials, arm, first, 1, len(learning_rates))
-    if best > first and not _is_doubtful(trials, arm(first), arm(best), is_edge=best == len(learning_rates) - 1):
+    arms = [trials.space.arm(rank, learning_rate) for learning_rate in trials.space.learning_rates]
+    best = first = len(arms) // 2
+    yield [arms[first]]
+    if not trials.diverged(arms[first]):
+        best = yield from _climb_one_way(trials, arms, first, 1)
+    if best > first and not _is_doubtful(trials, arms[first], arms[best], is_edge=best == len(arms) - 1):
         return
-    yield from _climb_one_way(trials, arm, first, -1, len(learning_rates))
+    yield from _climb_one_way(trials, arms, first, -1)
 
 
-def _climb_one_way(
-    trials: Trials, arm: Callable[[int], Arm], best: int, step: int, count: int
-) -> Generator[Sequence[Arm], None, int]:
+def _climb_one_way(trials: Trials, arms: Sequence[Arm], best: int, step: int) -> Generator[Sequence[Arm], None, int]:
     """Try one place after the other until the loss rises, and return the best place.
 
     A place without a result is skipped, except that a divergence ends a climb upward.
     """
     place = best + step
-    while 0 <= place < count:
-        yield [arm(place)]
-        loss, best_loss = trials.loss(arm(place)), trials.loss(arm(best))
+    while 0 <= place < len(arms):
+        yield [arms[place]]
+        loss, best_loss = trials.loss(arms[place]), trials.loss(arms[best])
         if loss is not None and (best_loss is None or loss < best_loss):
             best = place
-        elif trials.finished(arm(place)) is not None or (step > 0 and trials.diverged(arm(place))):
+        elif trials.finished(arms[place]) is not None or (step > 0 and trials.diverged(arms[place])):
             break
         place += step
     return best
@@ -117,7 +109,7 @@ def find_learning_rate(trials: Trials, rank: int) -> Choice:
     """Return the best learning rate at `rank`, trained whole, or None if no training finished."""
     space = trials.space
     if not _can_look(space):
-        yield from climb(trials, rank)
+        yield from _climb(trials, rank)
         return trials.best_learning_rate(rank)
     for part in (LOOK, QUARTER):
         winner = yield from _climb_looks(trials, rank, part)
@@ -126,7 +118,7 @@ def find_learning_rate(trials: Trials, rank: int) -> Choice:
         if winner is not None or any(trials.diverged(_early_arm(space, rank, lr, part)) for lr in space.learning_rates):
             break
     if trials.best_learning_rate(rank) is None:  # no looks here, or the winner diverged later
-        yield from climb(trials, rank)
+        yield from _climb(trials, rank)
     return trials.best_learning_rate(rank)
 
 
@@ -300,23 +292,15 @@ def _resumed(trials: Trials, stopped: Arm, stop_at: int | None = None) -> Arm:
     return stopped.model_copy(update={"stop_at": stop_at, "continue_from": before.trial_id})
 
 
-def find_learning_rate_cost(space: Space) -> float:
-    """Expected trainings: three looks, two pairs of annealed copies and the rest of the winner."""
+def find_learning_rate_cost(space: Space) -> tuple[float, float, float]:
+    """Trainings that the search takes at one rank: expected, at most, and the least with which two ranks are compared.
+
+    Expected are three looks, two pairs of annealed copies and the rest of the winner. At most are a look and two annealed copies
+    at every learning rate, and each of them whole. The least is the most expensive case of looks and copies, and one training
+    of another rank.
+    """
     count = len(space.learning_rates)
     if not _can_look(space):
-        return float(count)
-    return 1.0 + min(count - 1, 2) * (LOOK + 1.5 * ANNEAL)
-
-
-def max_search_trainings(space: Space) -> float:
-    """An upper bound for one rank: a look and two annealed copies at every learning rate, and each of them whole."""
-    count = len(space.learning_rates)
-    return count * (1.0 + 2 * ANNEAL) if _can_look(space) else float(count)
-
-
-def min_trainings(space: Space) -> float:
-    """One rank's learning rate in the most expensive case of looks and copies, and one training of another rank."""
-    count = len(space.learning_rates)
-    if not _can_look(space):
-        return 1.0 + count
-    return 2.0 + (count - 1) * (LOOK + 2 * ANNEAL) + (HALF - LOOK)
+        return float(count), float(count), 1.0 + count
+    expected = 1.0 + min(count - 1, 2) * (LOOK + 1.5 * ANNEAL)
+    return expected, count * (1.0 + 2 * ANNEAL), 2.0 + (count - 1) * (LOOK + 2 * ANNEAL) + (HALF - LOOK)

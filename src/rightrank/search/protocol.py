@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, seconds_of, steps_of
 from rightrank.search.history import Space, Trials, base_arm
 from rightrank.search.learning_rates import Requests
@@ -25,6 +24,8 @@ class CostEstimate:
     expected: float
     maximum: float
     to_adapter: float  # expected, until the first question is answered
+    least: float  # the smallest budget within which the strategy compares two ranks
+    max_arms: int  # an upper bound of the number of arms, the base included
 
 
 class Strategy(ABC):
@@ -39,10 +40,10 @@ class Strategy(ABC):
     - `ask` returns only arms without an outcome, and no arm twice.
     - `ask` returns an empty sequence in the end, whichever trials fail or diverge. A failed trial is a missing cell and
       no evidence against its rank.
-    - Arms and steps stay within `max_arms`, `cost().maximum` and the budget of the space.
+    - Arms and steps stay within `cost().max_arms`, `cost().maximum` and the budget of the space.
     - Outcomes of arms that the strategy did not ask for change nothing.
 
-    The bounds below hold for every script that trains a cell of the rank × learning rate × seed grid at most once, in up to
+    `unbounded_cost` holds for every script that trains a cell of the rank × learning rate × seed grid at most once, in up to
     three stages; a subclass states tighter or other bounds.
 
     For example::
@@ -67,53 +68,36 @@ class Strategy(ABC):
 
     def unbounded_cost(self) -> CostEstimate:
         """The cost without a budget."""
-        return CostEstimate(self._cells(), self._cells(), self._cells())
-
-    def max_script_arms(self) -> int:
-        """An upper bound of the number of arms, the base included."""
-        return 1 + 3 * self._cells()
-
-    def min_trainings(self) -> float:
-        """The smallest budget, in whole trainings, within which the strategy compares two ranks."""
-        return float(len(self.space.learning_rates) + 1)
+        cells = self._cells()
+        return CostEstimate(cells, cells, cells, len(self.space.learning_rates) + 1.0, 1 + 3 * cells)
 
     def _cells(self) -> int:
         return math.prod(map(len, (self.space.ranks, self.space.learning_rates, self.space.seeds)))
 
-    def max_arms(self) -> int:
-        """An upper bound of the number of arms, with the base where the space evaluates it."""
-        base = int(self.space.evaluates_base)
-        return self.max_script_arms() - 1 + base
-
     def expected_arms(self) -> int:
         """About how many arms `ask` will return in all. The progress display uses it."""
-        return min(self.max_arms(), int(self.space.evaluates_base) + round(1.6 * self.cost().expected))
+        cost = self.cost()
+        return min(cost.max_arms, int(self.space.evaluates_base) + round(1.6 * cost.expected))
 
     def cost(self) -> CostEstimate:
-        """The cost before anything has run, at most the budget of the space."""
+        """The cost before anything has run, at most the budget of the space; with the base where the space evaluates it."""
         cost, budget, space = self.unbounded_cost(), self.space.budget_steps, self.space
         maximum = cost.maximum if budget is None else min(cost.maximum, budget / space.steps)
-        return CostEstimate(min(cost.expected, maximum), maximum, min(cost.to_adapter, maximum))
+        arms = cost.max_arms - 1 + int(space.evaluates_base)
+        expected, to_adapter = min(cost.expected, maximum), min(cost.to_adapter, maximum)
+        return CostEstimate(expected, maximum, to_adapter, cost.least, arms)
 
     def ask(self, outcomes: Iterable[TrialOutcome]) -> Sequence[Arm]:
         """The arms to run now. They may run in any order and at the same time."""
         return self._replay(outcomes)[1]
 
     def trials(self, outcomes: Iterable[TrialOutcome]) -> Trials:
-        """What the script has seen of the outcomes."""
+        """What the script has seen of the outcomes, its answer to the first question, and its lines for a person."""
         return self._replay(outcomes)[0]
 
     def evidence(self, outcomes: Iterable[TrialOutcome]) -> list[TrialOutcome]:
         """The outcomes that the decision may compare: trainings of one length."""
         return [outcome for arm, outcome in self.trials(outcomes).outcomes.items() if arm.is_direct]
-
-    def adapter(self, outcomes: Iterable[TrialOutcome]) -> AdapterAnswer | None:
-        """The answer to the first question; None until all its candidates have run."""
-        return self.trials(outcomes).adapter
-
-    def notes(self, outcomes: Iterable[TrialOutcome]) -> Sequence[str]:
-        """Lines for a person about the search so far. Later outcomes only append; each line is printed once."""
-        return self.trials(outcomes).notes
 
     def _replay(self, outcomes: Iterable[TrialOutcome]) -> tuple[Trials, list[Arm]]:
         """The point that the script reaches: its trials, and the arms it waits for."""

@@ -31,7 +31,7 @@ class Upward(Strategy):
     name = "upward"
 
     def script(self, trials: Trials) -> Requests:
-        start = self.space.start
+        start = next((rank for rank in self.space.ranks if rank >= self.space.start_rank), self.space.top)
         if start > self.space.ranks[0]:
             trials.notes.append(
                 f"The base is a distilled reasoner: the climb starts at rank {start}, and goes down from there."
@@ -66,10 +66,8 @@ class Upward(Strategy):
         seeds, learning_rates = len(self.space.seeds), len(self.space.learning_rates)
         expected = learning_rates + min(1 + 2 * NEIGHBOURS, learning_rates) + 2.0 * (seeds - 1)
         maximum = float(self._cells())
-        return CostEstimate(min(expected, maximum), maximum, min(expected, maximum))
-
-    def max_script_arms(self) -> int:
-        return 1 + self._cells()
+        expected = min(expected, maximum)
+        return CostEstimate(expected, maximum, expected, learning_rates + 1.0, 1 + self._cells())
 
     def evidence(self, outcomes: Iterable[TrialOutcome]) -> list[TrialOutcome]:
         return without_collapsing(super().evidence(outcomes))
