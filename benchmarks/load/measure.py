@@ -30,7 +30,7 @@ from tests.tiny import save_tiny_llama, write_completions
 
 from benchmarks.machine import machine
 from rightrank.decision.run import decide_run
-from rightrank.runs.journal import sealed
+from rightrank.runs.journal import seal
 from rightrank.schema.events import DecisionRecorded
 
 HERE = Path(__file__).parent
@@ -51,7 +51,8 @@ def journal(folder: Path, trials: int, *, decided: bool = False) -> Path:
     records = made_up_run(RANKS, RATES, range(trials // (len(RANKS) * len(RATES))))
     answer = [DecisionRecorded(decision=decide_run(records), adapter_trial_id=None)] if decided else []
     with (folder / "journal.jsonl").open("wb") as file:
-        file.writelines(sealed(record) for record in (records.started, *records.outcomes, *records.tests, *answer))
+        for record in (records.started, *records.outcomes, *records.tests, *answer):
+            file.write(seal(record.model_dump_json().encode()) + b"\n")
     return folder
 
 

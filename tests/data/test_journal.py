@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rightrank.data import files
-from rightrank.runs.journal import Journal, Repaired, read_line, seal, sealed, split_torn
+from rightrank.runs.journal import Journal, Repaired, read_line, seal
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.trials import SCHEMA_VERSION, Arm, TrialFailed, TrialStarted
@@ -40,6 +40,10 @@ def records() -> list[JournalRecord]:
     begun = TrialStarted(trial_id="0" * 12, **ARM.model_dump())
     failed = TrialFailed(trial_id="0" * 12, **ARM.model_dump(), error="error", reason="naïve — “quoted”\n\x7f")
     return [started(), begun, failed]
+
+
+def sealed(record: JournalRecord) -> bytes:
+    return seal(record.model_dump_json().encode()) + b"\n"
 
 
 def write_all(path: Path) -> Journal:
@@ -173,20 +177,6 @@ def test_a_line_is_closed_by_its_length_and_the_checksum_that_zlib_gives() -> No
     assert seal(b'{"a":1}') == b'{"a":1,"len":6,"crc":"a702fc6e"}'  # crc32 of {"a":1
     assert sealed(records()[1]) == WHOLE + b"\n"
     assert read_line(WHOLE) == records()[1]
-
-
-@pytest.mark.parametrize(
-    ("whole", "parts"),
-    [
-        (b"", (b"", b"")),
-        (b"\n", (b"\n", b"")),
-        (b"half", (b"", b"half")),
-        (b"one\ntwo\n", (b"one\ntwo\n", b"")),
-        (b"one\ntwo\nthr", (b"one\ntwo\n", b"thr")),
-    ],
-)
-def test_what_follows_the_last_line_end_is_torn(whole: bytes, parts: tuple[bytes, bytes]) -> None:
-    assert split_torn(whole) == parts
 
 
 def test_a_journal_that_is_not_there_holds_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from benchmarks.selection.tables import recommend
 
 from rightrank.decision.seeds import detectable_difference, needed_seeds
 from rightrank.decision.table import without_collapsing
-from rightrank.runs.calls import collapse_of, should_stop_early
-from rightrank.runs.own_trainer import REASONER_START, is_distilled_reasoner
+from rightrank.runs.calls import TrialTask, collapse_of, should_stop_early
+from rightrank.runs.folder import RunFolder
+from rightrank.runs.hook import Hooks
+from rightrank.runs.own_trainer import REASONER_START, open_own_run, own_request
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 from rightrank.search.history import Space
 from rightrank.search.upward import Upward
@@ -79,19 +82,36 @@ def test_on_a_distilled_reasoner_it_starts_at_eight_and_goes_down_while_it_holds
     )
 
 
+@dataclass
+class Ready:
+    """A ready function, whose base is known."""
+
+    model: str
+
+    def __call__(self, task: TrialTask) -> dict[str, float]:
+        return {"reward": 0.0}
+
+
+def start_rank(model: str, folder: Path) -> int:
+    compared = {"ranks": (1, 4, 16), "learning_rates": (1e-5,), "seeds": None, "margin": None}
+    request = own_request(Ready(model), None, "local", None, compared, {"profile": "rl"})
+    return open_own_run(request, RunFolder(folder / "run"), Hooks()).strategy.space.start_rank
+
+
 def test_a_distilled_reasoner_is_known_by_its_name_or_its_configuration(tmp_path: Path) -> None:
     names = (
         "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
         "models/open_thinker/OpenThinker-7B",
         "agentica/DeepScaleR-1.5B",
     )
-    assert all(is_distilled_reasoner(name) for name in names)
-    assert not any(is_distilled_reasoner(name) for name in ("Qwen/Qwen3-1.7B", "distilgpt2", "distilbert-base-uncased"))
+    assert {start_rank(name, tmp_path) for name in names} == {REASONER_START}
+    others = ("Qwen/Qwen3-1.7B", "distilgpt2", "distilbert-base-uncased")
+    assert {start_rank(name, tmp_path) for name in others} == {0}
     base = tmp_path / "base"
     base.mkdir()
-    assert not is_distilled_reasoner(str(base))
+    assert start_rank(str(base), tmp_path) == 0
     (base / "config.json").write_text(json.dumps({"_name_or_path": names[0]}))
-    assert is_distilled_reasoner(str(base))
+    assert start_rank(str(base), tmp_path) == REASONER_START
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(0.0, 1), (1.0, 64)])

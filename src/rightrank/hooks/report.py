@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -49,7 +50,7 @@ class Report(Hook):
         if isinstance(event, RunStopped) or (isinstance(event, OUTCOMES) and time.monotonic() >= self._next):
             started = time.monotonic()
             asked = run.settings.goal == "training-rank"
-            decision = decision_so_far(run.records, run.evidence) if asked else None
+            decision = decision_so_far(run.records, run.strategy.evidence(run.records.outcomes)) if asked else None
             _write_views(run, decision)
             ended = time.monotonic()  # with many trials it takes longer, so the next one waits in proportion
             self._next = ended + (ended - started) / MAX_SHARE
@@ -65,7 +66,7 @@ def _write_views(run: Run, decision: Decision | None) -> list[Figure]:
     """Write decision.json, once either question has an answer, and the report; see `write_report`."""
     found = answers(run.records, decision, run.settings.goal)
     if decision is not None or run.records.adapters:
-        run.folder.write_decision(found)
+        write_text(run.folder.decision, json.dumps(found, indent=2, allow_nan=False) + "\n")
     return write_report(run.folder, run.records, decision, found)
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -99,37 +100,26 @@ class TrainerError(Exception):
     """The function gave no usable result; the message says why, after the function's name."""
 
 
-class WrongResultError(TrainerError):
-    """What the function returned or reported can't be used, whatever it trained: the function is wrong."""
+CALL_ERRORS = (TrainerError, NotFiniteError, ReportError)  # what a call raises; with the last, the function is wrong
 
 
-class TrainerDivergedError(TrainerError):
-    """The function met a number that is not finite; the message stands alone."""
-
-
-def call_inline(train: TrainFunction) -> Call:
-    def call(task: TrialTask) -> object:
-        try:
-            return train(task)
-        except NotFiniteError as error:
-            raise TrainerDivergedError(str(error)) from error
-        except ReportError as error:
-            raise WrongResultError(str(error)) from error
-        except ValidationError as error:
-            if error.title not in RESULT_RECORDS:
-                raise TrainerError(_raised(error)) from error
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "its fields"
-            fields = (
-                f"; the fields: {', '.join(TrialResult.model_fields)}" if first["type"] == "extra_forbidden" else ""
-            )
-            raise WrongResultError(
-                f"made a {error.title} of {place} = {quoted(first['input'])}: {first['msg']}{fields}"
-            ) from error
-        except Exception as error:
+def call_inline(train: TrainFunction, task: TrialTask) -> object:
+    """What the function returns, unchecked; each of its errors as one of `CALL_ERRORS`."""
+    try:
+        return train(task)
+    except (NotFiniteError, ReportError):
+        raise
+    except ValidationError as error:
+        if error.title not in RESULT_RECORDS:
             raise TrainerError(_raised(error)) from error
-
-    return call
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "its fields"
+        fields = f"; the fields: {', '.join(TrialResult.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise ReportError(
+            f"made a {error.title} of {place} = {quoted(first['input'])}: {first['msg']}{fields}"
+        ) from error
+    except Exception as error:
+        raise TrainerError(_raised(error)) from error
 
 
 def _raised(error: BaseException) -> str:
@@ -150,27 +140,28 @@ def call_in_process(train: TrainFunction, timeout_seconds: float | None) -> Call
             f"train can't be sent to another process ({error}); define it at the top level of a module"
         ) from None
 
-    def call(task: TrialTask) -> object:
-        context = multiprocessing.get_context("spawn")
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(sender, train, task.reporting_to(None)), daemon=True)
-        process.start()
-        sender.close()
-        try:
-            return _received(receiver, timeout_seconds, task)
-        finally:
-            process.kill()
-            process.join()
-            receiver.close()
+    return partial(_call_in_new_process, train, timeout_seconds)
 
-    return call
+
+def _call_in_new_process(train: TrainFunction, timeout_seconds: float | None, task: TrialTask) -> object:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, train, task.reporting_to(None)), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return _received(receiver, timeout_seconds, task)
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
 
 
 def _answer(sender: Connection, train: TrainFunction, task: TrialTask) -> None:
     """Runs in the new process; sends each report as it comes, then the result or the error."""
     try:
-        sender.send(call_inline(train)(task.reporting_to(sender.send)))
-    except TrainerError as error:
+        sender.send(call_inline(train, task.reporting_to(sender.send)))
+    except CALL_ERRORS as error:
         sender.send(type(error)(*error.args))
 
 
@@ -184,7 +175,7 @@ def _received(receiver: Connection, timeout_seconds: float | None, task: TrialTa
             answer = receiver.recv()
         except EOFError:
             raise TrainerError(NO_RESULT) from None
-        if isinstance(answer, TrainerError):
+        if isinstance(answer, CALL_ERRORS):
             raise answer
         if not isinstance(answer, EvalPoint):
             return answer
@@ -195,33 +186,31 @@ def parse_result(returned: object, metric: str, examples: int | None) -> TrialRe
     """Check what a function returned and convert it to a `TrialResult`.
 
     Raises:
-        WrongResultError: not a mapping of numbers, the metric is missing, or scores of other examples than before.
+        ReportError: not a mapping of numbers, the metric is missing, or scores of other examples than before.
     """
     if isinstance(returned, Mapping):
         metrics: dict[str, float] = {}
         for name, value in returned.items():
             if not isinstance(name, str) or isinstance(value, bool) or not hasattr(value, "__float__"):
-                raise WrongResultError(
+                raise ReportError(
                     f"returned {name!r}: {type(value).__name__} {quoted(value)}; return names with numbers"
                 )
             metrics[name] = float(value)
         returned = TrialResult(metrics=metrics)
     if not isinstance(returned, TrialResult):
-        raise WrongResultError(
+        raise ReportError(
             f"returned {type(returned).__name__} {quoted(returned)}; return a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"
         )
     if metric not in returned.metrics:
         found = ", ".join(map(repr, returned.metrics)) or "nothing"
-        raise WrongResultError(f"returned no {metric!r} (it returned {found}); return it, or give another metric=")
+        raise ReportError(f"returned no {metric!r} (it returned {found}); return it, or give another metric=")
     scores, weights = returned.item_scores, returned.item_weights
     if scores is not None and len(scores) != (examples or len(scores) or 1):
-        raise WrongResultError(
+        raise ReportError(
             f"returned {len(scores)} item_scores, earlier trials {examples or 'some'}; score the same examples in the same order in every trial"
         )
     if weights is not None and (scores is None or len(weights) != len(scores) or min(weights) <= 0):
-        raise WrongResultError(
-            "returned item_weights that do not match item_scores; return one weight above 0 per example"
-        )
+        raise ReportError("returned item_weights that do not match item_scores; return one weight above 0 per example")
     return returned
 
 

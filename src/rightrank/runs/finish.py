@@ -82,7 +82,10 @@ def finish(run: Run, decision: Decision | None) -> Selected:
             compared(records),
         )
     run.hooks.on_end(run, selected)
-    folder.drop_working_files()
+    for working in (folder.cache, folder.path / "checkpoints"):
+        shutil.rmtree(working, ignore_errors=True)
+    if folder.store is not None:
+        folder.store.remove("checkpoints")
     return selected
 
 

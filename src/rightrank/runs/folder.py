@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import yaml
 from filelock import FileLock, Timeout
 
-from rightrank.data.files import sweep_leftovers, write_text
+from rightrank.data.files import sweep_leftovers
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import RunError, RunFolderError
 from rightrank.schema.trials import TrialFinished
@@ -140,16 +137,3 @@ class RunFolder:
             return True
         except OSError:
             return False  # a read-only folder: no process uses it
-
-    def write_config(self, values: dict[str, Any]) -> None:
-        write_text(self.config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-    def write_decision(self, document: Mapping[str, Any]) -> None:
-        write_text(self.decision, json.dumps(document, indent=2, allow_nan=False) + "\n")
-
-    def drop_working_files(self) -> None:
-        """Remove the files that only a running selection needs."""
-        shutil.rmtree(self.cache, ignore_errors=True)
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-        if self.store is not None:
-            self.store.remove("checkpoints")

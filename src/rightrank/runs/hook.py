@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
+import yaml
+
+from rightrank.data.files import write_text
 from rightrank.decision.run import Records, settled_start
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import RightrankError, RunError, RunFolderError, first_line
@@ -214,7 +217,7 @@ class Run(Listener):
         record = _continued(self.journal, self.started) if self.journal else self.started
         if record is not None:
             self.on_event(record)
-        self.folder.write_config(self.started.settings)
+        write_text(self.folder.config, yaml.safe_dump(self.started.settings, sort_keys=False, allow_unicode=True))
         cost = self.strategy.cost()
         self.on_event(
             SelectionPlanned(
@@ -240,11 +243,6 @@ class Run(Listener):
 
     def should_stop(self) -> bool:
         return self.hooks.should_stop()
-
-    @property
-    def evidence(self) -> list[TrialOutcome]:
-        """The outcomes that the strategy compares ranks by."""
-        return self.strategy.evidence(self.records.outcomes)
 
 
 def _continued(journal: Sequence[JournalRecord], started: RunStarted) -> RunContinued | None:

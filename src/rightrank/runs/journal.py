@@ -39,11 +39,6 @@ from rightrank.schema.trials import SCHEMA_VERSION
 _SEAL = re.compile(rb',"len":(0|[1-9][0-9]*),"crc":"([0-9a-f]{8})"\}\Z')
 
 
-def sealed(record: JournalRecord) -> bytes:
-    """The record's line, with its line end."""
-    return seal(record.model_dump_json().encode()) + b"\n"
-
-
 def seal(line: bytes) -> bytes:
     """Append length and checksum to a JSON object."""
     body = line[:-1]
@@ -81,7 +76,7 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def split_torn(whole: bytes) -> tuple[bytes, bytes]:
+def _split_torn(whole: bytes) -> tuple[bytes, bytes]:
     """Split into `(complete lines, what follows the last line end)`."""
     end = whole.rfind(b"\n") + 1
     return whole[:end], whole[end:]
@@ -111,7 +106,7 @@ class Journal:
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
-                rest = memoryview(sealed(record))
+                rest = memoryview(seal(record.model_dump_json().encode()) + b"\n")
                 while rest:  # a disk that fills up accepts a part first and then raises an error
                     rest = rest[os.write(file.fileno(), rest) :]
                 os.fsync(file.fileno())
@@ -133,7 +128,7 @@ class Journal:
         if not self.path.exists():
             return []
         whole = self.path.read_bytes()
-        body, torn = split_torn(whole)
+        body, torn = _split_torn(whole)
         if torn and not isinstance(read_line(torn), str):
             body, torn = body + torn + b"\n", b""
             self._replace(body)
@@ -151,7 +146,7 @@ class Journal:
         Raises:
             RunFolderError: damaged lines, or records of another schema.
         """
-        body, _ = split_torn(self.path.read_bytes())
+        body, _ = _split_torn(self.path.read_bytes())
         return self._records(body)
 
     def repair(self) -> Repaired:
@@ -160,7 +155,7 @@ class Journal:
         Raises:
             RunFolderError: the first record, the run's start, is damaged, so that nothing can be resumed.
         """
-        body, torn = split_torn(self.path.read_bytes())
+        body, torn = _split_torn(self.path.read_bytes())
         lines = body.split(b"\n")[:-1] + ([torn] if torn else [])
         read = [read_line(line) for line in lines]
         kept = [line for line, found in zip(lines, read, strict=True) if not isinstance(found, str)]

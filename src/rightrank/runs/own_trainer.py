@@ -23,12 +23,10 @@ from rightrank.runs.calls import (
     DROP_IN_MARGINS,
     Call,
     EvaluateFunction,
-    TrainerDivergedError,
     TrainerError,
     TrainFunction,
     TrialResult,
     TrialTask,
-    WrongResultError,
     call_in_process,
     call_inline,
     collapse_of,
@@ -37,7 +35,15 @@ from rightrank.runs.calls import (
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hooks, Run
 from rightrank.runs.plugins import merged
-from rightrank.schema.errors import AllTrialsFailedError, InputError, InterruptedRun, SettingsError, did_you_mean
+from rightrank.schema.errors import (
+    AllTrialsFailedError,
+    InputError,
+    InterruptedRun,
+    NotFiniteError,
+    ReportError,
+    SettingsError,
+    did_you_mean,
+)
 from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.metrics import direction, unknown_direction
 from rightrank.schema.settings import PROFILES, Goal, SelectSettings, settings_of_identity
@@ -105,16 +111,9 @@ class _OwnRequest:
     call: Call
     evaluate: Call | None  # of an adapter in a task's folder; None: the first question is not asked
     given: TrainerSettings
-
-    @property
-    def steps(self) -> int:
-        return self.given.get("max_steps", 0)
-
-    @property
-    def collapse_drop(self) -> float | None:
-        """The fall of the held-out value that counts as a collapse; None but for reinforcement learning."""
-        margin = self.settings.margin
-        return DROP_IN_MARGINS * margin if self.given.get("profile") == "rl" and margin is not None else None
+    steps: int
+    # The fall of the held-out value that counts as a collapse; None but for reinforcement learning.
+    collapse_drop: float | None
 
 
 def own_request(
@@ -151,7 +150,9 @@ def own_request(
     _require_functions(train, evaluate, settings.goal)
     call_of = _caller(executor, given.get("workers", 1), given.get("timeout_seconds"))
     evaluation = None if evaluate is None else call_of(partial(_of_folder, evaluate))
-    return _OwnRequest(settings, metric, higher, train, call_of(train), evaluation, given)
+    margin, steps = settings.margin, given.get("max_steps", 0)
+    drop = DROP_IN_MARGINS * margin if given.get("profile") == "rl" and margin is not None else None
+    return _OwnRequest(settings, metric, higher, train, call_of(train), evaluation, given, steps, drop)
 
 
 def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, float] | TrialResult:
@@ -162,14 +163,13 @@ def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, floa
 def open_own_run(request: _OwnRequest, folder: RunFolder, hooks: Hooks) -> Run:
     """A run whose trials the user's function trains; the journal is read, and nothing is written."""
     journal = folder.journal.read(hooks.notice)
-    model = getattr(request.train, "model", None)  # of the ready functions for TRL
     space = replace(
         space_of(request.settings, request.steps),
         stages=False,
         evaluates_base=request.given.get("with_base", False),
         truncates=request.evaluate is not None,
         higher_is_better=request.higher_is_better,
-        start_rank=REASONER_START if isinstance(model, str) and is_distilled_reasoner(model) else 0,
+        start_rank=_start_rank(request.train),
     )
     return Run(
         folder,
@@ -245,7 +245,7 @@ def _caller(executor: str, workers: int, timeout_seconds: float | None) -> Calla
         return elsewhere[executor]
     if executor == "processes":
         return lambda function: call_in_process(function, timeout_seconds)
-    return call_inline
+    return lambda function: partial(call_inline, function)
 
 
 def _run_started(request: _OwnRequest, journal: Sequence[JournalRecord]) -> RunStarted:
@@ -360,11 +360,11 @@ class _Executor:
             # One that was returned replaces a report.
             by_step = {point.step: point for point in (*looks, *result.points)}
             result = result.model_copy(update={"points": [by_step[step] for step in sorted(by_step)]})
-        except TrainerDivergedError as error:
+        except NotFiniteError as error:
             return TrialDiverged(**trial.fields, step=looks[-1].step if looks else 0, reason=str(error))
-        except TrainerError as error:
+        except (TrainerError, ReportError) as error:
             reason = f"{name} {error}"
-            if isinstance(error, WrongResultError) and name not in self._good:
+            if isinstance(error, ReportError) and name not in self._good:
                 self._wrong = self._wrong or reason
             return TrialFailed(**trial.fields, error="error", reason=reason)
         self._good.add(name)
@@ -429,9 +429,16 @@ def _numbers_of(result: TrialResult) -> Iterator[tuple[str, float]]:
     yield from (("a point's score", score) for point in result.points for score in point.item_scores or [])
 
 
-def is_distilled_reasoner(model: str) -> bool:
-    """Whether the base was trained on the answers of a reasoning model, by its name or by the name in its configuration."""
+def _start_rank(train: object) -> int:
+    """Where a climb starts: higher on a base that was trained on the answers of a reasoning model.
+
+    Such a base is known by its name or by the name in its configuration.
+    """
+    model = getattr(train, "model", None)  # of the ready functions for TRL
+    if not isinstance(model, str):
+        return 0
     names, config = [Path(model).name], Path(model) / "config.json"
     if config.is_file():
         names.append(str(json.loads(config.read_text(encoding="utf-8")).get("_name_or_path", "")))
-    return any(_DISTILLED_REASONER.search(name.lower().replace("_", "-")) for name in names)
+    is_distilled = any(_DISTILLED_REASONER.search(name.lower().replace("_", "-")) for name in names)
+    return REASONER_START if is_distilled else 0

@@ -6,7 +6,7 @@ Preparing the same request again, here or in another process, gives an equal run
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import TypeAlias
 
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.decision.run import settled_start
 from rightrank.models.base_models import (
     DTYPES,
     LoadedModel,
@@ -28,7 +27,7 @@ from rightrank.models.base_models import (
 from rightrank.runs.plugins import MemoryPlan, first
 from rightrank.runs.values import Prepared, Request
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import JournalRecord, RunStarted
+from rightrank.schema.events import RunStarted
 from rightrank.schema.settings import SelectSettings, settings_of_identity
 from rightrank.schema.trials import content_hash
 from rightrank.search import make_strategy
@@ -112,20 +111,6 @@ def strategy_of(prepared: Prepared) -> Strategy:
     return make_strategy(settings.strategy, replace(space, truncates=reason is None))
 
 
-def resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
-    """The request with the settings under which the journal's run was begun; unchanged if the journal is empty."""
-    first = journal[0] if journal else None
-    if not isinstance(first, RunStarted):
-        return request
-    settings = request.settings
-    if "dtype" not in request.settings.model_fields_set and "dtype" in first.settings:
-        settings = settings.model_copy(update={"dtype": first.settings["dtype"]})  # what auto meant
-    last = settled_start(journal).settings.get("eval_items")
-    if isinstance(last, int) and last > settings.eval_items:
-        settings = settings.model_copy(update={"eval_items": last})  # examples are added, and never taken away
-    return replace(request, settings=settings, begun=first.settings)
-
-
 def _with_dtype(request: Request) -> Request:
     """The request with the type that `auto` means here; a model in memory keeps its own."""
     settings = request.settings
@@ -201,7 +186,7 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
         rightrank_version=__version__,
         fingerprint=content_hash(identity),
         settings=values,
-        environment=environment(str(sources.loaded.device)),
+        environment=_environment(str(sources.loaded.device)),
         data=sources.encoded.summary,
         evaluation_items=[example.item_id for example in sources.encoded.splits["selection"]],
         metric=settings.metric_name,
@@ -211,7 +196,7 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
     )
 
 
-def environment(device: str) -> dict[str, str]:
+def _environment(device: str) -> dict[str, str]:
     """Versions and hardware that a run's numbers depend on; no names of people, machines or paths."""
     import peft
     import torch

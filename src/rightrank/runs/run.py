@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from rightrank.decision.run import decide_run
+from rightrank.decision.run import decide_run, settled_start
 from rightrank.models.base_models import LoadedModel
 from rightrank.report.format import size
 from rightrank.runs.finish import answer_early, finish, rescore
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Executor, FailingAs, Hook, Hooks, Run
 from rightrank.runs.plugins import merged
-from rightrank.runs.prepare import prepare, resuming, strategy_of
+from rightrank.runs.prepare import prepare, strategy_of
 from rightrank.runs.values import Prepared, Request, Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import AllTrialsFailedError, DeviceMemoryError, InterruptedRun, ResultsError
-from rightrank.schema.events import Listener, RunStopped
+from rightrank.schema.events import JournalRecord, Listener, RunStarted, RunStopped
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, trial_id
 from rightrank.train.loop import train_trials
 from rightrank.train.pace import adapters_per_pass_for
@@ -45,7 +45,7 @@ def open_run(request: Request, folder: RunFolder, hooks: Hooks, loaded: LoadedMo
         InputError: model, data, settings or folder can't be used.
     """
     journal = folder.journal.read(hooks.notice)
-    resumed, notes = resuming(request, journal), list[str]()
+    resumed, notes = _resuming(request, journal), list[str]()
     prepared = prepare(resumed, folder.cache, notes.append, loaded)
     return Run(
         folder,
@@ -59,6 +59,20 @@ def open_run(request: Request, folder: RunFolder, hooks: Hooks, loaded: LoadedMo
         notes,
         prepared,
     )
+
+
+def _resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
+    """The request with the settings under which the journal's run was begun; unchanged if the journal is empty."""
+    first = journal[0] if journal else None
+    if not isinstance(first, RunStarted):
+        return request
+    settings = request.settings
+    if "dtype" not in request.settings.model_fields_set and "dtype" in first.settings:
+        settings = settings.model_copy(update={"dtype": first.settings["dtype"]})  # what auto meant
+    last = settled_start(journal).settings.get("eval_items")
+    if isinstance(last, int) and last > settings.eval_items:
+        settings = settings.model_copy(update={"eval_items": last})  # examples are added, and never taken away
+    return replace(request, settings=settings, begun=first.settings)
 
 
 def complete(run: Run) -> Selected:
@@ -117,7 +131,7 @@ def decide(run: Run) -> Decision:
         raise error(f"none of {len(reasons)} trials ended with a result{first}; {run.advice}")
     try:
         with FailingAs("the decision"):
-            return decide_run(run.records, run.evidence)
+            return decide_run(run.records, run.strategy.evidence(run.records.outcomes))
     except ResultsError:
         raise AllTrialsFailedError(
             f"fewer than two ranks have a whole training: there is nothing to compare{first}; "

@@ -79,7 +79,7 @@ class NotFiniteError(RunError):
 
 
 class ReportError(RunError, ValueError):
-    """What a custom trainer reported along the way, or a reward function returned, is no number or of another count."""
+    """What a custom trainer reported or returned, or a reward function returned, is no number or of another count."""
 
 
 class MultiLoraError(RunError):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Send, Setup, Stop, Task, Worker, WorkerLost, WorkerMessage
-from rightrank.runs.calls import NO_RESULT, Call, TrainerError, TrainFunction, TrialTask, call_inline
+from rightrank.runs.calls import CALL_ERRORS, NO_RESULT, Call, TrainerError, TrainFunction, TrialTask, call_inline
 from rightrank.runs.hook import described
 from rightrank.schema.errors import InputError, MissingExtraError, RunError
 
@@ -263,8 +263,7 @@ def call_on_ray(train: TrainFunction) -> Call:
     ray = connected(os.environ.get("RAY_ADDRESS"))
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     options: dict[str, int] = {"num_cpus": 1, "num_gpus": gpus, "max_retries": 2, "max_calls": 1}
-    inline = call_inline(train)
-    remote = ray.remote(**options)(lambda task, reports: inline(task.reporting_to(reports.put)))
+    remote = ray.remote(**options)(lambda task, reports: call_inline(train, task.reporting_to(reports.put)))
 
     def call(task: TrialTask) -> object:
         from ray.util.queue import Queue
@@ -277,7 +276,7 @@ def call_on_ray(train: TrainFunction) -> Call:
             _pass_on(reports, task)
             return ray.get(answer)
         except ray.exceptions.RayTaskError as error:  # what `train` raised
-            kind = type(error.cause) if isinstance(error.cause, TrainerError) else TrainerError
+            kind = type(error.cause) if isinstance(error.cause, CALL_ERRORS) else TrainerError
             raise kind(str(error.cause)) from None
         except ray.exceptions.RayError as error:
             raise TrainerError(f"{NO_RESULT} ({type(error).__name__})") from None
