@@ -21,7 +21,7 @@ from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
 from rightrank.schema.metrics import TOKEN_LOSS_MARGIN
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank
 from rightrank.schema.trials import Arm, split_name
-from rightrank.search.history import MIN_RECOVERY_PART, recovery_steps
+from rightrank.search.history import MIN_RECOVERY_PART
 from rightrank.search.protocol import Strategy
 from rightrank.train.metrics import end_metrics
 from rightrank.train.timing import Pace, measure_pace
@@ -41,7 +41,7 @@ def preflight(request: Request) -> Preflight:
         strategy = strategy_of(prepared)
         seconds, time = _time_of(prepared, strategy, _pace_of(prepared))
         found = _preflight_of(prepared, strategy, seconds)
-        notes += [*time, *_adapter_lines(prepared)]
+        notes += [*time, *_adapter_lines(prepared, strategy)]
         return found.model_copy(update={"notes": notes})
 
 
@@ -121,7 +121,7 @@ def _cost(prepared: Prepared, strategy: Strategy, seconds: _Seconds | None) -> P
 TYPICAL_DEVIATION = 0.02
 
 
-def _adapter_lines(prepared: Prepared) -> Iterator[str]:
+def _adapter_lines(prepared: Prepared, strategy: Strategy) -> Iterator[str]:
     """What the kind of the adapters changes, and what the first question's answer can rest on."""
     targets = prepared.runtime.targets
     if targets.why_alone is not None:
@@ -137,7 +137,7 @@ def _adapter_lines(prepared: Prepared) -> Iterator[str]:
     top = max(prepared.settings.ranks)
     yield f"top rank {top} ({prepared.top_origin}): trained once, then truncated to lower ranks for the adapter"
     steps, unseen = prepared.steps, prepared.unseen_steps
-    if not recovery_steps(steps, unseen):
+    if not strategy.space.recovery_steps:
         yield (
             f"no recovery after truncation: it takes training examples that no training sees, for {math.ceil(MIN_RECOVERY_PART * steps)} "
             f"steps or more, and there are {unseen} steps of them; the adapter is sought among plain truncations (a lower --max-steps "
@@ -186,7 +186,7 @@ class Outlook(Hook):
         if seconds is not None:
             run.on_event(TimeExpected(expected_seconds=seconds[0]))
         found = _preflight_of(prepared, run.strategy, seconds)
-        for line in [*found.before, *preflight_lines(found), *time, *_adapter_lines(prepared)]:
+        for line in [*found.before, *preflight_lines(found), *time, *_adapter_lines(prepared, run.strategy)]:
             run.notice(line)
         if names := [spec.name for spec in end_metrics(prepared.settings)]:
             run.notice(

@@ -20,18 +20,7 @@ from rightrank.decision.comparison import is_within, walk_down
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.history import RECOVERY_LR_FACTOR, Space, Trials, is_likely_within
-from rightrank.search.learning_rates import (
-    ANNEAL,
-    HALF,
-    LOOK,
-    QUARTER,
-    Requests,
-    challenge,
-    early_step,
-    find_learning_rate,
-    find_learning_rate_cost,
-    train,
-)
+from rightrank.search.learning_rates import ANNEAL, Requests, find_learning_rate, find_learning_rate_cost, try_rank
 from rightrank.search.protocol import CostEstimate, Strategy
 
 DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)
@@ -246,88 +235,7 @@ def _adapter_cost(space: Space) -> tuple[float, float, int]:
     return 3.5 * part, arms * part, arms
 
 
-# The moves: try a rank, walk to the lowest rank that holds, confirm the result.
-
-# Both in margins, from 44 grids: a neighbouring learning rate made up for at most 1.5 of a rank's excess, and one at which
-# the top rank is worse by more than .9 never helped a lower rank.
-MAX_RECOVERABLE_EXCESS = 2.0
-MAX_DEFICIT_AT_TOP = 2.0
-
-
-def try_rank(trials: Trials, rank: int, learning_rate: float) -> Requests:
-    """Train `rank` at `learning_rate`, and at neighbouring learning rates until one makes it hold.
-
-    The latter are trained whole only where their look beats that of `learning_rate`.
-    """
-    yield from train(trials, rank, learning_rate)
-    for neighbour in _promising_neighbours(trials, rank, learning_rate):
-        if trials.holds(rank):
-            return
-        yield from challenge(trials, rank, learning_rate, neighbour)
-
-
-def _promising_neighbours(trials: Trials, rank: int, learning_rate: float) -> Sequence[float]:
-    """The neighbours of `learning_rate` that may make `rank` hold, the one that did better at the top rank first.
-
-    Both where `learning_rate` gave no result. Otherwise a neighbour at which the top rank is about as good, unless the rank
-    fails by far; and the higher neighbour where the rank is undertrained.
-    """
-    space = trials.space
-    place = space.learning_rates.index(learning_rate)
-    neighbours = [space.learning_rates[i] for i in (place - 1, place + 1) if 0 <= i < len(space.learning_rates)]
-    behind = {lr: _deficit_at_top(trials, lr, learning_rate) for lr in neighbours}
-    if rank in trials.ranks():
-        limit = MAX_DEFICIT_AT_TOP * space.margin_at(trials.best_loss(space.top))
-        reference = trials.reference()
-        fails_by_far = reference is not None and not is_within(
-            trials.excess(rank, reference).mean, MAX_RECOVERABLE_EXCESS * space.margin_at(trials.best_loss(reference))
-        )
-        is_slow = _is_undertrained(trials, rank, learning_rate)
-        neighbours = [
-            lr
-            for lr in neighbours
-            if (behind[lr] <= limit and not fails_by_far)
-            or (lr > learning_rate and is_slow and not _lost_at_top(trials, lr))
-        ]
-    return sorted(neighbours, key=lambda lr: (behind[lr], lr))
-
-
-def _is_undertrained(trials: Trials, rank: int, learning_rate: float) -> bool:
-    """Whether more training, rather than more rank, may make the rank hold.
-
-    It may if the top adapter truncated to this rank holds, and if the rank gained more in the second half of its own
-    training than it still lacks.
-    """
-    space = trials.space
-    top = trials.best_loss(space.top)
-    truncated = [arm for arm in trials.outcomes if arm.rank == rank and arm.truncate_from and arm.steps == 0]
-    known = [loss for loss in map(trials.loss, truncated) if loss is not None]
-    half = trials.loss_after(rank, learning_rate, early_step(space, HALF))
-    end = trials.loss_after(rank, learning_rate, space.steps)
-    if not known or half is None or end is None:
-        return False
-    return is_within(min(known) - top, space.margin_at(top)) and half - end > end - top
-
-
-def _deficit_at_top(trials: Trials, neighbour: float, learning_rate: float) -> float:
-    """How much worse the top rank is at `neighbour`, at the latest step that both reached; 0 where unknown."""
-    space = trials.space
-    for step in (space.steps, *(early_step(space, part) for part in (HALF, QUARTER, LOOK))):
-        losses = [trials.loss_after(space.top, lr, step) for lr in (neighbour, learning_rate)]
-        if losses[0] is not None and losses[1] is not None:
-            return losses[0] - losses[1]
-    return 0.0
-
-
-def _lost_at_top(trials: Trials, learning_rate: float) -> bool:
-    """Whether the top rank at this learning rate ended, or stood halfway, no better than the base."""
-    space = trials.space
-    for step in (space.steps, early_step(space, HALF)):
-        loss = trials.loss_after(space.top, learning_rate, step)
-        base = trials.base_loss(during_training=step < space.steps)
-        if loss is not None and base is not None:
-            return loss >= base
-    return False
+# The moves: walk to the lowest rank that holds, confirm the result.
 
 
 def walk(trials: Trials, start: int, learning_rate: float) -> Requests:

@@ -104,6 +104,7 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unse
     trainings, optimizer_steps = settings.budget_trainings, settings.budget_steps
     budgets = [] if trainings is None else [trainings * steps]
     budgets += [] if optimizer_steps is None else [float(optimizer_steps)]  # the tighter one counts
+    recovery = min(round(RECOVERY_PART * steps), unseen_steps)
     return Space(
         ranks=settings.ranks,
         learning_rates=settings.learning_rates,
@@ -111,7 +112,7 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unse
         lora_alpha=settings.lora_alpha,
         steps=steps,
         goal=settings.goal,
-        recovery_steps=recovery_steps(steps, unseen_steps),
+        recovery_steps=recovery if recovery >= MIN_RECOVERY_PART * steps else 0,  # less recovers nothing
         margin=settings.margin,
         metric=name,
         kind=kind_of(name, higher, token_loss),
@@ -120,12 +121,6 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unse
         budget_steps=min(budgets, default=None),
         budget_seconds=None if settings.budget_hours is None else settings.budget_hours * 3600,
     )
-
-
-def recovery_steps(steps: int, unseen_steps: int) -> int:
-    """`RECOVERY_PART` of a training, or what the unseen examples last; 0 where that is too little to recover anything."""
-    found = min(round(RECOVERY_PART * steps), unseen_steps)
-    return found if found >= MIN_RECOVERY_PART * steps else 0
 
 
 @dataclass(slots=True)

@@ -21,6 +21,8 @@ the next higher one while the winner is no better than the base: in a short trai
 
 Where a table has no look at an eighth, a look at a quarter replaces it; where it has no annealed copies, two close
 learning rates are both trained whole. Where trainings can't stop early, every training is whole.
+
+A further rank starts from the learning rate that was found (`try_rank`).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from typing import TypeAlias
 
+from rightrank.decision.comparison import is_within
 from rightrank.schema.trials import Arm
 from rightrank.search.history import Space, Trials, base_arm, oriented
 
@@ -86,14 +89,14 @@ def _is_doubtful(trials: Trials, start: Arm, best: Arm, *, is_edge: bool) -> boo
     return loss > base if base is not None else is_edge and before - loss > MAX_PLAUSIBLE_GAIN * abs(before)
 
 
-def early_step(space: Space, part: float) -> int:
+def _early_step(space: Space, part: float) -> int:
     """The optimizer step at which `part` of a training is done, at least 1."""
     return max(1, round(part * space.steps))
 
 
 def _early_arm(space: Space, rank: int, learning_rate: float, part: float) -> Arm:
     """A training that stops after `part` of its steps."""
-    return space.arm(rank, learning_rate).model_copy(update={"stop_at": early_step(space, part)})
+    return space.arm(rank, learning_rate).model_copy(update={"stop_at": _early_step(space, part)})
 
 
 LOOK = 0.125  # of a training; earlier looks name a wrong learning rate
@@ -122,7 +125,25 @@ def find_learning_rate(trials: Trials, rank: int) -> Choice:
     return trials.best_learning_rate(rank)
 
 
-def train(trials: Trials, rank: int, learning_rate: float) -> Requests:
+# Both in margins, from 44 grids: a neighbouring learning rate made up for at most 1.5 of a rank's excess, and one at which
+# the top rank is worse by more than .9 never helped a lower rank.
+MAX_RECOVERABLE_EXCESS = 2.0
+MAX_DEFICIT_AT_TOP = 2.0
+
+
+def try_rank(trials: Trials, rank: int, learning_rate: float) -> Requests:
+    """Train `rank` at `learning_rate`, and at neighbouring learning rates until one makes it hold.
+
+    The latter are trained whole only where their look beats that of `learning_rate`.
+    """
+    yield from _train(trials, rank, learning_rate)
+    for neighbour in _promising_neighbours(trials, rank, learning_rate):
+        if trials.holds(rank):
+            return
+        yield from _challenge(trials, rank, learning_rate, neighbour)
+
+
+def _train(trials: Trials, rank: int, learning_rate: float) -> Requests:
     """Train `rank` whole with the first seed, with a look on the way that other learning rates can be compared with."""
     space = trials.space
     if trials.whole(rank, learning_rate) is not None:
@@ -138,7 +159,7 @@ def train(trials: Trials, rank: int, learning_rate: float) -> Requests:
     yield [space.arm(rank, learning_rate)]
 
 
-def challenge(trials: Trials, rank: int, holder: float, challenger: float) -> Requests:
+def _challenge(trials: Trials, rank: int, holder: float, challenger: float) -> Requests:
     """Train `rank` at `challenger`, whole only if its look beats that of `holder`."""
     space = trials.space
     looked = (part for part in (LOOK, QUARTER) if _score(trials, _early_arm(space, rank, holder, part)) is not None)
@@ -153,6 +174,70 @@ def challenge(trials: Trials, rank: int, holder: float, challenger: float) -> Re
     winner = yield from _compare(trials, rank, (holder, challenger), part)
     if winner == challenger:
         yield [_resumed(trials, look)]
+
+
+def _promising_neighbours(trials: Trials, rank: int, learning_rate: float) -> Sequence[float]:
+    """The neighbours of `learning_rate` that may make `rank` hold, the one that did better at the top rank first.
+
+    Both where `learning_rate` gave no result. Otherwise a neighbour at which the top rank is about as good, unless the rank
+    fails by far; and the higher neighbour where the rank is undertrained.
+    """
+    space = trials.space
+    place = space.learning_rates.index(learning_rate)
+    neighbours = [space.learning_rates[i] for i in (place - 1, place + 1) if 0 <= i < len(space.learning_rates)]
+    behind = {lr: _deficit_at_top(trials, lr, learning_rate) for lr in neighbours}
+    if rank in trials.ranks():
+        limit = MAX_DEFICIT_AT_TOP * space.margin_at(trials.best_loss(space.top))
+        reference = trials.reference()
+        fails_by_far = reference is not None and not is_within(
+            trials.excess(rank, reference).mean, MAX_RECOVERABLE_EXCESS * space.margin_at(trials.best_loss(reference))
+        )
+        is_slow = _is_undertrained(trials, rank, learning_rate)
+        neighbours = [
+            lr
+            for lr in neighbours
+            if (behind[lr] <= limit and not fails_by_far)
+            or (lr > learning_rate and is_slow and not _lost_at_top(trials, lr))
+        ]
+    return sorted(neighbours, key=lambda lr: (behind[lr], lr))
+
+
+def _is_undertrained(trials: Trials, rank: int, learning_rate: float) -> bool:
+    """Whether more training, rather than more rank, may make the rank hold.
+
+    It may if the top adapter truncated to this rank holds, and if the rank gained more in the second half of its own
+    training than it still lacks.
+    """
+    space = trials.space
+    top = trials.best_loss(space.top)
+    truncated = [arm for arm in trials.outcomes if arm.rank == rank and arm.truncate_from and arm.steps == 0]
+    known = [loss for loss in map(trials.loss, truncated) if loss is not None]
+    half = trials.loss_after(rank, learning_rate, _early_step(space, HALF))
+    end = trials.loss_after(rank, learning_rate, space.steps)
+    if not known or half is None or end is None:
+        return False
+    return is_within(min(known) - top, space.margin_at(top)) and half - end > end - top
+
+
+def _deficit_at_top(trials: Trials, neighbour: float, learning_rate: float) -> float:
+    """How much worse the top rank is at `neighbour`, at the latest step that both reached; 0 where unknown."""
+    space = trials.space
+    for step in (space.steps, *(_early_step(space, part) for part in (HALF, QUARTER, LOOK))):
+        losses = [trials.loss_after(space.top, lr, step) for lr in (neighbour, learning_rate)]
+        if losses[0] is not None and losses[1] is not None:
+            return losses[0] - losses[1]
+    return 0.0
+
+
+def _lost_at_top(trials: Trials, learning_rate: float) -> bool:
+    """Whether the top rank at this learning rate ended, or stood halfway, no better than the base."""
+    space = trials.space
+    for step in (space.steps, _early_step(space, HALF)):
+        loss = trials.loss_after(space.top, learning_rate, step)
+        base = trials.base_loss(during_training=step < space.steps)
+        if loss is not None and base is not None:
+            return loss >= base
+    return False
 
 
 def _climb_looks(trials: Trials, rank: int, part: float) -> Choice:
@@ -218,7 +303,7 @@ def _finish(trials: Trials, rank: int, learning_rate: float, part: float) -> Req
     before = _look_loss(trials, stage)
     base = _look_loss(trials, base_arm(space.lora_alpha))
     for later in STAGES:
-        step = early_step(space, later)
+        step = _early_step(space, later)
         if step <= stage.end:
             continue
         following = _resumed(trials, stage, step)
@@ -281,7 +366,7 @@ def _annealed(trials: Trials, look: Arm) -> Arm:
     """The copy of a look that decays to a learning rate of 0 over `ANNEAL` of a training."""
     start = look.stop_at
     assert start is not None
-    end = min(trials.space.steps, start + early_step(trials.space, ANNEAL))
+    end = min(trials.space.steps, start + _early_step(trials.space, ANNEAL))
     return _resumed(trials, look, end).model_copy(update={"anneal_from": start})
 
 
