@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_base
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.train.adapter import initialise, lora_modules, seeded, unwrapped, wrapped
+from rightrank.train.multi_lora import ADAPTER, MultiLora, lora_modules
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import encode
 
@@ -29,17 +31,16 @@ def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path)
 @contextmanager
 def fresh_adapter(runtime: Runtime, arm: Arm) -> Iterator[Any]:
     """The PeftModel of a freshly initialised arm in training mode, with PEFT's own forward pass."""
-    with seeded(arm.seed):
-        peft_model = wrapped(runtime.model, runtime.config(arm))
-    try:
-        initialise(peft_model, arm, runtime.settings)
-        for module in lora_modules(peft_model).values():
+    with MultiLora(runtime.model, runtime.settings) as multi_lora:
+        multi_lora.add(ADAPTER, arm, runtime.config(arm))
+        for module in multi_lora.peft_model.modules():
+            if isinstance(module, LoraLayer | ModulesToSaveWrapper):
+                del vars(module)["forward"]  # that of several adapters
+        for module in lora_modules(multi_lora.peft_model).values():
             module.training = True  # which DoRA asks for before it drops anything out
             module.lora_dropout.train()
         with runtime.recomputing():
-            yield peft_model
-    finally:
-        unwrapped(peft_model)
+            yield multi_lora.peft_model
 
 
 def trainable_parameters(peft_model: Any) -> dict[str, torch.nn.Parameter]:

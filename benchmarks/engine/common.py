@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.machine import machine as plain_machine
 from rightrank.data.splits import load_data
+from rightrank.data.token_store import TokenStore
 from rightrank.models.base_models import load_base
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
@@ -40,11 +41,11 @@ def make_runtime(model: str, data: Path, steps: int, cache: Path, **changes: Any
 def one_pass(runtime: Runtime, cache: Path) -> Runtime:
     """The runtime with exactly as many training items as its steps take, so that everyone sees each once."""
     needed = runtime.steps * runtime.settings.items_per_step
-    splits = dict(runtime.data.splits) | {"train": runtime.data.splits["train"][:needed]}
+    splits = dict(runtime.data.splits) | {"train": TokenStore(runtime.data.splits["train"][:needed], None)}
     short = EncodedData(splits, runtime.data.texts, runtime.data.summary)
     return Runtime(runtime.loaded, short, runtime.settings, runtime.steps, cache)
 
 
 def trainer_rows(runtime: Runtime, split: SplitName) -> list[dict[str, list[int]]]:
     """A split's items as Trainer takes them."""
-    return [{"input_ids": list(item.input_ids), "labels": list(item.labels)} for item in runtime.examples(split)]
+    return [{"input_ids": list(item.input_ids), "labels": list(item.labels)} for item in runtime.data.splits[split]]

@@ -20,6 +20,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from peft import get_peft_model
 from benchmarks.engine.common import machine, make_runtime, one_pass, trainer_rows
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train import runtime as runtime_module
+from rightrank.train import fast_paths
 from rightrank.train.device import peak_bytes, reset_peak
 from rightrank.train.loop import train_trials
 from rightrank.train.runtime import Runtime
@@ -173,13 +174,13 @@ def trainer(job: Job, dtype: str, grouped: bool, sft: bool = False, small_adapte
 
 def ours_padded(job: Job, dtype: str) -> Measured:
     """Ours on padded batches of the same items, to see what joining them saves."""
-    with patch.object(runtime_module, "can_pack_sequences", lambda *_: False):
+    with patch.object(fast_paths, "FUSED", None):
         return ours(job, dtype, 1)
 
 
 def ours_plain_attention(job: Job) -> Measured:
     """Ours in bfloat16 with attention left in bfloat16 too, to see what the difference is."""
-    with patch.object(runtime_module, "wants_float32", lambda *_: False):
+    with patch.object(fast_paths, "float32_attention", nullcontext):
         return ours(job, "bfloat16", 1)
 
 

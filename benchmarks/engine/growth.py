@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.engine.common import machine, make_runtime
-from rightrank.data.token_store import lengths_of
 from rightrank.schema.trials import Arm
 from rightrank.train.device import peak_bytes, reset_peak
 from rightrank.train.multi_lora import ArmBatch, MultiLora
@@ -56,7 +55,7 @@ def main() -> None:
     layers = tuple(int(part) for part in arguments.layers.split(","))
     runtime = make_runtime(arguments.model, arguments.data, 1, arguments.work, layers_to_transform=layers, eval_items=8)
     usual = runtime.batch_plan(0)[0]
-    by_length = np.argsort(lengths_of(runtime.examples("train")), kind="stable").tolist()
+    by_length = np.argsort(runtime.data.splits["train"].lengths, kind="stable").tolist()
     begins = [int(share * len(by_length)) for share in (0.05, 0.5, 0.95)]
     lengths = [by_length[begin : begin + 8] for begin in begins]
     result: dict[str, Any] = {

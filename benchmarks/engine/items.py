@@ -29,7 +29,6 @@ from transformers import AutoTokenizer
 
 from benchmarks.engine.common import machine
 from rightrank.data.splits import load_data
-from rightrank.data.token_store import lengths_of
 from rightrank.models.base_models import BaseIdentity, LoadedModel
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.batches import batch_plan, collate
@@ -94,7 +93,7 @@ def measure(count: int, model: Path, data: Path, folder: Path) -> dict[str, Any]
         "items": count,
         "text_bytes": path.stat().st_size,
         "train_items": len(train),
-        "tokens_on_disk": int(lengths_of(train).sum()),
+        "tokens_on_disk": int(train.lengths.sum()),
         "tokens_asked_for": asked_for,
         "anonymous_bytes": highest[0] - before,
         "bytes_an_item": round((highest[0] - before) / count, 1),

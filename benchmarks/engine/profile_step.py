@@ -166,7 +166,7 @@ def main() -> None:
         changes["layers_to_transform"] = tuple(int(part) for part in arguments.layers.split(","))
     runtime = make_runtime(arguments.model, arguments.data, arguments.steps, arguments.work, **changes)
     facts = {"machine": machine(), "arms": arguments.arms, "layers": arguments.layers, "dtype": arguments.dtype}
-    rows = [runtime.examples("train")[index].length for index in runtime.batch_plan(0)[0]]
+    rows = [runtime.data.splits["train"][index].length for index in runtime.batch_plan(0)[0]]
     rates = {"gflops": matmul_rates(runtime, 640), "rows": sum(rows), "ms_of_a_layer": pieces(runtime, rows)}
     text = json.dumps(facts | measure(runtime, arguments.arms, arguments.steps, arguments.work) | rates, indent=1)
     print(text)

@@ -50,9 +50,8 @@ from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, Tria
 from rightrank.train import targets
 from rightrank.train.loop import run_trial, train_trials
 from rightrank.train.loss import chunked_cross_entropy
-from rightrank.train.pace import adapters_per_pass_for
+from rightrank.train.pace import adapters_per_pass_for, measure_pace
 from rightrank.train.runtime import Runtime
-from rightrank.train.timing import measure_pace
 from rightrank.train.trial import TrialFolders
 
 STEPS = 3

@@ -33,7 +33,7 @@ from rightrank import select_rank
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.events import Event, Listener, Notice
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train import runtime as runtime_module
+from rightrank.train import fast_paths
 from rightrank.train.loop import train_trials
 from rightrank.train.pace import multi_lora_obstacle
 from rightrank.train.runtime import Runtime
@@ -137,9 +137,7 @@ def attention(job: Job) -> Iterator[Row]:
     for dtype in ("float32", "bfloat16"):
         rows = {}
         for name, joined in (("joined", True), ("padded", False)):
-            with patch.object(
-                runtime_module, "can_pack_sequences", runtime_module.can_pack_sequences if joined else lambda *_: False
-            ):
+            with patch.object(fast_paths, "FUSED", fast_paths.FUSED if joined else None):
                 runtime = job.runtime(f"attention {dtype} {name}", dtype=dtype)
             job.train(f"{dtype} {name} first", runtime, job.arms(1), 1, Listener())  # kernels are loaded
             rows[name] = job.train(f"{dtype} {name}", runtime, job.arms(1), 1, Listener())
@@ -274,7 +272,7 @@ def _loss_in_peft(job: Job, adapter: Path, settings: Row) -> float:
 
     runtime = make_runtime(str(job.model), job.data, settings["max_steps"], job.work / "again", **settings)
     model = PeftModel.from_pretrained(runtime.model, str(adapter)).eval()
-    labels = sum(sum(label != -100 for label in item.labels) for item in runtime.examples("selection"))
+    labels = sum(sum(label != -100 for label in item.labels) for item in runtime.data.splits["selection"])
     return sum(example_losses(model, runtime)) / labels
 
 

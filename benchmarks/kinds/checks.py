@@ -215,7 +215,7 @@ def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
 def example_losses(model: Any, runtime: Runtime) -> list[float]:
     """The summed label losses of each validation example, one at a time, by transformers' own loss."""
     found = []
-    for index in range(len(runtime.examples("selection"))):
+    for index in range(len(runtime.data.splits["selection"])):
         batch = runtime.batch("selection", [index])
         loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         found.append(float(loss.detach()) * int((batch.labels[:, 1:] != -100).sum()))

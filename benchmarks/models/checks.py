@@ -188,7 +188,7 @@ def _padding(runtime: Runtime) -> int:
 
 def batch_of(runtime: Runtime, split: Any, indices: list[int], wider: int = 0) -> dict[str, torch.Tensor]:
     """Examples padded on the right, as any collator does; with `wider` further columns of padding."""
-    items = [runtime.examples(split)[index] for index in indices]
+    items = [runtime.data.splits[split][index] for index in indices]
     longest = max(len(item.input_ids) for item in items) + wider
     ids = torch.full((len(items), longest), _padding(runtime))
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -245,7 +245,7 @@ def loaded_losses(runtime: Runtime, base: Path, adapter: Path) -> list[float]:
     """The summed losses of each validation example with the saved adapter, one at a time."""
     model = PeftModel.from_pretrained(fresh_base(runtime, base), str(adapter)).eval()
     found = []
-    for index in range(len(runtime.examples("selection"))):
+    for index in range(len(runtime.data.splits["selection"])):
         batch = batch_of(runtime, "selection", [index])
         labels = 1 if runtime.data.is_classification else int((batch["labels"][:, 1:] != -100).sum())
         found.append(float(model(**batch).loss) * labels)
@@ -256,7 +256,7 @@ def _require_counts(case: Case, prepared: Prepared, base: Path, adapters: Path) 
     """The plan of the selection has the parameters and the bytes of its adapters; `plan` alone those of PEFT's `all-linear`."""
     runtime, whole = prepared.runtime, fresh_base(prepared.runtime, base)
     classes, config = len(CLASSES) if runtime.data.is_classification else None, runtime.model.config
-    each = runtime.data.sequences_per_example
+    each = 2 if runtime.data.summary.form == "preference" else 1
     step = step_settings(config, prepared.settings, runtime.data.longest, "cpu", classes, each)
     selection = Estimator(config, step)
     for number, rank in enumerate(case.ranks):

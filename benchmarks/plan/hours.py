@@ -27,7 +27,7 @@ from rightrank.schema.plan_settings import PlanSettings, loop_of_select
 from rightrank.schema.settings import SelectSettings
 from rightrank.search import make_strategy
 from rightrank.search.history import space_of
-from rightrank.train.timing import RUN_EVALUATIONS
+from rightrank.train.pace import RUN_EVALUATIONS
 
 HERE = Path(__file__).parent
 RESULT, PAGE = HERE / "results" / "hours.json", HERE / "hours.md"

@@ -24,7 +24,7 @@ from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch
 from rightrank.train.device import gradient_checkpointing_on
 from rightrank.train.loss import OutputHead, chunked_cross_entropy, classification_loss, head_loss
-from rightrank.train.multi_lora import ArmBatch, MultiLora, concatenated
+from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.targets import find_targets, lora_config
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -121,8 +121,7 @@ def _measure_multi_lora(model: Any, settings: PlanSettings, rank: int) -> Measur
             arm_batches.append(ArmBatch(f"arm_{number}", batch, 1.0, None))
 
         def step() -> None:
-            with multi_lora.routed(arm_batches):
-                rows = concatenated([arm_batch.batch for arm_batch in arm_batches], 0)
+            with multi_lora.routed(arm_batches, 0) as (rows, _):
                 torch.autograd.backward(objective(model, rows, 1.0).total)
             for optimizer in optimizers:
                 optimizer.step()

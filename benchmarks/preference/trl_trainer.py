@@ -45,8 +45,8 @@ def trainer_over(
     settings = runtime.settings
     splits = load_data(data, settings)
     content = {one.item_id: dict(one.content) for split in ("train", "selection") for one in splits.examples[split]}
-    order = [runtime.examples("train")[index] for batch in runtime.batch_plan(arm.seed) for index in batch]
-    held_out = [content[example.item_id] for example in runtime.examples("selection")] if evaluates else None
+    order = [runtime.data.splits["train"][index] for batch in runtime.batch_plan(arm.seed) for index in batch]
+    held_out = [content[example.item_id] for example in runtime.data.splits["selection"]] if evaluates else None
     trainer = Recording(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=trl.DPOConfig(

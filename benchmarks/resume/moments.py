@@ -92,13 +92,12 @@ def watch_phases(moments: Moments) -> None:
     from rightrank.report.svg import write_figures
     from rightrank.runs.finish import hand_over
     from rightrank.runs.journal import Journal
-    from rightrank.train import loop
     from rightrank.train.checkpoints import save_checkpoint
     from rightrank.train.optimizer import take_step
+    from rightrank.train.runtime import Runtime
 
     phases: dict[str, list[Callable[..., Any]]] = {
         "training": [take_step],
-        "evaluation": [loop.evaluate_all, loop.evaluate_base],
         "checkpoint": [save_checkpoint],
         "views": [render_report, write_text, write_figures, hand_over, save_adapter],
     }
@@ -106,6 +105,8 @@ def watch_phases(moments: Moments) -> None:
         for function in functions:
             _replace_everywhere(function, moments.wrapped(name, function))
     Journal.append = moments.wrapped("journal", Journal.append)  # type: ignore[method-assign]
+    evaluated = moments.wrapped("evaluation", Runtime.evaluate_adapters)
+    Runtime.evaluate_adapters = evaluated  # type: ignore[method-assign]
 
 
 def _replace_everywhere(function: Callable[..., Any], by: Callable[..., Any]) -> None:

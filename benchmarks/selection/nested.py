@@ -38,7 +38,7 @@ from rightrank.models.kinds import linear
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search.history import base_arm
-from rightrank.train.adapter import ADAPTER
+from rightrank.train.multi_lora import ADAPTER
 from rightrank.train.runtime import adapter_attached
 
 HERE = Path(__file__).parent

@@ -154,7 +154,7 @@ def open_workshop(
     )
     executor = LocalExecutor(runtime, folder, Listener())
     outcomes: dict[Arm, TrialOutcome] = {outcome.arm: outcome for outcome in known}
-    unseen_steps = max(0, len(runtime.examples("train")) // settings.items_per_step - settings.max_steps)
+    unseen_steps = max(0, len(runtime.data.splits["train"]) // settings.items_per_step - settings.max_steps)
     space = space_of(settings, settings.max_steps, unseen_steps=unseen_steps)
     return Workshop(settings, folder, runtime, executor, fingerprint, outcomes, space, checkpoints)
 

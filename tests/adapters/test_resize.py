@@ -82,7 +82,7 @@ def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_fil
     assert any("K-FAC over" in note for note in found.notes)
     adapter = open_adapter(trained)
     runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache"))
-    steps = settings.training_steps(len(runtime.examples("train")))
+    steps = settings.training_steps(len(runtime.data.splits["train"]))
     with adapter_attached(runtime, trained) as peft_model:
         unseen = unseen_first(runtime, 0, steps)
         moments = gather_moments(runtime, peft_model, unseen, moment_tokens(runtime, steps)).moments

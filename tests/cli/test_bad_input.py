@@ -202,7 +202,7 @@ def test_out_of_memory_is_recorded_and_the_rest_goes_on(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = steps.make_optimizer
+    real = steps._make_optimizer
 
     def hungry(parameters: Any, rate: float, settings: Any) -> Any:
         shapes = [parameter.shape for parameter in parameters.values()]
@@ -210,7 +210,7 @@ def test_out_of_memory_is_recorded_and_the_rest_goes_on(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
         return real(parameters, rate, settings)
 
-    monkeypatch.setattr(steps, "make_optimizer", hungry)
+    monkeypatch.setattr(steps, "_make_optimizer", hungry)
     arguments = select_arguments(model_folder, completion_file, tmp_path / "run", "--ranks", "1,2,4")
     status, _, err = run(arguments, capsys)
     assert status == 0, err

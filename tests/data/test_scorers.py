@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.schema.errors import MetricError, RunError, SettingsError
+from rightrank.schema.errors import MetricError, SettingsError
 from rightrank.schema.metrics import parse_metrics
-from rightrank.train.scorers import ModelAnswer, Scored, require_scorer, run_program, score
+from rightrank.schema.settings import SelectSettings
+from rightrank.train import scorers
+from rightrank.train.scorers import ModelAnswer, Scored, require_scorers, score
 
 pytestmark = pytest.mark.trains
 
@@ -31,7 +33,7 @@ def scored_by(code: str, more: str = "{file}") -> Scored:
 def test_texts_and_paths_reach_no_shell() -> None:
     code = "import json,sys; print(json.dumps([len(json.loads(l)['completion']) for l in open(sys.argv[1], newline='\\n')]))"
     for more in ("{file}", ""):
-        assert scored_by(code, more) == Scored.of_examples([float(len(text)) for text in NASTY])
+        assert scored_by(code, more) == Scored(sum(map(len, NASTY)) / 8, [float(len(text)) for text in NASTY])
     assert not Path("owned").exists()
 
 
@@ -39,8 +41,8 @@ def test_texts_and_paths_reach_no_shell() -> None:
     ("printed", "scored"),
     [
         ("0.25", Scored(0.25, None)),
-        (json.dumps([1, 0] * 4), Scored.of_examples([1.0, 0.0] * 4)),
-        ("\n".join(["1", "0"] * 4), Scored.of_examples([1.0, 0.0] * 4)),
+        (json.dumps([1, 0] * 4), Scored(0.5, [1.0, 0.0] * 4)),
+        ("\n".join(["1", "0"] * 4), Scored(0.5, [1.0, 0.0] * 4)),
     ],
 )
 def test_what_it_may_print(printed: str, scored: Scored) -> None:
@@ -67,9 +69,10 @@ def test_a_bad_program_is_one_line(code: str, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_program_that_hangs_is_ended() -> None:
-    with pytest.raises(RunError, match=r"longer than 0\.5 s and was killed"):
-        run_program([sys.executable, "-c", "import time; time.sleep(600)"], 0.5)
+def test_a_program_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorers, "TIMEOUT_SECONDS", 0.5)
+    with pytest.raises(MetricError, match=r"longer than 0\.5 s and was killed"):
+        scored_by("import time; time.sleep(600)")
 
 
 FUNCTIONS = """
@@ -99,7 +102,7 @@ A_NUMBER = 3
 def test_python_functions(capsys: pytest.CaptureFixture[str]) -> None:
     Path("scores_of_mine.py").write_text(FUNCTIONS)
     lengths = [float(len(text)) for text in NASTY]
-    assert score(*parse_metrics("scores_of_mine:by_item"), ANSWERS) == Scored.of_examples(lengths)
+    assert score(*parse_metrics("scores_of_mine:by_item"), ANSWERS) == Scored(sum(lengths) / 8, lengths)
     assert score(*parse_metrics("scores_of_mine.py:whole"), ANSWERS) == Scored(sum(lengths), None)
     assert capsys.readouterr().out == ""
 
@@ -131,4 +134,4 @@ def test_what_is_no_function_is_told_before_the_start() -> None:
         ("nowhere_at_all:f", "No module named"),
     ):
         with pytest.raises(SettingsError, match=said):
-            require_scorer(*parse_metrics(asked))
+            require_scorers(SelectSettings(metrics=(asked,), higher_is_better=(asked.rpartition(":")[2],)))

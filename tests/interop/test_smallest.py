@@ -127,18 +127,18 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     adapter = open_adapter(tmp_path / "trained")
     runtime = make_runtime(model_folder, completion_file, small_settings(margin=0.1), tmp_path / "cache")
     curve = truncation_curve(adapter, runtime, Candidates(candidate_ranks(adapter)), tmp_path / "folder")
-    steps = runtime.settings.training_steps(len(runtime.examples("train")))
+    steps = runtime.settings.training_steps(len(runtime.data.splits["train"]))
     order = unseen_first(runtime, runtime.settings.seeds[0], steps)
     read = [index for part in micro_batches(runtime, order, moment_tokens(runtime, steps)) for index in part]
 
     def batches(split: SplitName, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-        examples = [runtime.examples(split)[index] for index in indices]
+        examples = [runtime.data.splits[split][index] for index in indices]
         return [
             {"input_ids": torch.tensor([list(one.input_ids)]), "labels": torch.tensor([list(one.labels)])}
             for one in examples
         ]
 
-    held_out = batches("selection", range(len(runtime.examples("selection"))))
+    held_out = batches("selection", range(len(runtime.data.splits["selection"])))
     live = LiveAdapter(model, held_out, batches("train", read), margin=0.1, moment_tokens=10**9)
     found = smallest_adapter(live, tmp_path / "live").answer
     assert (found.rank, found.trained_rank) == (curve.answer.rank, curve.answer.trained_rank)

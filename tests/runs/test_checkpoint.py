@@ -80,7 +80,7 @@ def trained(run: Path) -> TrialFinished:
 def loss_by_peft(model: Path, adapter: Path, data: Path, cache: Path) -> float:
     """On the validation split, by a plain forward pass with the adapter as PEFT loads it."""
     settings = small_settings(validation=str(data.with_name("validation.jsonl")))
-    examples = make_runtime(model, data, settings, cache).examples("selection")
+    examples = make_runtime(model, data, settings, cache).data.splits["selection"]
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter).eval()
     total, count = 0.0, 0
     for one in examples:

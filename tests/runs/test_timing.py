@@ -17,9 +17,8 @@ from rightrank.runs.journal import Journal
 from rightrank.runs.values import Selected
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
 from rightrank.schema.trials import Arm, TrialFinished, TrialStarted
-from rightrank.train.pace import TIMED_STEPS
+from rightrank.train.pace import TIMED_STEPS, Pace, measure_pace
 from rightrank.train.runtime import Runtime
-from rightrank.train.timing import Pace, measure_pace
 from tests.helpers import make_runtime
 from tests.report.runs import made_up_run
 from tests.tiny import small_settings

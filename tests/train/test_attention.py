@@ -7,15 +7,9 @@ from pathlib import Path
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rightrank.train.batches import FUSED, float32_attention, wants_float32
+from rightrank.train.batches import FUSED, float32_attention
 from tests.helpers import make_runtime
 from tests.tiny import small_settings
-
-
-def test_only_16_bits_on_a_cpu_are_widened() -> None:
-    assert wants_float32(torch.device("cpu"), torch.bfloat16)
-    assert not wants_float32(torch.device("cpu"), torch.float32)
-    assert not wants_float32(torch.device("cuda"), torch.bfloat16)
 
 
 def test_products_are_in_float32_and_the_table_is_as_before(
@@ -23,6 +17,7 @@ def test_products_are_in_float32_and_the_table_is_as_before(
 ) -> None:
     before = ALL_ATTENTION_FUNCTIONS[FUSED]
     runtime = make_runtime(model_folder, completion_file, small_settings(dtype="bfloat16"), tmp_path)
+    assert runtime.fast_paths.float32_attention
     batch = runtime.batch("selection", range(6))
     seen: list[torch.dtype] = []
     real = torch.nn.functional.scaled_dot_product_attention

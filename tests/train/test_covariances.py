@@ -64,14 +64,14 @@ def test_they_are_the_whole_covariances_seen_by_the_factors(runtime: Runtime) ->
     x, g = torch.cat(inputs).double(), torch.cat(gradients).double()
     seen = g.abs().amax(dim=1) > 1e-6 * g.abs().max()
     rows = int(seen.sum())
-    labels = sum(sum(label != -100 for label in runtime.examples("train")[index].labels[1:]) for index in EXAMPLES)
+    labels = sum(sum(label != -100 for label in runtime.data.splits["train"][index].labels[1:]) for index in EXAMPLES)
     a, b = (factor["default"].weight.detach().double() for factor in (module.lora_A, module.lora_B))
     hidden, delta = x[seen] @ a.T, module.scaling["default"] * g[seen] @ b
     ours = found.moments[name]
     assert np.allclose(ours.inputs, (hidden.T @ hidden / rows).numpy(), rtol=1e-3, atol=1e-9)
     assert np.allclose(ours.gradients, (delta.T @ delta / labels).numpy(), rtol=1e-3, atol=1e-12)
     assert found.examples == len(EXAMPLES)
-    assert found.tokens == sum(runtime.examples("train")[index].length for index in EXAMPLES)
+    assert found.tokens == sum(runtime.data.splits["train"][index].length for index in EXAMPLES)
     assert set(found.moments) == {m for m, _ in runtime.model.named_modules() if m.endswith(("q_proj", "down_proj"))}
     assert found.notices == ()
 
@@ -150,7 +150,9 @@ def test_tokens_are_read_until_there_are_enough(runtime: Runtime) -> None:
     batches = list(micro_batches(runtime, EXAMPLES, 1))
     assert batches == [EXAMPLES[:4]]
     assert [index for part in micro_batches(runtime, EXAMPLES, 10**6) for index in part] == EXAMPLES
-    training = runtime.steps * runtime.settings.items_per_step * max(item.length for item in runtime.examples("train"))
+    training = (
+        runtime.steps * runtime.settings.items_per_step * max(item.length for item in runtime.data.splits["train"])
+    )
     assert moment_tokens(runtime, runtime.steps) <= 0.1 * training
 
 

@@ -51,7 +51,7 @@ def perturb(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
 
 def test_a_batch_generates_what_each_prompt_alone_does(runtime: Runtime) -> None:
     found = answers(runtime, "selection")
-    assert len(found) == len(runtime.examples("selection"))
+    assert len(found) == len(runtime.data.splits["selection"])
     assert len({len(answer.prompt) for answer in found}) > 3
     assert len({answer.completion for answer in found}) > 1
     for answer in found:

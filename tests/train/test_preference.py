@@ -70,7 +70,7 @@ def test_a_training_is_a_plain_loop_over_the_formula(
             schedule.step()
             optimizer.zero_grad()
             plain.append(float(loss.detach()))
-        held_out = runtime.batch("selection", range(len(runtime.examples("selection"))))
+        held_out = runtime.batch("selection", range(len(runtime.data.splits["selection"])))
         with torch.no_grad():
             losses = dpo(model, held_out, held_out.reference.float(), 0.3)
     assert ours == pytest.approx(plain, abs=2e-5)

@@ -15,7 +15,6 @@ from rightrank.plugins.plan.skeleton import adapt, build_base
 from rightrank.schema.errors import ModelError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.trials import Arm
-from rightrank.train.adapter import wrapped
 from rightrank.train.targets import find_targets, lora_config, without_peft_noise
 from tests.tiny import make_tokenizer, small_settings
 from tests.train.architectures import BERT, MODELS, make_model
@@ -68,7 +67,8 @@ def ours(model: Any, **options: Any) -> set[str]:
     settings = small_settings(ranks=(1, 2), **options)
     targets = find_targets(model, settings, is_classifier(model))
     config = lora_config(settings, ARM, is_classifier(model), targets.names, targets.parameters)
-    found = adapted(wrapped(copy.deepcopy(model), config))
+    with without_peft_noise():
+        found = adapted(get_peft_model(copy.deepcopy(model), config))
     bare = {name.replace(".base_layer", "") for name in found}
     listed = {re.sub(EXPERTS, "", module.name).rstrip(".") for module in targets.modules}
     assert listed == bare

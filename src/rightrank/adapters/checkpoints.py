@@ -147,7 +147,7 @@ def inspect_gradient(model: str, data: Path, settings: SelectSettings) -> Inspec
         # Conv1D stores its weight as in × out
         matrix = gradient if gradient.shape[0] == target.out_features else gradient.T
         spectra.append(_matrix_spectrum(module, matrix.float(), SKETCH_RANK))
-    note = f"mean loss over the first {min(GRADIENT_EXAMPLES, len(runtime.examples('train')))} training examples, base without adapter"
+    note = f"mean loss over the first {min(GRADIENT_EXAMPLES, len(runtime.data.splits['train']))} training examples, base without adapter"
     parameters = sum(math.prod(spectrum.shape) for spectrum in spectra)
     return inspection_of(
         spectra, kind="gradient", scaling_rule="none", base_model=model, parameters=parameters, notes=[note]
@@ -162,7 +162,7 @@ def weight_gradients(
     for weight in weights.values():
         weight.requires_grad_(True)
     try:
-        count = min(examples, len(runtime.examples("train")))
+        count = min(examples, len(runtime.data.splits["train"]))
         size = runtime.settings.batch_size
         for start in range(0, count, size):
             batch = runtime.batch("train", range(start, min(start + size, count)))

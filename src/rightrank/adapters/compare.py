@@ -31,8 +31,9 @@ from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter_runtime import report_evaluations, require_base
 from rightrank.train.checkpoints import Progress
 from rightrank.train.evaluation import Scores
-from rightrank.train.metrics import Measured, measure, require_scorers
+from rightrank.train.metrics import Measured, measure
 from rightrank.train.runtime import Runtime, adapter_attached
+from rightrank.train.scorers import require_scorers
 from rightrank.train.tokens import encode
 from rightrank.train.trial import finished
 

@@ -251,7 +251,7 @@ def truncation_curve(
         ModelError: the adapter does not fit the base.
     """
     # Over the examples that `select` reads after a training with these settings: which ones another training saw is not known.
-    steps = runtime.settings.training_steps(len(runtime.examples("train")))
+    steps = runtime.settings.training_steps(len(runtime.data.splits["train"]))
     examples = unseen_first(runtime, runtime.settings.seeds[0], steps)
     with adapter_attached(runtime, adapter.path) as peft_model:
         gathered = gather_moments(runtime, peft_model, examples, moment_tokens(runtime, steps))
@@ -310,10 +310,10 @@ def _halves(adapter: AdapterFolder, runtime: Runtime) -> list[_Half]:
 
     The written adapter has moments over all examples, like each half's but of twice as many.
     """
-    held_out = [example.item_id for example in runtime.examples("selection")]
+    held_out = [example.item_id for example in runtime.data.splits["selection"]]
     halves = [[index for index, name in enumerate(held_out) if int(name[:16], 16) % 2 == half] for half in (0, 1)]
     names = [{held_out[index] for index in half} for half in halves]
-    train = [example.item_id for example in runtime.examples("train")]
+    train = [example.item_id for example in runtime.data.splits["train"]]
     with adapter_attached(runtime, adapter.path) as peft_model:
         return [
             (half, gather_moments(runtime, peft_model, [i for i, name in enumerate(train) if name in other]).moments)

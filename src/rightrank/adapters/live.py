@@ -43,9 +43,9 @@ from rightrank.models.truncation import Moments
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ModelError, NotFiniteError
 from rightrank.schema.trials import TrialFinished
-from rightrank.train.adapter import lora_modules
 from rightrank.train.covariances import MOMENT_TOKENS, MomentSums, rank_space
 from rightrank.train.evaluation import Scores
+from rightrank.train.multi_lora import lora_modules
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.errors import LIBRARY_ERRORS, DataError, RightrankError, RunError
-from rightrank.train.adapter import lora_modules
 from rightrank.train.evaluation import Scores
 from rightrank.train.loss import adapters_off
+from rightrank.train.multi_lora import lora_modules
 from rightrank.train.prefix import find_blocks, frozen_blocks, returning
 
 Batch = Mapping[str, Any]  # as the trainer's collator makes it

@@ -43,7 +43,7 @@ class Store(Sequence[Entry]):
             self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # outlives the file
         self._reader: Any = pyarrow.ipc.open_file(pyarrow.py_buffer(self._mapped))
         self._rows: int = sum(batch.num_rows for batch in self.batches())
-        self.give_back()
+        self._give_back()
 
     @abstractmethod
     def row(self, entry: Entry) -> Mapping[str, Any]:
@@ -63,9 +63,9 @@ class Store(Sequence[Entry]):
     def __iter__(self) -> Iterator[Entry]:
         for batch in self.batches():
             yield from map(self.entry, batch.to_pylist())
-            self.give_back()
+            self._give_back()
 
-    def give_back(self) -> None:
+    def _give_back(self) -> None:
         """Let the pages of the file leave the process's memory; the system reads them again where they are needed."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._mapped.madvise(mmap.MADV_DONTNEED)
@@ -137,7 +137,7 @@ class TokenStore(Store[EncodedExample]):
 
     @property
     def longest_sequences(self) -> npt.NDArray[np.int64]:
-        """[examples], in tokens."""
+        """[examples], the tokens of each example's longest sequence."""
         firsts = self._numbers(lambda batch: batch["first_length"])
         return np.asarray(np.maximum(firsts, self.lengths - firsts), np.int64)
 
@@ -146,19 +146,5 @@ class TokenStore(Store[EncodedExample]):
         found = np.empty(len(self), np.int64)
         for number, batch in enumerate(self.batches()):
             found[number * ROWS :][: batch.num_rows] = column(batch).to_numpy()
-        self.give_back()
+        self._give_back()
         return found
-
-
-def lengths_of(examples: Sequence[EncodedExample]) -> npt.NDArray[np.int64]:
-    """[examples], in tokens."""
-    if isinstance(examples, TokenStore):
-        return examples.lengths
-    return np.fromiter((example.length for example in examples), np.int64, len(examples))
-
-
-def longest_sequences(examples: Sequence[EncodedExample]) -> npt.NDArray[np.int64]:
-    """[examples], the tokens of each example's longest sequence."""
-    if isinstance(examples, TokenStore):
-        return examples.longest_sequences
-    return np.fromiter((max(example.sequence_lengths) for example in examples), np.int64, len(examples))

@@ -23,8 +23,7 @@ from rightrank.schema.results import Preflight, PreflightCost, PreflightRank
 from rightrank.schema.trials import Arm, split_name
 from rightrank.search.history import MIN_RECOVERY_PART
 from rightrank.search.protocol import Strategy
-from rightrank.train.metrics import end_metrics
-from rightrank.train.timing import Pace, measure_pace
+from rightrank.train.pace import Pace, measure_pace
 
 _Seconds: TypeAlias = tuple[float, float]  # expected, and at most
 
@@ -188,7 +187,7 @@ class Outlook(Hook):
         found = _preflight_of(prepared, run.strategy, seconds)
         for line in [*found.before, *preflight_lines(found), *time, *_adapter_lines(prepared, run.strategy)]:
             run.notice(line)
-        if names := [spec.name for spec in end_metrics(prepared.settings)]:
+        if names := [spec.name for spec in prepared.settings.metric_specs if not spec.is_measured_along]:
             run.notice(
                 f"{', '.join(names)}: measured on the base, at the end of each training, and on the test split: "
                 f"{prepared.started.data.splits['selection'].items} examples, at most {prepared.settings.max_new_tokens} new tokens "

@@ -99,7 +99,7 @@ def _training(run: Run, decision: Decision | None) -> Answer | None:
 
 def _read_test_split(run: Run, runtime: Runtime, trial_ids: Iterable[str]) -> None:
     """Evaluate trials on the test split, each once in a run; without a test split, none."""
-    if not runtime.examples("test"):
+    if not runtime.data.splits["test"]:
         return
     metric = run.started.metric
     for trial_id in trial_ids:

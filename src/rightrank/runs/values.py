@@ -67,7 +67,7 @@ class Prepared:
     def unseen_steps(self) -> int:
         """Steps that the training examples last beyond those of one training; 0 if it sees every example."""
         per_step = self.settings.items_per_step
-        return max(0, len(self.runtime.examples("train")) // per_step - self.steps)
+        return max(0, len(self.runtime.data.splits["train"]) // per_step - self.steps)
 
 
 def check(request: Request) -> None:

@@ -13,9 +13,11 @@ than attention, or attend to a window shorter than an example.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rightrank.data.token_store import IGNORED, EncodedExample, lengths_of
+from rightrank.data.token_store import IGNORED, EncodedExample, TokenStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +92,9 @@ def collate(examples: Sequence[EncodedExample], indices: Sequence[int], pad_id: 
     )
 
 
-def length_sorted_batches(examples: Sequence[EncodedExample], batch_size: int) -> list[list[int]]:
+def length_sorted_batches(examples: TokenStore, batch_size: int) -> list[list[int]]:
     """All example indices in batches of like length, for evaluation. The composition is fixed, so values repeat exactly."""
-    order: list[int] = np.argsort(lengths_of(examples), kind="stable").tolist()
+    order: list[int] = np.argsort(examples.lengths, kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
@@ -102,10 +104,11 @@ class FixedGroups:
     A resumed run computes the same groups, and so reads the same bits.
     """
 
-    def __init__(self, examples: Sequence[EncodedExample], expected: Iterable[int], size: int) -> None:
+    def __init__(self, examples: TokenStore, expected: Iterable[int], size: int) -> None:
         """Group the examples whose indices are in `expected`; any other one gets a group of its own when it is used."""
+        self.examples = examples
         self.groups: list[list[int]] = []
-        self._lengths = lengths_of(examples)
+        self._lengths = examples.lengths
         self._size = size
         self._group_of: dict[int, int] = {}
         self._computed: set[int] = set()  # numbers of groups
@@ -134,14 +137,11 @@ class FixedGroups:
 
 
 FUSED = "sdpa"  # transformers' name for torch's scaled_dot_product_attention
-
-
-def wants_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+ONE_BY_ONE = ("cpu",)  # devices on which a call for each example costs little
 
 
 @contextmanager
-def replaced(table: Any, name: str, function: Any) -> Iterator[None]:
+def _replaced(table: Any, name: str, function: Any) -> Iterator[None]:
     """Within the block, `function` is registered under `name` in one of transformers' public tables."""
     before = table[name]
     table[name] = function
@@ -164,7 +164,7 @@ def float32_attention() -> Iterator[None]:
         output, weights = plain(module, query.float(), key.float(), value.float(), wide, **options)
         return output.to(query.dtype), weights
 
-    with replaced(functions, FUSED, in_float32):
+    with _replaced(functions, FUSED, in_float32):
         yield
 
 
@@ -198,36 +198,36 @@ def packed_attention(lengths: Sequence[int], device: torch.device) -> Iterator[N
     On a CPU each example is one call, without padding. On other devices calls are expensive, so the examples are padded
     for one call.
     """
-    plain: Any = ALL_ATTENTION_FUNCTIONS[FUSED]
-    ours = _by_example(plain, lengths) if device.type == "cpu" else _padded(plain, lengths, device)
     functions: Any = ALL_ATTENTION_FUNCTIONS
     masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
-    with replaced(functions, FUSED, ours), replaced(masks, FUSED, lambda *_, **__: None):
+    plain = functions[FUSED]
+    if device.type in ONE_BY_ONE:
+        ours = partial(_attend_by_example, plain, tuple(lengths))
+    else:
+        begins = torch.arange(len(lengths), device=device) * max(lengths)
+        repeats = torch.tensor(lengths, device=device)
+        places = begins.repeat_interleave(repeats, output_size=sum(lengths)) + position_ids(lengths, device)[0]
+        ours = partial(_attend_padded, plain, places, (len(lengths), max(lengths)))
+    with _replaced(functions, FUSED, ours), _replaced(masks, FUSED, lambda *_, **__: None):
         yield
 
 
-def _by_example(plain: Any, lengths: Sequence[int]) -> Any:
-    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-        """query, key, value [1, heads, T, d] → [1, T, heads, d]"""
-        parts = zip(*(tensor.split(tuple(lengths), dim=2) for tensor in (query, key, value)), strict=True)
-        return torch.cat([plain(module, *part, None, **options)[0] for part in parts], dim=1), None
+def _attend_by_example(
+    plain: Any, lengths: tuple[int, ...], module: Any, query: Any, key: Any, value: Any, _mask: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """query, key, value [1, heads, T, d] → [1, T, heads, d]"""
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([plain(module, *part, None, **options)[0] for part in parts], dim=1), None
 
-    return attend
 
-
-def _padded(plain: Any, lengths: Sequence[int], device: torch.device) -> Any:
-    count, longest = len(lengths), max(lengths)
-    begins = torch.arange(count, device=device) * longest
-    repeats = torch.tensor(lengths, device=device)
-    places = begins.repeat_interleave(repeats, output_size=sum(lengths)) + position_ids(lengths, device)[0]
-
-    def padded(row: torch.Tensor) -> torch.Tensor:
-        """[1, heads, T, d] → [b, heads, n, d], zeros at the end of shorter examples"""
-        whole = row.new_zeros(row.shape[1], count * longest, row.shape[3]).index_copy(1, places, row[0])
-        return whole.view(row.shape[1], count, longest, -1).transpose(0, 1)
-
-    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-        output = plain(module, padded(query), padded(key), padded(value), None, **options)[0]
-        return output.flatten(0, 1)[places][None], None
-
-    return attend
+def _attend_padded(
+    plain: Any, places: torch.Tensor, shape: tuple[int, int], module: Any, *rows: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """As `_attend_by_example`, with a row's T positions at `places` of b × n padded ones, the `shape`."""
+    padded: list[torch.Tensor] = []
+    for row in rows[:3]:  # the fourth is the mask
+        heads, width = row.shape[1], row.shape[3]
+        whole = row.new_zeros(heads, math.prod(shape), width).index_copy(1, places, row[0])
+        padded.append(whole.view(heads, *shape, width).transpose(0, 1))  # [b, heads, n, d]
+    output = plain(module, *padded, None, **options)[0]
+    return output.flatten(0, 1)[places][None], None

@@ -19,8 +19,6 @@ from safetensors.torch import save_file
 from rightrank.data.files import UnreadableError, parse_json, replacing
 from rightrank.schema.trials import EvalPoint
 
-MEAN, MEAN_COUNT, BEST = "average.", "average_count", "best."  # of a checkpoint's tensors
-
 
 class Progress(BaseModel):
     """What a checkpoint stores beside tensors."""
@@ -40,7 +38,7 @@ class RunningMean:
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], start: int) -> None:
         self._parameters = parameters
         self._start = start
-        self._sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in parameters.items()}
+        self.sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in parameters.items()}
         self.count = 0  # steps in the mean
 
     @torch.no_grad()
@@ -49,24 +47,11 @@ class RunningMean:
         if step <= self._start:
             return
         for name, value in self._parameters.items():
-            self._sums[name] += value
+            self.sums[name] += value
         self.count += 1
 
     def values(self) -> dict[str, torch.Tensor]:
-        return {name: value / self.count for name, value in self._sums.items()}
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint keeps."""
-        sums = {f"{MEAN}{name}": value for name, value in self._sums.items()}
-        return {**sums, MEAN_COUNT: torch.tensor(self.count)}
-
-    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Resume from a checkpoint's tensors; one written without a mean leaves it empty."""
-        if MEAN_COUNT not in tensors:
-            return
-        for name, value in self._sums.items():
-            value.copy_(tensors[f"{MEAN}{name}"])
-        self.count = int(tensors[MEAN_COUNT])
+        return {name: value / self.count for name, value in self.sums.items()}
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:

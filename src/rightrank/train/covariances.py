@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.truncation import Moments, save_moments
 from rightrank.schema.trials import Arm
-from rightrank.train.adapter import ADAPTER, lora_modules
 from rightrank.train.device import memory_permitting
+from rightrank.train.multi_lora import ADAPTER, lora_modules
 from rightrank.train.runtime import Runtime, adapter_attached
 
 MOMENT_TOKENS = 4096  # see benchmarks/truncation
@@ -75,7 +76,7 @@ def gather_moments(
             runtime.losses("train", runtime.batch("train", indices), 1.0, backward=True)
     if reasons:
         return Gathered({}, 0, 0, (f"no moments for truncation: {reasons[0]}; the plain SVD is used",))
-    encoded = [runtime.examples("train")[index] for index in read]
+    encoded = [runtime.data.splits["train"][index] for index in read]
     moments = sums.moments(sum(map(runtime.data.loss_weight, encoded)))
     if not all(bool(torch.isfinite(one).all()) for pair in sums.pairs.values() for one in pair):
         moments, notices = {}, ("no moments for truncation: a gradient is not finite; the plain SVD is used",)
@@ -110,7 +111,7 @@ def unseen_first(runtime: Runtime, seed: int, steps: int) -> list[int]:
 
 def moment_tokens(runtime: Runtime, steps: int) -> int:
     """`MOMENT_TOKENS`, or the share of the tokens of `steps` that gathering may take where that is less."""
-    encoded = runtime.examples("train")
+    encoded = runtime.data.splits["train"]
     mean = sum(encoded[index].length for index in range(min(len(encoded), 256))) / min(len(encoded), 256)
     training = steps * runtime.settings.items_per_step * mean
     return max(1, min(MOMENT_TOKENS, int(MAX_SHARE * training)))
@@ -118,7 +119,7 @@ def moment_tokens(runtime: Runtime, steps: int) -> int:
 
 def micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
     """Training examples in micro-batches until so many tokens are reached."""
-    encoded, size = runtime.examples("train"), runtime.settings.batch_size
+    encoded, size = runtime.data.splits["train"], runtime.settings.batch_size
     read = 0
     for start in range(0, len(examples), size):
         if read >= tokens:
@@ -136,7 +137,7 @@ def rank_space(peft_model: Any, names: Sequence[str], see: See, adapter: str = A
     """
     modules = lora_modules(peft_model)
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    handles = [modules[name].register_forward_hook(_hook_of(name, see, adapter)) for name in names]
+    handles = [modules[name].register_forward_hook(partial(_hook, name, see, adapter)) for name in names]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
@@ -148,23 +149,22 @@ def rank_space(peft_model: Any, names: Sequence[str], see: See, adapter: str = A
             parameter.requires_grad_(True)
 
 
-def _hook_of(name: str, see: See, adapter: str) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
-    def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return output
-        if not output.requires_grad:  # nothing below the first adapted module asks for a gradient
-            output.requires_grad_()
-        a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
-        hidden = inputs[0].detach().flatten(0, -2).to(a.dtype) @ a.T
-
-        def back(gradient: torch.Tensor) -> None:
-            see(name, hidden, module.scaling[adapter] * gradient.detach().flatten(0, -2).to(b.dtype) @ b)
-
-        register: Any = output.register_hook  # untyped in torch
-        register(back)
+def _hook(
+    name: str, see: See, adapter: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> torch.Tensor:
+    if not torch.is_grad_enabled():
         return output
+    if not output.requires_grad:  # nothing below the first adapted module asks for a gradient
+        output.requires_grad_()
+    a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+    hidden = inputs[0].detach().flatten(0, -2).to(a.dtype) @ a.T
 
-    return hook
+    def back(gradient: torch.Tensor) -> None:
+        see(name, hidden, module.scaling[adapter] * gradient.detach().flatten(0, -2).to(b.dtype) @ b)
+
+    register: Any = output.register_hook  # untyped in torch
+    register(back)
+    return output
 
 
 class MomentSums:

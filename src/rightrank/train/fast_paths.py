@@ -8,15 +8,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
-from rightrank.data.token_store import IGNORED, EncodedExample, lengths_of
+from rightrank.data.token_store import IGNORED
 from rightrank.models.kinds.base import Routing
 from rightrank.schema.errors import is_out_of_memory
 from rightrank.schema.trials import SplitName
@@ -44,7 +44,7 @@ class FastPaths:
 
         The backward pass belongs inside the block: what it recomputes must see the same prefix, attention and rows.
         """
-        rows = self.layout(batch)
+        rows = packed(batch) if self.sequence_packing else batch
         with ExitStack() as stack:
             stack.enter_context(self.attention())
             if self.prefix is not None:
@@ -53,10 +53,6 @@ class FastPaths:
             if self.last_block is not None:
                 stack.enter_context(_label_rows_only(self.last_block, rows, routing))
             yield rows
-
-    def layout(self, batch: Batch) -> Batch:
-        """`batch` as the model takes it: packed into one row, or padded."""
-        return packed(batch) if self.sequence_packing else batch
 
     def attention(self) -> AbstractContextManager[None]:
         return float32_attention() if self.float32_attention else nullcontext()
@@ -79,7 +75,7 @@ def _label_rows_only(block: Any, batch: Batch, routing: Routing | None) -> Itera
     modules = _position_wise_modules(block)
     before = [module.__dict__.get("forward") for module in modules]
     for module in modules:
-        module.forward = _on_rows(module.forward, rows, keep.shape)
+        module.forward = partial(_on_rows, module.forward, rows, keep.shape)
     try:
         with nullcontext() if routing is None else routing.only_rows(keep.reshape(-1)):
             yield
@@ -101,58 +97,52 @@ def _position_wise_modules(block: Any) -> list[Any]:
     return [module for module in found if isinstance(module, torch.nn.Module)]
 
 
-def _on_rows(forward: Callable[..., Any], rows: torch.Tensor, shape: torch.Size) -> Callable[..., Any]:
+def _on_rows(
+    forward: Callable[..., Any], rows: torch.Tensor, shape: torch.Size, x: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
     """`forward` on the given rows of an input [b, n, d], and zeros elsewhere; plain `forward` on any other shape.
 
     Of several outputs (gpt-oss's experts also return the router's scores) the first is the layer's.
     """
-
-    def on_rows(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.shape[:-1] != shape:
-            return forward(x, *args, **kwargs)
-        chosen = x.reshape(-1, x.shape[-1])[rows]
-        y = forward(chosen[None], *args, **kwargs)
-        first, *others = y if isinstance(y, tuple) else (y,)
-        whole = first.new_zeros(shape.numel(), first.shape[-1])
-        spread = whole.index_copy(0, rows, first[0]).view(*shape, -1)
-        return (spread, *others) if isinstance(y, tuple) else spread
-
-    return on_rows
-
-
-def packing_probe(splits: Mapping[SplitName, Sequence[EncodedExample]]) -> tuple[SplitName, list[int]]:
-    """The examples on which sequence packing is checked: the longest of all, with the shortest and the median of its split."""
-    split = max(splits, key=lambda name: int(lengths_of(splits[name]).max(initial=0)))
-    by_length = np.argsort(lengths_of(splits[split]), kind="stable")
-    return split, by_length[[0, -1, len(by_length) // 2]].tolist()
+    if x.shape[:-1] != shape:
+        return forward(x, *args, **kwargs)
+    chosen = x.reshape(-1, x.shape[-1])[rows]
+    y = forward(chosen[None], *args, **kwargs)
+    first, *others = y if isinstance(y, tuple) else (y,)
+    whole = first.new_zeros(shape.numel(), first.shape[-1])
+    spread = whole.index_copy(0, rows, first[0]).view(*shape, -1)
+    return (spread, *others) if isinstance(y, tuple) else spread
 
 
 @torch.no_grad()
-def can_pack_sequences(model: Any, objective: Objective, probe: Batch) -> bool:
-    """Whether examples packed into one row have the losses that they have padded."""
-    if objective is not head_loss or getattr(model.config, "_attn_implementation", None) != FUSED:
-        return False
-    return _agrees(model, _losses(model, head_loss, probe), lambda: _losses(model, head_loss, packed(probe)))
+def find_fast_paths(
+    model: Any, objective: Objective, longest: Batch, probe: Batch, prefix: FrozenPrefix | None
+) -> FastPaths:
+    """The fast paths that change no loss; each check uses those found before it.
 
-
-@torch.no_grad()
-def find_last_block(model: Any, objective: Objective, rows: Batch) -> Any:
-    """The model's last block if label rows alone give the same losses; None otherwise."""
+    Args:
+        longest: the examples on which sequence packing is checked.
+        probe: a batch of the validation split, on which the others are checked.
+        prefix: the frozen blocks, if there are any.
+    """
+    on_cpu, dtype = probe.input_ids.device.type == "cpu", next(model.parameters()).dtype
+    paths = FastPaths(float32_attention=on_cpu and dtype in (torch.bfloat16, torch.float16))
+    if objective is head_loss and getattr(model.config, "_attn_implementation", None) == FUSED:
+        plain = _losses(model, objective, longest)
+        paths.sequence_packing = _agrees(model, plain, lambda: _losses(model, objective, packed(longest)))
+    rows = packed(probe) if paths.sequence_packing else probe
     found = find_blocks(model)
-    if found is None or objective is not head_loss:
-        return None
-    last, plain = found[1][-1], _losses(model, head_loss, rows)
-    same = _agrees(model, plain, lambda: _losses(model, head_loss, rows, _label_rows_only(last, rows, None)))
-    return last if same else None
-
-
-@torch.no_grad()
-def prefix_agrees(model: Any, objective: Objective, prefix: FrozenPrefix, probe: Batch, rows: Batch) -> bool:
-    """Whether the cached prefix gives the loss of `probe`, a batch of the validation split; `rows` is its layout."""
-    plain = _losses(model, objective, probe).sum()
-    return _agrees(
-        model, plain, lambda: _losses(model, objective, rows, prefix.serving(model, "selection", rows)).sum()
-    )
+    if objective is head_loss and found is not None:
+        last, plain = found[1][-1], _losses(model, objective, rows)
+        if _agrees(model, plain, lambda: _losses(model, objective, rows, _label_rows_only(last, rows, None))):
+            paths.last_block = last
+    if prefix is not None:
+        plain = _losses(model, objective, probe).sum()
+        if _agrees(
+            model, plain, lambda: _losses(model, objective, rows, prefix.serving(model, "selection", rows)).sum()
+        ):
+            paths.prefix = prefix
+    return paths
 
 
 def _losses(model: Any, objective: Objective, rows: Batch, *shortcut: AbstractContextManager[None]) -> torch.Tensor:

@@ -36,7 +36,7 @@ def prompts(runtime: Runtime, split: SplitName) -> list[Prompt]:
     """
     if runtime.data.summary.form == "text":
         raise DataError("the data has no prompt: metrics of what the model writes need `prompt` and `completion`")
-    kept = {example.item_id for example in runtime.examples(split)}
+    kept = {example.item_id for example in runtime.data.splits[split]}
     return [_prompt(runtime, example) for example in runtime.data.texts[split] if example.item_id in kept]
 
 
@@ -143,7 +143,7 @@ def _generation_config(runtime: Runtime, asked: Sequence[Prompt]) -> Any:
 
 @torch.no_grad()
 def _predicted_classes(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
-    names, examples = runtime.data.summary.classes or [], runtime.examples(split)
+    names, examples = runtime.data.summary.classes or [], runtime.data.splits[split]
     texts = {example.item_id: str(example.content["text"]) for example in runtime.data.texts[split]}
     found: list[ModelAnswer] = []
     size = runtime.settings.eval_batch_size

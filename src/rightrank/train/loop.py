@@ -62,7 +62,7 @@ def train_trials(
     for trial in trials:
         if trial.arm.rank == 0:
             listener.on_event(TrialStarted(**trial.fields))
-            yield evaluate_base(runtime, trial, folders(trial))
+            yield _evaluate_base(runtime, trial, folders(trial))
     trained = [trial for trial in trials if trial.arm.rank > 0]
     for trial in trained:
         found = folders(trial)
@@ -74,7 +74,7 @@ def train_trials(
             yield from _TrainingLoop(runtime, multi_lora, base_loss, folders, listener, adapters_per_pass).run(trained)
 
 
-def evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> TrialFinished:
+def _evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> TrialFinished:
     """Rank 0: the base itself. A metric that fails here would fail for every arm, so the error is raised.
 
     Raises:
@@ -143,10 +143,12 @@ class _TrainingLoop:
                     self._waiting.appendleft(trial)
                     self._reduce_limit(len(self._running), len(self._running) + 1)
                 else:
-                    yield out_of_memory(trial, self._runtime, *reasons)
+                    yield self._out_of_memory(trial, *reasons)
         self._running.sort(key=lambda training: training.trial.arm.rank)  # neighbours of one rank share a product
         for training in self._running:
-            training.note_pass([other.trial.arm.rank for other in self._running if other is not training])
+            if len(self._running) > len(training.pass_ranks):  # the fullest pass of this arm so far
+                others = [other.trial.arm.rank for other in self._running if other is not training]
+                training.pass_ranks = [training.trial.arm.rank, *others]
 
     def _step(self) -> None:
         """One step of every running arm. Where memory runs out, fewer arms continue."""
@@ -159,12 +161,12 @@ class _TrainingLoop:
         if before > 1:
             for training in reversed(self._running[before // 2 :]):
                 training.save()
-                training.remove_adapter()
+                self._multi_lora.remove(training.adapter)
                 self._waiting.appendleft(training.trial)
             del self._running[before // 2 :]
             self._reduce_limit(before // 2, before)
         else:
-            first.ended = out_of_memory(first.trial, self._runtime, *reasons)
+            first.ended = self._out_of_memory(first.trial, *reasons)
 
     def _step_all(self) -> None:
         """One step of every running arm in shared passes, and the evaluations that are due. Arms share the time evenly."""
@@ -181,7 +183,32 @@ class _TrainingLoop:
             training.end_step(seconds)
         due = [training for training in self._running if training.wants_evaluation]
         if due:
-            evaluate_all(self._runtime, self._multi_lora, due)
+            self._evaluate(due)
+
+    def _evaluate(self, trainings: Sequence[ArmTraining]) -> None:
+        """Give every training its held-out scores.
+
+        On running out of memory each half is evaluated in its own pass, and a single training ends.
+        """
+        adapters = [training.adapter for training in trainings]
+        begun = time.perf_counter()
+        with memory_permitting() as reasons:
+            all_scores = self._runtime.evaluate_adapters("selection", self._multi_lora, adapters)
+        if not reasons:
+            seconds = (time.perf_counter() - begun) / len(trainings)
+            for training, scores in zip(trainings, all_scores, strict=True):
+                training.take_scores(scores, seconds)
+        elif len(trainings) > 1:
+            half = len(trainings) // 2
+            self._evaluate(trainings[:half])
+            self._evaluate(trainings[half:])
+        else:
+            trainings[0].ended = self._out_of_memory(trainings[0].trial, *reasons)
+
+    def _out_of_memory(self, trial: Trial, reason: str) -> TrialFailed:
+        place = self._runtime.loaded.device
+        reason = f"{trial.arm.label()} ran out of memory on {place}: {reason}"
+        return TrialFailed(**trial.fields, error="out_of_memory", reason=reason)
 
     def _reduce_limit(self, limit: int, tried: int) -> None:
         self._limit = limit
@@ -192,7 +219,7 @@ class _TrainingLoop:
         """Yield the outcomes of the arms that are over, those without a result first."""
         for training in [training for training in self._running if training.ended is not None]:
             self._running.remove(training)
-            training.remove_adapter()
+            self._multi_lora.remove(training.adapter)
             assert training.ended is not None
             yield training.ended
             training.delete_checkpoint()
@@ -222,31 +249,3 @@ class _TrainingLoop:
         for training in self._running:
             if training.is_checkpoint_due:
                 training.save()
-
-
-def evaluate_all(runtime: Runtime, multi_lora: MultiLora, trainings: Sequence[ArmTraining]) -> None:
-    """Give every training its held-out scores.
-
-    On running out of memory each half is evaluated in its own pass, and a single training ends.
-    """
-    begun = time.perf_counter()
-    with memory_permitting() as reasons:
-        all_scores = runtime.evaluate_adapters("selection", multi_lora, [training.adapter for training in trainings])
-    if not reasons:
-        seconds = (time.perf_counter() - begun) / len(trainings)
-        for training, scores in zip(trainings, all_scores, strict=True):
-            training.take_scores(scores, seconds)
-    elif len(trainings) > 1:
-        half = len(trainings) // 2
-        evaluate_all(runtime, multi_lora, trainings[:half])
-        evaluate_all(runtime, multi_lora, trainings[half:])
-    else:
-        trainings[0].ended = out_of_memory(trainings[0].trial, runtime, *reasons)
-
-
-def out_of_memory(trial: Trial, runtime: Runtime, reason: str) -> TrialFailed:
-    return TrialFailed(
-        **trial.fields,
-        error="out_of_memory",
-        reason=f"{trial.arm.label()} ran out of memory on {runtime.loaded.device}: {reason}",
-    )

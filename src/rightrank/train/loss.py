@@ -31,7 +31,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch.utils.checkpoint import checkpoint
 
-from rightrank.data.token_store import IGNORED, EncodedExample
+from rightrank.data.token_store import IGNORED
 from rightrank.schema.trials import SplitName
 from rightrank.train.batches import Batch, FixedGroups, position_ids
 
@@ -287,32 +287,20 @@ class PreferenceLoss:
 class Reference:
     """The log-probabilities of both answers of every pair under the base, computed once and kept in memory."""
 
-    def __init__(
-        self,
-        splits: Mapping[SplitName, Sequence[EncodedExample]],
-        expected: Mapping[SplitName, set[int]],
-        group_size: int,
-        compute: LogProbabilities,
-    ) -> None:
+    def __init__(self, groups: Mapping[SplitName, FixedGroups], compute: LogProbabilities) -> None:
         """Compute nothing yet.
 
         Args:
-            splits: the pairs.
-            expected: the indices of those that will be used.
-            group_size: pairs computed together.
+            groups: the pairs that are computed together.
             compute: gives the log-probabilities [2b] of some pairs of a split.
         """
+        self.groups = groups
         self._compute = compute
-        self._groups = {name: FixedGroups(pairs, expected[name], group_size) for name, pairs in splits.items()}
-        self._values = {name: np.full((len(pairs), 2), np.nan) for name, pairs in splits.items()}
-
-    def expect(self, split: SplitName, indices: Iterable[int]) -> None:
-        """Group pairs that will be used, to compute them together."""
-        self._groups[split].expect(indices)
+        self._values = {split: np.full((len(grouped.examples), 2), np.nan) for split, grouped in groups.items()}
 
     def fill(self, split: SplitName, wanted: Iterable[int]) -> Iterator[int]:
         """Compute what is missing for the pairs in `wanted`; yields the number of pairs in each group."""
-        for group in self._groups[split].missing(wanted):
+        for group in self.groups[split].missing(wanted):
             self._values[split][group] = self._compute(split, group).view(-1, 2).numpy()
             yield len(group)
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from rightrank.schema.errors import MetricError
 from rightrank.schema.metrics import MetricSpec
-from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
 from rightrank.train.generation import answers
 from rightrank.train.runtime import Runtime
-from rightrank.train.scorers import ModelAnswer, Scored, require_scorer, score, write_answers
-from rightrank.train.scores import exact_match, macro_f1, macro_f1_shares, rouge_l, rouge_n, token_f1
+from rightrank.train.scorers import ModelAnswer, Scored, score, write_answers
+from rightrank.train.scores import exact_match, macro_f1, rouge_l, rouge_n, token_f1
 
 TEXT_SCORES: dict[str, Callable[[str, str], float]] = {  # of the expected and the generated text
     "exact_match": exact_match,
@@ -51,29 +50,14 @@ class Measured:
             raise MetricError(f"{reason}; trained adapters are kept: fix the cause and run the same command again")
 
 
-def end_metrics(settings: SelectSettings) -> list[MetricSpec]:
-    """The metrics of the settings that are measured when a training ends."""
-    return [spec for spec in settings.metric_specs if not spec.is_measured_along]
-
-
-def require_scorers(settings: SelectSettings) -> None:
-    """Check before anything is loaded that every metric can be measured.
-
-    Raises:
-        SettingsError: a metric can't be measured.
-    """
-    for spec in settings.metric_specs:
-        require_scorer(spec)
-
-
 def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Measured:
-    """Every end metric on a split, under the adapter that the base now carries.
+    """Every metric that is measured when a training ends, on a split, under the adapter that the base now carries.
 
     Args:
         split: the examples to answer.
         keep: a file for the answers.
     """
-    specs = end_metrics(runtime.settings)
+    specs = [spec for spec in runtime.settings.metric_specs if not spec.is_measured_along]
     measured = Measured()
     if not specs:
         return measured
@@ -91,8 +75,8 @@ def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Mea
 def _score(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Scored:
     if spec.name in TEXT_SCORES:
         text_score = TEXT_SCORES[spec.name]
-        return Scored.of_examples([text_score(answer.expected, answer.completion) for answer in answered])
+        scores = [text_score(answer.expected, answer.completion) for answer in answered]
+        return Scored(sum(scores) / len(scores), scores)
     if spec.name == "macro_f1":
-        sides = [a.expected for a in answered], [a.completion for a in answered]
-        return Scored(macro_f1(*sides), macro_f1_shares(*sides))
+        return Scored(*macro_f1([a.expected for a in answered], [a.completion for a in answered]))
     return score(spec, answered)

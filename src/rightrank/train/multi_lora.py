@@ -2,58 +2,87 @@
 
 PEFT matches the target modules, creates the adapters and saves them. Their kinds (`models/kinds`) give the forward
 pass. Arms can be added and removed at any time.
+
+Rank r takes the first r rows of the draw of each module's A, so arms of one seed differ only in their further rows. The
+distributions are PEFT's: A is uniform in ±1/√in_features (`default`) or normal with standard deviation 1/r (`gaussian`),
+and B is zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
 from rightrank.data.token_store import IGNORED
 from rightrank.models.kinds import kind_of
-from rightrank.models.kinds.base import CurrentRouting, Routing, salt_of
+from rightrank.models.kinds.base import CurrentRouting, Draw, Routing
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.train.adapter import ADAPTER, initialise, seeded, unwrapped, wrapped
 from rightrank.train.batches import Batch
 from rightrank.train.targets import without_peft_noise
+
+ADAPTER = "default"  # PEFT's name for the only adapter of a model
 
 
 def install(name: str, module: Any, current_routing: CurrentRouting) -> None:
     """Give an adapted module (PEFT's LoraLayer or ModulesToSaveWrapper) the forward pass that routes rows to adapters."""
     if isinstance(module, ModulesToSaveWrapper):
-        vars(module)["forward"] = _saved_forward(module, current_routing)
+        vars(module)["forward"] = partial(_saved_forward, module, current_routing)
         return
-    vars(module)["rightrank_salt"] = salt_of(name)
-    vars(module)["forward"] = kind_of(module).forward(module, current_routing)
+    # A number that differs between layers, so that each draws its own dropout.
+    vars(module)["rightrank_salt"] = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+    vars(module)["forward"] = partial(kind_of(module).forward, module, current_routing)
 
 
-def _saved_forward(module: Any, current_routing: CurrentRouting) -> Callable[..., Any]:
+def _saved_forward(module: Any, current_routing: CurrentRouting, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """A module in `modules_to_save`, of which every arm trains a copy: each arm's rows go through its own copy."""
+    routing = current_routing()
+    if routing is None:
+        return module.original_module(x, *args, **kwargs)
+    if len(routing.adapters) == 1:
+        return module.modules_to_save[routing.adapters[0]](x, *args, **kwargs)
+    along = 1 if x.shape[0] == 1 else 0  # packed: one row of tokens; padded: one row per example
+    parts = routing.parts(x.shape[along])
+    pieces = torch.split(x, [part.rows for part in parts], dim=along)
+    outputs = [
+        module.modules_to_save[part.adapter](piece, *args, **kwargs) for part, piece in zip(parts, pieces, strict=True)
+    ]
+    return torch.cat(outputs, dim=along)
 
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        routing = current_routing()
-        if routing is None:
-            return module.original_module(x, *args, **kwargs)
-        if len(routing.adapters) == 1:
-            return module.modules_to_save[routing.adapters[0]](x, *args, **kwargs)
-        along = 1 if x.shape[0] == 1 else 0  # packed: one row of tokens; padded: one row per example
-        parts = routing.parts(x.shape[along])
-        pieces = torch.split(x, [part.rows for part in parts], dim=along)
-        outputs = [
-            module.modules_to_save[part.adapter](piece, *args, **kwargs)
-            for part, piece in zip(parts, pieces, strict=True)
-        ]
-        return torch.cat(outputs, dim=along)
 
-    return forward
+def unwrapped(peft_model: Any) -> Any:
+    """The base without PEFT's layers, frozen.
+
+    PEFT's `unload` leaves the trained copy of each module in `modules_to_save` (a classification head, for example) in
+    the base. This function puts the base's own module back, so that the next arm does not start from a trained one.
+    """
+    originals = {
+        name: module.original_module
+        for name, module in peft_model.base_model.model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    base = peft_model.unload()
+    for name, module in originals.items():
+        base.set_submodule(name, module)
+    base.requires_grad_(False)
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    return base
+
+
+def lora_modules(peft_model: Any) -> dict[str, Any]:
+    """The adapted modules by their name in the base model."""
+    base = peft_model.base_model.model
+    return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +112,34 @@ class MultiLora:
         self._close()
 
     def add(self, adapter: str, arm: Arm, config: LoraConfig) -> dict[str, torch.nn.Parameter]:
-        """Add a freshly initialised adapter; returns its trainable tensors (see `parameters`)."""
-        with seeded(arm.seed), without_peft_noise():
+        """Add an adapter with its first values; returns its trainable tensors, by the names that PEFT's only adapter has."""
+        with torch.random.fork_rng(), without_peft_noise():
+            torch.manual_seed(arm.seed)  # the start of what PEFT alone initialises
             if self.peft_model is None:
-                self.peft_model = wrapped(self._model, config, adapter)
+                self.peft_model = self._wrapped(config, adapter)
             else:
                 self.peft_model.add_adapter(adapter, config)
         self._names.append(adapter)
-        initialise(self.peft_model, arm, self._settings, adapter)
+        with torch.no_grad():
+            for name, module in lora_modules(self.peft_model).items():
+                if adapter in module.lora_A or adapter in module.lora_embedding_A:
+                    kind_of(module).start(module, adapter, Draw(arm.seed, name, self._settings.init_lora_weights))
         self._settle()
-        return self.parameters(adapter)
+        found: dict[str, torch.nn.Parameter] = {}
+        for name, parameter in self.peft_model.named_parameters():
+            parts = name.split(".")
+            if adapter in parts:
+                found[".".join(ADAPTER if part == adapter else part for part in parts)] = parameter
+        return found
+
+    def _wrapped(self, config: LoraConfig, adapter: str) -> Any:
+        """PEFT's model around the base. New modules are in evaluation mode, the base's modules keep their mode."""
+        in_training = [module for module in self._model.modules() if module.training]  # checkpointed blocks
+        peft_model: Any = get_peft_model(self._model, config, adapter_name=adapter)
+        peft_model.train(False)
+        for module in in_training:
+            module.training = True
+        return peft_model
 
     def remove(self, adapter: str) -> None:
         """Remove an adapter, if it is on the base."""
@@ -107,18 +154,12 @@ class MultiLora:
             self._settle()
         self.peft_model.delete_adapter(adapter)
 
-    def parameters(self, adapter: str) -> dict[str, torch.nn.Parameter]:
-        """The adapter's trainable tensors, by the names that they have when it is PEFT's only one."""
-        found: dict[str, torch.nn.Parameter] = {}
-        for name, parameter in self.peft_model.named_parameters():
-            parts = name.split(".")
-            if adapter in parts:
-                found[".".join(ADAPTER if part == adapter else part for part in parts)] = parameter
-        return found
-
     @contextmanager
-    def routed(self, arm_batches: Sequence[ArmBatch], packed: bool = False) -> Iterator[Routing]:
-        """Within the block, each row of `concatenated(arm_batches)`, padded or packed, goes to its arm's adapter."""
+    def routed(
+        self, arm_batches: Sequence[ArmBatch], pad_id: int, packed: bool = False
+    ) -> Iterator[tuple[Batch, Routing]]:
+        """Yield one batch of all arms' rows, padded; within the block each row, padded or packed, goes to its arm's adapter."""
+        batch = _concatenated([arm_batch.batch for arm_batch in arm_batches], pad_id)
         names = [arm_batch.adapter for arm_batch in arm_batches]
         seeds = [arm_batch.dropout_seed for arm_batch in arm_batches]
         if packed:
@@ -128,7 +169,7 @@ class MultiLora:
             lengths = [arm_batch.batch.input_ids.shape[1] for arm_batch in arm_batches]
             self.routing = Routing.padded(names, seeds, rows, lengths)
         try:
-            yield self.routing
+            yield batch, self.routing
         finally:
             self.routing = None
 
@@ -159,7 +200,7 @@ class MultiLora:
         self.peft_model = None
 
 
-def concatenated(batches: Sequence[Batch], pad_id: int) -> Batch:
+def _concatenated(batches: Sequence[Batch], pad_id: int) -> Batch:
     """One batch of all rows in order, padded to the longest batch."""
     if len(batches) == 1:
         return batches[0]

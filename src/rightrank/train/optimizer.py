@@ -11,11 +11,11 @@ import torch
 from transformers import get_scheduler
 
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch
-from rightrank.train.checkpoints import BEST, Progress, RunningMean
+from rightrank.train.checkpoints import Progress, RunningMean
 from rightrank.train.runtime import Runtime
 
+MEAN, MEAN_COUNT, BEST = "average.", "average_count", "best."  # of a checkpoint's tensors
 Schedule: TypeAlias = Callable[[int], float]  # the factor on the learning rate by step, counted from 0
 Pass: TypeAlias = Callable[[Sequence[Batch], int], Sequence[torch.Tensor]]
 
@@ -46,7 +46,7 @@ class ArmOptimizer:
 
     def __post_init__(self) -> None:
         self._parameters = list(self.named.values())
-        self._optimizer = make_optimizer(self.named, self._learning_rate, self._runtime.settings)
+        self._optimizer = _make_optimizer(self.named, self._learning_rate, self._runtime.settings)
         self.progress = Progress()
         self.mean: RunningMean | None = None  # of the parameters, where the training compares it
         self.best: Mapping[str, torch.Tensor] = {}  # the parameters at the best evaluation so far
@@ -60,7 +60,7 @@ class ArmOptimizer:
         size, indices = self._runtime.settings.batch_size, self._plan[self.progress.step]
         micro = [indices[start : start + size] for start in range(0, len(indices), size)]
         batches = [self._runtime.batch("train", part) for part in micro]
-        examples = [self._runtime.examples("train")[index] for index in indices]
+        examples = [self._runtime.data.splits["train"][index] for index in indices]
         self.loss_sum = 0.0
         self.labels = sum(map(self._runtime.data.loss_weight, examples))
         self._tokens = sum(example.length for example in examples)
@@ -88,7 +88,10 @@ class ArmOptimizer:
             state = self._optimizer.state[parameter]
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
         tensors |= {f"{BEST}{name}": value for name, value in self.best.items()}
-        return tensors if self.mean is None else tensors | self.mean.tensors()
+        if self.mean is not None:
+            tensors |= {f"{MEAN}{name}": value for name, value in self.mean.sums.items()}
+            tensors[MEAN_COUNT] = torch.tensor(self.mean.count)
+        return tensors
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """A copy of them, outside the device."""
@@ -110,33 +113,30 @@ class ArmOptimizer:
                 key: value.to(parameter.device) if value.dim() > 0 or _is_fused(parameter) else value
                 for key, value in saved.items()
             }
-        if self.mean is not None and with_mean:
-            self.mean.restore(tensors)
+        if self.mean is not None and with_mean and MEAN_COUNT in tensors:
+            for name, value in self.mean.sums.items():
+                value.copy_(tensors[f"{MEAN}{name}"])
+            self.mean.count = int(tensors[MEAN_COUNT])
         self.progress = Progress.model_validate(state)
 
 
-def arm_schedule(settings: SelectSettings, arm: Arm) -> Schedule:
-    """The factor on the arm's learning rate: the settings' schedule over all steps.
+def learning_rate_schedule(
+    settings: SelectSettings, steps: int, start: int | None = None, end: int | None = None
+) -> Schedule:
+    """transformers' schedule over `steps` as a pure function.
 
-    An annealed copy follows it up to `anneal_from`, then decays linearly to 0 at `stop_at`.
+    That of an annealed copy follows it up to `start`, then decays linearly to 0 at `end`.
     """
-    schedule = learning_rate_schedule(settings, arm.steps)
-    start, end = arm.anneal_from, arm.stop_at
-    if start is None or end is None:
-        return schedule
-    return lambda step: schedule(step) if step < start else schedule(start) * (end - step) / (end - start)
-
-
-def learning_rate_schedule(settings: SelectSettings, steps: int) -> Schedule:
-    """transformers' schedule as a pure function."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     warmup = math.ceil(settings.warmup_ratio * steps)
     name = "constant_with_warmup" if settings.lr_scheduler_type == "constant" else settings.lr_scheduler_type
     factor: Schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
-    return factor
+    if start is None or end is None:
+        return factor
+    return lambda step: factor(step) if step < start else factor(start) * (end - step) / (end - start)
 
 
-def make_optimizer(
+def _make_optimizer(
     named: Mapping[str, torch.nn.Parameter], learning_rate: float, settings: SelectSettings
 ) -> torch.optim.Optimizer:
     """torch's AdamW over the adapter's parameters, with its fused kernel where the device has one.

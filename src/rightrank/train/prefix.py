@@ -10,7 +10,7 @@ hidden states. `fast_paths.py` checks on real data that the losses stay the same
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from rightrank.data.files import preallocate
-from rightrank.data.token_store import EncodedExample, lengths_of
+from rightrank.data.token_store import EncodedExample
+from rightrank.schema.trials import SplitName
 from rightrank.train.batches import Batch, FixedGroups, collate
 
 IN_MEMORY_BYTES = 2**30  # a larger store goes to a memory-mapped file
@@ -35,7 +36,6 @@ class _Store:
     """Hidden states of one split: a flat [tokens, d] tensor of the expected examples; any others are kept apart."""
 
     examples: Sequence[EncodedExample]
-    groups: FixedGroups
     begins: dict[int, int]  # of the expected examples, in tokens
     tokens: int  # of the expected examples
     hidden: torch.Tensor | None = None
@@ -51,38 +51,37 @@ class _Store:
 
 
 class FrozenPrefix:
-    """The lowest blocks of a model, computed once per example."""
+    """The lowest blocks of a model, computed once per example: in the groups given, an example in none of them alone."""
 
-    def __init__(self, blocks: Sequence[Any], pad_id: int, device: torch.device, folder: Path, group_size: int) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Any],
+        groups: Mapping[SplitName, FixedGroups],
+        pad_id: int,
+        device: torch.device,
+        folder: Path,
+    ) -> None:
+        self.groups = groups
         self._blocks = blocks
         self._pad_id = pad_id
         self._device = device
         self._folder = folder
-        self._group_size = group_size
         self._stores: dict[str, _Store] = {}
+        for split, grouped in groups.items():
+            ordered = [index for group in grouped.groups for index in group]
+            lengths = grouped.examples.lengths[ordered]
+            begins = dict(zip(ordered, (np.cumsum(lengths) - lengths).tolist(), strict=True))
+            self._stores[split] = _Store(grouped.examples, begins, int(lengths.sum()))
         self._returns_tuple = False
 
-    def add_split(self, name: str, examples: Sequence[EncodedExample], expected: Iterable[int]) -> None:
-        """Register a split. Examples in `expected` are computed in groups of like length, any others one by one."""
-        groups = FixedGroups(examples, expected, self._group_size)
-        ordered = [index for group in groups.groups for index in group]
-        lengths = lengths_of(examples)[ordered]
-        begins = dict(zip(ordered, (np.cumsum(lengths) - lengths).tolist(), strict=True))
-        self._stores[name] = _Store(examples, groups, begins, int(lengths.sum()))
-
-    def expect(self, name: str, indices: Iterable[int]) -> None:
-        """Group examples of a split that nobody has asked for so far, to compute them together when one is used."""
-        self._stores[name].groups.expect(indices)
-
-    def fill(self, model: Any, split: str, wanted: Iterable[int]) -> Iterator[int]:
+    def fill(self, model: Any, split: SplitName, wanted: Iterable[int]) -> Iterator[int]:
         """Compute the missing groups of the examples in `wanted`; yields the number of examples in each."""
-        store = self._stores[split]
-        for group in store.groups.missing(wanted):
-            self._compute(model, store, split, group)
+        for group in self.groups[split].missing(wanted):
+            self._compute(model, self._stores[split], split, group)
             yield len(group)
 
     @contextmanager
-    def serving(self, model: Any, split: str, batch: Batch) -> Iterator[None]:
+    def serving(self, model: Any, split: SplitName, batch: Batch) -> Iterator[None]:
         """Within the block, the lower blocks return the stored hidden states of `batch`; `model` is the bare base."""
         store = self._stores[split]
         deque(self.fill(model, split, batch.indices), maxlen=0)

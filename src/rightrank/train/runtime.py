@@ -11,11 +11,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 
 from rightrank.data.files import read_json_object
-from rightrank.data.token_store import EncodedExample
 from rightrank.models.adapter_files import peft_folder
 from rightrank.models.base_models import LoadedModel
 from rightrank.models.kinds.base import Routing, training_is
@@ -24,11 +24,10 @@ from rightrank.schema.errors import InterruptedRun, ModelError, first_line
 from rightrank.schema.events import Evaluating
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
-from rightrank.train.adapter import unwrapped
-from rightrank.train.batches import Batch, batch_plan, collate, length_sorted_batches, wants_float32
+from rightrank.train.batches import Batch, FixedGroups, batch_plan, collate, length_sorted_batches
 from rightrank.train.device import gradient_checkpointing_on
 from rightrank.train.evaluation import Scores
-from rightrank.train.fast_paths import FastPaths, can_pack_sequences, find_last_block, packing_probe, prefix_agrees
+from rightrank.train.fast_paths import FastPaths, find_fast_paths
 from rightrank.train.loss import (
     BatchLoss,
     Likelihood,
@@ -40,10 +39,10 @@ from rightrank.train.loss import (
     make_likelihood,
     sees_later_tokens,
 )
-from rightrank.train.multi_lora import ArmBatch, MultiLora, concatenated
+from rightrank.train.multi_lora import ADAPTER, ArmBatch, MultiLora, unwrapped
 from rightrank.train.prefix import FrozenPrefix, frozen_blocks
 from rightrank.train.targets import Targets, find_targets, lora_config, without_peft_noise
-from rightrank.train.tokens import EncodedData
+from rightrank.train.tokens import EXAMPLE_METRICS, EncodedData
 
 FURTHER_SHARE = 0.1  # of a training's steps: the examples that follow it, for moments and recovery after a truncation
 
@@ -84,10 +83,9 @@ class Runtime:
         # Examples of an evaluation so far, of all.
         self.on_evaluated: Callable[[int, int], None] = lambda _done, _of: None
         self._reference: Reference | None = None
-        if isinstance(self._likelihood, Likelihood) and data.is_preference:
+        if isinstance(self._likelihood, Likelihood) and data.summary.form == "preference":
             self.objective = PreferenceLoss(self._likelihood.labels, settings.beta)
-            expected = {split: self._expected_examples(split) for split in data.splits}
-            self._reference = Reference(data.splits, expected, settings.eval_batch_size, self._log_probabilities)
+            self._reference = Reference(self._groups(), self._log_probabilities)
 
     def prepare(self, on_progress: Callable[[Evaluating], None], should_stop: Callable[[], bool]) -> None:
         """Compute what the base alone gives for the training examples that the arms will use, and report progress.
@@ -124,15 +122,12 @@ class Runtime:
         elif self.fast_paths.prefix is not None:
             yield from self.fast_paths.prefix.fill(self.model, split, expected)
 
-    def examples(self, split: SplitName) -> Sequence[EncodedExample]:
-        return self.data.splits[split]
-
     def batch(self, split: SplitName, indices: Sequence[int]) -> Batch:
         batch = self._collated(split, indices)
         return batch if self._reference is None else replace(batch, reference=self._reference.of(split, indices))
 
     def _collated(self, split: SplitName, indices: Sequence[int]) -> Batch:
-        return collate(self.examples(split), indices, self._pad_id, self.loaded.device)
+        return collate(self.data.splits[split], indices, self._pad_id, self.loaded.device)
 
     @torch.no_grad()
     def _log_probabilities(self, split: SplitName, indices: Sequence[int]) -> torch.Tensor:
@@ -147,8 +142,7 @@ class Runtime:
         A plan of more steps begins with the plan of fewer.
         """
         steps = self.steps if steps is None else steps
-        examples, size = self.examples("train"), self.settings.items_per_step
-        return batch_plan(len(examples), size, steps, seed)
+        return batch_plan(len(self.data.splits["train"]), self.settings.items_per_step, steps, seed)
 
     def losses(
         self, split: SplitName, batch: Batch, scale: Scale, routing: Routing | None = None, *, backward: bool = False
@@ -165,13 +159,23 @@ class Runtime:
 
         Gradients are added to the arms' tensors.
         """
-        batch = concatenated([arm_batch.batch for arm_batch in arm_batches], self._pad_id)
         counts = [len(arm_batch.batch.indices) for arm_batch in arm_batches]
         scales = [arm_batch.scale for arm_batch, count in zip(arm_batches, counts, strict=True) for _ in range(count)]
-        with multi_lora.routed(arm_batches, self.fast_paths.sequence_packing) as routing:
-            scale = torch.tensor(scales, device=self.loaded.device)
-            result = self.losses("train", batch, scale, routing, backward=True)
+        scale = torch.tensor(scales, device=self.loaded.device)
+        result = self._routed_losses("train", multi_lora, arm_batches, scale, backward=True)
         return list(torch.split(result.example_losses, counts))
+
+    def _routed_losses(
+        self,
+        split: SplitName,
+        multi_lora: MultiLora,
+        arm_batches: Sequence[ArmBatch],
+        scale: Scale,
+        *,
+        backward: bool = False,
+    ) -> BatchLoss:
+        with multi_lora.routed(arm_batches, self._pad_id, self.fast_paths.sequence_packing) as (batch, routing):
+            return self.losses(split, batch, scale, routing, backward=backward)
 
     @torch.no_grad()
     def evaluate(self, split: SplitName, only: Sequence[int] | None = None) -> Scores:
@@ -180,35 +184,28 @@ class Runtime:
         Batches have a fixed composition. Examples that are left out have zeros.
         """
         with self.without_dropout():
-            return self._evaluate(split, 1, lambda batch: self.losses(split, batch, 1.0), only)[0]
+            return self.evaluate_adapters(split, None, [ADAPTER], only)[0]
 
     @torch.no_grad()
     def evaluate_adapters(
-        self, split: SplitName, multi_lora: MultiLora, adapters: Sequence[str], only: Sequence[int] | None = None
+        self, split: SplitName, multi_lora: MultiLora | None, adapters: Sequence[str], only: Sequence[int] | None = None
     ) -> list[Scores]:
-        """As `evaluate`, for several adapters in one pass over the split."""
-
-        def losses(batch: Batch) -> BatchLoss:
-            arm_batches = [ArmBatch(adapter, batch, 1.0, None) for adapter in adapters]
-            with multi_lora.routed(arm_batches, self.fast_paths.sequence_packing) as routing:
-                return self.losses(split, concatenated([batch] * len(adapters), self._pad_id), 1.0, routing)
-
-        return self._evaluate(split, len(adapters), losses, only)
-
-    def _evaluate(
-        self, split: SplitName, adapters: int, losses: Callable[[Batch], BatchLoss], only: Sequence[int] | None = None
-    ) -> list[Scores]:
-        """The scores of each adapter; `losses` gives the examples of the first, then those of the second, and so on."""
-        examples, names = self.examples(split), self.data.example_metrics
+        """As `evaluate`, for several adapters in one pass over the split; without `multi_lora`, for what the base now carries."""
+        examples, names = self.data.splits[split], EXAMPLE_METRICS.get(self.data.summary.form, ())
         batches = length_sorted_batches(examples, self.settings.eval_batch_size)
         if only is not None:
             kept = set(only)
             batches = [here for batch in batches if (here := [index for index in batch if index in kept])]
         none, zeros = [0] * len(examples), [0.0] * len(examples)
-        scores = [Scores([*zeros], [*none], {name: [*zeros] for name in names}) for _ in range(adapters)]
+        scores = [Scores([*zeros], [*none], {name: [*zeros] for name in names}) for _ in adapters]
         done, count = 0, sum(map(len, batches))
         for indices in batches:
-            result = losses(self.batch(split, indices))
+            batch = self.batch(split, indices)
+            if multi_lora is None:
+                result = self.losses(split, batch, 1.0)
+            else:
+                arm_batches = [ArmBatch(adapter, batch, 1.0, None) for adapter in adapters]
+                result = self._routed_losses(split, multi_lora, arm_batches, 1.0)
             for row, (score, index) in enumerate(product(scores, indices)):
                 score.losses[index] = float(result.example_losses[row])
                 score.tokens[index] = int(result.example_tokens[row])
@@ -235,43 +232,40 @@ class Runtime:
             yield
 
     def _find_fast_paths(self, probe: Batch, cache_folder: Path) -> FastPaths:
-        """The fast paths that change no loss; each check uses those found before it."""
-        paths = FastPaths(float32_attention=wants_float32(self.loaded.device, next(self.model.parameters()).dtype))
-        longest = self._collated(*packing_probe(self.data.splits))
-        paths.sequence_packing = can_pack_sequences(self.model, self._likelihood, longest)
-        rows = paths.layout(probe)
-        paths.last_block = find_last_block(self.model, self._likelihood, rows)
-        prefix = self._make_prefix(cache_folder)
-        if prefix is not None and prefix_agrees(self.model, self._likelihood, prefix, probe, rows):
-            paths.prefix = prefix
-        return paths
+        """Sequence packing is checked on the longest example of all, with the shortest and the median of its split.
 
-    def _make_prefix(self, folder: Path) -> FrozenPrefix | None:
-        """The blocks below everything trainable; None if there are none."""
+        The frozen prefix is the blocks below everything trainable.
+        """
         settings = self.settings
         trainable = [*(module.name for module in self.targets.modules), *settings.modules_to_save]
         blocks = frozen_blocks(self.model, trainable) if settings.cache_prefix else []
-        if not blocks:
-            return None
-        prefix = FrozenPrefix(blocks, self._pad_id, self.loaded.device, folder, settings.eval_batch_size)
-        for split, examples in self.data.splits.items():
-            prefix.add_split(split, examples, self._expected_examples(split))
-        return prefix
+        device = self.loaded.device
+        prefix = FrozenPrefix(blocks, self._groups(), self._pad_id, device, cache_folder) if blocks else None
+        split, longest = max(self.data.splits.items(), key=lambda item: int(item[1].lengths.max(initial=0)))
+        by_length = np.argsort(longest.lengths, kind="stable")
+        packable = self._collated(split, by_length[[0, -1, len(by_length) // 2]].tolist())
+        return find_fast_paths(self.model, self._likelihood, packable, probe, prefix)
+
+    def _groups(self) -> dict[SplitName, FixedGroups]:
+        """The examples that the arms will use, in the groups in which what the base alone gives is computed."""
+        return {
+            split: FixedGroups(examples, self._expected_examples(split), self.settings.eval_batch_size)
+            for split, examples in self.data.splits.items()
+        }
 
     def _expected_examples(self, split: SplitName) -> set[int]:
         """The indices of a split's examples that the arms will use."""
         if split != "train":
-            return set(range(len(self.examples(split))))
+            return set(range(len(self.data.splits[split])))
         further = self.steps + math.ceil(FURTHER_SHARE * self.steps)
         plans = [self.batch_plan(self.settings.seeds[0], further), *map(self.batch_plan, self.settings.seeds[1:])]
         return {index for plan in plans for indices in plan for index in indices}
 
     def expect(self, split: SplitName, indices: Sequence[int]) -> None:
         """Announce examples that will be used, so that their frozen layers are computed in groups and not one by one."""
-        if self.fast_paths.prefix is not None:
-            self.fast_paths.prefix.expect(split, indices)
-        if self._reference is not None:
-            self._reference.expect(split, indices)
+        for computed in (self.fast_paths.prefix, self._reference):
+            if computed is not None:
+                computed.groups[split].expect(indices)
 
 
 def visible_label(name: str) -> ModelError:

@@ -25,6 +25,7 @@ from typing import Any
 from rightrank.data.files import replacing
 from rightrank.schema.errors import MetricError, RunError, SettingsError
 from rightrank.schema.metrics import MetricSpec
+from rightrank.schema.settings import SelectSettings
 
 TIMEOUT_SECONDS = 600.0  # of a program that computes a metric
 PLACEHOLDER = "{file}"  # of the answers' path in a command; without it the path is appended
@@ -42,14 +43,10 @@ class ModelAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A metric's value, and scores of the examples whose mean it is: their own, or their shares (`scores.shares`)."""
+    """A metric's value, and scores of the examples whose mean it is: their own, or their shares (`scores.macro_f1`)."""
 
     value: float
     examples: list[float] | None
-
-    @classmethod
-    def of_examples(cls, scores: Sequence[float]) -> Scored:
-        return cls(sum(scores) / len(scores), list(scores))
 
 
 def write_answers(answers: Iterable[ModelAnswer], path: Path) -> None:
@@ -59,18 +56,19 @@ def write_answers(answers: Iterable[ModelAnswer], path: Path) -> None:
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def require_scorer(spec: MetricSpec) -> None:
-    """Check before training that the function or program exists.
+def require_scorers(settings: SelectSettings) -> None:
+    """Check before anything is loaded that the function or program of every metric exists.
 
     Raises:
-        SettingsError: it does not exist.
+        SettingsError: one does not exist.
     """
-    if spec.kind == "command":
-        program = _command(spec)[0]
-        if shutil.which(program) is None:
-            raise SettingsError(f"metric {spec.name!r}: no program {program!r} on the PATH; give its path")
-    elif spec.kind == "function":
-        _function(spec)
+    for spec in settings.metric_specs:
+        if spec.kind == "command":
+            program = _command(spec)[0]
+            if shutil.which(program) is None:
+                raise SettingsError(f"metric {spec.name!r}: no program {program!r} on the PATH; give its path")
+        elif spec.kind == "function":
+            _function(spec)
 
 
 def score(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Scored:
@@ -89,7 +87,8 @@ def score(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Scored:
     for one in scores:
         if not isinstance(one, int | float) or not math.isfinite(one):
             raise MetricError(f"metric {spec.name!r}: it gave {_short(repr(one))}; finite numbers are expected")
-    return Scored(float(found), None) if is_one else Scored.of_examples([float(one) for one in scores])
+    values = [float(one) for one in scores]
+    return Scored(values[0], None) if is_one else Scored(sum(values) / len(values), values)
 
 
 def _returned(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
@@ -162,7 +161,7 @@ def _printed(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
         command = _command(spec)
         placed = [word.replace(PLACEHOLDER, str(path)) for word in command]
         try:
-            printed = run_program(placed if placed != command else [*command, str(path)], TIMEOUT_SECONDS)
+            printed = _run_program(placed if placed != command else [*command, str(path)])
         except RunError as error:
             raise MetricError(f"metric {spec.name!r}: {error}") from None
     try:
@@ -180,7 +179,7 @@ def _printed(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
     return words[0] if len(words) == 1 else words
 
 
-def run_program(command: Sequence[str], timeout_seconds: float) -> str:
+def _run_program(command: Sequence[str]) -> str:
     """Run a program and return what it printed.
 
     Raises:
@@ -188,12 +187,12 @@ def run_program(command: Sequence[str], timeout_seconds: float) -> str:
     """
     try:
         ended = subprocess.run(
-            list(command), stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_seconds, check=False
+            list(command), stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_SECONDS, check=False
         )
     except OSError as error:
         raise RunError(f"can't run {command[0]!r} ({error.strerror or error})") from None
     except subprocess.TimeoutExpired:
-        raise RunError(f"{_short(command[0])} took longer than {timeout_seconds:g} s and was killed") from None
+        raise RunError(f"{_short(command[0])} took longer than {TIMEOUT_SECONDS:g} s and was killed") from None
     if ended.returncode != 0:
         last = ended.stderr.decode(errors="replace").strip().splitlines()[-1:]
         detail = f": {_short(last[0])}" if last else ""

@@ -44,35 +44,22 @@ def rouge_n(expected: str, written: str, n: int) -> float:
     return 2 * (ours & theirs).total() / whole if ours and theirs else 0.0
 
 
-def macro_f1(expected: Sequence[str], predicted: Sequence[str]) -> float:
-    """The mean F1 over the classes that occur on either side, as `average="macro"` in scikit-learn."""
-    return _macro_f1(Counter(zip(expected, predicted, strict=True)))
+def macro_f1(expected: Sequence[str], predicted: Sequence[str]) -> tuple[float, list[float]]:
+    """The mean F1 over the classes that occur on either side, as `average="macro"` in scikit-learn, and each example's share.
 
-
-def macro_f1_shares(expected: Sequence[str], predicted: Sequence[str]) -> list[float]:
-    """Each example's share of the macro F1, whose mean is the macro F1: jackknife pseudo-values (`shares`).
-
-    The examples of one cell of the confusion matrix have the same share, so that few matrices are scored.
+    The metric is no mean over examples. The shares, whose mean it is, are pseudo-values of the jackknife (Tukey 1958) about
+    the metric itself. Their paired differences have the standard error that a paired bootstrap of the examples has, with
+    which a test compares them, so that the metric gets bounds as any other. The examples of one cell of the confusion matrix
+    have the same share, so that few matrices are scored.
     """
     pairs = Counter(zip(expected, predicted, strict=True))
     whole, count = _macro_f1(pairs), pairs.total()
     if count < 2:
-        return [whole]
-    without = {pair: _macro_f1(pairs - Counter([pair])) for pair in pairs}
-    return shares(whole, [without[pair] for pair in zip(expected, predicted, strict=True)])
-
-
-def shares(whole: float, without: Sequence[float]) -> list[float]:
-    """Pseudo-values of the jackknife (Tukey 1958) about the metric itself, for one that is no mean over examples.
-
-    Their paired differences have the standard error that a paired bootstrap of the examples has, with which a test compares
-    them, so that such a metric gets bounds as any other.
-
-    Args:
-        without: [examples] the metric without each.
-    """
-    mean = sum(without) / len(without)
-    return [whole + (len(without) - 1) * (mean - one) for one in without]
+        return whole, [whole]
+    by_pair = {pair: _macro_f1(pairs - Counter([pair])) for pair in pairs}
+    without = [by_pair[pair] for pair in zip(expected, predicted, strict=True)]
+    mean = sum(without) / count
+    return whole, [whole + (count - 1) * (mean - one) for one in without]
 
 
 def _macro_f1(pairs: Counter[tuple[str, str]]) -> float:

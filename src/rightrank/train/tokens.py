@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from rightrank.data.forms import DataForm, Example
 from rightrank.data.splits import SPLITS, DataSplits
-from rightrank.data.token_store import IGNORED, EncodedExample, TokenStore, longest_sequences
+from rightrank.data.token_store import IGNORED, EncodedExample, TokenStore
 from rightrank.models.base_models import LoadedModel
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import DataSummary, SplitSummary
@@ -183,7 +183,7 @@ def _with_common_start(pair: list[EncodedSequence]) -> list[EncodedSequence]:
     return pair
 
 
-EXAMPLE_METRICS: dict[str, tuple[str, ...]] = {
+EXAMPLE_METRICS: dict[str, tuple[str, ...]] = {  # that every evaluation gives for each example, beside the loss
     "classification": ("accuracy",),
     "preference": ("reward_accuracy", "reward_margin", "chosen_log_ratio"),
 }
@@ -193,7 +193,7 @@ EXAMPLE_METRICS: dict[str, tuple[str, ...]] = {
 class EncodedData:
     """The encoded splits, and a summary of what was truncated and dropped."""
 
-    splits: Mapping[SplitName, Sequence[EncodedExample]]
+    splits: Mapping[SplitName, TokenStore]
     texts: Mapping[SplitName, Sequence[Example]]  # the held-out examples, for generation
     summary: DataSummary
 
@@ -202,22 +202,9 @@ class EncodedData:
         return self.summary.form == "classification"
 
     @property
-    def is_preference(self) -> bool:
-        return self.summary.form == "preference"
-
-    @property
-    def example_metrics(self) -> tuple[str, ...]:
-        """The metrics that every evaluation gives for each example, beside the loss."""
-        return EXAMPLE_METRICS.get(self.summary.form, ())
-
-    @property
-    def sequences_per_example(self) -> int:
-        return 2 if self.is_preference else 1
-
-    @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(int(longest_sequences(examples).max(initial=0)) for examples in self.splits.values())
+        return max(int(examples.longest_sequences.max(initial=0)) for examples in self.splits.values())
 
     def loss_weight(self, example: EncodedExample) -> int:
         """What an example counts in a mean loss: its labels, or 1 where the loss is one of the whole example."""
@@ -232,7 +219,7 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
     """
     limit = settings.seq_len
     encoder = _Encoder(model.tokenizer, data.form, data.classes)
-    splits: dict[SplitName, Sequence[EncodedExample]] = {}
+    splits: dict[SplitName, TokenStore] = {}
     summaries: dict[str, SplitSummary] = {}
     for split in SPLITS:
         count = _Count()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +25,7 @@ from rightrank.train.checkpoints import Progress, RunningMean, load_checkpoint, 
 from rightrank.train.evaluation import Scores
 from rightrank.train.metrics import Measured, measure
 from rightrank.train.multi_lora import ArmBatch, MultiLora
-from rightrank.train.optimizer import ArmOptimizer, arm_schedule
+from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule
 from rightrank.train.runtime import Runtime
 
 CHECKPOINT_SHARE = 0.015  # the largest share of the time that writing checkpoints may take
@@ -73,7 +72,7 @@ class ArmTraining:
         first = 0 if arm.truncate_from is None else runtime.steps  # recovery continues where a whole training ends
         plan = runtime.batch_plan(arm.seed, first + arm.steps)[first:]
         named = multi_lora.add(self.adapter, arm, config)
-        schedule = arm_schedule(runtime.settings, arm)
+        schedule = learning_rate_schedule(runtime.settings, arm.steps, arm.anneal_from, arm.stop_at)
         self.optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule)
         self._last_step = arm.end
         if arm.stop_at is not None and arm.continue_from is None:  # later stages compare no means
@@ -129,11 +128,6 @@ class ArmTraining:
     @property
     def wants_evaluation(self) -> bool:
         return self.ended is None and (self.is_done or self.progress.step in self._evaluate_at)
-
-    def note_pass(self, others: Sequence[int]) -> None:
-        """Record the ranks of the adapters beside this one in the pass, if it is the fullest so far."""
-        if len(others) >= len(self.pass_ranks):
-            self.pass_ranks = [self.trial.arm.rank, *others]
 
     def arm_batch(self, batch: Batch, number: int) -> ArmBatch:
         """What this arm adds to the pass over micro-batch `number` of the step."""
@@ -234,7 +228,7 @@ class ArmTraining:
             self._save_adapter(self._folders.adapter)
         elif not arm.is_annealed:
             self.save()  # another trial may resume from here
-        self.remove_adapter()
+        self._multi_lora.remove(self.adapter)
         record = finished(self.trial, self._settings.metric_name, scores, measured, self.progress)
         return record.model_copy(
             update={
@@ -276,9 +270,6 @@ class ArmTraining:
         scores = self._runtime.evaluate_adapters("selection", self._multi_lora, [self.adapter])[0]
         self.progress.eval_seconds += time.perf_counter() - begun
         return scores
-
-    def remove_adapter(self) -> None:
-        self._multi_lora.remove(self.adapter)
 
     @property
     def is_checkpoint_due(self) -> bool:

@@ -118,7 +118,6 @@ class Routing:
             self.layouts = before
 
 
-Forward = Callable[..., Any]
 CurrentRouting = Callable[[], Routing | None]
 Factors = tuple[Any, Any]  # B [rows, r] and A [r, columns], as torch or numpy arrays
 
@@ -195,23 +194,18 @@ class AdapterKind(ABC):
         a.copy_(draw.rows(a.shape[0], a[0].numel()).view_as(a).to(a))
         module.lora_B[adapter].weight.zero_()
 
-    def forward(self, module: Any, routing: CurrentRouting) -> Forward:
+    def forward(self, module: Any, routing: CurrentRouting, *args: Any, **kwargs: Any) -> Any:
         """The forward pass that replaces the module's own: each row with the tensors of its adapter.
 
         By default PEFT's own for the one adapter of a pass; without a routing, the base's.
         """
-        by_peft = module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            current = routing()
-            if current is None:
-                return module.base_layer(*args, **kwargs)
-            if len(current.adapters) > 1:
-                raise MultiLoraError(f"{self.label} trains alone, through PEFT's own forward pass")
-            with _training(module, current.adapters[0], current.dropout_seeds[0]):
-                return by_peft(*args, **kwargs)
-
-        return forward
+        current = routing()
+        if current is None:
+            return module.base_layer(*args, **kwargs)
+        if len(current.adapters) > 1:
+            raise MultiLoraError(f"{self.label} trains alone, through PEFT's own forward pass")
+        with _training(module, current.adapters[0], current.dropout_seeds[0]):
+            return type(module).forward(module, *args, **kwargs)
 
     def stores(self, pair: StoredPair) -> bool:
         """Whether the pair is of this kind; by default no file is."""
@@ -238,11 +232,6 @@ class AdapterKind(ABC):
         ((new_b, new_a),) = factors
         rank = new_a.shape[0]
         return new_a.reshape(rank, *a.shape[1:]), new_b.reshape(b.shape[0], rank, *b.shape[2:])
-
-
-def salt_of(name: str) -> int:
-    """A number that differs between layers, so that each draws its own dropout."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
 
 
 @contextmanager

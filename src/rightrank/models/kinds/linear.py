@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rightrank.models.kinds.base import AdapterKind, CurrentRouting, Forward, Part, Routing, StoredPair
+from rightrank.models.kinds.base import AdapterKind, CurrentRouting, Part, Routing, StoredPair
 
 
 class Linear(AdapterKind):
@@ -47,26 +47,23 @@ class Linear(AdapterKind):
         a, b = next(iter(module.lora_A.values())), next(iter(module.lora_B.values()))
         return (int(a.in_features), int(b.out_features)) == (int(module.in_features), int(module.out_features))
 
-    def forward(self, module: Any, routing: CurrentRouting) -> Forward:
-        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            base, current = module.base_layer, routing()
-            if current is None:
-                plain: torch.Tensor = base(x, *args, **kwargs)
-                return plain
-            groups, names = _groups(module, current, x.shape[:-1].numel(), module.lora_A)
-            tensors = [module.lora_A[name].weight for name in names] + [module.lora_B[name].weight for name in names]
-            apply: Any = _LoraLinear.apply  # untyped in torch
-            # A plain frozen linear layer runs in one operation with its adapters; any other keeps its own forward pass.
-            frozen = type(base) is torch.nn.Linear and not any(p.requires_grad for p in base.parameters())
-            if frozen and base.weight.dtype == x.dtype:
-                y: torch.Tensor = apply(x, base.weight, base.bias, module.out_features, groups, *tensors)
-                return y
-            result: torch.Tensor = base(x, *args, **kwargs)
-            if groups:
-                result = result + apply(x, None, None, module.out_features, groups, *tensors).to(result.dtype)
-            return result
-
-        return forward
+    def forward(self, module: Any, routing: CurrentRouting, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base, current = module.base_layer, routing()
+        if current is None:
+            plain: torch.Tensor = base(x, *args, **kwargs)
+            return plain
+        groups, names = _groups(module, current, x.shape[:-1].numel(), module.lora_A)
+        tensors = [module.lora_A[name].weight for name in names] + [module.lora_B[name].weight for name in names]
+        apply: Any = _LoraLinear.apply  # untyped in torch
+        # A plain frozen linear layer runs in one operation with its adapters; any other keeps its own forward pass.
+        frozen = type(base) is torch.nn.Linear and not any(p.requires_grad for p in base.parameters())
+        if frozen and base.weight.dtype == x.dtype:
+            y: torch.Tensor = apply(x, base.weight, base.bias, module.out_features, groups, *tensors)
+            return y
+        result: torch.Tensor = base(x, *args, **kwargs)
+        if groups:
+            result = result + apply(x, None, None, module.out_features, groups, *tensors).to(result.dtype)
+        return result
 
     def stores(self, pair: StoredPair) -> bool:
         return not pair.embedding and len(pair.a) == 2

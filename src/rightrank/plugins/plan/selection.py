@@ -34,7 +34,9 @@ def plan_loaded(
     if not is_known(config, encoded.is_classification):
         return None
     try:
-        planned = plan_selection(config, settings, encoded.longest, device, classes, encoded.sequences_per_example)
+        planned = plan_selection(
+            config, settings, encoded.longest, device, classes, 2 if encoded.summary.form == "preference" else 1
+        )
     except UntraceableError as error:
         notice(str(error))
         return None
