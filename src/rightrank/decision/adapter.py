@@ -58,10 +58,10 @@ def adapter_answer(
     tops = [files[name] for name in files if name in parents and top_id in (None, name)]
     if not tops:
         return None
-    top = min(tops, key=lambda file: (-file.trial.rank, file.loss, file.trial.trial_id))
+    top = min(tops, key=lambda file: (-file.trial.rank, file.cell.loss, file.trial.trial_id))
     children = [file for file in files.values() if file.trial.truncate_from == top.trial.trial_id]
     extra = next((file for file in children if file.trial.rank == top.trial.rank and file.how == "recovered"), None)
-    against = Against(extra if extra is not None and extra.loss < top.loss else top, files, criterion)
+    against = Against(extra if extra is not None and extra.cell.loss < top.cell.loss else top, files, criterion)
     chosen, tested = _walk(children, against, top.trial.rank)
     descending = sorted(children, key=lambda file: (-file.trial.rank, file.trial.steps))
     candidates = [against.candidate(file) for file in descending]
@@ -160,9 +160,9 @@ def compared_adapters(
     if not named <= files.keys():
         return answer.candidates
     against = against_reference(answer, files, criterion)
-    shown = [files[trial_id] for trial_id in sorted(named, key=lambda trial_id: files[trial_id].loss)]
+    shown = [files[trial_id] for trial_id in sorted(named, key=lambda trial_id: files[trial_id].cell.loss)]
     places = {(file.trial.rank, file.how) for file in shown}
-    for file in sorted(files.values(), key=lambda file: file.loss):
+    for file in sorted(files.values(), key=lambda file: file.cell.loss):
         place = file.trial.rank, file.how
         if file.trial.truncate_from in (None, answer.trained_id) and place not in places:
             places.add(place)
@@ -210,10 +210,6 @@ class AdapterFile:
         if self.trial.truncate_from is None:
             return "trained"
         return "recovered" if self.trial.steps > 0 else "truncated"
-
-    @property
-    def loss(self) -> float:
-        return self.cell.loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +291,7 @@ def _walk(children: Sequence[AdapterFile], against: Against, top_rank: int) -> t
         at_rank = [file for file in children if file.trial.rank == rank]
         holding = [file for file in at_rank if against.candidate(file).holds]
         if holding:
-            chosen = min(holding, key=lambda file: file.loss)
+            chosen = min(holding, key=lambda file: file.cell.loss)
         if not needs_steps or any(file.how == "recovered" for file in at_rank):
             tested.append(rank)
             if not holding:

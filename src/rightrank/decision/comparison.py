@@ -53,6 +53,7 @@ RULE_OF_THREE = 3 / 1.645  # a standard error times the number of examples: the 
 MAX_RARE = 3  # examples that differ, up to which the rule of three is wider than their own variance
 BISECTIONS = 60
 NEWTON_STEPS = 4
+NORMAL = NormalDist()
 MAX_DEVIATIONS = 10.0  # beyond which a tail counts as nothing
 # The double exponential rule of Takahasi and Mori (1974) on (-1, 1), for areas that fall steeply at an end.
 STEPS = np.arange(-40, 41) / 12
@@ -124,7 +125,7 @@ def seeds_needed(estimate: Estimate, margin: float) -> int | None:
 
 def settles(estimate: Estimate, margin: float, confidence: float = CONFIDENCE) -> bool:
     """Whether such runs tell enough from not enough with a chance of `POWER`, if the true mean is the estimated one."""
-    error = normal_quantile(POWER) * estimate.standard_error
+    error = NORMAL.inv_cdf(POWER) * estimate.standard_error
     if estimate.mean < margin:
         return is_within(estimate.bound(confidence) + error, margin)
     return not is_within(estimate.bound(1 - confidence) - error, margin)
@@ -294,7 +295,7 @@ def binary_bound(worse: int, better: int, examples: int, confidence: float) -> f
     """
     if worse == better == 0:
         return float(1 - (1 - confidence) ** (1 / examples))
-    low, high, reach = (worse - better) / examples, 1.0, normal_quantile(confidence)
+    low, high, reach = (worse - better) / examples, 1.0, NORMAL.inv_cdf(confidence)
     observed = low
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -305,10 +306,6 @@ def binary_bound(worse: int, better: int, examples: int, confidence: float) -> f
         inside = middle - observed < reach * math.sqrt(max(2 * share + middle * (1 - middle), 0.0) / examples)
         low, high = (middle, high) if inside else (low, middle)
     return high
-
-
-def normal_quantile(probability: float) -> float:
-    return NormalDist().inv_cdf(probability)
 
 
 def t_tail(degrees: float, x: float) -> tuple[float, float]:
@@ -332,7 +329,7 @@ def t_quantile(degrees: float, probability: float) -> float:
     """Student's t at `probability`, to ten digits: Newton's method where tail and x are logarithms, between which it is nearly a line."""
     if probability < 0.5:
         return -t_quantile(degrees, 1 - probability)
-    normal = normal_quantile(probability)
+    normal = NORMAL.inv_cdf(probability)
     x = normal * (1 + (normal**2 + 1) / (4 * degrees))
     for _ in range(NEWTON_STEPS if probability > 0.5 else 0):
         found, density = t_tail(degrees, x)

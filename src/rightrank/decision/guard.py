@@ -62,7 +62,7 @@ def guarded(
     both = [one for one in enough if is_within(one.high(confidence), margin)]
     chosen_id = task_id
     if both and task_id not in {one.task.trial_id for one in both}:
-        chosen_id = min(both, key=lambda one: (one.task.rank, one.file.loss, one.task.trial_id)).task.trial_id
+        chosen_id = min(both, key=lambda one: (one.task.rank, one.file.cell.loss, one.task.trial_id)).task.trial_id
     by_id = {one.task.trial_id: one for one in measured}
     chosen = by_id[chosen_id]
     files = [

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, POWER, normal_quantile, t_quantile, t_tail
+from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, NORMAL, POWER, t_quantile, t_tail
 from rightrank.schema.metrics import MetricKind
 from rightrank.schema.trials import Floats
 
@@ -42,7 +42,7 @@ def detectable_difference(deviation: float, seeds: int) -> float:
 
 def _reach() -> float:
     """Standard errors of the test, and of a true difference to pass it."""
-    return normal_quantile(CONFIDENCE) + normal_quantile(POWER)
+    return NORMAL.inv_cdf(CONFIDENCE) + NORMAL.inv_cdf(POWER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TypeAlias
 
-from rightrank.decision.comparison import CONFIDENCE, normal_quantile
+from rightrank.decision.comparison import CONFIDENCE, NORMAL
 from rightrank.hooks.terminal import left_out
 from rightrank.report.format import quantity
 from rightrank.report.terminal import preflight_lines, time_line
@@ -152,7 +152,7 @@ def _margin_lines(prepared: Prepared) -> Iterator[str]:
         return
     margin = TOKEN_LOSS_MARGIN if settings.margin is None else settings.margin
     examples = prepared.started.data.splits["selection"].items
-    reach = normal_quantile(CONFIDENCE) * TYPICAL_DEVIATION
+    reach = NORMAL.inv_cdf(CONFIDENCE) * TYPICAL_DEVIATION
     if reach / math.sqrt(examples) >= margin:
         yield (
             f"margin {margin:g} is likely below what {examples} validation examples can show of an adapter: about "
