@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
 import sys
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import click
@@ -13,7 +15,7 @@ import pytest
 from rightrank.cli import cli, main
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialFinished
-from tests.watch import wait_until
+from tests.watch import GENEROUS_SECONDS, wait_until
 
 SMALL = [
     "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4",
@@ -47,17 +49,43 @@ def values_of(folder: Path) -> dict[str, float]:
     }
 
 
-def start(model: Path, data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "rightrank", *select_arguments(model, data, out, *more)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+@dataclass(frozen=True)
+class Started:
+    """A command in a process of its own."""
+
+    process: BaseProcess
+    log: Path  # of its stderr
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self) -> tuple[int | None, str]:
+        """Exit status and stderr, once it has ended."""
+        self.process.join(GENEROUS_SECONDS)
+        return self.process.exitcode, self.log.read_text(encoding="utf-8")
 
 
-def wait_for_trial(out: Path, process: subprocess.Popen[str]) -> None:
+def start(model: Path, data: Path, out: Path, *more: str) -> Started:
+    """Forked from this process, so that nothing is imported again."""
+    arguments, log = select_arguments(model, data, out, *more), out.with_suffix(".log")
+    process = multiprocessing.get_context("fork").Process(target=_command, args=(arguments, log))
+    process.start()
+    return Started(process, log)
+
+
+def _command(arguments: list[str], log: Path) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, "utf-8") for number in (1, 2))
+    main(arguments)
+
+
+def wait_for_trial(out: Path, started: Started) -> None:
     """Until a trained trial has started."""
 
     def has_started() -> bool:
-        assert process.poll() is None, process.communicate()[1]
+        assert started.process.exitcode is None, started.end()
         journal = out / "journal.jsonl"
         lines = journal.read_text().splitlines() if journal.exists() else []
         return any('"trial_started"' in line and '"rank":0' not in line for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from hypothesis import settings
 
 from tests.tiny import save_tiny_llama, sentences, write_completions, write_jsonl
 
+gc.disable()  # until the tests are collected: what imports make stays, and to look through it takes a third of their time
 settings.register_profile("no limit of time", deadline=None)  # an example may take long on a busy machine
 settings.load_profile("no limit of time")
 
@@ -36,6 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if NEEDS_A_MODEL.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.trains)
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

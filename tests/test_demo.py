@@ -7,6 +7,7 @@ import shutil
 import sysconfig
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -17,7 +18,7 @@ from rightrank.schema.errors import MissingExtraError
 pytestmark = pytest.mark.trains
 
 SHORT = demo.DEMO_SETTINGS.model_copy(
-    update={"ranks": (1, 8), "learning_rates": (5e-3,), "max_steps": 6, "seq_len": 64, "eval_items": 16}
+    update={"ranks": (1, 8), "learning_rates": (5e-3,), "max_steps": 6, "seq_len": 48, "eval_items": 12}
 )
 
 
@@ -52,7 +53,7 @@ def shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library.mkdir()
     for source in Path(sysconfig.get_paths()["stdlib"]).glob("*.py"):
         shutil.copy(source, library)
-    monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    monkeypatch.setattr(demo, "sysconfig", SimpleNamespace(get_paths=lambda: {"stdlib": str(library)}))
     for name in ("GGUFReader", "get_tensor_name_map"):
         monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
 

@@ -9,8 +9,6 @@ import logging
 import random
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -288,7 +286,7 @@ def test_a_measurement_that_was_cut_off_is_made_again(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The command that is printed first, in a fresh process, from the folder."""
+    """By the command that is printed first, from the folder; in a fresh process in `test_doors`."""
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "rightrank"):
         patch.setattr("rightrank.interop.smallest.smallest_adapter", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -297,13 +295,14 @@ def test_a_measurement_that_was_cut_off_is_made_again(
             )
     line = next(record.getMessage() for record in caplog.records if "to measure again: " in record.getMessage())
     command = shlex.split(line.split("to measure again: ")[1])
+    assert command[:3] == ["python", "-m", "rightrank.interop.smallest"]
     weights = tmp_path / "cut" / "rightrank" / "measure" / "trained" / "adapter_model.safetensors"
     before = weights.read_bytes()
     weights.write_bytes(before[: len(before) // 2])
     assert main(command[3:]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     weights.write_bytes(before)
-    subprocess.run([sys.executable, *command[1:]], check=True)
+    assert main(command[3:]) == 0
     callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
     trained(model_folder, rows, tmp_path / "whole", [callback], max_steps=8)
     assert callback.result is not None

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
@@ -37,7 +38,8 @@ WAYS = ("ddp", "fsdp2")
 
 
 def process(number: int, port: int, model: Path, rows: list[Any], out: Path) -> None:
-    """Each way in a folder of its own; both in one start of the processes, which takes longer than a training."""
+    """Each way in a folder of its own. Forked, the process has what the tests before have left of accelerate's state."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
     torch.set_num_threads(1)
@@ -159,9 +161,8 @@ def rows_of(model_folder: Path, completion_file: Path) -> list[Any]:
 def trained(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each way."""
     out = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(
-        process, args=(free_port(), model_folder, rows_of(model_folder, completion_file), out), nprocs=2
-    )
+    rows = rows_of(model_folder, completion_file)
+    multiprocessing.start_processes(process, args=(free_port(), model_folder, rows, out), nprocs=2, start_method="fork")
     return out
 
 

@@ -218,9 +218,9 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_resume(
     process = start(model_folder, completion_file, tmp_path / "run", "--max-steps", "5000")
     wait_for_trial(tmp_path / "run", process)
     wait_until(lambda: _has_stepped(tmp_path / "run" / "progress.json"), "a step is written")
-    process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=GENEROUS_SECONDS)[1]
-    assert process.returncode == 143
+    process.signal(signal.SIGTERM)
+    status, err = process.end()
+    assert status == 143
     last = err.strip().splitlines()[-1]
     assert "stopped at step" in last
     assert f"to resume {tmp_path / 'run'}: rightrank select {model_folder}" in last

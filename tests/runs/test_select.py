@@ -16,7 +16,6 @@ from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialStarted
 from tests.commands import run, select_arguments, start, values_of, wait_for_trial
-from tests.watch import GENEROUS_SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +172,9 @@ def test_stopped_and_resumed_it_ends_the_same(
     """By Ctrl-C; `test_reliability` kills runs at random moments."""
     process = start(model_folder, completion_file, tmp_path / "run", *LONG)
     wait_for_trial(tmp_path / "run", process)
-    process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=GENEROUS_SECONDS)[1]
-    assert process.returncode == 130
+    process.signal(signal.SIGINT)
+    status, err = process.end()
+    assert status == 130
     assert "run the same command again to resume" in err
     assert run(select_arguments(model_folder, completion_file, tmp_path / "run", *LONG), capsys)[0] == 0
     assert values_of(tmp_path / "run") == values_of(undisturbed)
