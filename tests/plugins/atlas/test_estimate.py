@@ -38,6 +38,7 @@ from rightrank.plugins.atlas.rows import load
 from rightrank.plugins.atlas.view import atlas_row, figure_of, outlook, sentence
 from rightrank.report.svg import svg_file
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.values import answers
 from rightrank.schema.errors import SettingsError
 from tests.plugins.atlas.made_up import sweep
 from tests.report.runs import made_up_run
@@ -216,7 +217,8 @@ def test_the_report_shows_what_was_expected_beside_what_was_measured(tmp_path: P
     records = made_up_run()
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    write_report(folder, records, decide_run(records), "training-rank")
+    decision = decide_run(records)
+    write_report(folder, records, decision, answers(records, decision, "training-rank"))
     likely = expectation(of_run(records.started)).start_rank
     assert re.search(rf"before: {likely} likely; measured: \d+<", folder.report.read_text(encoding="utf-8"))
 
