@@ -23,7 +23,7 @@ from benchmarks.results import store
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.planner import needed
 from rightrank.report.format import duration
-from rightrank.schema.plan_settings import PlanSettings, loop_of_select
+from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings
 from rightrank.search import make_strategy
 from rightrank.search.history import space_of
@@ -46,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Llama-3.2-3B": {"gradient_checkpointing": True},
     "Llama-3.1-8B": {"gradient_checkpointing": True},
 }
+LOOP = {"packed": True, "loss": "chunked", "optim": "adamw_fused"}  # of `select`
 # Peak TFLOP/s and memory in GiB, with the vendor's document.
 GPUS: dict[str, tuple[float, float, str]] = {
     "H100 SXM": (989.4, 80, "NVIDIA H100 data sheet (1,979 with sparsity)"),
@@ -59,7 +60,7 @@ GPUS: dict[str, tuple[float, float, str]] = {
 
 def planned(model: str) -> dict[str, Any]:
     """Operations, trainings and memory of the selection."""
-    settings = PlanSettings(**RUN | loop_of_select(None) | MODELS[model])
+    settings = PlanSettings(**RUN | LOOP | MODELS[model])
     estimator = Estimator(FULL_CONFIGS[model](), settings)
     strategy = make_strategy("bracket", space_of(SelectSettings(ranks=settings.ranks), STEPS))
     cost, passes = strategy.cost(), 3 if settings.gradient_checkpointing else 2  # forward, again, and backward

@@ -136,7 +136,7 @@ def along(shop: Workshop, seeds: set[int]) -> dict[str, Any]:
     for arm, outcome in shop.outcomes.items():
         if not isinstance(outcome, TrialFinished) or arm.rank == 0 or arm.seed not in seeds:
             continue
-        if arm.is_annealed or arm.truncate_from is not None:
+        if arm.anneal_from is not None or arm.truncate_from is not None:
             continue
         if arm.stop_at in parts:
             scores, _ = outcome.items(name) or ([], [])

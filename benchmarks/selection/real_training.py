@@ -283,8 +283,8 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
     name_of_metric = shop.settings.metric_name
     seeds = whole_seeds(shop)
     finished = [o for o in shop.outcomes.values() if isinstance(o, TrialFinished) and o.rank > 0 and o.seed in seeds]
-    looks = [o for o in finished if o.averaged_loss is not None and not o.arm.is_annealed and horizon == 1.0]
-    trained = [o for o in finished if o.truncate_from is None and not o.arm.is_annealed]
+    looks = [o for o in finished if o.averaged_loss is not None and o.arm.anneal_from is None and horizon == 1.0]
+    trained = [o for o in finished if o.truncate_from is None and o.arm.anneal_from is None]
     whole = sorted(
         (o for o in trained if (o.stop_at or o.steps) == wanted), key=lambda o: (o.rank, o.learning_rate, o.seed)
     )
@@ -320,7 +320,7 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
 
     grid = grid_of(whole, value_of)
     averaged = grid_of(looks, lambda o: round(o.averaged_loss or 0.0, DIGITS))
-    annealed = grid_of((o for o in finished if o.arm.is_annealed), loss_of)
+    annealed = grid_of((o for o in finished if o.arm.anneal_from is not None), loss_of)
     base = shop.outcomes[base_arm(shop.settings.lora_alpha)]
     assert isinstance(base, TrialFinished)
     return {
@@ -364,7 +364,7 @@ def whole_seeds(shop: Workshop) -> set[int]:
         if (
             arm.rank > 0
             and arm.truncate_from is None
-            and not arm.is_annealed
+            and arm.anneal_from is None
             and (arm.is_direct or not isinstance(outcome, TrialFinished))
         ):
             cells.setdefault(arm.seed, set()).add((arm.rank, arm.learning_rate))

@@ -21,7 +21,7 @@ from rightrank.report.status import cost_sentence
 from rightrank.report.svg import write_figures
 from rightrank.report.tables import candidate_table
 from rightrank.runs.journal import Journal
-from rightrank.runs.values import answers, training_rank_estimate
+from rightrank.runs.values import answers
 from rightrank.schema.events import RunContinued
 from tests.report.elements import Elements
 from tests.report.runs import answered_folder, answered_run
@@ -131,16 +131,15 @@ def test_both_answers_have_a_sentence_each() -> None:
 
 def test_with_goal_adapter_the_training_rank_is_an_estimate_and_no_evidence() -> None:
     records = answered_run()
-    estimate = training_rank_estimate(records)
-    assert estimate is not None
-    assert (estimate.low, estimate.high) == (8, 16)
-    assert estimate.trainings == 2.0  # two lower ranks, one seed
     found = answers(records, None, "adapter")
+    estimate = found["training_rank_estimate"]
+    assert (estimate["low"], estimate["high"]) == (8, 16)
+    assert estimate["trainings"] == 2.0  # two lower ranks, one seed
     assert [found[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
-    assert found["training_rank_estimate"]["sentence"].startswith("An estimate, not evidence: ")
+    assert estimate["sentence"].startswith("An estimate, not evidence: ")
     text = Elements(render_report(records, None, found)).text
     assert "Training rank: not asked (--goal adapter)." in text
-    assert estimate.sentence in text
+    assert estimate["sentence"] in text
     assert answers(records, None, "training-rank")["training_rank_estimate"] is None
 
 

@@ -39,7 +39,7 @@ SEEDS = NextRun(action="seeds", ranks=[4, 16], seeds=3, sentence="Train with 3 s
     ],
 )
 def test_what_is_added(verdict: str, flags: list[str], runs: list[NextRun], changed: dict[str, Any]) -> None:
-    settings = SelectSettings(ranks=(1, 4, 16), learning_rates=(3e-4, 1e-3))
+    settings = SelectSettings(ranks=(1, 4, 16), learning_rates=(3e-4, 1e-3), extend=True)
     further = extended(settings, decided(verdict, flags, runs))
     assert further == (settings.model_copy(update=changed) if changed else None)
 
@@ -71,10 +71,11 @@ def test_a_larger_top_is_trained_where_the_adapter_keeps_the_top_rank(model_fold
 
 
 def test_it_extends_with_a_time_budget_unless_told_otherwise() -> None:
-    assert not SelectSettings().extends
-    assert SelectSettings(budget_hours=1.0).extends
-    assert not SelectSettings(budget_hours=1.0, extend=False).extends
-    assert SelectSettings(extend=True).extends
+    rising = decided("rising", [], [UP])
+    assert extended(SelectSettings(), rising) is None
+    assert extended(SelectSettings(budget_hours=1.0), rising) is not None
+    assert extended(SelectSettings(budget_hours=1.0, extend=False), rising) is None
+    assert extended(SelectSettings(extend=True), rising) is not None
 
 
 def test_a_rising_answer_adds_the_rank_above(model_folder: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_the_running_mean_counts_where_it_is_lower() -> None:
             return super().loss(arm) + (0.3 if arm.learning_rate > 2e-3 and self.is_look(arm) else 0.0)
 
         def is_look(self, arm: Any) -> bool:
-            return arm.stop_at is not None and not arm.is_annealed
+            return arm.stop_at is not None and arm.anneal_from is None
 
         def run(self, arm: Any) -> Any:
             outcome = super().run(arm)
@@ -118,7 +118,7 @@ def test_a_lower_learning_rate_takes_over_where_the_winner_gets_worse() -> None:
 
 
 def test_without_annealed_copies_two_close_rates_are_trained_whole() -> None:
-    world = World(best_learning_rate=1e-3, breaks=lambda arm: arm.is_annealed)
+    world = World(best_learning_rate=1e-3, breaks=lambda arm: arm.anneal_from is not None)
     strategy = STRATEGIES["bracket"](make_space())
     known = run_all(strategy, world)
     assert {100} < stages(known, 64, 1e-3)

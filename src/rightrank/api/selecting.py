@@ -79,13 +79,12 @@ def select_rank(
         from rightrank.hooks.guard import Guard
         from rightrank.hooks.preflight import Outlook
         from rightrank.hooks.report import Report
-        from rightrank.runs.run import select
 
         certificate = [Certificate()] if request.settings.certify else []
         added = plugins.listed(lambda plugin: plugin.hooks())
         hooks = [*views, stop, Outlook(), Guard(), trackers, *certificate, Report(), *added, *callbacks]
         try:
-            return (select_extended if request.settings.extends else select)(request, folder, hooks)
+            return select_extended(request, folder, hooks)
         except InterruptedRun as stopped:
             if not stop.requested:
                 raise

@@ -17,7 +17,11 @@ MAX_EXTENSIONS = 3
 
 
 def select_extended(request: Request, folder: RunFolder, hooks: Sequence[Hook]) -> Selected:
-    """As `runs.run.select`, and again with further settings as long as the answer asks for them, and memory and budget allow."""
+    """Load, train, decide and hand over; an unfinished run in `folder` is resumed.
+
+    With the setting `extend`, or a time budget, this is done again with further settings as long as the answer asks for them, and
+    memory and budget allow.
+    """
     told = Hooks(hooks)
     run = open_run(request, folder, told)
     loaded = None if run.prepared is None else run.prepared.runtime.loaded
@@ -46,7 +50,9 @@ def select_extended(request: Request, folder: RunFolder, hooks: Sequence[Hook]) 
 
 
 def extended(settings: SelectSettings, selected: Selected) -> SelectSettings | None:
-    """The settings with the rank above, or the learning rate beyond the edge; None where the answer asks for neither."""
+    """The settings with the rank above, or the learning rate beyond the edge; None where nothing is to be extended."""
+    if not (settings.budget_hours is not None if settings.extend is None else settings.extend):
+        return None
     answer = selected.answers.get("adapter_answer")
     if answer is not None and AdapterAnswer.model_validate(answer).keeps_the_top:
         return settings.model_copy(update={"ranks": (*settings.ranks, 2 * max(settings.ranks))})

@@ -84,8 +84,6 @@ def finish(run: Run, decision: Decision | None) -> Selected:
     run.hooks.on_end(run, selected)
     for working in (folder.cache, folder.path / "checkpoints"):
         shutil.rmtree(working, ignore_errors=True)
-    if folder.store is not None:
-        folder.store.remove("checkpoints")
     return selected
 
 

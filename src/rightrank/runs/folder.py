@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from filelock import FileLock, Timeout
 
@@ -16,18 +15,6 @@ from rightrank.schema.errors import RunError, RunFolderError
 from rightrank.schema.trials import TrialFinished
 
 PROGRESS_FILE = "progress.json"  # in the run folder while a process works
-
-
-class Store(Protocol):
-    """Where workers that do not see the run folder leave their files (`rightrank.plugins.cluster.store`)."""
-
-    address: str
-
-    def get(self, name: str, path: Path) -> bool:
-        """Download a file or a folder to `path`; False if there is none."""
-        ...
-
-    def remove(self, name: str) -> None: ...
 
 
 class RunFolder:
@@ -40,7 +27,8 @@ class RunFolder:
         self.figures = path / "figures"
         self.adapter = path / "adapter"
         self.cache = path / "cache"
-        self.store: Store | None = None  # for workers that do not see this folder
+        # Where workers that do not see this folder leave their files: an address, and a function that downloads a file or a folder.
+        self.store: tuple[str, Callable[[str, Path], bool]] | None = None
 
     @classmethod
     def existing(cls, path: str | Path) -> RunFolder:
@@ -56,10 +44,6 @@ class RunFolder:
 
     def checkpoint(self, trial_id: str) -> Path:
         return self.path / "checkpoints" / f"{self._name(trial_id)}.safetensors"
-
-    def moments(self, trial_id: str) -> Path:
-        """Where the moments of a trial's adapter are while it is truncated (`train.covariances`)."""
-        return self.path / "checkpoints" / f"{self._name(trial_id)}.moments.safetensors"
 
     def other_checkpoint(self, trial_id: str) -> Path:
         """Where the adapter of the checkpoint that is not kept is during the run: the best, or the last."""
@@ -79,11 +63,10 @@ class RunFolder:
             RunError: the store does not answer, or the adapter is in neither place.
         """
         adapter = self.trial_adapter(trial_id)
-        if adapter.is_dir() or (
-            self.store is not None and self.store.get(adapter.relative_to(self.path).as_posix(), adapter)
-        ):
+        address, download = self.store or ("", lambda _name, _path: False)
+        if adapter.is_dir() or download(adapter.relative_to(self.path).as_posix(), adapter):
             return adapter
-        where = f"nor in the store {self.store.address}" if self.store is not None else "and no store was given"
+        where = f"nor in the store {address}" if self.store is not None else "and no store was given"
         raise RunError(f"{adapter}: the trial's adapter is missing, {where}; give the store that the run started with")
 
     def _name(self, trial_id: str) -> str:

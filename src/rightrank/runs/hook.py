@@ -207,7 +207,7 @@ class Run(Listener):
         if self.journal:
             _require_same_run(self.folder, self.journal[0], self.started)
         # The cause of a failure may have been removed since; a device's memory does not grow.
-        kept = (one for one in self.journal if not isinstance(one, TrialFailed) or one.error == "out_of_memory")
+        kept = [one for one in self.journal if not isinstance(one, TrialFailed) or one.error == "out_of_memory"]
         self.records = Records.of(self.started, kept)
 
     def begin(self) -> None:

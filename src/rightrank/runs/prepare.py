@@ -78,11 +78,13 @@ def prepare(
     classes = len(sources.splits.classes or ()) if sources.encoded.is_classification else None
     planned = first(lambda plugin: plugin.memory_plan(sources.loaded, sources.encoded, classes, given, notice))
     settings = given if planned is None else given.model_copy(update={"ranks": planned.ranks})  # those that fit
-    steps = settings.training_steps(len(sources.encoded.splits["train"]))
+    examples = len(sources.encoded.splits["train"])
+    steps = settings.training_steps(examples)
+    unseen = max(0, examples // settings.items_per_step - steps)
     targets = None if planned is None else sources.targets  # without a plan the ranks are checked on the model
     runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache, targets)
     started = _started(request, sources, settings, steps)
-    return Prepared(runtime, settings, steps, started, planned, _top_origin(given, planned))
+    return Prepared(runtime, settings, steps, unseen, started, planned, _top_origin(given, planned))
 
 
 def _top_origin(given: SelectSettings, planned: MemoryPlan | None) -> str:

@@ -15,7 +15,7 @@ from rightrank.models.base_models import LoadedModel
 from rightrank.report.format import size
 from rightrank.runs.finish import answer_early, finish, rescore
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Executor, FailingAs, Hook, Hooks, Run
+from rightrank.runs.hook import Executor, FailingAs, Hooks, Run
 from rightrank.runs.plugins import merged
 from rightrank.runs.prepare import prepare, strategy_of
 from rightrank.runs.values import Prepared, Request, Selected
@@ -29,11 +29,6 @@ from rightrank.train.runtime import Runtime
 from rightrank.train.trial import TrialFolders
 
 MAX_FAILED_AT_START = 3  # trials that fail before any finishes: then the cause is no single arm
-
-
-def select(request: Request, folder: RunFolder, hooks: Sequence[Hook] = ()) -> Selected:
-    """Load, train, decide and hand over; an unfinished run in `folder` is resumed."""
-    return complete(open_run(request, folder, Hooks(hooks)))
 
 
 def open_run(request: Request, folder: RunFolder, hooks: Hooks, loaded: LoadedModel | None = None) -> Run:
@@ -196,12 +191,13 @@ class LocalExecutor:
 
     def _folders(self, trial: Trial) -> TrialFolders:
         arm, folder = trial.arm, self._folder
+        cut = arm.truncate_from
         return TrialFolders(
             folder.checkpoint(trial.trial_id),
             folder.trial_adapter(trial.trial_id),
             None if arm.continue_from is None else folder.checkpoint(arm.continue_from),
-            None if arm.truncate_from is None else folder.trial_adapter(arm.truncate_from),
-            None if arm.truncate_from is None else folder.moments(arm.truncate_from),
+            None if cut is None else folder.trial_adapter(cut),
+            None if cut is None else folder.checkpoint(cut).with_suffix(".moments.safetensors"),
             folder.other_checkpoint(trial.trial_id),
             folder.answers(trial.trial_id),
         )

@@ -59,15 +59,10 @@ class Prepared:
     runtime: Runtime
     settings: SelectSettings  # with the settled ranks
     steps: int  # optimizer steps of every arm
+    unseen_steps: int  # that the training examples last beyond those of one training; 0 if it sees every example
     started: RunStarted
     planned: MemoryPlan | None  # None: an architecture that can't be planned
     top_origin: str  # where the highest rank comes from, in words
-
-    @property
-    def unseen_steps(self) -> int:
-        """Steps that the training examples last beyond those of one training; 0 if it sees every example."""
-        per_step = self.settings.items_per_step
-        return max(0, len(self.runtime.data.splits["train"]) // per_step - self.steps)
 
 
 def check(request: Request) -> None:
@@ -100,7 +95,7 @@ def check(request: Request) -> None:
             )
 
 
-def training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
+def _training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
     """Estimate the training rank from the plain truncations of the top adapter; None without an answer to the first question.
 
     Above rank 4 a training loses more than a truncation to the same rank, at lower ranks it may lose less. So the
@@ -133,7 +128,7 @@ def training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
 
 def answers(records: Records, decision: Decision | None, goal: Goal) -> dict[str, Any]:
     """Both answers as one JSON object; with goal "adapter", an estimate in place of the second."""
-    return document(records, decision, goal, training_rank_estimate(records) if goal == "adapter" else None)
+    return document(records, decision, goal, _training_rank_estimate(records) if goal == "adapter" else None)
 
 
 @dataclass(frozen=True, slots=True)

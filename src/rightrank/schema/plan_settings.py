@@ -105,12 +105,3 @@ class PlanSettings(PeftFields):
 STEP_OF_SELECT = tuple(
     name for name in PlanSettings.model_fields if name in SelectSettings.model_fields and name != "adapters_per_pass"
 )
-
-
-def loop_of_select(num_labels: object) -> dict[str, Any]:
-    """The settings of a step in the training loop of `select`, for a classification where `num_labels` is given."""
-    return {
-        "packed": True,
-        "loss": "full" if num_labels else "chunked",
-        "optim": "adamw_fused",
-    }

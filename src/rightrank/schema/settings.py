@@ -574,16 +574,6 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         return spec.name if spec.is_measured_along else "loss"
 
     @property
-    def weight_bits(self) -> int | None:
-        """The bits of a quantised base; None for a base in `dtype`."""
-        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
-
-    @property
-    def extends(self) -> bool:
-        """Whether ranks and learning rates are added while the answer asks for them."""
-        return self.budget_hours is not None if self.extend is None else self.extend
-
-    @property
     def items_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
 

@@ -62,7 +62,8 @@ class ArmFields(Record):
     stop_at: Whole | None = Field(default=None, gt=0)  # stop after this many steps; the schedule is unchanged
     continue_from: str | None = None  # id of a trial of the same arm that was stopped early
     truncate_from: str | None = None  # id of a finished trial at this rank or a higher one
-    anneal_from: Whole | None = None  # from this step the learning rate decays linearly to 0 at `stop_at`
+    # From this step the learning rate decays linearly to 0 at `stop_at`: a copy that is compared and thrown away.
+    anneal_from: Whole | None = None
 
     @property
     def arm(self) -> Arm:
@@ -82,11 +83,6 @@ class ArmFields(Record):
 class Arm(ArmFields):
     """One training to run. Trials are runs of an arm."""
 
-    @property
-    def is_annealed(self) -> bool:
-        """A copy of a stopped training, decayed to a learning rate of 0 to be compared and thrown away."""
-        return self.anneal_from is not None
-
     def label(self) -> str:
         """A short name, such as `r=8 lr=0.0001 seed=0`."""
         if self.rank == 0:
@@ -99,7 +95,7 @@ class Arm(ArmFields):
         if self.truncate_from is not None:
             steps = "step" if self.steps == 1 else "steps"
             return f"truncated, {self.steps} recovery {steps}" if self.steps else "truncated"
-        if self.is_annealed:
+        if self.anneal_from is not None:
             return f"annealed to step {self.stop_at}"
         return "" if self.stop_at is None else f"to step {self.stop_at}"
 

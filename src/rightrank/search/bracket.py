@@ -99,11 +99,10 @@ def _smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | N
     if not known:
         return None
     margin = space.margin_at(trials.best_loss(space.top))
-
-    def is_enough(rank: int) -> bool:
-        return is_likely_within((known[rank], parent), space, margin, START_PROBABILITY)
-
-    return walk_down(known, space.top, is_enough)
+    enough = {
+        rank for rank, outcome in known.items() if is_likely_within((outcome, parent), space, margin, START_PROBABILITY)
+    }
+    return walk_down(known, space.top, enough.__contains__)
 
 
 def _predicted_rank(trials: Trials, second: int) -> int:

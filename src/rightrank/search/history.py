@@ -147,32 +147,6 @@ class Trials:
         outcome = self.finished(arm)
         return None if outcome is None else oriented(outcome, self.space)
 
-    def base_loss(self, *, during_training: bool = False) -> float | None:
-        """The oriented value of the base; None where it is unknown.
-
-        Comparable with final values, or with values during training, which may be losses whatever the metric.
-        """
-        outcome = self.finished(base_arm(self.space.lora_alpha))
-        if outcome is None:
-            return None
-        is_loss = during_training and self.space.points_are_losses
-        return outcome.metrics["loss"] if is_loss else oriented(outcome, self.space)
-
-    def loss_after(self, rank: int, learning_rate: float, step: int) -> float | None:
-        """The oriented value after `step` steps of a training with the first seed, stopped there or not; None if unknown."""
-        for arm, outcome in self.outcomes.items():
-            if (arm.rank, arm.learning_rate, arm.seed) != (rank, learning_rate, self.space.seeds[0]):
-                continue
-            if arm.truncate_from is not None or not isinstance(outcome, TrialFinished):
-                continue
-            losses = self.space.points_are_losses
-            if arm.end == step and outcome.kept_step is None:
-                return outcome.metrics["loss"] if losses else oriented(outcome, self.space)
-            for point in outcome.points:
-                if point.step == step:
-                    return -point.value if self.space.higher_is_better and not losses else point.value
-        return None
-
     def whole(self, rank: int, learning_rate: float) -> TrialFinished | None:
         """The whole training with the first seed; None without a result."""
         return self.by_seed(rank, learning_rate).get(self.space.seeds[0])

@@ -31,7 +31,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import TypeAlias
 
 from rightrank.decision.comparison import is_within
-from rightrank.schema.trials import Arm
+from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.history import Space, Trials, base_arm, oriented
 
 Requests: TypeAlias = Iterator[Sequence[Arm]]  # what a script yields: arms that may run at the same time
@@ -82,7 +82,7 @@ def _is_doubtful(trials: Trials, start: Arm, best: Arm, *, is_edge: bool) -> boo
     It may be if it is worse than the base. Where the base is unknown: if it is the highest of all and gained more than
     `MAX_PLAUSIBLE_GAIN`.
     """
-    base = trials.base_loss()
+    base = trials.loss(base_arm(trials.space.lora_alpha))
     before, loss = trials.loss(start), trials.loss(best)
     if before is None or loss is None:
         return True
@@ -212,8 +212,8 @@ def _is_undertrained(trials: Trials, rank: int, learning_rate: float) -> bool:
     top = trials.best_loss(space.top)
     truncated = [arm for arm in trials.outcomes if arm.rank == rank and arm.truncate_from and arm.steps == 0]
     known = [loss for loss in map(trials.loss, truncated) if loss is not None]
-    half = trials.loss_after(rank, learning_rate, _early_step(space, HALF))
-    end = trials.loss_after(rank, learning_rate, space.steps)
+    half = _loss_after(trials, rank, learning_rate, _early_step(space, HALF))
+    end = _loss_after(trials, rank, learning_rate, space.steps)
     if not known or half is None or end is None:
         return False
     return is_within(min(known) - top, space.margin_at(top)) and half - end > end - top
@@ -223,7 +223,7 @@ def _deficit_at_top(trials: Trials, neighbour: float, learning_rate: float) -> f
     """How much worse the top rank is at `neighbour`, at the latest step that both reached; 0 where unknown."""
     space = trials.space
     for step in (space.steps, *(_early_step(space, part) for part in (HALF, QUARTER, LOOK))):
-        losses = [trials.loss_after(space.top, lr, step) for lr in (neighbour, learning_rate)]
+        losses = [_loss_after(trials, space.top, lr, step) for lr in (neighbour, learning_rate)]
         if losses[0] is not None and losses[1] is not None:
             return losses[0] - losses[1]
     return 0.0
@@ -231,13 +231,29 @@ def _deficit_at_top(trials: Trials, neighbour: float, learning_rate: float) -> f
 
 def _lost_at_top(trials: Trials, learning_rate: float) -> bool:
     """Whether the top rank at this learning rate ended, or stood halfway, no better than the base."""
-    space = trials.space
+    space, base = trials.space, trials.finished(base_arm(trials.space.lora_alpha))
     for step in (space.steps, _early_step(space, HALF)):
-        loss = trials.loss_after(space.top, learning_rate, step)
-        base = trials.base_loss(during_training=step < space.steps)
+        loss = _loss_after(trials, space.top, learning_rate, step)
         if loss is not None and base is not None:
-            return loss >= base
+            is_loss = step < space.steps and space.points_are_losses
+            return loss >= (base.metrics["loss"] if is_loss else oriented(base, space))
     return False
+
+
+def _loss_after(trials: Trials, rank: int, learning_rate: float, step: int) -> float | None:
+    """The oriented value after `step` steps of a training with the first seed, stopped there or not; None if unknown."""
+    space = trials.space
+    for arm, outcome in trials.outcomes.items():
+        if (arm.rank, arm.learning_rate, arm.seed) != (rank, learning_rate, space.seeds[0]):
+            continue
+        if arm.truncate_from is not None or not isinstance(outcome, TrialFinished):
+            continue
+        if arm.end == step and outcome.kept_step is None:
+            return outcome.metrics["loss"] if space.points_are_losses else oriented(outcome, space)
+        for point in outcome.points:
+            if point.step == step:
+                return -point.value if space.higher_is_better and not space.points_are_losses else point.value
+    return None
 
 
 def _climb_looks(trials: Trials, rank: int, part: float) -> Choice:

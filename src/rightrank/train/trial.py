@@ -167,7 +167,7 @@ class ArmTraining:
             value, train_value = self._point_value(scores), sum(recent) / len(recent)
             progress.points.append(EvalPoint(step=progress.step, value=value, train_value=train_value))
             arm = self.trial.arm
-            if arm.truncate_from is None and not arm.is_annealed and self._best_point().step == progress.step:
+            if arm.truncate_from is None and arm.anneal_from is None and self._best_point().step == progress.step:
                 self.optimizer.best = self.optimizer.parameters()
 
     def _best_point(self) -> EvalPoint:
@@ -226,7 +226,7 @@ class ArmTraining:
             measured = self._measure()
             measured.require([self._settings.metric_name])
             self._save_adapter(self._folders.adapter)
-        elif not arm.is_annealed:
+        elif arm.anneal_from is None:
             self.save()  # another trial may resume from here
         self._multi_lora.remove(self.adapter)
         record = finished(self.trial, self._settings.metric_name, scores, measured, self.progress)

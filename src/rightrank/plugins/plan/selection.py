@@ -12,7 +12,7 @@ from rightrank.plugins.plan.planner import changes_that_fit, context_bytes, need
 from rightrank.report.format import size
 from rightrank.runs.plugins import MemoryPlan
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.plan_settings import STEP_OF_SELECT, PlanSettings, loop_of_select
+from rightrank.schema.plan_settings import STEP_OF_SELECT, PlanSettings
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.pace import MAX_ADAPTERS_PER_PASS
 from rightrank.train.tokens import EncodedData
@@ -129,8 +129,10 @@ def step_settings(
         shared[name] *= sequences
     return PlanSettings(
         **shared
-        | loop_of_select(num_labels)
         | {
+            "packed": True,
+            "loss": "full" if num_labels else "chunked",
+            "optim": "adamw_fused",
             "seq_len": max(2, longest),
             "padding": num_labels is not None,  # a causal row never attends to padding on its right
             "num_labels": num_labels,
