@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from rightrank.decision.rule import decide
-from rightrank.decision.table import ScoreTable, at_checkpoint, table_of_results
+from rightrank.decision.table import Cell, ScoreTable, at_checkpoint, table_of_results
 from rightrank.report.tables import certainty_rows
 from rightrank.schema.decision import Result, ResultsTable
+from rightrank.schema.trials import EvalPoint
 from tests.commands import run
 
 # DistilBERT on IMDB, a public table: the evaluation loss at the last look and at the best, of which the step is not published
@@ -112,3 +113,23 @@ def test_a_table_with_steps_on_the_command_line(tmp_path: Path, capsys: pytest.C
     assert "Each training counts at its last evaluation" in out
     status, out, _ = run(["decide", str(file), "--margin", "0.005", "--checkpoint", "best", "--json"], capsys)
     assert (status, json.loads(out)["rank"], json.loads(out)["checkpoint"]["used"]) == (0, 64, "best")
+
+
+@pytest.mark.parametrize("higher", [False, True])
+def test_a_training_at_its_best_evaluation_has_what_was_known_there(higher: bool) -> None:
+    sign = -1.0 if higher else 1.0
+    points = tuple(
+        EvalPoint(step=step, value=sign * value) for step, value in ((10, 3.0), (20, 1.0), (30, 1.0), (40, 2.0))
+    )
+    sums = np.array([2.0, 2.0])
+    cell = Cell("one", sign * 2.0, sums, np.ones(2), 0.0, 1.5, 0.1, 1, 40, None, points, {"f1": 0.5})
+    table = ScoreTable("other metric", higher, {(4, 1e-3, 0): cell}, {}, "other")
+    (best,) = at_checkpoint(table, "best").cells.values()
+    assert (best.value, best.steps, best.points) == (sign * 1.0, 20, points[:2])
+    assert (best.train_value, best.deviation, best.others) == (None, None, {})
+    assert (best.sums.tolist(), best.weights.tolist()) == ([1.0], [1.0])
+    kept = replace(cell, value=sign * 1.0, kept_step=20)
+    (last,) = at_checkpoint(replace(table, cells={(4, 1e-3, 0): kept}), "last").cells.values()
+    assert (last.value, last.kept_step, last.train_value, last.others) == (sign * 2.0, None, None, {})
+    settled = replace(table, cells={(4, 1e-3, 0): replace(cell, value=sign * 1.0)})
+    assert at_checkpoint(settled, "best") is settled

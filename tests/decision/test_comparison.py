@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from rightrank.decision.comparison import (
     Bounds,
+    Estimate,
     binary_bound,
     bounds_of,
     bounds_of_files,
@@ -15,6 +18,7 @@ from rightrank.decision.comparison import (
     estimate_of_files,
     examples_needed,
     is_within,
+    span_of,
     t_quantile,
     t_tail,
 )
@@ -22,6 +26,7 @@ from rightrank.decision.rule import decide
 from rightrank.decision.seeds import seed_parts, winners_gap
 from rightrank.decision.table import Cell, minus, table_of
 from rightrank.report.tables import evidence_table
+from rightrank.schema.metrics import MetricKind
 from rightrank.schema.trials import TrialFinished
 from tests.decision.tables import bare
 from tests.tiny import UNMEASURED
@@ -213,3 +218,49 @@ def test_the_difference_of_two_cells_is_how_much_worse_one_is_on_each_example() 
     found = minus(one, Cell("other", 0.5, np.array([1.0, 2.0]), weights, 2.0))
     assert (found.trial_id, found.value, found.span) == ("one", pytest.approx(0.2), 2.0)
     assert (found.sums.tolist(), found.weights.tolist()) == ([2.0, -1.0], [1.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sums", "weights", "span"),
+    [
+        ("token_loss", [7.0, 900.0], 1.0, 0.0),
+        ("loss", [7.0, 900.0], 1.0, 0.0),
+        ("perplexity", [7.0, 900.0], 1.0, 0.0),
+        ("other", [2.0, -7.0], 1.0, 7.0),
+        ("other", [6.0, 3.0], [3.0, 1.0], 3.0),
+        ("other", [0.0, 0.0], 1.0, 1.0),
+        ("accuracy", [0.0, 1.0], 1.0, 1.0),
+        ("accuracy", [0.0, 0.0], 1.0, 1.0),
+        ("accuracy", [0.0, -100.0], 1.0, 100.0),
+        ("accuracy", [40.0, 55.0], 1.0, 100.0),
+        ("accuracy", [0.0] * 199 + [100.0], 1.0, 100.0),  # a mean of half a percent
+        ("accuracy", [1.5, 0.1], 1.0, 1.0),  # shares exceed 1 one by one
+    ],
+)
+def test_the_range_of_a_score(kind: MetricKind, sums: list[float], weights: object, span: float) -> None:
+    assert span_of(kind, sums, np.asarray(weights)) == span
+
+
+def test_each_part_of_the_variance_scales_with_what_it_is_of() -> None:
+    found = Estimate(0.1, 0.04, 0.09, 0.01, 100, 3, 2.0, 0.5, 4.0)
+    larger = found.at(200, 6)
+    assert (larger.mean, larger.skewness, larger.kurtosis) == (0.1, 0.5, 4.0)
+    assert (larger.examples, larger.seeds, larger.seeds_degrees) == (200, 6, 5.0)
+    parts = (larger.examples_variance, larger.seeds_variance, larger.interaction_variance)
+    assert parts == pytest.approx((0.015 + 0.0025, 0.04 + 0.0025, 0.0025))
+    assert found.at(1, 3).examples_variance == pytest.approx(4.0)
+    assert found.at(0, 3).examples_variance == pytest.approx(0.04)
+    for examples, expected in ((0, 0.04), (1, 0.04), (2, 0.02)):
+        assert replace(found, examples=examples).at(4, 3).examples_variance == pytest.approx(expected)
+    assert replace(found, seeds_degrees=0.0).at(100, 9).seeds_degrees == 0.0
+    assert replace(found, seeds_degrees=1.0, seeds=2).at(100, 4).seeds_degrees == 3.0
+    assert found.at(100, 1).seeds_degrees == 1.0
+
+
+def test_a_settled_difference_needs_the_next_larger_set_of_examples_and_more_confidence_more() -> None:
+    found = estimate_of_files(np.random.default_rng(2).normal(0.0, 0.2, 100), np.ones(100))
+    assert examples_needed(found, 5.0) == 120
+    usual, sure = examples_needed(found, 0.03), examples_needed(found, 0.03, 0.999)
+    assert usual is not None
+    assert sure is not None
+    assert usual < sure

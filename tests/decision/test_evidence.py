@@ -8,7 +8,7 @@ import pytest
 from rightrank.decision import table
 from rightrank.decision.evidence import measured_noise
 from rightrank.decision.rule import decide
-from rightrank.decision.table import Cell, Contender, ScoreTable, paired_cells
+from rightrank.decision.table import Cell, Contender, ScoreTable, contender_of, paired_cells
 
 
 def contender(rank: int, **losses: float) -> Contender:
@@ -112,3 +112,22 @@ def test_another_metric_conflicts_beyond_its_own_margin_and_noise(
 
     table = ScoreTable("loss", False, {(4, 0.0, 0): cell(2.001, chosen), (64, 0.0, 0): cell(2.0, best)})
     assert ("metric_conflict" in decide(table, 0.005).flags) is conflict
+
+
+@pytest.mark.parametrize(("lower", "noise", "taken"), [(0.02, 0.05, True), (0.02, 0.3, False), (0.0, 0.0, False)])
+def test_a_learning_rate_with_fewer_seeds_is_taken_where_it_is_surely_better(
+    lower: float, noise: float, taken: bool
+) -> None:
+    """On the seed that both have: a lucky seed of one learning rate is no reason."""
+    generator = np.random.default_rng(1)
+    items = 100
+    first, second = 2.0 + generator.normal(0, 0.5, (2, items))
+    drawn = generator.normal(0, noise, items)
+    lucky = first - lower + drawn - drawn.mean()
+    cells = {
+        (4, lr, seed): Cell(f"{lr}-{seed}", float(values.mean()), values, np.ones(items))
+        for lr, seed, values in ((1e-3, 0, first), (1e-3, 1, second), (3e-3, 0, lucky))
+    }
+    found = contender_of(ScoreTable("eval_loss", False, cells, {}, "token_loss"), 4)
+    assert found.learning_rate == (3e-3 if taken else 1e-3)
+    assert set(found.cells) == ({0} if taken else {0, 1})

@@ -1,0 +1,98 @@
+"""The answer in words: which ranks, probabilities and bounds a sentence names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rightrank.decision.rule import decide
+from rightrank.decision.sentences import number
+from rightrank.schema.decision import Decision
+from tests.decision.tables import bare, scored
+
+
+def answer(losses: dict[int, float], margin: float, confidence: float | None = 0.7, **table: Any) -> Decision:
+    return decide(scored(losses, **table), margin, confidence=confidence)
+
+
+def test_a_flat_curve_names_the_rank_that_looks_worst() -> None:
+    found = answer({1: 2.0, 4: 2.03}, 0.02, None, items=100, seeds=(0,), noise=0.1)
+    assert (found.verdict, found.rank) == ("flat", 1)
+    worse = found.ranks[1].difference
+    assert (
+        f"within 0.02 nats of the best (1); rank 4 looks {worse:.2g} worse, and is not shown to be;" in found.sentence
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ({1: 2.3, 4: 2.0, 16: 2.002}, "Rank 4 looks enough (96% likely): it is the best of the ranks tried"),
+        (
+            {1: 2.3, 4: 2.012, 16: 2.0, 64: 2.002},
+            "Rank 4 looks enough (84% likely; rank 16: 96%): it is within 0.02 nats",
+        ),
+    ],
+)
+def test_a_larger_rank_is_named_where_it_is_likelier(losses: dict[int, float], told: str) -> None:
+    found = answer(losses, 0.02, seeds=(0,))
+    assert found.sentence.startswith(told)
+
+
+def test_no_rank_at_the_confidence_names_the_likeliest() -> None:
+    found = answer({4: 2.0, 64: 2.003}, 0.005, 0.95, items=100, seeds=(0,), noise=0.05)
+    assert found.sentence == (
+        "Undecided: no rank is enough at 95%; rank 4 is the likeliest to be within 0.005 nats of the best (77%)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [
+        ({2: 2.02, 4: 2.02, 8: 2.01, 16: 2.0, 64: 2.0}, "rank 8 is within 0.02 nats of the best (rank 16), and rank 2"),
+        ({2: 2.2, 4: 2.025, 8: 2.02, 16: 2.0, 64: 2.0}, "rank 16 is the best so far, and rank 4"),
+    ],
+)
+def test_an_open_answer_names_what_is_shown_and_the_rank_that_leaves_it_open(
+    losses: dict[int, float], shown: str
+) -> None:
+    found = answer(losses, 0.02, items=100, seeds=(0, 1), noise=0.03)
+    assert found.sentence.startswith(f"Undecided: {shown} is inconclusive at ")
+    assert found.fallback_rank == (8 if "rank 8 is within" in shown else None)
+
+
+def test_what_the_noise_over_seeds_was_measured_on() -> None:
+    table = scored({4: 2.01, 16: 2.0, 64: 2.03}, seeds=(0, 1, 2))
+
+    def note(dropped: set[tuple[int, int]]) -> str:
+        cells = {
+            (rank, lr, seed): cell for (rank, lr, seed), cell in table.cells.items() if (rank, seed) not in dropped
+        }
+        return decide(type(table)(table.metric, False, cells, {}, table.kind), 0.02).basis_note
+
+    moderated = "moderated by what its variation between examples leads to expect."
+    start = "Intervals cover other held-out examples and other seeds. "
+    assert (
+        note(set()) == f"{start}The noise over seeds is that of each rank's paired difference over 3 seeds, {moderated}"
+    )
+    assert note({(4, 2)}).endswith(f" over 2 to 3 seeds, {moderated}")
+    assert note({(4, 2), (64, 1)}).endswith(f" over 2 seeds, {moderated}")
+    alone = {(4, 2), (16, 0), (16, 1), (64, 0), (64, 1)}
+    assert (
+        note(alone) == f"{start}No two ranks share two seeds, so the noise over seeds is known of single ranks alone."
+    )
+
+
+def test_numbers_have_two_digits_and_large_ones_none_behind_the_point() -> None:
+    assert [number(value) for value in (0.01234, -1.26, 99.4, 100.0, 100.5, 12345.6)] == [
+        "0.012", "-1.3", "99", "100", "100", "12346",
+    ]  # fmt: skip
+
+
+def test_one_number_a_rank_may_rise_and_a_stated_deviation_is_part_of_the_threshold() -> None:
+    losses = {1: 2.0, 4: 1.9, 16: 1.8}
+    assert decide(bare(losses), 0.02).verdict == "rising"
+    assert decide(bare(losses, std=0.05), 0.02).verdict == "rising"
+    assert decide(bare(losses, std=0.11), 0.02).verdict != "rising"
+    assert decide(bare(losses), 0.11).verdict != "rising"
