@@ -21,7 +21,6 @@ from benchmarks.machine import machine
 from benchmarks.plan.architectures import FULL_CONFIGS
 from benchmarks.results import store
 from rightrank.plugins.plan.estimate import Estimator
-from rightrank.plugins.plan.planner import needed
 from rightrank.report.format import duration
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings
@@ -76,7 +75,7 @@ def planned(model: str) -> dict[str, Any]:
         "most_flops": operations(max(steps), cost.maximum, cost.max_arms),
         "expected_trainings": cost.expected,
         "most_trainings": cost.maximum,
-        "needed_bytes": max(needed(estimator.estimate(rank).peak.reserved_bytes, settings) for rank in settings.ranks),
+        "needed_bytes": max(estimator.estimate(rank).needed_bytes for rank in settings.ranks),
         "gradient_checkpointing": MODELS[model].get("gradient_checkpointing", False),
     }
 

@@ -21,7 +21,7 @@ from tests.helpers import made_trainable
 
 from benchmarks.probe.common import store
 from rightrank.adapters.compare import finished_trial
-from rightrank.adapters.held_out import Candidates, truncation_curve
+from rightrank.adapters.held_out import truncation_curve
 from rightrank.decision.comparison import estimate
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.settings import SelectSettings
@@ -77,7 +77,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             use = DataUse(arguments.data, settings, Path(name) / "cache", arguments.recover)
             runtime = adapter_runtime(adapter, None, use)
-            found = truncation_curve(adapter, runtime, Candidates(sorted(direct)), Path(name)).trials
+            found = truncation_curve(adapter, runtime, sorted(direct), Path(name)).trials
             for plain in [trial for trial in found if trial.rank]:
                 with adapter_attached(runtime, Path(name) / plain.trial_id) as model:
                     recover(runtime, model, top.learning_rate, top.seed + 1)

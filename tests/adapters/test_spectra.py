@@ -45,9 +45,14 @@ def test_energy_stable_and_effective_rank_of_known_spectra() -> None:
 
 
 def test_the_hard_threshold_is_gavish_and_donohos() -> None:
-    """Their paper's constants: 2.858 for square matrices, λ* = 4/√3."""
-    assert spectra.hard_threshold_factor(1.0) == pytest.approx(2.858, abs=0.005)
-    assert spectra.known_noise_factor(1.0) == pytest.approx(4 / np.sqrt(3))
+    """Their paper's constants for square matrices: 2.858 times the median; λ* = 4/√3 times σ·√rows where σ is known."""
+    beside_the_median = [np.concatenate([[factor], np.ones(98)]) for factor in (2.853, 2.863)]
+    assert [spectra.hard_threshold_rank(s, 99, 99) for s in beside_the_median] == [0, 1]
+    bound = 4 / np.sqrt(3) * np.sqrt(1000)  # of the kept value, where the energy of the rest gives σ = 1
+    for value, count in ((0.99 * bound, 0), (1.01 * bound, 1)):
+        kept = np.array([value])
+        energy = 999 * 999 + value**2 if count else 1000 * 1000
+        assert spectra.leading_noise_rank(kept, energy, 1000, 1000) == count
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5])

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from rightrank import SmallestAdapter
-from rightrank.adapters.held_out import Candidates, truncation_curve
+from rightrank.adapters.held_out import truncation_curve
 from rightrank.adapters.live import LiveAdapter, smallest_adapter, trained_adapter
 from rightrank.adapters.live_files import measure_again
 from rightrank.adapters.live_scores import HeldOutBatches, batch_scores
@@ -124,7 +124,7 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     model.save_pretrained(tmp_path / "trained")
     adapter = open_adapter(tmp_path / "trained")
     runtime = make_runtime(model_folder, completion_file, small_settings(margin=0.1), tmp_path / "cache")
-    curve = truncation_curve(adapter, runtime, Candidates(candidate_ranks(adapter)), tmp_path / "folder")
+    curve = truncation_curve(adapter, runtime, candidate_ranks(adapter), tmp_path / "folder")
     steps = runtime.settings.training_steps(len(runtime.data.splits["train"]))
     order = unseen_first(runtime, runtime.settings.seeds[0], steps)
     read = [index for part in micro_batches(runtime, order, moment_tokens(runtime, steps)) for index in part]

@@ -131,16 +131,6 @@ def _all(settings: SelectSettings, count: int) -> SelectSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidates:
-    """The ranks to measure, and how."""
-
-    ranks: Sequence[int]
-    # moments and scores come from the same examples: each half is scored with the other's moments
-    by_halves: bool = False
-    on_event: Callable[[Evaluating | Notice], None] = lambda _: None
-
-
-@dataclass(frozen=True, slots=True)
 class TruncationCurve:
     """Held-out results by rank, with the base as rank 0, and the answer that they give."""
 
@@ -184,11 +174,11 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
     fewer = "" if count <= MANY_EXAMPLES else "; --set eval_items=1000 measures on fewer"
     text = f"measuring the base, then ranks {measured}, each on {count:,} examples{fewer}"
     rule.on_event(Notice(text=text))
-    candidates = Candidates(ranks, scored.scores_training_examples, rule.on_event)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         use = DataUse(rule.data, rule.settings, Path(name) / "cache", splits=scored.splits)
         runtime = adapter_runtime(adapter, rule.base, use)
-        curve = truncation_curve(adapter, runtime, candidates, Path(name))
+        halves = scored.scores_training_examples
+        curve = truncation_curve(adapter, runtime, ranks, Path(name), by_halves=halves, on_event=rule.on_event)
         chosen = open_adapter(Path(name) / curve.answer.trial_id)
         tensors = {key: chosen.tensor(key) for key in chosen.keys}
         write_like(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.content()})
@@ -243,9 +233,17 @@ def _gain(trials: Sequence[TrialFinished], answer: AdapterAnswer, runtime: Runti
 
 
 def truncation_curve(
-    adapter: AdapterFolder, runtime: Runtime, candidates: Candidates, working: Path
+    adapter: AdapterFolder,
+    runtime: Runtime,
+    ranks: Sequence[int],
+    working: Path,
+    *,
+    by_halves: bool = False,
+    on_event: Callable[[Evaluating | Notice], None] = lambda _: None,
 ) -> TruncationCurve:
-    """The held-out loss of every truncation; `working` keeps the candidates as r1, r2, …
+    """The held-out loss of every truncation to `ranks`; `working` keeps them as r1, r2, …
+
+    With `by_halves`, where moments and scores come from the same examples, each half is scored with the other's moments.
 
     Raises:
         ModelError: the adapter does not fit the base.
@@ -255,26 +253,24 @@ def truncation_curve(
     examples = unseen_first(runtime, runtime.settings.seeds[0], steps)
     with adapter_attached(runtime, adapter.path) as peft_model:
         gathered = gather_moments(runtime, peft_model, examples, moment_tokens(runtime, steps))
-    halves = _halves(adapter, runtime) if candidates.by_halves else []
+    halves = _halves(adapter, runtime) if by_halves else []
     metric = runtime.settings.metric
-    report_evaluations(runtime, "the base", candidates.on_event)
+    report_evaluations(runtime, "the base", on_event)
     trials = [finished_trial("base", 0, runtime.evaluate("selection"), metric)]
     written: dict[int, Resized] = {}
 
-    def write(rank: int, folder: Path) -> None:
+    def score(rank: int, folder: Path) -> Scores:
         choice = capped(adapter, rank, gathered.moments)
         written[rank] = write_resized(adapter, folder, choice, gathered.moments)
-
-    def score(rank: int, folder: Path) -> Scores:
-        report_evaluations(runtime, f"rank {rank}", candidates.on_event)
+        report_evaluations(runtime, f"rank {rank}", on_event)
         if halves:
             return _by_halves(adapter, runtime, halves, rank, working)
         with adapter_attached(runtime, folder):
             return runtime.evaluate("selection")
 
-    for trial in walk(candidates.ranks, working, write, score, metric):
+    for trial in walk(ranks, working, score, metric):
         trials.append(trial)
-        candidates.on_event(Notice(text=f"rank {trial.rank}: held-out {trial.value:.4f}"))
+        on_event(Notice(text=f"rank {trial.rank}: held-out {trial.value:.4f}"))
     settings = runtime.settings
     higher, is_token_loss = settings.is_higher_better(settings.metric_name), runtime.data.summary.is_token_loss
     criterion = Criterion(settings.metric_name, higher, settings.margin, token_loss=is_token_loss)
@@ -282,17 +278,12 @@ def truncation_curve(
 
 
 def walk(
-    ranks: Sequence[int],
-    working: Path,
-    write: Callable[[int, Path], None],
-    score: Callable[[int, Path], Scores],
-    metric: str,
+    ranks: Sequence[int], working: Path, score: Callable[[int, Path], Scores], metric: str
 ) -> Iterator[TrialFinished]:
-    """An adapter and its truncations from the highest rank down, each written to `working` as r8, r4, … and scored."""
+    """An adapter and its truncations from the highest rank down: `score` writes each to `working` as r8, r4, … and scores it."""
     top = f"r{max(ranks)}"
     for rank in sorted(ranks, reverse=True):
         folder = working / f"r{rank}"
-        write(rank, folder)
         parent = None if folder.name == top else top
         yield finished_trial(folder.name, rank, score(rank, folder), metric, truncate_from=parent)
 

@@ -89,7 +89,7 @@ def smallest_adapter(live: LiveAdapter, working: Path) -> LiveAnswer:
         ModelError: the adapter cannot be truncated.
         NotFiniteError: a held-out loss is NaN or infinite.
     """
-    require_truncatable(live.model, live.name)
+    _require_truncatable(live.model, live.name)
     if is_partitioned(live.model):
         raise ModelError(
             "ZeRO-3 holds parts of each parameter, which no truncation can be written into; measure in a fresh process"
@@ -120,7 +120,7 @@ def base_name(model: Any, name: str) -> str:
     return str(model.peft_config[name].base_model_name_or_path or model.get_base_model().config.name_or_path or "")
 
 
-def require_truncatable(model: Any, name: str) -> None:
+def _require_truncatable(model: Any, name: str) -> None:
     """Refuse what no truncation can be made of.
 
     Raises:
@@ -152,20 +152,19 @@ def trained_adapter(model: Any) -> str:
     """The name of the adapter that trains: of several active ones, the one whose factors have gradients.
 
     Raises:
-        ModelError: several adapters train.
+        ModelError: several adapters train, or no truncation can be made of it.
     """
     active = getattr(model, "active_adapters", None)
     names = [active] if isinstance(active, str) else list(active if isinstance(active, list) else ["default"])
-    if len(names) == 1:
-        return names[0]
-    layers = lora_modules(model).values()
-    training = [
-        name for name in names if any(name in one.lora_A and one.lora_A[name].weight.requires_grad for one in layers)
-    ]
+    training = names
+    if len(names) > 1:
+        factors = [one.lora_A for one in lora_modules(model).values()]
+        training = [name for name in names if any(name in one and one[name].weight.requires_grad for one in factors)]
     if len(training) != 1:
         raise ModelError(
             f"the adapters {', '.join(training or names)} train together; one adapter is truncated at a time"
         )
+    _require_truncatable(model, training[0])
     return training[0]
 
 
@@ -175,14 +174,12 @@ def _walk(
     """The adapter and its truncations, downward until one does not hold."""
     held_out = HeldOutBatches(live.model, live.held_out, live.beta)
 
-    def write(rank: int, folder: Path) -> None:
+    def score(rank: int, folder: Path) -> Scores:
         with together():
             if rank == adapter.rank:
                 shutil.copytree(adapter.path, folder)
             else:
                 write_resized(adapter, folder, capped(adapter, rank, moments), moments)
-
-    def score(rank: int, folder: Path) -> Scores:
         if rank < adapter.rank:
             put_in_place(live.model, live.name, open_adapter(folder))
         scores = held_out.scores()
@@ -191,7 +188,7 @@ def _walk(
         return scores
 
     trials: list[TrialFinished] = []
-    for trial in walk(candidate_ranks(adapter, live.ranks), working, write, score, live.metric):
+    for trial in walk(candidate_ranks(adapter, live.ranks), working, score, live.metric):
         trials.append(trial)
         if smallest_of(trials, _criterion(trials, live)).trial_id != trial.trial_id:
             break

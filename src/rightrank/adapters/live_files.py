@@ -172,10 +172,6 @@ def _curve_figure(curve: Sequence[tuple[int, int]], trained_rank: int) -> Figure
     )
 
 
-def command_to_measure(out: Path) -> str:
-    return shlex.join(["python", "-m", "rightrank.interop.smallest", str(out)])
-
-
 def keep(live: LiveAdapter, out: Path, training: Training) -> None:
     """Write what a fresh process needs to measure: the trained adapter, the batches, and what was asked."""
     base = live.model.get_base_model()

@@ -213,17 +213,11 @@ def hard_threshold_rank(s: Floats, rows: int, columns: int) -> int:
     entries of one variance. The threshold is ω(β) times their median, β the aspect ratio. It assumes that less than
     half of the singular values are signal. Otherwise the median is signal and the result is too low.
     """
-    return int(np.sum(s > hard_threshold_factor(min(rows, columns) / max(rows, columns)) * np.median(s)))
-
-
-def hard_threshold_factor(beta: float) -> float:
-    """ω(β), for noise of unknown size; 2.86 for square matrices. The authors' cubic, off by .02 at most."""
-    return 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
-
-
-def known_noise_factor(beta: float) -> float:
-    """λ*(β): the threshold in units of σ·sqrt(longer side), for noise of a known σ."""
-    return math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
+    beta = min(rows, columns) / max(rows, columns)
+    omega = (
+        0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
+    )  # the authors' cubic, off by .02 at most; 2.86 for β = 1
+    return int(np.sum(s > omega * np.median(s)))
 
 
 def leading_noise_rank(s: Floats, total: float, rows: int, columns: int) -> int:
@@ -233,7 +227,9 @@ def leading_noise_rank(s: Floats, total: float, rows: int, columns: int) -> int:
     applies. This repeats until the count stays the same.
     """
     short, long = min(rows, columns), max(rows, columns)
-    factor = known_noise_factor(short / long)
+    beta = short / long
+    # λ*(β): the threshold in units of σ·sqrt(longer side), for noise of a known σ
+    factor = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
     count = len(s)
     for _ in range(20):
         rest = max(0.0, total - float(np.sum(s[:count] ** 2)))

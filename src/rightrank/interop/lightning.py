@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 
-from rightrank.adapters.live import LiveAnswer, as_it_came, require_truncatable, trained_adapter
+from rightrank.adapters.live import LiveAnswer, as_it_came, trained_adapter
 from rightrank.adapters.live_scores import FAILURES, Batch, batch_scores
 from rightrank.interop.smallest import keep_smallest
 from rightrank.schema.errors import DataError, ModelError, first_line
@@ -35,7 +35,6 @@ class SmallestAdapter(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = _peft_model(pl_module)
         name = trained_adapter(model)
-        require_truncatable(model, name)
         with as_it_came(model, name):
             batches = list(islice(self._held_out, 1))
             if not batches:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import shlex
 import shutil
 import sys
 import tempfile
@@ -30,14 +31,12 @@ from rightrank.adapters.live import (
     LiveAnswer,
     as_it_came,
     base_name,
-    require_truncatable,
     smallest_adapter,
     trained_adapter,
 )
 from rightrank.adapters.live_files import (
     MEASURE,
     Training,
-    command_to_measure,
     keep,
     measure_again,
     next_training,
@@ -145,7 +144,6 @@ class SmallestAdapter(TrainerCallback):
                 f"load_best_model_at_end={self.checkpoint == 'best'} in its arguments"
             )
         name = trained_adapter(model)
-        require_truncatable(model, name)
         self._held_out = self._rows_to_score()
         with as_it_came(model, name):
             self._require_scores(model, args)
@@ -265,10 +263,10 @@ class SmallestAdapter(TrainerCallback):
                 live = self._live(model, args, state)
                 training = self._training(live, args, state)
                 _keep(live, out, training)
-                again = f"; to measure again: {command_to_measure(out)}"
+                again = f"; to measure again: {_command_to_measure(out)}"
                 if not self.measure or is_partitioned(model):
                     if state.is_world_process_zero:
-                        log.warning("rightrank: kept what is measured with: %s", command_to_measure(out))
+                        log.warning("rightrank: kept what is measured with: %s", _command_to_measure(out))
                     return
                 if state.is_world_process_zero:
                     log.warning("rightrank: measuring truncations on %d batches%s", len(live.held_out), again)
@@ -404,6 +402,10 @@ class _Kept:
     parameters: Mapping[str, torch.Tensor]
 
 
+def _command_to_measure(out: Path) -> str:
+    return shlex.join(["python", "-m", "rightrank.interop.smallest", str(out)])
+
+
 def _trained_parameters(model: Any) -> dict[str, torch.Tensor]:
     return {name: one.detach().cpu().clone() for name, one in model.named_parameters() if one.requires_grad}
 
@@ -446,14 +448,13 @@ def keep_smallest(
         RunError: `out` cannot be written.
     """
     name = trained_adapter(model)
-    require_truncatable(model, name)
     with as_it_came(model, name):  # a loader draws its order from the random state
         live = LiveAdapter(model, list(held_out), list(islice(train, MOMENT_BATCHES)), margin, name=name, metric=metric)
     if not live.held_out:
         raise DataError("there are no held-out batches; give some hundred examples that the training did not see")
     training = Training(seconds, peak_so_far(), "last", base_name(model, name), metric)
     _keep(live, Path(out), training)
-    log.warning("rightrank: measuring truncations; to measure again: %s", command_to_measure(Path(out)))
+    log.warning("rightrank: measuring truncations; to measure again: %s", _command_to_measure(Path(out)))
     found, _ = _measured(live, Path(out), training)
     log.warning("%s %s", found.answer.sentence, Path(out) / "adapter")
     return found

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any, TypeAlias
 
@@ -66,11 +67,8 @@ class GRPOTrain:
             base = AutoModelForCausalLM.from_pretrained(self.model, **(self.args.model_init_kwargs or {}))
             return self._measured(base, tokenizer)
 
-        def score(model: Any) -> list[float]:
-            return self.rewards(model, tokenizer, self.validation)
-
         lora: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **self.lora}
-        looks = _Looks(task, score, self.looks)
+        looks = _Looks(task, partial(self.rewards, tokenizer=tokenizer, rows=self.validation), self.looks)
         trainer = import_module("trl").GRPOTrainer(
             self.model,
             reward_funcs=self._functions(),

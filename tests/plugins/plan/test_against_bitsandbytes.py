@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from rightrank.plugins.plan.estimate import inventory
+from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.peak import optimizer_memory
-from rightrank.plugins.plan.skeleton import adapt, build_base
 from rightrank.schema.plan_settings import PlanSettings
 from tests.plugins.plan import CONFIGS
 
@@ -25,7 +24,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra bnb")
 def test_stored_bytes_of_a_quantised_model_are_its_own(name: str, width: str, tmp_path: Path) -> None:
     values = {"device": "cpu", "dtype": "float32", "ranks": (2,), f"load_in_{width}": True}
     settings = PlanSettings(**values | {"batch_size": 1, "seq_len": 16})
-    planned = inventory(adapt(build_base(CONFIGS[name](), settings), settings, 2)).stored
+    planned = Estimator(CONFIGS[name](), settings).inventory(2).stored
     assert sum(tensor.nbytes for tensor in planned if not tensor.requires_grad) == _real_bytes(name, width, tmp_path)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from benchmarks.plan.measure import measure
 
-from rightrank.plugins.plan.planner import CPU_PROCESS_BYTES, plan_config
+from rightrank.plugins.plan.estimate import CPU_PROCESS_BYTES
+from rightrank.plugins.plan.planner import plan_config
 from rightrank.schema.plan_settings import PlanSettings
 from tests.plugins.plan import CONFIGS
 

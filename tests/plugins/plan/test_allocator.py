@@ -5,17 +5,22 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rightrank.plugins.plan.peak import CachingAllocator, round_request, segment_size
+from rightrank.plugins.plan.peak import CachingAllocator
 
 MIB = 2**20
 
 
 def test_requests_are_rounded_and_segments_are_by_size() -> None:
-    assert [round_request(size) for size in (1, 512, 513)] == [512, 512, 1024]
-    assert segment_size(MIB) == 2 * MIB
-    assert segment_size(MIB + 512) == 20 * MIB
-    assert segment_size(10 * MIB) == 10 * MIB
-    assert segment_size(11 * MIB + 512) == 12 * MIB
+    def served(size: int) -> tuple[int, int]:
+        allocator = CachingAllocator()
+        allocator.allocate(1, size)
+        return allocator.allocated, allocator.reserved
+
+    assert [served(size)[0] for size in (1, 512, 513)] == [512, 512, 1024]
+    assert served(MIB) == (MIB, 2 * MIB)
+    assert served(MIB + 512)[1] == 20 * MIB
+    assert served(10 * MIB)[1] == 10 * MIB
+    assert served(11 * MIB + 512)[1] == 12 * MIB
 
 
 def test_a_freed_block_is_taken_again_and_split() -> None:
@@ -67,7 +72,7 @@ def test_every_byte_is_accounted_for(requests: list[tuple[int, int]]) -> None:
             allocator.allocate(name, size)
             wanted[name] = size
         assert allocator.reserved >= allocator.allocated >= sum(wanted.values())
-        assert allocator.allocated <= sum(round_request(size) + MIB for size in wanted.values())
+        assert allocator.allocated <= sum(size + 512 + MIB for size in wanted.values())
     for name in wanted:
         allocator.free(name)
     assert allocator.allocated == 0

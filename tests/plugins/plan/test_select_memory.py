@@ -10,7 +10,6 @@ import pytest
 
 from rightrank.cli import main
 from rightrank.plugins.plan.estimate import Estimator
-from rightrank.plugins.plan.planner import needed
 from rightrank.plugins.plan.selection import left_out_line, plan_selection, step_settings
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import SettingsError
@@ -99,7 +98,7 @@ def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
         changed = Estimator(
             config, step_settings(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu", None)
         ).variant(adapters_per_pass=arms)
-        needs[arms] = needed(changed.estimate(8).peak.reserved_bytes, changed.settings)
+        needs[arms] = changed.estimate(8).needed_bytes
     between = settings.model_copy(update={"memory_bytes": (needs[4] + needs[6]) // 2})
     assert plan_selection(config, between, 32, "cpu").max_adapters_per_pass == 4
 

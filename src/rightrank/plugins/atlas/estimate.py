@@ -223,15 +223,17 @@ def not_tuned(sweep: Sweep) -> str:
 def _description(question: Question) -> str:
     parts = [question.family, question.kind and f"by {question.kind}"]
     if question.parameters:
-        parts.append(f"about {amount(question.parameters)} parameters")
+        parts.append(f"about {_amount(question.parameters)} parameters")
     if question.tokens or question.rows:
         parts.append(
-            f"about {amount(question.tokens)} tokens" if question.tokens else f"about {amount(question.rows or 0)} rows"
+            f"about {_amount(question.tokens)} tokens"
+            if question.tokens
+            else f"about {_amount(question.rows or 0)} rows"
         )
     return ", ".join(part for part in parts if part)
 
 
-def amount(value: float) -> str:
+def _amount(value: float) -> str:
     """1.5B, 300M, 20k."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:

@@ -50,10 +50,10 @@ def expect(ranks: list[str] | None, plot_file: Path | None, as_json: bool, **kno
         from rightrank.report.svg import write_plot
 
         write_plot(figure_of(found), plot_file)
-    click.echo(json.dumps(asdict(found)) if as_json else text(found))
+    click.echo(json.dumps(asdict(found)) if as_json else _text(found))
 
 
-def text(found: Expectation) -> str:
+def _text(found: Expectation) -> str:
     """Everything, with the picture."""
     bars = [
         f"{rank.rank:>6}   {f'{rank.enough_in} of {rank.of}':>10}   {'█' * round(BAR * rank.probability):<{BAR}} "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from rightrank.adapters.held_out import Candidates, TruncationCurve, scored_data, truncation_curve
+from rightrank.adapters.held_out import TruncationCurve, scored_data, truncation_curve
 from rightrank.adapters.resize import require_plain_update
 from rightrank.data.files import creating, replacing_folder, require_absent
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_adapter
@@ -102,10 +102,6 @@ class _Measured:
     curve: TruncationCurve
     folder: Path
 
-    @property
-    def rank(self) -> int:
-        return self.curve.answer.rank
-
 
 def run_fleet(
     paths: Sequence[Path],
@@ -151,15 +147,15 @@ def run_fleet(
             working.mkdir()
             use = DataUse(data[place], settings, working / "cache", 0, one.splits, loaded)
             own = [rank for rank in ranks if rank < adapter.rank] + [adapter.rank]
-            candidates = Candidates(own, by_halves=one.scores_training_examples and len(own) > 1)
-            curve = truncation_curve(adapter, adapter_runtime(adapter, model, use), candidates, working)
+            halves = one.scores_training_examples and len(own) > 1
+            curve = truncation_curve(adapter, adapter_runtime(adapter, model, use), own, working, by_halves=halves)
             measured.append(_Measured(adapter, curve, working))
             notice(f"{adapter.path}: rank {curve.answer.rank} is enough of {adapter.rank}")
         return _written(measured, out, model, {BASE_FILE: loaded.identity.content()})
 
 
 def _written(measured: Sequence[_Measured], out: Path, model: str, base: dict[str, bytes]) -> Fleet:
-    rank = max(one.rank for one in measured)
+    rank = max(one.curve.answer.rank for one in measured)
     chosen = [_at(one, rank) for one in measured]
     served = max(open_adapter(folder).rank for folder, _ in chosen)
     names = _folder_names([one.adapter.path for one in measured])
@@ -212,7 +208,7 @@ def _sentence(measured: Sequence[_Measured], rank: int, slot_before: int, slot: 
     """The answer; `slot` is vLLM's `--max-lora-rank`."""
     before = max(one.adapter.rank for one in measured)
     every = _folder_names([one.adapter.path for one in measured])
-    names = [name for name, one in zip(every, measured, strict=True) if one.rank == rank]
+    names = [name for name, one in zip(every, measured, strict=True) if one.curve.answer.rank == rank]
     binding = ", ".join(names) if len(names) <= MAX_NAMED else f"{len(names)} of them"
     if rank == before:
         return f"The {len(measured)} adapters need rank {rank}: {binding} would lose more than the margin below it."

@@ -207,9 +207,6 @@ def promptable_examples(runtime: Runtime, count: int) -> list[Example]:
     if runtime.data.summary.form not in ("prompt_completion", "preference"):
         return []
     tokenizer = runtime.loaded.tokenizer
-
-    def can_be_shown(example: Example) -> bool:
-        prompt = example.content["prompt"]
-        return isinstance(prompt, str) and 0 < len(tokenizer(prompt)["input_ids"]) <= MAX_PROMPT_TOKENS
-
-    return list(islice(filter(can_be_shown, runtime.data.texts["test"]), count))
+    prompts = ((example, example.content["prompt"]) for example in runtime.data.texts["test"])
+    strings = ((example, tokenizer(prompt)["input_ids"]) for example, prompt in prompts if isinstance(prompt, str))
+    return list(islice((example for example, ids in strings if 0 < len(ids) <= MAX_PROMPT_TOKENS), count))

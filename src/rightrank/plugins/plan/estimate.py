@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils import get_peft_model_state_dict
 
 from rightrank.plugins.plan.peak import OptimizerMemory, Peak, Resident, optimizer_memory, simulate_peak
 from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, adapt, build_base, count_parameters
@@ -28,6 +30,10 @@ SAFETENSORS_ALIGNMENT = 8  # the header is padded with spaces to a multiple of t
 UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)
 OF_THE_MODEL = {"attn_implementation", "dtype", "load_in_4bit", "load_in_8bit"}  # settings that change its modules
 CUBLAS_BYTES = 8_519_680  # cuBLAS workspace from torch's allocator (`:4096:2:16:8`); 32 MiB on Hopper
+
+CUDA_CONTEXT_BYTES = 512 * 2**20  # driver, kernels and libraries: 300 to 600 MiB by card and driver
+CPU_PROCESS_BYTES = 700 * 2**20  # the interpreter with torch, transformers and peft loaded
+HEADROOM = 0.03  # of the reserved bytes, kept free
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +62,29 @@ class RankEstimate:
     training: Peak
     evaluation: Peak | None
     flops: int
+    settings: PlanSettings  # with which a step runs
 
     @property
     def peak(self) -> Peak:
         if self.evaluation is not None and self.evaluation.peak_bytes > self.training.peak_bytes:
             return self.evaluation
         return self.training
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes that must be available: tensors, process and headroom."""
+        reserved = self.peak.reserved_bytes
+        return reserved + context_bytes(self.settings) + round(HEADROOM * reserved)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak fits the memory of the settings; False where that is unknown."""
+        return self.settings.memory_bytes is not None and self.needed_bytes <= self.settings.memory_bytes
+
+
+def context_bytes(settings: PlanSettings) -> int:
+    """Bytes of the process beside its tensors."""
+    return CUDA_CONTEXT_BYTES if settings.device == "cuda" else CPU_PROCESS_BYTES
 
 
 class UntraceableError(ModelError):
@@ -83,7 +106,7 @@ class Estimator:
         base = build_base(config, settings)
         self.base_parameters = count_parameters(base)
         self.skeleton = adapt(base, settings, lowest)
-        self._inventories = {lowest: inventory(self.skeleton)}
+        self._inventories = {lowest: _inventory(self.skeleton)}
         self._traces: dict[tuple[int, bool], StepTrace] = {}
 
     @property
@@ -107,13 +130,14 @@ class Estimator:
             NotSharedError, UntraceableError: see there.
         """
         evaluation = None if self.settings.eval_batch_size is None else self._peak_of(rank, False)
-        return RankEstimate(rank, self.inventory(rank), self._peak_of(rank, True), evaluation, self.flops(rank))
+        training, flops = self._peak_of(rank, True), self.flops(rank)
+        return RankEstimate(rank, self.inventory(rank), training, evaluation, flops, self.settings)
 
     def inventory(self, rank: int) -> _Inventory:
         """The tensors of the adapted model of that rank, on the line through PEFT's own at the two ends."""
         low, high = self._ends
         if rank not in self._inventories and high not in self._inventories:
-            self._inventories[high] = inventory(self._adapted(high))
+            self._inventories[high] = _inventory(self._adapted(high))
         if rank not in self._inventories:
             first, last = self._inventories[low], self._inventories[high]
             stored = tuple(self._at(rank, a, b) for a, b in zip(first.stored, last.stored, strict=True))
@@ -189,8 +213,10 @@ class Estimator:
         return adapt(build_base(self._config, self.settings), self.settings, rank, arms)
 
 
-def inventory(skeleton: Skeleton) -> _Inventory:
-    return _Inventory((*skeleton.model.parameters(), *skeleton.model.buffers()), skeleton.adapter_state())
+def _inventory(skeleton: Skeleton) -> _Inventory:
+    with warnings.catch_warnings(action="ignore"):  # that PEFT saves an embedding with the adapter; the plan counts it
+        saved: dict[str, torch.Tensor] = get_peft_model_state_dict(skeleton.model)
+    return _Inventory((*skeleton.model.parameters(), *skeleton.model.buffers()), saved)
 
 
 def _between(low: int, high: int, ends: tuple[int, int], rank: int) -> int | None:

@@ -250,13 +250,15 @@ class CachingAllocator:
         """Serve a request of `size` bytes; an empty tensor takes nothing."""
         if size <= 0:
             return
-        rounded = round_request(size)
+        rounded = -(-size // ROUNDING) * ROUNDING
         pool = self._free[rounded <= SMALL_REQUEST]
         position = bisect_left(pool, (rounded, -1))
         if position < len(pool):
             block = pool.pop(position)[2]
         else:
-            segment = segment_size(rounded)
+            segment = SMALL_SEGMENT if rounded <= SMALL_REQUEST else LARGE_SEGMENT
+            if rounded >= LARGE_REQUEST:  # a segment of its own
+                segment = -(-rounded // SEGMENT_ROUNDING) * SEGMENT_ROUNDING
             block = _Block(self._next_address, segment, rounded <= SMALL_REQUEST)
             self._next_address += segment + ROUNDING  # a gap: segments never join
             self.reserved += segment
@@ -300,17 +302,3 @@ class CachingAllocator:
             second.after.before = first
         first.taken = False
         return first
-
-
-def round_request(size: int) -> int:
-    """Bytes that a request of `size` bytes occupies."""
-    return max(ROUNDING, -(-size // ROUNDING) * ROUNDING)
-
-
-def segment_size(size: int) -> int:
-    """Bytes of the segment reserved for a rounded request that no free block can serve."""
-    if size <= SMALL_REQUEST:
-        return SMALL_SEGMENT
-    if size < LARGE_REQUEST:
-        return LARGE_SEGMENT
-    return -(-size // SEGMENT_ROUNDING) * SEGMENT_ROUNDING

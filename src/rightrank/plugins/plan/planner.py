@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rightrank.plugins.plan.estimate import Estimator, RankEstimate
+from rightrank.plugins.plan.estimate import Estimator, RankEstimate, context_bytes
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.results import Plan, RankPlan
@@ -15,10 +15,6 @@ from rightrank.train.targets import require_ranks
 # The relative error of a peak: against torch's profiler on a CPU 0.06% at worst in 76 cases; on CUDA against three
 # published peaks 1.4%, and not measured with weights in 4 or 8 bits.
 ON_CPU, ON_CUDA, QUANTISED = 0.01, 0.05, 0.1
-
-CUDA_CONTEXT_BYTES = 512 * 2**20  # driver, kernels and libraries: 300 to 600 MiB by card and driver
-CPU_PROCESS_BYTES = 700 * 2**20  # the interpreter with torch, transformers and peft loaded
-HEADROOM = 0.03  # of the reserved bytes, kept free
 
 
 def plan_config(config: Any, name: str, settings: PlanSettings) -> Plan:
@@ -75,32 +71,12 @@ def _rank_plan(estimate: RankEstimate, settings: PlanSettings) -> RankPlan:
         adapter_bytes=estimate.inventory.adapter_bytes,
         peak_bytes=peak.peak_bytes,
         peak_reserved_bytes=peak.reserved_bytes,
-        needed_bytes=needed(peak.reserved_bytes, settings),
+        needed_bytes=estimate.needed_bytes,
         components=peak.components,
         peak_at=peak.at,
-        fits=None if settings.memory_bytes is None else fits(estimate, settings),
+        fits=None if settings.memory_bytes is None else estimate.fits,
         flops_per_step=estimate.flops,
     )
-
-
-def context_bytes(settings: PlanSettings) -> int:
-    """Bytes of the process beside its tensors."""
-    return CUDA_CONTEXT_BYTES if settings.device == "cuda" else CPU_PROCESS_BYTES
-
-
-def needed(reserved_bytes: int, settings: PlanSettings) -> int:
-    """Bytes that must be available: tensors, process and headroom."""
-    return reserved_bytes + context_bytes(settings) + round(HEADROOM * reserved_bytes)
-
-
-def fits(estimate: RankEstimate, settings: PlanSettings) -> bool:
-    """Whether the peak fits the memory of the settings; False where that is unknown."""
-    return settings.memory_bytes is not None and needed(estimate.peak.reserved_bytes, settings) <= settings.memory_bytes
-
-
-def rank_fits(estimator: Estimator, rank: int) -> bool:
-    """`fits`, of the peak of `rank`."""
-    return fits(estimator.estimate(rank), estimator.settings)
 
 
 def _largest_rank(estimator: Estimator, estimates: Sequence[RankEstimate]) -> int | None:
@@ -109,14 +85,14 @@ def _largest_rank(estimator: Estimator, estimates: Sequence[RankEstimate]) -> in
     Reserved bytes may fall slightly from one rank to the next, where blocks fit better into segments. The result is the
     largest rank that bisection finds, and never below the largest fitting rank of the settings.
     """
-    fitting = [estimate.rank for estimate in estimates if fits(estimate, estimator.settings)]
+    fitting = [estimate.rank for estimate in estimates if estimate.fits]
     if not fitting:
         return None
     low = max(fitting)
     high = min([e.rank for e in estimates if e.rank > low], default=estimator.rank_limit + 1)
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
-        if rank_fits(estimator, middle):
+        if estimator.estimate(middle).fits:
             low = middle
         else:
             high = middle
@@ -134,7 +110,7 @@ def changes_that_fit(estimator: Estimator, rank: int) -> dict[str, Any]:
         if (saved := changed.estimate(rank).peak.reserved_bytes) < reserved:
             taken[name] = value
             current, reserved = changed, saved
-        if rank_fits(current, rank):
+        if current.estimate(rank).fits:
             return taken
     return {}
 

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from rightrank.models.base_models import LoadedModel, device_memory, is_known
-from rightrank.plugins.plan.estimate import Estimator, NotSharedError, UntraceableError
-from rightrank.plugins.plan.planner import changes_that_fit, context_bytes, needed, rank_fits
+from rightrank.plugins.plan.estimate import Estimator, NotSharedError, UntraceableError, context_bytes
+from rightrank.plugins.plan.planner import changes_that_fit
 from rightrank.report.format import size
 from rightrank.runs.plugins import MemoryPlan
 from rightrank.schema.errors import SettingsError
@@ -79,8 +79,8 @@ def plan_selection(
     if "ranks" not in settings.model_fields_set:  # default ranks that the smallest matrix can't have are left out
         kept = tuple(rank for rank in ranks if rank <= estimator.rank_limit)
         ranks = kept if len(kept) > 1 else ranks[:2]
-    peaks = {rank: estimator.estimate(rank).peak for rank in ranks}
-    needs = {rank: needed(peak.reserved_bytes, plan_settings) for rank, peak in peaks.items()}
+    estimates = {rank: estimator.estimate(rank) for rank in ranks}
+    needs = {rank: estimate.needed_bytes for rank, estimate in estimates.items()}
     fitting = tuple(rank for rank in ranks if memory is None or needs[rank] <= memory)
     if len(fitting) < min(2, len(ranks)):
         raise SettingsError(_refusal(estimator, needs, memory or 0))
@@ -88,7 +88,8 @@ def plan_selection(
     wanted = settings.adapters_per_pass or (MAX_ADAPTERS_PER_PASS if plan_settings.device == "cuda" else 1)
     if memory is not None and wanted > 1:
         adapters = _max_adapters(estimator, max(fitting), wanted)
-    allocated, shares = {rank: peak.peak_bytes for rank, peak in peaks.items()}, dict[int, int]()
+    allocated = {rank: estimate.peak.peak_bytes for rank, estimate in estimates.items()}
+    shares: dict[int, int] = {}
     return MemoryPlan(allocated, needs, memory, fitting, adapters, partial(_peak_of, estimator, allocated, shares))
 
 
@@ -111,9 +112,8 @@ def _max_adapters(estimator: Estimator, rank: int, wanted: int) -> int:
     """Adapters in one pass: `wanted`, or the largest power of two below it that fits; 1 where the plan can't trace several."""
     sizes = [wanted, *(2**power for power in reversed(range(wanted.bit_length())) if 2**power < wanted)]
     try:
-        return next(
-            (size for size in sizes if size == 1 or rank_fits(estimator.variant(adapters_per_pass=size), rank)), 1
-        )
+        several = (size for size in sizes if size == 1 or estimator.variant(adapters_per_pass=size).estimate(rank).fits)
+        return next(several, 1)
     except NotSharedError:
         return 1
 

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict
 
 from rightrank.models.base_models import DTYPES, model_config, model_skeleton
 from rightrank.models.places import require_model
@@ -68,13 +67,6 @@ class Skeleton:
 
     def trainable(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-    def adapter_state(self) -> dict[str, torch.Tensor]:
-        """The tensors that PEFT writes into `adapter_model.safetensors`."""
-        # That it saves an embedding with the adapter; the plan counts it.
-        with warnings.catch_warnings(action="ignore"):
-            state: dict[str, torch.Tensor] = get_peft_model_state_dict(self.model)
-        return state
 
 
 def read_config(reference: str, trust_remote_code: bool, classification: bool = False) -> Any:
