@@ -27,7 +27,7 @@ from benchmarks.scale.simulate import lower_bound
 from benchmarks.scale.simulated import VERSIONS, Pace, SimulatedCrew
 from benchmarks.scale.stub_worker import StubRayWorker
 from rightrank.plugins.cluster.on_ray import RayCrew
-from rightrank.plugins.cluster.pool import Crew, Pool, PoolOptions
+from rightrank.plugins.cluster.pool import Crew, Pool
 from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.worker import Setup, versions
 from rightrank.schema.trials import Arm, Trial
@@ -79,7 +79,7 @@ def ray_crew(folder: Path) -> Iterator[RayCrew]:
 
 def timed(crew: Crew, trials: Sequence[Trial], workers: int) -> dict[str, float]:
     """Seconds until the first start is reported, and from there to the last outcome."""
-    pool = Pool(crew, PoolOptions(workers, versions()))
+    pool = Pool(crew, workers, versions())
     list(pool.run(sleeping_trials(workers, 1000, 1000, 0), None))  # all are up before the clock starts
     begun, spent = time.perf_counter(), time.process_time()
     ended = [outcome.trial_id for outcome in pool.run(trials, None)]
@@ -91,7 +91,7 @@ def timed(crew: Crew, trials: Sequence[Trial], workers: int) -> dict[str, float]
 
 def predicted(trials: Sequence[Trial], workers: int, hand_over: float) -> float:
     crew = SimulatedCrew(Pace(lambda _, trial: trial.arm.steps / 1000, hand_over=hand_over))
-    pool = Pool(crew, PoolOptions(workers, VERSIONS), clock=crew.clock)
+    pool = Pool(crew, workers, VERSIONS, clock=crew.clock)
     list(pool.run(trials, None))
     return crew.now
 
@@ -126,7 +126,7 @@ def held_by_ray(counts: Sequence[int]) -> list[dict[str, float]]:
 
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder, ray_crew(Path(folder)) as crew:
-        pool = Pool(crew, PoolOptions(4, versions()))
+        pool = Pool(crew, 4, versions())
         done = 0
         for count in counts:
             begun = time.perf_counter()

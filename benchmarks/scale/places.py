@@ -22,7 +22,7 @@ from benchmarks.scale.measure import STUB, setup_in
 from benchmarks.scale.stub_worker import StubRayWorker
 from rightrank.hooks.report import Report
 from rightrank.plugins.cluster.on_ray import RayCrew
-from rightrank.plugins.cluster.pool import Crew, Pool, PoolOptions
+from rightrank.plugins.cluster.pool import Crew, Pool
 from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.worker import versions
 from rightrank.runs.folder import RunFolder
@@ -201,9 +201,9 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
         run = Run(run_folder, hooks, started, settings, STEPS, strategy, nullcontext, run_folder.journal.read())
         hooks.on_prepared(run)
         crew = _crew_at(place)
-        pool = Pool(crew, PoolOptions(WORKERS, versions(), hang_seconds=hang_seconds), run)
+        pool = Pool(crew, WORKERS, versions(), run, hang_seconds=hang_seconds)
         if isinstance(crew, ProcessCrew):
-            place.busy = lambda: [crew.process_id(name) for name in pool.busy()]
+            place.busy = lambda: [crew._running[name].popen.pid for name in pool.busy()]
         try:
             run.begin()
             loop(run, pool)

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.machine import machine
 from benchmarks.scale.simulated import VERSIONS, Pace, SimulatedCrew, result_of
-from rightrank.plugins.cluster.pool import Pool, PoolOptions
+from rightrank.plugins.cluster.pool import Pool
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import Arm, Trial
 
@@ -73,7 +73,7 @@ def grid_of(trials: int, workers: int, seed: int, mean_hours_to_loss: float | No
         return random.Random(f"{seed} {worker}").expovariate(1 / (3600 * mean_hours_to_loss))
 
     crew = SimulatedCrew(pace, ends_at=life)
-    pool = Pool(crew, PoolOptions(workers, VERSIONS), clock=crew.clock)
+    pool = Pool(crew, workers, VERSIONS, clock=crew.clock)
     begun = time.process_time()
     ended = [outcome.trial_id for outcome in pool.run(wanted, 1.0)]
     spent = time.process_time() - begun

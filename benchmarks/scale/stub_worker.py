@@ -37,7 +37,7 @@ class StubExecutor:
 
 
 class StubRayWorker(RayWorker):
-    make_worker = StubWorker
+    make_executor = StubWorker.make_executor
 
 
 if __name__ == "__main__":

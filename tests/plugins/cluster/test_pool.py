@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from rightrank.plugins.cluster.pool import (
     MAX_LOSSES,
     Pool,
-    PoolOptions,
 )
 from rightrank.plugins.cluster.worker import Ready, Refused, Step, Stop, Task, WorkerLost, WorkerMessage
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.trains
 
 
 def make_pool(crew: SimulatedCrew, workers: int = 2, observer: Listener | None = None, task_trials: int = 1) -> Pool:
-    return Pool(crew, PoolOptions(workers, VERSIONS, task_trials, hang_seconds=100.0), observer, clock=crew.clock)
+    return Pool(crew, workers, VERSIONS, observer, task_trials=task_trials, hang_seconds=100.0, clock=crew.clock)
 
 
 def ended(pool: Pool, wanted: list[Trial]) -> list[str]:

@@ -59,7 +59,7 @@ class InProcessCrew:
 
     def start(self, worker: str) -> None:
         self._workers[worker] = Worker(lambda message: self._sent.append((worker, message)))
-        self._workers[worker].set_up(self._setup)
+        self._workers[worker].receive(self._setup.model_dump_json())
 
     def send(self, worker: str, command: Task | Stop) -> None:
         if isinstance(command, Task):

@@ -12,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
@@ -20,7 +21,7 @@ from benchmarks.scale.simulated import result_of
 from rightrank import select_rank
 from rightrank.plugins.cluster import on_ray
 from rightrank.plugins.cluster import worker as workers
-from rightrank.plugins.cluster.on_ray import RayWorker, connected, resources
+from rightrank.plugins.cluster.on_ray import RayWorker, connected
 from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Ready, Setup, Stop, Task, WorkerLost, serve, versions
 from rightrank.schema.errors import InputError, MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Event, StepDone
@@ -100,10 +101,23 @@ def test_a_worker_sends_its_versions_and_whether_it_sees_the_run_folder(tmp_path
         assert WORKER_MESSAGE.validate_json(sent.getvalue()) == Ready(versions=versions(), sees_folder=seen)
 
 
-def test_a_worker_reserves_what_the_plan_states() -> None:
-    assert resources(3 * 2**30, on_cuda=False) == {"CPU": 1.0, "memory": 3.0 * 2**30}
-    assert resources(None, on_cuda=False) == {"CPU": 1.0}
-    assert resources(3 * 2**30, on_cuda=True) == {"CPU": 1.0, "GPU": 1.0}
+@pytest.mark.parametrize(
+    ("planned", "on_cuda", "reserved"),
+    [
+        (3 * 2**30, False, {"num_cpus": 1.0, "num_gpus": 0, "memory": 3.0 * 2**30}),
+        (None, False, {"num_cpus": 1.0, "num_gpus": 0, "memory": None}),
+        (3 * 2**30, True, {"num_cpus": 1.0, "num_gpus": 1.0, "memory": None}),
+    ],
+)
+def test_a_worker_reserves_what_the_plan_states(
+    planned: int | None, on_cuda: bool, reserved: dict[str, float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = MagicMock()
+    ray.nodes.return_value = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0, "memory": 2.0**36}}]
+    monkeypatch.setattr(on_ray, "connected", lambda _: ray)
+    on_ray.RayCrew(MagicMock(), None, planned, on_cuda).start("worker-0")
+    options = ray.remote.return_value.options.call_args.kwargs
+    assert {name: options[name] for name in reserved} == reserved
 
 
 class FullAtFirst:
@@ -127,7 +141,8 @@ def test_a_worker_waits_for_a_full_disk(monkeypatch: pytest.MonkeyPatch, seconds
     monkeypatch.setattr(workers, "DISK_SECONDS", seconds)
     monkeypatch.setattr(workers.Worker, "make_executor", lambda *_: FullAtFirst(full))
     worker = workers.Worker(sent.append)
-    worker.set_up(Setup(model="m", data="d", settings={}, fingerprint="f", folder=Path(), working_folder=Path.cwd()))
+    setup = Setup(model="m", data="d", settings={}, fingerprint="f", folder=Path(), working_folder=Path.cwd())
+    worker.receive(setup.model_dump_json())
     worker.run_task(Task(trials=trials(2), base_loss=None))
     worker.close()
     finished = [message.trial_id for message in sent if isinstance(message, TrialFinished)]
@@ -141,7 +156,7 @@ def test_an_actor_whose_worker_fails_ends_its_stream(monkeypatch: pytest.MonkeyP
     """Otherwise the driver would wait for it as for one that hangs."""
     actor = RayWorker()
     actor.receive(Stop().model_dump_json())
-    actor._worker.leave()
+    actor.leave()
     assert list(actor.messages()) == []
 
 

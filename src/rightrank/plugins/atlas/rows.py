@@ -100,11 +100,8 @@ class Atlas:
 
 @cache
 def load() -> Atlas:
-    return parse(json.loads(ATLAS.read_text(encoding="utf-8")))
-
-
-def parse(content: Mapping[str, Any]) -> Atlas:
-    """The atlas of a file's content. That its rows can be is checked where the file is changed (`tests/plugins/atlas`)."""
+    """The packaged atlas. That its rows can be is checked where the file is changed (`tests/plugins/atlas`)."""
+    content = json.loads(ATLAS.read_text(encoding="utf-8"))
     sweeps = [
         Sweep(**{**row, "ranks": tuple(row["ranks"]), "values": tuple(row["values"])}) for row in content["sweeps"]
     ]

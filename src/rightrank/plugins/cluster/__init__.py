@@ -36,7 +36,7 @@ def _workers(request: Request, prepared: Prepared, run: Run) -> Iterator[Pool]:
         MissingExtraError: the executor's package is not installed.
         RunError: the cluster or the store does not answer.
     """
-    from rightrank.plugins.cluster.pool import Pool, PoolOptions
+    from rightrank.plugins.cluster.pool import Pool
     from rightrank.plugins.cluster.store import Store
     from rightrank.plugins.cluster.worker import Setup, versions
 
@@ -60,7 +60,8 @@ def _workers(request: Request, prepared: Prepared, run: Run) -> Iterator[Pool]:
         )
         crew, workers = _crew(settings, setup, needed, on_cuda)
         task_trials = settings.adapters_per_pass or (MAX_TASK_TRIALS if on_cuda else 1)
-        pool = Pool(crew, PoolOptions(workers, versions(), task_trials, settings.hang_seconds), run)
+        hang = settings.hang_seconds
+        pool = Pool(crew, workers, versions(), run, task_trials=task_trials, hang_seconds=hang)
         try:
             yield pool
         finally:

@@ -15,10 +15,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Send, Setup, Stop, Task, Worker, WorkerLost, WorkerMessage
+from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Setup, Stop, Task, Worker, WorkerLost, WorkerMessage
 from rightrank.runs.calls import CALL_ERRORS, NO_RESULT, Call, TrainerError, TrainFunction, TrialTask, call_inline
 from rightrank.runs.hook import described
 from rightrank.schema.errors import InputError, MissingExtraError, RunError
@@ -32,24 +32,17 @@ REJOIN_SECONDS = 180.0  # for a head that was lost to come back
 POLL_SECONDS = 0.2  # between looks at the reports of a call
 
 
-class RayWorker:
+class RayWorker(Worker):
     """The actor. `messages` is one stream that lasts as long as the actor."""
-
-    make_worker: Callable[[Send], Worker] = Worker
 
     def __init__(self) -> None:
         self._sent: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._worker = type(self).make_worker(lambda message: self._sent.put(message.model_dump_json()))
-        threading.Thread(target=self._train, daemon=True).start()
+        super().__init__(lambda message: self._sent.put(message.model_dump_json()))
+        threading.Thread(target=self.run, daemon=True).start()
 
-    def _train(self) -> None:
-        try:
-            self._worker.run()
-        finally:
-            self._sent.put("")  # the stream ends with the worker
-
-    def receive(self, line: str) -> None:
-        self._worker.receive(line)
+    def close(self) -> None:
+        super().close()
+        self._sent.put("")  # the stream ends with the worker
 
     def messages(self) -> Iterator[str]:
         while line := self._sent.get():
@@ -66,7 +59,12 @@ class RayCrew:
         self._joined_before = ray is not None and bool(ray.is_initialized())  # the caller's session is left open
         self._ray, self._address = connected(address), address
         self._setup = setup
-        self._resources = resources(bytes_planned, on_cuda)
+        # One core, and a GPU or, on a CPU, the memory of the plan.
+        self._resources = {"CPU": 1.0}
+        if on_cuda:
+            self._resources["GPU"] = 1.0
+        elif bytes_planned is not None:
+            self._resources["memory"] = float(bytes_planned)
         self._actor = actor
         self._next_look = 0.0  # at the cluster's head, on the monotonic clock
         self._answered = time.monotonic()  # when the head last did
@@ -243,13 +241,6 @@ def _require_answer(address: str) -> None:
             f"no Ray cluster answers at {address} within {CONNECT_SECONDS:g} s ({error.strerror or error}); "
             "start one with `ray start --head`, or give another ray_address"
         ) from None
-
-
-def resources(bytes_planned: int | None, on_cuda: bool) -> dict[str, float]:
-    """What Ray reserves for a worker: one core, and a GPU or, on a CPU, the memory of the plan."""
-    if on_cuda:
-        return {"CPU": 1.0, "GPU": 1.0}
-    return {"CPU": 1.0} if bytes_planned is None else {"CPU": 1.0, "memory": float(bytes_planned)}
 
 
 def call_on_ray(train: TrainFunction) -> Call:

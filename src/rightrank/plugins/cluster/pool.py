@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -59,16 +59,6 @@ class Crew(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class PoolOptions:
-    """Size and limits of a pool, and what its workers must match."""
-
-    workers: int  # at most
-    versions: dict[str, str]  # of every package that must be the same everywhere
-    task_trials: int = 1  # trials per task, at most
-    hang_seconds: float = 600.0  # without a message: the worker is replaced
-
-
 @dataclass(slots=True)
 class _Worker:
     is_ready: bool = False
@@ -81,21 +71,31 @@ class _Worker:
 
 
 class Pool:
-    """The `Executor` of workers; they start on demand and stay until `close`."""
+    """The `Executor` of workers; they start on demand and stay until `close`.
+
+    Args:
+        workers: at most.
+        versions: of every package that must be the same everywhere.
+        task_trials: trials per task, at most.
+        hang_seconds: without a message: the worker is replaced.
+    """
 
     def __init__(
         self,
         crew: Crew,
-        options: PoolOptions,
+        workers: int,
+        versions: Mapping[str, str],
         listener: Listener | None = None,
+        *,
+        task_trials: int = 1,
+        hang_seconds: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._crew = crew
-        self._options = options
+        self._size, self._versions, self._task_trials, self._hang_seconds = workers, versions, task_trials, hang_seconds
         self._listener = listener or Listener()
         self._clock = clock
         self._workers: dict[str, _Worker] = {}
-        self._idle: list[str] = []
         self._queue: deque[Task] = deque()
         self._unread: deque[tuple[str, WorkerMessage | WorkerLost]] = deque()
         self._unfinished = 0  # trials without an outcome
@@ -130,28 +130,28 @@ class Pool:
     def close(self) -> None:
         self._crew.close()
         self._workers.clear()
-        self._idle.clear()
 
     def _submit(self, trials: Sequence[Trial], base_loss: float | None) -> None:
         """Queue trials, the longest first: a long trial that starts last would delay the end."""
         self._unfinished = len(trials)
         ordered = sorted(trials, key=lambda trial: -trial.arm.steps)
         # An even share for each worker, at most `task_trials`.
-        size = max(1, min(self._options.task_trials, -(-len(ordered) // self._options.workers)))
+        size = max(1, min(self._task_trials, -(-len(ordered) // self._size)))
         for start in range(0, len(ordered), size):
             self._queue.append(Task(trials=ordered[start : start + size], base_loss=base_loss))
 
     def _assign_tasks(self) -> None:
         """Start workers for the queue and assign tasks to idle ones."""
-        wanted = min(self._options.workers, len(self._queue) + len(self.busy()))
+        wanted = min(self._size, len(self._queue) + len(self.busy()))
         while len(self._workers) < wanted:
             self._started += 1
             name = f"worker-{self._started}"
             self._workers[name] = _Worker(last_message=self._clock())
             self._crew.start(name)
-        while self._queue and self._idle:
-            name, task = self._idle.pop(0), self._queue.popleft()
-            worker = self._workers[name]
+        for name, worker in self._workers.items():
+            if not (self._queue and worker.is_ready and worker.task is None):
+                continue
+            task = self._queue.popleft()
             worker.task, worker.last_message, worker.is_stepping, worker.step = task, self._clock(), False, 0
             worker.remaining = {trial.trial_id: trial for trial in task.trials}
             self._crew.send(name, task)
@@ -177,7 +177,7 @@ class Pool:
             case Refused():
                 raise (InputError if message.exit_status == 2 else RunError)(message.reason)
             case TaskEnded():
-                yield from self._release(name, worker)
+                yield from self._requeue(worker, WorkerLost(f"{name} left it unfinished"))
             case Step():
                 if worker.is_stepping:
                     worker.longest_silence = max(worker.longest_silence, now - before)
@@ -197,7 +197,7 @@ class Pool:
 
     def _admit(self, name: str, worker: _Worker, ready: Ready) -> None:
         """Accept a worker that has the driver's versions and sees the driver's files."""
-        for package, version in self._options.versions.items():
+        for package, version in self._versions.items():
             if ready.versions.get(package) != version:
                 raise InputError(
                     f"{name} has {package} {ready.versions.get(package, 'of unknown version')}, this process {version}: "
@@ -208,35 +208,29 @@ class Pool:
                 f"{name} does not see the run folder that this process writes to: give an --out on a disk that all machines share"
             )
         worker.is_ready = self._any_was_ready = True
-        self._idle.append(name)
-
-    def _release(self, name: str, worker: _Worker) -> Iterator[TrialOutcome]:
-        """The worker is idle; trials of its task that have no outcome are queued again."""
-        task, remaining = worker.task, list(worker.remaining.values())
-        worker.task, worker.remaining = None, {}
-        self._idle.append(name)
-        if task is not None:
-            yield from self._requeue(task, remaining, worker.step, WorkerLost(f"{name} left it unfinished"))
 
     def _replace(self, name: str, lost: WorkerLost) -> Iterator[TrialOutcome]:
         """Remove a worker that is lost; another starts for its trials."""
         worker = self._remove(name)
         if not worker.is_ready:
             self._failed_starts += 1
-            if not self._any_was_ready and self._failed_starts > self._options.workers:
+            if not self._any_was_ready and self._failed_starts > self._size:
                 raise RunError(f"no worker could start (the last: {lost.reason})")
         self._listener.on_event(Notice(text=f"{name} was lost: {lost.reason}"))
-        if worker.task is not None:
-            yield from self._requeue(worker.task, list(worker.remaining.values()), worker.step, lost)
+        yield from self._requeue(worker, lost)
 
-    def _requeue(self, task: Task, trials: Sequence[Trial], step: int, lost: WorkerLost) -> Iterator[TrialOutcome]:
-        """Queue each trial as a task of its own; one that has lost `MAX_LOSSES` workers without getting further fails.
+    def _requeue(self, worker: _Worker, lost: WorkerLost) -> Iterator[TrialOutcome]:
+        """The worker has no task any more; each trial of it without an outcome is queued as a task of its own.
 
-        Workers that were lost with their machine do not count: no training does that.
+        One that has lost `MAX_LOSSES` workers without getting further fails. Workers that were lost with their machine do not count: no
+        training does that.
         """
+        task, trials = worker.task, list(worker.remaining.values())
+        worker.task, worker.remaining = None, {}
         for trial in trials:
-            if step > self._lost_at.get(trial.trial_id, 0):
-                self._losses[trial.trial_id], self._lost_at[trial.trial_id] = 0, step
+            assert task is not None
+            if worker.step > self._lost_at.get(trial.trial_id, 0):
+                self._losses[trial.trial_id], self._lost_at[trial.trial_id] = 0, worker.step
             self._losses[trial.trial_id] += not lost.with_machine
             if self._losses[trial.trial_id] < MAX_LOSSES:
                 self._queue.appendleft(Task(trials=[trial], base_loss=task.base_loss))
@@ -252,7 +246,7 @@ class Pool:
         now = self._clock()
         for name, worker in list(self._workers.items()):
             factor = 1 if worker.is_stepping else STARTUP_FACTOR
-            limit = max(factor * self._options.hang_seconds, 20 * worker.longest_silence)
+            limit = max(factor * self._hang_seconds, 20 * worker.longest_silence)
             silence = now - worker.last_message
             if (worker.task is not None or not worker.is_ready) and silence > limit:
                 yield from self._replace(name, WorkerLost(f"no message for {silence:.0f} s"))
@@ -274,6 +268,4 @@ class Pool:
 
     def _remove(self, name: str) -> _Worker:
         self._crew.end(name)
-        if name in self._idle:
-            self._idle.remove(name)
         return self._workers.pop(name)

@@ -81,9 +81,6 @@ class ProcessCrew:
             ended.popen.wait()
             _close(ended.popen)
 
-    def process_id(self, worker: str) -> int:
-        return self._running[worker].popen.pid
-
     def close(self) -> None:
         popens = [one.popen for one in self._running.values()]
         for popen in popens:

@@ -15,9 +15,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TextIO, TypeAlias
@@ -127,15 +128,25 @@ class Worker:
         self._said = ""  # the last notice about the disk
 
     def receive(self, line: str | bytes) -> None:
-        """Handle a command; may be called from any thread."""
+        """Handle a command; may be called from any thread. A `Setup` is answered by `Ready`."""
         command = COMMAND.validate_json(line)
         match command:
             case Setup():
-                self.set_up(command)
+                self._setup = command
+                with suppress(OSError):  # no such folder here: then only absolute paths work
+                    os.chdir(command.working_folder)
+                shares = bool(command.settings.get("store")) or (command.folder / "journal.jsonl").is_file()
+                self._send(Ready(versions=versions(), sees_folder=shares))
             case Stop():
                 self._stop.set()
             case Task():
                 self._tasks.put(command)
+
+    def follow(self, commands: Iterable[str]) -> None:
+        """Handle commands until their stream ends, and leave then."""
+        for line in commands:
+            self.receive(line)
+        self.leave()
 
     def leave(self) -> None:
         """Stop the current task at its next step; `run` then returns."""
@@ -148,14 +159,6 @@ class Worker:
                 self.run_task(task)
         finally:
             self.close()
-
-    def set_up(self, setup: Setup) -> None:
-        """Send `Ready` with this worker's versions, and whether it sees the driver's run folder."""
-        self._setup = setup
-        with suppress(OSError):  # no such folder here: then only absolute paths work
-            os.chdir(setup.working_folder)
-        shares = bool(setup.settings.get("store")) or (setup.folder / "journal.jsonl").is_file()
-        self._send(Ready(versions=versions(), sees_folder=shares))
 
     def run_task(self, task: Task) -> None:
         """Train the trials of a task; an error that no other worker could avoid is sent as `Refused`."""
@@ -336,22 +339,15 @@ def versions() -> dict[str, str]:
 
 def serve(commands: TextIO, messages: TextIO, make_worker: Callable[[Send], Worker] = Worker) -> None:
     """Run a worker until the stream of commands ends."""
-
-    def send(message: WorkerMessage) -> None:
-        try:
-            messages.write(message.model_dump_json() + "\n")
-            messages.flush()
-        except BrokenPipeError:
-            worker.leave()  # the driver has ended
-
-    def read_commands() -> None:
-        for line in commands:
-            worker.receive(line)
-        worker.leave()
-
-    worker = make_worker(send)
-    threading.Thread(target=read_commands, daemon=True).start()
+    worker = make_worker(partial(_write, messages))
+    threading.Thread(target=worker.follow, args=(commands,), daemon=True).start()
     worker.run()
+
+
+def _write(messages: TextIO, message: WorkerMessage) -> None:
+    with suppress(BrokenPipeError):  # the driver has ended, and the stream of commands with it
+        messages.write(message.model_dump_json() + "\n")
+        messages.flush()
 
 
 def main(make_worker: Callable[[Send], Worker] = Worker) -> None:

@@ -133,7 +133,7 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
     names = ("default", *(f"arm_{number}" for number in range(1, arms)))
     try:
         with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # a user cannot act on them
-            config = lora_config(model, settings, rank)
+            config = _lora_config(model, settings, rank)
             config.init_lora_weights = False  # meta tensors have no values to initialise
             adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
             for name in names[1:]:
@@ -146,7 +146,7 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
     return Skeleton(adapted, tuple(adapted_matrices(adapted.get_base_model())), names)
 
 
-def lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
+def _lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
     """PEFT's configuration of an adapter of `rank` under these settings."""
     targets = settings.target_modules
     classification = settings.num_labels is not None
