@@ -23,7 +23,7 @@ from tests.helpers import made_trainable
 
 from benchmarks.selection.real_training import COMMON
 from benchmarks.truncation.tops import Top, best_tops
-from rightrank.adapters.resize import RankChoice, write_resized
+from rightrank.adapters.resize import write_resized
 from rightrank.data.splits import load_data
 from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_adapter, save_adapter
 from rightrank.models.base_models import load_base
@@ -131,15 +131,17 @@ class Study:
             self.gathered[tokens, source] = dict(found.moments)
         return self.gathered[tokens, source]
 
-    def write(self, folder: Path, method: str, rank: int, moments: Mapping[str, Moments], damping: float) -> RankChoice:
-        """The truncated adapter, through the library's own writer."""
+    def write(
+        self, folder: Path, method: str, rank: int, moments: Mapping[str, Moments], damping: float
+    ) -> dict[str, int]:
+        """The truncated adapter, through the library's own writer; the rank of each module."""
         weighting, sharing = METHODS[method]
         adapter = self.adapter
-        choice = RankChoice(ranks_of(adapter, sharing, weighting, rank, moments, damping), sharing)
+        ranks = dict(ranks_of(adapter, sharing, weighting, rank, moments, damping))
         by_name = {module.name: module for module in adapter.modules}
         used = {name: weighed(adapter, by_name[name], one, weighting, damping) for name, one in moments.items()}
-        write_resized(adapter, folder, choice, used)
-        return choice
+        write_resized(adapter, folder, ranks, used)
+        return ranks
 
 
 def _key(key: Mapping[str, object], split: str) -> tuple[object, ...]:
@@ -193,20 +195,20 @@ def truncate(study: Study, methods: Sequence[str], ranks: Sequence[int], split: 
                 continue
             moments = study.moments(weighting, tokens, changes.get("source", "unseen"))
             with tempfile.TemporaryDirectory() as name:
-                choice = study.write(Path(name) / "t", method, rank, moments, changes.get("damping", DAMPING))
+                chosen = study.write(Path(name) / "t", method, rank, moments, changes.get("damping", DAMPING))
                 with adapter_attached(study.runtime, Path(name) / "t"):
                     scores = study.runtime.evaluate(split)
             study.record(
                 key,
                 split,
                 scores,
-                parameters=parameters(study.adapter, choice),
-                max_module_rank=max(choice.ranks.values()),
+                parameters=parameters(study.adapter, chosen),
+                max_module_rank=max(chosen.values()),
             )
 
 
-def parameters(adapter: AdapterFolder, choice: RankChoice) -> int:
-    return sum(choice.ranks[module.name] * (module.rows + module.columns) for module in adapter.modules)
+def parameters(adapter: AdapterFolder, ranks: Mapping[str, int]) -> int:
+    return sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules)
 
 
 def recover(study: Study, plan: Sequence[tuple[str, int, float, float]], split: SplitName) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from rightrank import resize, select_rank
 from rightrank.adapters.held_out import capped, scored_data
-from rightrank.adapters.resize import RankChoice, write_resized
+from rightrank.adapters.resize import write_resized
 from rightrank.cli import main
 from rightrank.data.splits import load_data
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
@@ -86,11 +86,11 @@ def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_fil
     with adapter_attached(runtime, trained) as peft_model:
         unseen = unseen_first(runtime, 0, steps)
         moments = gather_moments(runtime, peft_model, unseen, moment_tokens(runtime, steps)).moments
-    choice = capped(adapter, 2, moments)
-    assert found.rank == 2 < max(choice.ranks.values()) <= 8
+    chosen = capped(adapter, 2, moments)
+    assert found.rank == 2 < max(chosen.values()) <= 8
     assert found.parameters_after <= 2 * sum(module.rows + module.columns for module in adapter.modules)
-    write_resized(adapter, tmp_path / "kfac", choice, moments)
-    write_resized(adapter, tmp_path / "svd", RankChoice(dict(choice.ranks), "test"))
+    write_resized(adapter, tmp_path / "kfac", chosen, moments)
+    write_resized(adapter, tmp_path / "svd", chosen)
     small, kfac, svd = (tensors_of(tmp_path / name) for name in ("small", "kfac", "svd"))
     assert all(torch.equal(small[key], kfac[key]) for key in small)
     assert any(not torch.allclose(small[key], svd[key], atol=1e-4) for key in small)
@@ -208,7 +208,7 @@ def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: P
     costs = [module.rows + module.columns for module in adapter.modules]
     ranks = ranks_within([found.costs for found in parts.values()], costs, 2 * sum(costs), max_rank)
     chosen = dict(zip(parts, ranks, strict=True))
-    resized = write_resized(adapter, tmp_path / "small", RankChoice(chosen, "test"), moments)
+    resized = write_resized(adapter, tmp_path / "small", chosen, moments)
     config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
     assert config["r"] == max(ranks) <= max_rank
     assert (len(set(ranks)) > 1) == (max_rank > 2) == bool(config["rank_pattern"])

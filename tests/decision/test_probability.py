@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from scipy.stats import t as student
 
 import benchmarks
-from rightrank.cli.runs import decide as decide_command
+from rightrank.cli import cli
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import ONE_SEED_CONFIDENCE, decide
 from rightrank.decision.run import decide_run
@@ -175,7 +175,7 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
     ]
     file = tmp_path / "runs.csv"
     file.write_text("\n".join(["rank,seed,item,eval_loss", *rows]))
-    said = CliRunner().invoke(decide_command, [str(file), "--margin", "0.02", "--confidence", "0.9", "--json"])
+    said = CliRunner().invoke(cli, ["decide", str(file), "--margin", "0.02", "--confidence", "0.9", "--json"])
     assert said.exit_code == 0, said.output
     decision = json.loads(said.output)
     assert decision["rank"] == 4

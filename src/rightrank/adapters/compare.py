@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rightrank.adapters.places import BASE, require_side
+from rightrank.adapters.places import BASE
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.rows import held_out_fields
 from rightrank.data.splits import DataSplits, load_data
@@ -53,8 +53,6 @@ def compare_adapters(
         InputError: a side, the model, the data or a metric can't be used.
     """
     require_scorers(settings)
-    for side in sides:
-        require_side(side)
     found: list[MetricComparison] = []
     for place in data:
         with tempfile.TemporaryDirectory(prefix="rightrank-") as name:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rightrank.adapters.compare import finished_trial, labels_of_side
-from rightrank.adapters.resize import RankChoice, candidate_ranks, write_like, write_resized, write_truncated
+from rightrank.adapters.resize import candidate_ranks, write_like, write_resized, write_truncated
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data
@@ -260,8 +260,8 @@ def truncation_curve(
     written: dict[int, Resized] = {}
 
     def score(rank: int, folder: Path) -> Scores:
-        choice = capped(adapter, rank, gathered.moments)
-        written[rank] = write_resized(adapter, folder, choice, gathered.moments)
+        chosen = capped(adapter, rank, gathered.moments)
+        written[rank] = write_resized(adapter, folder, chosen, gathered.moments)
         report_evaluations(runtime, f"rank {rank}", on_event)
         if halves:
             return _by_halves(adapter, runtime, halves, rank, working)
@@ -323,15 +323,12 @@ def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half]
     return found[0].with_others(found[1])
 
 
-def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> RankChoice:
+def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> dict[str, int]:
     """This rank for every module with a higher one; the others keep theirs.
 
     With moments of every module, the parameters of this rank are distributed over the modules as in a selection, up to
     the rank that a server reserves.
     """
-    uniform = {module.name: min(rank, module.rank) for module in adapter.modules}
     highest = max_module_rank(rank) if adapter.mlx is None else rank  # mlx-lm loads one rank for all modules
     shared = shared_ranks(adapter, rank, highest, moments or {})
-    if shared is None:
-        return RankChoice(uniform, f"rank {rank} at most")
-    return RankChoice(shared, f"parameters of rank {rank}, shared out over the modules")
+    return {module.name: min(rank, module.rank) for module in adapter.modules} if shared is None else shared

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +33,14 @@ from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.results import ModuleResize, Resized
 
 
-@dataclass(frozen=True, slots=True)
-class RankChoice:
-    """A rank for every module, and the rule that chose it."""
-
-    ranks: Mapping[str, int]
-    chosen_by: str
-
-
 def write_resized(
     adapter: AdapterFolder,
     out: Path,
-    choice: RankChoice,
+    chosen: Mapping[str, int],
     moments: Mapping[str, Moments] | None = None,
+    chosen_by: str = "",
 ) -> Resized:
-    """Write `adapter` at the chosen ranks to `out`.
+    """Write `adapter` at the chosen rank of each module to `out`; `chosen_by` is the rule that chose them.
 
     Modules with moments are truncated by K-FAC, the others by singular values. The error is that of s·B·A, of DoRA too.
 
@@ -58,8 +50,8 @@ def write_resized(
     """
     require_absent(out)
     require_plain_update(adapter)
-    tensors = write_truncated(adapter, out, choice, moments)
-    found = [one for pair in adapter.pairs for one in _distances(adapter, pair, _common(pair, choice.ranks), tensors)]
+    tensors = write_truncated(adapter, out, chosen, moments)
+    found = [one for pair in adapter.pairs for one in _distances(adapter, pair, _common(pair, chosen), tensors)]
     records = [
         ModuleResize(
             name=module.name, from_rank=module.rank, rank=rank, relative_delta_error=error / norm if norm > 0 else 0.0
@@ -77,7 +69,7 @@ def write_resized(
         parameters_after=sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules),
         bytes_before=adapter.weights.stat().st_size,
         bytes_after=adapter.weights_in(out).stat().st_size,
-        chosen_by=choice.chosen_by,
+        chosen_by=chosen_by,
         notes=_notes(adapter, tensors),
     )
 
@@ -113,13 +105,13 @@ def _common(pair: Sequence[AdapterModule], ranks: Mapping[str, int]) -> int:
 
 
 def write_truncated(
-    adapter: AdapterFolder, out: Path, choice: RankChoice, moments: Mapping[str, Moments] | None = None
+    adapter: AdapterFolder, out: Path, chosen: Mapping[str, int], moments: Mapping[str, Moments] | None = None
 ) -> dict[str, torch.Tensor]:
     """As `write_resized`, without the error of what is written: most of the time of a large adapter."""
     tensors = {key: adapter.tensor(key) for key in adapter.other_keys}
     for pair in adapter.pairs:
-        tensors |= _new_tensors(adapter, pair, _common(pair, choice.ranks), moments or {})
-    write_like(adapter, out, _resized_config(adapter, choice.ranks), tensors)
+        tensors |= _new_tensors(adapter, pair, _common(pair, chosen), moments or {})
+    write_like(adapter, out, _resized_config(adapter, chosen), tensors)
     return tensors
 
 
@@ -176,7 +168,7 @@ def _notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) -> list[
     return notes
 
 
-def by_rank(adapter: AdapterFolder, rank: int) -> RankChoice:
+def by_rank(adapter: AdapterFolder, rank: int) -> dict[str, int]:
     """One rank for all modules.
 
     Raises:
@@ -190,10 +182,10 @@ def by_rank(adapter: AdapterFolder, rank: int) -> RankChoice:
                 f"--rank {rank} is above the {min(module.rows, module.columns)} that {module.name} "
                 f"({module.rows} × {module.columns}) can have; give a lower rank"
             )
-    return RankChoice({module.name: rank for module in adapter.modules}, f"rank {rank}")
+    return {module.name: rank for module in adapter.modules}
 
 
-def by_energy(adapter: AdapterFolder, fraction: float, uniform: bool) -> RankChoice:
+def by_energy(adapter: AdapterFolder, fraction: float, uniform: bool) -> dict[str, int]:
     """The fewest singular values of each module with this fraction of its energy Σσ²; `uniform`: the most that any needs.
 
     Raises:
@@ -205,9 +197,7 @@ def by_energy(adapter: AdapterFolder, fraction: float, uniform: bool) -> RankCho
     for module in adapter.modules:
         s = factored_singular_values(*adapter.factors(module))
         ranks[module.name] = max(1, energy_rank(s, fraction) or module.rank)
-    if uniform:
-        ranks = dict.fromkeys(ranks, max(ranks.values()))
-    return RankChoice(ranks, f"energy {fraction:g}")
+    return dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks
 
 
 def candidate_ranks(adapter: AdapterFolder, asked: Sequence[int] | None = None) -> list[int]:

@@ -101,8 +101,9 @@ def resize(
         rule = DataRule(Path(data), trained, base, read, ranks, on_event)
         resized = resize_by_data(opened, Path(out), rule)
     else:
-        choice = by_rank(opened, rank) if rank is not None else by_energy(opened, energy or 0.0, uniform)
-        resized = write_resized(opened, Path(out), choice)
+        chosen_ranks = by_rank(opened, rank) if rank is not None else by_energy(opened, energy or 0.0, uniform)
+        chosen_by = f"rank {rank}" if rank is not None else f"energy {energy:g}"
+        resized = write_resized(opened, Path(out), chosen_ranks, chosen_by=chosen_by)
     return resized.model_copy(update={"notes": [chosen, *resized.notes]}) if chosen else resized
 
 

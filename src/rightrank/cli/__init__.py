@@ -13,14 +13,11 @@ from contextlib import suppress
 
 import click
 
-from rightrank.cli.adapters import compare, inspect, resize
-from rightrank.cli.runs import decide, export, path, repair, report, status
-from rightrank.cli.select import demo, select
+from rightrank.cli import adapters, runs, select
 from rightrank.runs import plugins
 from rightrank.schema.errors import RightrankError, is_out_of_memory, one_line
 from rightrank.version import __version__
 
-COMMANDS = (demo, select, status, report, export, decide, compare, inspect, resize, repair, path)
 # In the order of `--help`: the main job, its run folder, finished results, adapters, the rest. Other plug-ins' follow.
 ORDER = (
     *("demo", "select", "expect", "plan", "status", "report", "export", "decide", "compare", "judge"),
@@ -53,7 +50,7 @@ def cli() -> None:
     """
 
 
-for command in COMMANDS:
+for command in (*select.COMMANDS, *runs.COMMANDS, *adapters.COMMANDS):
     cli.add_command(command)
 
 

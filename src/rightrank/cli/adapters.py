@@ -21,6 +21,7 @@ EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 
 
 @click.command(
+    "inspect",
     short_help="Show the singular spectrum of an adapter's modules.",
     epilog="Example: rightrank inspect run/adapter --plot spectrum.svg",
 )
@@ -33,7 +34,7 @@ EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --gradient: a setting of select.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the effective rank by layer to this .svg file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(
+def _inspect(
     gradient: tuple[str, str] | None,
     assignments: tuple[str, ...],
     plot: Path | None,
@@ -65,6 +66,7 @@ def inspect(
 
 
 @click.command(
+    "resize",
     short_help="Write an adapter at another rank, with what it loses.",
     epilog="Example: rightrank resize run/adapter small --data held_out.jsonl --margin 0.005",
 )
@@ -92,7 +94,7 @@ def inspect(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")
 @click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
-def resize(
+def _resize(
     adapter: Path,
     out: Path,
     margin: float | None,
@@ -138,6 +140,7 @@ def _view(quiet: bool, log_json: bool) -> AbstractContextManager[View | JsonLog]
 
 
 @click.command(
+    "compare",
     cls=SettingsCommand,
     short_help="Test whether adapter B is no worse than A.",
     epilog="Example: rightrank compare old new --model ./model --data held_out.jsonl --margin 0.01",
@@ -168,7 +171,7 @@ def _view(quiet: bool, log_json: bool) -> AbstractContextManager[View | JsonLog]
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")
 @click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
-def compare(
+def _compare(
     a: str,
     b: str,
     model: str,
@@ -193,3 +196,6 @@ def compare(
         found = api.compare(a, b, model=model, data=list(data), settings=settings, on_event=view.on_event)
     click.echo(found.model_dump_json() if as_json else found.sentence)
     return EXIT[found.verdict]
+
+
+COMMANDS = (_inspect, _resize, _compare)

