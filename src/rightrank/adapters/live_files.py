@@ -27,7 +27,7 @@ from rightrank.models.base_models import base_identity
 from rightrank.models.places import BASE_FILE
 from rightrank.report.figure import Axis, Figure, Series
 from rightrank.report.figures import figure_of
-from rightrank.report.html import adapter_page
+from rightrank.report.html import templates
 from rightrank.report.tables import candidate_table
 from rightrank.schema.decision import AdapterAnswer, HandedOver
 from rightrank.schema.errors import ModelError, first_line
@@ -154,7 +154,9 @@ def _report(found: LiveAnswer, training: Training) -> str:
     figures += [_curve_figure(training.curve, answer.trained_rank)] if training.curve else []
     estimate, _ = next_training(answer, training.base)
     texts = [*training.notes, *answer.notes, *found.notes, estimate, training.cost_sentence(found)]
-    return adapter_page(answer.sentence, texts, figures, candidate_table(answer, training.metric))
+    rows = candidate_table(answer, training.metric)
+    page = templates().get_template("adapter.html")
+    return page.render(sentence=answer.sentence, texts=texts, figures=figures, rows=rows)
 
 
 def _curve_figure(curve: Sequence[tuple[int, int]], trained_rank: int) -> Figure:

@@ -7,7 +7,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rightrank.report.html import loading_lines
 from rightrank.runs import plugins
 from rightrank.schema.errors import SettingsError, did_you_mean
 
+AROUND = 4  # folders around an adapter: trials, the run, and two around the run
 LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one
 SERVED_NAME = "rightrank"
 STRINGS = "the file is for a `prompt`, `chosen` and `rejected` of text"
@@ -90,7 +91,8 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
         ResultsError: a rank that the server does not serve.
     """
     if name != "peft":  # its folder may be published, and needs neither the model nor the data
-        recipe = recipe.located()
+        model, data = (_absolute(name, recipe.adapter) for name in (recipe.model, recipe.data))
+        recipe = replace(recipe, model=model, data=data)
     exported = recipe if name in ("peft", "vllm") else recipe.training()
     targets = TARGETS | plugins.merged(lambda plugin: plugin.exports)
     written, comments = targets[name](exported), recipe.comments()
@@ -105,6 +107,16 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
     if name not in ("peft", "vllm") and not exported.use_rslora:
         rates.append(f"for another rank: {rank_change_line(exported.r, 4 * exported.r, exported.lora_alpha)}")
     return Exported(name, folder, files, written.command, [*written.notes, *comments, *filter(None, rates)])
+
+
+def _absolute(name: str, adapter: Path) -> str:
+    """The absolute path of a file or folder; a name on the hub as it is.
+
+    A relative path starts at the current folder, or else at one around the run: the selection may have run there.
+    """
+    path = Path(name).expanduser()
+    places = [path, *(folder / path for folder in list(adapter.resolve().parents)[:AROUND])]
+    return next((str(place.resolve()) for place in places if place.exists()), name)
 
 
 def _commented(file: str, text: str, comments: Sequence[str]) -> str:

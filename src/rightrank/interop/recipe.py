@@ -17,7 +17,6 @@ from rightrank.schema.events import RunStarted
 from rightrank.schema.settings import SelectSettings, stored_settings
 from rightrank.schema.trials import TrialFinished
 
-AROUND = 4  # folders around an adapter: trials, the run, and two around the run
 UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
 
 
@@ -57,10 +56,6 @@ class Recipe:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_dora: bool = False
-
-    def located(self) -> Recipe:
-        """The recipe with absolute paths of model and data, so that its files work from any folder."""
-        return replace(self, model=_absolute(self.model, self.adapter), data=_absolute(self.data, self.adapter))
 
     @property
     def kind(self) -> dict[str, Any]:
@@ -167,16 +162,6 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA" or not isinstance(config.get("target_modules"), list):
         raise RunFolderError(f"{adapter}: only LoRA adapters with a list of target_modules can be exported")
     return config
-
-
-def _absolute(name: str, adapter: Path) -> str:
-    """The absolute path of a file or folder; a name on the hub as it is.
-
-    A relative path starts at the current folder, or else at one around the run: the selection may have run there.
-    """
-    path = Path(name).expanduser()
-    places = [path, *(folder / path for folder in list(adapter.resolve().parents)[:AROUND])]
-    return next((str(place.resolve()) for place in places if place.exists()), name)
 
 
 def _named(value: object, otherwise: str) -> str:

@@ -97,16 +97,9 @@ def render_report(
             certificates=records.certificates,
             not_tested=_not_tested(records, decision),
             command=reproduce_command(records.started.settings),
-            style=_asset("report.css"),
             **page_script(script, {"answer": slider and slider["data"]}),
         )
     )
-
-
-def adapter_page(sentence: str, texts: Sequence[str], figures: Sequence[Figure], rows: Sequence[Sequence[str]]) -> str:
-    """The page of one adapter's truncations: the answer, its figures, a table whose first row is the heading, and further sentences."""
-    template = templates().get_template("adapter.html")
-    return template.render(sentence=sentence, texts=texts, figures=figures, rows=rows, style=_asset("report.css"))
 
 
 @cache
@@ -121,6 +114,7 @@ def templates(escaped: bool = True) -> Environment:
         finalize=lambda value: visible(value) if escaped and type(value) is str else value,
     )
     made.globals |= {"max_numbers": MAX_NUMBERS, "parts_of": parts_of, "svg": inline_svg, "swatch": swatch}
+    made.globals["style"] = _asset("report.css")
     made.filters["cell"] = _cell
     made.filters["split_name"] = split_name
     return made
