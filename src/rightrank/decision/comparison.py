@@ -202,10 +202,6 @@ class Estimate:
         """The estimate of the difference that one further seed shows: the seed part times 1 + seeds."""
         return replace(self, seeds_variance=self.seeds_variance * (1 + self.seeds))
 
-    def reversed(self) -> Estimate:
-        """The estimate of the opposite difference."""
-        return replace(self, mean=-self.mean, skewness=-self.skewness)
-
     def at(self, examples: int, seeds: int) -> Estimate:
         """The estimate that a run of another size is expected to give: the same mean, with each part of the variance scaled."""
         example_ratio = self.examples / examples if self.examples > 1 and examples > 0 else 1.0

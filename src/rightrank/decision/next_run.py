@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -69,7 +70,8 @@ def _undecided_rank(found: Comparison) -> tuple[int, Estimate]:
         return rank, found.by_rank[rank].difference
     rival = possible_rival(found)
     assert rival is not None
-    return rival, found.by_rank[rival].difference.reversed()  # how much worse the reference is than the rival
+    better = found.by_rank[rival].difference
+    return rival, replace(better, mean=-better.mean, skewness=-better.skewness)  # how much worse the reference is
 
 
 def _settle(found: Comparison, rank: int, difference: Estimate) -> list[NextRun]:

@@ -24,7 +24,7 @@ from rightrank.decision.evidence import Compared, Comparison, Evidence, Unit, co
 from rightrank.decision.next_run import next_runs
 from rightrank.decision.sentences import basis_note, conflict_sentence, probability_note, sentence_of
 from rightrank.decision.table import ScoreTable, at_checkpoint
-from rightrank.decision.verdicts import checkpoint_note, flags_of, shown_rank, smallest_alike, verdict_of
+from rightrank.decision.verdicts import alike_ranks, checkpoint_note, flags_of, shown_rank, verdict_of
 from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import Checkpoint, default_margin
@@ -70,9 +70,8 @@ def decide(
     beside = [_beside(found.by_rank, other, confidence, checkpoint) for other in comparable]
     flags = flags_of(found, verdict, horizon_steps, beside, checkpoints)
     runs = next_runs(found, verdict, flags)
-    alike = smallest_alike(found) if smallest_if_alike and verdict == "undecided" else None
-    if alike is not None:
-        verdict, chosen = "no_difference", alike
+    if smallest_if_alike and verdict == "undecided" and (alike := alike_ranks(found)):
+        verdict, chosen = "no_difference", alike[0]
     rank, fallback = None if verdict in ("no_gain", "undecided") else chosen, shown_rank(found)
     at_hand = next((one for one in (rank, fallback) if one is not None), found.reference.rank)
     return Decision(

@@ -12,7 +12,7 @@ The verdict is the first row that applies, from the most sobering to the plaines
     saturated    otherwise
     ===========  =====================================================================================
 
-`no_difference` takes the place of `undecided` where the caller wants the smallest rank then (`smallest_alike`).
+`no_difference` takes the place of `undecided` where the caller wants the smallest rank then (`alike_ranks`).
 
 Where a confidence chose the rank (`Comparison.at_confidence`), the answer is `undecided` if no rank is as probable or the base is
 inconclusive; the other rows are as they are.
@@ -93,19 +93,14 @@ def is_unlikely(found: Comparison) -> bool:
     return (found.probability(found.chosen) or 0.0) < found.confidence
 
 
-def smallest_alike(found: Comparison) -> int | None:
-    """The smallest rank that is not shown to be worse than the best; None where the base may be as good."""
-    if 0 in found.by_rank and found.by_rank[0].non_inferior is not False:
-        return None
-    return alike_ranks(found)[0]
-
-
 def alike_ranks(found: Comparison) -> list[int]:
-    """The ranks that their own difference from the best does not show to be worse, ascending.
+    """The ranks that their own difference from the best does not show to be worse, ascending; none where the base may be as good.
 
     The bound is the plain one, which says "worse" a little too soon after the choice of the best: an answer that takes the smallest of
     these ranks errs upward.
     """
+    if 0 in found.by_rank and found.by_rank[0].non_inferior is not False:
+        return []
     return [rank for rank in found.ranks if found.by_rank[rank].difference.bound(1 - CONFIDENCE) <= 0]
 
 
