@@ -23,7 +23,7 @@ from rightrank.train.tokens import encode
 def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Runtime:
     """What `select_rank` builds before the first trial."""
     splits = load_data(data, settings)
-    loaded = load_base(str(model), settings, splits.classes)
+    loaded = load_base(str(model), settings, splits.summary.classes)
     encoded = encode(splits, loaded, settings)
     return Runtime(loaded, encoded, settings, settings.training_steps(len(encoded.splits["train"])), cache)
 

@@ -34,7 +34,7 @@ def machine() -> dict[str, Any]:
 def make_runtime(model: str, data: Path, steps: int, cache: Path, **changes: Any) -> Runtime:
     settings = SelectSettings(**DEFAULTS | changes)
     splits = load_data(data, settings)
-    loaded = load_base(model, settings, splits.classes)
+    loaded = load_base(model, settings, splits.summary.classes)
     return Runtime(loaded, encode(splits, loaded, settings), settings, steps, cache)
 
 

@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "answers.json"
 def bench_of(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Runtime:
     """The workbench, with everything in place to write."""
     splits = load_data(data, settings)
-    loaded = load_base(str(model), settings, splits.classes)
+    loaded = load_base(str(model), settings, splits.summary.classes)
     return Runtime(loaded, encode(splits, loaded, settings), settings, 1, cache)
 
 

@@ -38,7 +38,7 @@ from benchmarks.selection.study import run_study
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.train import trial
-from rightrank.train.checkpoints import RunningMean
+from rightrank.train.optimizer import ArmOptimizer
 from rightrank.train.runtime import Runtime
 
 HERE = Path(__file__).parent
@@ -126,10 +126,11 @@ def batches_of(plan: Plan, steps: int) -> Iterator[None]:
         found = plain(self, source, wanted)
         return found[steps - 1 :: -1] + found[steps:] if reverse else found
 
-    def late(named: Mapping[str, torch.nn.Parameter], start: int) -> RunningMean:
-        return RunningMean(named, round((1 - LAST) * steps))
+    def late(*arguments: Any) -> ArmOptimizer:
+        *others, after = arguments
+        return ArmOptimizer(*others, None if after is None else round((1 - LAST) * steps))
 
-    with patch.object(Runtime, "batch_plan", ordered), patch.object(trial, "RunningMean", late):
+    with patch.object(Runtime, "batch_plan", ordered), patch.object(trial, "ArmOptimizer", late):
         yield
 
 

@@ -100,7 +100,7 @@ def truncated_values(folder: RunFolder, started: RunStarted, trained: list[Trial
     values = {name: value for name, value in started.settings.items() if name not in ("model", "data")}
     settings = SelectSettings(**values | {"max_steps": 1})  # nothing is trained: no training batch is prepared
     splits = load_data(Path(str(started.settings["data"])), settings)
-    loaded = load_base(str(started.settings["model"]), settings, splits.classes)
+    loaded = load_base(str(started.settings["model"]), settings, splits.summary.classes)
     encoded = encode(splits, loaded, settings)
     steps = settings.training_steps(len(encoded.splits["train"]))
     top = max(trial.rank for trial in trained)

@@ -143,7 +143,7 @@ def open_workshop(
 ) -> Workshop:
     assert settings.max_steps is not None
     splits = load_data(data, settings)
-    loaded = load_base(model, settings, splits.classes)
+    loaded = load_base(model, settings, splits.summary.classes)
     encoded = encode(splits, loaded, settings)
     work.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(work)

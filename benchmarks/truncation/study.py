@@ -99,8 +99,8 @@ class Study:
     def record(self, key: Mapping[str, object], split: SplitName, scores: Scores, **extra: object) -> None:
         row = dict(zip(("task", "learning_rate", "seed"), self.identity, strict=True)) | dict(key) | {"split": split}
         row |= {"loss": scores.loss} | extra
-        if scores.correct is not None:
-            row["correct"] = scores.correct
+        if (correct := scores.fields["item_correct"]) is not None:
+            row["correct"] = correct
         print(json.dumps(row), flush=True)
         row |= {"losses": [round(loss, 4) for loss in scores.losses], "tokens_of": scores.tokens}
         with self.out.open("a") as file:
@@ -303,7 +303,7 @@ def run(study: Study, parts: Sequence[str]) -> Iterator[str]:
 def open_runtime(model: str, data: Path, settings: SelectSettings, cache: Path) -> Runtime:
     assert settings.max_steps is not None
     splits = load_data(data, settings)
-    loaded = load_base(model, settings, splits.classes)
+    loaded = load_base(model, settings, splits.summary.classes)
     return Runtime(loaded, encode(splits, loaded, settings), settings, settings.max_steps, cache)
 
 

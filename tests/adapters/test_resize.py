@@ -22,7 +22,7 @@ from rightrank.schema.events import Evaluating, Listener, Notice
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.adapter_runtime import DataUse, adapter_runtime
-from rightrank.train.covariances import gather_moments, moment_tokens, unseen_first
+from rightrank.train.covariances import gather_unseen_moments
 from rightrank.train.loop import run_trial
 from rightrank.train.runtime import adapter_attached
 from rightrank.train.trial import TrialFolders
@@ -84,8 +84,7 @@ def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_fil
     runtime = adapter_runtime(adapter, None, DataUse(completion_file, settings, tmp_path / "cache"))
     steps = settings.training_steps(len(runtime.data.splits["train"]))
     with adapter_attached(runtime, trained) as peft_model:
-        unseen = unseen_first(runtime, 0, steps)
-        moments = gather_moments(runtime, peft_model, unseen, moment_tokens(runtime, steps)).moments
+        moments = gather_unseen_moments(runtime, peft_model, 0, steps).moments
     chosen = capped(adapter, 2, moments)
     assert found.rank == 2 < max(chosen.values()) <= 8
     assert found.parameters_after <= 2 * sum(module.rows + module.columns for module in adapter.modules)
@@ -215,7 +214,8 @@ def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: P
     assert resized.parameters_after <= 2 * sum(costs)
     loaded = deltas(load_strictly(base, tmp_path / "small"))
     for module in adapter.modules:
-        b, a = parts[module.name].leading(chosen[module.name])
+        part, rank = parts[module.name], chosen[module.name]
+        b, a = part.b[:, :rank], part.a[:rank]
         assert torch.allclose(loaded[module.name].double(), torch.from_numpy(module.scaling * b @ a), atol=1e-5)
     held = sum(p.numel() for name, p in load_strictly(base, tmp_path / "small").named_parameters() if "lora_" in name)
     assert held == resized.parameters_after

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rightrank.data.forms import split_prompt
+from rightrank.data.forms import example_of
+from rightrank.data.rows import Row
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.schema.errors import DataError
 from tests.tiny import sentences, small_settings, write_jsonl
@@ -44,7 +45,12 @@ def test_both_forms_are_read(tmp_path: Path) -> None:
 def test_the_implicit_prompt_is_trl_s(chosen: Any, rejected: Any) -> None:
     trl = pytest.importorskip("trl", reason="trl is not installed")
     theirs = trl.extract_prompt({"chosen": chosen, "rejected": rejected})
-    assert split_prompt(chosen, rejected) == (theirs["prompt"], theirs["chosen"], theirs["rejected"])
+    row = Row({"chosen": chosen, "rejected": rejected}, "row 1")
+    if not theirs["prompt"]:
+        with pytest.raises(DataError, match="no common beginning"):
+            example_of(row, "preference", ("chosen", "rejected"))
+    else:
+        assert example_of(row, "preference", ("chosen", "rejected")).content == theirs
 
 
 def test_pairs_of_one_prompt_share_a_split(tmp_path: Path) -> None:

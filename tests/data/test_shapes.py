@@ -144,7 +144,7 @@ def test_another_spelling_of_the_validation_file_is_the_same(tmp_path: Path, mon
 def test_labels_of_other_types_are_classes(tmp_path: Path, first: object) -> None:
     other = False if first is True else 0.0
     splits = loaded(tmp_path, [{"text": text, "label": (first, other)[n % 2]} for n, text in enumerate(TEXTS)])
-    assert splits.classes == (["False", "True"] if first is True else ["0", "1"])
+    assert splits.summary.classes == (["False", "True"] if first is True else ["0", "1"])
     with pytest.raises(DataError, match=r"`label`: got a float; give an integer or a name"):
         loaded(tmp_path, [{"text": "a", "label": 0.5}])
 

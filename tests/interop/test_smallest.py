@@ -40,8 +40,9 @@ from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.trials import SplitName
-from rightrank.train.covariances import micro_batches, moment_tokens, unseen_first
+from rightrank.train.covariances import gather_unseen_moments
 from rightrank.train.evaluation import Scores
+from rightrank.train.runtime import adapter_attached
 from tests.helpers import make_runtime
 from tests.interop.trainings import Listed, Rows, peft_model
 from tests.tiny import small_settings, write_pairs
@@ -126,8 +127,10 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     runtime = make_runtime(model_folder, completion_file, small_settings(margin=0.1), tmp_path / "cache")
     curve = truncation_curve(adapter, runtime, candidate_ranks(adapter), tmp_path / "folder")
     steps = runtime.settings.training_steps(len(runtime.data.splits["train"]))
-    order = unseen_first(runtime, runtime.settings.seeds[0], steps)
-    read = [index for part in micro_batches(runtime, order, moment_tokens(runtime, steps)) for index in part]
+    seed = runtime.settings.seeds[0]
+    order = [index for batch in runtime.batch_plan(seed, 2 * steps)[steps:] for index in batch]
+    with adapter_attached(runtime, adapter.path) as peft_model:
+        read = order[: gather_unseen_moments(runtime, peft_model, seed, steps).examples]
 
     def batches(split: SplitName, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         examples = [runtime.data.splits[split][index] for index in indices]

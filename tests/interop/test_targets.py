@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from rightrank import Selected, export, inspect, select_rank, write_report
 from rightrank.interop.exports import TARGETS, write_export
 from rightrank.interop.recipe import Recipe, recipe_of
-from rightrank.models.ranks import SERVER_RANKS, served_rank
+from rightrank.models.ranks import SERVER_RANKS, max_module_rank
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
 from rightrank.schema.events import RunStarted
@@ -72,7 +72,7 @@ def test_every_target_contains_the_rank(selected: Selected, target: str) -> None
     )
     handed_over = selected.handed_over
     assert handed_over is not None
-    ranks = {"vllm": served_rank(handed_over.rank), "peft": handed_over.rank}
+    ranks = {"vllm": max_module_rank(handed_over.rank), "peft": handed_over.rank}
     assert str(ranks.get(target, handed_over.trained_rank)) in text
     assert exported.command
     assert exported.files == sorted(path.name for path in exported.folder.iterdir())
@@ -150,14 +150,15 @@ def test_what_a_target_cannot_express_is_a_note(recipe: Recipe) -> None:
     assert len(TARGETS["vllm"](with_head).notes) == 2
 
 
-def test_vllm_serves_the_next_rank_that_it_has() -> None:
+def test_vllm_serves_the_next_rank_that_it_has(recipe: Recipe) -> None:
     for rank in range(1, 513):
-        served = served_rank(rank)
+        words = TARGETS["vllm"](replace(recipe, r=rank)).files["vllm.sh"].split()
+        served = int(words[words.index("--max-lora-rank") + 1])
         assert served in SERVER_RANKS
         assert served >= rank
         assert not [other for other in SERVER_RANKS if rank <= other < served]
     with pytest.raises(ResultsError, match="vLLM serves ranks up to 512, got 513"):
-        served_rank(513)
+        TARGETS["vllm"](replace(recipe, r=513))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments
@@ -184,7 +185,7 @@ def test_with_goal_adapter_servers_get_the_small_adapter(truncated: Selected) ->
     assert AutoPeftModelForCausalLM.from_pretrained(str(folder)).peft_config["default"].r == 1
     script = (written(truncated, "vllm") / "vllm.sh").read_text(encoding="utf-8")
     words = shlex.split(script, comments=True)
-    assert words[words.index("--max-lora-rank") + 1] == str(served_rank(truncated.handed_over.max_module_rank))
+    assert words[words.index("--max-lora-rank") + 1] == str(max_module_rank(truncated.handed_over.max_module_rank))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, as TRL builds its arguments

@@ -133,7 +133,7 @@ def test_labels_in_another_order_are_not_compared(selected: Selected, tmp_path: 
 
 def test_numbers_are_classes_in_the_order_of_numbers() -> None:
     rows = [{"text": f"row {number} {copy}", "label": number} for number in range(12) for copy in range(20)]
-    assert load_data(rows, small_settings()).classes == [str(number) for number in range(12)]
+    assert load_data(rows, small_settings()).summary.classes == [str(number) for number in range(12)]
 
 
 def test_an_encoder_is_refused_for_text_with_the_columns_of_a_classifier(tmp_path: Path) -> None:

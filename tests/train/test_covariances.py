@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from rightrank.models.truncation import load_moments, save_moments
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch
-from rightrank.train.covariances import gather_moments, micro_batches, moment_tokens
+from rightrank.train.covariances import gather_moments, gather_unseen_moments
 from rightrank.train.multi_lora import MultiLora
 from rightrank.train.prefix import FrozenPrefix
 from rightrank.train.runtime import Runtime
@@ -147,13 +147,14 @@ def test_recomputed_blocks_are_counted_once(model_folder: Path, completion_file:
 
 
 def test_tokens_are_read_until_there_are_enough(runtime: Runtime) -> None:
-    batches = list(micro_batches(runtime, EXAMPLES, 1))
-    assert batches == [EXAMPLES[:4]]
-    assert [index for part in micro_batches(runtime, EXAMPLES, 10**6) for index in part] == EXAMPLES
+    peft_model = adapted(runtime)
+    found = gather_moments(runtime, peft_model, EXAMPLES, 1)
+    assert (found.examples, runtime.settings.batch_size) == (4, 4)
     training = (
         runtime.steps * runtime.settings.items_per_step * max(item.length for item in runtime.data.splits["train"])
     )
-    assert moment_tokens(runtime, runtime.steps) <= 0.1 * training
+    longest = runtime.settings.batch_size * runtime.data.longest
+    assert gather_unseen_moments(runtime, peft_model, 0, runtime.steps).tokens <= 0.1 * training + longest
 
 
 def test_modules_of_another_kind_get_none_and_a_notice(runtime: Runtime) -> None:

@@ -130,7 +130,7 @@ def _load_all(data: Path, settings: SelectSettings, classes: Sequence[str] | Non
 
 
 def _runtime(model: str, splits: DataSplits, settings: SelectSettings, cache: Path) -> Runtime:
-    loaded = load_base(model, settings, splits.classes)
+    loaded = load_base(model, settings, splits.summary.classes)
     return Runtime(loaded, encode(splits, loaded, settings), settings, 1, cache)
 
 

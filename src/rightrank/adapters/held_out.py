@@ -34,7 +34,7 @@ from rightrank.schema.results import HeldOut, Resized
 from rightrank.schema.settings import OF_SPLITS, SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import DataUse, adapter_runtime, report_evaluations
-from rightrank.train.covariances import Gathered, gather_moments, moment_tokens, unseen_first
+from rightrank.train.covariances import Gathered, gather_moments, gather_unseen_moments
 from rightrank.train.evaluation import Scores
 from rightrank.train.runtime import Runtime, adapter_attached
 
@@ -250,9 +250,8 @@ def truncation_curve(
     """
     # Over the examples that `select` reads after a training with these settings: which ones another training saw is not known.
     steps = runtime.settings.training_steps(len(runtime.data.splits["train"]))
-    examples = unseen_first(runtime, runtime.settings.seeds[0], steps)
     with adapter_attached(runtime, adapter.path) as peft_model:
-        gathered = gather_moments(runtime, peft_model, examples, moment_tokens(runtime, steps))
+        gathered = gather_unseen_moments(runtime, peft_model, runtime.settings.seeds[0], steps)
     halves = _halves(adapter, runtime) if by_halves else []
     metric = runtime.settings.metric
     report_evaluations(runtime, "the base", on_event)

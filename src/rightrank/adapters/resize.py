@@ -22,7 +22,6 @@ from rightrank.models.adapter_files import (
     RANK,
     AdapterFolder,
     AdapterModule,
-    is_alpha,
     mlx_key,
     write_adapter,
 )
@@ -68,7 +67,7 @@ def write_resized(
         parameters_before=sum(module.parameters for module in adapter.modules),
         parameters_after=sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules),
         bytes_before=adapter.weights.stat().st_size,
-        bytes_after=adapter.weights_in(out).stat().st_size,
+        bytes_after=(out if adapter.is_file else out / adapter.weights.name).stat().st_size,
         chosen_by=chosen_by,
         notes=_notes(adapter, tensors),
     )
@@ -120,8 +119,8 @@ def _distances(
 ) -> Iterator[tuple[AdapterModule, int, float, float]]:
     """`(module, its new rank, ‖ΔW' − ΔW‖_F after rounding to the dtype of the file, ‖ΔW‖_F)` of each matrix of a pair."""
     first = pair[0]
-    scaling = lora_scaling(first.lora_alpha, rank, adapter.use_rslora)
-    written = first.how.matrices(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
+    scaling = lora_scaling(first.lora_alpha, rank, bool(adapter.config.get("use_rslora")))
+    written = first.kind.matrices(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
     for module, (new_b, new_a) in zip(pair, written, strict=True):
         b, a = adapter.factors(module)
         before, after = (b * module.scaling, a), (new_b.numpy() * scaling, new_a.numpy())
@@ -137,7 +136,7 @@ def _new_tensors(
 ) -> dict[str, torch.Tensor]:
     """The tensors of a pair at `rank`."""
     first = pair[0]
-    ratio = first.scaling / lora_scaling(first.lora_alpha, rank, adapter.use_rslora)
+    ratio = first.scaling / lora_scaling(first.lora_alpha, rank, bool(adapter.config.get("use_rslora")))
     new = []
     for module in pair:
         b, a = map(torch.from_numpy, adapter.factors(module))
@@ -146,7 +145,7 @@ def _new_tensors(
         else:
             new.append(resized_factors(b, a, rank, ratio, moments.get(module.name), module.scaling))
     old_a, old_b = adapter.tensor(first.a_key), adapter.tensor(first.b_key)
-    new_a, new_b = first.how.tensors(new, old_a, old_b)
+    new_a, new_b = first.kind.tensors(new, old_a, old_b)
     tensors = {first.b_key: new_b.to(old_b.dtype).contiguous(), first.a_key: new_a.to(old_a.dtype).contiguous()}
     if first.bias_key is not None:  # PEFT scales it as it scales B
         bias = adapter.tensor(first.bias_key)
@@ -160,9 +159,9 @@ def _notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) -> list[
     notes: list[str] = []
     if adapter.unused_patterns:
         notes.append(f"patterns that match no module were left out: {', '.join(adapter.unused_patterns)}")
-    if adapter.use_dora:
+    if adapter.config.get("use_dora"):
         notes.append("DoRA: the magnitudes are kept; the error is that of s·B·A")
-    kept = [tensors[key].numel() for key in adapter.other_keys if not is_alpha(key)]
+    kept = [tensors[key].numel() for key in adapter.other_keys if not key.endswith(".alpha")]
     if kept:
         notes.append(f"kept as they are: {len(kept)} tensors trained whole, {sum(kept):,} parameters")
     return notes

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rightrank.models.adapter_files import PREFIX, AdapterFolder, AdapterModule, is_alpha, open_adapter
+from rightrank.models.adapter_files import PREFIX, AdapterFolder, AdapterModule, open_adapter
 from rightrank.schema.results import Inspection, InspectionSummary, ModuleSpectrum
 from rightrank.schema.trials import Floats
 
@@ -110,10 +110,10 @@ def inspect_adapter(path: Path) -> Inspection:
     return inspection_of(
         [spectrum for pair in adapter.pairs for spectrum in _spectra(adapter, pair)],
         kind="adapter",
-        scaling_rule="alpha/sqrt(r)" if adapter.use_rslora else "alpha/r",
+        scaling_rule="alpha/sqrt(r)" if adapter.config.get("use_rslora") else "alpha/r",
         base_model=adapter.base_model,
         parameters=adapter.trained,
-        modules_to_save=[key.removeprefix(PREFIX) for key in adapter.other_keys if not is_alpha(key)],
+        modules_to_save=[key.removeprefix(PREFIX) for key in adapter.other_keys if not key.endswith(".alpha")],
         notes=_adapter_notes(adapter),
     )
 
@@ -126,7 +126,7 @@ def _adapter_notes(adapter: AdapterFolder) -> list[str]:
     parts = sum(len(pair) > 1 for pair in adapter.pairs)
     if parts:
         notes.append(f"{parts} parameters hold experts: one spectrum for each, at the rank of the parameter")
-    if adapter.use_dora:
+    if adapter.config.get("use_dora"):
         notes.append("DoRA: the spectra are those of s·B·A, without the magnitudes")
     if (init := adapter.base_changing_init) is not None:
         notes.append(
@@ -156,7 +156,7 @@ def _spectrum(adapter: AdapterFolder, module: AdapterModule) -> ModuleSpectrum:
     flags += ["dora"] * (module.magnitude_key is not None) + ["lora_bias"] * (module.bias_key is not None)
     about = {"name": module.name, "rank": module.rank, "scaling": module.scaling}
     shape = module.rows, module.columns
-    return spectrum_of(values, float(np.sum(values**2)), module.kind, shape, flags, **about)
+    return spectrum_of(values, float(np.sum(values**2)), module.kind.name, shape, flags, **about)
 
 
 def factored_singular_values(b: Floats, a: Floats) -> Floats:

@@ -116,23 +116,6 @@ def sweep_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def preallocate(path: Path, size: int) -> None:
-    """Create a file of `size` bytes with its disk space allocated.
-
-    Writing to a mapped file on a full disk would kill the process.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    with path.open("wb") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:  # macOS
-            file.truncate(size)
-
-
 def flush_to_disk(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -298,16 +281,3 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise SettingsError(f"{path}: got a {type(values).__name__}; give `name: value` lines")
     return {str(name).replace("-", "_"): value for name, value in values.items()}
-
-
-HUB_SECONDS = 10.0  # for the hub to answer
-
-
-def hub_errors() -> tuple[type[BaseException], ...]:
-    """What the client raises if the hub can't be reached, refuses, or is switched off by offline mode.
-
-    The errors of the client derive from those of an HTTP library that differs between versions.
-    """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    return (OSError, HFValidationError, *HfHubHTTPError.__bases__)

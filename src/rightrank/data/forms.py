@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -77,10 +77,11 @@ def _renaming(first: Row, columns: Sequence[str], known: Collection[str]) -> Sha
 
 
 def _shape_renamed(names: Mapping[str, str]) -> Shape:
-    def change(row: Row) -> Mapping[str, Any]:
-        return dict(row.fields) | {name: row.fields.get(column) for name, column in names.items()}
-
-    return Shape(", ".join(f"{column} → {name}" for name, column in names.items()), change, names)
+    return Shape(
+        ", ".join(f"{column} → {name}" for name, column in names.items()),
+        lambda row: {**row.fields, **{name: row.fields.get(column) for name, column in names.items()}},
+        names,
+    )
 
 
 def _found(fields: Mapping[str, Any]) -> Shape | None:
@@ -147,18 +148,6 @@ class Example:
 
 
 DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "preference"]
-
-
-def strings(value: Any) -> Iterator[str]:
-    """All strings in a cell or example, at any depth."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from strings(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from strings(inner)
 
 
 def example_of(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:
@@ -238,7 +227,7 @@ def _pair_of(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: `prompt`, `chosen` and `rejected` have different types; give strings or lists of messages"
         )
     if prompt is None or (is_chat and isinstance(prompt, str)):
-        prompt, chosen, rejected = split_prompt(chosen, rejected)
+        prompt, chosen, rejected = _split_prompt(chosen, rejected)
         if not prompt and chosen != rejected:
             raise DataError(
                 f"{where}: `chosen` and `rejected` have no common beginning to be the prompt; give `prompt`, or name its "
@@ -250,7 +239,7 @@ def _pair_of(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def split_prompt(chosen: Sequence[Any], rejected: Sequence[Any]) -> tuple[Any, Any, Any]:
+def _split_prompt(chosen: Sequence[Any], rejected: Sequence[Any]) -> tuple[Any, Any, Any]:
     """`(prompt, chosen, rejected)` of two whole conversations, with the border of TRL's `extract_prompt`.
 
     The prompt is the longest common beginning. A space before the difference belongs to the answers. Where one conversation

@@ -45,15 +45,17 @@ class Row:
 RowsBySplit = dict[SplitName | None, Iterator[Row]]  # iterators that read on demand, once; key None: not yet split
 
 
-def read_rows(source: Path) -> RowsBySplit:
-    """The rows of a file or folder, by split where the folder names splits.
+def read_rows(source: Path | Any) -> RowsBySplit:
+    """The rows of a file, of a folder or in memory, by split where the source names splits.
 
-    In a folder, a file whose name begins with train, validation (or val, dev, selection) or test is that split. If no
+    In memory they are a `datasets` object, an iterable of mappings, a data frame, or a mapping of splits to these. In a folder, a file whose name begins with train, validation (or val, dev, selection) or test is that split. If no
     file's name does, the rows are not yet split.
 
     Raises:
-        DataError: no such file, or none of a known type; while iterating: a row that can't be read.
+        DataError: no such file, none of a known type, or a split with an unknown name; while iterating: a row that can't be read.
     """
+    if not isinstance(source, Path):
+        return _rows_in_memory(source)
     found_kind = kind_of(source)
     if found_kind == "missing":
         beside = source.parent.iterdir() if source.parent.is_dir() else ()
@@ -100,12 +102,7 @@ def held_out_fields(source: Path) -> list[Mapping[str, Any]]:
     return [row.fields for row in (rows[kept] if kept is not None else chain.from_iterable(rows.values()))]
 
 
-def rows_from_memory(source: Any) -> RowsBySplit:
-    """Rows of an in-memory `datasets` object, or of an iterable of mappings, or of a mapping of splits.
-
-    Raises:
-        DataError: a split with an unknown name; while iterating: a row that is not a mapping.
-    """
+def _rows_in_memory(source: Any) -> RowsBySplit:
     if not isinstance(source, Mapping):
         return {None: _memory_rows(records_of_frame(source), "row")}
     found: RowsBySplit = {}
@@ -234,8 +231,8 @@ def _saved_dataset_rows(folder: Path) -> RowsBySplit:
         _require_own_files(folder)
         loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, datasets.DatasetDict):
-        return rows_from_memory({name: _plain_rows(split, folder) for name, split in loaded.items()})
-    return rows_from_memory(_plain_rows(loaded, folder))
+        return _rows_in_memory({name: _plain_rows(split, folder) for name, split in loaded.items()})
+    return _rows_in_memory(_plain_rows(loaded, folder))
 
 
 def _plain_rows(dataset: Any, folder: Path) -> Iterator[dict[str, Any]]:

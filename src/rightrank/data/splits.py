@@ -23,8 +23,8 @@ import numpy.typing as npt
 import pyarrow
 
 from rightrank.data.files import is_text
-from rightrank.data.forms import DataForm, Example, Shape, example_of, shape_of, strings
-from rightrank.data.rows import Row, RowsBySplit, read_rows, rows_from_memory
+from rightrank.data.forms import DataForm, Example, Shape, example_of, shape_of
+from rightrank.data.rows import Row, RowsBySplit, read_rows
 from rightrank.data.token_store import Store
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import DataSummary
@@ -77,11 +77,6 @@ class DataSplits:
         assert self.summary.form != "own"
         return self.summary.form
 
-    @property
-    def classes(self) -> list[str] | None:
-        """Of a classification: the labels in the order of the logits."""
-        return self.summary.classes
-
 
 def load_data(
     source: Path | Any,
@@ -100,7 +95,7 @@ def load_data(
     Raises:
         DataError: no known columns, a row that breaks its form, one class only, or too few examples for a split.
     """
-    rows = read_rows(source) if isinstance(source, Path) else rows_from_memory(source)
+    rows = read_rows(source)
     name = str(source) if isinstance(source, Path) else "the data"
     if settings.validation:
         rows = _with_validation(rows, Path(settings.validation), name)
@@ -112,7 +107,8 @@ def load_data(
     begun = {split: found[:begun_items] if split in HELD_OUT else found for split, found in examples.items()}
     examples["test"] = begun["test"]
     is_given = None not in rows
-    count = len(stored) + read.rows_held_out + read.unreadable + read.equal_pairs
+    held_out = sum(len(held.ids) for held in read.held_out.values())
+    count = len(stored) + held_out + read.unreadable + read.equal_pairs
     _check_sizes(examples, settings, name, None if is_given else count)
     evaluated = [example for split in HELD_OUT for example in examples[split]]
     validation, test = (np.unique(np.frombuffer(read.held_out[split].ids, np.uint64)) for split in HELD_OUT)
@@ -128,7 +124,7 @@ def load_data(
         classes=_classes(read.labels, examples, name, classes) if form == "classification" else None,
         unreadable=read.unreadable,
         rows=count,
-        repeated=read.rows_held_out - distinct,
+        repeated=held_out - distinct,
         not_evaluated=distinct - len(evaluated),
         shape=None if shape is None else shape.name,
         renamed={} if shape is None else dict(shape.renamed),
@@ -149,15 +145,11 @@ class _Reading:
         self.equal_pairs = 0
         self._form, self._columns, self._settings = form, columns, settings
 
-    @property
-    def rows_held_out(self) -> int:
-        return sum(len(held.ids) for held in self.held_out.values())
-
     def training(self, rows: RowsBySplit) -> Iterator[Example]:
         """Yield the training examples; keep what is held out."""
         for split in (None, *SPLITS):
             for row in rows.get(split, ()):
-                if not all(map(is_text, strings([row.fields.get(name) for name in self._columns]))):
+                if not all(map(is_text, _strings([row.fields.get(name) for name in self._columns]))):
                     self.unreadable += 1  # a lone surrogate can't be encoded as UTF-8
                     continue
                 example = example_of(row, self._form, self._columns)
@@ -171,6 +163,18 @@ class _Reading:
                 if self._form == "classification":
                     self.labels[str(example.content["label"])] += 1
                 yield example
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in a cell or example, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
 
 
 class _SmallestHashes:

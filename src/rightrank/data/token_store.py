@@ -98,11 +98,6 @@ class EncodedExample:
     def length(self) -> int:
         return len(self.input_ids)
 
-    @property
-    def sequence_lengths(self) -> tuple[int, ...]:
-        """Tokens of each sequence."""
-        return (self.first_length, self.length - self.first_length) if self.first_length else (self.length,)
-
     def sequences(self) -> list[tuple[Sequence[int], Sequence[int]]]:
         """`(token ids, labels)` of each sequence."""
         if not self.first_length:

@@ -15,10 +15,10 @@ import yaml
 
 from rightrank.data.files import replacing_folder
 from rightrank.interop.recipe import Recipe
-from rightrank.models.ranks import rank_change_line, rate_warning, served_rank
+from rightrank.models.ranks import SERVER_RANKS, max_module_rank, rank_change_line, rate_warning
 from rightrank.report.html import loading_lines
 from rightrank.runs import plugins
-from rightrank.schema.errors import SettingsError, did_you_mean
+from rightrank.schema.errors import ResultsError, SettingsError, did_you_mean
 
 AROUND = 4  # folders around an adapter: trials, the run, and two around the run
 LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one
@@ -289,9 +289,18 @@ learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_st
 
 
 def _vllm(recipe: Recipe) -> Written:
-    """`vllm serve` with the adapter; vLLM pads adapters below the maximum itself."""
+    """`vllm serve` with the adapter; vLLM pads adapters below the maximum itself.
+
+    Raises:
+        ResultsError: a rank above the largest that vLLM supports.
+    """
+    rank = max([recipe.r, *recipe.rank_pattern.values()])
+    if rank > SERVER_RANKS[-1]:
+        raise ResultsError(
+            f"vLLM serves ranks up to {SERVER_RANKS[-1]}, got {rank}: resize the adapter, or merge it into the base"
+        )
     arguments = ["vllm", "serve", recipe.model, "--host", LOOPBACK, "--enable-lora"]
-    arguments += ["--max-lora-rank", str(served_rank(max([recipe.r, *recipe.rank_pattern.values()])))]
+    arguments += ["--max-lora-rank", str(max_module_rank(rank))]
     arguments += ["--lora-modules", f"{SERVED_NAME}={recipe.adapter.resolve()}"]
     return Written({"vllm.sh": f"#!/bin/sh\nexec {shlex.join(arguments)}\n"}, "sh vllm.sh", _serving_notes(recipe))
 

@@ -102,7 +102,7 @@ class AdapterModule:
     """One adapted matrix: its tensors, their shapes and its scale. The experts of one parameter share their tensors."""
 
     name: str  # in the base model
-    how: AdapterKind
+    kind: AdapterKind
     rank: int
     rows: int  # of ΔW: out features; of an embedding, its width
     columns: int  # of ΔW: in features; of a convolution, times the kernel; of an embedding, the vocabulary
@@ -114,10 +114,6 @@ class AdapterModule:
     bias_key: str | None  # lora_bias
     address: str  # the name by which PEFT's patterns address it
     part: int = 0  # its place among the matrices of the pair
-
-    @property
-    def kind(self) -> str:
-        return self.how.name
 
     @property
     def parameters(self) -> int:
@@ -137,11 +133,7 @@ class AdapterFolder:
 
     @property
     def weights(self) -> Path:
-        return self.weights_in(self.path)
-
-    def weights_in(self, place: Path) -> Path:
-        """The weights' file of an adapter in this format at `place`."""
-        return place if self.is_file else place / (WEIGHTS_FILE if self.mlx is None else MLX_FILE)
+        return self.path if self.is_file else self.path / (WEIGHTS_FILE if self.mlx is None else MLX_FILE)
 
     @property
     def is_file(self) -> bool:
@@ -173,14 +165,6 @@ class AdapterFolder:
         return beside + sum(module.parameters for module in self.modules)
 
     @property
-    def use_rslora(self) -> bool:
-        return bool(self.config.get("use_rslora"))
-
-    @property
-    def use_dora(self) -> bool:
-        return bool(self.config.get("use_dora"))
-
-    @property
     def base_model(self) -> str | None:
         name = self.config.get("base_model_name_or_path")
         return str(name) if name else None
@@ -203,7 +187,7 @@ class AdapterFolder:
             ModelError: a value is NaN or infinite.
         """
         a, b = (torch.from_numpy(self._values(key)) for key in (module.a_key, module.b_key))
-        found_b, found_a = module.how.matrices(a, b, module.rank)[module.part]
+        found_b, found_a = module.kind.matrices(a, b, module.rank)[module.part]
         return found_b.numpy(), found_a.numpy()
 
     def _values(self, key: str) -> Floats:
@@ -288,16 +272,16 @@ def _modules(
         raise ModelError(
             f"{path}: {pair.module} has factors of shapes {list(pair.a)} and {list(pair.b)}; they must be matrices"
         )
-    how = stored_kind(pair)
-    if how is None:
+    kind = stored_kind(pair)
+    if kind is None:
         raise ModelError(f"{path}: {pair.module} is of a kind that rightrank can't read; load it with PEFT")
-    address = how.address(pair)
-    layout = _layout(path, how, pair, pattern_value(config["rank_pattern"], address, config["r"]))
+    address = kind.address(pair)
+    layout = _layout(path, kind, pair, pattern_value(config["rank_pattern"], address, config["r"]))
     alpha = float(pattern_value(config["alpha_pattern"], address, config["lora_alpha"]))
     for part, name in enumerate(layout.names):
         yield AdapterModule(
             name=name,
-            how=how,
+            kind=kind,
             rank=layout.rank,
             rows=layout.rows,
             columns=layout.columns,
@@ -312,9 +296,9 @@ def _modules(
         )
 
 
-def _layout(path: Path, how: AdapterKind, pair: StoredPair, rank: int) -> Layout:
+def _layout(path: Path, kind: AdapterKind, pair: StoredPair, rank: int) -> Layout:
     """The checked layout of a pair whose rank is `rank` by the configuration."""
-    layout = how.layout(pair, rank)
+    layout = kind.layout(pair, rank)
     if layout is None:
         groups = " (adapters on convolutions in groups are not supported)" if len(pair.a) > 2 else ""
         raise ModelError(
@@ -466,10 +450,6 @@ def _config_of_file(path: Path) -> dict[str, Any]:
         "alpha_pattern": exact_pattern(alphas, alpha, ranks),
         "target_modules": sorted(ranks),
     }
-
-
-def is_alpha(key: str) -> bool:
-    return key.endswith(".alpha")
 
 
 def _usual(values: Mapping[str, Any]) -> Any:

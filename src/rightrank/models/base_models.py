@@ -129,8 +129,7 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
     trust_remote_code = settings.trust_remote_code
     weight_bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
     found, dtype = find_device(settings.device), resolve_dtype(settings.dtype, settings.device)
-    if weight_bits is not None:
-        _require_quantisation(weight_bits, found)
+    quantised = {} if weight_bits is None else _quantisation(weight_bits, dtype, found)
     source = find_model(reference)
     if source.gguf_file is None and Path(source.name).is_dir():
         safe_shards(Path(source.name))
@@ -141,9 +140,7 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
     except LOADING_ERRORS as error:
         reason = first_line(error)
         raise ModelError(f"{reference}: no usable tokenizer ({reason}); save the tokenizer into the folder") from None
-    arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None}
-    if weight_bits is not None:
-        arguments |= {"quantization_config": quantisation(weight_bits, dtype), "device_map": {"": found}}
+    arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None} | quantised
     try:
         model = _loaded(source.name, classes, arguments)
     except LOADING_ERRORS as error:
@@ -291,7 +288,13 @@ def are_unnamed(names: Sequence[str]) -> bool:
     return all(name == f"LABEL_{number}" for number, name in enumerate(names))
 
 
-def _require_quantisation(bits: int, device: torch.device) -> None:
+def _quantisation(bits: int, dtype: DtypeName, device: torch.device) -> dict[str, Any]:
+    """transformers' arguments. 4 bits: NF4 with products in `dtype` (QLoRA, Dettmers et al. 2023). 8 bits: LLM.int8().
+
+    Raises:
+        SettingsError: the device does not support quantised matrices.
+        MissingExtraError: without bitsandbytes.
+    """
     if device.type not in ("cuda", "cpu"):
         raise SettingsError(
             f"load_in_{bits}bit: bitsandbytes has no {bits}-bit matrices on {device}; give device cuda or cpu"
@@ -299,13 +302,11 @@ def _require_quantisation(bits: int, device: torch.device) -> None:
     if find_spec("bitsandbytes") is None:
         raise MissingExtraError(f"load_in_{bits}bit needs the `bitsandbytes` package: pip install 'rightrank[bnb]'")
 
-
-def quantisation(bits: int, dtype: DtypeName) -> BitsAndBytesConfig:
-    """4 bits: NF4 with products in `dtype` (QLoRA, Dettmers et al. 2023). 8 bits: LLM.int8()."""
     make: Callable[..., BitsAndBytesConfig] = BitsAndBytesConfig  # untyped in transformers
-    if bits == 8:
-        return make(load_in_8bit=True)
-    return make(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype])
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if bits == 4:
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[dtype]}
+    return {"quantization_config": make(**options), "device_map": {"": device}}
 
 
 def find_device(name: str) -> torch.device:

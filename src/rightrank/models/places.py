@@ -12,9 +12,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from rightrank.data.files import HUB_SECONDS, UnreadableError, hub_errors, kind_of, read_json_object
+from rightrank.data.files import UnreadableError, kind_of, read_json_object
 from rightrank.schema.errors import MissingExtraError, ModelError, did_you_mean, first_line
 
+HUB_SECONDS = 10.0  # for the hub to answer
 CONFIG_FILE = "adapter_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 BASE_FILE = "base.json"  # beside an adapter: what its base is known by
@@ -85,7 +86,10 @@ def _require_on_hub(name: str, path: Path) -> None:
     """Refuse a name that is no model of the hub, at the first answer: loading would try again for a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    # The errors of the client derive from those of an HTTP library that differs between versions.
+    unanswered: tuple[type[BaseException], ...] = (OSError, HFValidationError, *HfHubHTTPError.__bases__)
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
@@ -94,7 +98,7 @@ def _require_on_hub(name: str, path: Path) -> None:
                 f"{name}: no such folder{_nearest_folder(path)}, and the hub is switched off (HF_HUB_OFFLINE)"
             )
         HfApi().model_info(name, timeout=HUB_SECONDS)
-    except hub_errors() as error:
+    except unanswered as error:
         raise ModelError(
             f"{name}: no such folder{_nearest_folder(path)}, and no model that the hub answers for ({first_line(error)}); "
             "give a model folder, a GGUF file, or a hub name"

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rightrank.schema.errors import ResultsError
 from rightrank.schema.settings import CONSTANT_SCALING_RANK, Scaling
 
 SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
@@ -21,19 +20,6 @@ LARGE_RANK, LARGE_RATE = 256, 2e-4
 def max_module_rank(rank: int) -> int:
     """The rank that a server reserves for an adapter of `rank`: modules up to it cost no memory. `rank` above all of them."""
     return next((served for served in SERVER_RANKS if served >= rank), rank)
-
-
-def served_rank(rank: int) -> int:
-    """The smallest `--max-lora-rank` of vLLM that fits this rank.
-
-    Raises:
-        ResultsError: a rank above the largest that vLLM supports.
-    """
-    if rank > SERVER_RANKS[-1]:
-        raise ResultsError(
-            f"vLLM serves ranks up to {SERVER_RANKS[-1]}, got {rank}: resize the adapter, or merge it into the base"
-        )
-    return max_module_rank(rank)
 
 
 def pattern_matches(key: str, name: str) -> bool:

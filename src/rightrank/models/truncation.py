@@ -42,10 +42,6 @@ class Components:
     a: Floats  # [q, k]
     costs: Floats  # [q], the K-FAC estimate of the loss, nats a label; ½·σ² of ΔW without moments
 
-    def leading(self, rank: int) -> tuple[Floats, Floats]:
-        """`(B' [d, n], A' [n, k])` with n = min(rank, q)."""
-        return self.b[:, :rank], self.a[:rank]
-
 
 def components(
     b: Floats,
@@ -65,15 +61,15 @@ def components(
     """
     left, right = scale**2 * (b.T @ b), a @ a.T
     if moments is not None:
-        right = damped(moments.inputs, right, damping)
-        left = damped(moments.gradients, left, damping)
+        right = _damped(moments.inputs, right, damping)
+        left = _damped(moments.gradients, left, damping)
     root, inverse = _roots(left)
     u, sigma, _ = np.linalg.svd(root.T @ _roots(right)[0], full_matrices=False)
     # M = Σ uᵢ·uᵢᵀ in the coordinates of `root`: B' = B·L⁻ᵀ·U and A' = Uᵀ·Lᵀ·A.
     return Components(b @ (inverse @ u), (u.T @ root.T) @ a, 0.5 * sigma**2)
 
 
-def damped(moment: Floats, plain: Floats, damping: float) -> Floats:
+def _damped(moment: Floats, plain: Floats, damping: float) -> Floats:
     """`moment` with a share of the plain metric, scaled to the same trace; `plain` alone where the moment is zero."""
     trace, whole = float(np.trace(moment)), float(np.trace(plain))
     if trace <= 0 or whole <= 0:
@@ -141,12 +137,12 @@ def truncated_tensors(
         b, a, new_rank = tensors[first.b_key], tensors[first.a_key], ranks[first.address]
         alpha = pattern_value(config.alpha_pattern or {}, first.address, config.lora_alpha)
         ratio = first.scaling / lora_scaling(alpha, new_rank, bool(config.use_rslora))
-        matrices = first.how.matrices(a.float(), b.float(), first.rank)
+        matrices = first.kind.matrices(a.float(), b.float(), first.rank)
         factors = [
             resized_factors(*matrix, new_rank, ratio, moments.get(module.name), first.scaling)
             for module, matrix in zip((first, *others), matrices, strict=True)
         ]
-        new_a, new_b = first.how.tensors(factors, a, b)
+        new_a, new_b = first.kind.tensors(factors, a, b)
         if first.bias_key is not None:  # PEFT scales it as it scales B
             tensors[first.bias_key] = tensors[first.bias_key] * ratio
         tensors[first.b_key], tensors[first.a_key] = new_b.to(b.dtype).contiguous(), new_a.to(a.dtype).contiguous()
@@ -210,7 +206,7 @@ def resized_factors(
         return b[:, :rank] * scale_ratio, a[:rank]
     if moments is not None and rank < b.shape[1]:
         parts = components(b.double().numpy(), a.double().numpy(), scale, moments)
-        b, a = (torch.from_numpy(part).to(a) for part in parts.leading(rank))
+        b, a = (torch.from_numpy(part).to(a) for part in (parts.b[:, :rank], parts.a[:rank]))
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, vt = torch.linalg.svd(scale_ratio * r_b @ r_a.T, full_matrices=False)

@@ -75,7 +75,7 @@ def prepare(
     given = request.settings.of_form(sources.splits.form)
     if given.margin != request.settings.margin:
         notice(f"margin: {given.margin:g} nats a pair, the default for preference pairs")
-    classes = len(sources.splits.classes or ()) if sources.encoded.is_classification else None
+    classes = len(sources.splits.summary.classes or ()) if sources.encoded.is_classification else None
     planned = first(lambda plugin: plugin.memory_plan(sources.loaded, sources.encoded, classes, given, notice))
     settings = given if planned is None else given.model_copy(update={"ranks": planned.ranks})  # those that fit
     examples = len(sources.encoded.splits["train"])
@@ -132,15 +132,15 @@ def _load(request: Request, loaded: LoadedModel | None, folder: Path) -> _Source
     begun_items = (request.begun or {}).get("eval_items")
     data = Path(request.data) if isinstance(request.data, str) else request.data
     splits = load_data(data, settings, folder, begun_items if isinstance(begun_items, int) else None)
-    if splits.classes is not None and hasattr(request.model, "config"):
-        labels = adopted_labels(request.model.config, splits.classes)
+    if splits.summary.classes is not None and hasattr(request.model, "config"):
+        labels = adopted_labels(request.model.config, splits.summary.classes)
         splits = replace(splits, summary=splits.summary.model_copy(update={"classes": labels}))
     _require_metrics_fit(settings, splits.form)
     targets = _targets(request.model, splits, settings) if isinstance(request.model, str) else None
     if loaded is None and isinstance(request.model, str):
-        loaded = load_base(request.model, settings, splits.classes)
+        loaded = load_base(request.model, settings, splits.summary.classes)
     elif loaded is None:
-        loaded = adopt_model(request.model, request.tokenizer, settings.device, splits.classes)
+        loaded = adopt_model(request.model, request.tokenizer, settings.device, splits.summary.classes)
     return _Sources(splits, loaded, encode(splits, loaded, settings, folder), targets)
 
 
@@ -151,7 +151,7 @@ def _targets(model: str, splits: DataSplits, settings: SelectSettings) -> Target
         ModelError: an architecture that can't be trained, an encoder as a language model, or modules that can't be adapted.
     """
     classification = splits.form == "classification"
-    trusted, count = settings.trust_remote_code, len(splits.classes or ()) if classification else None
+    trusted, count = settings.trust_remote_code, len(splits.summary.classes or ()) if classification else None
     skeleton = model_skeleton(model_config(model, trusted, classification), trusted, count)
     causal = any(getattr(module, "is_causal", False) for module in skeleton.modules())
     sees_later = any(getattr(skeleton.config, name, None) == value for name, value in SEES_LATER)

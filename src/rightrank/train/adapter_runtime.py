@@ -49,7 +49,7 @@ def make_runtime(base: str, modules: tuple[str, ...] | None, use: DataUse, adapt
     if modules is not None:
         settings = settings.model_copy(update={"target_modules": modules, "layers_to_transform": None})
     splits = load_data(use.data, settings) if use.splits is None else use.splits
-    loaded = use.loaded or load_base(base, settings, splits.classes)
+    loaded = use.loaded or load_base(base, settings, splits.summary.classes)
     if adapter is not None and use.loaded is None:
         require_base(adapter, loaded)
     settings = settings.of_form(splits.form)
@@ -71,10 +71,10 @@ def adapter_runtime(adapter: AdapterFolder, base: str | None, use: DataUse) -> R
         _require_named_base(adapter, name)
     # A module that is trained whole may lie below the first adapter, where a cached prefix would be stale.
     caching = use.settings.cache_prefix and not adapter.other_keys
-    parameters = dict.fromkeys(module.address for module in adapter.modules if module.kind == "expert")
+    parameters = dict.fromkeys(module.address for module in adapter.modules if module.kind.name == "expert")
     changes = {"cache_prefix": caching, "target_parameters": tuple(parameters)}
     use = replace(use, settings=use.settings.model_copy(update=changes))
-    modules = tuple(module.name for module in adapter.modules if module.kind != "expert")
+    modules = tuple(module.name for module in adapter.modules if module.kind.name != "expert")
     return make_runtime(name, modules, use, adapter.path)
 
 

@@ -157,15 +157,14 @@ def _replaced(table: Any, name: str, function: Any) -> Iterator[None]:
 def float32_attention() -> Iterator[None]:
     """Within the block, torch's fused attention computes in float32."""
     functions: Any = ALL_ATTENTION_FUNCTIONS
-    plain = functions[FUSED]
-
-    def in_float32(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-        wide = mask.float() if mask is not None and mask.is_floating_point() else mask
-        output, weights = plain(module, query.float(), key.float(), value.float(), wide, **options)
-        return output.to(query.dtype), weights
-
-    with _replaced(functions, FUSED, in_float32):
+    with _replaced(functions, FUSED, partial(_attend_in_float32, functions[FUSED])):
         yield
+
+
+def _attend_in_float32(plain: Any, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    wide = mask.float() if mask is not None and mask.is_floating_point() else mask
+    output, weights = plain(module, query.float(), key.float(), value.float(), wide, **options)
+    return output.to(query.dtype), weights
 
 
 def packed(batch: Batch) -> Batch:
@@ -186,11 +185,6 @@ def packed(batch: Batch) -> Batch:
     )
 
 
-def position_ids(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """[1, T]: the position of each token in its example."""
-    return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
-
-
 @contextmanager
 def packed_attention(lengths: Sequence[int], device: torch.device) -> Iterator[None]:
     """Within the block, torch's fused attention attends within examples of these lengths.
@@ -204,10 +198,10 @@ def packed_attention(lengths: Sequence[int], device: torch.device) -> Iterator[N
     if device.type in ONE_BY_ONE:
         ours = partial(_attend_by_example, plain, tuple(lengths))
     else:
-        begins = torch.arange(len(lengths), device=device) * max(lengths)
-        repeats = torch.tensor(lengths, device=device)
-        places = begins.repeat_interleave(repeats, output_size=sum(lengths)) + position_ids(lengths, device)[0]
-        ours = partial(_attend_padded, plain, places, (len(lengths), max(lengths)))
+        shape = len(lengths), max(lengths)
+        begins = range(0, math.prod(shape), shape[1])
+        rows = [torch.arange(begin, begin + n, device=device) for begin, n in zip(begins, lengths, strict=True)]
+        ours = partial(_attend_padded, plain, torch.cat(rows), shape)
     with _replaced(functions, FUSED, ours), _replaced(masks, FUSED, lambda *_, **__: None):
         yield
 

@@ -1,4 +1,4 @@
-"""What a running training keeps: its progress, the mean of its parameters, and its checkpoint.
+"""What a running training keeps: its progress and its checkpoint.
 
 A checkpoint is one safetensors file with a checksum, replaced atomically.
 """
@@ -30,28 +30,6 @@ class Progress(BaseModel):
     train_tokens: int = 0
     eval_seconds: float = 0.0
     answer_seconds: float = 0.0  # part of eval_seconds: the metrics at the end
-
-
-class RunningMean:
-    """The mean of named parameters over the steps after `start`, in float32."""
-
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], start: int) -> None:
-        self._parameters = parameters
-        self._start = start
-        self.sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in parameters.items()}
-        self.count = 0  # steps in the mean
-
-    @torch.no_grad()
-    def add(self, step: int) -> None:
-        """Count the parameters as they are after `step` steps; steps up to `start` are left out."""
-        if step <= self._start:
-            return
-        for name, value in self._parameters.items():
-            self.sums[name] += value
-        self.count += 1
-
-    def values(self) -> dict[str, torch.Tensor]:
-        return {name: value / self.count for name, value in self.sums.items()}
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:

@@ -67,7 +67,7 @@ def gather_moments(
         notices, plain = (*notices, "the head alone is adapted and has no moments: the plain SVD is used"), []
     if not plain:
         return Gathered({}, 0, 0, notices)
-    sums, batches = MomentSums(), list(micro_batches(runtime, examples, tokens))
+    sums, batches = MomentSums(), list(_micro_batches(runtime, examples, tokens))
     read = [index for indices in batches for index in indices]
     runtime.expect("train", read)
     gathering = rank_space(peft_model, plain, sums.add, adapter)
@@ -83,10 +83,20 @@ def gather_moments(
     return Gathered(moments, len(read), sum(example.length for example in encoded), notices)
 
 
+def gather_unseen_moments(runtime: Runtime, peft_model: Any, seed: int, steps: int) -> Gathered:
+    """Moments over the examples that a training of `seed` reads after its `steps`; where it saw all, its own are read again.
+
+    They are `MOMENT_TOKENS`, or the share of the training's tokens that gathering may take where that is less.
+    """
+    examples = [index for batch in runtime.batch_plan(seed, 2 * steps)[steps:] for index in batch]
+    encoded = runtime.data.splits["train"]
+    mean = sum(encoded[index].length for index in range(min(len(encoded), 256))) / min(len(encoded), 256)
+    training = steps * runtime.settings.items_per_step * mean
+    return gather_moments(runtime, peft_model, examples, max(1, min(MOMENT_TOKENS, int(MAX_SHARE * training))))
+
+
 def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tuple[str, ...]:
     """Gather the moments of a finished training's adapter into `path` before it is truncated, once; return notices.
-
-    Examples that the training did not see come first; where it saw all, its own are read again.
 
     Args:
         arm: A truncation of the training.
@@ -95,29 +105,15 @@ def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tup
     """
     if path.exists():
         return ()
-    examples = unseen_first(runtime, arm.seed, runtime.steps)
     with adapter_attached(runtime, adapter) as peft_model:
-        gathered = gather_moments(runtime, peft_model, examples, moment_tokens(runtime, runtime.steps))
+        gathered = gather_unseen_moments(runtime, peft_model, arm.seed, runtime.steps)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_moments(temporary, gathered.moments)
     return gathered.notices
 
 
-def unseen_first(runtime: Runtime, seed: int, steps: int) -> list[int]:
-    """Numbers of training examples in the order that a training of `seed` reads after its `steps`."""
-    return [index for batch in runtime.batch_plan(seed, 2 * steps)[steps:] for index in batch]
-
-
-def moment_tokens(runtime: Runtime, steps: int) -> int:
-    """`MOMENT_TOKENS`, or the share of the tokens of `steps` that gathering may take where that is less."""
-    encoded = runtime.data.splits["train"]
-    mean = sum(encoded[index].length for index in range(min(len(encoded), 256))) / min(len(encoded), 256)
-    training = steps * runtime.settings.items_per_step * mean
-    return max(1, min(MOMENT_TOKENS, int(MAX_SHARE * training)))
-
-
-def micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
+def _micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
     """Training examples in micro-batches until so many tokens are reached."""
     encoded, size = runtime.data.splits["train"], runtime.settings.batch_size
     read = 0

@@ -16,12 +16,6 @@ class Scores:
     by_example: dict[str, list[float]] = field(default_factory=dict)  # metric → its value for each example
 
     @property
-    def correct(self) -> list[int] | None:
-        """Classification only: 1 where the predicted class is right."""
-        values = self.by_example.get("accuracy")
-        return None if values is None else [round(value) for value in values]
-
-    @property
     def item_metrics(self) -> dict[str, list[float]]:
         """The metrics by example that a record has no field of its own for."""
         return {name: values for name, values in self.by_example.items() if name != "accuracy"}
@@ -29,10 +23,11 @@ class Scores:
     @property
     def fields(self) -> dict[str, Any]:
         """Those of the records that hold scores by example."""
+        right = self.by_example.get("accuracy")  # classification only
         return {
             "item_losses": self.losses,
             "item_tokens": self.tokens,
-            "item_correct": self.correct,
+            "item_correct": None if right is None else [round(value) for value in right],
             "item_metrics": self.item_metrics,
         }
 

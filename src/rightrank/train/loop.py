@@ -222,7 +222,7 @@ class _TrainingLoop:
             self._multi_lora.remove(training.adapter)
             assert training.ended is not None
             yield training.ended
-            training.delete_checkpoint()
+            training.folders.checkpoint.unlink(missing_ok=True)
         for training in [training for training in self._running if training.is_done]:
             try:
                 outcome = training.finish(peak_bytes(self._runtime.loaded.device))
@@ -232,7 +232,7 @@ class _TrainingLoop:
             self._running.remove(training)
             yield outcome
             if training.trial.arm.stop_at is None:  # another trial may resume from one that stopped early
-                training.delete_checkpoint()
+                training.folders.checkpoint.unlink(missing_ok=True)
 
     def _save_all(self) -> None:
         for training in self._running:

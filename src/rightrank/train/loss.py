@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.trials import SplitName
-from rightrank.train.batches import Batch, FixedGroups, position_ids
+from rightrank.train.batches import Batch, FixedGroups
 
 CHUNK_LOGITS = 2**24  # elements of a chunk's logits: 64 MiB in float32
 HEAD_TOLERANCE = 1e-3  # relative, between the head's loss and the model's own, in the model's dtype
@@ -106,7 +106,10 @@ def _head_labels(model: Any, batch: Batch, scale: Scale) -> _LabelLosses:
     """Shifted cross-entropy, with the head applied at label positions only."""
     # Padding is on the right and attention is causal, so no label position attends to padding. Without the mask,
     # attention takes its causal fast path.
-    restarting = {} if batch.lengths is None else {"position_ids": position_ids(batch.lengths, batch.input_ids.device)}
+    restarting: dict[str, torch.Tensor] = {}
+    if batch.lengths is not None:  # the position of each token in its example
+        positions = [torch.arange(length, device=batch.input_ids.device) for length in batch.lengths]
+        restarting["position_ids"] = torch.cat(positions)[None]
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False, **restarting).last_hidden_state
     keep, targets = _label_positions(batch)
     sequences = batch.sequence_numbers()[:, 1:][keep]

@@ -26,18 +26,11 @@ TEXT_SCORES: dict[str, Callable[[str, str], float]] = {  # of the expected and t
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Metrics by name, and the reasons why some failed."""
+    """Metrics by name, with the scores of examples whose mean they are, and the reasons why some failed."""
 
-    scored: dict[str, Scored] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
+    items: dict[str, list[float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def values(self) -> dict[str, float]:
-        return {name: scored.value for name, scored in self.scored.items()}
-
-    @property
-    def items(self) -> dict[str, list[float]]:
-        return {name: scored.examples for name, scored in self.scored.items() if scored.examples is not None}
 
     def require(self, names: Sequence[str]) -> None:
         """Check that these metrics have a value.
@@ -66,9 +59,13 @@ def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Mea
         write_answers(answered, keep)
     for spec in specs:
         try:
-            measured.scored[spec.name] = _score(spec, answered)
+            scored = _score(spec, answered)
         except MetricError as error:
             measured.failed[spec.name] = str(error)
+            continue
+        measured.values[spec.name] = scored.value
+        if scored.examples is not None:
+            measured.items[spec.name] = scored.examples
     return measured
 
 

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -205,18 +206,18 @@ def _concatenated(batches: Sequence[Batch], pad_id: int) -> Batch:
     if len(batches) == 1:
         return batches[0]
     longest = max(batch.input_ids.shape[1] for batch in batches)
-
-    def padded(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
-        wide = [torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=value) for t in tensors]
-        return torch.cat(wide)
-
     labels = [batch.labels for batch in batches]
     references = [batch.reference for batch in batches if batch.reference is not None]
     return Batch(
-        padded([batch.input_ids for batch in batches], pad_id),
-        padded([batch.attention_mask for batch in batches], 0),
-        torch.cat(labels) if labels[0].dim() == 1 else padded(labels, IGNORED),
+        _padded([batch.input_ids for batch in batches], longest, pad_id),
+        _padded([batch.attention_mask for batch in batches], longest, 0),
+        torch.cat(labels) if labels[0].dim() == 1 else _padded(labels, longest, IGNORED),
         tuple(index for batch in batches for index in batch.indices),
         sum(batch.tokens for batch in batches),
         reference=torch.cat(references) if references else None,
     )
+
+
+def _padded(tensors: Sequence[torch.Tensor], length: int, value: int) -> torch.Tensor:
+    """The rows of all tensors, each filled up to `length` with `value`."""
+    return torch.cat([F.pad(tensor, (0, length - tensor.shape[1]), value=value) for tensor in tensors])

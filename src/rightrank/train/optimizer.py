@@ -12,7 +12,7 @@ from transformers import get_scheduler
 
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.batches import Batch
-from rightrank.train.checkpoints import Progress, RunningMean
+from rightrank.train.checkpoints import Progress
 from rightrank.train.runtime import Runtime
 
 MEAN, MEAN_COUNT, BEST = "average.", "average_count", "best."  # of a checkpoint's tensors
@@ -43,12 +43,16 @@ class ArmOptimizer:
     _learning_rate: float  # what the schedule's factor multiplies
     _plan: Sequence[Sequence[int]]  # example indices of each step
     _schedule: Schedule
+    _mean_after: int | None = None  # the step after which the parameters are summed for their mean; None: not at all
 
     def __post_init__(self) -> None:
         self._parameters = list(self.named.values())
         self._optimizer = _make_optimizer(self.named, self._learning_rate, self._runtime.settings)
         self.progress = Progress()
-        self.mean: RunningMean | None = None  # of the parameters, where the training compares it
+        self.sums: dict[str, torch.Tensor] = {}  # of the parameters as they are after each step, in float32
+        if self._mean_after is not None:
+            self.sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in self.named.items()}
+        self.summed = 0  # steps in the sums
         self.best: Mapping[str, torch.Tensor] = {}  # the parameters at the best evaluation so far
         # Of the step under way:
         self.loss_sum = 0.0
@@ -78,8 +82,10 @@ class ArmOptimizer:
         self.progress.train_losses.append(self.loss_sum / self.labels)
         self.progress.step += 1
         self.progress.train_tokens += self._tokens
-        if self.mean is not None:
-            self.mean.add(self.progress.step)
+        if self._mean_after is not None and self.progress.step > self._mean_after:
+            for name, value in self.named.items():
+                self.sums[name] += value.detach()
+            self.summed += 1
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those of a checkpoint."""
@@ -88,9 +94,9 @@ class ArmOptimizer:
             state = self._optimizer.state[parameter]
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
         tensors |= {f"{BEST}{name}": value for name, value in self.best.items()}
-        if self.mean is not None:
-            tensors |= {f"{MEAN}{name}": value for name, value in self.mean.sums.items()}
-            tensors[MEAN_COUNT] = torch.tensor(self.mean.count)
+        if self._mean_after is not None:
+            tensors |= {f"{MEAN}{name}": value for name, value in self.sums.items()}
+            tensors[MEAN_COUNT] = torch.tensor(self.summed)
         return tensors
 
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -113,10 +119,10 @@ class ArmOptimizer:
                 key: value.to(parameter.device) if value.dim() > 0 or _is_fused(parameter) else value
                 for key, value in saved.items()
             }
-        if self.mean is not None and with_mean and MEAN_COUNT in tensors:
-            for name, value in self.mean.sums.items():
+        if self._mean_after is not None and with_mean and MEAN_COUNT in tensors:
+            for name, value in self.sums.items():
                 value.copy_(tensors[f"{MEAN}{name}"])
-            self.mean.count = int(tensors[MEAN_COUNT])
+            self.summed = int(tensors[MEAN_COUNT])
         self.progress = Progress.model_validate(state)
 
 

@@ -9,6 +9,7 @@ hidden states. `fast_paths.py` checks on real data that the losses stay the same
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rightrank.data.files import preallocate
 from rightrank.data.token_store import EncodedExample
 from rightrank.schema.trials import SplitName
 from rightrank.train.batches import Batch, FixedGroups, collate
@@ -27,8 +27,12 @@ from rightrank.train.batches import Batch, FixedGroups, collate
 IN_MEMORY_BYTES = 2**30  # a larger store goes to a memory-mapped file
 
 
-class _ReachedBlock(Exception):  # noqa: N818 - not an error: it stops a forward pass early
+class _ReachedBlock(Exception):  # noqa: N818 - not an error: it stops a forward pass early, with a block's output
     pass
+
+
+def _stop_with(_module: Any, _inputs: Any, output: Any) -> None:
+    raise _ReachedBlock(output)
 
 
 @dataclass(slots=True)
@@ -89,7 +93,7 @@ class FrozenPrefix:
         rows = [store.rows(index) for index in distinct]
         numbers = [distinct.index(index) for index in batch.indices]
         if batch.lengths is None:
-            lengths = [list(store.examples[index].sequence_lengths) for index in distinct]
+            lengths = [[len(ids) for ids, _ in store.examples[index].sequences()] for index in distinct]
             parts = [part for row, split in zip(rows, lengths, strict=True) for part in torch.split(row, split)]
             hidden = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(self._device)
             each = len(parts) // len(rows)  # sequences of an example
@@ -116,28 +120,29 @@ class FrozenPrefix:
                 store.others[index] = computed.clone()
 
     def _lower_blocks(self, model: Any, batch: Batch) -> torch.Tensor:
-        captured: list[torch.Tensor] = []
-
-        def capture(_module: Any, _inputs: Any, output: Any) -> None:
-            self._returns_tuple = isinstance(output, tuple)
-            captured.append(output[0] if isinstance(output, tuple) else output)
-            raise _ReachedBlock
-
-        handle = self._blocks[-1].register_forward_hook(capture)
+        handle = self._blocks[-1].register_forward_hook(_stop_with)
         try:
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        except _ReachedBlock:
-            pass
+        except _ReachedBlock as reached:
+            (output,) = reached.args
         finally:
             handle.remove()
-        return captured[0]
+        self._returns_tuple = isinstance(output, tuple)
+        hidden: torch.Tensor = output[0] if self._returns_tuple else output
+        return hidden
 
     def _allocate(self, split: str, tokens: int, like: torch.Tensor) -> torch.Tensor:
         width = like.shape[-1]
         if tokens * width * like.element_size() <= IN_MEMORY_BYTES:
             return torch.zeros((tokens, width), dtype=like.dtype)
-        path = self._folder / f"{split}.hidden"
-        preallocate(path, tokens * width * like.element_size())
+        path, size = self._folder / f"{split}.hidden", tokens * width * like.element_size()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk would kill the process
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:  # macOS
+                file.truncate(size)
         return torch.from_file(str(path), shared=True, size=tokens * width, dtype=like.dtype).view(tokens, width)
 
 

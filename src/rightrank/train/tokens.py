@@ -218,7 +218,7 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
         DataError: the chat template is missing or rewrites earlier turns, or a split has no label within `seq_len`.
     """
     limit = settings.seq_len
-    encoder = _Encoder(model.tokenizer, data.form, data.classes)
+    encoder = _Encoder(model.tokenizer, data.form, data.summary.classes)
     splits: dict[SplitName, TokenStore] = {}
     summaries: dict[str, SplitSummary] = {}
     for split in SPLITS:
@@ -226,9 +226,11 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
         pieces = _encode_split(encoder, data.examples[split], limit, count)
         encoded = TokenStore(pieces, folder)
         if not encoded and data.examples[split]:
+            equal = f", {count.equal} whose answers are the same there" if count.equal else ""
+            first = f", the first at {count.first_left_out}" if count.first_left_out else ""
             raise DataError(
                 f"the {split_name(split)} split has no label token left after tokenising ({len(data.examples[split])} examples, "
-                f"{count.left_out(limit)}); give examples with text to learn, or a larger seq_len"
+                f"{count.dropped} without a label within {limit} tokens{equal}{first}); give examples with text to learn, or a larger seq_len"
             )
         splits[split] = encoded
         summaries[split] = SplitSummary(
@@ -252,11 +254,6 @@ class _Count:
     dropped: int = 0  # examples without a label within the limit
     equal: int = 0  # pairs whose sequences are the same within the limit
     first_left_out: str = ""  # file and row
-
-    def left_out(self, limit: int) -> str:
-        equal = f", {self.equal} whose answers are the same there" if self.equal else ""
-        first = f", the first at {self.first_left_out}" if self.first_left_out else ""
-        return f"{self.dropped} without a label within {limit} tokens{equal}{first}"
 
 
 def _encode_split(

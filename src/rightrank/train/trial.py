@@ -21,7 +21,7 @@ from rightrank.models.truncation import load_moments, truncated_tensors
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
 from rightrank.train.batches import Batch
-from rightrank.train.checkpoints import Progress, RunningMean, load_checkpoint, save_checkpoint
+from rightrank.train.checkpoints import Progress, load_checkpoint, save_checkpoint
 from rightrank.train.evaluation import Scores
 from rightrank.train.metrics import Measured, measure
 from rightrank.train.multi_lora import ArmBatch, MultiLora
@@ -59,7 +59,7 @@ class ArmTraining:
     trial: Trial
     _multi_lora: MultiLora
     _base_loss: float | None
-    _folders: TrialFolders
+    folders: TrialFolders
     _listener: Listener
 
     def __post_init__(self) -> None:
@@ -73,10 +73,10 @@ class ArmTraining:
         plan = runtime.batch_plan(arm.seed, first + arm.steps)[first:]
         named = multi_lora.add(self.adapter, arm, config)
         schedule = learning_rate_schedule(runtime.settings, arm.steps, arm.anneal_from, arm.stop_at)
-        self.optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule)
         self._last_step = arm.end
-        if arm.stop_at is not None and arm.continue_from is None:  # later stages compare no means
-            self.optimizer.mean = RunningMean(named, self._last_step // 2)
+        has_mean = arm.stop_at is not None and arm.continue_from is None  # later stages compare no means
+        mean_after = self._last_step // 2 if has_mean else None
+        self.optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule, mean_after)
         points = runtime.settings.eval_points
         self._evaluate_at = {max(1, round(arm.steps * number / points)) for number in range(1, points + 1)}
         self._saved = time.perf_counter()
@@ -89,7 +89,7 @@ class ArmTraining:
 
     def _truncated(self, config: LoraConfig) -> dict[str, torch.Tensor]:
         """The tensors of a truncation, whose ranks go into `config`; none for an arm that starts from its first draw."""
-        folders, arm = self._folders, self.trial.arm
+        folders, arm = self.folders, self.trial.arm
         if folders.truncate_from is None:
             return {}
         moments = {} if folders.moments is None else load_moments(folders.moments)
@@ -101,7 +101,7 @@ class ArmTraining:
 
         A missing checkpoint of the resumed trial costs its steps again and changes no result.
         """
-        arm, folders = self.trial.arm, self._folders
+        arm, folders = self.trial.arm, self.folders
         if self._resume(folders.checkpoint, self.trial.trial_id):
             return
         if folders.continue_from is not None and arm.continue_from is not None:
@@ -197,7 +197,7 @@ class ArmTraining:
             return self._measured[1]
         begun = time.perf_counter()
         with self._multi_lora.alone(self.adapter):
-            measured = measure(self._runtime, "selection", self._folders.answers)
+            measured = measure(self._runtime, "selection", self.folders.answers)
         seconds = time.perf_counter() - begun
         self.progress.eval_seconds += seconds
         self.progress.answer_seconds = seconds
@@ -206,16 +206,16 @@ class ArmTraining:
     def finish(self, peak_bytes: int) -> TrialFinished:
         """Measure the end metrics, save the adapter, remove it from the base, and return the record.
 
-        The checkpoint stays until the caller has stored the record (`delete_checkpoint`).
+        The checkpoint stays until the caller has stored the record.
 
         Raises:
             MetricError: the deciding metric gave no score; the adapter is still on the base.
         """
-        arm, mean, measured, averaged = self.trial.arm, self.optimizer.mean, Measured(), None
+        arm, measured, averaged = self.trial.arm, Measured(), None
         scores = self._evaluate() if self._scores is None else self._scores  # None: resumed at its last step
-        if mean is not None and mean.count > 0:
+        if self.optimizer.summed > 0:
             last = self.optimizer.parameters()
-            self.optimizer.put(mean.values())
+            self.optimizer.put({name: total / self.optimizer.summed for name, total in self.optimizer.sums.items()})
             try:
                 averaged = self._evaluate().loss
             finally:
@@ -225,7 +225,7 @@ class ArmTraining:
             scores = scores if kept is None else self._evaluate()
             measured = self._measure()
             measured.require([self._settings.metric_name])
-            self._save_adapter(self._folders.adapter)
+            self._save_adapter(self.folders.adapter)
         elif arm.anneal_from is None:
             self.save()  # another trial may resume from here
         self._multi_lora.remove(self.adapter)
@@ -254,8 +254,8 @@ class ArmTraining:
         last = self.optimizer.parameters()
         if not keeps_best:
             self.optimizer.put(self.optimizer.best)
-        if self._folders.other is not None:
-            self._save_adapter(self._folders.other)
+        if self.folders.other is not None:
+            self._save_adapter(self.folders.other)
         self.optimizer.put(self.optimizer.best if keeps_best else last)
         if not keeps_best:
             return None
@@ -280,13 +280,9 @@ class ArmTraining:
     def save(self) -> None:
         begun = time.perf_counter()
         state = {"trial_id": self.trial.trial_id, **self.progress.model_dump()}
-        save_checkpoint(self._folders.checkpoint, self.optimizer.tensors(), state)
+        save_checkpoint(self.folders.checkpoint, self.optimizer.tensors(), state)
         self._saved = time.perf_counter()
         self._save_seconds = self._saved - begun
-
-    def delete_checkpoint(self) -> None:
-        """Call once the trial's outcome is stored."""
-        self._folders.checkpoint.unlink(missing_ok=True)
 
 
 def finished(trial: Trial, metric: str, scores: Scores, measured: Measured, progress: Progress) -> TrialFinished:

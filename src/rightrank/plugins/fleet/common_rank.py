@@ -124,7 +124,7 @@ def run_fleet(
         )
     data = list(files) * len(adapters) if len(files) == 1 else list(files)
     scored = [scored_data(adapter, file, None, settings) for adapter, file in zip(adapters, data, strict=True)]
-    classes = {None if one.splits.classes is None else tuple(one.splits.classes) for one in scored}
+    classes = {None if one.splits.summary.classes is None else tuple(one.splits.summary.classes) for one in scored}
     if len(classes) > 1:
         raise DataError(
             "the data files have different labels: adapters of one fleet share one head; give data of one kind"
@@ -132,7 +132,7 @@ def run_fleet(
     loaded = load_base(model, settings, classes.pop())
     names = {name for name, _ in loaded.model.named_modules()}
     for adapter in adapters:
-        whole = [module.name for module in adapter.modules if module.kind != "expert"]
+        whole = [module.name for module in adapter.modules if module.kind.name != "expert"]
         missing = next((name for name in whole if name not in names), None)
         if missing is not None:
             raise ModelError(f"{adapter.path}: {model} has no module {missing}: it is an adapter of another base")
