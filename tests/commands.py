@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -67,18 +69,21 @@ class Started:
 
 
 def start(model: Path, data: Path, out: Path, *more: str) -> Started:
-    """Forked from this process, so that nothing is imported again."""
-    arguments, log = select_arguments(model, data, out, *more), out.with_suffix(".log")
-    process = multiprocessing.get_context("fork").Process(target=_command, args=(arguments, log))
+    return forked(partial(main, select_arguments(model, data, out, *more)), out.with_suffix(".log"))
+
+
+def forked(work: Callable[[], object], log: Path) -> Started:
+    """Work in a process that is forked from this one, so that nothing is imported again."""
+    process = multiprocessing.get_context("fork").Process(target=_worked, args=(work, log))
     process.start()
     return Started(process, log)
 
 
-def _command(arguments: list[str], log: Path) -> None:
+def _worked(work: Callable[[], object], log: Path) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, "utf-8") for number in (1, 2))
-    main(arguments)
+    work()
 
 
 def wait_for_trial(out: Path, started: Started) -> None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
@@ -122,12 +122,20 @@ def _inner(value: Any) -> Any:
     return value.inner if isinstance(value, PretendTensor) else value
 
 
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """As torch's `tree_map`, which takes a third of the time here: an operation has tuples, lists and keywords."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([_mapped(change, one) for one in value])
+    return {name: _mapped(change, one) for name, one in value.items()} if kind is dict else change(value)
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operation on the CPU's tensors; its results are on the device of its operands, or on the one that it names."""
     if sys.gettrace() != threading.gettrace():  # the backward pass has a thread that Python does not trace by itself
         sys.settrace(threading.gettrace())
     tensors: list[torch.Tensor] = []
-    tree_map(lambda value: tensors.append(value) if isinstance(value, torch.Tensor) else None, (args, kwargs))
+    _mapped(lambda value: tensors.append(value) if isinstance(value, torch.Tensor) else None, (args, kwargs))
     is_here = any(isinstance(value, PretendTensor) for value in tensors)
     if (
         is_here
@@ -144,7 +152,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise MixedDevicesError(f"{func}: a generator of the CPU for values on {NAME}")
     if func is torch.ops.aten.histc.default and not args[0].is_floating_point():
         args = (args[0].float(), *args[1:])  # of whole numbers CUDA has one, and the CPU none
-    found = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+    found = func(*_mapped(_inner, args), **_mapped(_inner, kwargs))
     assert all(value.shape == _inner(value).shape for value in tensors), f"{func} resizes a tensor"
     written = {
         id(_inner(value)): value for value in tensors
@@ -155,4 +163,4 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return value
         return written.get(id(value)) if id(value) in written else PretendTensor(value) if is_here else value
 
-    return tree_map(wrapped, found)
+    return _mapped(wrapped, found)

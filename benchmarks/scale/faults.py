@@ -35,11 +35,12 @@ from benchmarks.scale.places import (
     Nodes,
     Place,
     drive,
-    driven_elsewhere,
+    drive_forked,
     hung_worker,
     kill_driver,
     kill_node,
     kill_worker,
+    killed_and_resumed,
     nothing,
     ray_nodes,
     slow_worker,
@@ -90,8 +91,9 @@ class Work:
         if self.model is not None:
             self._run_command(place, fault, after)
         elif fault is kill_driver:
-            require(driven_elsewhere(place, after) == -signal.SIGKILL, "the driver was not killed")
-            require(driven_elsewhere(place, 0) == 0, "the resumed driver failed")
+            killed, resumed = killed_and_resumed(place, after)
+            require(killed == -signal.SIGKILL, "the driver was not killed")
+            require(resumed == 0, "the resumed driver failed")
         else:
             seconds = HANG_SECONDS if fault is hung_worker else 600.0
             drive(place, lambda: hit(place, fault), after, seconds)
@@ -231,7 +233,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--drive"]:
         executor, folder, after, *address = sys.argv[2:]
         place = Place(executor, Path(folder), address=address[0] if address else None)
-        drive(place, lambda: kill_driver(place), int(after))
+        print(json.dumps([drive_forked(place, int(after)), drive_forked(place, 0)]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -212,9 +213,24 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
         report.on_end(run, Selected(decide(run), folder, None, None, run_folder.report, {}))
 
 
-def driven_elsewhere(place: Place, after: int) -> int:
-    """A drive in a process of its own, which kills itself after so many outcomes; 0 for never."""
+def killed_and_resumed(place: Place, after: int) -> list[int]:
+    """Exit statuses of two drives, forked from one process: the first kills itself after so many outcomes."""
     address = [] if place.address is None else [place.address]
     module = [sys.executable, "-m", "benchmarks.scale.faults", "--drive"]
     command = [*module, place.executor, str(place.folder), str(after), *address]
-    return subprocess.run(command, check=False, stderr=subprocess.DEVNULL, timeout=LIMIT_SECONDS).returncode
+    told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=2 * LIMIT_SECONDS).stdout
+    statuses: list[int] = json.loads(told.splitlines()[-1])
+    return statuses
+
+
+def drive_forked(place: Place, after: int) -> int:
+    """A drive in a process forked from this one, which kills itself after so many outcomes; 0 for never."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            drive(place, lambda: kill_driver(place), after)
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
-import lightning
 import pytest
 import torch
 from accelerate import Accelerator
@@ -25,7 +24,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from rightrank import SmallestAdapter
-from rightrank.interop.lightning import SmallestAdapter as LightningSmallestAdapter
 from rightrank.interop.smallest import keep_smallest
 from rightrank.schema.errors import DataError, ModelError
 from tests.interop.trainings import Listed, Rows, peft_model
@@ -172,37 +170,18 @@ def test_a_loop_whose_measurement_is_killed_is_measured_by_the_command_that_it_l
     assert apart["rank"] == here.answer.rank
 
 
-class Module(lightning.LightningModule):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
-        loss: torch.Tensor = self.model(**batch).loss
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([one for one in self.parameters() if one.requires_grad], lr=1e-2)
-
-
 def loader(rows: Rows, shuffle: bool = False) -> DataLoader[Any]:
     order = torch.Generator().manual_seed(0)
     return DataLoader(Listed(rows), 8, shuffle, collate_fn=DataCollatorForSeq2Seq(make_tokenizer()), generator=order)
 
 
-def fitted(module: lightning.LightningModule, callback: Any, rows: Rows, out: Path) -> None:
-    trainer = lightning.Trainer(
-        max_steps=40, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[callback], default_root_dir=out,
-    )  # fmt: skip
-    trainer.fit(module, loader(rows[:140], shuffle=True))
-
-
 @pytest.mark.trains
 @pytest.mark.filterwarnings("ignore")  # Lightning's remarks on workers and loggers
 def test_lightning_and_a_loop_of_accelerate_give_one_answer(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    callback = LightningSmallestAdapter(loader(rows[140:]), margin=0.1)
-    fitted(Module(peft_model(model_folder, lora_dropout=0.0)), callback, rows, tmp_path / "out")
+    from tests.interop.with_lightning import SmallestAdapter, fitted
+
+    callback = SmallestAdapter(loader(rows[140:]), margin=0.1)
+    fitted(peft_model(model_folder, lora_dropout=0.0), callback, loader(rows[:140], shuffle=True), tmp_path / "out")
     assert callback.result is not None
     assert decision_of(tmp_path / "out")["handed_over"]["rank"] == callback.result.answer.rank < 16
 
@@ -228,15 +207,17 @@ def test_lightning_and_a_loop_of_accelerate_give_one_answer(model_folder: Path, 
 @pytest.mark.trains
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("module", "count", "error", "message"),
+    ("make", "count", "error", "message"),
     [
-        (lambda model: Module(torch.nn.Linear(2, 2)), 60, ModelError, "holds no PEFT model"),
-        (lambda model: Module(model), 0, DataError, "no held-out batches"),
+        (lambda _: torch.nn.Linear(2, 2), 60, ModelError, "holds no PEFT model"),
+        (peft_model, 0, DataError, "no held-out batches"),
     ],
 )
 def test_lightning_refuses_before_the_first_step(
-    module: Any, count: int, error: Any, message: str, model_folder: Path, rows: Rows, tmp_path: Path
+    make: Any, count: int, error: Any, message: str, model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    callback = LightningSmallestAdapter(loader(rows[140 : 140 + count]))
+    from tests.interop.with_lightning import SmallestAdapter, fitted
+
+    callback = SmallestAdapter(loader(rows[140 : 140 + count]))
     with pytest.raises(error, match=message):
-        fitted(module(peft_model(model_folder)), callback, rows, tmp_path)
+        fitted(make(model_folder), callback, loader(rows[:140]), tmp_path)

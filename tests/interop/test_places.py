@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
+import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from rightrank.interop.recipe import Recipe, recipe_of
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.events import RunStarted
 from rightrank.schema.trials import TrialFinished
+from tests.commands import forked
 from tests.tiny import small_settings
 
 pytestmark = pytest.mark.trains
@@ -65,17 +68,20 @@ def test_an_export_from_another_folder_names_the_same_places(
     assert settings["datasets"][0]["data_files"] == str((home / "data.jsonl").resolve())
 
 
-def test_trl_runs_from_the_exported_folder(home: Path) -> None:
+def sft(folder: Path) -> None:
     """TRL's own parser and script, as `trl sft --config trl_sft.yaml` runs them in one process."""
-    script = (
-        "import sys; from trl.scripts.sft import main, make_parser\n"
-        "sys.argv = ['sft', '--config', 'trl_sft.yaml', '--max_steps', '1', '--report_to', 'none', '--use_cpu', 'true']\n"
-        "arguments = make_parser().parse_args_and_config(return_remaining_strings=True)\n"
-        "main(*arguments[:4])\n"
-    )
+    warnings.simplefilter("ignore")
+    os.chdir(folder)
+    sys.argv = ["sft", "--config", "trl_sft.yaml", "--max_steps", "1", "--report_to", "none", "--use_cpu", "true"]
+    from trl.scripts.sft import main, make_parser
+
+    main(*make_parser().parse_args_and_config(return_remaining_strings=True)[:4])
+
+
+def test_trl_runs_from_the_exported_folder(home: Path, tmp_path: Path) -> None:
     folder = home / "run" / "exports" / "trl"
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, err = forked(partial(sft, folder), tmp_path / "log").end()
+    assert status == 0, err[-3000:]
     config = json.loads((folder / "trl-output" / "adapter_config.json").read_text())
     assert config["r"] == yaml.safe_load((folder / "trl_sft.yaml").read_text())["lora_r"]
 
