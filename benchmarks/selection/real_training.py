@@ -41,7 +41,7 @@ from rightrank.schema.trials import (
     content_hash,
     trial_id,
 )
-from rightrank.search.bracket import MAX_RECOVERED_RANK, outside_in, recovery
+from rightrank.search.bracket import MAX_RECOVERED_RANK, outside_in, truncation
 from rightrank.search.history import Space, base_arm, space_of
 from rightrank.search.learning_rates import ANNEAL, LOOK
 from rightrank.train.checkpoints import load_checkpoint
@@ -225,7 +225,7 @@ def recoveries_of(shop: Workshop, parent: TrialFinished) -> list[Arm]:
     if not parent.arm.is_direct or not shop.space.recovery_steps:
         return []
     low = [rank for rank in shop.settings.ranks if rank <= MAX_RECOVERED_RANK and rank < parent.rank]
-    return [recovery(shop.space, parent, rank) for rank in (parent.rank, *low)]
+    return [truncation(shop.space, parent, rank, recovers=True) for rank in (parent.rank, *low)]
 
 
 def test_grids(shop: Workshop, seeds: set[int]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -23,7 +23,7 @@ from benchmarks.selection.study import run_study
 from rightrank.decision.adapter import Criterion, adapter_answer
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
-from rightrank.search.bracket import truncations
+from rightrank.search.bracket import truncation
 from rightrank.train.runtime import adapter_attached
 
 TOPS = (16, 32, 64, 128)
@@ -60,7 +60,7 @@ def train(shop: Workshop) -> list[TrialFinished]:
 
 def cut(shop: Workshop, parent: TrialFinished) -> list[TrialFinished]:
     """The parent's truncations to every power of two below."""
-    arms = [arm for arm in truncations(shop.space, parent) if arm.rank < parent.rank]
+    arms = [truncation(shop.space, parent, rank) for rank in shop.space.truncated_ranks if rank < parent.rank]
     run_all(shop, arms)
     return [outcome for arm in arms if isinstance(outcome := shop.outcomes[arm], TrialFinished)]
 

@@ -16,7 +16,7 @@ from rightrank.decision.table import without_collapsing
 from rightrank.runs.calls import TrialTask, collapse_of, should_stop_early
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hooks
-from rightrank.runs.own_trainer import REASONER_START, open_own_run, own_request
+from rightrank.runs.own_trainer import REASONER_START, own_run
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 from rightrank.search.history import Space
 from rightrank.search.upward import Upward
@@ -94,8 +94,8 @@ class Ready:
 
 def start_rank(model: str, folder: Path) -> int:
     compared = {"ranks": (1, 4, 16), "learning_rates": (1e-5,), "seeds": None, "margin": None}
-    request = own_request(Ready(model), None, "local", None, compared, {"profile": "rl"})
-    return open_own_run(request, RunFolder(folder / "run"), Hooks()).strategy.space.start_rank
+    open_run = own_run(Ready(model), None, "local", None, compared, {"profile": "rl"})
+    return open_run(RunFolder(folder / "run"), Hooks()).strategy.space.start_rank
 
 
 def test_a_distilled_reasoner_is_known_by_its_name_or_its_configuration(tmp_path: Path) -> None:

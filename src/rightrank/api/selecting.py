@@ -183,13 +183,13 @@ def select_rank_with(
     from rightrank.hooks.report import Report
     from rightrank.hooks.trackers import Trackers
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.own_trainer import open_own_run, own_request
+    from rightrank.runs.own_trainer import own_run
     from rightrank.runs.run import complete
 
     compared = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds}
-    request = own_request(train, evaluate, executor, metric, compared | {"margin": margin}, settings)
+    open_run = own_run(train, evaluate, executor, metric, compared | {"margin": margin}, settings)
     trackers, folder = Trackers(settings.get("report_to", ()), Path(out)), RunFolder(Path(out))
     with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
         views = _views(settings.get("progress", False), opened)
         added = plugins.listed(lambda plugin: plugin.hooks())
-        return complete(open_own_run(request, folder, Hooks([*views, trackers, Report(), *added, *callbacks])))
+        return complete(open_run(folder, Hooks([*views, trackers, Report(), *added, *callbacks])))

@@ -116,15 +116,15 @@ class _OwnRequest:
     collapse_drop: float | None
 
 
-def own_request(
+def own_run(
     train: TrainFunction,
     evaluate: EvaluateFunction | None,
     executor: str,
     metric: str | None,
     compared: Mapping[str, object],
     given: TrainerSettings,
-) -> _OwnRequest:
-    """Check the arguments; the profile gives what is None.
+) -> Callable[[RunFolder, Hooks], Run]:
+    """Check the arguments, and return what opens a run whose trials the function trains; the profile gives what is None.
 
     Args:
         compared: ranks, learning_rates, seeds and margin.
@@ -152,7 +152,8 @@ def own_request(
     evaluation = None if evaluate is None else call_of(partial(_of_folder, evaluate))
     margin, steps = settings.margin, given.get("max_steps", 0)
     drop = DROP_IN_MARGINS * margin if given.get("profile") == "rl" and margin is not None else None
-    return _OwnRequest(settings, metric, higher, train, call_of(train), evaluation, given, steps, drop)
+    request = _OwnRequest(settings, metric, higher, train, call_of(train), evaluation, given, steps, drop)
+    return partial(_open, request)
 
 
 def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, float] | TrialResult:
@@ -160,8 +161,8 @@ def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, floa
     return evaluate(task.folder, task)
 
 
-def open_own_run(request: _OwnRequest, folder: RunFolder, hooks: Hooks) -> Run:
-    """A run whose trials the user's function trains; the journal is read, and nothing is written."""
+def _open(request: _OwnRequest, folder: RunFolder, hooks: Hooks) -> Run:
+    """The journal is read, and nothing is written."""
     journal = folder.journal.read(hooks.notice)
     space = replace(
         space_of(request.settings, request.steps),

@@ -155,11 +155,11 @@ def _answer_adapter_question(trials: Trials, learning_rate: float) -> Requests:
     parent = trials.whole(space.top, learning_rate)
     if parent is None or not space.truncates:
         return
-    yield truncations(space, parent)
+    yield [truncation(space, parent, rank) for rank in space.truncated_ranks]
     plain = _current_answer(trials, parent)
     lower = [] if plain is None else [rank for rank in space.truncated_ranks if rank < plain.rank]
     if plain is not None and space.recovery_steps and lower and lower[0] <= MAX_RECOVERED_RANK:
-        yield [recovery(space, parent, space.top)]
+        yield [truncation(space, parent, space.top, recovers=True)]
         yield from _recover(trials, parent, plain)
     trials.adapter = _current_answer(trials, parent)
 
@@ -179,23 +179,12 @@ def _current_answer(trials: Trials, parent: TrialFinished) -> AdapterAnswer | No
     return adapter_answer([parent, *own], criterion, parent.trial_id)
 
 
-def truncations(space: Space, parent: TrialFinished) -> list[Arm]:
-    """The adapter of `parent` truncated to every lower rank, descending, without recovery."""
-    truncated = {"steps": 0, "truncate_from": parent.trial_id, "continue_from": None}
-    return [parent.arm.model_copy(update=truncated | {"rank": rank}) for rank in space.truncated_ranks]
-
-
-def recovery(space: Space, parent: TrialFinished, rank: int) -> Arm:
-    """The adapter of `parent` truncated to `rank` (its own included), then trained on unseen examples."""
-    return parent.arm.model_copy(
-        update={
-            "rank": rank,
-            "steps": space.recovery_steps,
-            "learning_rate": parent.learning_rate * RECOVERY_LR_FACTOR,
-            "truncate_from": parent.trial_id,
-            "continue_from": None,
-        }
-    )
+def truncation(space: Space, parent: TrialFinished, rank: int, *, recovers: bool = False) -> Arm:
+    """The adapter of `parent` truncated to `rank` (its own included); then trained on unseen examples, if it recovers."""
+    changed = {"rank": rank, "steps": 0, "truncate_from": parent.trial_id, "continue_from": None}
+    if recovers:
+        changed |= {"steps": space.recovery_steps, "learning_rate": parent.learning_rate * RECOVERY_LR_FACTOR}
+    return parent.arm.model_copy(update=changed)
 
 
 def _recover(trials: Trials, parent: TrialFinished, plain: AdapterAnswer) -> Requests:
@@ -204,7 +193,7 @@ def _recover(trials: Trials, parent: TrialFinished, plain: AdapterAnswer) -> Req
     ranks = space.truncated_ranks
     start = ranks.index(plain.rank) if plain.rank in ranks else 0
     for place in range(start, len(ranks)):
-        yield [recovery(space, parent, ranks[place])]
+        yield [truncation(space, parent, ranks[place], recovers=True)]
         if not _holds(trials, parent, ranks[place]):
             break
     if place > start:
@@ -212,7 +201,7 @@ def _recover(trials: Trials, parent: TrialFinished, plain: AdapterAnswer) -> Req
     for rank in reversed(ranks[:start]):
         if _holds(trials, parent, ranks[start]):
             return
-        yield [recovery(space, parent, rank)]
+        yield [truncation(space, parent, rank, recovers=True)]
         if _holds(trials, parent, rank):
             return
 

@@ -35,11 +35,134 @@ from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.history import Space, Trials, base_arm, oriented
 
 Requests: TypeAlias = Iterator[Sequence[Arm]]  # what a script yields: arms that may run at the same time
+Choice = Generator[Sequence[Arm], None, float | None]
 
 QUARTER, HALF = 0.25, 0.5  # parts of a training after which learning rates are compared
+LOOK = 0.125  # of a training; earlier looks name a wrong learning rate
+ANNEAL = 0.05  # of a training
+CLOSE = 0.1  # of what the better learning rate has learned since the base
+CLOSE_WITHOUT_MEAN = 0.5  # the same for a higher learning rate of which only the current weights were measured
+STAGES = (QUARTER, HALF)  # where the winner is checked for a loss that rises
 # A climb upward that gains more than this share of the loss is checked downward. On 16 published grids a higher learning
 # rate gained at most .026 where training worked, and .08 where the higher one was too high to train.
 MAX_PLAUSIBLE_GAIN = 0.05
+# Both in margins, from 44 grids: a neighbouring learning rate made up for at most 1.5 of a rank's excess, and one at which
+# the top rank is worse by more than .9 never helped a lower rank.
+MAX_RECOVERABLE_EXCESS = 2.0
+MAX_DEFICIT_AT_TOP = 2.0
+
+
+def find_learning_rate(trials: Trials, rank: int) -> Choice:
+    """Return the best learning rate at `rank`, trained whole, or None if no training finished."""
+    space = trials.space
+    if not _can_look(space):
+        yield from _climb(trials, rank)
+        return trials.best_learning_rate(rank)
+    for part in (LOOK, QUARTER):
+        winner = yield from _climb_looks(trials, rank, part)
+        if winner is not None:
+            yield from _finish(trials, rank, winner, part)
+        if winner is not None or any(trials.diverged(_early_arm(space, rank, lr, part)) for lr in space.learning_rates):
+            break
+    if trials.best_learning_rate(rank) is None:  # no looks here, or the winner diverged later
+        yield from _climb(trials, rank)
+    return trials.best_learning_rate(rank)
+
+
+def _climb_looks(trials: Trials, rank: int, part: float) -> Choice:
+    """The winner among looks at `part` of a training; None if trainings can't stop there or all looks diverged."""
+    space = trials.space
+    learning_rates = space.learning_rates
+    best = start = len(learning_rates) // 2
+    first = _early_arm(space, rank, learning_rates[start], part)
+    yield [first]
+    if trials.finished(first) is None and not trials.diverged(first):
+        return None
+    for direction in (1, -1):
+        place = start + direction
+        while 0 <= place < len(learning_rates) and not (direction == 1 and trials.diverged(first)):
+            yield [_early_arm(space, rank, learning_rates[place], part)]
+            pair = (learning_rates[best], learning_rates[place])
+            winner = yield from _compare(trials, rank, pair, part)
+            if winner != pair[1] and trials.finished(_early_arm(space, rank, pair[0], part)):
+                break
+            best = place
+            place += direction
+        if best != start and not _is_worse_than_base(trials, _early_arm(space, rank, learning_rates[best], part)):
+            break
+    return learning_rates[best] if trials.finished(_early_arm(space, rank, learning_rates[best], part)) else None
+
+
+def _compare(trials: Trials, rank: int, pair: tuple[float, float], part: float) -> Choice:
+    """The better of two learning rates with a look at `part`; a look without a result loses."""
+    space = trials.space
+    looks = {lr: _early_arm(space, rank, lr, part) for lr in pair}
+    scores = {lr: score for lr, look in looks.items() if (score := _score(trials, look)) is not None}
+    if len(scores) < 2:
+        return next(iter(scores), None)
+    better, worse = sorted(pair, key=lambda lr: (scores[lr], lr))
+    base = _look_loss(trials, base_arm(space.lora_alpha))
+    worse_look = trials.finished(looks[worse])
+    has_mean = worse_look is not None and worse_look.averaged_loss is not None
+    close = CLOSE if has_mean or worse < better else CLOSE_WITHOUT_MEAN
+    if base is not None and scores[worse] - scores[better] > close * (base - scores[better]):
+        return better
+    copies = {lr: _annealed(trials, look) for lr, look in looks.items()}
+    yield list(copies.values())
+    annealed = {lr: loss for lr, copy in copies.items() if (loss := _look_loss(trials, copy)) is not None}
+    if len(annealed) == 2:
+        return min(pair, key=lambda lr: (annealed[lr], lr))
+    if any(trials.diverged(copy) for copy in copies.values()):
+        return next(iter(annealed), better)
+    for lr in pair:  # no annealed copies here
+        if trials.whole(rank, lr) is None:
+            yield [_resumed(trials, looks[lr])]
+    return min(pair, key=lambda lr: (trials.whole_loss(rank, lr), lr))
+
+
+def _finish(trials: Trials, rank: int, learning_rate: float, part: float) -> Requests:
+    """Train the winner from its look to its end.
+
+    Where its loss rises, the next lower learning rate may take its place; where it has learned nothing yet, the next higher.
+    """
+    space = trials.space
+    if trials.whole(rank, learning_rate) is not None:
+        return
+    stage = _early_arm(space, rank, learning_rate, part)
+    before = _look_loss(trials, stage)
+    base = _look_loss(trials, base_arm(space.lora_alpha))
+    for later in STAGES:
+        step = _early_step(space, later)
+        if step <= stage.end:
+            continue
+        following = _resumed(trials, stage, step)
+        yield [following]
+        loss = _look_loss(trials, following)
+        if loss is None or before is None:
+            return
+        stage = following
+        neighbour = None
+        if loss > before:
+            neighbour = max((lr for lr in space.learning_rates if lr < stage.learning_rate), default=None)
+        elif base is not None and loss >= base:
+            neighbour = min((lr for lr in space.learning_rates if lr > stage.learning_rate), default=None)
+        if neighbour is not None:
+            rival = yield from _bring_to(trials, rank, neighbour, step)
+            rival_loss = _look_loss(trials, rival)
+            if rival_loss is not None and rival_loss < loss:
+                stage, loss = rival, rival_loss
+        before = loss
+    yield [_resumed(trials, stage)]
+
+
+def _bring_to(trials: Trials, rank: int, learning_rate: float, step: int) -> Generator[Sequence[Arm], None, Arm]:
+    """The arm that trains to `step`, from the latest look at the learning rate that there is."""
+    looks = (_early_arm(trials.space, rank, learning_rate, part) for part in (QUARTER, LOOK))
+    latest = next((look for look in looks if trials.finished(look) is not None and look.end < step), None)
+    whole = trials.space.arm(rank, learning_rate)
+    arm = whole.model_copy(update={"stop_at": step}) if latest is None else _resumed(trials, latest, step)
+    yield [arm]
+    return arm
 
 
 def _climb(trials: Trials, rank: int) -> Requests:
@@ -87,48 +210,6 @@ def _is_doubtful(trials: Trials, start: Arm, best: Arm, *, is_edge: bool) -> boo
     if before is None or loss is None:
         return True
     return loss > base if base is not None else is_edge and before - loss > MAX_PLAUSIBLE_GAIN * abs(before)
-
-
-def _early_step(space: Space, part: float) -> int:
-    """The optimizer step at which `part` of a training is done, at least 1."""
-    return max(1, round(part * space.steps))
-
-
-def _early_arm(space: Space, rank: int, learning_rate: float, part: float) -> Arm:
-    """A training that stops after `part` of its steps."""
-    return space.arm(rank, learning_rate).model_copy(update={"stop_at": _early_step(space, part)})
-
-
-LOOK = 0.125  # of a training; earlier looks name a wrong learning rate
-ANNEAL = 0.05  # of a training
-CLOSE = 0.1  # of what the better learning rate has learned since the base
-CLOSE_WITHOUT_MEAN = 0.5  # the same for a higher learning rate of which only the current weights were measured
-STAGES = (QUARTER, HALF)  # where the winner is checked for a loss that rises
-
-Choice = Generator[Sequence[Arm], None, float | None]
-
-
-def find_learning_rate(trials: Trials, rank: int) -> Choice:
-    """Return the best learning rate at `rank`, trained whole, or None if no training finished."""
-    space = trials.space
-    if not _can_look(space):
-        yield from _climb(trials, rank)
-        return trials.best_learning_rate(rank)
-    for part in (LOOK, QUARTER):
-        winner = yield from _climb_looks(trials, rank, part)
-        if winner is not None:
-            yield from _finish(trials, rank, winner, part)
-        if winner is not None or any(trials.diverged(_early_arm(space, rank, lr, part)) for lr in space.learning_rates):
-            break
-    if trials.best_learning_rate(rank) is None:  # no looks here, or the winner diverged later
-        yield from _climb(trials, rank)
-    return trials.best_learning_rate(rank)
-
-
-# Both in margins, from 44 grids: a neighbouring learning rate made up for at most 1.5 of a rank's excess, and one at which
-# the top rank is worse by more than .9 never helped a lower rank.
-MAX_RECOVERABLE_EXCESS = 2.0
-MAX_DEFICIT_AT_TOP = 2.0
 
 
 def try_rank(trials: Trials, rank: int, learning_rate: float) -> Requests:
@@ -256,105 +337,34 @@ def _loss_after(trials: Trials, rank: int, learning_rate: float, step: int) -> f
     return None
 
 
-def _climb_looks(trials: Trials, rank: int, part: float) -> Choice:
-    """The winner among looks at `part` of a training; None if trainings can't stop there or all looks diverged."""
-    space = trials.space
-    learning_rates = space.learning_rates
-    best = start = len(learning_rates) // 2
-    first = _early_arm(space, rank, learning_rates[start], part)
-    yield [first]
-    if trials.finished(first) is None and not trials.diverged(first):
-        return None
-    for direction in (1, -1):
-        place = start + direction
-        while 0 <= place < len(learning_rates) and not (direction == 1 and trials.diverged(first)):
-            yield [_early_arm(space, rank, learning_rates[place], part)]
-            pair = (learning_rates[best], learning_rates[place])
-            winner = yield from _compare(trials, rank, pair, part)
-            if winner != pair[1] and trials.finished(_early_arm(space, rank, pair[0], part)):
-                break
-            best = place
-            place += direction
-        if best != start and not _is_worse_than_base(trials, _early_arm(space, rank, learning_rates[best], part)):
-            break
-    return learning_rates[best] if trials.finished(_early_arm(space, rank, learning_rates[best], part)) else None
-
-
-def _compare(trials: Trials, rank: int, pair: tuple[float, float], part: float) -> Choice:
-    """The better of two learning rates with a look at `part`; a look without a result loses."""
-    space = trials.space
-    looks = {lr: _early_arm(space, rank, lr, part) for lr in pair}
-    scores = {lr: score for lr, look in looks.items() if (score := _score(trials, look)) is not None}
-    if len(scores) < 2:
-        return next(iter(scores), None)
-    better, worse = sorted(pair, key=lambda lr: (scores[lr], lr))
-    base = _look_loss(trials, base_arm(space.lora_alpha))
-    worse_look = trials.finished(looks[worse])
-    has_mean = worse_look is not None and worse_look.averaged_loss is not None
-    close = CLOSE if has_mean or worse < better else CLOSE_WITHOUT_MEAN
-    if base is not None and scores[worse] - scores[better] > close * (base - scores[better]):
-        return better
-    copies = {lr: _annealed(trials, look) for lr, look in looks.items()}
-    yield list(copies.values())
-    annealed = {lr: loss for lr, copy in copies.items() if (loss := _look_loss(trials, copy)) is not None}
-    if len(annealed) == 2:
-        return min(pair, key=lambda lr: (annealed[lr], lr))
-    if any(trials.diverged(copy) for copy in copies.values()):
-        return next(iter(annealed), better)
-    for lr in pair:  # no annealed copies here
-        if trials.whole(rank, lr) is None:
-            yield [_resumed(trials, looks[lr])]
-    return min(pair, key=lambda lr: (trials.whole_loss(rank, lr), lr))
-
-
-def _finish(trials: Trials, rank: int, learning_rate: float, part: float) -> Requests:
-    """Train the winner from its look to its end.
-
-    Where its loss rises, the next lower learning rate may take its place; where it has learned nothing yet, the next higher.
-    """
-    space = trials.space
-    if trials.whole(rank, learning_rate) is not None:
-        return
-    stage = _early_arm(space, rank, learning_rate, part)
-    before = _look_loss(trials, stage)
-    base = _look_loss(trials, base_arm(space.lora_alpha))
-    for later in STAGES:
-        step = _early_step(space, later)
-        if step <= stage.end:
-            continue
-        following = _resumed(trials, stage, step)
-        yield [following]
-        loss = _look_loss(trials, following)
-        if loss is None or before is None:
-            return
-        stage = following
-        neighbour = None
-        if loss > before:
-            neighbour = max((lr for lr in space.learning_rates if lr < stage.learning_rate), default=None)
-        elif base is not None and loss >= base:
-            neighbour = min((lr for lr in space.learning_rates if lr > stage.learning_rate), default=None)
-        if neighbour is not None:
-            rival = yield from _bring_to(trials, rank, neighbour, step)
-            rival_loss = _look_loss(trials, rival)
-            if rival_loss is not None and rival_loss < loss:
-                stage, loss = rival, rival_loss
-        before = loss
-    yield [_resumed(trials, stage)]
-
-
-def _bring_to(trials: Trials, rank: int, learning_rate: float, step: int) -> Generator[Sequence[Arm], None, Arm]:
-    """The arm that trains to `step`, from the latest look at the learning rate that there is."""
-    looks = (_early_arm(trials.space, rank, learning_rate, part) for part in (QUARTER, LOOK))
-    latest = next((look for look in looks if trials.finished(look) is not None and look.end < step), None)
-    whole = trials.space.arm(rank, learning_rate)
-    arm = whole.model_copy(update={"stop_at": step}) if latest is None else _resumed(trials, latest, step)
-    yield [arm]
-    return arm
-
-
 def _can_look(space: Space) -> bool:
     """Whether trainings can stop early, are long enough for a look, and have learning rates to compare."""
     return space.stages and len(space.learning_rates) > 1 and space.steps >= 1 / LOOK
+
+
+def _early_step(space: Space, part: float) -> int:
+    """The optimizer step at which `part` of a training is done, at least 1."""
+    return max(1, round(part * space.steps))
+
+
+def _early_arm(space: Space, rank: int, learning_rate: float, part: float) -> Arm:
+    """A training that stops after `part` of its steps."""
+    return space.arm(rank, learning_rate).model_copy(update={"stop_at": _early_step(space, part)})
+
+
+def _annealed(trials: Trials, look: Arm) -> Arm:
+    """The copy of a look that decays to a learning rate of 0 over `ANNEAL` of a training."""
+    start = look.stop_at
+    assert start is not None
+    end = min(trials.space.steps, start + _early_step(trials.space, ANNEAL))
+    return _resumed(trials, look, end).model_copy(update={"anneal_from": start})
+
+
+def _resumed(trials: Trials, stopped: Arm, stop_at: int | None = None) -> Arm:
+    """The arm that resumes a stopped one and runs to `stop_at`, or to its end."""
+    before = trials.finished(stopped)
+    assert before is not None
+    return stopped.model_copy(update={"stop_at": stop_at, "continue_from": before.trial_id})
 
 
 def _is_worse_than_base(trials: Trials, look: Arm) -> bool:
@@ -376,21 +386,6 @@ def _look_loss(trials: Trials, look: Arm) -> float | None:
     """The held-out loss, whatever the metric; the oriented value where a table has no loss."""
     outcome = trials.finished(look)
     return None if outcome is None else outcome.metrics.get("loss", oriented(outcome, trials.space))
-
-
-def _annealed(trials: Trials, look: Arm) -> Arm:
-    """The copy of a look that decays to a learning rate of 0 over `ANNEAL` of a training."""
-    start = look.stop_at
-    assert start is not None
-    end = min(trials.space.steps, start + _early_step(trials.space, ANNEAL))
-    return _resumed(trials, look, end).model_copy(update={"anneal_from": start})
-
-
-def _resumed(trials: Trials, stopped: Arm, stop_at: int | None = None) -> Arm:
-    """The arm that resumes a stopped one and runs to `stop_at`, or to its end."""
-    before = trials.finished(stopped)
-    assert before is not None
-    return stopped.model_copy(update={"stop_at": stop_at, "continue_from": before.trial_id})
 
 
 def find_learning_rate_cost(space: Space) -> tuple[float, float, float]:
