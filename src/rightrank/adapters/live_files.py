@@ -62,18 +62,6 @@ class Training:
         flags = ["checkpoint_matters"] if rank != other else []
         return replace(self, notes=[*self.notes, ": ".join([*flags, told])], flags=[*self.flags, *flags])
 
-    def cost(self, found: LiveAnswer) -> dict[str, Any]:
-        """Seconds and memory of the end against the training."""
-        peak = peak_so_far()
-        return {
-            "seconds": round(found.seconds, 2),
-            "training_seconds": None if self.seconds is None else round(self.seconds, 2),
-            "share": None if not self.seconds else round(found.seconds / self.seconds, 4),
-            "peak_bytes": peak,
-            "training_peak_bytes": self.peak_bytes,
-            "examples": found.examples,
-        }
-
     def cost_sentence(self, found: LiveAnswer) -> str:
         share = f", {found.seconds / self.seconds:.1%} of the training's time" if self.seconds else ""
         more = peak_so_far() - self.peak_bytes if self.peak_bytes else 0
@@ -122,7 +110,14 @@ def _document(found: LiveAnswer, out: Path, training: Training) -> dict[str, Any
         "handed_over": handed_over.model_dump(mode="json"),
         "truncation": found.truncation,
         "checkpoint": training.checkpoint,
-        "cost": training.cost(found),
+        "cost": {  # of the end against the training
+            "seconds": round(found.seconds, 2),
+            "training_seconds": None if training.seconds is None else round(training.seconds, 2),
+            "share": None if not training.seconds else round(found.seconds / training.seconds, 4),
+            "peak_bytes": peak_so_far(),
+            "training_peak_bytes": training.peak_bytes,
+            "examples": found.examples,
+        },
         "training_rank_estimate": {"sentence": estimate, "command": command},
         "curve": [{"step": step, "rank": rank} for step, rank in training.curve],
         "flags": list(training.flags),

@@ -70,9 +70,6 @@ class StepTrace:
         self.events.append(len(self.sizes))
         return len(self.sizes)
 
-    def end(self, number: int) -> None:
-        self.events.append(-number)
-
 
 class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
     """Fills a `StepTrace` while it is active; storages of `known` tensors existed before."""
@@ -86,7 +83,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._alive: dict[int, int] = {}
         self._modules: list[str] = []
-        self._deaths: list[weakref.ref[Any]] = []  # a weak reference that is dropped calls nothing
+        self.deaths: list[weakref.ref[Any]] = []  # a weak reference that is dropped calls nothing
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
@@ -98,7 +95,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor, func)
         for number in reversed(scratch):
-            self.trace.end(number)
+            self.trace.events.append(-number)
         packet = _IN_PLACE.get(func._overloadpacket, func._overloadpacket)
         formula = flop_registry.get(packet)
         if formula is not None:
@@ -109,10 +106,6 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
         """The allocations that hold the parameters' gradients now."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         return frozenset(self._alive[gradient.untyped_storage()._cdata] - 1 for gradient in gradients)
-
-    def stop(self) -> None:
-        """Record no more deaths: what is alive now lives until the step ends."""
-        self._deaths.clear()
 
     @contextmanager
     def named_modules(self, model: torch.nn.Module) -> Iterator[None]:
@@ -144,7 +137,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
             return
         origin = self._origin(func, self._vocabulary in tensor.shape)
         self._alive[key] = self.trace.add(storage.nbytes(), origin)
-        self._deaths.append(weakref.ref(storage, lambda _: self.trace.end(self._alive.pop(key))))
+        self.deaths.append(weakref.ref(storage, lambda _: self.trace.events.append(-self._alive.pop(key))))
 
     def _origin(self, func: Any, has_vocabulary: bool) -> Origin:
         module = self._modules[-1] if self._modules else ""
@@ -175,7 +168,7 @@ def trace_step(skeleton: Skeleton, settings: PlanSettings, training: bool = True
             engine((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
             trainable = skeleton.trainable()
             tracer.trace.gradients = tracer.gradient_storages(trainable)
-    tracer.stop()
+    tracer.deaths.clear()  # what is alive now lives until the step ends
     for parameter in skeleton.trainable():
         parameter.grad = None
     return tracer.trace
