@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from rightrank import inspect, resize
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.errors import ModelError
 
-diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.trains
+pytestmark = [
+    pytest.mark.trains,
+    pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed"),
+]
 
 
 def random_adapter(folder: Path, **changes: Any) -> torch.Tensor:
@@ -48,9 +51,11 @@ def kohya_file(folder: Path, file: Path) -> Path:
 
 def loaded(file: Path) -> torch.Tensor:
     """The output of a U-Net into which diffusers loaded the file."""
-    unet, mixin = make_unet(), diffusers.loaders.StableDiffusionLoraLoaderMixin
-    tensors, alphas = mixin.lora_state_dict(str(file))
-    mixin.load_lora_into_unet(tensors, alphas, unet)
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Mixin
+
+    unet = make_unet()
+    tensors, alphas = Mixin.lora_state_dict(str(file))
+    Mixin.load_lora_into_unet(tensors, alphas, unet)
     return unet_output(unet)
 
 

@@ -14,7 +14,9 @@ FRONT = [ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "SECURITY", "CO
 PAGES = [*FRONT, *GUIDES, *sorted((ROOT / "benchmarks").rglob("*.md"))]
 SHELL = ("sh", "bash", "console")
 NOT_RUN = "<!-- not run:"  # in the line above a block, with the reason
-_FENCE = re.compile(r"(?P<above>[^\n]*)\n+[ ]*```(?P<language>[\w-]*)\n(?P<text>.*?)\n[ ]*```", re.DOTALL)
+_FENCE = re.compile(
+    r"(?m:^|(?<=```))(?P<above>[^\n]*)\n+[ ]*```(?P<language>[\w-]*)\n(?P<text>.*?)\n[ ]*```", re.DOTALL
+)
 _INLINE = re.compile(r"`(rightrank [^`]+)`")
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from typing import Any
-
-import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -17,4 +14,3 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-sync_api: Any = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

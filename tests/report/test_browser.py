@@ -16,7 +16,7 @@ from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.plugins.judge.pairs import judge_page
 from rightrank.report.figures import margin_steps
 from rightrank.report.html import render_report
-from tests.report.chromium import CHROMIUM, FLAGS, sync_api
+from tests.report.chromium import CHROMIUM, FLAGS
 from tests.report.runs import made_up_run
 
 pytestmark = [
@@ -42,6 +42,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser

@@ -13,10 +13,10 @@ from rightrank.schema.settings import SelectSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")  # of TRL's own default
 peft = pytest.importorskip("peft")
-trl = pytest.importorskip("trl")
 
 
 def sft(folder: Path, **values: Any) -> Any:
+    trl = pytest.importorskip("trl")
     return trl.SFTConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **values)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from tests.plugins.cluster.runs import STEPS, decision_of, values_of
 from tests.tiny import small_settings
 from tests.watch import Watch
 
-pytestmark = pytest.mark.trains
-
-pytest.importorskip("ray")
+pytestmark = [
+    pytest.mark.trains,
+    pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed"),
+    pytest.mark.filterwarnings("ignore"),  # Ray's own
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,6 @@ def cluster() -> Iterator[Any]:
             cluster.shutdown()
 
 
-@pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_a_node_leaves_and_the_decision_is_that_of_one_process(
     cluster: Any, alone: Path, model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
@@ -56,7 +58,6 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
     assert values_of(tmp_path / "run") == values_of(alone)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_custom_trainer_runs_on_ray(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
