@@ -188,15 +188,12 @@ def test_difference(
 
 def _test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] | None:
     """`(sums, weights)` by example; None for a metric without scores by example on the test split."""
-    if metric == "loss":
-        return np.asarray(test.item_losses, dtype=np.float64), np.asarray(test.item_tokens, dtype=np.float64)
-    if metric == "accuracy" and test.item_correct is not None:
-        correct = np.asarray(test.item_correct, dtype=np.float64)
-        return correct, np.ones_like(correct)
-    if metric in test.item_metrics:
-        values = np.asarray(test.item_metrics[metric], dtype=np.float64)
-        return values, np.ones_like(values)
-    return None
+    correct = test.item_correct if metric == "accuracy" else None
+    values = test.item_losses if metric == "loss" else correct or test.item_metrics.get(metric)
+    if values is None:
+        return None
+    scores = np.asarray(values, dtype=np.float64)
+    return scores, np.asarray(test.item_tokens, dtype=np.float64) if metric == "loss" else np.ones_like(scores)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ MIN_CURVE_RANKS = 4  # one more than the power law has parameters
 # The power law's exponent: 61 candidates, with a prior twice as wide as 26 published curves are (median .57, quartiles .38 and .64).
 EXPONENTS, TYPICAL_EXPONENT, EXPONENT_WIDTH = np.geomspace(0.1, 2.0, 61), 0.57, 0.8
 ALIKE = 2.0  # standard errors of its difference, up to which a rank is taken to be as good as the best
+ITSELF = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1, 0.0, 0.0)  # of the reference from itself
 MAX_EXPONENT = 100.0  # keeps the bound of a perplexity finite
 
 
@@ -438,8 +439,7 @@ def compare(evidence: Evidence, margin: float) -> Comparison:
 def _compared(contender: Contender, evidence: Evidence, margin: float) -> Compared:
     mean = evidence.value(contender)
     if contender.rank == evidence.reference.rank:
-        zero = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1, 0.0, 0.0)
-        return Compared(contender, mean, zero, 0.0, 0.0, None, True, True, 0.0)
+        return Compared(contender, mean, ITSELF, 0.0, 0.0, None, True, True, 0.0)
     difference, gap = evidence.difference(contender), evidence.reference_gap
     bounds = Bounds(difference.mean, difference.bound(1 - CONFIDENCE) - gap, difference.bound(CONFIDENCE))
     decides = bounds.mean if evidence.is_point_reading else bounds.high

@@ -21,7 +21,16 @@ from rightrank.schema.events import (
     TestEvaluated,
 )
 from rightrank.schema.metrics import REPORTED_ONLY, Checkpoint, direction, unknown_direction
-from rightrank.schema.trials import OUTCOMES, EvalPoint, TrialFinished, TrialLook, TrialOutcome, TrialStarted, steps_of
+from rightrank.schema.trials import (
+    OUTCOMES,
+    EvalPoint,
+    Record,
+    TrialFinished,
+    TrialLook,
+    TrialOutcome,
+    TrialStarted,
+    steps_of,
+)
 
 
 @dataclass(slots=True)
@@ -245,8 +254,7 @@ def document(
 ) -> dict[str, Any]:
     """Both answers as one JSON object. `estimate` is of the second question, where it was not asked."""
     found: dict[str, Any] = dict.fromkeys(("rank", "verdict", "confidence", "sentence"))
-    if decision is not None:
-        found |= decision.model_dump(mode="json")
+    found |= _json(decision) or {}
     adapter = records.adapters[-1] if records.adapters else None
     noted = adapter and adapter.answer.checkpoint
     if noted and noted.matters:
@@ -260,9 +268,13 @@ def document(
             "adapter_sentence": adapter and adapter.answer.sentence,
             "cost": {"trainings": trainings(records), "trainings_to_adapter": adapter and adapter.trainings},
             "adapter_making": chosen and making_of(chosen, records.finished()).sentence(),
-            "handed_over": adapter and adapter.handed_over.model_dump(mode="json"),
-            "guard": adapter and adapter.guard and adapter.guard.model_dump(mode="json"),
-            "adapter_answer": adapter and adapter.answer.model_dump(mode="json"),
-            "training_rank_estimate": estimate and estimate.model_dump(mode="json"),
+            "handed_over": _json(adapter and adapter.handed_over),
+            "guard": _json(adapter and adapter.guard),
+            "adapter_answer": _json(adapter and adapter.answer),
+            "training_rank_estimate": _json(estimate),
         }
     )
+
+
+def _json(record: Record | None) -> Any:
+    return record and record.model_dump(mode="json")
