@@ -267,8 +267,8 @@ def _require_counts(case: Case, prepared: Prepared, base: Path, adapters: Path) 
     settings = PlanSettings(ranks=(rank,), num_labels=classes, dtype="float32")
     estimator = Estimator(read_config(str(base), False, classes is not None), settings)
     parameters = sum(parameter.numel() for parameter in whole.parameters())
-    assert estimator.base_parameters == parameters, (
-        f"plan: {estimator.base_parameters} parameters of the base for {parameters}"
+    assert estimator.skeleton.base_parameters == parameters, (
+        f"plan: {estimator.skeleton.base_parameters} parameters of the base for {parameters}"
     )
     task = "CAUSAL_LM" if classes is None else "SEQ_CLS"
     lora = LoraConfig(

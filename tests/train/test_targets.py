@@ -11,7 +11,7 @@ import transformers
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from rightrank.plugins.plan.skeleton import adapt, build_base
+from rightrank.plugins.plan.skeleton import build_skeleton
 from rightrank.schema.errors import ModelError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.trials import Arm
@@ -148,7 +148,7 @@ def planned(model: Any, **options: Any) -> set[str]:
     """The modules that a plan counts."""
     labels = model.config.num_labels if is_classifier(model) else None
     settings = PlanSettings(ranks=(1, 2), num_labels=labels, **options)
-    skeleton = adapt(build_base(model.config, settings), settings, 2)
+    skeleton = build_skeleton(model.config, settings, 2)
     return {target.name for target in skeleton.targets}
 
 

@@ -19,7 +19,7 @@ import torch
 from peft.utils import get_peft_model_state_dict
 
 from rightrank.plugins.plan.peak import OptimizerMemory, Peak, Resident, optimizer_memory, simulate_peak
-from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, adapt, build_base, count_parameters
+from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, build_skeleton
 from rightrank.plugins.plan.trace import StepTrace, trace_step
 from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, first_line
 from rightrank.schema.plan_settings import PlanSettings
@@ -103,9 +103,7 @@ class Estimator:
         self.settings = settings
         lowest, highest = min(settings.ranks), max(settings.ranks)
         self._ends = (lowest, highest if highest > lowest else 2 * lowest)
-        base = build_base(config, settings)
-        self.base_parameters = count_parameters(base)
-        self.skeleton = adapt(base, settings, lowest)
+        self.skeleton = build_skeleton(config, settings, lowest)
         self._inventories = {lowest: _inventory(self.skeleton)}
         self._traces: dict[tuple[int, bool], StepTrace] = {}
 
@@ -210,7 +208,7 @@ class Estimator:
 
     def _adapted(self, rank: int, arms: int = 1) -> Skeleton:
         """The model built anew, with adapters of this rank."""
-        return adapt(build_base(self._config, self.settings), self.settings, rank, arms)
+        return build_skeleton(self._config, self.settings, rank, arms)
 
 
 def _inventory(skeleton: Skeleton) -> _Inventory:

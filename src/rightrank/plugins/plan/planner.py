@@ -46,7 +46,7 @@ def plan_config(config: Any, name: str, settings: PlanSettings) -> Plan:
     return Plan(
         model=name,
         architecture=type(estimator.skeleton.base).__name__,
-        base_parameters=estimator.base_parameters,
+        base_parameters=estimator.skeleton.base_parameters,
         base_bytes=sum(tensor.nbytes for tensor in estimates[0].inventory.stored if not tensor.requires_grad),
         targets=len(estimator.skeleton.targets),
         ranks=rows,

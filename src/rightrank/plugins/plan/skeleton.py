@@ -60,6 +60,7 @@ class Skeleton:
     model: Any  # PeftModel
     targets: tuple[TargetModule, ...]
     arms: tuple[str, ...]  # adapter names
+    base_parameters: int  # of the model without them; a quantised weight counts its unquantised elements
 
     @property
     def base(self) -> Any:
@@ -102,33 +103,16 @@ def _require_sane_sizes(reference: str, text: Any) -> None:
             raise ModelError(f"{reference}: {name} is {value}, more than any model has (at most {MAX_SIZE})")
 
 
-def build_base(config: Any, settings: PlanSettings) -> Any:
-    """The base model on the meta device, frozen, and quantised where the settings say so.
+def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skeleton:
+    """The model of a configuration with an adapter of `rank` for each arm, attached by PEFT.
 
     Raises:
-        ModelError: transformers cannot build it.
+        ModelError: transformers cannot build it, a target that matches nothing, or one that PEFT cannot adapt.
     """
-    # None is transformers' own choice: torch's fused attention, for the models that can take it.
-    attention = "eager" if settings.attn_implementation == "eager" else None
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config  # `quantise` below does it in shapes
-    text = plain.get_text_config()
-    if settings.num_labels is not None and getattr(text, "pad_token_id", None) is None:
-        text.pad_token_id = text.vocab_size - 1  # as on loading: batches of several rows need one
-    dtype, trusted = DTYPES[settings.dtype], settings.trust_remote_code
-    model = model_skeleton(plain, trusted, settings.num_labels, dtype=dtype, attn_implementation=attention)
-    model.requires_grad_(False)
-    _quantise(model, settings)
-    return model
-
-
-def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skeleton:
-    """`model` with an adapter of `rank` for each arm, attached by PEFT in place.
-
-    Raises:
-        ModelError: a target that matches nothing, or one that PEFT cannot adapt.
-    """
+    model = _build_base(config, settings)
+    quantised = [module for module in model.modules() if isinstance(module, _QuantisedLinear)]
+    packed = sum(module.in_features * module.out_features - module.weight.numel() for module in quantised)
+    parameters = sum(parameter.numel() for parameter in model.parameters()) + packed
     require_targets(model, settings)
     names = ("default", *(f"arm_{number}" for number in range(1, arms)))
     try:
@@ -143,7 +127,28 @@ def adapt(model: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skele
     for name, parameter in adapted.named_parameters():
         if not set(names[1:]).isdisjoint(name.split(".")):
             parameter.requires_grad_(True)  # PEFT trains only the active adapter
-    return Skeleton(adapted, tuple(adapted_matrices(adapted.get_base_model())), names)
+    return Skeleton(adapted, tuple(adapted_matrices(adapted.get_base_model())), names, parameters)
+
+
+def _build_base(config: Any, settings: PlanSettings) -> Any:
+    """The base model on the meta device, frozen, and quantised where the settings say so.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    # None is transformers' own choice: torch's fused attention, for the models that can take it.
+    attention = "eager" if settings.attn_implementation == "eager" else None
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config  # `_quantise` below does it in shapes
+    text = plain.get_text_config()
+    if settings.num_labels is not None and getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = text.vocab_size - 1  # as on loading: batches of several rows need one
+    dtype, trusted = DTYPES[settings.dtype], settings.trust_remote_code
+    model = model_skeleton(plain, trusted, settings.num_labels, dtype=dtype, attn_implementation=attention)
+    model.requires_grad_(False)
+    _quantise(model, settings)
+    return model
 
 
 def _lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
@@ -244,12 +249,3 @@ def mark_adapted(model: Any, by_peft: bool) -> None:
         base = getattr(module, "base_layer", None)
         if isinstance(base, _QuantisedLinear) and base.bits == 4:
             base.copies_output = by_peft
-
-
-def count_parameters(model: Any) -> int:
-    """Parameters of a model; a quantised weight counts its unquantised elements."""
-    total: int = sum(parameter.numel() for parameter in model.parameters())
-    for module in model.modules():
-        if isinstance(module, _QuantisedLinear):
-            total += module.in_features * module.out_features - module.weight.numel()
-    return total
