@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -114,9 +114,7 @@ class ResNetTrain(TextToImageTrain):
     held_out: Any
     train_images: Any
 
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return {"modules_to_save": ["classifier"], "target_modules": ["convolution"]}
+    _defaults: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"], "target_modules": ["convolution"]}
 
     def load(self) -> tuple[Any, int, Any]:
         from transformers import AutoModelForImageClassification

@@ -204,20 +204,16 @@ def _first(ranks: Sequence[int], found: dict[int, tuple[float, float]], wanted: 
 
 
 def _near_row(sweep: Sweep, margin: float | None, atlas: Atlas) -> dict[str, Any]:
+    # What a reader must know before trusting it.
+    missing = ["one learning rate for all ranks"] * (not sweep.tuned) + ["one seed"] * (sweep.seeds == 1)
     return {
         "source": atlas.sources[sweep.source]["address"],
         "base": sweep.base,
         "task": sweep.task,
         "rank": None if sweep.rises(margin) else sweep.smallest_enough(margin),
         "ranks": list(sweep.ranks),
-        "not_tuned": not_tuned(sweep),
+        "not_tuned": ", ".join(filter(None, [*missing, sweep.note])),
     }
-
-
-def not_tuned(sweep: Sweep) -> str:
-    """What a reader must know before trusting it."""
-    missing = ["one learning rate for all ranks"] * (not sweep.tuned) + ["one seed"] * (sweep.seeds == 1)
-    return ", ".join([*missing, *([sweep.note] if sweep.note else [])])
 
 
 def _description(question: Question) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ Judge = Callable[[Any, Sequence[str]], list[float]]
 @dataclass(frozen=True, kw_only=True)
 class TextToImageTrain:
     """A LoRA of a diffusion pipeline's U-Net, on images with captions. Rank 0 is the base, which is scored and not trained."""
+
+    _defaults: ClassVar[Mapping[str, Any]] = {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
 
     pipeline: str
     """Folder or hub name of a pipeline with a U-Net, such as Stable Diffusion 1.5."""
@@ -73,11 +75,7 @@ class TextToImageTrain:
     def config(self, task: TrialTask) -> LoraConfig:
         """PEFT's configuration of the task."""
         alpha: Any = task.lora_alpha
-        return LoraConfig(**{"r": task.rank, "lora_alpha": alpha, **self.defaults, **self.lora})
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+        return LoraConfig(**{"r": task.rank, "lora_alpha": alpha, **self._defaults, **self.lora})
 
     def load(self) -> tuple[Any, int, Callable[..., torch.Tensor]]:
         """The frozen base, the number of training images, and `losses(model, indices, generator)`.
