@@ -264,3 +264,26 @@ def test_a_settled_difference_needs_the_next_larger_set_of_examples_and_more_con
     assert usual is not None
     assert sure is not None
     assert usual < sure
+
+
+def test_the_degrees_of_an_estimate_are_those_of_its_seeds() -> None:
+    bare = estimate(np.array([[1.0], [3.0]]), np.ones(1))
+    assert (bare.mean, bare.seeds_variance, bare.examples, bare.seeds, bare.seeds_degrees, bare.skewness) == (
+        2,
+        1,
+        0,
+        2,
+        1,
+        0,
+    )
+    scores = np.random.default_rng(3).normal(0.0, 1.0, (3, 50))
+    assert estimate(scores, np.ones(50)).seeds_degrees == 2.0
+    one = estimate(scores[:1], np.ones(50))
+    assert (one.seeds_degrees, one.seeds_variance, one.interaction_variance) == (0.0, 0.0, 0.0)
+
+
+def test_a_rare_difference_in_percent_is_that_of_a_fraction_in_another_unit() -> None:
+    sums = np.array([[1.0] + [0.0] * 99])
+    fraction, percent = estimate(sums, np.ones(100), 1.0), estimate(100 * sums, np.ones(100), 100.0)
+    assert percent.bound(0.95) == pytest.approx(100 * fraction.bound(0.95))
+    assert percent.examples_variance == pytest.approx(100**2 * fraction.examples_variance)

@@ -8,7 +8,16 @@ import pytest
 from rightrank.decision import table
 from rightrank.decision.evidence import measured_noise
 from rightrank.decision.rule import decide
-from rightrank.decision.table import Cell, Contender, ScoreTable, contender_of, paired_cells
+from rightrank.decision.table import (
+    Cell,
+    Contender,
+    ScoreTable,
+    contender_of,
+    on_common_seeds,
+    paired_cells,
+    table_of_results,
+)
+from rightrank.schema.decision import Result, ResultsTable
 
 
 def contender(rank: int, **losses: float) -> Contender:
@@ -131,3 +140,18 @@ def test_a_learning_rate_with_fewer_seeds_is_taken_where_it_is_surely_better(
     found = contender_of(ScoreTable("eval_loss", False, cells, {}, "token_loss"), 4)
     assert found.learning_rate == (3e-3 if taken else 1e-3)
     assert set(found.cells) == ({0} if taken else {0, 1})
+
+
+def test_a_rank_without_a_seed_is_moved_by_what_the_seed_does_to_the_others() -> None:
+    found = on_common_seeds([contender(1, s0=1, s1=2), contender(4, s1=2.5)])
+    assert [one.loss for one in found.values()] == [1.5, 2.5]
+    assert found[1].fair_loss == pytest.approx(1.5, abs=1e-3)
+    assert found[4].fair_loss == pytest.approx(2.0, abs=1e-3)
+
+
+def test_results_without_a_value_are_counted_by_rank() -> None:
+    rows = [(4, 0, 1.0), (4, 1, None), (16, 0, None), (16, 1, None), (64, 0, 2.0)]
+    results = [Result(trial_id=f"{rank}-{seed}", rank=rank, seed=seed, value=value) for rank, seed, value in rows]
+    found = table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[]))
+    assert found.missing == {4: 1, 16: 2}
+    assert list(found.cells) == [(4, 0.0, 0), (64, 0.0, 0)]
