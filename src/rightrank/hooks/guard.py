@@ -61,8 +61,8 @@ def _prepared(run: Run) -> Prepared:
 
 def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Sequence[str] | None) -> _GuardData:
     # Scored by its loss, each file whole and under its own columns.
-    loss = {"metric": "loss", "metrics": (), "higher_is_better": (), "lower_is_better": ()}
-    own = settings.model_copy(update=loss | {"columns": (), "validation": "", "ranks": (1,)})
+    by_loss = settings.model_copy(update={"metric": "loss", "metrics": ()})
+    own = by_loss.model_copy(update={"columns": (), "validation": "", "ranks": (1,)})
     try:
         listed = held_out_fields(Path(file))
         if len(listed) < MIN_ROWS:
