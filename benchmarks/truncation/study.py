@@ -31,7 +31,7 @@ from rightrank.models.truncation import DAMPING, Moments, components, ranks_with
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
 from rightrank.train.covariances import gather_moments
-from rightrank.train.evaluation import Scores
+from rightrank.train.evaluation import Measured, Scores
 from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule, take_step
 from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.tokens import encode
@@ -99,7 +99,7 @@ class Study:
     def record(self, key: Mapping[str, object], split: SplitName, scores: Scores, **extra: object) -> None:
         row = dict(zip(("task", "learning_rate", "seed"), self.identity, strict=True)) | dict(key) | {"split": split}
         row |= {"loss": scores.loss} | extra
-        if (correct := scores.fields["item_correct"]) is not None:
+        if (correct := scores.fields(Measured())["item_correct"]) is not None:
             row["correct"] = correct
         print(json.dumps(row), flush=True)
         row |= {"losses": [round(loss, 4) for loss in scores.losses], "tokens_of": scores.tokens}

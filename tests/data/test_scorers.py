@@ -12,8 +12,9 @@ import pytest
 from rightrank.schema.errors import MetricError, SettingsError
 from rightrank.schema.metrics import parse_metrics
 from rightrank.schema.settings import SelectSettings
-from rightrank.train import scorers
-from rightrank.train.scorers import ModelAnswer, Scored, require_scorers, score
+from rightrank.train import metrics
+from rightrank.train.generation import ModelAnswer
+from rightrank.train.metrics import Scored, require_scorers, score
 
 pytestmark = pytest.mark.trains
 
@@ -70,7 +71,7 @@ def test_a_bad_program_is_one_line(code: str, said: str) -> None:
 
 
 def test_a_program_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scorers, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(metrics, "TIMEOUT_SECONDS", 0.5)
     with pytest.raises(MetricError, match=r"longer than 0\.5 s and was killed"):
         scored_by("import time; time.sleep(600)")
 

@@ -30,10 +30,9 @@ from rightrank.schema.settings import PAIR_MARGIN, SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter_runtime import report_evaluations, require_base
 from rightrank.train.checkpoints import Progress
-from rightrank.train.evaluation import Scores
-from rightrank.train.metrics import Measured, measure
+from rightrank.train.evaluation import Measured, Scores
+from rightrank.train.metrics import measure, require_scorers
 from rightrank.train.runtime import Runtime, adapter_attached
-from rightrank.train.scorers import require_scorers
 from rightrank.train.tokens import encode
 from rightrank.train.trial import finished
 
@@ -140,8 +139,7 @@ def _scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
         scores, measured = runtime.evaluate("selection"), measure(runtime, "selection")
     measured.require(list(measured.failed))
     trial = finished_trial(name, 1, scores, "loss")
-    items = scores.item_metrics | measured.items
-    return trial.model_copy(update={"metrics": scores.metrics | measured.values, "item_metrics": items})
+    return trial.model_copy(update=scores.fields(measured) | {"metrics": scores.metrics | measured.values})
 
 
 def _compare(sides: _Sides, metric: str, data: Path, settings: SelectSettings) -> MetricComparison:

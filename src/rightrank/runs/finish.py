@@ -24,6 +24,7 @@ from rightrank.schema.decision import AdapterAnswer, CheckpointNote, Decision, H
 from rightrank.schema.errors import AllTrialsFailedError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded, GuardAnswer, Listener, TestEvaluated
 from rightrank.schema.trials import Trial, TrialFinished
+from rightrank.train.evaluation import Measured
 from rightrank.train.loop import run_trial
 from rightrank.train.metrics import measure
 from rightrank.train.runtime import Runtime, adapter_attached
@@ -116,7 +117,7 @@ def _read_test_split(run: Run, runtime: Runtime, trial_ids: Iterable[str]) -> No
                 value=values.get(metric, scores.loss),
                 metric=None if metric in values else "loss",
                 metrics=values,
-                **scores.fields,
+                **scores.fields(Measured()),
             )
         )
 
@@ -257,11 +258,10 @@ def _scored_again(runtime: Runtime, trial: TrialFinished, metric: str) -> TrialF
     measured = measure(runtime, "selection")
     values = scores.metrics | measured.values
     return trial.model_copy(
-        update=scores.fields
+        update=scores.fields(measured)
         | {
             "value": values.get(trial.value_metric or metric, scores.loss),
             "metrics": values,
-            "item_metrics": scores.item_metrics | measured.items,
             "failed_metrics": measured.failed,
         }
     )

@@ -33,8 +33,8 @@ from rightrank.schema.trials import content_hash
 from rightrank.search import make_strategy
 from rightrank.search.history import space_of
 from rightrank.search.protocol import Strategy
+from rightrank.train.metrics import require_scorers
 from rightrank.train.runtime import Runtime, visible_label
-from rightrank.train.scorers import require_scorers
 from rightrank.train.targets import Targets, find_targets
 from rightrank.train.tokens import EncodedData, encode
 from rightrank.version import __version__

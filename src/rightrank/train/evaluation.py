@@ -1,10 +1,32 @@
-"""Held-out scores of a split, one per example."""
+"""Held-out scores of a split, one per example, and the metrics that are measured beside them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import add
 from typing import Any
+
+from rightrank.schema.errors import MetricError
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Metrics by name, with the scores of examples whose mean they are, and the reasons why some failed."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    items: dict[str, list[float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def require(self, names: Sequence[str]) -> None:
+        """Check that these metrics have a value.
+
+        Raises:
+            MetricError: one of them failed.
+        """
+        reason = next((self.failed[name] for name in names if name in self.failed), None)
+        if reason is not None:
+            raise MetricError(f"{reason}; trained adapters are kept: fix the cause and run the same command again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,20 +37,15 @@ class Scores:
     tokens: list[int]  # label tokens of the example; 1 where the loss is one of the whole example
     by_example: dict[str, list[float]] = field(default_factory=dict)  # metric → its value for each example
 
-    @property
-    def item_metrics(self) -> dict[str, list[float]]:
-        """The metrics by example that a record has no field of its own for."""
-        return {name: values for name, values in self.by_example.items() if name != "accuracy"}
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """Those of the records that hold scores by example."""
-        right = self.by_example.get("accuracy")  # classification only
+    def fields(self, measured: Measured) -> dict[str, Any]:
+        """Those of the records that hold scores by example, with the metrics measured beside them."""
+        by_example = dict(self.by_example)
+        right = by_example.pop("accuracy", None)  # classification only, with a field of its own
         return {
             "item_losses": self.losses,
             "item_tokens": self.tokens,
             "item_correct": None if right is None else [round(value) for value in right],
-            "item_metrics": self.item_metrics,
+            "item_metrics": by_example | measured.items,
         }
 
     def with_others(self, other: Scores) -> Scores:

@@ -14,7 +14,16 @@ from rightrank.schema.errors import DataError, is_out_of_memory
 from rightrank.schema.trials import SplitName
 from rightrank.train.device import kv_cache
 from rightrank.train.runtime import Runtime
-from rightrank.train.scorers import ModelAnswer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAnswer:
+    """The model's answer to one held-out example; for classification, the predicted class."""
+
+    item_id: str
+    prompt: str
+    completion: str
+    expected: str
 
 
 @dataclass(frozen=True, slots=True)

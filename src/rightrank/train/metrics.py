@@ -1,20 +1,40 @@
-"""The metrics that a training ends with: scores of the model's answers, and metrics of the user's own."""
+"""The metrics that a training ends with: scores of the model's answers, by ours and by code of the user's own.
+
+That is a Python function, or a program that reads a JSONL file. A function is imported and called in this process. A program gets
+the file's path; texts of the data never reach a command line, and no shell is used.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import importlib
+import inspect
+import json
+import math
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
-from rightrank.schema.errors import MetricError
+from rightrank.data.files import replacing
+from rightrank.schema.errors import MetricError, RunError, SettingsError
 from rightrank.schema.metrics import MetricSpec
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
-from rightrank.train.generation import answers
+from rightrank.train.evaluation import Measured
+from rightrank.train.generation import ModelAnswer, answers
 from rightrank.train.runtime import Runtime
-from rightrank.train.scorers import ModelAnswer, Scored, score, write_answers
 from rightrank.train.scores import exact_match, macro_f1, rouge_l, rouge_n, token_f1
 
+TIMEOUT_SECONDS = 600.0  # of a program that computes a metric
+PLACEHOLDER = "{file}"  # of the answers' path in a command; without it the path is appended
 TEXT_SCORES: dict[str, Callable[[str, str], float]] = {  # of the expected and the generated text
     "exact_match": exact_match,
     "f1": token_f1,
@@ -22,25 +42,6 @@ TEXT_SCORES: dict[str, Callable[[str, str], float]] = {  # of the expected and t
     "rouge2": partial(rouge_n, n=2),
     "rougeL": rouge_l,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Metrics by name, with the scores of examples whose mean they are, and the reasons why some failed."""
-
-    values: dict[str, float] = field(default_factory=dict)
-    items: dict[str, list[float]] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def require(self, names: Sequence[str]) -> None:
-        """Check that these metrics have a value.
-
-        Raises:
-            MetricError: one of them failed.
-        """
-        reason = next((self.failed[name] for name in names if name in self.failed), None)
-        if reason is not None:
-            raise MetricError(f"{reason}; trained adapters are kept: fix the cause and run the same command again")
 
 
 def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Measured:
@@ -56,10 +57,10 @@ def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Mea
         return measured
     answered = answers(runtime, split)
     if keep is not None and answered:
-        write_answers(answered, keep)
+        _write_answers(answered, keep)
     for spec in specs:
         try:
-            scored = _score(spec, answered)
+            scored = score(spec, answered)
         except MetricError as error:
             measured.failed[spec.name] = str(error)
             continue
@@ -69,11 +70,171 @@ def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Mea
     return measured
 
 
-def _score(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Scored:
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A metric's value, and scores of the examples whose mean it is: their own, or their shares (`scores.macro_f1`)."""
+
+    value: float
+    examples: list[float] | None
+
+
+def score(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Scored:
+    """Score the answers by a metric of ours, a function or a program.
+
+    Raises:
+        MetricError: the function or program failed, took too long, or returned something other than scores.
+    """
     if spec.name in TEXT_SCORES:
         text_score = TEXT_SCORES[spec.name]
-        scores = [text_score(answer.expected, answer.completion) for answer in answered]
-        return Scored(sum(scores) / len(scores), scores)
+        values = [text_score(answer.expected, answer.completion) for answer in answered]
+        return Scored(sum(values) / len(values), values)
     if spec.name == "macro_f1":
         return Scored(*macro_f1([a.expected for a in answered], [a.completion for a in answered]))
-    return score(spec, answered)
+    found = _printed(spec, answered) if spec.kind == "command" else _returned(spec, answered)
+    is_one = not isinstance(found, list | tuple)
+    scores = [found] if is_one else list(found)
+    if not is_one and len(scores) != len(answered):
+        raise MetricError(
+            f"metric {spec.name!r}: it gave {len(scores)} scores for {len(answered)} examples; one per example is expected"
+        )
+    for one in scores:
+        if not isinstance(one, int | float) or not math.isfinite(one):
+            raise MetricError(f"metric {spec.name!r}: it gave {_short(repr(one))}; finite numbers are expected")
+    values = [float(one) for one in scores]
+    return Scored(values[0], None) if is_one else Scored(sum(values) / len(values), values)
+
+
+def require_scorers(settings: SelectSettings) -> None:
+    """Check before anything is loaded that the function or program of every metric exists.
+
+    Raises:
+        SettingsError: one does not exist.
+    """
+    for spec in settings.metric_specs:
+        if spec.kind == "command":
+            program = _command(spec)[0]
+            if shutil.which(program) is None:
+                raise SettingsError(f"metric {spec.name!r}: no program {program!r} on the PATH; give its path")
+        elif spec.kind == "function":
+            _function(spec)
+
+
+def _write_answers(answered: Iterable[ModelAnswer], path: Path) -> None:
+    """Write one JSON object per line: item_id, prompt, completion, expected."""
+    with replacing(path) as temporary:
+        lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answered)
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _returned(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Any:
+    """What the function returns, numbers of numpy or torch as Python's."""
+    function = _function(spec)
+    given = {
+        "prompts": [answer.prompt for answer in answered],
+        "completions": [answer.completion for answer in answered],
+        "expected": [answer.expected for answer in answered],
+    }
+    parameters = inspect.signature(function).parameters.values()
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    names = {parameter.name for parameter in parameters}
+    try:
+        with redirect_stdout(sys.stderr):
+            found = function(**{name: value for name, value in given.items() if takes_all or name in names})
+    except Exception as error:
+        raise MetricError(
+            f"metric {spec.name!r}: {spec.target} raised {type(error).__name__}: {_short(str(error))}"
+        ) from error
+    return found.tolist() if hasattr(found, "tolist") else found
+
+
+def _function(spec: MetricSpec) -> Callable[..., Any]:
+    """The function `module:name` or `file.py:name`; modules are found from the working folder.
+
+    Raises:
+        SettingsError: no such module, file or function.
+    """
+    where, _, name = spec.target.rpartition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = _module_of_file(where) if where.endswith(".py") else importlib.import_module(where)
+    except Exception as error:  # noqa: BLE001 - user code: whatever its import raises
+        raise SettingsError(
+            f"metric {spec.name!r}: can't import {where!r} ({type(error).__name__}: {_short(str(error))})"
+        ) from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
+        raise SettingsError(
+            f"metric {spec.name!r}: {where!r} has no function {name!r}; it has: {', '.join(there) or 'none'}"
+        )
+    found: Callable[..., Any] = function
+    return found
+
+
+def _module_of_file(path: str) -> Any:
+    spec = spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _command(spec: MetricSpec) -> list[str]:
+    try:
+        return shlex.split(spec.target)
+    except ValueError as error:
+        raise SettingsError(f"metric {spec.name!r}: {spec.target!r} can't be read as a command ({error})") from None
+
+
+def _printed(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Any:
+    """What the program prints: a number, or a number for each example, as JSON or as words."""
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
+        path = Path(folder) / "answers.jsonl"
+        _write_answers(answered, path)
+        command = _command(spec)
+        placed = [word.replace(PLACEHOLDER, str(path)) for word in command]
+        try:
+            printed = _run_program(placed if placed != command else [*command, str(path)])
+        except RunError as error:
+            raise MetricError(f"metric {spec.name!r}: {error}") from None
+    try:
+        return json.loads(printed)
+    except json.JSONDecodeError:
+        pass
+    try:
+        words = [float(word) for word in printed.split()]
+    except ValueError:
+        words = []
+    if not words:
+        raise MetricError(
+            f"metric {spec.name!r}: it printed {_short(printed)!r}; one number, or {len(answered)} (one per example), are expected"
+        )
+    return words[0] if len(words) == 1 else words
+
+
+def _run_program(command: Sequence[str]) -> str:
+    """Run a program and return what it printed.
+
+    Raises:
+        RunError: it could not be started, ended with a status other than 0, or took too long.
+    """
+    try:
+        ended = subprocess.run(
+            list(command), stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_SECONDS, check=False
+        )
+    except OSError as error:
+        raise RunError(f"can't run {command[0]!r} ({error.strerror or error})") from None
+    except subprocess.TimeoutExpired:
+        raise RunError(f"{_short(command[0])} took longer than {TIMEOUT_SECONDS:g} s and was killed") from None
+    if ended.returncode != 0:
+        last = ended.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        detail = f": {_short(last[0])}" if last else ""
+        raise RunError(f"{_short(command[0])} ended with status {ended.returncode}{detail}")
+    return ended.stdout.decode(errors="replace")
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 160 else f"{line[:157]}…"

@@ -22,8 +22,8 @@ from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
 from rightrank.train.batches import Batch
 from rightrank.train.checkpoints import Progress, load_checkpoint, save_checkpoint
-from rightrank.train.evaluation import Scores
-from rightrank.train.metrics import Measured, measure
+from rightrank.train.evaluation import Measured, Scores
+from rightrank.train.metrics import measure
 from rightrank.train.multi_lora import ArmBatch, MultiLora
 from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule
 from rightrank.train.runtime import Runtime
@@ -293,7 +293,7 @@ def finished(trial: Trial, metric: str, scores: Scores, measured: Measured, prog
         value=metrics.get(metric, scores.loss),
         value_metric=None if metric in metrics else "loss",
         metrics=metrics,
-        **scores.fields | {"item_metrics": scores.item_metrics | measured.items},
+        **scores.fields(measured),
         failed_metrics=measured.failed,
         train_value=progress.points[-1].train_value if progress.points else None,
         trainable_parameters=0,
