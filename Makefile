@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 SUPPLY := $(VENV)/supply/bin
 DEMO_OUT ?= demo
 JOBS ?= 3
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
 .PHONY: demo check test lint generated docs sbom audit dist clean
 
@@ -13,13 +14,13 @@ demo: $(VENV)/.installed
 	$(BIN)/rightrank demo --out $(DEMO_OUT)
 
 check: lint
-	$(BIN)/python -m pytest -q -m 'not trains'
+	$(PYTEST) -q -m 'not trains'
 
-# A file stays in one process, so that what its tests share is trained once. Compiled once, the sources are not compiled by each of
+# A file stays in one process, so that what its tests share is trained once. Compiled once, sources and tests are not compiled by each of
 # the many processes that tests start, even where PYTHONDONTWRITEBYTECODE is set.
 test: lint
 	$(BIN)/python -m compileall -q src
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -q --durations=20
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -q --durations=20
 
 # The types of keywords and the page of settings, from the table of settings.
 generated: $(VENV)/.installed-dev

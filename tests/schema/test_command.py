@@ -73,7 +73,7 @@ def _of(kind: Any, bounds: Any) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("name", SelectSettings.model_fields)
-@settings(deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_value_comes_back_from_the_command(name: str, data: st.DataObject) -> None:
     chosen = SelectSettings(**TOGETHER.get(name, {}) | {name: data.draw(values_of(name))})

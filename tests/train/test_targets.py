@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -39,9 +40,13 @@ def architecture(name: str) -> Any:
 
 
 NAMES = (*MODELS, "llama, deep", "roberta")
+CHECKED = ("llama", "gpt2", "mixtral", "bert")  # by `make check` too; all take half a minute
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in CHECKED else pytest.mark.trains) for name in NAMES],
+)
 def model(request: pytest.FixtureRequest) -> Any:
     return architecture(request.param).eval()
 
@@ -75,11 +80,11 @@ def ours(model: Any, **options: Any) -> set[str]:
     return found
 
 
-def linear_names(model: Any) -> set[str]:
+@cache
+def linear_names(model: Any) -> frozenset[str]:
     """What `all-linear` adapts, by PEFT; without the parameters of fused experts."""
-    return {
-        name for name in by_peft(model, target_modules="all-linear") if ".experts" not in name and name[-4:] != "gate"
-    }
+    names = by_peft(model, target_modules="all-linear")
+    return frozenset(name for name in names if ".experts" not in name and name[-4:] != "gate")
 
 
 def in_layer(name: str, layer: int) -> bool:
