@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rightrank.api.adapters import inspect
 from rightrank.cli import main
-from rightrank.report.adapters import layer_figure
+from rightrank.report.figures import layer_figure
 from rightrank.report.svg import svg_file
 from tests.adapters.adapters import KINDS, deltas, load_strictly, make_adapter, make_base, rewrite, tensors_of
 

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 from rightrank.data.files import UnreadableError, read_json_object
-from rightrank.models.places import CONFIG_FILE, adapter_in
-from rightrank.schema.errors import ModelError
+from rightrank.models.places import CONFIG_FILE
 
 TRAINER_STATE = "trainer_state.json"  # of transformers
 OWN_FOLDER = "rightrank"  # in a trainer's output: what was measured at its end
@@ -72,17 +71,3 @@ def _best_of(output: Path, newest: Path) -> tuple[Path | None, str]:
         if named:
             return newest.parent / Path(str(named)).name, TRAINER_STATE
     return None, ""
-
-
-def require_side(side: str) -> None:
-    """Refuse what `compare` can't read: neither an adapter folder, nor a model folder, nor `base`.
-
-    Raises:
-        ModelError: the message names the adapter of a run folder.
-    """
-    if side == BASE:
-        return
-    folder = Path(side)
-    if not (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
-        hint = adapter_in(folder) or "give one, or 'base'"
-        raise ModelError(f"{side}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json); {hint}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rightrank.adapters.places import find_adapter, require_side
-from rightrank.models.places import require_adapter_folder
-from rightrank.schema.errors import SettingsError
+from rightrank.adapters.places import BASE, find_adapter
+from rightrank.models.places import CONFIG_FILE, adapter_in, require_adapter_folder
+from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import Evaluating, Notice
 from rightrank.schema.results import AdapterComparison, Inspection, Resized
 from rightrank.schema.settings import SelectSettings
@@ -131,10 +131,24 @@ def compare(
         MetricError: a metric gave no score.
     """
     for side in (a, b):
-        require_side(str(side))  # before what brings torch
+        _require_side(str(side))  # before what brings torch
 
     from rightrank.adapters.compare import compare_adapters
 
     files = [data] if isinstance(data, str | Path) else list(data)
     places = [Path(file) for file in files]
     return compare_adapters((str(a), str(b)), model, places, settings or SelectSettings(), on_event)
+
+
+def _require_side(side: str) -> None:
+    """Refuse what `compare` can't read: neither an adapter folder, nor a model folder, nor `base`.
+
+    Raises:
+        ModelError: the message names the adapter of a run folder.
+    """
+    if side == BASE:
+        return
+    folder = Path(side)
+    if not (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+        hint = adapter_in(folder) or "give one, or 'base'"
+        raise ModelError(f"{side}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json); {hint}")

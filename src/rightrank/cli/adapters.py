@@ -16,7 +16,9 @@ from rightrank.schema.settings import SelectSettings
 if TYPE_CHECKING:
     from rightrank.hooks.process import JsonLog
     from rightrank.hooks.terminal import View
+    from rightrank.schema.results import Inspection, ModuleSpectrum, Resized
 
+MAX_ROWS = 20  # modules in the table; --json has all
 EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 
 
@@ -47,7 +49,7 @@ def _inspect(
     gradient of the loss before any training.
     """
     from rightrank.api import adapters as api
-    from rightrank.report.adapters import inspection_text, layer_figure
+    from rightrank.report.figures import layer_figure
     from rightrank.report.svg import write_plot
 
     if gradient is not None:
@@ -62,7 +64,7 @@ def _inspect(
         found = api.inspect(**places)
     if plot is not None:
         write_plot(layer_figure(found.modules), plot)
-    click.echo(found.model_dump_json() if as_json else inspection_text(found))
+    click.echo(found.model_dump_json() if as_json else _inspection_text(found))
 
 
 @click.command(
@@ -107,7 +109,6 @@ def _resize(
 ) -> None:
     """Write ADAPTER to OUT at another rank and report the truncation error."""
     from rightrank.api import adapters as api
-    from rightrank.report.adapters import resized_text
 
     needing = {
         "--margin": margin,
@@ -128,7 +129,7 @@ def _resize(
             on_event=view.on_event,
             **rule,
         )
-    click.echo(resized.model_dump_json() if as_json else resized_text(resized))
+    click.echo(resized.model_dump_json() if as_json else _resized_text(resized))
 
 
 def _view(quiet: bool, log_json: bool) -> AbstractContextManager[View | JsonLog]:
@@ -196,6 +197,73 @@ def _compare(
         found = api.compare(a, b, model=model, data=list(data), settings=settings, on_event=view.on_event)
     click.echo(found.model_dump_json() if as_json else found.sentence)
     return EXIT[found.verdict]
+
+
+def _inspection_text(inspection: Inspection) -> str:
+    """The modules, or those that use the most and the least of their rank, and the summary."""
+    from rightrank.report.answer import labelled
+    from rightrank.report.tables import table_lines
+
+    summary, modules = inspection.summary, inspection.modules
+    by_use = sorted(modules, key=lambda module: (module.effective_rank or module.stable_rank) / module.rank)
+    half = MAX_ROWS // 2
+    shown = {module.name for module in (modules if len(modules) <= MAX_ROWS else by_use[:half] + by_use[-half:])}
+    heading = ["module", "shape", "rank", "90%", "95%", "99%", "eff.", "stable", "noise", "‖ΔW‖₂", "flags"]
+    rows = [_module_row(module) for module in modules if module.name in shown]
+    lines = table_lines([heading, *rows], left=(0, 10))
+    if len(shown) < len(modules):
+        lines.append(f"{len(shown)} of {len(modules)} modules, the most and the least concentrated; --json has all")
+    energy = ", ".join(f"{float(part):.0%}: {_or_dash(rank)}" for part, rank in summary.energy_rank.items())
+    names = {"untrained (B = 0)": summary.untrained, "dead": summary.dead, "modules_to_save": summary.modules_to_save}
+    facts = [
+        ("modules", f"{summary.modules}, {summary.parameters:,} parameters"),
+        ("base", summary.base_model or ""),
+        ("rank by energy", f"{energy} (largest of all modules)"),
+        *((name, ", ".join(found)) for name, found in names.items()),
+        ("unchanged tensors", str(summary.unchanged or "")),
+        ("changed, not a matrix", ", ".join(summary.not_matrices)),
+        *(("note", note) for note in summary.notes),
+    ]
+    return "\n".join([*lines, *labelled(facts, 23), "", summary.sentence])
+
+
+def _module_row(module: ModuleSpectrum) -> list[str]:
+    return [
+        module.name,
+        f"{module.shape[0]}×{module.shape[1]}",
+        str(module.rank),
+        *(_or_dash(module.energy_rank[part]) for part in ("0.9", "0.95", "0.99")),
+        _or_dash(module.effective_rank),
+        f"{module.stable_rank:.1f}",
+        str(module.noise_rank),
+        f"{module.spectral_norm:.3g}",
+        ", ".join(module.flags),
+    ]
+
+
+def _resized_text(resized: Resized) -> str:
+    """What was written, and the error of the truncation."""
+    from rightrank.report.tables import candidate_table, table_lines
+
+    rank = f"rank {resized.rank}" if resized.rank is not None else "ranks by module"
+    worst = max(resized.modules, key=lambda module: module.relative_delta_error)
+    lines = [
+        f"{resized.out}: {rank} (by {resized.chosen_by})",
+        f"parameters {resized.parameters_before:,} → {resized.parameters_after:,}, "
+        f"file {resized.bytes_before:,} → {resized.bytes_after:,} bytes",
+        f"error of ΔW {resized.relative_delta_error:.3g} of its norm; worst {worst.relative_delta_error:.3g} "
+        f"({worst.name}, rank {worst.from_rank} → {worst.rank})",
+    ]
+    if resized.answer is not None:
+        lines += [*table_lines(candidate_table(resized.answer, "held-out")), resized.answer.sentence]
+        lines += resized.answer.notes
+    return "\n".join([*lines, *(f"note: {note}" for note in resized.notes)])
+
+
+def _or_dash(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 
 COMMANDS = (_inspect, _resize, _compare)
