@@ -133,3 +133,12 @@ def test_a_training_at_its_best_evaluation_has_what_was_known_there(higher: bool
     assert (last.value, last.kept_step, last.train_value, last.others) == (sign * 2.0, None, None, {})
     settled = replace(table, cells={(4, 1e-3, 0): replace(cell, value=sign * 1.0)})
     assert at_checkpoint(settled, "best") is settled
+
+
+def test_a_perplexity_at_its_best_evaluation_counts_by_its_logarithm() -> None:
+    points = tuple(EvalPoint(step=step, value=value) for step, value in ((10, 8.0), (20, 4.0), (30, 5.0)))
+    cell = Cell("one", 5.0, np.log([5.0]), np.ones(1), steps=30, points=points)
+    (best,) = at_checkpoint(
+        ScoreTable("perplexity", False, {(4, 1e-3, 0): cell}, {}, "perplexity"), "best"
+    ).cells.values()
+    assert best.loss == pytest.approx(np.log(4.0))

@@ -155,3 +155,74 @@ def test_results_without_a_value_are_counted_by_rank() -> None:
     found = table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[]))
     assert found.missing == {4: 1, 16: 2}
     assert list(found.cells) == [(4, 0.0, 0), (64, 0.0, 0)]
+
+
+def test_a_learning_rate_that_shares_no_seed_is_not_taken() -> None:
+    cells = {(4, lr, seed): Cell(f"{lr}{seed}", loss, np.array([loss]), np.ones(1)) for lr, seed, loss in (
+        (1e-3, 0, 2.0), (1e-3, 1, 2.0), (3e-3, 2, 1.0),
+    )}  # fmt: skip
+    table = ScoreTable("eval_loss", False, cells, {}, "token_loss", {4: {1e-2}, 16: {1e-4}})
+    assert contender_of(table, 4).learning_rate == 1e-3
+    assert table.tried_learning_rates(4) == [1e-3, 3e-3, 1e-2]
+    assert table.tried_learning_rates(64) == []
+    assert table.by_learning_rate(64) == {}
+
+
+Points = list[tuple[int, float]]
+
+
+def with_points(chosen: list[Points], best: list[Points], higher: bool) -> ScoreTable:
+    """Ranks 4 and 16 by seed, each with its values during the training; the last is what counts."""
+    sign = -1.0 if higher else 1.0
+    results = [
+        Result(
+            trial_id=f"{rank}-{seed}",
+            rank=rank,
+            seed=seed,
+            value=sign * points[-1][1],
+            points=[(step, sign * value) for step, value in points],
+        )
+        for rank, seeds in ((4, chosen), (16, best))
+        for seed, points in enumerate(seeds)
+    ]
+    metric = "negated" if higher else "eval_loss"
+    return table_of_results(ResultsTable(metric=metric, higher_is_better=higher, results=results, understood=[]))
+
+
+LEVEL = [(10, 2.0), (20, 2.0), (30, 2.0), (40, 2.0)]
+
+
+@pytest.mark.parametrize("higher", [False, True])
+@pytest.mark.parametrize(
+    ("gaps", "limited"),
+    [
+        ([0.003, 0.0, 0.001, 0.003], True),  # it grew by .003 over the second half, and is .003 behind
+        ([0.001, 0.0, 0.0, 0.002], False),  # .002 and as much again are within the margin of .005
+        ([0.0, 0.003, 0.004, 0.003], False),
+        ([0.0, 0.004, 0.004, 0.002], False),
+    ],
+)
+def test_a_gap_that_grows_late_may_be_a_want_of_capacity(gaps: list[float], limited: bool, higher: bool) -> None:
+    chosen = [(step, value + gap) for (step, value), gap in zip(LEVEL, gaps, strict=True)]
+    found = decide(with_points([chosen], [LEVEL], higher), 0.005, confidence=None)
+    assert (found.rank, found.reference_rank) == (4, 16)
+    assert ("may_be_capacity_limited" in found.flags) is limited
+
+
+def test_late_growth_is_read_at_three_shared_steps_or_more_as_the_mean_of_the_seeds() -> None:
+    grows = [(10, 2.0), (20, 2.0), (25, 9.0), (40, 2.003)]
+    others = [(10, 2.0), (20, 2.0), (30, 9.0), (40, 2.0)]
+    assert "may_be_capacity_limited" in decide(with_points([grows], [others], False), 0.005).flags
+    two = decide(with_points([[(20, 2.0), (40, 2.003)]], [others], False), 0.005)
+    assert "may_be_capacity_limited" not in two.flags
+    slow = [[(10, 2.0), (20, 2.0), (40, 2.002)]] * 2
+    assert "may_be_capacity_limited" not in decide(with_points(slow, [LEVEL, LEVEL], False), 0.005).flags
+
+
+@pytest.mark.parametrize(("steps", "flagged"), [(None, False), (1, True), (4, True), (5, False)])
+def test_an_answer_for_a_longer_training_is_extrapolated_where_the_length_is_known(
+    steps: int | None, flagged: bool
+) -> None:
+    results = [Result(trial_id=str(rank), rank=rank, value=1 / rank, steps=steps) for rank in (4, 16)]
+    made = ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[])
+    assert ("extrapolated" in decide(table_of_results(made), 0.02, horizon_steps=5).flags) is flagged

@@ -474,3 +474,18 @@ def test_collapses_and_the_kept_step_are_in_the_table() -> None:
     table = table_of([altered(one, kept_step=20), collapsed], "loss", False)
     assert (table.collapsed, table.missing) == (1, {4: 1})
     assert table.cells[1, 1e-3, 0].kept_step == 20
+
+
+def test_trainings_scored_on_other_examples_are_compared_by_their_values() -> None:
+    one, four = made_up_run((1, 4), (1e-3,)).finished()[1:]
+    fewer = altered(four, item_losses=four.item_losses[:20], item_tokens=four.item_tokens[:20])
+    assert [cell.examples for cell in table_of([one, fewer], "loss", False).cells.values()] == [0, 0]
+    table = table_of([one, four], "loss", False)
+    assert [(cell.examples, cell.span) for cell in table.cells.values()] == [(ITEMS, 0.0)] * 2
+
+
+def test_the_range_of_a_weighted_score_is_that_of_the_score() -> None:
+    one = made_up_run((1, 4), (1e-3,)).finished()[1]
+    scored = altered(one, metrics={"score": 4.0}, item_scores=[5.0, 2.0], item_weights=[2.0, 1.0])
+    (cell,) = table_of([scored], "score", True).cells.values()
+    assert (cell.sums.tolist(), cell.span) == ([-10.0, -2.0], 5.0)

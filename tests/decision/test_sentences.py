@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rightrank.decision.rule import decide
-from rightrank.decision.sentences import number
+from rightrank.decision.sentences import chance, number
 from rightrank.schema.decision import Decision
 from tests.decision.tables import bare, scored
 
@@ -82,6 +82,26 @@ def test_what_the_noise_over_seeds_was_measured_on() -> None:
     assert (
         note(alone) == f"{start}No two ranks share two seeds, so the noise over seeds is known of single ranks alone."
     )
+
+
+def test_counts_of_seeds_are_a_range() -> None:
+    table = scored({4: 2.01, 8: 2.02, 16: 2.0, 64: 2.03}, seeds=(0, 1, 2, 3))
+    dropped = {(4, 2), (4, 3), (8, 3)}
+    cells = {(rank, lr, seed): cell for (rank, lr, seed), cell in table.cells.items() if (rank, seed) not in dropped}
+    note = decide(type(table)(table.metric, False, cells, {}, table.kind), 0.02).basis_note
+    assert " over 2 to 4 seeds, moderated" in note
+
+
+def test_the_next_lower_rank_has_its_probability_where_it_is_not_shown_to_be_worse() -> None:
+    found = answer({1: 2.3, 4: 2.012, 16: 2.0, 64: 2.002}, 0.02, 0.9, seeds=(0,))
+    assert found.rank == 16
+    assert "the best of the ranks tried, and the next lower rank (4) is 84% likely;" in found.sentence
+
+
+def test_certainty_is_not_claimed() -> None:
+    assert [chance(value) for value in (0.0, 0.099, 0.1, 0.501, 0.99, 0.991, 1.0)] == [
+        "under 10%", "under 10%", "10%", "50%", "99%", "over 99%", "over 99%",
+    ]  # fmt: skip
 
 
 def test_numbers_have_two_digits_and_large_ones_none_behind_the_point() -> None:
