@@ -119,7 +119,7 @@ def _distances(
 ) -> Iterator[tuple[AdapterModule, int, float, float]]:
     """`(module, its new rank, ‖ΔW' − ΔW‖_F after rounding to the dtype of the file, ‖ΔW‖_F)` of each matrix of a pair."""
     first = pair[0]
-    scaling = lora_scaling(first.lora_alpha, rank, bool(adapter.config.get("use_rslora")))
+    scaling = lora_scaling(first.lora_alpha, rank, adapter.use_rslora)
     written = first.kind.matrices(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
     for module, (new_b, new_a) in zip(pair, written, strict=True):
         b, a = adapter.factors(module)
@@ -136,7 +136,7 @@ def _new_tensors(
 ) -> dict[str, torch.Tensor]:
     """The tensors of a pair at `rank`."""
     first = pair[0]
-    ratio = first.scaling / lora_scaling(first.lora_alpha, rank, bool(adapter.config.get("use_rslora")))
+    ratio = first.scaling / lora_scaling(first.lora_alpha, rank, adapter.use_rslora)
     new = []
     for module in pair:
         b, a = map(torch.from_numpy, adapter.factors(module))
@@ -159,7 +159,7 @@ def _notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) -> list[
     notes: list[str] = []
     if adapter.unused_patterns:
         notes.append(f"patterns that match no module were left out: {', '.join(adapter.unused_patterns)}")
-    if adapter.config.get("use_dora"):
+    if adapter.use_dora:
         notes.append("DoRA: the magnitudes are kept; the error is that of s·B·A")
     kept = [tensors[key].numel() for key in adapter.other_keys if not key.endswith(".alpha")]
     if kept:

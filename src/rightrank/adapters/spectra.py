@@ -110,7 +110,7 @@ def inspect_adapter(path: Path) -> Inspection:
     return inspection_of(
         [spectrum for pair in adapter.pairs for spectrum in _spectra(adapter, pair)],
         kind="adapter",
-        scaling_rule="alpha/sqrt(r)" if adapter.config.get("use_rslora") else "alpha/r",
+        scaling_rule="alpha/sqrt(r)" if adapter.use_rslora else "alpha/r",
         base_model=adapter.base_model,
         parameters=adapter.trained,
         modules_to_save=[key.removeprefix(PREFIX) for key in adapter.other_keys if not key.endswith(".alpha")],
@@ -126,7 +126,7 @@ def _adapter_notes(adapter: AdapterFolder) -> list[str]:
     parts = sum(len(pair) > 1 for pair in adapter.pairs)
     if parts:
         notes.append(f"{parts} parameters hold experts: one spectrum for each, at the rank of the parameter")
-    if adapter.config.get("use_dora"):
+    if adapter.use_dora:
         notes.append("DoRA: the spectra are those of s·B·A, without the magnitudes")
     if (init := adapter.base_changing_init) is not None:
         notes.append(
@@ -214,9 +214,8 @@ def hard_threshold_rank(s: Floats, rows: int, columns: int) -> int:
     half of the singular values are signal. Otherwise the median is signal and the result is too low.
     """
     beta = min(rows, columns) / max(rows, columns)
-    omega = (
-        0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
-    )  # the authors' cubic, off by .02 at most; 2.86 for β = 1
+    # The authors' cubic, off by .02 at most; 2.86 for β = 1.
+    omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
     return int(np.sum(s > omega * np.median(s)))
 
 

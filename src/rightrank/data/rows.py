@@ -48,8 +48,9 @@ RowsBySplit = dict[SplitName | None, Iterator[Row]]  # iterators that read on de
 def read_rows(source: Path | Any) -> RowsBySplit:
     """The rows of a file, of a folder or in memory, by split where the source names splits.
 
-    In memory they are a `datasets` object, an iterable of mappings, a data frame, or a mapping of splits to these. In a folder, a file whose name begins with train, validation (or val, dev, selection) or test is that split. If no
-    file's name does, the rows are not yet split.
+    In memory they are a `datasets` object, an iterable of mappings, a data frame, or a mapping of splits to these. In a folder,
+    a file whose name begins with train, validation (or val, dev, selection) or test is that split. If no file's name does, the
+    rows are not yet split.
 
     Raises:
         DataError: no such file, none of a known type, or a split with an unknown name; while iterating: a row that can't be read.

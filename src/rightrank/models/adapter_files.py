@@ -165,6 +165,14 @@ class AdapterFolder:
         return beside + sum(module.parameters for module in self.modules)
 
     @property
+    def use_rslora(self) -> bool:
+        return bool(self.config.get("use_rslora"))
+
+    @property
+    def use_dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
+
+    @property
     def base_model(self) -> str | None:
         name = self.config.get("base_model_name_or_path")
         return str(name) if name else None

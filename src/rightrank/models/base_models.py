@@ -126,8 +126,7 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
         SettingsError: the device does not exist, or does not support quantised matrices.
         MissingExtraError: quantised weights without bitsandbytes.
     """
-    trust_remote_code = settings.trust_remote_code
-    weight_bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
+    trust_remote_code, weight_bits = settings.trust_remote_code, settings.weight_bits
     found, dtype = find_device(settings.device), resolve_dtype(settings.dtype, settings.device)
     quantised = {} if weight_bits is None else _quantisation(weight_bits, dtype, found)
     source = find_model(reference)

@@ -574,6 +574,11 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         return spec.name if spec.is_measured_along else "loss"
 
     @property
+    def weight_bits(self) -> int | None:
+        """The bits of a quantised base; None for a base in `dtype`."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    @property
     def items_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
 

@@ -205,14 +205,15 @@ def _first(ranks: Sequence[int], found: dict[int, tuple[float, float]], wanted: 
 
 def _near_row(sweep: Sweep, margin: float | None, atlas: Atlas) -> dict[str, Any]:
     # What a reader must know before trusting it.
-    missing = ["one learning rate for all ranks"] * (not sweep.tuned) + ["one seed"] * (sweep.seeds == 1)
+    rates = None if sweep.tuned else "one learning rate for all ranks"
+    seeds = "one seed" if sweep.seeds == 1 else None
     return {
         "source": atlas.sources[sweep.source]["address"],
         "base": sweep.base,
         "task": sweep.task,
         "rank": None if sweep.rises(margin) else sweep.smallest_enough(margin),
         "ranks": list(sweep.ranks),
-        "not_tuned": ", ".join(filter(None, [*missing, sweep.note])),
+        "not_tuned": ", ".join(filter(None, [rates, seeds, sweep.note])),
     }
 
 

@@ -74,8 +74,7 @@ def _offloaded_base(runtime: Runtime) -> Iterator[None]:
     import torch
 
     device = runtime.loaded.device
-    settings = runtime.settings
-    if device.type == "cpu" or settings.load_in_4bit or settings.load_in_8bit:  # quantised matrices can't be moved
+    if device.type == "cpu" or runtime.settings.weight_bits is not None:  # quantised matrices can't be moved
         yield
         return
     runtime.model.to("cpu")
