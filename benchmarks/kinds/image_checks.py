@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from examples.text_to_image import TextToImageTrain
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -24,7 +25,6 @@ from benchmarks.kinds.images import (
 )
 from rightrank import TrialTask, inspect, resize, select_rank_with
 from rightrank.models.adapter_files import open_adapter
-from rightrank.plugins.images.training import TextToImageTrain
 
 RANK, STEPS = 4, 3
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from examples.text_to_image import TextToImageTrain
 
-from rightrank.plugins.images.training import TextToImageTrain
 from rightrank.runs.calls import TrialResult
 
 SIDE = 16  # pixels

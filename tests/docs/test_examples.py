@@ -37,6 +37,7 @@ def test_no_example_is_left_out() -> None:
         "common.py",
         "preference_pairs.py",
         "notebook.ipynb",
+        "text_to_image.py",  # tests/interop/test_images.py
         "the_method.py",  # test_the_method.py
         "tinker_service.py",  # test_tinker_example.py
     }

@@ -18,12 +18,12 @@ from benchmarks.kinds.images import (
     save_resnet,
     unet_output,
 )
+from examples.text_to_image import TextToImageTrain
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from rightrank import TrialTask, inspect, resize, select_rank_with
 from rightrank.models.adapter_files import open_adapter
-from rightrank.plugins.images.training import TextToImageTrain
 
 pytestmark = pytest.mark.trains
 

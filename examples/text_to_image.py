@@ -1,4 +1,4 @@
-"""A ready `train` function for a text-to-image LoRA with diffusers (extra `diffusers`), for `select_rank_with`.
+"""A `train` function for a text-to-image LoRA with diffusers (`pip install diffusers`), for `select_rank_with`.
 
 It freezes the pipeline, trains the adapter of its U-Net with AdamW in evaluation mode, saves it in PEFT's format, and scores every
 held-out image. `evaluate` scores a saved adapter, so that truncations are candidates too::
@@ -14,15 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers import DDPMScheduler, DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from rightrank.runs.calls import TrialResult, TrialTask
-from rightrank.schema.errors import MissingExtraError
+from rightrank import TrialResult, TrialTask
 
 Pixels = torch.Tensor  # [3, height, width]
 Judge = Callable[[Any, Sequence[str]], list[float]]
@@ -85,7 +84,7 @@ class TextToImageTrain:
         """
         pipeline = self._pipeline()
         training, held_out = (_encoded(pipeline, rows) for rows in (self.train_images, self.held_out))
-        scheduler = import_module("diffusers").DDPMScheduler.from_config(pipeline.scheduler.config)
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
 
         def losses(model: Any, indices: Sequence[int], generator: torch.Generator | None = None) -> torch.Tensor:
             latents, text = (one[list(indices)] for one in (held_out if generator is None else training))
@@ -110,12 +109,7 @@ class TextToImageTrain:
         return TrialResult(metrics=metrics, item_scores=scores)
 
     def _pipeline(self) -> Any:
-        try:
-            pipeline = import_module("diffusers").DiffusionPipeline.from_pretrained(self.pipeline, safety_checker=None)
-        except ModuleNotFoundError as error:
-            raise MissingExtraError(
-                f"a text-to-image LoRA needs {error.name}: pip install 'rightrank[diffusers]'"
-            ) from None
+        pipeline = DiffusionPipeline.from_pretrained(self.pipeline, safety_checker=None)
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             part.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
