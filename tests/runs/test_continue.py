@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rightrank.api.runs import decide, write_report
-from rightrank.api.selecting import select_rank
+from rightrank.api.selecting import select_rank, select_rank_with
 from rightrank.cli import main
+from rightrank.runs.calls import TrialTask
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunContinued
@@ -114,3 +117,23 @@ def test_more_validation_examples_score_the_adapters_again_and_train_nothing(
     assert decide(run).decision.ranks == ours.ranks
     again = select_rank(str(model_folder), completion_file, run, settings=few)  # examples are not taken away
     assert again.decision.ranks == ours.ranks
+
+
+def test_a_run_continued_with_other_ranks_keeps_those_that_were_trained(tmp_path: Path) -> None:
+    """`bracket` would not train rank 1 again once rank 4 fails: its trainings stay evidence."""
+
+    def train(task: TrialTask) -> dict[str, float]:
+        return {"loss": {1: 0.4, 4: 0.3, 16: 0.2}[task.rank] + 0.001 * task.seed * task.rank}
+
+    run: Path = tmp_path / "run"
+    more: dict[str, Any] = {"learning_rates": 1e-3, "margin": 0.01, "strategy": "bracket"}
+    select_rank_with(train, run, ranks=(1, 4), seeds=0, **more)
+    select_rank_with(train, run, ranks=(1, 4), seeds=(0, 1), **more)
+    before = trained(run)
+    selected = select_rank_with(train, run, ranks=(1, 4, 16), seeds=(0, 1), **more)
+    assert before.items() < trained(run).items()
+    assert [one.rank for one in selected.decision.ranks if one.rank] == [1, 4, 16]
+    assert decide(run).decision == selected.decision
+    assert json.loads((run / "decision.json").read_text(encoding="utf-8"))["ranks"] == [
+        one.model_dump(mode="json") for one in selected.decision.ranks
+    ]

@@ -50,7 +50,7 @@ class Report(Hook):
         if isinstance(event, RunStopped) or (isinstance(event, OUTCOMES) and time.monotonic() >= self._next):
             started = time.monotonic()
             asked = run.settings.goal == "training-rank"
-            decision = decision_so_far(run.records, run.strategy.evidence(run.records.outcomes)) if asked else None
+            decision = decision_so_far(run.records) if asked else None
             _write_views(run, decision)
             ended = time.monotonic()  # with many trials it takes longer, so the next one waits in proportion
             self._next = ended + (ended - started) / MAX_SHARE

@@ -116,7 +116,7 @@ def loop(run: Run, executor: Executor) -> None:
 
 
 def decide(run: Run) -> Decision:
-    """The decision on the trials that the strategy takes as evidence."""
+    """The decision on every whole training of the folder, also those from before the run was continued."""
     trained = [outcome for outcome in run.records.outcomes if outcome.rank > 0]
     reasons = [outcome.reason for outcome in trained if not isinstance(outcome, TrialFinished)]
     first = f" (the first: {reasons[0]})" if reasons else ""
@@ -126,7 +126,7 @@ def decide(run: Run) -> Decision:
         raise error(f"none of {len(reasons)} trials ended with a result{first}; {run.advice}")
     try:
         with FailingAs("the decision"):
-            return decide_run(run.records, run.strategy.evidence(run.records.outcomes))
+            return decide_run(run.records)
     except ResultsError:
         raise AllTrialsFailedError(
             f"fewer than two ranks have a whole training: there is nothing to compare{first}; "

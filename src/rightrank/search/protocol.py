@@ -95,10 +95,6 @@ class Strategy(ABC):
         """What the script has seen of the outcomes, its answer to the first question, and its lines for a person."""
         return self._replay(outcomes)[0]
 
-    def evidence(self, outcomes: Iterable[TrialOutcome]) -> list[TrialOutcome]:
-        """The outcomes that the decision may compare: trainings of one length."""
-        return [outcome for arm, outcome in self.trials(outcomes).outcomes.items() if arm.is_direct]
-
     def _replay(self, outcomes: Iterable[TrialOutcome]) -> tuple[Trials, list[Arm]]:
         """The point that the script reaches: its trials, and the arms it waits for."""
         trials, known = Trials(self.space), {outcome.arm: outcome for outcome in outcomes}

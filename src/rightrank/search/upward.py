@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 
 from rightrank.decision.seeds import detectable_difference, needed_seeds
-from rightrank.decision.table import without_collapsing
-from rightrank.schema.trials import Arm, TrialOutcome
+from rightrank.schema.trials import Arm
 from rightrank.search.history import Space, Trials, oriented
 from rightrank.search.learning_rates import Requests
 from rightrank.search.protocol import CostEstimate, Strategy
@@ -68,9 +67,6 @@ class Upward(Strategy):
         maximum = float(self._cells())
         expected = min(expected, maximum)
         return CostEstimate(expected, maximum, expected, learning_rates + 1.0, 1 + self._cells())
-
-    def evidence(self, outcomes: Iterable[TrialOutcome]) -> list[TrialOutcome]:
-        return without_collapsing(super().evidence(outcomes))
 
     def _train_seeds(
         self, trials: Trials, rank: int, seeds: Sequence[int]
