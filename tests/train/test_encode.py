@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 
 from rightrank.data.splits import load_data
 from rightrank.data.token_store import IGNORED
 from rightrank.models.base_models import load_base
 from rightrank.schema.errors import DataError
 from rightrank.train.tokens import encode
-from tests.tiny import ON_CPU, sentences, small_settings, write_jsonl
+from tests.tiny import ON_CPU, make_tokenizer, sentences, small_settings, write_jsonl
+from tests.train.chat_templates import MARKED, trl_templates
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,46 @@ def test_every_assistant_turn_and_nothing_else_is_labelled(loaded: Any, tmp_path
     data = encode_rows(loaded, rows, tmp_path)
     for item in data.splits["train"]:
         assert labelled_text(loaded, item) == "first<|im_end|>\nsecond<|im_end|>\n"
+
+
+TURNS = ("ua", "sua", "uaua", "suaua", "a", "aua", "saua")  # system, user, assistant
+ROLES = {"s": "system", "u": "user", "a": "assistant"}
+
+
+def conversations() -> list[list[dict[str, str]]]:
+    words = iter(sentences(1000))
+    return [[{"role": ROLES[turn], "content": next(words)} for turn in turns] for turns in TURNS * 8]
+
+
+def marked_by_the_template(tokenizer: Any, messages: Any) -> tuple[list[int], list[int]]:
+    """`(token ids, labels)` from the markers of a template, as TRL's `assistant_only_loss` has them."""
+    tokens = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ids = list(tokens["input_ids"])
+    return ids, [token if mask else IGNORED for token, mask in zip(ids, tokens["assistant_masks"], strict=True)]
+
+
+@pytest.mark.parametrize("name", [*MARKED, *trl_templates()])
+def test_labels_are_those_of_assistant_only_loss(name: str, loaded: Any) -> None:
+    plain, marked = (MARKED | trl_templates())[name]
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token, tokenizer.chat_template = "<unk>", marked
+    expected, refused = [], []
+    for messages in conversations():
+        try:
+            expected.append((messages, *marked_by_the_template(tokenizer, messages)))
+        except TemplateError:
+            refused.append(messages)
+    tokenizer.chat_template = plain
+    base = replace(loaded, tokenizer=tokenizer)
+    rows = [{"messages": messages} for messages, *_ in expected]
+    splits = {"train": rows, "validation": rows[:4], "test": rows[:4]}
+    settings = small_settings(seq_len=1000)
+    data = encode(load_data(splits, settings), base, settings)
+    assert [(list(item.input_ids), list(item.labels)) for item in data.splits["train"]] == [row[1:] for row in expected]
+    if refused:
+        refusing = load_data(splits | {"train": [*rows, {"messages": refused[0]}]}, settings)
+        with pytest.raises(DataError, match="the chat template refuses the conversation"):
+            encode(refusing, base, settings)
 
 
 def test_conversational_completion_is_labelled_alone(loaded: Any, tmp_path: Path) -> None:
@@ -107,7 +150,7 @@ def test_a_template_that_rewrites_earlier_turns(loaded: Any, tmp_path: Path, mon
         "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
     )
     rows = [
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]}
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}] * 2}
         for text in sentences(80)
     ]
     with pytest.raises(DataError, match="rewrites earlier turns"):

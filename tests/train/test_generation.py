@@ -116,16 +116,21 @@ def test_a_conversation_is_prompted_for_its_last_answer(model_folder: Path, tmp_
         ]
         for number, text in enumerate(sentences(80))
     ]
+    talks += [[{"role": "assistant", "content": f"first {number}"}] for number in range(40)]
     data = write_jsonl(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
     settings = small_settings(metric="f1", seq_len=120, max_new_tokens=2)
     runtime = make_runtime(model_folder, data, settings, tmp_path / "cache")
+    assert prompts(runtime, "selection")
     for prompt in prompts(runtime, "selection"):
+        if prompt.expected.startswith("first "):  # no turn precedes it
+            assert prompt.text == "<|im_start|>assistant\n"
+            continue
         assert prompt.expected.startswith("two ")
         assert prompt.text.endswith("<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n")
         assert prompt.end == "<|im_end|>\n"
     config = generation._generation_config(runtime, prompts(runtime, "selection"))
     assert runtime.loaded.tokenizer.convert_tokens_to_ids("<|im_end|>") in config.eos_token_id
-    assert all(answer.expected.startswith("two ") for answer in answers(runtime, "selection"))
+    assert all(answer.expected.startswith(("two ", "first ")) for answer in answers(runtime, "selection"))
 
 
 def test_text_has_no_prompt(model_folder: Path, tmp_path: Path) -> None:

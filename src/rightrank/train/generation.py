@@ -14,6 +14,7 @@ from rightrank.schema.errors import DataError, is_out_of_memory
 from rightrank.schema.trials import SplitName
 from rightrank.train.device import kv_cache
 from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import Chat
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,8 @@ def _prompt(runtime: Runtime, example: Example) -> Prompt:
         return Prompt(example.item_id, prompt, str(completion), add_special_tokens=True)
     messages = [*example.content["messages"]] if prompt is None else [*prompt, *(completion or [])]
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    tokenizer: Any = runtime.loaded.tokenizer
-    before = tokenizer.apply_chat_template(messages[:last], tokenize=False, add_generation_prompt=True) if last else ""
-    whole = tokenizer.apply_chat_template(messages[: last + 1], tokenize=False)
+    chat = Chat(runtime.loaded.tokenizer)
+    before, whole = chat.header(messages[:last]), chat.render(messages[: last + 1])
     expected = messages[last]["content"]
     _, found, end = whole[len(before) :].rpartition(expected)
     return Prompt(example.item_id, before, expected, add_special_tokens=False, end=end if found else "")

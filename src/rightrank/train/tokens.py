@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, groupby, repeat
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from jinja2 import TemplateError
 
 from rightrank.data.forms import DataForm, Example
 from rightrank.data.splits import SPLITS, DataSplits
@@ -57,18 +60,58 @@ class _Text:
         return labels
 
 
+class _UnlocatedError(Exception):
+    """The chat template writes one turn in different ways."""
+
+
+class Chat:
+    """Conversations in the chat template of a tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def render(self, messages: Sequence[Mapping[str, str]], prompt: bool = False) -> str:
+        """The text of a conversation, with the template's prompt for an answer at its end where `prompt` is set."""
+        text: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+        return text
+
+    def header(self, earlier: Sequence[Mapping[str, str]]) -> str:
+        """What precedes an assistant's answer to the `earlier` turns: their text and the prompt for an answer.
+
+        A template without such a prompt, and one with no earlier turn, writes two answers that differ: what precedes both is the
+        header, with the template's own system prompt.
+        """
+        if earlier and self._cue:
+            return self.render(earlier, prompt=True)
+        answered = [self.render([*earlier, {"role": "assistant", "content": letter}]) for letter in "AB"]
+        shared = _common_start(*answered)
+        if self._cue not in shared:
+            raise _UnlocatedError
+        return shared[: shared.rindex(self._cue) + len(self._cue)] if self._cue else shared.rstrip(" ")
+
+    @cached_property
+    def _cue(self) -> str:
+        """The end of the prompt for an answer; empty for a template without one."""
+        plain, prompted = (self.render([{"role": "user", "content": "A"}], prompt) for prompt in (False, True))
+        return prompted[len(_common_start(plain, prompted)) :]
+
+
+def _common_start(text: str, other: str) -> str:
+    return text[
+        : next(
+            (place for place, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other))
+        )
+    ]
+
+
 class _Encoder:
     """examples → (input_ids, labels), for one tokenizer and one form of data."""
 
     def __init__(self, tokenizer: Any, form: DataForm, classes: list[str] | None) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._chat = tokenizer, Chat(tokenizer)
         self.form = form
         self._class_index = {name: index for index, name in enumerate(classes or [])}
         self.is_classification = form == "classification"
-        if form == "messages" and not tokenizer.chat_template:  # pairs of messages: see `_render`
-            raise DataError(
-                "the data has `messages` but the tokenizer has no chat template; give `prompt` and `completion`"
-            )
 
     def __call__(self, examples: Iterable[Example]) -> Iterator[tuple[Example, list[EncodedSequence]]]:
         """Each example with its sequences: two of a preference pair, one of any other."""
@@ -112,29 +155,37 @@ class _Encoder:
         return _Text(prompt + answer, [(len(prompt), len(prompt + answer))], ended=True)
 
     def _conversation(self, messages: Sequence[Mapping[str, str]], first: int, where: str) -> _Text:
-        """Labels on every assistant turn from message `first` on, located by rendering each prefix of the conversation."""
-        whole = self._render(messages, False)
+        """Labels on every assistant turn from message `first` on, without its header, and on what ends the turn."""
+        if not self._tokenizer.chat_template:
+            raise DataError(
+                f"{where}: the row has messages but the tokenizer has no chat template; give `prompt` and `completion` of text"
+            )
+        try:
+            return self._labelled(messages, first)
+        except TemplateError as error:
+            raise DataError(
+                f"{where}: the chat template refuses the conversation ({error}); leave the row out, or give `prompt` and `completion`"
+            ) from None
+        except _UnlocatedError:
+            raise DataError(
+                f"{where}: the chat template rewrites earlier turns, so the assistant's tokens can't be located; "
+                "give `prompt` and `completion`, one row a turn"
+            ) from None
+
+    def _labelled(self, messages: Sequence[Mapping[str, str]], first: int) -> _Text:
+        whole = self._chat.render(messages)
         spans: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or index < first:
                 continue
-            before = self._render(messages[:index], True)
-            after = self._render(messages[: index + 1], False)
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise DataError(
-                    f"{where}: the chat template rewrites earlier turns, so the assistant's tokens can't be located; "
-                    "give `prompt` and `completion`, one row a turn"
-                )
-            spans.append((len(before), len(after)))
+            header = self._chat.header(messages[:index])
+            turn = self._chat.render(messages[: index + 1])
+            if not whole.startswith(turn):  # Phi-3's template ends a conversation with the end-of-sequence token
+                turn = turn.removesuffix(self._tokenizer.eos_token or "")
+            if not (whole.startswith(turn) and turn.startswith(header)):
+                raise _UnlocatedError
+            spans.append((len(header), len(turn)))
         return _Text(whole, spans, special=False)
-
-    def _render(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool) -> str:
-        if not messages:
-            return ""
-        text: str = self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation_prompt
-        )
-        return text
 
     def _tokenised(self, texts: Iterable[_Text]) -> Iterator[EncodedSequence]:
         for (special, located), group in groupby(texts, key=lambda text: (text.special, text.spans is not None)):
