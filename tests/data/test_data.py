@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from rightrank.data.splits import SPLITS, load_data
 from rightrank.schema.errors import DataError
@@ -52,14 +54,50 @@ def test_duplicates_fall_on_one_side(tmp_path: Path) -> None:
     assert not ids(splits, "train") & (ids(splits, "selection") | ids(splits, "test"))
 
 
-def test_groups_stay_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", ["file", "folder", "validation", "test", "memory"])
+def test_groups_stay_together_wherever_a_split_is_taken(tmp_path: Path, given: str) -> None:
     rows = [row | {"group": f"g{number % 60}"} for number, row in enumerate(TEXT_ROWS)]
-    splits = load_data(write_jsonl(tmp_path / "d.jsonl", rows), small_settings(eval_items=1000))
-    where = {row["text"]: row["group"] for row in rows}
+    others = [{"text": f"other {number}"} for number in range(20)]
+    settings, source = small_settings(eval_items=1000), tmp_path / "train.jsonl"
+    write_jsonl(source, rows)
+    if given == "validation":
+        settings = small_settings(eval_items=1000, validation=str(write_jsonl(tmp_path / "other.jsonl", others)))
+    if given == "test":
+        write_jsonl(tmp_path / "test.jsonl", others)
+    splits = load_data(
+        {"train": rows} if given == "memory" else source if given in ("file", "validation") else tmp_path, settings
+    )
+    where = {row["text"]: row.get("group", "other") for row in [*rows, *others]}
     groups = {split: {where[item.content["text"]] for item in splits.examples[split]} for split in SPLITS}
-    assert not groups["train"] & groups["selection"]
-    assert not groups["train"] & groups["test"]
-    assert not groups["selection"] & groups["test"]
+    taken = [split for split in SPLITS if groups[split] != {"other"}]
+    assert len(taken) == (2 if given in ("validation", "test") else 3)
+    assert sum(len(groups[split]) for split in taken) == 60  # each group is in one split
+    one_file = load_data(source, small_settings(eval_items=1000))
+    if len(taken) == 3:
+        assert splits.fingerprint == one_file.fingerprint
+
+
+def test_rows_that_differ_in_any_value_are_not_the_same() -> None:
+    rows = []
+    for number in range(40):
+        note = np.zeros(5000)
+        note[2500] = number
+        user = {"role": "user", "content": "look", "note": note if number % 2 else torch.tensor(note)}
+        rows.append({"messages": [user, {"role": "assistant", "content": "yes"}]})
+    splits = load_data({"train": rows[:20], "validation": rows[20:30], "test": rows[30:]}, small_settings())
+    assert splits.summary.duplicates_across_splits == splits.summary.repeated == 0
+
+
+def test_content_of_text_parts_is_its_text(tmp_path: Path) -> None:
+    def rows(content: Any) -> list[dict[str, Any]]:
+        answer = {"role": "assistant", "content": "b"}
+        return [{"messages": [{"role": "user", "content": content(text)}, answer]} for text in sentences(80)]
+
+    plain = load_data(rows(lambda text: text), small_settings())
+    parts = rows(lambda text: [{"type": "text", "text": text[:3]}, {"type": "text", "text": text[3:]}])
+    assert load_data(write_jsonl(tmp_path / "d.jsonl", parts), small_settings()).fingerprint == plain.fingerprint
+    with pytest.raises(DataError, match=r"row 1: `messages`: .* list of text parts"):
+        load_data(rows(lambda text: [{"type": "image"}, {"type": "text", "text": text}]), small_settings())
 
 
 def test_given_splits_are_kept_and_duplicates_across_them_counted(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classifi
 
 
 def example_of(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:
-    content = {column: row.fields.get(column) for column in columns}
+    content = {column: _joined(row.fields.get(column)) for column in columns}
     label = content.get("label")
     if isinstance(label, bool):
         content["label"] = str(label)
@@ -161,8 +161,36 @@ def example_of(row: Row, form: DataForm, columns: tuple[str, ...]) -> Example:
         _CHECKS[column](value, f"{row.where}: `{column}`")
     if form == "preference":
         content = _pair_of(content, row.where)
-    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, default=json_value)
     return Example(hashlib.sha256(canonical.encode()).hexdigest()[:16], content, row.where)
+
+
+def json_value(value: Any) -> Any:
+    """A JSON value for one that is none, with all of an array's values, which its text leaves out."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _joined(value: Any) -> Any:
+    """Messages whose `content` is a list of text parts, with the text in its place; anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {**message, "content": "".join(part["text"] for part in message["content"])}
+        if isinstance(message, Mapping) and _is_text_parts(message.get("content"))
+        else message
+        for message in value
+    ]
+
+
+def _is_text_parts(content: Any) -> bool:
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(
+            isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in content
+        )
+    )
 
 
 def _check_text(value: Any, where: str) -> None:
@@ -191,7 +219,9 @@ def _check_messages(value: Any, where: str) -> None:
             or not isinstance(message.get("role"), str)
             or not isinstance(message.get("content"), str)
         ):
-            raise DataError(f"{where}: a message needs a `role` and a `content`, both strings")
+            raise DataError(
+                f"{where}: a message needs a `role` and a `content`, both strings; `content` can be a list of text parts too"
+            )
 
 
 def _kind(value: Any) -> str:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow
 
 from rightrank.data.files import is_text
-from rightrank.data.forms import DataForm, Example, Shape, example_of, shape_of
+from rightrank.data.forms import DataForm, Example, Shape, example_of, json_value, shape_of
 from rightrank.data.rows import Row, RowsBySplit, read_rows
 from rightrank.data.token_store import Store
 from rightrank.schema.errors import DataError
@@ -53,7 +53,7 @@ class ExampleStore(Store[Example]):
     )
 
     def row(self, entry: Example) -> Mapping[str, Any]:
-        content = json.dumps(dict(entry.content), default=str)
+        content = json.dumps(dict(entry.content), default=json_value)
         return {"number": int(entry.item_id, 16), "content": content, "where": os.fsencode(entry.where)}
 
     def entry(self, row: Mapping[str, Any]) -> Example:
@@ -256,19 +256,19 @@ def _detect_form(
 def _split_of(
     given: SplitName | None, row: Row, example: Example, rows: RowsBySplit, settings: SelectSettings
 ) -> SplitName:
-    """The split of an example: the given one; by hash where none was given, or where train lacks a held-out split beside it."""
-    if given is None:
-        group = row.fields.get("group")
-        share = _unit_interval(_split_key(example) if group is None else f"group:{group}")
-        if share < settings.test_fraction:
-            return "test"
-        return "selection" if share < settings.test_fraction + settings.validation_fraction else "train"
-    if given == "train" and None not in rows:
-        fractions = {"test": settings.test_fraction, "selection": settings.validation_fraction}
-        for split in ("test", "selection"):
-            if split not in rows and _unit_interval(f"{split}:{_split_key(example)}") < fractions[split]:
-                return split
-    return given
+    """The split of an example: the given one; by hash for the held-out splits that are not given, which rows without a split or those of train fill."""
+    if given not in (None, "train"):
+        return given
+    group = row.fields.get("group")
+    share = _unit_interval(_split_key(example) if group is None else f"group:{group}")
+    fractions: dict[SplitName, float] = {"test": settings.test_fraction, "selection": settings.validation_fraction}
+    for split, fraction in fractions.items():
+        if split in rows:
+            continue
+        if share < fraction:
+            return split
+        share -= fraction
+    return "train"
 
 
 def _split_key(example: Example) -> str:
