@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.train.loop import run_trial
 from rightrank.train.trial import TrialFolders
+from tests.adapters.adapters import edit_config
 from tests.helpers import make_runtime
 from tests.tiny import small_settings, write_jsonl
 
@@ -110,6 +112,39 @@ def test_a_side_that_is_neither_is_one_line(
         compare("base", tmp_path, model=str(model_folder), data=completion_file)
     code, out = run(capsys, "base", tmp_path, "--model", model_folder, "--data", completion_file)
     assert (code, out.count("\n")) == (2, 1)
+
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "only pickled weights"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "there is no adapter_model.safetensors"),
+        (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 40), "not a readable safetensors file"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "not readable as JSON"),
+        (lambda folder: (folder / CONFIG).write_text("[]"), "one JSON object"),
+        (lambda folder: edit_config(folder, r=3), "PEFT cannot attach it"),
+        (lambda folder: edit_config(folder, r="x"), "PEFT cannot attach it"),
+        (lambda folder: edit_config(folder, peft_type="NONE"), "PEFT cannot attach it"),
+    ],
+)
+def test_a_damaged_side_is_one_line(
+    damage: Callable[[Path], object],
+    words: str,
+    trained: Path,
+    model_folder: Path,
+    completion_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    side = Path(shutil.copytree(trained, tmp_path / "side"))
+    damage(side)
+    code, out = run(capsys, "base", side, "--model", model_folder, "--data", completion_file, *OPTIONS)
+    assert words in out
+    assert code == 2
+    assert out.splitlines()[-1].startswith("rightrank: ")
 
 
 def test_an_adapter_of_another_task_than_the_data_is_one_line(

@@ -398,7 +398,7 @@ def test_either_checkpoint_is_measured_whatever_the_trainer_ends_with(
     ends_with_best = checkpoint == "last"
     if ends_with_best:
         changes |= {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 10}
-    callback = SmallestAdapter(Listed(rows[140:]), margin=0.02, checkpoint=checkpoint)  # type: ignore[arg-type]
+    callback = SmallestAdapter(Listed(rows[140:]), margin=0.005, checkpoint=checkpoint)  # type: ignore[arg-type]
     trainer, model = trained(model_folder, rows, tmp_path / "out", [callback], **changes)
     _, alone = trained(model_folder, rows, tmp_path / "alone", [], **changes)
     assert all(

@@ -21,7 +21,7 @@ from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
 from rightrank.decision.table import minus, table_of
 from rightrank.models.base_models import are_unnamed, load_base
-from rightrank.models.places import CLASSIFIER_FILE, CONFIG_FILE, read_header
+from rightrank.models.places import CLASSIFIER_FILE, CONFIG_FILE, WEIGHTS_FILE, read_header
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.events import Evaluating
 from rightrank.schema.metrics import default_margin
@@ -88,6 +88,7 @@ def _read_sides(
             if base is None:
                 base = _runtime(model, splits, settings, cache / "base")
             if side != BASE:
+                read_header(Path(side) / WEIGHTS_FILE)  # refuses a damaged file, which PEFT fails on in its own way
                 require_base(Path(side), base.loaded)
             runtime, adapter = base, None if side == BASE else Path(side)
         else:
@@ -258,7 +259,7 @@ def labels_of_side(side: str) -> list[str] | None:
 def _rows_of_head(folder: Path) -> int | None:
     """The rows of the classification head in an adapter's weights; None where it has none."""
     task = read_json_object(folder / CONFIG_FILE).get("task_type")
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / WEIGHTS_FILE
     if task != "SEQ_CLS" or not weights.is_file():
         return None
     head = re.compile(r"\.(score|classifier)\.(?!.*\.?lora_).*weight$")  # what PEFT saves of a classifier

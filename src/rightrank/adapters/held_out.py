@@ -6,13 +6,14 @@ and measured on the same examples.
 
 from __future__ import annotations
 
-import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
+
+from peft import LoraConfig
 
 from rightrank.adapters.compare import finished_trial, labels_of_side
 from rightrank.adapters.resize import candidate_ranks, write_like, write_resized, write_truncated
@@ -27,11 +28,13 @@ from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank
 from rightrank.models.truncation import Moments, shared_ranks
 from rightrank.runs.journal import Journal
+from rightrank.schema.configs import command_of_configs
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.events import Evaluating, Notice, RunStarted
 from rightrank.schema.results import HeldOut, Resized
 from rightrank.schema.settings import OF_SPLITS, SelectSettings
+from rightrank.schema.table import given_values
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import DataUse, adapter_runtime, report_evaluations
 from rightrank.train.covariances import Gathered, gather_moments, gather_unseen_moments
@@ -182,12 +185,12 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
         chosen = open_adapter(Path(name) / curve.answer.trial_id)
         tensors = {key: chosen.tensor(key) for key in chosen.keys}
         write_like(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.content()})
-        resized = _resized(curve, chosen, runtime)
+        resized = _resized(curve, chosen, runtime, rule)
     notes = [*resized.notes, scored.note]
     return resized.model_copy(update={"out": str(out), "notes": notes, "scored_examples": count})
 
 
-def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime) -> Resized:
+def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, rule: DataRule) -> Resized:
     """What is reported of the chosen candidate."""
     answer, written = curve.answer, curve.written[curve.answer.rank]
     notes = [*written.notes, *curve.gathered.notices]
@@ -199,10 +202,14 @@ def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime) ->
             f"modules, which have ranks up to {chosen.rank} (rank_pattern)"
         )
     gain = _gain(curve.trials, answer, runtime)
-    listed = ",".join(map(str, sorted({one.rank for one in answer.candidates})))
-    search = shlex.join(
-        ["rightrank", "select", runtime.loaded.name, "TRAINING_DATA", "--out", "run", "--ranks", listed]
+    ranks = tuple(sorted({one.rank for one in answer.candidates}))
+    config = LoraConfig(
+        **{name: value for name, value in chosen.config.items() if name in vars(LoraConfig()) and value is not None}
     )
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    given = given_values(rule.settings)
+    search, unsaid = command_of_configs(runtime.loaded.name, config, **given, ranks=ranks)
+    notes += [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
     named = {"notes": [note.replace(SEARCH, f"({search})") for note in answer.notes]}
     return written.model_copy(
         update={

@@ -7,17 +7,22 @@ Where several processes train it, all of them call `smallest_adapter` with the s
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -29,9 +34,10 @@ from rightrank.adapters.live_scores import (
     active_adapter,
     batch_scores,
     is_partitioned,
+    positions,
     together,
 )
-from rightrank.adapters.resize import candidate_ranks, write_resized
+from rightrank.adapters.resize import candidate_ranks, require_plain_update, write_resized
 from rightrank.data.files import write_text
 from rightrank.decision.adapter import Criterion
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter
@@ -46,6 +52,8 @@ from rightrank.schema.trials import TrialFinished
 from rightrank.train.covariances import MOMENT_TOKENS, MomentSums, rank_space
 from rightrank.train.evaluation import Scores
 from rightrank.train.multi_lora import lora_modules
+
+HELD_DEPTH, HELD_PARTS = 5, 64  # how far generators are looked for: steps from a data set, entries of a list
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,7 @@ class LiveAdapter:
     metric: str = "loss"  # or `accuracy` of a classifier
     beta: float = BETA  # of the loss of preference pairs
     moment_tokens: int = MOMENT_TOKENS  # of `train` that are read at most
+    write_beside: Callable[[Path], object] | None = None  # writes the tokenizer into the adapter's folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +117,45 @@ def smallest_adapter(live: LiveAdapter, working: Path) -> LiveAnswer:
 
 
 def save_trained(live: LiveAdapter, folder: Path) -> AdapterFolder:
-    """The adapter as it was trained, with what its base is known by beside it."""
+    """The adapter as it was trained, with the tokenizer and what its base is known by beside it.
+
+    Raises:
+        ModelError: what PEFT saves is another adapter than the one that was trained.
+    """
     name = base_name(live.model, live.name)
     save_adapter(live.model, folder, name, live.name)
     write_text(folder / BASE_FILE, base_identity(live.model.get_base_model(), name).content().decode())
-    return open_adapter(folder)
+    if live.write_beside is not None:
+        live.write_beside(folder)
+    return _opened(live.model, live.name, folder)
+
+
+def _opened(model: Any, name: str, folder: Path) -> AdapterFolder:
+    adapter, layers = open_adapter(folder), lora_modules(model)
+    require_plain_update(adapter)
+    for module in adapter.modules:
+        scale = layers[module.name].scaling[name]
+        if not math.isclose(scale, module.scaling, rel_tol=1e-6):
+            raise ModelError(
+                f"{module.name}: its scale is {scale:g} (set_scale, scale_layer) and PEFT saves {module.scaling:g}, so that the saved "
+                "adapter is another one; set lora_alpha before the training"
+            )
+    return adapter
+
+
+def require_end(model: Any, ranks: Sequence[int] | None = None) -> str:
+    """The name of the adapter that trains, whose end is gone through as far as that needs no examples.
+
+    Raises:
+        ModelError: no truncation can be made of it.
+        SettingsError: a rank that is no truncation of it.
+    """
+    name = trained_adapter(model)
+    if not is_partitioned(model):  # a fresh process measures that
+        with together(), tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
+            save_adapter(model, Path(folder) / "begin", "", name)
+            candidate_ranks(_opened(model, name, Path(folder) / "begin"), ranks)
+    return name
 
 
 def base_name(model: Any, name: str) -> str:
@@ -131,7 +174,14 @@ def _require_truncatable(model: Any, name: str) -> None:
         raise ModelError(
             f"the model has no PEFT adapter {name!r}; give a model that PEFT has wrapped, or the adapter's name"
         )
-    modules = {module: layer for module, layer in lora_modules(model).items() if name in layer.lora_A}
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    active = {one for layer in layers for one in layer.active_adapters if name in layer.active_adapters}
+    if others := sorted(active - {name}):
+        raise ModelError(
+            f"the adapter {', '.join(others)} is active beside {name!r}, so that {name!r} alone is another model than the trained one; "
+            "merge it into the base, and train on that"
+        )
+    modules = {module: layer for module, layer in lora_modules(model).items() if name in layer.r}
     odd = [module for module, layer in modules.items() if not isinstance(kind_of(layer), Linear)]
     if not modules or odd or config.use_dora:
         what = odd[0] if odd else config.peft_type
@@ -220,19 +270,55 @@ def put_in_place(model: Any, name: str, adapter: AdapterFolder) -> None:
 
 
 @contextmanager
-def as_it_came(model: Any, name: str) -> Iterator[None]:
-    """In the block the model evaluates with the adapter `name`; afterwards it is as before, to the bit."""
+def random_states(*sources: Any) -> Iterator[None]:
+    """After the block every random state is as before: the global ones, and those of generators that the sources hold."""
+    held = {id(one): one for source in sources for one in _generators(source)}.values()
+    with ExitStack() as restored:
+        restored.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+        restored.callback(np.random.set_state, np.random.get_state())
+        restored.callback(random.setstate, random.getstate())
+        for one in held:
+            if isinstance(one, np.random.Generator):
+                restored.callback(setattr, one.bit_generator, "state", one.bit_generator.state)
+            elif isinstance(one, random.Random):
+                restored.callback(one.setstate, one.getstate())
+            else:
+                restored.callback(one.set_state, one.get_state())
+        yield
+
+
+def _generators(source: Any, depth: int = HELD_DEPTH) -> Iterator[Any]:
+    """The random generators in an object's attributes, in what these hold, and in what a function was defined or bound with."""
+    if isinstance(source, np.random.Generator | np.random.RandomState | torch.Generator | random.Random):
+        yield source
+    if depth == 0 or isinstance(source, torch.nn.Module | torch.Tensor | np.ndarray | type | ModuleType):
+        return
+    parts = list(getattr(source, "__dict__", {}).values())
+    parts += [getattr(type(source), called, None) for called in ("__getitem__", "__call__", "__iter__")]
+    if isinstance(source, list | tuple | dict) and len(source) <= HELD_PARTS:
+        parts += list(source.values() if isinstance(source, dict) else source)
+    elif isinstance(source, FunctionType):
+        parts += [source.__globals__.get(called) for called in source.__code__.co_names]
+        parts += [getattr(cell, "cell_contents", None) for cell in source.__closure__ or ()]
+    elif isinstance(source, MethodType | partial):
+        parts += [source.__self__] if isinstance(source, MethodType) else [source.func, source.args, source.keywords]
+    for part in parts:
+        yield from _generators(part, depth - 1)
+
+
+@contextmanager
+def as_it_came(model: Any, name: str, *sources: Any) -> Iterator[None]:
+    """In the block the model evaluates with the adapter `name`; afterwards it and random states are as before, to the bit."""
     layers = lora_modules(model).values()
     factors = [part[name].weight for layer in layers for part in (layer.lora_A, layer.lora_B) if name in part]
     weights = {id(one): (one, one.detach().clone()) for one in factors}
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    states = np.random.get_state(), random.getstate()
     try:
         for parameter, _, _ in parameters:
             parameter.grad = None
         model.eval()
-        with active_adapter(model, name), torch.random.fork_rng(range(torch.cuda.device_count())):
+        with active_adapter(model, name), random_states(*sources):
             yield
     finally:
         with torch.no_grad():
@@ -243,8 +329,6 @@ def as_it_came(model: Any, name: str) -> Iterator[None]:
             parameter.grad = gradient
         for module, training in modes:
             module.training = training
-        np.random.set_state(states[0])
-        random.setstate(states[1])
 
 
 def gather(live: LiveAdapter) -> tuple[dict[str, Moments], tuple[str, ...]]:
@@ -259,8 +343,10 @@ def gather(live: LiveAdapter) -> tuple[dict[str, Moments], tuple[str, ...]]:
                 break
             found = batch_scores(live.model, batch, live.beta)
             torch.autograd.backward(found.losses.sum())
-            read += batch["input_ids"].numel()
+            read += positions(batch)
             labels += int(found.tokens.sum())
+    if not labels:
+        return {}, ("truncated by singular values: the training examples that were read have no labels",)
     missing = len(names) - len(sums.pairs)
     if missing:
         return (sums.moments(labels) if sums.pairs else {}), (

@@ -5,11 +5,11 @@ fresh process needs to measure again.
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rightrank.adapters.live import LiveAdapter, LiveAnswer, save_trained, small
 from rightrank.adapters.live_scores import Batch, gathered
 from rightrank.data.files import read_json_object, replacing_folder, write_text
 from rightrank.decision.adapter import METHODS, probable_ranks
-from rightrank.models.adapter_files import open_adapter
+from rightrank.models.adapter_files import BESIDE, AdapterFolder, open_adapter
 from rightrank.models.base_models import base_identity
 from rightrank.models.places import BASE_FILE
 from rightrank.report.figure import Axis, Figure, Series
@@ -36,7 +36,13 @@ from rightrank.train.device import peak_bytes
 from rightrank.train.targets import without_peft_noise
 
 MEASURE, TRAINED = "measure", "trained"  # folders
-ELSEWHERE = ("model", "held_out", "train", "name")  # of a `LiveAdapter`: in files of their own, or as by default
+ELSEWHERE = (
+    "model",
+    "held_out",
+    "train",
+    "name",
+    "write_beside",
+)  # of a `LiveAdapter`: in files of their own, or as by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,7 @@ class Training:
     curve: Sequence[tuple[int, int]] = ()  # (step, smallest rank that holds)
     notes: Sequence[str] = ()
     flags: Sequence[str] = ()
+    command: str = ""  # of `select`, for the settings of this training
     fall: float | None = None  # between the best evaluation and the last; None: not known in the metric's unit
 
     def beside(self, rank: int, other: int) -> Training:
@@ -74,12 +81,12 @@ def peak_so_far() -> int:
     return peak_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def next_training(answer: AdapterAnswer, base: str) -> tuple[str, str]:
+def next_training(answer: AdapterAnswer, training: Training) -> tuple[str, str]:
     """`(an estimate of the rank to train at, in a sentence; the command that would prove it)`."""
     low, high = probable_ranks(answer)
     where = f"{low}" if low == high else f"{low} to {high}"
     ranks = ",".join(map(str, sorted({max(1, low // 2), low, high, answer.trained_rank})))
-    command = shlex.join(["rightrank", "select", base or "MODEL", "data.jsonl", "--out", "run", "--ranks", ranks])
+    command = f"{training.command} --ranks {ranks}"
     return (
         f"An estimate, not evidence: the rank to train at next time probably is {where}. This would prove it: {command}",
         command,
@@ -99,7 +106,7 @@ def write_answer(found: LiveAnswer, out: Path, training: Training) -> None:
 
 def _document(found: LiveAnswer, out: Path, training: Training) -> dict[str, Any]:
     answer = found.answer
-    estimate, command = next_training(answer, training.base)
+    estimate, command = next_training(answer, training)
     handed_over = HandedOver(
         **answer.model_dump(include={*HandedOver.model_fields}),
         max_module_rank=open_adapter(out / "adapter").rank,
@@ -147,7 +154,7 @@ def _report(found: LiveAnswer, training: Training) -> str:
     answer = found.answer
     figures = [figure_of(answer, answer.candidates, training.metric, training.metric == "accuracy")]
     figures += [_curve_figure(training.curve, answer.trained_rank)] if training.curve else []
-    estimate, _ = next_training(answer, training.base)
+    estimate, _ = next_training(answer, training)
     texts = [*training.notes, *answer.notes, *found.notes, estimate, training.cost_sentence(found)]
     rows = candidate_table(answer, training.metric)
     page = templates().get_template("adapter.html")
@@ -211,7 +218,13 @@ def measure_again(out: Path) -> str:
     with without_peft_noise():
         model: Any = PeftModel.from_pretrained(base, str(adapter.path))
     batches = _read_batches(folder / "batches.safetensors")
-    live = LiveAdapter(model, batches["held_out"], batches.get("train", ()), **asked["live"])
+    live = LiveAdapter(
+        model,
+        batches["held_out"],
+        batches.get("train", ()),
+        **asked["live"],
+        write_beside=partial(_copy_beside, adapter),
+    )
     # The peak memory of the training is that of another process.
     training = Training(**asked["training"] | {"peak_bytes": 0, "curve": list(map(tuple, asked["training"]["curve"]))})
     with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
@@ -219,6 +232,12 @@ def measure_again(out: Path) -> str:
         write_answer(found, out, training)
     shutil.rmtree(folder)
     return f"{found.answer.sentence} {out / 'adapter'}\n{training.cost_sentence(found)}"
+
+
+def _copy_beside(adapter: AdapterFolder, folder: Path) -> None:
+    for name in BESIDE:
+        if (adapter.path / name).is_file():
+            shutil.copy2(adapter.path / name, folder / name)
 
 
 def _base(folder: Path, asked: Mapping[str, Any]) -> Any:

@@ -172,7 +172,7 @@ def batch_scores(
     base = model.get_base_model()
     tensors = _on_device(model, batch)
     labels = tensors.get("labels")
-    if labels is None or labels.is_floating_point() or labels.dim() > 2:
+    if labels is None or labels.is_floating_point() or not 1 <= labels.dim() <= 2:
         raise DataError(
             "the batches have no labels of classes or tokens; a regression, several labels a row, or a loss of one's own has no scores here"
         )
@@ -191,6 +191,24 @@ def batch_scores(
     labels = labels.masked_fill(starts, IGNORED)  # no example predicts the first token of the next one
     losses = _token_losses(model, _passed(model, tensors), labels[:, 1:])
     return _by_segment(losses, labels[:, 1:], starts[:, 1:])
+
+
+def examples_in(batch: Batch) -> int:
+    """How many examples of a batch have labels, without the model; a batch of another form counts its rows."""
+    labels = batch.get("labels")
+    if "completion_mask" in batch:
+        return int((batch["completion_mask"].sum(1) > 0).sum()) // 2
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.shape[1] == 1:
+        return 0 if labels is None else len(labels)
+    starts = _starts(labels, batch.get("position_ids"))
+    seen = labels.masked_fill(starts, IGNORED)[:, 1:]
+    return len(_by_segment(torch.zeros_like(seen, dtype=torch.float32), seen, starts[:, 1:]).tokens)
+
+
+def positions(batch: Batch) -> int:
+    """The positions that a pass computes: tokens with padding, or rows where there are none."""
+    tokens = batch.get("input_ids")
+    return len(batch["labels"]) if tokens is None else int(tokens.numel())
 
 
 @torch.no_grad()

@@ -18,14 +18,13 @@ from safetensors.torch import save_file
 from rightrank.adapters.spectra import energy_rank, factored_distance, factored_singular_values
 from rightrank.data.files import creating, replacing, replacing_folder, require_absent
 from rightrank.models.adapter_files import (
-    MLX_FILE,
     RANK,
     AdapterFolder,
     AdapterModule,
     mlx_key,
     write_adapter,
 )
-from rightrank.models.places import CONFIG_FILE, read_header
+from rightrank.models.places import CONFIG_FILE, MLX_FILE, read_header
 from rightrank.models.ranks import exact_pattern, lora_scaling
 from rightrank.models.truncation import Moments, resized_factors
 from rightrank.schema.errors import ModelError, SettingsError

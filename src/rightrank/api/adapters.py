@@ -149,6 +149,8 @@ def _require_side(side: str) -> None:
     if side == BASE:
         return
     folder = Path(side)
-    if not (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+    if (folder / CONFIG_FILE).is_file():
+        require_adapter_folder(folder)
+    elif not (folder / "config.json").is_file():
         hint = adapter_in(folder) or "give one, or 'base'"
         raise ModelError(f"{side}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json); {hint}")

@@ -76,10 +76,10 @@ def read_rows(source: Path | Any) -> RowsBySplit:
         raise DataError(f"{source}: the folder holds no data file; give {_types_allowed()}")
     by_split: dict[SplitName | None, list[Path]] = {}
     for path in files:
-        by_split.setdefault(_split_of(path.stem), []).append(path)
+        by_split.setdefault(split_of(path.stem), []).append(path)
     found: RowsBySplit = {split: chain.from_iterable(map(_file_rows, paths)) for split, paths in by_split.items()}
     if None in found and len(found) > 1:
-        unnamed = next(path.name for path in files if _split_of(path.stem) is None)
+        unnamed = next(path.name for path in files if split_of(path.stem) is None)
         raise DataError(
             f"{source}: {unnamed} belongs to no split but other files do; name every file train*, validation* or test*, or none"
         )
@@ -267,7 +267,8 @@ def _require_own_files(folder: Path) -> None:
             raise DataError(f"{folder}: names {name!r}, which is not in the folder; save the dataset again")
 
 
-def _split_of(stem: str) -> SplitName | None:
+def split_of(stem: str) -> SplitName | None:
+    """The split that a file's name says."""
     return SPLIT_NAMES.get(re.split("[-_. ]", stem)[0].lower())
 
 

@@ -14,12 +14,16 @@ from typing import Any
 import yaml
 
 from rightrank.data.files import replacing_folder
+from rightrank.data.rows import split_of
 from rightrank.interop.recipe import Recipe
 from rightrank.models.ranks import SERVER_RANKS, max_module_rank, rank_change_line, rate_warning
 from rightrank.report.html import loading_lines
 from rightrank.runs import plugins
 from rightrank.schema.errors import ResultsError, SettingsError, did_you_mean
 
+PATTERNS = ("rank_pattern", "alpha_pattern")
+EXPLICIT = ("layers_to_transform", "exclude_modules", "layers_pattern")  # said by the full names of the modules
+OF_LOADING = ("load_in_4bit", "load_in_8bit", "trust_remote_code")
 AROUND = 4  # folders around an adapter: trials, the run, and two around the run
 LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one
 SERVED_NAME = "rightrank"
@@ -93,7 +97,7 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
     if name != "peft":  # its folder may be published, and needs neither the model nor the data
         model, data = (_absolute(name, recipe.adapter) for name in (recipe.model, recipe.data))
         recipe = replace(recipe, model=model, data=data)
-    exported = recipe if name in ("peft", "vllm") else recipe.training()
+    exported = recipe if name in ("peft", "vllm") else replace(recipe.training(), data=_train_file(recipe.data))
     targets = TARGETS | plugins.merged(lambda plugin: plugin.exports)
     written, comments = targets[name](exported), recipe.comments()
     with replacing_folder(folder) as temporary:
@@ -103,10 +107,12 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
         for file, text in written.files.items():
             (temporary / file).write_text(_commented(file, text, comments), encoding="utf-8")
     files = sorted(path.name for path in folder.iterdir())
+    rows = f"the run held out {recipe.held_out:,} rows of {recipe.data}; this file trains on them too"
+    held_out = [rows] if recipe.held_out and name not in ("peft", "vllm") else []
     rates = [rate_warning(exported.r, exported.lora_alpha, exported.learning_rate)]
     if name not in ("peft", "vllm") and not exported.use_rslora:
         rates.append(f"for another rank: {rank_change_line(exported.r, 4 * exported.r, exported.lora_alpha)}")
-    return Exported(name, folder, files, written.command, [*written.notes, *comments, *filter(None, rates)])
+    return Exported(name, folder, files, written.command, [*written.notes, *held_out, *comments, *filter(None, rates)])
 
 
 def _absolute(name: str, adapter: Path) -> str:
@@ -117,6 +123,12 @@ def _absolute(name: str, adapter: Path) -> str:
     path = Path(name).expanduser()
     places = [path, *(folder / path for folder in list(adapter.resolve().parents)[:AROUND])]
     return next((str(place.resolve()) for place in places if place.exists()), name)
+
+
+def _train_file(data: str) -> str:
+    """The file of the train split in a folder of files; else what was given."""
+    files = [path for path in sorted(Path(data).iterdir()) if path.is_file()] if Path(data).is_dir() else []
+    return next((str(path) for path in files if split_of(path.stem) == "train"), data)
 
 
 def _commented(file: str, text: str, comments: Sequence[str]) -> str:
@@ -138,17 +150,13 @@ def _peft(recipe: Recipe) -> Written:
         "use_rslora": recipe.use_rslora,
         "target_modules": list(recipe.target_modules),
     }
-    arguments |= _given(
-        layers_to_transform=recipe.layers_to_transform and list(recipe.layers_to_transform),
-        modules_to_save=list(recipe.modules_to_save),
-        rank_pattern=dict(recipe.rank_pattern),
-        alpha_pattern=dict(recipe.alpha_pattern),
-        **recipe.kind,
-    )
+    machine = ("load_in_4bit", "load_in_8bit", "trust_remote_code")
+    arguments |= {name: _plain(value) for name, value in recipe.unusual.items() if name not in machine}
     lines = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
-    code = f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{lines})\nlearning_rate = {recipe.learning_rate!r}\n"
+    code = f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{lines})\n{_arguments_as_code(recipe)}"
     command = f'python -c "{"; ".join(loading_lines(".", recipe.model, recipe.task_type == "SEQ_CLS"))}"'
-    return Written({"lora_config.py": code}, command, with_adapter=True)
+    notes = _lacking(recipe, "LoraConfig", [name for name in recipe.unusual if name not in machine])
+    return Written({"lora_config.py": code}, command, notes, with_adapter=True)
 
 
 def _trl(recipe: Recipe) -> Written:
@@ -165,17 +173,26 @@ def _trl(recipe: Recipe) -> Written:
         "use_rslora": recipe.use_rslora,
         "lora_target_modules": recipe.explicit_targets,
         "lora_task_type": recipe.task_type,
+        "dtype": recipe.settings.dtype,
         "max_length": recipe.settings.seq_len,
+        "gradient_checkpointing": recipe.settings.gradient_checkpointing,
         **_training_arguments(recipe),
     }
     values |= _given(
         lora_modules_to_save=list(recipe.modules_to_save),
         use_dora=recipe.use_dora,
         lora_target_parameters=list(recipe.target_parameters),
+        load_in_4bit=recipe.settings.load_in_4bit,
+        load_in_8bit=recipe.settings.load_in_8bit,
+        completion_only_loss=recipe.form == "prompt_completion",
+        assistant_only_loss=recipe.form == "messages",
     )
     if recipe.form == "preference":
         values |= {"beta": recipe.settings.beta, "loss_type": ["sigmoid"]}
-    notes = _lacking(recipe, "TRL's command line", ("use_dora", "target_parameters"), reader="TRL")
+    has = (*EXPLICIT, "modules_to_save", "use_dora", "target_parameters", "load_in_4bit", "load_in_8bit")
+    notes = _lacking(recipe, "TRL's command line", has, reader="TRL")
+    if recipe.form == "messages":
+        notes.append("TRL: assistant_only_loss needs a chat template with `{% generation %}`, or one that TRL knows")
     return Written({f"trl_{job}.yaml": _yaml(values)}, f"trl {job} --config trl_{job}.yaml", notes)
 
 
@@ -195,27 +212,42 @@ def _axolotl(recipe: Recipe) -> Written:
             {"path": recipe.data, "ds_type": _loader(recipe.data), **_data_entry(recipe, AXOLOTL_DATA, prompted)}
         ],
         "output_dir": "axolotl-output",
-        "adapter": "lora",
+        "adapter": "qlora" if recipe.settings.load_in_4bit else "lora",
         "lora_r": recipe.r,
         "lora_alpha": recipe.alpha,
         "lora_dropout": recipe.lora_dropout,
-        "lora_target_modules": list(recipe.target_modules),
+        "lora_target_modules": recipe.explicit_targets if recipe.exclude_modules else list(recipe.target_modules),
         "peft_use_rslora": recipe.use_rslora,
         "sequence_len": recipe.settings.seq_len,
         "optimizer": "adamw_torch",
         "train_on_inputs": recipe.form == "text",
+        "gradient_checkpointing": recipe.settings.gradient_checkpointing,
         **_training_arguments(recipe, batch_size="micro_batch_size", scheduler="lr_scheduler"),
     }
+    layers = () if recipe.exclude_modules else recipe.layers_to_transform
+    whole = all(float(alpha).is_integer() for alpha in recipe.alpha_pattern.values())
     values |= _given(
-        peft_layers_to_transform=recipe.layers_to_transform and list(recipe.layers_to_transform),
+        peft_layers_to_transform=layers and list(layers),
         lora_modules_to_save=list(recipe.modules_to_save),
         lora_rank_pattern=dict(recipe.rank_pattern),
-        lora_alpha_pattern={name: int(alpha) for name, alpha in recipe.alpha_pattern.items()},
+        lora_alpha_pattern={name: int(alpha) for name, alpha in recipe.alpha_pattern.items() if whole},
         peft_use_dora=recipe.use_dora,
+        peft_init_lora_weights=recipe.unusual.get("init_lora_weights"),
         lora_target_parameters=list(recipe.target_parameters),
+        load_in_4bit=recipe.settings.load_in_4bit,
+        load_in_8bit=recipe.settings.load_in_8bit,
+        trust_remote_code=recipe.settings.trust_remote_code,
     )
-    has = ("use_dora", "target_parameters", "rank_pattern", "alpha_pattern")
-    notes = _lacking(recipe, "axolotl", has)
+    has = [
+        *EXPLICIT,
+        "modules_to_save",
+        "use_dora",
+        "target_parameters",
+        "rank_pattern",
+        "init_lora_weights",
+        *OF_LOADING,
+    ]
+    notes = _lacking(recipe, "axolotl", [*has, *(["alpha_pattern"] if whole else [])]) + _whole_alpha(recipe, "axolotl")
     if recipe.form == "preference":
         values |= {"rl": "dpo", "rl_beta": recipe.settings.beta}
         notes.append(f"axolotl: {STRINGS}; for messages, set the data set's type to `chat_template.default`")
@@ -241,8 +273,15 @@ def _llamafactory(recipe: Recipe) -> Written:
         "output_dir": "llamafactory-output",
         **_training_arguments(recipe),
     }
-    values |= _given(additional_target=",".join(recipe.modules_to_save), use_dora=recipe.use_dora)
-    notes = _lacking(recipe, "LLaMA-Factory", ("use_dora",))
+    bits = recipe.settings.weight_bits
+    values |= _given(
+        additional_target=",".join(recipe.modules_to_save),
+        use_dora=recipe.use_dora,
+        quantization_bit=bits,
+        trust_remote_code=recipe.settings.trust_remote_code,
+    )
+    notes = _lacking(recipe, "LLaMA-Factory", [*EXPLICIT, "modules_to_save", "use_dora", *OF_LOADING])
+    notes += _whole_alpha(recipe, "LLaMA-Factory")
     if recipe.form == "preference":
         values |= {"pref_beta": recipe.settings.beta, "pref_loss": "sigmoid"}
         notes.append(
@@ -270,7 +309,9 @@ model, tokenizer = FastLanguageModel.from_pretrained(
     model_name={recipe.model!r},
     max_seq_length={recipe.settings.seq_len},
     dtype={dtype},
-    load_in_4bit=False,
+    load_in_4bit={recipe.settings.load_in_4bit},
+    load_in_8bit={recipe.settings.load_in_8bit},
+    trust_remote_code={recipe.settings.trust_remote_code},
 )
 model = FastLanguageModel.get_peft_model(
     model,
@@ -279,12 +320,14 @@ model = FastLanguageModel.get_peft_model(
     lora_dropout={recipe.lora_dropout!r},
     target_modules={sorted(last_parts)!r},
     layers_to_transform={layers!r},
+    modules_to_save={list(recipe.modules_to_save) or None!r},
+    init_lora_weights={recipe.init_lora_weights!r},
     use_rslora={recipe.use_rslora},
     random_state={recipe.seed},
 )
-learning_rate = {recipe.learning_rate!r}  # for the trainer, with {recipe.max_steps} steps of {recipe.settings.batch_size * recipe.settings.gradient_accumulation_steps} examples
-"""
-    notes = _lacking(recipe, "this snippet", reader="your trainer")
+{_arguments_as_code(recipe)}"""
+    has = ("layers_to_transform", "modules_to_save", "init_lora_weights", *OF_LOADING)
+    notes = _lacking(recipe, "this snippet", has, reader="your trainer")
     return Written({"unsloth_lora.py": code}, "python unsloth_lora.py", notes)
 
 
@@ -337,6 +380,23 @@ def _data_entry(recipe: Recipe, known: Mapping[str, dict[str, Any]], prompted: d
     return prompted if recipe.form == "prompt_completion" else known.get(recipe.form, known["text"])
 
 
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
+
+
+def _whole_alpha(recipe: Recipe, who: str) -> list[str]:
+    whole = f"{who} takes a whole number for lora_alpha, and this adapter has {recipe.alpha}; train with TRL or PEFT"
+    return [] if isinstance(recipe.alpha, int) else [whole]
+
+
+def _arguments_as_code(recipe: Recipe) -> str:
+    """The training as keywords of transformers' `TrainingArguments`, in Python."""
+    lines = "".join(f"    {name}={value!r},\n" for name, value in _training_arguments(recipe).items())
+    extra = f"max_length = {recipe.settings.seq_len}\n"
+    extra += f"beta = {recipe.settings.beta!r}\n" if recipe.form == "preference" else ""
+    return f"training_arguments = dict(\n{lines})\n{extra}"
+
+
 def _training_arguments(
     recipe: Recipe, batch_size: str = "per_device_train_batch_size", scheduler: str = "lr_scheduler_type"
 ) -> dict[str, Any]:
@@ -351,6 +411,9 @@ def _training_arguments(
         "warmup_steps": recipe.warmup_steps,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
+        "adam_epsilon": settings.adam_epsilon,
         "bf16": settings.dtype == "bfloat16",
         "fp16": settings.dtype == "float16",
         "seed": recipe.seed,
@@ -358,15 +421,18 @@ def _training_arguments(
 
 
 def _lacking(recipe: Recipe, who: str, has: Sequence[str] = (), reader: str = "") -> list[str]:
-    """Notes on a classifier's head, on the patterns, and on the settings of the adapter's kind, that the target lacks.
+    """Notes on what the target lacks: a classifier's head, and each setting that is not as by default and not among `has`.
 
     Where `reader` knows the columns of a form alone, a note says what to do with others.
     """
-    patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(recipe, name) and name not in has]
+    lacks = [name for name in recipe.unusual if name not in has]
     consequences = {
         "; training it needs a script of your own": ["classification head"] * (recipe.form == "classification"),
-        "; the file has one rank for all modules": patterns,
-        ": it trains another adapter than the run did": [name for name in recipe.kind if name not in has],
+        "; the file has one rank for all modules": [name for name in lacks if name in PATTERNS],
+        ": give it when you load the base": [name for name in lacks if name in OF_LOADING],
+        ": it trains another adapter than the run did": [
+            name for name in lacks if name not in (*PATTERNS, *OF_LOADING)
+        ],
     }
     notes = [f"{who} has no {' and no '.join(names)}{what}" for what, names in consequences.items() if names]
     columns = (

@@ -12,9 +12,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 
-from rightrank.adapters.live import LiveAnswer, as_it_came, trained_adapter
+from rightrank.adapters.live import LiveAnswer, as_it_came, require_end
 from rightrank.adapters.live_scores import FAILURES, Batch, batch_scores
-from rightrank.interop.smallest import keep_smallest
+from rightrank.interop.smallest import checked, keep_smallest
 from rightrank.schema.errors import DataError, ModelError, first_line
 
 log = logging.getLogger("rightrank")
@@ -33,9 +33,12 @@ class SmallestAdapter(Callback):
         self.result: LiveAnswer | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        checked(self._margin, None, self._metric)
         model = _peft_model(pl_module)
-        name = trained_adapter(model)
-        with as_it_came(model, name):
+        name = require_end(model)
+        if hasattr(self._held_out, "__next__"):  # one that can be read once is read at the begin
+            self._held_out = list(self._held_out)
+        with as_it_came(model, name, self._held_out):
             batches = list(islice(self._held_out, 1))
             if not batches:
                 raise DataError("SmallestAdapter has no held-out batches: give a loader of examples to hold out")

@@ -12,11 +12,27 @@ from typing import Any
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.decision.adapter import METHODS, Making, making_of
 from rightrank.models.ranks import peft_scaling
+from rightrank.schema.command import set_arguments
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunStarted
-from rightrank.schema.settings import SelectSettings, stored_settings
+from rightrank.schema.settings import OF_SPLITS, SelectSettings, stored_settings
 from rightrank.schema.trials import TrialFinished
 
+# Settings by which an adapter is measured and its second moments are gathered.
+OF_MEASURING = (
+    *("margin", "metric", "higher_is_better", "lower_is_better", *OF_SPLITS, "seeds", "max_steps", "num_train_epochs"),
+    *(
+        "batch_size",
+        "gradient_accumulation_steps",
+        "eval_batch_size",
+        "seq_len",
+        "beta",
+        "dtype",
+        "load_in_4bit",
+        "load_in_8bit",
+    ),
+    *("trust_remote_code",),
+)
 UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
 
 
@@ -56,6 +72,18 @@ class Recipe:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_dora: bool = False
+    exclude_modules: Sequence[str] | str = ()
+    init_lora_weights: bool | str = True
+    held_out: int = 0  # rows of `data` that the training did not see
+
+    @property
+    def unusual(self) -> dict[str, Any]:
+        """What a trainer may lack a word for, in PEFT's and transformers' names; what is as by default is left out."""
+        names = ("exclude_modules", "layers_to_transform", "modules_to_save", "rank_pattern", "alpha_pattern")
+        given = {name: getattr(self, name) for name in names} | self.kind
+        given |= {"init_lora_weights": self.init_lora_weights is not True and self.init_lora_weights}
+        given |= {name: getattr(self.settings, name) for name in ("load_in_4bit", "load_in_8bit", "trust_remote_code")}
+        return {name: value for name, value in given.items() if value}
 
     @property
     def kind(self) -> dict[str, Any]:
@@ -92,14 +120,17 @@ class Recipe:
             return made
         rank, data = str(self.making.rank), self.data
         rule = ["--data", data, "--train", data, "--ranks", rank, "--base", self.model]
+        given = {name: value for name in OF_MEASURING if (value := getattr(self.settings, name)) is not None}
+        rule += set_arguments(given)
         rule = ["--rank", rank] if self.making.truncation == METHODS["svd"] else rule
         command = shlex.join(["rightrank", "resize", "TRAINED", "SMALLER", *rule])
         return [*made, f"To make it again, train at rank {self.making.trained_rank}, then: {command}"]
 
     @property
     def explicit_targets(self) -> list[str]:
-        """Names that identify the adapted modules without `layers_to_transform`."""
-        return list(self.target_modules if self.layers_to_transform is None else self.module_names)
+        """Names that identify the adapted modules without `layers_to_transform` and `exclude_modules`."""
+        is_whole = self.layers_to_transform is None and not self.exclude_modules
+        return list(self.target_modules if is_whole else self.module_names)
 
 
 def recipe_of(
@@ -138,8 +169,16 @@ def recipe_of(
         making=making,
         trained_alpha=config["lora_alpha"] if making.trained_rank == config["r"] else alpha,
         settings=settings,
+        held_out=0 if started.data.splits_given else _held_out(started),
         **_adapter_fields(config),
     )
+
+
+def _held_out(started: RunStarted) -> int:
+    """Rows of the data in the splits that no training saw."""
+    if started.settings.get("validation"):
+        return sum(split.items for name, split in started.data.splits.items() if name == "test")
+    return sum(split.items for name, split in started.data.splits.items() if name != "train")
 
 
 def _adapter_fields(config: Mapping[str, Any]) -> dict[str, Any]:

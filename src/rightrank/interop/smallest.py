@@ -8,8 +8,11 @@ What cannot work is refused before the first step. At the end nothing raises: wh
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import inspect
 import logging
+import re
 import shlex
 import shutil
 import sys
@@ -18,10 +21,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -31,6 +35,7 @@ from rightrank.adapters.live import (
     LiveAnswer,
     as_it_came,
     base_name,
+    require_end,
     smallest_adapter,
     trained_adapter,
 )
@@ -48,16 +53,20 @@ from rightrank.adapters.live_scores import (
     FAILURES,
     Batch,
     batch_scores,
+    examples_in,
     is_partitioned,
     is_sharded,
+    positions,
     process_index,
     together,
     upper_share,
 )
 from rightrank.decision.comparison import is_within
+from rightrank.schema.configs import command_of_configs
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, RightrankError, SettingsError, first_line
 from rightrank.schema.metrics import Checkpoint
+from rightrank.schema.settings import SelectSettings
 from rightrank.train.covariances import MOMENT_TOKENS
 
 log = logging.getLogger("rightrank")
@@ -68,6 +77,8 @@ MAX_SHARE = 0.1  # of the training's time, which the end may take where FEWEST e
 MOMENT_BATCHES = 64  # of a loop of the user's own
 MOMENT_SHARE = 0.02  # of the training's tokens, for second moments
 COMPARED_ROWS = 100_000  # of the training set, in the search for held-out rows
+# Columns that say nothing of what an example is: what follows from its tokens, what is asked of it, and numbers of rows.
+NOT_CONTENT = re.compile(r"mask|labels?$|^(token_type|position)_ids$|^(idx|id|index|length|seq_lengths)$|_logps$")
 Caller = TypeVar("Caller")
 
 
@@ -93,8 +104,8 @@ class SmallestAdapter(TrainerCallback):
 
     Raises at the training's begin:
         DataError: no held-out rows, fewer than two that are not in the training set, or rows that give no loss by example.
-        ModelError: an adapter that cannot be truncated.
-        SettingsError: another metric, a loss without a value by example, or a checkpoint that is not at hand.
+        ModelError: an adapter that cannot be truncated, or beside which another one is active.
+        SettingsError: a value that is not allowed, a loss without a value by example, or a checkpoint that is not at hand.
     """
 
     eval_dataset: Any = None
@@ -118,7 +129,7 @@ class SmallestAdapter(TrainerCallback):
     _values: list[tuple[int, float]] = field(default_factory=list, init=False)  # as trained, at each evaluation
     # Best evaluation, or last step where the trainer ends with the best.
     _other: _Kept | None = field(default=None, init=False)
-    _evaluated: float | None = field(default=None, init=False)  # the value of the last evaluation
+    _evaluated: tuple[int, float] | None = field(default=None, init=False)  # step and value of the last evaluation
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,9 +144,8 @@ class SmallestAdapter(TrainerCallback):
         if self._handler is not None:  # trackers end their runs at the training's end: this callback comes before them
             self._handler.callbacks.remove(self)
             self._handler.callbacks.insert(0, self)
-        if self.metric not in ("loss", "accuracy"):
-            raise SettingsError(f"metric {self.metric!r}: the end of a training is measured by loss or accuracy")
-        model = kwargs["model"]
+        settings, model = checked(self.margin, self.ranks, self.metric, self.checkpoint), kwargs["model"]
+        self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None
         takes_other = self.checkpoint is not None and (self.checkpoint == "best") != args.load_best_model_at_end
         if takes_other and (is_sharded(model) or args.eval_strategy == "no"):
             why = "the model is sharded" if is_sharded(model) else "the training evaluates nothing (eval_strategy)"
@@ -143,9 +153,11 @@ class SmallestAdapter(TrainerCallback):
                 f"checkpoint {self.checkpoint!r}: {why}, so what the trainer ends with is measured; set "
                 f"load_best_model_at_end={self.checkpoint == 'best'} in its arguments"
             )
-        name = trained_adapter(model)
-        self._held_out = self._rows_to_score()
-        with as_it_came(model, name):
+        name = require_end(model, self.ranks)
+        given = self.eval_dataset if self.eval_dataset is not None else _evaluated_rows(kwargs)
+        loader = kwargs["train_dataloader"]
+        with as_it_came(model, name, given, loader.dataset, loader.collate_fn):
+            self._held_out = self._rows_to_score(given)
             self._require_scores(model, args)
         self._is_training = True
         self._started = time.monotonic()
@@ -154,25 +166,31 @@ class SmallestAdapter(TrainerCallback):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # a folder that can't be written fails here
 
-    def _rows_to_score(self) -> Sequence[Mapping[str, Any]]:
+    def _rows_to_score(self, rows: Any) -> Sequence[Mapping[str, Any]]:
         """The held-out rows, without those of the training set.
 
         Raises:
-            DataError: none were given, and the trainer has not evaluated yet; or fewer than two are left.
+            DataError: none were given, and the trainer has not evaluated yet; rows that can be read once, by the trainer; rows that are no
+                mappings; or fewer than two are left.
         """
-        rows = self.eval_dataset if self.eval_dataset is not None else getattr(_caller(Trainer), "eval_dataset", None)
-        if rows is None:
-            rows = getattr(self._loaders.get("eval_dataloader"), "dataset", None)
         if isinstance(rows, Mapping):
             raise DataError(f"SmallestAdapter: {len(rows)} held-out sets ({', '.join(rows)}); give one of them")
-        found = [] if rows is None else _first(rows, self.max_examples or MOST)
+        is_own = rows is not None and rows is not _evaluated_rows(self._loaders)
+        count = self.max_examples or MOST
+        found = list(islice(iter(rows), count)) if is_own and not _can_be_read(rows) else _first(rows, count)
         if len(found) < 2:
             raise DataError(
-                "SmallestAdapter has no held-out rows: give the trainer an eval_dataset, or SmallestAdapter one"
+                "SmallestAdapter has no held-out rows that can be read twice: give the trainer an eval_dataset with a length, or "
+                "SmallestAdapter one"
             )
-        train = self._loaders["train_dataloader"].dataset
-        seen = {_content(row) for row in _first(train, COMPARED_ROWS)} if hasattr(train, "__len__") else set()
-        unseen = [row for row in found if _content(row) not in seen]
+        columns = _columns(self._loaders["train_dataloader"].dataset)
+        train = _first(self._loaders["train_dataloader"].dataset, COMPARED_ROWS)
+        if odd := next((row for row in [*found, *train[:1]] if not isinstance(row, Mapping)), None):
+            raise DataError(
+                f"SmallestAdapter: a row is a {type(odd).__name__}; give rows that are mappings, with input_ids and labels"
+            )
+        seen = {_content(row, columns) for row in train}
+        unseen = [row for row in found if _content(row, columns) not in seen]
         if len(unseen) < len(found):
             self._shared = (
                 f"{len(found) - len(unseen)} of {len(found)} held-out rows are in the training set; they are left out"
@@ -196,22 +214,27 @@ class SmallestAdapter(TrainerCallback):
         loader = self._loaders["train_dataloader"]
         try:
             batch = _batches(self._held_out[:2], loader, 2)[0]
+            labelled = (examples_in(part) for part in _batches(self._held_out, loader, 8))
+            enough = any(count >= 2 for count in accumulate(labelled))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise DataError(
                 f"SmallestAdapter: the trainer's collator does not take the held-out rows ({first_line(error)}); give "
                 "trainer.eval_dataset, which the trainer has tokenized"
             ) from None
         beta = _beta(args, batch)
-        if is_partitioned(model):
-            return  # its passes begin in DeepSpeed's engine; a fresh process measures
-        found = batch_scores(model, batch, beta)
-        if self.metric == "accuracy" and found.correct is None:
+        # The passes of ZeRO-3 begin in DeepSpeed's engine; a fresh process measures.
+        found = None if is_partitioned(model) else batch_scores(model, batch, beta)
+        if not enough:
+            raise DataError("SmallestAdapter: fewer than two held-out rows have a label; give rows with labels")
+        if self.metric == "accuracy" and found is not None and found.correct is None:
             raise SettingsError("metric 'accuracy': only a classifier's rows are right or wrong; leave the metric out")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keep the last step's weights where the trainer ends with the best."""
-        if self._is_training and args.load_best_model_at_end and state.global_step >= state.max_steps:
-            self._keep_weights(kwargs["model"], state.global_step, self._evaluated)
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the last weights where the trainer ends with the best: whatever stops a training ends an epoch first."""
+        if self._is_training and args.load_best_model_at_end:
+            self._keep_weights(kwargs["model"], state.global_step, None)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the weights of the checkpoint that the trainer does not end with; add a point to `curve`, where that was asked for."""
@@ -220,7 +243,7 @@ class SmallestAdapter(TrainerCallback):
         metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
         value = kwargs.get("metrics", {}).get(f"eval_{metric}")
         if value is not None:
-            self._evaluated, known = value, None if self._other is None else self._other.value
+            self._evaluated, known = (state.global_step, value), None if self._other is None else self._other.value
             sign = -1 if args.greater_is_better else 1
             if args.load_best_model_at_end or known is None or sign * value < sign * known:
                 self._keep_weights(kwargs["model"], state.global_step, value)
@@ -281,7 +304,7 @@ class SmallestAdapter(TrainerCallback):
         self._report(args, state, control, {"rightrank/rank": answer.rank} | bound)
         for note in [*training.notes, *answer.notes, *self.result.notes]:
             log.warning("rightrank: %s", note)
-        log.warning("%s %s", next_training(answer, training.base)[0], training.cost_sentence(self.result))
+        log.warning("%s %s", next_training(answer, training)[0], training.cost_sentence(self.result))
         log.warning("%s %s", answer.sentence, out / "adapter")
 
     def _keep_weights(self, model: Any, step: int, value: float | None) -> None:
@@ -311,7 +334,10 @@ class SmallestAdapter(TrainerCallback):
         step = state.best_global_step if ends_with == "best" else state.global_step
         best = state.best_metric if ends_with == "best" else other.value if other else None
         is_comparable = (args.metric_for_best_model or "loss").removeprefix("eval_") == self.metric
-        last = self._evaluated
+        asked = copy.copy(args)
+        asked.max_steps = state.max_steps  # also where epochs were asked for
+        command, notes = command_of(live, asked)
+        last = self._evaluated[1] if self._evaluated and self._evaluated[0] == state.global_step else None
         return Training(
             seconds=time.monotonic() - self._started,
             peak_bytes=peak_so_far(),
@@ -319,7 +345,8 @@ class SmallestAdapter(TrainerCallback):
             base=base_name(live.model, live.name),
             metric=self.metric,
             curve=self.curve,
-            notes=[self._shared] if self._shared else [],
+            notes=[*([self._shared] if self._shared else []), *notes],
+            command=command,
             fall=abs(best - last) if is_comparable and best is not None and last is not None else None,
         )
 
@@ -328,7 +355,7 @@ class SmallestAdapter(TrainerCallback):
         size = min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
         steps = state.global_step - self._first_step
         trained = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        with as_it_came(model, name):  # a collator may draw random numbers
+        with as_it_came(model, name, loader.dataset, loader.collate_fn):  # which may draw random numbers
             train_rows = _first(loader.dataset, MOMENT_TOKENS)
             # In evaluation mode no activation is recomputed, so a row at a time stays below the memory of checkpointed training.
             train = _batches(train_rows[: 64 * size], loader, 1 if args.gradient_checkpointing else size)
@@ -344,7 +371,10 @@ class SmallestAdapter(TrainerCallback):
                 rows = rows[: max(FEWEST, int((MAX_SHARE * tokens - moment_tokens) * (1 + upper) / cost))]
             held_out = _batches(rows, loader, size)
         beta = _beta(args, held_out[0])
-        return LiveAdapter(model, held_out, train, self.margin, self.ranks, name, self.metric, beta, moment_tokens)
+        write = getattr(self._loaders.get("processing_class"), "save_pretrained", None)
+        return LiveAdapter(
+            model, held_out, train, self.margin, self.ranks, name, self.metric, beta, moment_tokens, write
+        )
 
     def _report(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, values: dict[str, float]
@@ -447,12 +477,14 @@ def keep_smallest(
         ModelError: an adapter that cannot be truncated.
         RunError: `out` cannot be written.
     """
-    name = trained_adapter(model)
-    with as_it_came(model, name):  # a loader draws its order from the random state
+    settings = checked(margin, None, metric)
+    name, margin = require_end(model), settings.margin
+    with as_it_came(model, name, held_out, train):  # a loader draws its order from the random state
         live = LiveAdapter(model, list(held_out), list(islice(train, MOMENT_BATCHES)), margin, name=name, metric=metric)
     if not live.held_out:
         raise DataError("there are no held-out batches; give some hundred examples that the training did not see")
-    training = Training(seconds, peak_so_far(), "last", base_name(model, name), metric)
+    command, notes = command_of(live, None)
+    training = Training(seconds, peak_so_far(), "last", base_name(model, name), metric, notes=notes, command=command)
     _keep(live, Path(out), training)
     log.warning("rightrank: measuring truncations; to measure again: %s", _command_to_measure(Path(out)))
     found, _ = _measured(live, Path(out), training)
@@ -492,27 +524,92 @@ def _beta(args: TrainingArguments, batch: Batch) -> float:
     return float(given.beta)
 
 
-def _first(rows: Any, count: int) -> list[Mapping[str, Any]]:
+def checked(
+    margin: float | None, ranks: Sequence[int] | int | None, metric: str, checkpoint: str | None = None
+) -> SelectSettings:
+    """The settings of an end, those that are None as by default.
+
+    Raises:
+        SettingsError: a value that is not allowed.
+    """
+    if metric not in ("loss", "accuracy"):
+        raise SettingsError(f"metric {metric!r}: the end of a training is measured by loss or accuracy")
+    given = {"margin": margin, "ranks": ranks, "checkpoint": checkpoint}
+    return SelectSettings(metric=metric, **{name: value for name, value in given.items() if value is not None})
+
+
+def command_of(live: LiveAdapter, args: TrainingArguments | None) -> tuple[str, list[str]]:
+    """`(the select command with the settings of this training, a note on what it does not say)`."""
+    lengths = [batch["input_ids"].shape[1] for batch in (*live.train, *live.held_out) if "input_ids" in batch]
+    further: dict[str, Any] = {"seq_len": max(lengths)} if lengths and not getattr(args, "max_length", None) else {}
+    further |= {"margin": live.margin} if live.margin is not None else {}
+    if args is not None:
+        further["gradient_accumulation_steps"] = args.gradient_accumulation_steps * args.world_size
+    config = live.model.peft_config[live.name]
+    command, unsaid = command_of_configs(base_name(live.model, live.name), config, args, **further)
+    unsaid += [] if args is not None else ["the learning rate", "the steps", "the batch size of your loop"]
+    return command, [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
+
+
+def _evaluated_rows(loaders: Mapping[str, Any]) -> Any:
+    """The held-out rows of the trainer itself, None where it has none."""
+    rows = getattr(_caller(Trainer), "eval_dataset", None)
+    return getattr(loaders.get("eval_dataloader"), "dataset", None) if rows is None else rows
+
+
+def _can_be_read(rows: Any) -> bool:
+    """Whether rows can be read without taking them from who reads them next: by number, or by an iterable of `datasets`."""
+    has_numbers = hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
+    return has_numbers or type(rows).__module__.partition(".")[0] == "datasets"
+
+
+def _first(rows: Any, count: int) -> list[Any]:
+    """The first rows; none where they can't be read again."""
     if hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
         return [rows[index] for index in range(min(len(rows), count))]
-    return list(islice(iter(rows), count))
+    return list(islice(iter(rows), count)) if _can_be_read(rows) else []
 
 
-def _content(row: Mapping[str, Any]) -> int:
-    """A hash of what makes two rows the same example: their token ids."""
-    names = sorted(key for key in row if key.endswith("_ids") and key not in ("token_type_ids", "position_ids"))
-    values = [row[name] for name in names] or [str(row[name]) for name in sorted(row)]
-    return hash(tuple(tuple(one.tolist() if hasattr(one, "tolist") else one) for one in values))
+def _columns(train: Any) -> frozenset[str]:
+    """The columns that reach the collator in training; empty where they are not known."""
+    return frozenset(next((row for row in _first(train, 1) if isinstance(row, Mapping)), ()))
+
+
+def _content(row: Mapping[str, Any], columns: frozenset[str]) -> bytes:
+    """A hash of what makes two rows the same example: all bytes of its inputs."""
+    names = [name for name in sorted(row) if not columns or name in columns]
+    digest = hashlib.blake2b(digest_size=16)
+    for name in [one for one in names if not NOT_CONTENT.search(one)] or names:
+        digest.update(name.encode())
+        for part in _parts(row[name]):
+            digest.update(part)
+    return digest.digest()
+
+
+def _parts(value: Any) -> Iterator[bytes]:
+    """Every byte of a value: of numbers in lists, arrays, tensors and images alike, of mappings and lists of these, else its text."""
+    if isinstance(value, Mapping):
+        value = [part for name in sorted(value) for part in (name, value[name])]
+    is_nested = isinstance(value, list | tuple) and not all(isinstance(part, int | float) for part in value)
+    if is_nested:
+        for part in value:
+            yield from _parts(part)
+        return
+    array = np.asarray(value.detach().cpu().double() if isinstance(value, torch.Tensor) else value)
+    if array.dtype.kind in "biuf":
+        yield from (str(array.shape).encode(), array.astype(np.float64).tobytes())
+    else:
+        yield repr(value).encode()
 
 
 def _tokens(batches: Sequence[Batch]) -> int:
-    return sum(batch["input_ids"].numel() for batch in batches)
+    return sum(map(positions, batches))
 
 
 def _batches(rows: Sequence[Mapping[str, Any]], loader: Any, size: int) -> list[Batch]:
     """Batches by the trainer's own collator, in the order of the rows."""
-    columns = set(next(iter(_first(loader.dataset, 1)), ()))  # those that reach the collator in training
-    kept = [{key: value for key, value in row.items() if key in columns} for row in rows]
+    columns = _columns(loader.dataset)
+    kept = [{key: value for key, value in row.items() if not columns or key in columns} for row in rows]
     return [loader.collate_fn(kept[start : start + size]) for start in range(0, len(kept), size)]
 
 

@@ -35,21 +35,27 @@ from torch.distributed.tensor import DTensor
 from rightrank.data.files import UnreadableError, creating, read_json_object, replacing_folder, write_text
 from rightrank.models.kinds import MAGNITUDE, stored_kind
 from rightrank.models.kinds.base import AdapterKind, Layout, StoredPair
-from rightrank.models.places import BASE_FILE, CLASSIFIER_FILE, CONFIG_FILE, read_header, require_adapter_folder
+from rightrank.models.places import (
+    BASE_FILE,
+    CLASSIFIER_FILE,
+    CONFIG_FILE,
+    MLX_FILE,
+    WEIGHTS_FILE,
+    read_config,
+    read_header,
+    require_adapter_folder,
+)
 from rightrank.models.ranks import exact_pattern, lora_scaling, pattern_matches, pattern_value
 from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Floats
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 RANK = "ss_network_dim"  # of kohya, in the header
-MLX_FILE = "adapters.safetensors"
 PREFIX = "base_model.model."  # of PEFT's keys
 FACTOR = re.compile(
     r"^(?P<module>.+)\.(?:lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?"
     r"|lora[._](?P<name>down|up)\.weight)$"
 )
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
-MAX_CONFIG_BYTES = 16 * 2**20  # bytes
 # Adapters are trained in at most 32 bits. Values beyond these are damage, and their squares overflow 64 bits.
 MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
 # Options with which the adapter's update is not s·B·A.
@@ -58,7 +64,7 @@ FOREIGN_OPTIONS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "m
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "spiece.model", "chat_template.jinja",
+    "tokenizer.model", "spiece.model", "chat_template.jinja", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 BESIDE = (BASE_FILE, CLASSIFIER_FILE, *TOKENIZER_FILES)  # what an adapter of another rank keeps of a folder
 
@@ -77,12 +83,9 @@ def open_adapter(path: Path) -> AdapterFolder:
         _check_config(path / CONFIG_FILE, config)
     else:
         require_adapter_folder(path)
-        try:
-            config = read_json_object(path / CONFIG_FILE, MAX_CONFIG_BYTES)
-        except UnreadableError as error:
-            raise ModelError(f"{path / CONFIG_FILE}: not readable as JSON ({error}); save the adapter again") from None
+        config = read_config(path)
         _check_config(path / CONFIG_FILE, config)
-        shapes = _read_shapes(path)
+        shapes = read_header(path / WEIGHTS_FILE)[0]
     pairs = _factor_keys(path, shapes)
     modules = tuple(
         module
@@ -235,18 +238,6 @@ def _is_alpha(value: object) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return value == 0 or MIN_ALPHA <= abs(value) <= MAX_ALPHA
-
-
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    file = path / WEIGHTS_FILE
-    if not file.exists():
-        if (path / "adapter_model.bin").exists():
-            raise ModelError(
-                f"{path}: only pickled weights (adapter_model.bin), which can run code when read; convert them if you trust "
-                "the file: PeftModel.from_pretrained(base, folder).save_pretrained(folder, safe_serialization=True)"
-            )
-        raise ModelError(f"{path}: there is no {WEIGHTS_FILE}; save the adapter again with save_pretrained")
-    return read_header(file)[0]
 
 
 def _factor_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:

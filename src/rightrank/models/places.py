@@ -17,6 +17,9 @@ from rightrank.schema.errors import MissingExtraError, ModelError, did_you_mean,
 
 HUB_SECONDS = 10.0  # for the hub to answer
 CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MLX_FILE = "adapters.safetensors"
+MAX_CONFIG_BYTES = 16 * 2**20
 INDEX_FILE = "model.safetensors.index.json"
 BASE_FILE = "base.json"  # beside an adapter: what its base is known by
 CLASSIFIER_FILE = "classifier.json"  # beside it: the labels of a classifier
@@ -140,7 +143,7 @@ def _implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def require_adapter_folder(path: Path) -> None:
-    """Refuse a path that holds no adapter, before torch is imported; a file of weights is left to its reader.
+    """Refuse a path that holds no adapter, or pickled weights, before torch is imported; a file of weights is left to its reader.
 
     Raises:
         ModelError: the message names the adapter of a run folder, and the way to compare whole models.
@@ -149,12 +152,39 @@ def require_adapter_folder(path: Path) -> None:
         raise ModelError(f"{path}: no such folder; give an adapter folder, one that PEFT's save_pretrained wrote")
     if not path.is_dir() and path.suffix != ".safetensors":
         raise ModelError(f"{path}: a file; give the adapter's folder, the one that holds {CONFIG_FILE}")
-    if path.is_file() or (path / CONFIG_FILE).exists():
+    if path.is_file():
+        return
+    if (path / CONFIG_FILE).exists():
+        read_config(path)
+        _require_weights(path)
         return
     hint = "give a folder that PEFT's save_pretrained wrote"
     if (path / "config.json").exists():
         hint = "it is a whole model: compare two with --base A --finetuned B"
     raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {adapter_in(path) or hint}")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of an adapter folder.
+
+    Raises:
+        ModelError: not one JSON object.
+    """
+    try:
+        return read_json_object(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
+    except UnreadableError as error:
+        raise ModelError(f"{folder / CONFIG_FILE}: not readable as JSON ({error}); save the adapter again") from None
+
+
+def _require_weights(folder: Path) -> None:
+    if any((folder / name).exists() for name in (WEIGHTS_FILE, MLX_FILE)):
+        return
+    if (folder / "adapter_model.bin").exists():
+        raise ModelError(
+            f"{folder}: only pickled weights (adapter_model.bin), which can run code when read; convert them if you trust "
+            "the file: PeftModel.from_pretrained(base, folder).save_pretrained(folder, safe_serialization=True)"
+        )
+    raise ModelError(f"{folder}: there is no {WEIGHTS_FILE}; save the adapter again with save_pretrained")
 
 
 def adapter_in(folder: Path) -> str:

@@ -18,7 +18,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from rightrank.models.adapter_files import WEIGHTS_FILE, AdapterFolder, open_adapter
+from rightrank.models.adapter_files import AdapterFolder, open_adapter
+from rightrank.models.places import WEIGHTS_FILE
 from rightrank.models.ranks import exact_pattern, lora_scaling, max_module_rank, pattern_value
 from rightrank.schema.trials import Floats
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -24,6 +25,16 @@ def reproduce_command(settings: Mapping[str, Any]) -> str | None:
         if value is not None and value != row.default:
             arguments += _arguments_of(name, row, value)
     return shlex.join(["rightrank", "select", model, data, "--out", "run", *arguments])
+
+
+def set_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Settings that are not as by default, for a command that takes them by `--set` alone."""
+    rows = (
+        (name, replace(row, option=""), settings[name])
+        for name, row in SelectSettings.model_fields.items()
+        if name in settings
+    )
+    return [part for name, row, value in rows if value != row.default for part in _arguments_of(name, row, value)]
 
 
 def _arguments_of(name: str, row: Setting, value: Any) -> list[str]:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from rightrank.schema.command import reproduce_command
 from rightrank.schema.errors import SettingsError, quoted
 from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
 from rightrank.schema.table import is_list
@@ -31,11 +32,42 @@ def settings_of_configs(peft_config: Any = None, args: Any = None) -> dict[str, 
     Raises:
         SettingsError: a value that a selection cannot honour; the message names it.
     """
-    values = {} if peft_config is None else dict(_of_adapter(peft_config))
-    return values if args is None else values | dict(_of_training(args))
+    found, unsaid = _stated(peft_config, args)
+    if unsaid:
+        raise SettingsError(unsaid[0].message)
+    return found
 
 
-def _of_adapter(config: Any) -> Iterator[tuple[str, Any]]:
+def command_of_configs(model: str, peft_config: Any, args: Any = None, **further: Any) -> tuple[str, list[str]]:
+    """`(the select command with the settings that the two state, what it cannot say)`; `further` settings override theirs."""
+    found, refusals = _stated(peft_config, args)
+    values, unsaid = found | further, [refusal.value for refusal in refusals]
+    for name, value in list(values.items()):
+        try:
+            SelectSettings(**{name: value})
+        except SettingsError:
+            unsaid.append(f"{name}={quoted(values.pop(name))}")
+    settings = SelectSettings(**values)
+    stated = {"model": model or "MODEL", "data": "data.jsonl", **settings.model_dump(mode="json", include={*values})}
+    return reproduce_command(stated) or "", unsaid
+
+
+def _stated(peft_config: Any, args: Any) -> tuple[dict[str, Any], list[_Refusal]]:
+    stated = [] if peft_config is None else [*_of_adapter(peft_config)]
+    stated += [] if args is None else [*_of_training(args)]
+    found = dict(one for one in stated if not isinstance(one, _Refusal))
+    return found, [one for one in stated if isinstance(one, _Refusal)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A value that a selection cannot honour."""
+
+    value: str  # such as `optim='sgd'`
+    message: str
+
+
+def _of_adapter(config: Any) -> Iterator[tuple[str, Any] | _Refusal]:
     default = type(config)()
     for name, value in _fields(config):
         changed = value != getattr(default, name)
@@ -44,22 +76,20 @@ def _of_adapter(config: Any) -> Iterator[tuple[str, Any]]:
         if name == "use_rslora":
             yield "scaling", "alpha/sqrt(r)" if value else "alpha/r"
         elif name == "init_lora_weights":
-            if value not in (True, "gaussian"):
-                raise _refused("peft_config", name, value)
-            yield name, "default" if value is True else value
+            known = value is True or value == "gaussian"
+            default_name = "default" if value is True else value
+            yield (name, default_name) if known else _refused("peft_config", name, value)
         elif name == "target_modules" and isinstance(value, str) and value != "all-linear":
-            raise SettingsError(
-                f"peft_config: target_modules {quoted(value)} is a pattern; give a list of names or 'all-linear'"
-            )
+            yield _refused("peft_config", name, value, "is a pattern; give a list of names or 'all-linear'")
         elif name in SelectSettings.model_fields:
             yield name, _plain(name, value)
         elif changed and name in PEFT_OPTIONS:
             yield name, value
         elif changed:
-            raise _refused("peft_config", name, value)
+            yield _refused("peft_config", name, value)
 
 
-def _of_training(args: Any) -> Iterator[tuple[str, Any]]:
+def _of_training(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
     with warnings.catch_warnings(action="ignore"):  # of its own defaults
         default = type(args)(use_cpu=True, bf16=False)  # which every machine takes
     yield from _by_own_rules(args)
@@ -70,10 +100,10 @@ def _of_training(args: Any) -> Iterator[tuple[str, Any]]:
         if setting is not None:
             yield setting, _plain(setting, value)
         elif value != getattr(default, name):
-            raise _refused("args", name, value)
+            yield _refused("args", name, value)
 
 
-def _by_own_rules(args: Any) -> Iterator[tuple[str, Any]]:
+def _by_own_rules(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
     """The fields that say a setting in another unit, or several in one."""
     if args.max_steps > 0:
         yield "max_steps", args.max_steps
@@ -81,12 +111,11 @@ def _by_own_rules(args: Any) -> Iterator[tuple[str, Any]]:
         yield "num_train_epochs", args.num_train_epochs
     warmup = args.warmup_steps
     if warmup >= 1 and args.max_steps <= 0:
-        raise SettingsError(
-            f"args: warmup_steps {warmup:g} needs max_steps; give both, or a share of the steps below 1"
-        )
-    yield "warmup_ratio", warmup / args.max_steps if warmup >= 1 else float(warmup)
+        yield _refused("args", "warmup_steps", warmup, "needs max_steps; give both, or a share of the steps below 1")
+    else:
+        yield "warmup_ratio", warmup / args.max_steps if warmup >= 1 else float(warmup)
     if args.optim not in ("adamw_torch", "adamw_torch_fused"):
-        raise _refused("args", "optim", args.optim)
+        yield _refused("args", "optim", args.optim)
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if getattr(args, name):
             yield "dtype", dtype
@@ -110,5 +139,6 @@ def _plain(name: str, value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def _refused(where: str, name: str, value: Any) -> SettingsError:
-    return SettingsError(f"{where}: a selection cannot honour {name}={quoted(value)}; leave it out")
+def _refused(where: str, name: str, value: Any, why: str = "") -> _Refusal:
+    text = f"{name} {quoted(value)} {why}" if why else f"a selection cannot honour {name}={quoted(value)}; leave it out"
+    return _Refusal(f"{name}={quoted(value)}", f"{where}: {text}")
