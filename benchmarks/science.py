@@ -94,6 +94,7 @@ def coverage() -> str:
         "covers, one seed": "one seed (an indication): intervals over examples alone",
         "false acceptance, mean": "a rank worse than the margin is named",
         "false acceptance, worst world": "the same, in the worst kind of table",
+        "named at the margin, noisy seeds, worst": "a rank worse by exactly the margin is named, noisy seeds (5% allowed), worst kind",
         "within an octave, of all decided": "decided cases within a factor of two of the truth",
         "false indication, one seed": "one seed: a rank worse than the margin is indicated",
     }

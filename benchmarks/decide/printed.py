@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.decide.simulated import MARGIN, Floats, Shape
 from benchmarks.machine import machine
 from rightrank.decision.comparison import is_within, walk_down
-from rightrank.decision.evidence import Comparison, Evidence, compare
+from rightrank.decision.evidence import Comparison, Evidence, about_the_best, compare
 from rightrank.decision.seeds import winners_gap
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.decision.verdicts import shown_rank, verdict_of
@@ -73,8 +73,10 @@ class Before(Evidence):
 
     @cached_property
     def reference_gap(self) -> float:
-        means = np.array([self.contenders[rank].fair_loss for rank in sorted(self.contenders)])
-        return winners_gap(means, self.covariance)
+        contenders = list(self.contenders.values())
+        means = np.array([contender.fair_loss for contender in contenders])
+        variances = [0.0 if one is self.reference else self.difference(one).variance for one in contenders]
+        return winners_gap(means, about_the_best(variances))
 
 
 def true_losses(design: Design, generator: np.random.Generator) -> Floats:

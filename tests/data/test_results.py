@@ -70,6 +70,18 @@ def test_a_metric_of_any_known_name_is_found_and_never_a_training_one(tmp_path: 
     assert (decided.decision.metric, decided.decision.rank) == ("BLEU", 4)
 
 
+@pytest.mark.parametrize("loss", ["metrics.loss", "metrics/loss", "summary.loss", "loss"])
+@pytest.mark.parametrize("beside", ["train_loss", "metrics.train_loss", "train/loss", "train_runtime", "grad_norm"])
+def test_a_loss_that_may_be_of_the_training_is_asked_for(loss: str, beside: str) -> None:
+    rows = [{"rank": rank, loss: 1.0 / rank, beside: 2.0 / rank} for rank in (1, 4, 16)]
+    with pytest.raises(ResultsError, match=f"{loss} may be the loss of the training.*--metric {loss}"):
+        decide(rows)
+    assert decide(rows, metric=loss, margin=0.01).decision.reference_rank == 16
+    held_out = [{**row, "eval_loss": 1.0 + 0.1 * row["rank"]} for row in rows]
+    decided = decide(held_out, margin=0.01).decision
+    assert (decided.metric, decided.reference_rank, decided.flags) == ("eval_loss", 1, ["underpowered", "one_seed"])
+
+
 def test_a_column_is_named_by_hand(tmp_path: Path) -> None:
     path = write(tmp_path, "groesse,guete\n1,2.3\n4,2.001\n16,2.0\n")
     assert (

@@ -20,7 +20,7 @@ from rightrank.decision.adapter import (
 from rightrank.decision.adapter import (
     test_difference as difference_on_test,
 )
-from rightrank.decision.comparison import bounds_of, estimate
+from rightrank.decision.comparison import INDEPENDENT, bounds_of, estimate
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.trials import EvalPoint, TrialDiverged, TrialFinished
@@ -271,11 +271,14 @@ def test_no_answer_before_a_training_is_truncated() -> None:
 def test_notes_offer_a_direct_training_and_name_a_top_that_overfits() -> None:
     low = answer(TOP, trial("a", 8, 0.001, parent="top"), trial("b", 4, 0.05, parent="top"))
     search = "the search for the training rank (--goal training-rank, the default) tries it."
-    assert low.notes == [f"At rank 4 a direct training can beat a truncation; {search}"]
+    assert low.notes == [f"At rank 4 a direct training can beat a truncation; {search}", INDEPENDENT]
     better = answer(TOP, trial("a", 32, -0.001, parent="top"), trial("b", 16, -0.03, parent="top"))
     assert better.notes == [
-        "Rank 16 is better than rank 64 by 0.03: the top rank overfits; train again with --ranks up to 16, or fewer steps."
+        "Rank 16 is better than rank 64 by 0.03: the top rank overfits; train again with --ranks up to 16, or fewer steps.",
+        INDEPENDENT,
     ]
+    alike = answer(TOP, trial("a", 16, -1e-5, parent="top"))
+    assert alike.notes == [INDEPENDENT]
 
 
 @pytest.mark.parametrize("metric_points", [True, False])
@@ -291,9 +294,9 @@ def test_the_best_step_is_named_from_points_of_the_metric_alone(metric_points: b
     told = "The held-out value of rank 64 was best at step 10 of 100: train again with --max-steps 10, or with --checkpoint best."
     assert (told in notes) is metric_points
     steady = [*points[:2], EvalPoint(step=40, value=1.995, train_value=None)]
-    assert answer(top.model_copy(update={"points": steady}), small, criterion=criterion).notes == []
+    assert answer(top.model_copy(update={"points": steady}), small, criterion=criterion).notes == [INDEPENDENT]
     kept = answer(top.model_copy(update={"kept_step": 10}), small, criterion=criterion).notes
-    assert kept == ["The best checkpoint of rank 64 is used: step 10 of 100."]
+    assert kept == ["The best checkpoint of rank 64 is used: step 10 of 100.", INDEPENDENT]
 
 
 TRUNCATED = trial("cut", 16, 0.002, parent="top")

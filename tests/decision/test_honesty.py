@@ -85,7 +85,7 @@ def without(table: ScoreTable, *cells: tuple[int, int]) -> ScoreTable:
 
 
 def test_ranks_that_the_answer_does_not_rest_on_may_have_one_seed() -> None:
-    table = scored(SATURATED, seeds=(0, 1), noise=0.004)
+    table = scored(SATURATED, seeds=(0, 1), noise=0.001)
     assert decide(without(table, (1, 1)), 0.01).confidence == 0.95
     for rank in (4, 16, 64):  # the next lower rank, the answer, the reference
         decision = decide(without(table, (rank, 1)), 0.01)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from benchmarks.decide.printed import SHAPES, Design, study
 
-from rightrank.decision.evidence import ALIKE, Evidence
+from rightrank.decision.evidence import ALIKE, Evidence, about_the_best
 from rightrank.decision.seeds import winners_gap
 from tests.decision.tables import bare, scored
 
@@ -24,7 +25,7 @@ def test_printed_bounds_hold_after_a_search_at_every_noise_of_seeds() -> None:
         for name in ("lower", "upper", "decided")
     )
     assert lower["after"] >= 0.94
-    assert lower["before"] <= lower["after"] - 0.015
+    assert lower["before"] <= lower["after"] - 0.005
     assert upper["after"] >= 0.96
     assert decided["before"] - 0.03 <= decided["after"] <= decided["before"]
 
@@ -33,8 +34,9 @@ def test_ranks_that_cannot_be_told_from_the_best_are_taken_to_be_as_good() -> No
     """The gap is at least that of the means as shown, and nothing where the best is clear."""
     three = Evidence(bare({4: 2.1, 16: 2.05, 64: 2.0}, std=0.05))
     means = np.array([three.contenders[rank].fair_loss for rank in sorted(three.contenders)])
-    assert three.reference_gap > 1.3 * winners_gap(means, three.covariance)
-    assert three.reference_gap == winners_gap(np.zeros(3), three.covariance)
+    covariance = about_the_best([0.0, 2 * 0.05**2, 2 * 0.05**2])
+    assert three.reference_gap > 1.3 * winners_gap(means[::-1], covariance)
+    assert three.reference_gap == pytest.approx(winners_gap(np.zeros(3), covariance))
     clear = Evidence(scored({1: 2.3, 4: 2.2, 16: 2.1, 64: 2.0}))
     assert clear.reference_gap < 1e-4
     apart, alike = (Evidence(bare({4: 2.1, 16: 2.0}, std=0.1 / (ALIKE * far * 2**0.5))) for far in (1.01, 0.99))

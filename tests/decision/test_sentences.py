@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rightrank.decision.comparison import INDEPENDENT
 from rightrank.decision.rule import decide
 from rightrank.decision.sentences import chance, number
 from rightrank.schema.decision import Decision
@@ -57,7 +58,7 @@ def test_no_rank_at_the_confidence_names_the_likeliest() -> None:
 def test_an_open_answer_names_what_is_shown_and_the_rank_that_leaves_it_open(
     losses: dict[int, float], shown: str
 ) -> None:
-    found = answer(losses, 0.02, items=100, seeds=(0, 1), noise=0.03)
+    found = answer(losses, 0.02, items=100, seeds=(0, 1), noise=0.015)
     assert found.sentence.startswith(f"Undecided: {shown} is inconclusive at ")
     assert found.fallback_rank == (8 if "rank 8 is within" in shown else None)
 
@@ -69,7 +70,9 @@ def test_what_the_noise_over_seeds_was_measured_on() -> None:
         cells = {
             (rank, lr, seed): cell for (rank, lr, seed), cell in table.cells.items() if (rank, seed) not in dropped
         }
-        return decide(type(table)(table.metric, False, cells, {}, table.kind), 0.02).basis_note
+        said = decide(type(table)(table.metric, False, cells, {}, table.kind), 0.02).basis_note
+        assert said.endswith(f" {INDEPENDENT}")
+        return said.removesuffix(f" {INDEPENDENT}")
 
     moderated = "moderated by what its variation between examples leads to expect."
     start = "Intervals cover other held-out examples and other seeds. "

@@ -191,7 +191,7 @@ def _sentence(a: str, b: str, worst: MetricComparison, count: int) -> str:
     left_out = f" ({worst.left_out} more have no label within the maximum length)" if worst.left_out else ""
     figures = (
         f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds {worst.difference_low:+.3g} to "
-        f"{worst.difference_high:+.3g}) on {worst.examples} examples{left_out}, margin {worst.margin:g}"
+        f"{worst.difference_high:+.3g}) on {worst.examples} examples, taken as independent{left_out}, margin {worst.margin:g}"
     )
     among = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."
     if worst.verdict != "cannot_tell":

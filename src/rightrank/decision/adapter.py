@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rightrank.decision.comparison import Estimate, bounds_of, estimate, is_within, span_of
+from rightrank.decision.comparison import INDEPENDENT, Estimate, bounds_of, estimate, is_within, span_of
 from rightrank.decision.evidence import Unit
 from rightrank.decision.table import Cell, best_point, estimate_of_pairs, table_of
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterOrigin
@@ -319,8 +319,8 @@ def _notes(
             f"At rank {max(failing)} a direct training can beat a truncation; the search for the training rank "
             f"{SEARCH} tries it."
         )
-    quarter = [one for one in candidates if one.rank <= top.trial.rank / 4 and (one.difference_high or 0.0) < 0]
-    if quarter:
+    better = [one for one in candidates if (one.difference_high or 0.0) < 0 and -one.difference > against.margin]
+    if quarter := [one for one in better if one.rank <= top.trial.rank / 4]:
         notes.append(
             f"Rank {quarter[0].rank} is better than rank {top.trial.rank} by {-quarter[0].difference:.2g}: the top rank "
             f"overfits; train again with --ranks up to {max(one.rank for one in quarter)}, or fewer steps."
@@ -336,7 +336,7 @@ def _notes(
             f"The held-out value of rank {top.trial.rank} was best at step {best.step} of {top.trial.steps}: train again with "
             f"--max-steps {best.step}, or with --checkpoint best."
         )
-    return notes
+    return [*notes, *[INDEPENDENT] * bool(top.cell.examples)]
 
 
 def probable_ranks(answer: AdapterAnswer) -> tuple[int, int]:

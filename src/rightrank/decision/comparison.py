@@ -17,8 +17,8 @@ The model of one score (or of one paired difference) x of seed s and example i i
     x_si = w_i (θ + seed_s) + example_i + interaction_si
 
 with random seeds and examples. The mean's variance is V = V_examples + V_seeds - V_interaction: each of the first two
-contains the interaction, so it is subtracted once. Degrees of freedom follow Satterthwaite (1946). The skewness of the
-examples shifts the quantiles as in Hall (1992, "On the removal of skewness by transformation"). A two-way bootstrap (Owen
+contains the interaction, so it is subtracted once. Each part is taken at the quantile of its own degrees of freedom. The skewness of
+the examples shifts the quantiles as in Hall (1992, "On the removal of skewness by transformation"). A two-way bootstrap (Owen
 2007) covers about as well at thirty to a hundred times the cost; `benchmarks/decide` compares both.
 
 Where nothing but two files is compared (`estimate_of_files`), the degrees follow the kurtosis of the examples, and skewness widens a
@@ -44,6 +44,9 @@ from rightrank.schema.trials import Floats
 CONFIDENCE = 0.95  # of each bound
 TWO_SIDED = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2  # the quantiles of a two-sided interval
 POWER = 0.8  # with which a planned run settles a comparison
+INDEPENDENT = (
+    "Bounds take examples as independent: where several are of one document, prompt or user, they are too narrow."
+)
 TIE = 1e-9  # of the margin: a difference that exceeds it by rounding alone is within it
 MAX_EXAMPLE_GROWTH = 64
 MAX_SEEDS = 32
@@ -184,7 +187,7 @@ class Estimate:
 
     def bound(self, confidence: float) -> float:
         """The one-sided confidence bound of the true mean: an upper one above one half, a lower one below it."""
-        reach, shift = t_quantile(self.degrees, confidence), 0.0
+        reach, shift = self._reach(confidence), 0.0
         if self.examples > 1 and self.variance > 0:
             # the distribution over seeds is taken as symmetric
             share = float((self.examples_variance / self.variance) ** 1.5)
@@ -193,6 +196,18 @@ class Estimate:
         if self.kurtosis is not None and shift * reach < 0:
             shift = 0.0
         return self.mean + self.standard_error * (reach + shift)
+
+    def _reach(self, confidence: float) -> float:
+        """Standard errors to the bound: each part of the variance at the quantile of its own degrees of freedom.
+
+        Satterthwaite's degrees are those of examples where two seeds came out alike by chance, and the bound would then be too near.
+        """
+        if self.seeds_degrees <= 0 or self.variance <= 0:
+            return t_quantile(self.degrees, confidence)
+        of_seeds = t_quantile(self.seeds_degrees, confidence)
+        of_examples = t_quantile(self.examples - 1, confidence) if self.examples > 1 else 0.0
+        share = min(1.0, self.seeds_variance / self.variance)
+        return math.copysign(math.sqrt(share * of_seeds**2 + (1 - share) * of_examples**2), of_seeds)
 
     def with_seeds(self, variance: float, degrees: float) -> Estimate:
         """The same mean with another seed variance, such as a pooled or a published one."""

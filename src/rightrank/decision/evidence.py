@@ -15,14 +15,23 @@ out the noise over seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import permutations
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, Bounds, Estimate, descending, estimate, is_within, walk_down
+from rightrank.decision.comparison import (
+    CONFIDENCE,
+    MAX_DEGREES,
+    Bounds,
+    Estimate,
+    descending,
+    estimate,
+    is_within,
+    walk_down,
+)
 from rightrank.decision.seeds import (
     MIN_EXAMPLES,
     PairNoise,
@@ -108,31 +117,49 @@ class Evidence:
         return self.basis in ("items and seeds", "items")
 
     @cached_property
-    def noise(self) -> _SeedNoise:
-        """Of the ranks' own means, and of differences from the base, which has no seed."""
+    def scatter(self) -> float:
+        """The variance of a training about the curve, where bare values are all there is; else 0."""
+        return _curve_scatter(list(self._bare.values())) ** 2 if self.basis == "values" else 0.0
+
+    def noise(self, rank: int) -> _SeedNoise:
+        """Of the rank's own mean, and of its difference from the base, which has no seed: from the ranks at least as good as it."""
         if self.basis in ("items and seeds", "seeds"):
-            return measured_noise(list(self._bare.values()))
-        scatter = _curve_scatter(list(self._bare.values())) ** 2 if self.basis == "values" else 0.0
-        return _SeedNoise(0.0, 0.0, scatter, 0.0)
+            return measured_noise(self._at_least_as_good(rank, lambda one: len(one.cells) > 1))
+        return _SeedNoise(0.0, 0.0, self.scatter, 0.0)
 
     @cached_property
-    def prior(self) -> Prior | None:
-        """The seed noise that is expected of a difference between ranks; None where no two seeds were compared."""
-        best = min(self._bare.values(), key=lambda contender: (contender.fair_loss, contender.rank))
-        pairs = [_noise_of(paired_cells(found, best)) for found in self._bare.values() if found.rank != best.rank]
-        return prior_of(pairs, self.table.kind, has_examples=self.has_examples)
+    def _ordered(self) -> list[Contender]:
+        """The best first."""
+        return sorted(self._bare.values(), key=lambda contender: (contender.fair_loss, contender.rank))
+
+    def _at_least_as_good(self, rank: int, measures: Callable[[Contender], bool]) -> list[Contender]:
+        """The ranks up to this one, the best first; where none of them `measures` the noise over seeds, up to the first that does."""
+        place = self._ordered.index(self._bare[rank]) + 1
+        up_to_first = next((number for number, one in enumerate(self._ordered, 1) if measures(one)), place)
+        return self._ordered[: max(place, up_to_first)]
 
     @cached_property
-    def covariance(self) -> Floats:
-        """[ranks, ranks] covariance of the noise of the ranks' means, without the part that all ranks share."""
-        contenders = [self.contenders[rank] for rank in sorted(self.contenders)]
-        examples = _examples_part([list(contender.cells.values()) for contender in contenders])
-        if self.is_point_reading:
-            stated = [self._stated(contender) for contender in contenders]
-            return np.diag([self.noise.individual if given is None else given for given in stated]) + examples
-        found = [0.0 if c is self.reference else self.difference(c).seeds_variance for c in contenders]
-        covariance: Floats = _about_the_best(found) + examples
-        return covariance
+    def _pairs(self) -> dict[int, PairNoise]:
+        """The noise of each rank's difference from the best."""
+        best = self._ordered[0]
+        return {one.rank: _noise_of(paired_cells(one, best)) for one in self._ordered[1:]}
+
+    @cached_property
+    def measures_seeds(self) -> bool:
+        """Whether any two ranks were compared on two seeds."""
+        return any(pair.degrees > 0 for pair in self._pairs.values())
+
+    def prior(self, rank: int, *, own: bool = False) -> Prior | None:
+        """The seed noise that is expected of the rank's differences; None where no two seeds were compared.
+
+        That of its difference from the best is left out, unless `own`: the expectation is then of another difference.
+        """
+        if not self.measures_seeds:
+            return None
+        pairs = self._pairs
+        known = self._at_least_as_good(rank, lambda one: one.rank in pairs and pairs[one.rank].degrees > 0)
+        others = [pairs[one.rank] for one in known if one.rank in pairs and (own or one.rank != rank)]
+        return prior_of(others, self.table.kind, has_examples=self.has_examples)
 
     @cached_property
     def reference_gap(self) -> float:
@@ -140,17 +167,20 @@ class Evidence:
 
         The test of "enough" is conservative by this amount. It is taken out before a rank is called not enough. Shown means are more spread
         than the true ones, and so the gap at them is too small: ranks within `ALIKE` standard errors of the best are taken to be as good as
-        it (the recentring of Hansen 2005, "A Test for Superior Predictive Ability", JBES 23). benchmarks/decide/printed.py measures what
-        this leaves of the error.
+        it (the recentring of Hansen 2005, "A Test for Superior Predictive Ability", JBES 23), and the others out of the race. The reference's
+        own noise is at most that of its quietest difference, so a noisy rank counts as one no noisier than the better ranks.
+        benchmarks/decide/printed.py measures what this leaves of the error.
         """
-        contenders = [self.contenders[rank] for rank in sorted(self.contenders)]
-        found = [self.difference(contender) for contender in contenders]
-        means = np.array([contender.fair_loss for contender in contenders]) - self.reference.fair_loss
-        means[means <= ALIKE * np.array([estimate.standard_error for estimate in found])] = 0.0
-        others = [
-            one.degrees for one, contender in zip(found, contenders, strict=True) if contender is not self.reference
-        ]
-        return winners_gap(means, self.covariance, float(np.median(others)))
+        error, rivals, degrees = math.inf, [0.0], [MAX_DEGREES]
+        for contender in sorted(self.contenders.values(), key=lambda one: (one.fair_loss, one.rank)):
+            if not differences(paired_cells(contender, self.reference)).any():
+                continue  # itself, or one with the same scores
+            found = self.difference(contender)
+            error = min(error, found.standard_error)
+            if contender.fair_loss - self.reference.fair_loss <= ALIKE * error:
+                rivals.append(error**2)
+                degrees.append(found.degrees)
+        return winners_gap(np.zeros(len(rivals)), about_the_best(rivals), float(np.median(degrees[1:] or degrees)))
 
     def is_at_edge(self, rank: int) -> bool:
         """Whether the rank's best learning rate is the lowest or the highest of several that were tried."""
@@ -166,7 +196,7 @@ class Evidence:
         stated = self._stated(contender)
         if stated is not None:
             return found.with_seeds(stated, 0.0)
-        variance, degrees = self.noise.of_mean(len(contender.cells))
+        variance, degrees = self.noise(contender.rank).of_mean(len(contender.cells))
         return found.with_seeds(max(variance, found.interaction_variance), degrees)
 
     def difference(self, contender: Contender, reference: Contender | None = None) -> Estimate:
@@ -178,11 +208,11 @@ class Evidence:
         if all(variance is not None for variance in stated):
             return found.with_seeds(sum(variance for variance in stated if variance is not None), 0.0)
         if contender.rank == 0 or against.rank == 0:
-            variance, degrees = self.noise.of_mean(len(pairs))
+            variance, degrees = self.noise(max(contender.rank, against.rank)).of_mean(len(pairs))
         elif self.is_point_reading:
-            variance, degrees = 2 * self.noise.individual, 0.0
+            variance, degrees = 2 * self.scatter, 0.0
         else:
-            variance, degrees = _seeds_part(pairs, self.prior)
+            variance, degrees = _seeds_part(pairs, self.prior(contender.rank))
         return found.with_seeds(max(variance, found.interaction_variance), degrees)
 
     def expected(self, contender: Contender, seeds: int) -> Estimate:
@@ -257,10 +287,11 @@ class Evidence:
         columns = {lr: list(cells.values()) for lr, cells in by_seed.items()}
         means = np.array(adjusted_means([losses_by_seed(cells) for cells in by_seed.values()]))
         if self.is_point_reading:
-            seeds = np.diag([self.noise.individual] * len(columns))
+            seeds = np.diag([self.scatter] * len(columns))
         else:
+            prior = self.prior(rank, own=True)
             pairs = {lr: of_shared_seeds(by_seed[lr], contender.cells) for lr in columns if lr != best}
-            seeds = _about_the_best([_seeds_part(pairs[lr], self.prior)[0] if pairs.get(lr) else 0.0 for lr in columns])
+            seeds = about_the_best([_seeds_part(pairs[lr], prior)[0] if pairs.get(lr) else 0.0 for lr in columns])
         return winners_gap(means, seeds + _examples_part(list(columns.values())))
 
 
@@ -309,7 +340,7 @@ def _seeds_part(pairs: list[Pair], prior: Prior | None) -> tuple[float, float]:
     return variance / len(pairs), degrees
 
 
-def _about_the_best(differences: list[float]) -> Floats:
+def about_the_best(differences: list[float]) -> Floats:
     """[columns, columns] covariance of the columns' noise less that of the best column, from the differences' variances.
 
     Two differences share the noise of the best column: half of the smaller variance.
@@ -443,7 +474,7 @@ def _compared(contender: Contender, evidence: Evidence, margin: float) -> Compar
     difference, gap = evidence.difference(contender), evidence.reference_gap
     bounds = Bounds(difference.mean, difference.bound(1 - CONFIDENCE) - gap, difference.bound(CONFIDENCE))
     decides = bounds.mean if evidence.is_point_reading else bounds.high
-    further = difference.of_a_further_seed() if evidence.prior is not None and contender.rank > 0 else None
+    further = difference.of_a_further_seed() if evidence.measures_seeds and contender.rank > 0 else None
     return Compared(
         contender,
         mean,

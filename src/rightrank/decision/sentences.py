@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from rightrank.decision.comparison import is_within
+from rightrank.decision.comparison import INDEPENDENT, is_within
 from rightrank.decision.evidence import Comparison, Evidence, Unit
 from rightrank.decision.seeds import needed_seeds
 from rightrank.decision.verdicts import alike_ranks, inconclusive_rank, is_unlikely, possible_rival, shown_rank
@@ -118,7 +118,7 @@ def _no_difference(found: Comparison, within: str, unit: Unit) -> str:
     smallest, reference = alike[0], found.reference
     named = list(map(str, alike))
     listed = f"{', '.join(named[:-1])} and {named[-1]}" if len(named) > 1 else named[0]
-    noise = found.evidence.noise
+    noise = found.evidence.noise(max(alike, key=lambda rank: found.by_rank[rank].difference.mean))
     deviation = math.sqrt(noise.common + noise.individual)
     measured = len(reference.cells) > 1 and deviation > 0
     at = f" (seed standard deviation {number(unit.difference(deviation))})" if measured else ""
@@ -179,25 +179,28 @@ def basis_note(evidence: Evidence) -> str:
     """What the intervals cover, and what they leave out."""
     match evidence.basis:
         case "items and seeds":
-            return f"Intervals cover other held-out examples and other seeds.{_noise_note(evidence)}"
+            return f"Intervals cover other held-out examples and other seeds.{_noise_note(evidence)} {INDEPENDENT}"
         case "items":
-            return "Intervals cover other held-out examples alone. The noise over seeds is unknown: one seed does not show it."
+            return (
+                "Intervals cover other held-out examples alone. The noise over seeds is unknown: one seed does not show it. "
+                f"{INDEPENDENT}"
+            )
         case "seeds":
             return f"Intervals cover other seeds, on these held-out examples.{_noise_note(evidence)}"
         case "std":
             return "Intervals rest on the stated standard deviations alone."
         case "values":
-            if evidence.noise.individual == 0:
+            if evidence.scatter == 0:
                 return "One number per rank without a stated deviation: the noise of a training is unknown."
             return (
-                f"One number per rank without a stated deviation: {number(evidence.noise.individual**0.5)}, the scatter about "
+                f"One number per rank without a stated deviation: {number(evidence.scatter**0.5)}, the scatter about "
                 "the curve, is taken as the noise of each training."
             )
 
 
 def _noise_note(evidence: Evidence) -> str:
     """What the noise over seeds was measured on."""
-    if evidence.prior is None:
+    if not evidence.measures_seeds:
         return " No two ranks share two seeds, so the noise over seeds is known of single ranks alone."
     others = (one for one in evidence.contenders.values() if one is not evidence.reference)
     seeds = sorted({evidence.difference(one).seeds for one in others})

@@ -32,14 +32,19 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "trial": ("trial_id", "run_id", "run", "trial", "name", "id"),
 }
 _SPLITS = ("eval", "val", "validation", "valid", "dev", "heldout", "held_out", "test")
-# Columns of the held-out value, in order of preference. A bare `loss` comes last and the output states that it was
-# taken as held-out; a training loss never is.
+# Columns of the held-out value, in order of preference. A bare `loss` comes last, and where it may be of training
+# (`_is_perhaps_of_training`) it is not taken.
 VALUES = (
     "value",
     *(f"{split}_{name}" for name in ("loss", "nll", "perplexity", "ppl") for split in _SPLITS),
     *(f"{split}_{name}" for name in ("accuracy", "acc", "f1", "score", "exact_match", "em") for split in _SPLITS),
     *("accuracy", "acc", "perplexity", "ppl", "nll", "score", "loss"),
 )
+_BARE_LOSSES = ("loss", "nll", "perplexity", "ppl")
+# What a trainer logs beside its training loss, which it calls `loss`.
+_OF_TRAINERS = {
+    "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "grad_norm",
+}  # fmt: skip
 _CONTAINERS = {
     "summary", "metrics", "hyperparameters", "user_attrs", "peft", "lora", "model", "trainer", "attributes", "default",
 }  # fmt: skip
@@ -128,7 +133,11 @@ def identify_columns(rows: Sequence[Row], metric: str | None, mapping: Mapping[s
     if "std" not in roles and deviation is not None:
         roles["std"] = deviation
     taken = {*roles.values(), value}
-    others = tuple(by_plain[name] for name in VALUES if name in by_plain and by_plain[name] not in taken)
+    others = tuple(
+        column
+        for name in VALUES
+        if (column := by_plain.get(name, value)) not in taken and not _is_perhaps_of_training(column, by_plain)
+    )
     return Columns(roles, value, called, others)
 
 
@@ -160,7 +169,19 @@ def _value_column(
         raise ResultsError(
             f"{where}: no column for the held-out value among {listed(names)}{trained}; name it with --metric COLUMN"
         )
+    if _is_perhaps_of_training(column, by_plain):
+        raise ResultsError(
+            f"{where}: {column} may be the loss of the training, which does not measure held-out data; if it is of held-out "
+            f"data, say so with --metric {column}, else name the held-out column with --metric COLUMN"
+        )
     return column, "value" if plain(column) == "value" else column
+
+
+def _is_perhaps_of_training(column: str, by_plain: Mapping[str, str]) -> bool:
+    """Whether a bare loss is of the training by its name in a log, or by what stands beside it."""
+    name = plain(column)
+    beside = {f"train_{name}", f"training_{name}"} | (_OF_TRAINERS if name == "loss" else set())
+    return name in _BARE_LOSSES and (bool(_MEASURED.match(column)) or not beside.isdisjoint(by_plain))
 
 
 def _first(candidates: Iterable[str], by_plain: Mapping[str, str]) -> str | None:
