@@ -150,6 +150,43 @@ def truncated_tensors(
     return tensors
 
 
+def projected_state(
+    folder: Path,
+    config: LoraConfig,
+    truncated: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+    power: int,
+) -> dict[str, torch.Tensor]:
+    """A running mean of gradients of the adapter in `folder` as one of the truncated adapter; others as they are.
+
+    With A' = P·A and B' = B·Q, the gradient G of ΔW gives those of the new factors from those of the old:
+    s'·B'ᵀ·G = s'/s·Qᵀ·(s·Bᵀ·G) and s'·G·A'ᵀ = (s·G·Aᵀ)·Pᵀ·s'/s. The entries of a second moment are taken as uncorrelated.
+
+    Args:
+        config: of the truncated adapter, with the ranks of its modules.
+        state: by PEFT's names, a tensor for every A and B.
+        power: 1 for means of gradients, 2 for means of their squares.
+    """
+    tensors, result = load_file(folder / WEIGHTS_FILE), dict(state)
+    for first, *_ in open_adapter(folder).pairs:
+        new_rank = int(pattern_value(config.rank_pattern or {}, first.address, config.r))
+        alpha = pattern_value(config.alpha_pattern or {}, first.address, config.lora_alpha)
+        ratio = lora_scaling(alpha, new_rank, bool(config.use_rslora)) / first.scaling
+        a, b = state[first.a_key], state[first.b_key]
+        projected = []
+        for old, new, (of_b, of_a) in zip(
+            first.kind.matrices(tensors[first.a_key].double(), tensors[first.b_key].double(), first.rank),
+            first.kind.matrices(truncated[first.a_key].double(), truncated[first.b_key].double(), new_rank),
+            first.kind.matrices(a.double(), b.double(), first.rank),
+            strict=True,
+        ):
+            q, p = torch.linalg.pinv(old[0]) @ new[0], new[1] @ torch.linalg.pinv(old[1])
+            projected.append((of_b @ (ratio * p.T) ** power, (ratio * q.T) ** power @ of_a))
+        new_a, new_b = first.kind.tensors(projected, a, b)
+        result[first.a_key], result[first.b_key] = new_a.to(a.dtype).contiguous(), new_b.to(b.dtype).contiguous()
+    return result
+
+
 def shared_ranks(
     adapter: AdapterFolder, rank: int, max_rank: int, moments: Mapping[str, Moments]
 ) -> dict[str, int] | None:

@@ -89,10 +89,21 @@ def gather_unseen_moments(runtime: Runtime, peft_model: Any, seed: int, steps: i
     They are `MOMENT_TOKENS`, or the share of the training's tokens that gathering may take where that is less.
     """
     examples = [index for batch in runtime.batch_plan(seed, 2 * steps)[steps:] for index in batch]
+    return gather_moments(runtime, peft_model, examples, _tokens_to_read(runtime, steps))
+
+
+def gather_recent_moments(runtime: Runtime, peft_model: Any, arm: Arm, adapter: str) -> Gathered:
+    """Moments over the last batches before the arm's cut, of as many tokens as those of a truncation at the end."""
+    assert arm.cut is not None
+    examples = [index for batch in reversed(runtime.batch_plan(arm.seed, arm.steps)[: arm.cut.step]) for index in batch]
+    return gather_moments(runtime, peft_model, examples, _tokens_to_read(runtime, arm.steps), adapter)
+
+
+def _tokens_to_read(runtime: Runtime, steps: int) -> int:
     encoded = runtime.data.splits["train"]
     mean = sum(encoded[index].length for index in range(min(len(encoded), 256))) / min(len(encoded), 256)
     training = steps * runtime.settings.items_per_step * mean
-    return gather_moments(runtime, peft_model, examples, max(1, min(MOMENT_TOKENS, int(MAX_SHARE * training))))
+    return max(1, min(MOMENT_TOKENS, int(MAX_SHARE * training)))
 
 
 def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tuple[str, ...]:
@@ -107,10 +118,14 @@ def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tup
         return ()
     with adapter_attached(runtime, adapter) as peft_model:
         gathered = gather_unseen_moments(runtime, peft_model, arm.seed, runtime.steps)
+    write_moments(path, gathered)
+    return gathered.notices
+
+
+def write_moments(path: Path, gathered: Gathered) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_moments(temporary, gathered.moments)
-    return gathered.notices
 
 
 def _micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:

@@ -65,8 +65,11 @@ def gradient_checkpointing_on(model: Any) -> Iterator[None]:
     """Within the block, the backward pass recomputes the activations inside the model's blocks.
 
     transformers checkpoints only blocks in training mode. Only the blocks are put in training mode, so that the base's
-    own dropout stays off.
+    own dropout stays off. Blocks may be nested.
     """
+    if _checkpointed(model):
+        yield
+        return
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     enable()
