@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-Task: TypeAlias = Literal["language", "classes"]
+Task: TypeAlias = Literal["language", "text", "classes"]  # completions, whole texts of very different lengths, labels
 Fields: TypeAlias = dict[str, Any]
 Draw: TypeAlias = Callable[[random.Random, Fields], Fields]  # the fields of one architecture, from the shared ones
 
@@ -355,6 +355,11 @@ _REFUSED = {  # as language models
 }
 ARCHITECTURES: Mapping[str, Architecture] = (
     {one.model_type: one for one in _ALL}
+    | {
+        f"{one.model_type}, text": replace(one, task="text")
+        for one in _ALL
+        if one.task == "language" and not one.refused
+    }
     | {f"{one.model_type}, classes": replace(one, task="classes") for one in _ALL if one.model_type in _CLASSIFIERS}
     | {f"{name}, refused": Architecture(name, _DRAWS[name], refused=said) for name, said in _REFUSED.items()}
 )

@@ -29,8 +29,9 @@ def keep(row: Row, path: Path) -> None:
 
 def tables(rows: Sequence[Row]) -> str:
     """What trains, by architecture, and what is refused."""
-    names = list(dict.fromkeys(row["architecture"] for row in rows))
-    groups = {name: [row for row in rows if row["architecture"] == name] for name in names}
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["architecture"].removesuffix(", text"), []).append(row)
     trained = {name: group for name, group in groups.items() if any(row["outcome"] != "refused" for row in group)}
     lines = [
         f"{len(rows):,} configurations of {len(groups)} architectures; {sum(row['outcome'] == 'equal' for row in rows):,} equal, "
