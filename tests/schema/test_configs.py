@@ -72,3 +72,46 @@ def test_a_training_that_a_selection_cannot_run_is_refused_by_name(
 ) -> None:
     with pytest.raises(SettingsError, match=said):
         SelectSettings(**settings_of_configs(None, sft(tmp_path, **values)))
+
+
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [
+        ({"use_rslora": "true"}, {"scaling": "alpha/sqrt(r)"}),
+        ({"use_rslora": False}, {"scaling": "alpha/r"}),
+        ({"r": "8,16"}, {"ranks": (8, 16)}),
+        ({"r": 8}, {"ranks": (8,)}),
+        ({"task_type": "CAUSAL_LM", "peft_type": "LORA", "bias": "none", "inference_mode": False}, {}),
+        ({"init_lora_weights": "true"}, {"init_lora_weights": "default"}),
+        ({"lora_alpha": "2r"}, {"lora_alpha": 32.0, "scaling": "constant"}),
+        ({"lora_alpha": "alpha = 0.5 * r"}, {"lora_alpha": 8.0, "scaling": "constant"}),
+        ({"lora_alpha": "64"}, {"lora_alpha": 64.0}),
+        ({"scaling": "alpha=2r"}, {"scaling": "constant"}),
+        ({"lora_bias": "true"}, {"peft_options": {"lora_bias": True}}),
+    ],
+)
+def test_fields_of_lora_config_by_their_own_names(given: dict[str, Any], settings: dict[str, Any]) -> None:
+    assert SelectSettings(**given) == SelectSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"use_rslora": True, "scaling": "constant"}, "scaling: given twice, as 'constant' and by PEFT's name as"),
+        ({"r": 8, "ranks": "4"}, "ranks: given twice"),
+        ({"rank_pattern": '{"q": 4}'}, "rank_pattern: a selection cannot honour this field of PEFT's LoraConfig"),
+        ({"bias": "all"}, "bias: a selection cannot honour"),
+        ({"lora_alpha": "large"}, "lora_alpha: got 'large'"),
+    ],
+)
+def test_what_contradicts_or_cannot_be_honoured_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        SelectSettings(**given)
+
+
+@pytest.mark.parametrize("given", [{"max_steps": 10**15}, {"num_train_epochs": 1e15}])
+def test_more_steps_than_an_order_is_drawn_for_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(
+        SettingsError, match=rf"{next(iter(given))}: [\d,]+ steps of 8 examples; give at most 1,000,000"
+    ):
+        SelectSettings(**given).training_steps(80)

@@ -18,7 +18,7 @@ from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Arm
 from rightrank.train.pace import multi_lora_obstacle
 from tests import commands
-from tests.tiny import make_tokenizer, sentences, write_jsonl
+from tests.tiny import GPT2_SIZES, make_tokenizer, sentences, write_jsonl
 from tests.train.architectures import BERT, SIZES, STEPS, make_model, make_runtime, run, runtime_of
 
 pytestmark = pytest.mark.trains
@@ -119,6 +119,39 @@ def test_a_classifier_pads_as_its_batches_do(class_file: Path, tmp_path: Path) -
         with torch.no_grad():
             alone = runtime.losses("selection", runtime.batch("selection", [index]), 1.0).example_losses
         assert float(alone[0]) == pytest.approx(together[index], rel=1e-4)
+
+
+def test_a_batch_of_texts_of_one_token_is_classified(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    rows = [{"text": chr(33 + number), "label": number % 2} for number in range(90)]
+    classifier = made("LlamaForSequenceClassification", "LlamaConfig", tokenizer, **SIZES)
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    runtime = runtime_of(classifier, tokenizer, data, tmp_path / "cache", batch_size=2, eval_batch_size=2)
+    assert runtime.data.longest == 1
+    batch = runtime.batch("train", [0, 1])
+    with torch.no_grad():
+        logits = classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        wanted = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+    assert runtime.losses("train", batch, 1.0).example_losses.tolist() == pytest.approx(wanted.tolist())
+    assert run(runtime, [Arm(rank=1, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS)], tmp_path, 1)
+
+
+def test_a_base_that_fails_by_itself_is_named_in_one_line(completion_file: Path, tmp_path: Path) -> None:
+    """Here its texts are longer than it has positions, and its rotary size is odd."""
+    tokenizer = make_tokenizer()
+    short = made("GPT2LMHeadModel", "GPT2Config", tokenizer, **GPT2_SIZES | {"n_positions": 4})
+    with pytest.raises(
+        ModelError, match=r"^GPT2LMHeadModel: the base itself fails, without any adapter, on texts of .*seq_len"
+    ):
+        runtime_of(short, tokenizer, completion_file, tmp_path)
+    odd = made(
+        "StableLmForCausalLM",
+        "StableLmConfig",
+        tokenizer,
+        **SIZES | {"head_dim": 6, "hidden_size": 24, "partial_rotary_factor": 0.5},
+    )
+    with pytest.raises(ModelError, match=r"^StableLmForCausalLM: the base itself fails.*RuntimeError: .*config\.json"):
+        runtime_of(odd, tokenizer, completion_file, tmp_path)
 
 
 def test_an_encoder_decoder_is_refused_by_the_command(

@@ -13,10 +13,12 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from rightrank.schema.trials import Arm
+from rightrank.train.optimizer import ArmOptimizer
 from rightrank.train.targets import lora_config
 from tests.adapters.adapters import make_base
 from tests.helpers import fresh_adapter, make_runtime, trainable_parameters
 from tests.tiny import make_tokenizer, small_settings
+from tests.train.architectures import make_model, runtime_of
 from tests.train.trials import train_ours
 
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
@@ -121,3 +123,29 @@ def test_initial_a_is_nested(
             assert torch.equal(value, high[name][:4])
         else:
             assert not value.any()
+
+
+def test_what_decays_is_what_decays_in_trainer(completion_file: Path, tmp_path: Path) -> None:
+    """Neither the biases of adapters and of modules that are saved, nor norms, whether they are named so or not."""
+    from transformers import Trainer, TrainingArguments
+
+    changes = {
+        "weight_decay": 0.5,
+        "modules_to_save": ("ln_f", "c_fc"),
+        "target_modules": ("c_proj",),
+        "lora_bias": True,
+    }
+    tokenizer = make_tokenizer()
+    runtime = runtime_of(make_model("gpt2", len(tokenizer)), tokenizer, completion_file, tmp_path / "cache", **changes)
+    with fresh_adapter(runtime, ARM) as peft_model:
+        named = trainable_parameters(peft_model)
+        arguments = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.5, use_cpu=True, report_to="none")
+        theirs: Any = Trainer(peft_model, arguments).create_optimizer()
+        ours = ArmOptimizer(runtime, named, ARM.learning_rate, [], lambda _: 1.0)._optimizer
+
+        def decays(optimizer: Any) -> dict[str, float]:
+            by_id = {id(value): group["weight_decay"] for group in optimizer.param_groups for value in group["params"]}
+            return {name: by_id[id(value)] for name, value in named.items()}
+
+        assert decays(ours) == decays(theirs)
+        assert set(decays(ours).values()) == {0.0, 0.5}

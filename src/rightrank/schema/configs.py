@@ -13,11 +13,10 @@ from typing import Any
 
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.errors import SettingsError, quoted
-from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
+from rightrank.schema.settings import PEFT_OPTIONS, PEFT_REPLACED, SelectSettings
 from rightrank.schema.table import is_list
 
-REPLACED = {"r", "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}
-REPLACED |= {"inference_mode", "runtime_config", "megatron_core"}  # by the ranks, the base and the form of the data
+REPLACED = PEFT_REPLACED | {"r"}  # by the ranks
 OWN_RULES = {"warmup_steps", "bf16", "fp16", "use_cpu", "dataset_text_field", "max_steps", "num_train_epochs", "optim"}
 LOGS_AND_SAVES = (  # beginnings of names
     *("output_dir", "logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "run_name", "project", "trackio_"),

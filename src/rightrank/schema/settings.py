@@ -29,6 +29,7 @@ Goal: TypeAlias = Literal["adapter", "training-rank"]
 CONSTANT_SCALING_RANK = 16
 MAX_SEED = MAX_WHOLE
 MAX_BYTES = MAX_WHOLE
+MAX_STEPS = 1_000_000  # of a training; the order of its examples is drawn before it
 PAIR_MARGIN = 0.02  # nats a preference pair: about the noise over seeds between ranks (benchmarks/preference)
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 UNITS = {
@@ -106,6 +107,44 @@ PEFT_OPTIONS = (
 )
 
 
+# Fields of LoraConfig that a selection takes from elsewhere: the base, the form of the data.
+PEFT_REPLACED = {"task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}
+PEFT_REPLACED |= {"inference_mode", "runtime_config", "megatron_core"}
+PEFT_REFUSED = (
+    *("bias", "rank_pattern", "alpha_pattern", "loftq_config", "eva_config", "corda_config", "layer_replication"),
+    *("trainable_token_indices", "arrow_config", "alora_invocation_tokens", "megatron_config"),
+)
+_TIED_ALPHA = re.compile(r"(?:alpha\s*=\s*)?(\d*\.?\d*)\s*\*?\s*r")  # 2r, 2*r, alpha = 2r, r
+
+
+def _by_own_names(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with LoraConfig's own fields and habits as settings: `r`, `use_rslora`, `init_lora_weights=True`, `lora_alpha=2r`."""
+    given = {name: value for name, value in values.items() if name not in PEFT_REPLACED}
+    refused = next(
+        (name for name in PEFT_REFUSED if given.pop(name, None) not in (None, "none", {}, "{}", "null")), None
+    )
+    if refused is not None:
+        raise SettingsError(f"{refused}: a selection cannot honour this field of PEFT's LoraConfig; leave it out")
+    said: dict[str, Any] = {}
+    if "r" in given:
+        said["ranks"] = given.pop("r")
+    if "use_rslora" in given:
+        said["scaling"] = "alpha/sqrt(r)" if parsed_json(given.pop("use_rslora")) is True else "alpha/r"
+    tied = (
+        _TIED_ALPHA.fullmatch(given["lora_alpha"].strip().lower()) if isinstance(given.get("lora_alpha"), str) else None
+    )
+    if tied is not None:
+        given["lora_alpha"], said["scaling"] = float(tied[1] or 1) * CONSTANT_SCALING_RANK, "constant"
+    if given.get("init_lora_weights") in (True, "true", "True"):
+        given["init_lora_weights"] = "default"
+    for name, value in said.items():
+        if name in given and given[name] != value:
+            raise SettingsError(
+                f"{name}: given twice, as {given[name]!r} and by PEFT's name as {value!r}; give it once"
+            )
+    return given | {name: value for name, value in said.items() if name in known}
+
+
 class PeftFields(Settings):
     """Fields of PEFT's LoraConfig that the adapters of all ranks get as they are."""
 
@@ -144,6 +183,7 @@ class PeftFields(Settings):
         Raises:
             SettingsError: also for another name under `peft_options`.
         """
+        values = _by_own_names(values, type(self).model_fields)
         inner = parsed_json(values.pop("peft_options", None) or {})
         if not isinstance(inner, Mapping) or not inner.keys() <= {*PEFT_OPTIONS}:
             raise SettingsError(f"peft_options: got {inner!r}; give a mapping of {', '.join(PEFT_OPTIONS)}")
@@ -342,11 +382,20 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         gt=0,
     )
 
-    lora_alpha: float = setting(32.0, ADAPTER, "alpha, the same at every rank", option=True, also=("alpha",), gt=0)
+    lora_alpha: float = setting(
+        32.0,
+        ADAPTER,
+        "alpha, the same at every rank; `2r` for alpha = 2r",
+        option=True,
+        also=("alpha",),
+        parse=lambda value: value,  # its option takes a text too
+        gt=0,
+    )
     scaling: Scaling = setting(
         "alpha/r",
         ADAPTER,
-        "`alpha/r`, `alpha/sqrt(r)` (rsLoRA) or `constant` (the scale that alpha/r has at rank 16)",
+        "`alpha/r`, `alpha/sqrt(r)` (rsLoRA) or `constant` (the scale that alpha/r has at rank 16: alpha = 2r at the default alpha)",
+        aliases={"alpha=2r": "constant", "alpha = 2r": "constant", "2r": "constant", "rslora": "alpha/sqrt(r)"},
     )
     init_lora_weights: Literal["default", "gaussian"] = setting(
         "default", ADAPTER, "`default` (PEFT's: uniform A, zero B) or `gaussian`"
@@ -584,9 +633,13 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
 
     def training_steps(self, train_examples: int) -> int:
         """Optimizer steps of every arm: `max_steps`, or `num_train_epochs` (1 by default) passes over the data."""
-        if self.max_steps is not None:
-            return self.max_steps
-        return max(1, round((self.num_train_epochs or 1.0) * train_examples / self.items_per_step))
+        steps = self.max_steps or max(1, round((self.num_train_epochs or 1.0) * train_examples / self.items_per_step))
+        if steps > MAX_STEPS:
+            name = "num_train_epochs" if self.max_steps is None else "max_steps"
+            raise SettingsError(
+                f"{name}: {steps:,} steps of {self.items_per_step} examples; give at most {MAX_STEPS:,} steps"
+            )
+        return steps
 
 
 def stored_settings(values: Mapping[str, Any]) -> SelectSettings:

@@ -76,7 +76,7 @@ def collate(examples: Sequence[EncodedExample], indices: Sequence[int], pad_id: 
     longest = max(len(ids) for ids, _ in sequences)
     input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
     mask = torch.zeros((len(sequences), longest), dtype=torch.long)
-    classification = len(chosen[0].labels) == 1 and longest > 1
+    classification = len(chosen[0].labels) == 1  # a text to learn has two tokens at least
     labels = torch.full((len(sequences), 1 if classification else longest), IGNORED, dtype=torch.long)
     for row, (ids, their_labels) in enumerate(sequences):
         input_ids[row, : len(ids)] = torch.as_tensor(ids)

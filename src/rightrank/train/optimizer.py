@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from transformers import get_scheduler
+from transformers.trainer_pt_utils import get_parameter_names
 
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
@@ -18,6 +19,13 @@ from rightrank.train.runtime import Runtime
 
 MEAN, MEAN_COUNT, BEST = "average.", "average_count", "best."  # of a checkpoint's tensors
 Schedule: TypeAlias = Callable[[int], float]  # the factor on the learning rate by step, counted from 0
+UNDECAYED = [
+    r"bias",
+    r"layernorm",
+    r"rmsnorm",
+    r"(?:^|\.)norm(?:$|\.)",
+    r"_norm(?:$|\.)",
+]  # as in transformers' Trainer
 Pass: TypeAlias = Callable[[Sequence[Batch], int], Sequence[torch.Tensor]]
 
 
@@ -48,7 +56,7 @@ class ArmOptimizer:
 
     def __post_init__(self) -> None:
         self._parameters = list(self.named.values())
-        self._optimizer = _make_optimizer(self.named, self._learning_rate, self._runtime.settings)
+        self._optimizer = _make_optimizer(self._parameters, self._learning_rate, self._runtime)
         self.progress = Progress()
         self.sums: dict[str, torch.Tensor] = {}  # of the parameters as they are after each step, in float32
         if self._mean_after is not None:
@@ -153,22 +161,28 @@ def learning_rate_schedule(
 
 
 def _make_optimizer(
-    named: Mapping[str, torch.nn.Parameter], learning_rate: float, settings: SelectSettings
+    parameters: Sequence[torch.nn.Parameter], learning_rate: float, runtime: Runtime
 ) -> torch.optim.Optimizer:
     """torch's AdamW over the adapter's parameters, with its fused kernel where the device has one.
 
-    States are allocated here, when the arm is added, so that the first step needs no new memory.
+    As in transformers' Trainer, biases and the weights of norms do not decay. States are allocated here, when the arm is added, so
+    that the first step needs no new memory.
     """
-    fused = _is_fused(next(iter(named.values())))
+    fused, settings = _is_fused(parameters[0]), runtime.settings
+    decayed = set(get_parameter_names(runtime.model, [torch.nn.LayerNorm], UNDECAYED))  # type: ignore[no-untyped-call]
+    decaying = {id(value) for name, value in runtime.model.named_parameters() if name in decayed}
+    groups = [
+        {"params": [one for one in parameters if (id(one) in decaying) == decays], "weight_decay": decay}
+        for decays, decay in ((True, settings.weight_decay), (False, 0.0))
+    ]
     optimizer = torch.optim.AdamW(
-        named.values(),
+        [group for group in groups if group["params"]],
         lr=learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
         fused=fused,
     )
-    for parameter in named.values():
+    for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu"),
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),

@@ -20,7 +20,7 @@ from rightrank.models.adapter_files import peft_folder
 from rightrank.models.base_models import LoadedModel
 from rightrank.models.kinds.base import Routing, training_is
 from rightrank.models.places import CONFIG_FILE
-from rightrank.schema.errors import InterruptedRun, ModelError, first_line
+from rightrank.schema.errors import LIBRARY_ERRORS, InterruptedRun, ModelError, first_line, is_out_of_memory
 from rightrank.schema.events import Evaluating
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
@@ -75,7 +75,7 @@ class Runtime:
         probe = self._collated("selection", length_sorted_batches(data.splits["selection"], settings.batch_size)[0])
         if data.is_classification:  # transformers finds an example's last token by its configuration
             self.model.config.get_text_config().pad_token_id = self._pad_id
-        elif sees_later_tokens(self.model, probe.input_ids[0][probe.attention_mask[0].bool()]):
+        if self._sees_later_tokens(probe):
             raise visible_label(loaded.name)
         self._likelihood = make_likelihood(self.model, probe, data.is_classification)
         self.fast_paths = self._find_fast_paths(probe, cache_folder)
@@ -231,6 +231,26 @@ class Runtime:
         with training_is(False, [module for module in dropouts if module.training]):
             yield
 
+    @torch.no_grad()
+    def _sees_later_tokens(self, probe: Batch) -> bool:
+        """Whether a language model sees the labels that it predicts; the first passes of the base, one over the longest example.
+
+        Raises:
+            ModelError: the base's own code fails.
+        """
+        longest = self._longest()
+        try:
+            self.model.base_model(input_ids=longest.input_ids, attention_mask=longest.attention_mask)  # without a head
+            real = probe.input_ids[0][probe.attention_mask[0].bool()]
+            return not self.data.is_classification and sees_later_tokens(self.model, real)
+        except LIBRARY_ERRORS as error:
+            if is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"{self.loaded.name}: the base itself fails, without any adapter, on texts of up to {longest.input_ids.shape[1]} tokens "
+                f"({type(error).__name__}: {first_line(error)}); its config.json or its own code is at fault, or seq_len is longer than it takes"
+            ) from error
+
     def _find_fast_paths(self, probe: Batch, cache_folder: Path) -> FastPaths:
         """Sequence packing is checked on the longest example of all, with the shortest and the median of its split.
 
@@ -241,10 +261,15 @@ class Runtime:
         blocks = frozen_blocks(self.model, trainable) if settings.cache_prefix else []
         device = self.loaded.device
         prefix = FrozenPrefix(blocks, self._groups(), self._pad_id, device, cache_folder) if blocks else None
+        return find_fast_paths(self.model, self._likelihood, self._longest(beside=True), probe, prefix)
+
+    def _longest(self, beside: bool = False) -> Batch:
+        """The longest example of all; with `beside`, the shortest and the median of its split too."""
         split, longest = max(self.data.splits.items(), key=lambda item: int(item[1].lengths.max(initial=0)))
-        by_length = np.argsort(longest.lengths, kind="stable")
-        packable = self._collated(split, by_length[[0, -1, len(by_length) // 2]].tolist())
-        return find_fast_paths(self.model, self._likelihood, packable, probe, prefix)
+        by_length: list[int] = np.argsort(longest.lengths, kind="stable").tolist()
+        return self._collated(
+            split, [by_length[0], by_length[-1], by_length[len(by_length) // 2]] if beside else by_length[-1:]
+        )
 
     def _groups(self) -> dict[SplitName, FixedGroups]:
         """The examples that the arms will use, in the groups in which what the base alone gives is computed."""
