@@ -42,6 +42,21 @@ def test_stages_end_as_the_whole_does(runtime: object, tmp_path: Path) -> None:
     assert first.value != pytest.approx(whole.value, rel=1e-4)
 
 
+def test_looks_score_the_first_examples_and_the_end_scores_all(
+    runtime: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rightrank.train.trial.LOOK_ITEMS", 5)
+    whole = run(runtime, "whole", ARM, tmp_path)
+    assert len(whole.item_losses) == 12
+    assert whole.value == pytest.approx(sum(whole.item_losses) / sum(whole.item_tokens))
+    first = sum(whole.item_losses[:5]) / sum(whole.item_tokens[:5])
+    assert whole.points[-1].value == pytest.approx(first)  # the last point is of the same examples as those before
+    look = run(runtime, "look", ARM.model_copy(update={"stop_at": 4}), tmp_path)
+    assert look.item_tokens == whole.item_tokens[:5]
+    assert look.value == pytest.approx(whole.points[1].value, rel=1e-6)
+    assert look.averaged_loss is not None
+
+
 def test_a_missing_checkpoint_costs_steps_and_changes_nothing(runtime: object, tmp_path: Path) -> None:
     whole = run(runtime, "whole", ARM, tmp_path)
     arm = ARM.model_copy(update={"continue_from": "gone"})

@@ -28,7 +28,7 @@ from rightrank.data.rows import Row, RowsBySplit, read_rows
 from rightrank.data.token_store import Store
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import DataSummary
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import MAX_EVAL_ITEMS, SelectSettings
 from rightrank.schema.trials import SplitName, split_name
 
 MAX_SHOWN_CLASSES = 8
@@ -103,7 +103,8 @@ def load_data(
     read = _Reading(form, columns, settings)
     stored = ExampleStore(read.training(rows), folder)
     examples: dict[SplitName, Sequence[Example]] = {"train": stored}
-    examples |= {split: held.examples() for split, held in read.held_out.items()}
+    limit = settings.held_out_items(len(stored))
+    examples |= {split: held.examples()[:limit] for split, held in read.held_out.items()}
     begun = {split: found[:begun_items] if split in HELD_OUT else found for split, found in examples.items()}
     examples["test"] = begun["test"]
     is_given = None not in rows
@@ -138,7 +139,7 @@ class _Reading:
 
     def __init__(self, form: DataForm, columns: tuple[str, ...], settings: SelectSettings) -> None:
         self.held_out: dict[SplitName, _SmallestHashes] = {
-            split: _SmallestHashes(settings.eval_items) for split in HELD_OUT
+            split: _SmallestHashes(settings.eval_items or MAX_EVAL_ITEMS) for split in HELD_OUT
         }
         self.labels: Counter[str] = Counter()  # classification: of the training examples
         self.unreadable = 0

@@ -72,7 +72,8 @@ def prepare(
     """
     request = _with_dtype(request)
     sources = _load(request, loaded, cache.parent)
-    given = request.settings.of_form(sources.splits.form)
+    held_out = request.settings.held_out_items(len(sources.splits.examples["train"]))
+    given = request.settings.of_form(sources.splits.form).model_copy(update={"eval_items": held_out})
     if given.margin != request.settings.margin:
         notice(f"margin: {given.margin:g} nats a pair, the default for preference pairs")
     classes = len(sources.splits.summary.classes or ()) if sources.encoded.is_classification else None

@@ -65,7 +65,7 @@ def _resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
     if "dtype" not in request.settings.model_fields_set and "dtype" in first.settings:
         settings = settings.model_copy(update={"dtype": first.settings["dtype"]})  # what auto meant
     last = settled_start(journal).settings.get("eval_items")
-    if isinstance(last, int) and last > settings.eval_items:
+    if isinstance(last, int) and last > (settings.eval_items or 0):
         settings = settings.model_copy(update={"eval_items": last})  # examples are added, and never taken away
     return replace(request, settings=settings, begun=first.settings)
 

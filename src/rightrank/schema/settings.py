@@ -30,6 +30,10 @@ CONSTANT_SCALING_RANK = 16
 MAX_SEED = MAX_WHOLE
 MAX_BYTES = MAX_WHOLE
 MAX_STEPS = 1_000_000  # of a training; the order of its examples is drawn before it
+LOOK_ITEMS = 200  # held-out examples that a look during a training scores, of those that its end scores
+MAX_EVAL_ITEMS = 2000  # of a held-out split by default
+EVALUATION_SHARE = 0.1  # of a training's time that one evaluation at its end takes at most by default
+TRAINED_PER_SCORED = 3  # examples that are scored in the time in which one is trained on
 PAIR_MARGIN = 0.02  # nats a preference pair: about the noise over seeds between ranks (benchmarks/preference)
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 UNITS = {
@@ -453,8 +457,14 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
     )  # fmt: skip
     test_fraction: float = setting(0.1, DATA, "share of the examples in the test split; 0 for none", ge=0, lt=1)
     validation_fraction: float = setting(0.1, DATA, "share of the examples in the validation split", gt=0, lt=1)
-    eval_items: int = setting(
-        200, DATA, "held-out examples at most; in either split", option=True, continuable=True, gt=1
+    eval_items: int | None = setting(
+        None,
+        DATA,
+        "held-out examples at most, in either split; by default 200 to 2,000: as many as one evaluation scores in about a tenth of "
+        "a training, and 200 where the model writes answers. Looks during a training score the first 200",
+        option=True,
+        continuable=True,
+        gt=1,
     )
     eval_points: int = setting(4, DATA, "held-out evaluations during a training, the end included", gt=0)
     eval_batch_size: int = setting(
@@ -630,6 +640,15 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
     @property
     def items_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
+
+    def held_out_items(self, train_examples: int) -> int:
+        """Examples of a held-out split at most: `eval_items`, or what steps and data allow, never a result."""
+        if self.eval_items is not None:
+            return self.eval_items
+        if any(not spec.is_measured_along for spec in self.metric_specs):
+            return LOOK_ITEMS
+        trained = self.training_steps(train_examples) * self.items_per_step
+        return min(MAX_EVAL_ITEMS, max(LOOK_ITEMS, round(EVALUATION_SHARE * TRAINED_PER_SCORED * trained)))
 
     def training_steps(self, train_examples: int) -> int:
         """Optimizer steps of every arm: `max_steps`, or `num_train_epochs` (1 by default) passes over the data."""

@@ -53,6 +53,11 @@ class Scores:
         by_example = {name: list(map(add, each, other.by_example[name])) for name, each in self.by_example.items()}
         return Scores(list(map(add, self.losses, other.losses)), list(map(add, self.tokens, other.tokens)), by_example)
 
+    def first(self, count: int) -> Scores:
+        """The scores of the first `count` examples."""
+        by_example = {name: each[:count] for name, each in self.by_example.items()}
+        return Scores(self.losses[:count], self.tokens[:count], by_example)
+
     @property
     def loss(self) -> float:
         """Token-weighted mean loss, nats per label."""

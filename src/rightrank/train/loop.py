@@ -26,7 +26,7 @@ from rightrank.train.metrics import measure
 from rightrank.train.multi_lora import MultiLora
 from rightrank.train.optimizer import take_step
 from rightrank.train.runtime import Runtime
-from rightrank.train.trial import ArmTraining, TrialFolders, adapter_name, finished
+from rightrank.train.trial import ArmTraining, TrialFolders, adapter_name, evaluate_looks, finished
 
 Folders = Callable[[Trial], TrialFolders]
 
@@ -192,8 +192,9 @@ class _TrainingLoop:
         for training in self._running:
             training.end_step(seconds)
         due = [training for training in self._running if training.wants_evaluation]
-        if due:
-            self._evaluate(due)
+        for are_looks in (True, False):
+            if alike := [training for training in due if training.is_looked_at is are_looks]:
+                self._evaluate(alike)
 
     def _evaluate(self, trainings: Sequence[ArmTraining]) -> None:
         """Give every training its held-out scores.
@@ -203,7 +204,7 @@ class _TrainingLoop:
         adapters = [training.adapter for training in trainings]
         begun = time.perf_counter()
         with memory_permitting() as reasons:
-            all_scores = self._runtime.evaluate_adapters("selection", self._multi_lora, adapters)
+            all_scores = evaluate_looks(self._runtime, self._multi_lora, adapters, trainings[0].is_looked_at)
         if not reasons:
             seconds = (time.perf_counter() - begun) / len(trainings)
             for training, scores in zip(trainings, all_scores, strict=True):

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from rightrank.schema.errors import MultiLoraError
+from rightrank.schema.settings import LOOK_ITEMS
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch, length_sorted_batches
 from rightrank.train.device import free_memory, memory_permitting
@@ -41,6 +42,7 @@ class Pace:
     evaluated: list[int]  # validation examples of the timed batch
     training_seconds: float  # of all steps of a whole training
     evaluation_seconds: float  # of a pass over the validation examples
+    look_share: float  # of the validation examples that a look during a training scores
     filling_seconds: float  # of all that is computed once for an example: frozen blocks, or the reference
     matrices: int  # elements of the adapted matrices
     by_rank: int  # parameters of the adapter, by rank
@@ -53,7 +55,7 @@ class Pace:
         """
         work, own = (2 * self.matrices + 3 * self.by_rank * one for one in (rank, self.rank))
         ends = max(0.0, arms - 1 - trainings)  # evaluations of arms that are stopped early, or truncated from another
-        evaluations = work / own * (trainings * eval_points + ends) + RUN_EVALUATIONS
+        evaluations = work / own * (trainings * (1 + self.look_share * (eval_points - 1)) + ends) + RUN_EVALUATIONS
         steps = work / own * trainings * self.training_seconds
         return steps + evaluations * self.evaluation_seconds + self.filling_seconds
 
@@ -95,6 +97,7 @@ def _measure(runtime: Runtime, arm: Arm) -> Pace:
         evaluated,
         training_seconds=sum(seconds[kept]) * _positions(runtime, whole) / _positions(runtime, plan[kept]),
         evaluation_seconds=eval_seconds * held_out / len(evaluated),
+        look_share=min(1.0, LOOK_ITEMS / held_out),
         filling_seconds=fill_seconds * examples / filled if filled else 0.0,
         matrices=sum(one.in_features * one.out_features for one in runtime.targets.modules),
         by_rank=sum(one.in_features + one.out_features for one in runtime.targets.modules),

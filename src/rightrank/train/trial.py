@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from rightrank.decision.table import best_point
 from rightrank.models.adapter_files import save_adapter
 from rightrank.models.truncation import load_moments, truncated_tensors
 from rightrank.schema.events import Listener, StepDone
+from rightrank.schema.settings import LOOK_ITEMS
 from rightrank.schema.trials import EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
 from rightrank.train.batches import Batch
 from rightrank.train.checkpoints import Progress, load_checkpoint, save_checkpoint
@@ -152,6 +153,11 @@ class ArmTraining:
     def wants_evaluation(self) -> bool:
         return self.ended is None and (self.is_done or self.progress.step in self._evaluate_at)
 
+    @property
+    def is_looked_at(self) -> bool:
+        """Whether its next evaluation is a look, of the first `LOOK_ITEMS` examples: only the end of a whole training scores all."""
+        return self.trial.arm.stop_at is not None or not self.is_done
+
     def arm_batch(self, batch: Batch, number: int) -> ArmBatch:
         """What this arm adds to the pass over micro-batch `number` of the step."""
         per_step = self._settings.gradient_accumulation_steps
@@ -183,11 +189,12 @@ class ArmTraining:
         progress = self.progress
         progress.eval_seconds += seconds
         self._scores = scores
-        self._compare_with_base(scores.loss, "held-out")
+        look = scores.first(LOOK_ITEMS)
+        self._compare_with_base(look.loss, "held-out")
         # Not where it stops early: all have the same points.
         if self.ended is None and progress.step in self._evaluate_at:
             recent = progress.train_losses[progress.points[-1].step if progress.points else 0 :]
-            value, train_value = self._point_value(scores), sum(recent) / len(recent)
+            value, train_value = self._point_value(look), sum(recent) / len(recent)
             progress.points.append(EvalPoint(step=progress.step, value=value, train_value=train_value))
             arm = self.trial.arm
             if arm.truncate_from is None and arm.anneal_from is None and self._best_point().step == progress.step:
@@ -292,7 +299,7 @@ class ArmTraining:
 
     def _evaluate(self) -> Scores:
         begun = time.perf_counter()
-        scores = self._runtime.evaluate_adapters("selection", self._multi_lora, [self.adapter])[0]
+        scores = evaluate_looks(self._runtime, self._multi_lora, [self.adapter], self.is_looked_at)[0]
         self.progress.eval_seconds += time.perf_counter() - begun
         return scores
 
@@ -312,6 +319,15 @@ class ArmTraining:
         save_checkpoint(self.folders.checkpoint, self.optimizer.tensors(), state)
         self._saved = time.perf_counter()
         self._save_seconds = self._saved - begun
+
+
+def evaluate_looks(runtime: Runtime, multi_lora: MultiLora, adapters: Sequence[str], are_looks: bool) -> list[Scores]:
+    """Scores of the validation split under each adapter: of its first `LOOK_ITEMS` examples, or of all."""
+    if not are_looks:
+        return runtime.evaluate_adapters("selection", multi_lora, adapters)
+    looked_at = range(min(LOOK_ITEMS, len(runtime.data.splits["selection"])))
+    scored = runtime.evaluate_adapters("selection", multi_lora, adapters, looked_at)
+    return [scores.first(LOOK_ITEMS) for scores in scored]
 
 
 def finished(trial: Trial, metric: str, scores: Scores, measured: Measured, progress: Progress) -> TrialFinished:

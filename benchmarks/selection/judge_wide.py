@@ -1,0 +1,425 @@
+"""The wide grids judge once: what more held-out examples are worth, and the decision by probability (`wide/README.md`).
+
+    python -m benchmarks.selection.judge_wide --commit COMMIT_THEY_WERE_TRAINED_FROM    # writes judged_wide.json and its picture
+    python -m benchmarks.selection.judge_wide --rehearse FOLDER                         # the same on grids of that folder; writes nothing
+    python -m benchmarks.selection.judge_wide --table                                   # prints what judged_wide.json holds
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import machine
+from benchmarks.selection import compare
+from rightrank.decision.rule import decide
+from rightrank.decision.table import Cell, ScoreTable
+from rightrank.schema.metrics import MetricKind, kind_of
+from rightrank.schema.trials import Floats
+
+FOLDER = compare.HERE / "wide"
+JUDGED = compare.HERE / "judged_wide.json"
+PICTURE = compare.HERE / "answered_against_too_small.svg"
+MARGINS = (0.005, 0.02, 0.05)
+SEEN, TRUTH = (0, 1, 2), (3, 4, 5)
+FEW = 200
+ROTATED = (200, 500)  # examples a seed of a rotating split
+CONFIDENCES = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
+RESAMPLES = 2000
+ANSWERS = "answers"  # scored by exact match
+BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+CellKey = tuple[int, float]
+
+
+@dataclass(frozen=True)
+class WideGrid:
+    """Oriented values (lower is better) of every test example under every adapter."""
+
+    name: str
+    metric: str  # loss, or accuracy for any share of right answers
+    values: Mapping[tuple[int, float, int], Floats]  # by rank, learning rate and seed: [examples], times the weight
+    weights: Floats  # [examples] tokens, or ones
+    checkpoints: Mapping[str, Any]
+    losses: Mapping[str, Any]
+
+    @property
+    def kind(self) -> MetricKind:
+        return kind_of(self.metric, self.metric != "loss", token_loss=bool((self.weights != 1).any()))
+
+    @cached_property
+    def half_a(self) -> Any:
+        return np.arange(0, len(self.weights), 2)
+
+    @cached_property
+    def half_b(self) -> Any:
+        return np.arange(1, len(self.weights), 2)
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({rank for rank, _, _ in self.values})
+
+    @property
+    def keys(self) -> list[CellKey]:
+        return sorted({(rank, rate) for rank, rate, _ in self.values})
+
+    def mean(self, key: CellKey, seeds: Sequence[int], examples: Any) -> float:
+        """Over the examples, then the seeds; infinite where a training of them diverged."""
+        weight = self.weights[examples].sum()
+        parts = [self.values[*key, seed][examples].sum() / weight for seed in seeds if (*key, seed) in self.values]
+        return float(np.mean(parts)) if len(parts) == len(seeds) else math.inf
+
+    def means(self, seeds: Sequence[int], examples: Any) -> dict[CellKey, float]:
+        return {key: self.mean(key, seeds, examples) for key in self.keys}
+
+    @cached_property
+    def truth(self) -> dict[CellKey, float]:
+        return self.means(TRUTH, self.half_b)
+
+    def table(self, seeds: Sequence[int], examples: Any) -> ScoreTable:
+        """What `decide` reads of these seeds and examples."""
+        weights = self.weights[examples]
+        cells = {}
+        for (rank, rate, seed), values in self.values.items():
+            if seed in seeds:
+                sums = values[examples]
+                mean = float(sums.sum() / weights.sum())
+                value = -mean if self.metric != "loss" else mean
+                cells[rank, rate, seed] = Cell(
+                    f"{rank}-{rate:g}-{seed}", value, sums, weights, span=0.0 if self.metric == "loss" else 1.0
+                )
+        return ScoreTable(self.metric, self.metric != "loss", cells, kind=self.kind)
+
+
+def read_grid(file: Path) -> WideGrid:
+    """The grid of a JSON file and of the `.npz` file beside it."""
+    (curve,) = json.loads(file.read_text())["curves"]
+    arrays = np.load(file.with_suffix(".npz"))
+    by_score = curve["higher_is_better"] or file.stem == ANSWERS
+    rows = -arrays["scores"] / 1000 if by_score else arrays["losses"] / 1000
+    tokens = arrays["tokens"].astype(float)
+    values = {
+        (int(rank), float(rate), int(seed)): row
+        for (rank, rate, seed), row in zip(arrays["cells"].tolist(), rows, strict=True)
+    }
+    weights = np.ones_like(tokens) if by_score else tokens
+    return WideGrid(file.stem, "accuracy" if by_score else "loss", values, weights, curve["checkpoints"], curve["losses"])
+
+
+def best_by_rank(means: Mapping[CellKey, float]) -> dict[int, CellKey]:
+    """Each rank's best learning rate."""
+    return {rank: min((key for key in means if key[0] == rank), key=lambda key: means[key]) for rank, _ in means}
+
+
+def smallest_enough(means: Mapping[CellKey, float], margin: float) -> CellKey:
+    best = best_by_rank(means)
+    least = min(means.values())
+    return next(best[rank] for rank in sorted(best) if means[best[rank]] - least <= margin + 1e-9)
+
+
+def regret(grid: WideGrid, key: CellKey, margin: float) -> float:
+    return max(0.0, grid.truth[key] - min(grid.truth.values()) - margin)
+
+
+def deviations(grid: WideGrid, count: int) -> list[float]:
+    """Of one-seed differences from the top rank, from those of the other seeds and examples."""
+    examples, found = grid.half_a[:count], []
+    for seed in SEEN:
+        rates = best_by_rank(grid.means((seed,), grid.half_a))
+        top = rates[max(grid.ranks)]
+        for rank in grid.ranks[:-1]:
+            seen = grid.mean(rates[rank], (seed,), examples) - grid.mean(top, (seed,), examples)
+            true = grid.truth[rates[rank]] - grid.truth[top]
+            if math.isfinite(seen) and math.isfinite(true):
+                found.append(seen - true)
+    return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """An answer beside the truth."""
+
+    grid: str
+    margin: float
+    seeds: int
+    exact: bool
+    too_small: bool
+    regret: float
+    answered: bool = True
+    is_loss: bool = True
+
+
+def case_of(grid: WideGrid, key: CellKey, margin: float, seeds: int, answered: bool = True) -> Case:
+    true = smallest_enough(grid.truth, margin)[0]
+    return Case(
+        grid.name, margin, seeds, key[0] == true, key[0] < true, regret(grid, key, margin), answered, grid.metric == "loss"
+    )
+
+
+Pick = Callable[[WideGrid, Sequence[int], Any, float], tuple[CellKey, bool]]  # and whether it is an answer
+
+
+def by_grid(grid: WideGrid, seeds: Sequence[int], examples: Any, margin: float) -> tuple[CellKey, bool]:
+    return smallest_enough(grid.means(seeds, examples), margin), True
+
+
+def always(rank: int) -> Pick:
+    def pick(grid: WideGrid, seeds: Sequence[int], examples: Any, margin: float) -> tuple[CellKey, bool]:
+        return best_by_rank(grid.means(seeds, examples))[rank], True
+
+    return pick
+
+
+def by_decision(confidence: float | None = None) -> Pick:
+    """The answer of `decide`; without one, the rank that it says to take."""
+
+    def pick(grid: WideGrid, seeds: Sequence[int], examples: Any, margin: float) -> tuple[CellKey, bool]:
+        options = {} if confidence is None else {"confidence": confidence}
+        decision = decide(grid.table(seeds, examples), margin, **options)
+        rank = decision.rank_at_hand
+        rates = {evidence.rank: evidence.learning_rate for evidence in decision.ranks}
+        rate = rates.get(rank) or best_by_rank(grid.means(seeds, examples))[rank][1]
+        return (rank, rate), decision.rank is not None
+
+    return pick
+
+
+def cases(grids: Sequence[WideGrid], pick: Pick, count: int | None, seeds: int) -> Iterator[Case]:
+    """Of every grid, margin and choice of so many seeds, on the first `count` examples of A."""
+    for grid in grids:
+        for chosen in combinations(SEEN, seeds):
+            for margin in MARGINS:
+                key, answered = pick(grid, chosen, grid.half_a[:count], margin)
+                yield case_of(grid, key, margin, seeds, answered)
+
+
+def share(found: Sequence[Case], of: Callable[[Case], float]) -> dict[str, Any]:
+    """The mean, with a 95% interval that resamples grids."""
+    names = sorted({case.grid for case in found})
+    if not names:
+        return {"mean": None, "cases": 0}
+    sums = np.array([[sum(of(c) for c in found if c.grid == n), sum(c.grid == n for c in found)] for n in names])
+    picks = np.random.default_rng(0).integers(len(names), size=(RESAMPLES, len(names)))
+    means = sums[picks, 0].sum(1) / sums[picks, 1].sum(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    mean = sums[:, 0].sum() / sums[:, 1].sum()
+    return {"mean": round(float(mean), 5), "low": round(float(low), 5), "high": round(float(high), 5), "cases": len(found)}
+
+
+def row_of(found: Sequence[Case]) -> dict[str, Any]:
+    """Exact, too small, answered, too small of those answered, and regret apart for losses and shares."""
+    answered = [case for case in found if case.answered]
+    return {
+        "exact": share(found, lambda case: case.exact),
+        "too small": share(found, lambda case: case.too_small),
+        "answered": share(found, lambda case: case.answered),
+        "too small of answered": share(answered, lambda case: case.too_small),
+        "regret, nats": share([case for case in found if case.is_loss], lambda case: case.regret),
+        "regret, share of right answers": share([case for case in found if not case.is_loss], lambda case: case.regret),
+    }
+
+
+def calibration(grids: Sequence[WideGrid], seeds: int) -> dict[str, Any]:
+    """The stated probabilities against whether the rank is within the margin of the best on other seeds and examples."""
+    stated: list[tuple[str, float, bool]] = []
+    for grid in grids:
+        for chosen in combinations(SEEN, seeds):
+            for margin in MARGINS:
+                least = min(grid.truth.values())
+                for evidence in decide(grid.table(chosen, grid.half_a), margin).ranks:
+                    if evidence.rank > 0 and evidence.probability is not None and evidence.learning_rate is not None:
+                        true = grid.truth[evidence.rank, evidence.learning_rate] - least <= margin
+                        stated.append((grid.name, evidence.probability, true))
+    bins = []
+    for low, high in zip(BINS, BINS[1:], strict=False):
+        inside = [item for item in stated if low <= item[1] < high or (high == 1.0 and item[1] == 1.0)]
+        if inside:
+            bins.append(
+                {
+                    "stated": round(float(np.mean([item[1] for item in inside])), 3),
+                    "true": round(float(np.mean([item[2] for item in inside])), 3),
+                    "count": len(inside),
+                }
+            )
+    brier = float(np.mean([(probability - true) ** 2 for _, probability, true in stated])) if stated else None
+    return {"brier": brier and round(brier, 4), "bins": bins, "count": len(stated)}
+
+
+def rate_rule(grids: Sequence[WideGrid]) -> dict[str, Any]:
+    """The top's learning rate by its look at an eighth, with and without a second comparison at a quarter."""
+    plain, compared, changed, rows = [], [], 0, []
+    for grid in grids:
+        looks = grid.losses if grid.losses else grid.checkpoints
+        top = str(max(grid.ranks))
+        sign = -1.0 if grid.metric != "loss" and not grid.losses else 1.0
+        for seed in SEEN:
+
+            def at(part: str, seed: int = seed) -> dict[float, float]:
+                return {float(r): sign * v[str(seed)] for r, v in looks[part][top].items() if str(seed) in v}  # noqa: B023
+
+            eighth, quarter = at("0.125"), at("0.25")
+            shared = sorted(set(eighth) & set(quarter))
+            if len(shared) < 2:
+                continue
+            winner = min(shared, key=lambda rate: eighth[rate])
+            chosen = winner
+            lower = [rate for rate in shared if rate < winner]
+            if min(shared, key=lambda rate: quarter[rate]) != winner and lower and quarter[lower[-1]] < quarter[winner]:
+                chosen = lower[-1]
+            best = min(grid.truth[int(top), rate] for rate in shared)
+            plain.append(grid.truth[int(top), winner] - best)
+            compared.append(grid.truth[int(top), chosen] - best)
+            changed += chosen != winner
+            rows.append((grid.name, compared[-1] - plain[-1]))
+    names = sorted({name for name, _ in rows})
+    by = {name: round(float(np.mean([d for n, d in rows if n == name])), 4) for name in names}
+    return {"regret at an eighth": round(float(np.mean(plain)), 5), "with a quarter": round(float(np.mean(compared)), 5),
+            "changed": changed, "of": len(plain), "change by grid": by}  # fmt: skip
+
+
+def rotation(grids: Sequence[WideGrid]) -> dict[str, Any]:
+    """Each seed on examples of its own, against all seeds on the same: the whole grid's pick and its deviation."""
+    result: dict[str, Any] = {}
+    for count in ROTATED:
+        for seeds in (2, 3):
+            found: dict[str, list[Case]] = {"same": [], "rotated": []}
+            errors: dict[str, list[float]] = {"same": [], "rotated": []}
+            for grid in grids:
+                for chosen in combinations(SEEN, seeds):
+                    folds = [grid.half_a[index * count : (index + 1) * count] for index in range(seeds)]
+                    ways = {"same": [folds[0]] * seeds, "rotated": folds}
+                    for way, parts in ways.items():
+                        means = {
+                            key: float(np.mean([grid.mean(key, (s,), part) for s, part in zip(chosen, parts, strict=True)]))
+                            for key in grid.keys
+                        }  # fmt: skip
+                        found[way] += [
+                            case_of(grid, smallest_enough(means, margin), margin, seeds) for margin in MARGINS
+                        ]
+                        rates = best_by_rank(grid.means(chosen, grid.half_a))
+                        top = rates[max(grid.ranks)]
+                        errors[way] += [
+                            means[rates[rank]] - means[top] - (grid.truth[rates[rank]] - grid.truth[top])
+                            for rank in grid.ranks[:-1]
+                        ]
+            result[f"{seeds} seeds, {count} examples"] = {
+                way: row_of(found[way]) | {"deviation": round(_rms(errors[way]), 5)} for way in found
+            }
+    return result
+
+
+def _rms(values: Sequence[float]) -> float:
+    return float(np.sqrt(np.mean(np.square([value for value in values if math.isfinite(value)]))))
+
+
+def judge(grids: Sequence[WideGrid]) -> dict[str, Any]:
+    """Every endpoint of `wide/README.md`."""
+    every = {"grids": [grid.name for grid in grids], "examples": {grid.name: len(grid.weights) for grid in grids}}
+    ratio = {}
+    for kind in ("loss", "accuracy"):
+        of_kind = [grid for grid in grids if grid.metric == kind]
+        few, many = ([value for grid in of_kind for value in deviations(grid, count)] for count in (FEW, 10**9))
+        by = {g.name: round(_rms(deviations(g, 10**9)) / _rms(deviations(g, FEW)), 3) for g in of_kind}
+        ratio[kind] = {"200": round(_rms(few), 5), "all of A": round(_rms(many), 5), "ratio": round(_rms(many) / _rms(few), 3), "by grid": by}  # fmt: skip
+    picks: dict[str, Pick] = {"the whole grid": by_grid, "decide": by_decision()}
+    ranks = {rank for grid in grids for rank in grid.ranks}
+    picks |= {f"always {rank}, rate tuned": always(rank) for rank in (16, 64) if rank in ranks}
+    rows = {
+        f"{name}, {seeds} {'seed' if seeds == 1 else 'seeds'}, {'200' if count == FEW else 'all of A'}": row_of(
+            list(cases(grids, pick, count, seeds))
+        )
+        for name, pick in picks.items()
+        for seeds in (1, 2, 3)
+        for count in (FEW, None)
+    }
+    curve = [
+        {"confidence": confidence, "seeds": seeds, "examples": "200" if count == FEW else "all of A", **row_of(list(cases(grids, by_decision(confidence), count, seeds)))}
+        for confidence in CONFIDENCES
+        for seeds in (1, 2, 3)
+        for count in (FEW, None)
+    ]  # fmt: skip
+    return every | {
+        "deviation": ratio,
+        "picks": rows,
+        "trade-off": curve,
+        "calibration": {f"{seeds} seeds": calibration(grids, seeds) for seeds in (1, 2)},
+        "the rate": rate_rule(grids),
+        "rotation": rotation(grids),
+    }
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """The share answered against the share too small, a line for each number of seeds."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
+    for axis, examples in zip(axes, ("200", "all of A"), strict=True):
+        for seeds in (1, 2, 3):
+            points = [p for p in result["trade-off"] if p["seeds"] == seeds and p["examples"] == examples]
+            x = [point["answered"]["mean"] for point in points]
+            y = [point["too small"]["mean"] for point in points]
+            axis.plot(x, y, "o-", label=f"{seeds} seed{'s' if seeds > 1 else ''}")
+        axis.set_title("200 examples" if examples == "200" else "about 2,000 examples")
+        axis.set_xlabel("share of cases answered")
+    axes[0].set_ylabel("share of cases too small")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def whole(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files of grids with every seed, and the names of the others."""
+    files = sorted(folder.glob("*.json"))
+    ready = [file for file in files if not json.loads(file.read_text())["curves"][0]["partial"]]
+    return ready, [file.stem for file in files if file not in ready]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commit", help="that the grids were trained from")
+    parser.add_argument("--rehearse", type=Path, metavar="FOLDER")
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    if options.table:
+        print(json.dumps(json.loads(JUDGED.read_text()), indent=1))
+        return 0
+    if options.rehearse is None and JUDGED.exists():
+        print(f"judge_wide: the wide grids judged on {json.loads(JUDGED.read_text())['date']}: they judge once")
+        return 2
+    files, partial = whole(options.rehearse or FOLDER)
+    result = judge([read_grid(file) for file in files])
+    if options.rehearse is not None:
+        print(json.dumps(result, indent=1))
+        return 0
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    head = {
+        "machine": machine(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "judged by": commit,
+        "trained from": options.commit,
+        "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for f in files for file in (f, f.with_suffix(".npz"))},
+        "left out": partial,
+    }  # fmt: skip
+    JUDGED.write_text(json.dumps(head | result, indent=1) + "\n")
+    draw(result, PICTURE)
+    print(json.dumps(result["picks"], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
