@@ -1,8 +1,8 @@
 """The wide grids judge once: what more held-out examples are worth, and the decision by probability (`wide/README.md`).
 
-    python -m benchmarks.selection.judge_wide --commit COMMIT_THEY_WERE_TRAINED_FROM    # writes judged_wide.json and its picture
-    python -m benchmarks.selection.judge_wide --rehearse FOLDER                         # the same on grids of that folder; writes nothing
-    python -m benchmarks.selection.judge_wide --table                                   # prints what judged_wide.json holds
+python -m benchmarks.selection.judge_wide --commit COMMIT_THEY_WERE_TRAINED_FROM    # writes judged_wide.json and its picture
+python -m benchmarks.selection.judge_wide --rehearse FOLDER                         # the same on grids of that folder; writes nothing
+python -m benchmarks.selection.judge_wide --table                                   # prints what judged_wide.json holds
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import json
 import math
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,9 @@ def read_grid(file: Path) -> WideGrid:
         for (rank, rate, seed), row in zip(arrays["cells"].tolist(), rows, strict=True)
     }
     weights = np.ones_like(tokens) if by_score else tokens
-    return WideGrid(file.stem, "accuracy" if by_score else "loss", values, weights, curve["checkpoints"], curve["losses"])
+    return WideGrid(
+        file.stem, "accuracy" if by_score else "loss", values, weights, curve["checkpoints"], curve["losses"]
+    )
 
 
 def best_by_rank(means: Mapping[CellKey, float]) -> dict[int, CellKey]:
@@ -164,7 +166,14 @@ class Case:
 def case_of(grid: WideGrid, key: CellKey, margin: float, seeds: int, answered: bool = True) -> Case:
     true = smallest_enough(grid.truth, margin)[0]
     return Case(
-        grid.name, margin, seeds, key[0] == true, key[0] < true, regret(grid, key, margin), answered, grid.metric == "loss"
+        grid.name,
+        margin,
+        seeds,
+        key[0] == true,
+        key[0] < true,
+        regret(grid, key, margin),
+        answered,
+        grid.metric == "loss",
     )
 
 
@@ -215,7 +224,12 @@ def share(found: Sequence[Case], of: Callable[[Case], float]) -> dict[str, Any]:
     means = sums[picks, 0].sum(1) / sums[picks, 1].sum(1)
     low, high = np.quantile(means, (0.025, 0.975))
     mean = sums[:, 0].sum() / sums[:, 1].sum()
-    return {"mean": round(float(mean), 5), "low": round(float(low), 5), "high": round(float(high), 5), "cases": len(found)}
+    return {
+        "mean": round(float(mean), 5),
+        "low": round(float(low), 5),
+        "high": round(float(high), 5),
+        "cases": len(found),
+    }
 
 
 def row_of(found: Sequence[Case]) -> dict[str, Any]:
@@ -243,7 +257,7 @@ def calibration(grids: Sequence[WideGrid], seeds: int) -> dict[str, Any]:
                         true = grid.truth[evidence.rank, evidence.learning_rate] - least <= margin
                         stated.append((grid.name, evidence.probability, true))
     bins = []
-    for low, high in zip(BINS, BINS[1:], strict=False):
+    for low, high in pairwise(BINS):
         inside = [item for item in stated if low <= item[1] < high or (high == 1.0 and item[1] == 1.0)]
         if inside:
             bins.append(

@@ -111,7 +111,9 @@ def test_blocks_that_are_computed_once_have_their_own_pace(
 def test_a_pace_gives_the_time_of_a_selection() -> None:
     pace = Pace(8, [[0]], [0], 100.0, 10.0, 0.5, 5.0, matrices=30, by_rank=10)
     assert pace.seconds(8, 2.0, 4, 3) == 200.0 + 10 * (2 * (1 + 0.5 * 2) + 1 + 4) + 5.0
-    assert pace.seconds(2, 2.0, 3, 1) == pytest.approx(200.0 * 120 / 300 + 10 * (4 + 2 * 120 / 300) + 5.0)  # rank 2 takes 120 of 300
+    assert pace.seconds(2, 2.0, 3, 1) == pytest.approx(
+        200.0 * 120 / 300 + 10 * (4 + 2 * 120 / 300) + 5.0
+    )  # rank 2 takes 120 of 300
 
 
 def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
