@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rightrank.api.runs import decide, export, write_report
     from rightrank.api.selecting import preflight, select_rank, select_rank_with
     from rightrank.interop.smallest import SmallestAdapter
+    from rightrank.interop.squeeze import Squeeze
     from rightrank.runs.calls import TrialResult, TrialTask
     from rightrank.runs.values import Selected
     from rightrank.schema.decision import Decision
@@ -30,6 +31,7 @@ _PLACES = {
     "api.runs": ("decide", "export", "write_report"),
     "api.selecting": ("preflight", "select_rank", "select_rank_with"),
     "interop.smallest": ("SmallestAdapter",),
+    "interop.squeeze": ("Squeeze",),
     "runs.calls": ("TrialResult", "TrialTask"),
     "runs.values": ("Selected",),
     "schema.decision": ("Decision",),
@@ -45,6 +47,7 @@ __all__ = [
     "SelectSettings",
     "Selected",
     "SmallestAdapter",
+    "Squeeze",
     "TrialResult",
     "TrialTask",
     "__version__",

@@ -8,9 +8,9 @@ from typing import Any
 import lightning
 import torch
 
-from rightrank.interop.lightning import SmallestAdapter
+from rightrank.interop.lightning import SmallestAdapter, Squeeze
 
-__all__ = ["SmallestAdapter", "fitted"]
+__all__ = ["SmallestAdapter", "Squeeze", "fitted"]
 
 
 class Module(lightning.LightningModule):

@@ -13,9 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 
 from rightrank.adapters.live import LiveAnswer, as_it_came, require_end
+from rightrank.adapters.live_cut import LiveCut, require_lower
 from rightrank.adapters.live_scores import FAILURES, Batch, batch_scores
 from rightrank.interop.smallest import checked, keep_smallest
-from rightrank.schema.errors import DataError, ModelError, first_line
+from rightrank.interop.squeeze import cut_sentence, cut_step, require_one_process, squeeze
+from rightrank.schema.errors import DataError, ModelError, SettingsError, first_line
 
 log = logging.getLogger("rightrank")
 
@@ -53,6 +55,40 @@ class SmallestAdapter(Callback):
             self.result = keep_smallest(model, *batches, out=out, margin=margin, metric=self._metric, seconds=seconds)
         except FAILURES as error:
             log.warning("rightrank: no smaller adapter was looked for: %s", first_line(error))
+
+
+class Squeeze(Callback):
+    """Cuts the adapter at a part of `fit`, which goes on at the lower rank: see `rightrank.Squeeze`.
+
+    `max_steps` or `max_epochs` say how long the training is. At the begin it raises `SettingsError` where they don't, and `ModelError` for
+    several processes and for what cannot be truncated.
+    """
+
+    def __init__(
+        self, held_out: Iterable[Batch] = (), *, rank: int | None = None, at: float = 0.5, margin: float | None = None
+    ) -> None:
+        self._held_out, self._rank, self._at, self._margin = held_out, rank, at, margin
+        self._step = 0
+        self.cut: LiveCut | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps, self.cut = trainer.estimated_stepping_batches, None
+        self._step = cut_step(self._at, int(steps) if steps != float("inf") else 0)
+        model = _peft_model(pl_module)
+        require_one_process(model)
+        name = require_end(model)
+        if self._rank is not None:
+            require_lower(self._rank, model.peft_config[name].r)
+        if len(trainer.optimizers) != 1 or (self._rank is None and not list(islice(self._held_out, 1))):
+            raise SettingsError("Squeeze: give one optimizer, and a rank or held-out batches to measure truncations on")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.cut is not None or trainer.global_step != self._step:
+            return
+        batches: Any = trainer.train_dataloader or ()
+        optimizer, model = trainer.optimizers[0], _peft_model(pl_module)
+        self.cut = squeeze(model, optimizer, batches, self._held_out, rank=self._rank, margin=self._margin)
+        log.warning("rightrank: %s", cut_sentence(self.cut, self._step))
 
 
 def _peft_model(module: LightningModule) -> Any:

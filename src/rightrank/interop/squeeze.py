@@ -1,0 +1,214 @@
+"""`Squeeze`: train at the top, cut inside the training, with the Trainer of transformers or TRL.
+
+    trainer.add_callback(Squeeze(margin=0.005))        # the rank whose truncation holds, measured half-way
+    trainer.add_callback(Squeeze(rank=4, at=0.5))      # this rank
+
+From the cut on the trainer trains the lower rank, with the optimizer's state, schedule and batches that it has: its checkpoints and its result are
+adapters of that rank. To resume after the cut, load the model from the checkpoint: `PeftModel.from_pretrained(base, checkpoint, is_trainable=True)`.
+What cannot work is refused before the first step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from rightrank.adapters.live import LiveAdapter, as_it_came, require_end, trained_adapter
+from rightrank.adapters.live_cut import LiveCut, cut_live, require_lower
+from rightrank.adapters.live_scores import Batch, is_sharded, world_size
+from rightrank.data.files import write_text
+from rightrank.interop.smallest import MOMENT_BATCHES, SmallestAdapter, checked
+from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.schema.metrics import Checkpoint
+
+log = logging.getLogger("rightrank")
+
+LAYERWISE = ("layerwise", "lomo")  # in the names of optimizers that step inside the backward pass
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class Squeeze(SmallestAdapter):
+    """Cuts the adapter to a lower rank at a part of the training, which goes on at that rank to its end.
+
+    Args:
+        eval_dataset, margin, ranks, metric, max_examples: of the measurement at the cut, as for `SmallestAdapter`.
+        rank: The rank to cut to; None for the smallest whose truncation is worse by no more than the margin at the cut.
+        at: Where, as a part of the training's steps.
+
+    Attributes:
+        cut: What was done; None before.
+
+    Raises at the training's begin:
+        ModelError: an adapter that cannot be truncated, several processes, or a compiled model.
+        SettingsError: a value that is not allowed, or an optimizer that steps inside the backward pass.
+        DataError: no held-out rows to measure on, where no rank is given.
+    """
+
+    rank: int | None = None
+    at: float = 0.5
+    every_evaluation: bool = field(default=False, init=False)
+    checkpoint: Checkpoint | None = field(default=None, init=False)
+    measure: bool = field(default=True, init=False)
+    cut: LiveCut | None = field(default=None, init=False)
+    _step: int = field(default=0, init=False)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, self._is_training, self.cut = kwargs["model"], False, None
+        self._step = cut_step(self.at, state.max_steps)
+        if state.global_step >= self._step:
+            return  # resumed after the cut
+        require_one_process(model)
+        optim = str(getattr(args.optim, "value", args.optim)).lower()
+        if args.torch_compile or any(name in optim for name in LAYERWISE):
+            what = "torch_compile" if args.torch_compile else f"optim {optim}"
+            raise SettingsError(
+                f"Squeeze: {what} holds the adapter's first shapes; leave it out, or use SmallestAdapter"
+            )
+        if self.rank is not None:
+            require_lower(self.rank, model.peft_config[trained_adapter(model)].r)
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def _rows_to_score(self, rows: Any) -> Sequence[Mapping[str, Any]]:
+        """The held-out rows; where the rank is given nothing is measured, and the training's own first rows stand for them."""
+        if self.rank is None:
+            return super()._rows_to_score(rows)
+        return list(islice(iter(self._loaders["train_dataloader"].dataset), 2))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._is_training or state.global_step != self._step:
+            return
+        optimizer = kwargs["optimizer"]
+        live = self._live(kwargs["model"], args, state)
+        self.cut = cut_live(live, getattr(optimizer, "optimizer", optimizer), self.rank)
+        if self.cut.rank < self.cut.from_rank:  # an adapter of another rank can't be loaded at the end
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        if state.is_world_process_zero:
+            for line in [*self.cut.notes, cut_sentence(self.cut, self._step)]:
+                log.warning("rightrank: %s", line)
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        """No weights of an end are kept."""
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        """No weights of an end are kept."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._is_training = False
+        if self.cut is not None and state.is_world_process_zero:
+            write_recipe(self.cut, self._step, state.global_step, Path(args.output_dir or "."))
+
+
+def squeeze(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    train: Iterable[Batch] = (),
+    held_out: Iterable[Batch] = (),
+    *,
+    rank: int | None = None,
+    margin: float | None = None,
+    metric: str = "loss",
+) -> LiveCut:
+    """Cut the adapter between two steps of a loop of your own, which then goes on with the same model and optimizer.
+
+    Args:
+        model: PEFT's model, as it is in memory; of accelerate, `accelerator.unwrap_model(model)`.
+        optimizer: That of the adapter; of accelerate, its `optimizer`.
+        train: Batches of the training, of which the first are read for second moments: dictionaries of tensors with `labels`.
+        held_out: Batches that the training did not see, to measure truncations on where no rank is given.
+        rank: The rank to cut to; None for the smallest whose truncation is worse by no more than the margin.
+        margin: As for `SmallestAdapter`; `metric` too.
+
+    Raises:
+        DataError: neither a rank nor held-out batches.
+        ModelError: an adapter that cannot be truncated, several processes, or a compiled model.
+        SettingsError: a value that is not allowed.
+    """
+    margin = checked(margin, None, metric).margin
+    require_one_process(model)
+    name = require_end(model)
+    if rank is not None:
+        require_lower(rank, model.peft_config[name].r)
+    with as_it_came(model, name, held_out, train):
+        live = LiveAdapter(model, list(held_out), list(islice(train, MOMENT_BATCHES)), margin, name=name, metric=metric)
+    if rank is None and not live.held_out:
+        raise DataError("squeeze: give a rank, or held-out batches to measure truncations on")
+    return cut_live(live, optimizer, rank)
+
+
+def cut_step(at: float, steps: int) -> int:
+    """The step after which a training of so many steps is cut.
+
+    Raises:
+        SettingsError: no step is left on one side.
+    """
+    if not 0 < at < 1 or not 0 < round(at * steps) < steps:
+        raise SettingsError(
+            f"Squeeze(at={at!r}) of {steps} steps: give a part between 0 and 1, and a training with steps on both sides of it"
+        )
+    return round(at * steps)
+
+
+def require_one_process(model: Any) -> None:
+    """Refuse what holds the shapes of the parameters outside the optimizer.
+
+    Raises:
+        ModelError: several processes, or a sharded or compiled model.
+    """
+    if world_size() > 1 or is_sharded(model):
+        raise ModelError(
+            "Squeeze: several processes (DDP, FSDP, DeepSpeed) hold the adapter's first shapes; train in one process, or use SmallestAdapter"
+        )
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ModelError(
+            "Squeeze: a compiled model holds the adapter's first shapes; compile none, or use SmallestAdapter"
+        )
+
+
+def cut_sentence(cut: LiveCut, step: int) -> str:
+    """What was done at the cut, and what was measured there."""
+    if cut.rank == cut.from_rank:
+        return f"step {step}: no truncation holds, so the training goes on at rank {cut.rank}"
+    done = f"rank {cut.from_rank} to step {step}, then rank {cut.rank} ({cut.parameters:,} parameters)"
+    if cut.measured is None:
+        return f"{done}; the rank was given, and nothing was measured"
+    answer = cut.measured.answer
+    high = "" if answer.difference_high is None else f", at most {answer.difference_high:+.4f}"
+    return (
+        f"{done}; at the cut this truncation is worse by {answer.difference:+.4f}{high}, on {cut.measured.examples} examples, and the "
+        f"margin is {answer.margin:g}"
+    )
+
+
+def write_recipe(cut: LiveCut, step: int, steps: int, output: Path) -> None:
+    """`rightrank/squeeze.json` in the training's output folder, and a line that says how to prove it."""
+    answer = None if cut.measured is None else cut.measured.answer
+    recipe = {
+        "from_rank": cut.from_rank,
+        "rank": cut.rank,
+        "cut_step": step,
+        "steps": steps,
+        "parameters": cut.parameters,
+        "measured": None
+        if answer is None
+        else answer.model_dump(mode="json", include={"difference", "difference_high", "margin"}),
+        "sentence": cut_sentence(cut, step),
+    }
+    (output / "rightrank").mkdir(parents=True, exist_ok=True)
+    write_text(output / "rightrank" / "squeeze.json", json.dumps(recipe, indent=1) + "\n")
+    log.warning(
+        "rank %d to step %d, then rank %d to step %d. No top was trained to its end, so nothing certifies the result; a training at rank %d to the end, "
+        "and rightrank compare, would",
+        cut.from_rank, step, cut.rank, steps, cut.from_rank,
+    )  # fmt: skip
