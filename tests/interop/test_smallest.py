@@ -600,6 +600,8 @@ def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_p
     collator = DataCollatorWithPadding(tokenizer)
     trainer = Trainer(model, arguments, collator, encoded[:200], encoded[200:], callbacks=list(callbacks))
     trainer.train()
+    card = (tmp_path / "out" / "rightrank" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "ForSequenceClassification.from_pretrained('this/folder', num_labels=2)" in card
     by_accuracy, by_loss = callbacks
     assert by_accuracy.result is not None
     assert by_loss.result is not None
@@ -651,10 +653,15 @@ def test_the_end_of_a_preference_training(changes: dict[str, Any], model_folder:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_loss_of_pairs_without_a_value_by_pair_is_refused(model_folder: Path, tmp_path: Path) -> None:
-    trainer, held_out = dpo_trainer(model_folder, tmp_path, max_steps=1, loss_type="aot")
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"loss_type": "aot"}, "loss_type .*aot.*"), ({"loss_weights": [3.0]}, "loss_weights")]
+)
+def test_a_loss_of_pairs_that_is_not_plain_is_refused(
+    model_folder: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    trainer, held_out = dpo_trainer(model_folder, tmp_path, max_steps=1, **changes)
     trainer.add_callback(SmallestAdapter(held_out))
-    with pytest.raises(SettingsError, match=r"loss_type .*aot.*: pairs are measured by the loss sigmoid"):
+    with pytest.raises(SettingsError, match=rf"{named}: pairs are measured by the loss sigmoid"):
         trainer.train()
 
 

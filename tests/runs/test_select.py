@@ -231,6 +231,20 @@ def test_classification(
     assert loaded.peft_config["default"].modules_to_save
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")  # PEFT's own
+def test_an_adapter_on_a_tied_head_is_announced_and_its_card_says_so(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = select_arguments(
+        model_folder, completion_file, tmp_path / "run", "--target-modules", "q_proj,lm_head", "--goal", "adapter"
+    )
+    status, _, err = run([*arguments, "--set", "max_steps=2"], capsys)
+    assert status == 0
+    words = "lm_head is trained, and the base uses one weight for its embeddings and its head"
+    assert words in err
+    assert words in (tmp_path / "run" / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_config_file_and_its_misspelt_key(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,13 +18,14 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from rightrank.adapters.compare import labels_of_side
 from rightrank.adapters.live import LiveAdapter, LiveAnswer, save_trained, smallest_adapter
 from rightrank.adapters.live_scores import Batch, gathered
 from rightrank.data.files import read_json_object, replacing_folder, write_text
 from rightrank.decision.adapter import METHODS, probable_ranks
 from rightrank.models.adapter_files import BESIDE, AdapterFolder, open_adapter
 from rightrank.models.base_models import base_identity
-from rightrank.models.places import BASE_FILE
+from rightrank.models.places import BASE_FILE, CONFIG_FILE
 from rightrank.report.figure import Axis, Figure, Series
 from rightrank.report.figures import figure_of
 from rightrank.report.html import templates
@@ -146,7 +147,21 @@ def _card(found: LiveAnswer, training: Training) -> str:
     return (
         f"---\n{base}library_name: peft\n---\n\n# LoRA adapter of rank {answer.rank}, {made}\n\n{answer.sentence}\n\n{table}\n\n"
         f"Made by rightrank at the end of the training, from the {training.checkpoint} weights, in the training's own process. "
-        f"{training.cost_sentence(found)}\n\n{notes}"
+        f"{training.cost_sentence(found)}\n\n{notes}{_loading(found.folder)}"
+    )
+
+
+def _loading(folder: Path) -> str:
+    """Python that loads the adapter; PEFT keeps no number of labels. Empty for a task that is neither language nor texts by class."""
+    task = read_json_object(folder / CONFIG_FILE).get("task_type")
+    kind = {"CAUSAL_LM": "CausalLM", "SEQ_CLS": "SequenceClassification"}.get(str(task))
+    if kind is None:
+        return ""
+    labels = labels_of_side(str(folder)) if task == "SEQ_CLS" else None
+    more = f", num_labels={len(labels)}" if labels else ""
+    return (
+        f"\n```python\nfrom peft import AutoPeftModelFor{kind}\n\n"
+        f"model = AutoPeftModelFor{kind}.from_pretrained('this/folder'{more})\n```\n"
     )
 
 

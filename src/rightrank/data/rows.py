@@ -31,6 +31,7 @@ SPLIT_NAMES: dict[str, SplitName] = {
     "test": "test",
 }
 MAX_LINE_CHARACTERS = 2**26  # of a JSONL line; 64 MiB in one example is a mistake
+MAX_SHOWN_LINES = 20
 _CSV_FIELD_LIMIT = 2**24  # characters
 
 
@@ -156,20 +157,30 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_CHARACTERS + 1), ""), start=1):
+        lines = enumerate(iter(lambda: file.readline(MAX_LINE_CHARACTERS + 1), ""), start=1)
+        for number, line in lines:
             if len(line) > MAX_LINE_CHARACTERS:
                 raise DataError(
                     f"{path}:{number}: a line of over {MAX_LINE_CHARACTERS:,} characters; give one object a line"
                 )
             if not line.strip():
                 continue
-            try:
-                fields = parse_json(line)
-            except UnreadableError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error}); give one object a line") from None
-            if not isinstance(fields, dict):
-                raise DataError(f"{path}:{number}: got a {type(fields).__name__}; give one JSON object a line")
+            fields, wrong = _object_of(line)
+            if wrong:
+                broken = [other for other, text in lines if text.strip() and _object_of(text)[1]]
+                shown = ", ".join(map(str, broken[:MAX_SHOWN_LINES])) + (", …" if len(broken) > MAX_SHOWN_LINES else "")
+                others = f" (so are {len(broken):,} further lines: {shown})" if broken else ""
+                raise DataError(f"{path}:{number}: {wrong}{others}; give one JSON object a line")
             yield Row(fields, f"{path}:{number}")
+
+
+def _object_of(line: str) -> tuple[dict[str, Any], str]:
+    """`(the object of a line, what is wrong with it)`."""
+    try:
+        fields = parse_json(line)
+    except UnreadableError as error:
+        return {}, f"not JSON ({error})"
+    return (fields, "") if isinstance(fields, dict) else ({}, f"got a {type(fields).__name__}")
 
 
 def _json_list_rows(path: Path) -> Iterator[Row]:

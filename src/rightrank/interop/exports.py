@@ -110,8 +110,10 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
     rows = f"the run held out {recipe.held_out:,} rows of {recipe.data}; this file trains on them too"
     held_out = [rows] if recipe.held_out and name not in ("peft", "vllm") else []
     rates = [rate_warning(exported.r, exported.lora_alpha, exported.learning_rate)]
-    if name not in ("peft", "vllm") and not exported.use_rslora:
-        rates.append(f"for another rank: {rank_change_line(exported.r, 4 * exported.r, exported.lora_alpha)}")
+    if name not in ("peft", "vllm"):
+        rates.append(
+            f"for another rank: {rank_change_line(exported.r, 4 * exported.r, exported.lora_alpha, exported.settings.scaling)}"
+        )
     return Exported(name, folder, files, written.command, [*written.notes, *held_out, *comments, *filter(None, rates)])
 
 

@@ -516,6 +516,7 @@ def _beta(args: TrainingArguments, batch: Batch) -> float:
     others += (
         [] if str(getattr(given, "f_divergence_type", "reverse_kl")).endswith("reverse_kl") else ["f_divergence_type"]
     )
+    others += [] if getattr(given, "loss_weights", None) in (None, [1], (1,)) else ["loss_weights"]
     if others or given.loss_type not in ("sigmoid", ["sigmoid"]):
         raise SettingsError(
             f"{others[0] if others else f'loss_type {given.loss_type}'}: pairs are measured by the loss sigmoid, without further terms; "

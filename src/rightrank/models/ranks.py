@@ -69,8 +69,17 @@ def peft_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[float,
     return lora_alpha, scaling == "alpha/sqrt(r)"
 
 
-def rank_change_line(rank: int, to: int, alpha: float = 32) -> str:
-    """What becomes of alpha and the learning rate when the rank changes; the figures are of `benchmarks/atlas/rates.json`."""
+def rank_change_line(rank: int, to: int, alpha: float = 32, scaling: Scaling = "alpha/r") -> str:
+    """What becomes of alpha and the learning rate when the rank changes; the figures are of `benchmarks/atlas/rates.json`.
+
+    `alpha` is PEFT's at `rank`.
+    """
+    if scaling == "constant":
+        return f"from rank {rank} to {to}: lora_alpha {alpha / rank * to:g}, which keeps the scale at {alpha / rank:g}"
+    if scaling == "alpha/sqrt(r)":
+        return (
+            f"from rank {rank} to {to}: keep alpha at {alpha:g}; how the best rate moves with rsLoRA was not measured"
+        )
     ratio = to / rank
     ours, public, tied = ratio ** RATE_EXPONENTS[0], ratio ** RATE_EXPONENTS[1], ratio**TIED_EXPONENT
     return (

@@ -85,6 +85,10 @@ def prepare(
     targets = None if planned is None else sources.targets  # without a plan the ranks are checked on the model
     runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache, targets)
     started = _started(request, sources, settings, steps)
+    tied = runtime.targets.tied_line(sources.loaded.model, settings.modules_to_save)
+    if tied:
+        notice(tied)
+        started = started.model_copy(update={"notes": [tied]})
     return Prepared(runtime, settings, steps, unseen, started, planned, _top_origin(given, planned))
 
 

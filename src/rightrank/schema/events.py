@@ -110,6 +110,7 @@ class RunStarted(Record):
     higher_is_better: bool
     points_metric: str | None = None  # of the evaluations during a training, if it is not the deciding metric
     started_at: str
+    notes: list[str] = Field(default_factory=list)  # on the adapters, for their card
 
     @field_validator("settings")
     @classmethod

@@ -62,6 +62,21 @@ class Targets:
             return None
         return f"{alone.label} runs through PEFT's own forward pass, one adapter at a time ({alone.why_alone})"
 
+    def tied_line(self, model: Any, saved: Sequence[str]) -> str:
+        """What is to be known where the adapters train one of two modules of the base that share a weight; empty elsewhere."""
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if head is None or getattr(head, "weight", None) is not getattr(embeddings, "weight", head):
+            return ""
+        trained = [module.name for module in self.modules]
+        shared = [name for name, module in model.named_modules(remove_duplicate=False) if module in (embeddings, head)]
+        tied = next((name for name in shared if name in trained or name.split(".")[-1] in saved), None)
+        if tied is None:
+            return ""
+        return (
+            f"{tied} is trained, and the base uses one weight for its embeddings and its head: merging the adapter would change both. "
+            "Load it unmerged, or load the base with tie_word_embeddings=False before merging"
+        )
+
     @property
     def why_not_truncated(self) -> str | None:
         """Why no adapter of the run can be truncated, by their kind; None where all can."""
