@@ -89,8 +89,7 @@ def _of_adapter(config: Any) -> Iterator[tuple[str, Any] | _Refusal]:
 
 
 def _of_training(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
-    with warnings.catch_warnings(action="ignore"):  # of its own defaults
-        default = type(args)(use_cpu=True, bf16=False)  # which every machine takes
+    default = _defaults_of(args)
     yield from _by_own_rules(args)
     for name, value in _fields(args):
         setting = name if name in SelectSettings.model_fields else SelectSettings.names_elsewhere.get(name)
@@ -100,6 +99,19 @@ def _of_training(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
             yield setting, _plain(setting, value)
         elif value != getattr(default, name):
             yield _refused("args", name, value)
+
+
+def _defaults_of(args: Any) -> Any:
+    """The arguments by default. Making them resets accelerate's state, which a running trainer still uses: it is put back."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    kept = [(state, dict(state._shared_state)) for state in (AcceleratorState, PartialState)]
+    with warnings.catch_warnings(action="ignore"):  # of its own defaults
+        default = type(args)(use_cpu=True, bf16=False)  # which every machine takes
+    for state, values in kept:
+        state._shared_state.clear()
+        state._shared_state.update(values)
+    return default
 
 
 def _by_own_rules(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
