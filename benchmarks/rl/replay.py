@@ -25,9 +25,9 @@ from typing import Any
 
 from tests.tiny import UNMEASURED
 
+from rightrank.decision.collapse import DROP_IN_MARGINS, collapse_of
 from rightrank.decision.rule import decide
 from rightrank.decision.table import best_point, table_of, without_collapsing
-from rightrank.runs.calls import DROP_IN_MARGINS, collapse_of
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.settings import PROFILES

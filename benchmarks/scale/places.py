@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Timer
@@ -29,7 +29,7 @@ from rightrank.plugins.cluster.worker import versions
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hooks, Run
 from rightrank.runs.run import decide, loop
-from rightrank.runs.values import Selected
+from rightrank.runs.values import Plan, Selected
 from rightrank.schema.events import DataSummary, Event, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
@@ -199,7 +199,8 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
     with run_folder.locked():
         report, strategy = Report(), make_strategy(settings.strategy, space_of(settings, STEPS))
         hooks = Hooks([observer, report])
-        run = Run(run_folder, hooks, started, settings, STEPS, strategy, nullcontext, run_folder.journal.read())
+        plan = Plan(started=started, settings=settings, steps=STEPS, strategy=strategy)
+        run = Run(run_folder, hooks, plan, run_folder.journal.read())
         hooks.on_prepared(run)
         crew = _crew_at(place)
         pool = Pool(crew, WORKERS, versions(), run, hang_seconds=hang_seconds)

@@ -73,7 +73,7 @@ def trainer_of(folder: Path, rows: Rows, out: Path, callbacks: list[Any]) -> Tra
 def decision_of(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / "rightrank" / "decision.json").read_text(encoding="utf-8"))
     assert (out / "rightrank" / "adapter" / "adapter_model.safetensors").is_file()
-    assert not (out / "rightrank" / "measure").exists()
+    assert not (out / "rightrank" / "cache").exists()
     return found
 
 
@@ -91,7 +91,7 @@ def test_axolotls_plugin_measures_in_a_fresh_process(
     for callback in plugin.add_callbacks_post_trainer(cfg, trainer):
         trainer.add_callback(callback)
     trainer.train()
-    assert (out / "rightrank" / "measure").is_dir()
+    assert (out / "rightrank" / "cache").is_dir()
     plugin.post_train(cfg, trainer.model)
     plugin.post_train(cfg, trainer.model)
     plugin.post_train_unload(cfg)
@@ -131,7 +131,7 @@ def test_ms_swift_loads_the_file_that_the_command_names(
     trainer = trainer_of(model_folder, rows, tmp_path / "out", [])
     trainer.add_callback(callbacks_of_ms_swift["rightrank"](trainer.args, trainer))
     trainer.train()
-    assert decision_of(tmp_path / "out")["answer"]["margin"] == 0.005
+    assert decision_of(tmp_path / "out")["adapter_answer"]["margin"] == 0.005
 
 
 @pytest.mark.trains
@@ -154,7 +154,7 @@ def test_a_loop_whose_measurement_is_killed_is_measured_by_the_command_that_it_l
 
     """In a process that imports no program which is not asked for."""
     model, out = peft_model(model_folder), tmp_path / "out" / "rightrank"
-    monkeypatch.setattr("rightrank.interop.smallest.smallest_adapter", killed)
+    monkeypatch.setattr("rightrank.interop.smallest.finish_run", killed)
     with pytest.raises(KeyboardInterrupt):
         keep_smallest(model, loader(rows[140:]), loader(rows[:40]), out=out, margin=0.1)
     program, *command = shlex.split(caplog.messages[-1].partition("to measure again: ")[2])
@@ -164,7 +164,7 @@ def test_a_loop_whose_measurement_is_killed_is_measured_by_the_command_that_it_l
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in imports.splitlines()}
     assert {"rightrank", "peft"} <= imported
     assert not imported & {"axolotl", "swift", "lightning"}
-    apart = decision_of(tmp_path / "out")["answer"]
+    apart = decision_of(tmp_path / "out")["adapter_answer"]
     monkeypatch.undo()
     here = keep_smallest(model, loader(rows[140:]), loader(rows[:40]), out=tmp_path / "here", margin=0.1)
     assert apart["rank"] == here.answer.rank
@@ -198,7 +198,7 @@ def test_lightning_and_a_loop_of_accelerate_give_one_answer(model_folder: Path, 
     found = keep_smallest(
         accelerator.unwrap_model(model), loader(rows[140:]), batches, out=tmp_path / "loop" / "rightrank", margin=0.1
     )
-    assert decision_of(tmp_path / "loop")["answer"] == json.loads(found.answer.model_dump_json())
+    assert decision_of(tmp_path / "loop")["adapter_answer"] == json.loads(found.answer.model_dump_json())
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     assert torch.equal(states, torch.get_rng_state())
     assert found.examples == callback.result.examples == 60

@@ -25,7 +25,8 @@ from rightrank.decision.adapter import Making
 from rightrank.interop.exports import TARGETS
 from rightrank.interop.recipe import OF_MEASURING, Recipe
 from rightrank.models.ranks import peft_scaling
-from rightrank.schema.configs import command_of_configs
+from rightrank.schema.command import reproduce_command
+from rightrank.schema.configs import stated_settings
 from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
 from rightrank.schema.table import Group
 
@@ -268,7 +269,9 @@ def test_the_command_that_proves_an_estimate_has_the_settings_of_the_training(
         layers_to_transform=list(recipe.layers_to_transform or ()) or None, exclude_modules=list(recipe.exclude_modules) or None,
         use_dora=recipe.use_dora, init_lora_weights=recipe.init_lora_weights, loftq_config={}, rank_pattern={"q_proj": 2},
     )  # fmt: skip
-    command, unsaid = command_of_configs("model", config, arguments, seq_len=recipe.settings.seq_len)
+    stated, unsaid = stated_settings(config, arguments, seq_len=recipe.settings.seq_len)
+    command = reproduce_command({"model": "model", "data": "data.jsonl", **stated})
+    assert command is not None
     assert unsaid == ["rank_pattern={'q_proj': 2}"]
     read = SelectSettings(**{**_settings_of(parsed(command))})
     same = (

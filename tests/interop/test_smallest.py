@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -29,12 +30,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from rightrank import SmallestAdapter
+from rightrank import SelectSettings, SmallestAdapter, compare, export, write_report
 from rightrank.adapters.held_out import truncation_curve
-from rightrank.adapters.live import LiveAdapter, smallest_adapter, trained_adapter
-from rightrank.adapters.live_files import measure_again
+from rightrank.adapters.live import LiveAdapter, trained_adapter
 from rightrank.adapters.live_scores import HeldOutBatches, batch_scores
 from rightrank.adapters.resize import candidate_ranks
+from rightrank.api.runs import status
+from rightrank.interop.end_run import measure, measure_again
 from rightrank.interop.smallest import main, training_warnings
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
@@ -45,7 +47,7 @@ from rightrank.train.evaluation import Scores
 from rightrank.train.runtime import adapter_attached
 from tests.helpers import make_runtime
 from tests.interop.trainings import Listed, Rows, peft_model
-from tests.tiny import small_settings, write_pairs
+from tests.tiny import small_settings, write_completions, write_pairs
 
 pytestmark = pytest.mark.trains
 
@@ -96,25 +98,42 @@ def test_the_end_of_a_training_has_the_smallest_adapter(
     assert answer.sentence in caplog.text
     assert trainer.state.log_history[-1]["rightrank/rank"] == answer.rank
     card = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert f"truncated by K-FAC from rank {answer.trained_rank}" in card
-    assert document["cost"]["examples"] == 60
-    assert (
-        0
-        < document["cost"]["share"]
-        == pytest.approx(document["cost"]["seconds"] / document["cost"]["training_seconds"], rel=0.1)
-    )
+    assert f"trained at rank 16 (learning rate 0.01, 60 steps), truncated to rank {answer.rank} by K-FAC" in card
+    assert "Measured from the last (step 60) weights on 60 held-out examples" in caplog.text
     assert "of the training's time; peak memory" in caplog.text
-    assert document["checkpoint"] == "last (step 60)"
-    assert "--ranks" in document["training_rank_estimate"]["command"]
+    command = next(note for note in answer.notes if note.startswith("An estimate")).partition("prove it: ")[2]
+    words = shlex.split(command)
+    options = dict(zip(words[4::2], words[5::2], strict=True))
+    assert options["--learning-rates"] == "0.01"
+    assert options["--max-steps"] == "60"
+    assert "--ranks" in options
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert answer.sentence in page
     assert "<svg" in page
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "decision.json", "report.html", "trained"]
+    names = ["adapter", "config.yaml", "decision.json", "figures", "journal.jsonl", "report.html", "trials"]
+    assert [path.name for path in sorted(folder.iterdir()) if path.name != ".lock"] == names
+    verbs_work_on(folder, answer.rank, model_folder)
     model.save_pretrained(tmp_path / "trained")
     before = losses_by_peft(model_folder, tmp_path / "trained", rows[140:])
     after = losses_by_peft(model_folder, folder / "adapter", rows[140:])
     tokens = sum(sum(label != -100 for label in row["labels"][1:]) for row in rows[140:])
     assert (sum(after) - sum(before)) / tokens == pytest.approx(answer.difference, abs=1e-4)
+
+
+def verbs_work_on(run: Path, rank: int, model_folder: Path) -> None:
+    """Status, report, export and compare read the folder as that of a selection."""
+    state = status(run)
+    assert (state.state, state.goal, state.adapter_sentence is not None) == ("done", "adapter", True)
+    assert state.truncated_curve
+    first = (run / "report.html").read_text(encoding="utf-8")
+    assert write_report(run).read_text(encoding="utf-8") == first
+    assert export(run, "peft").files
+    trl = yaml.safe_load((export(run, "trl").folder / "trl_sft.yaml").read_text(encoding="utf-8"))
+    assert (trl["lora_r"], trl["lora_alpha"], trl["learning_rate"], trl["max_steps"]) == (16, 32, 0.01, 60)
+    assert trl["model_name_or_path"] == str(model_folder)
+    data = write_completions(run.parent / "compared.jsonl", 20, seed=9)
+    sides = run / "adapter", "base"
+    assert compare(*sides, model=str(model_folder), data=data, settings=SelectSettings(seq_len=32)).examples == 20
 
 
 def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
@@ -141,7 +160,7 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
 
     held_out = batches("selection", range(len(runtime.data.splits["selection"])))
     live = LiveAdapter(model, held_out, batches("train", read), margin=0.1, moment_tokens=10**9)
-    found = smallest_adapter(live, tmp_path / "live").answer
+    found = measure(live, tmp_path / "live").answer
     assert (found.rank, found.trained_rank) == (curve.answer.rank, curve.answer.trained_rank)
     assert found.difference_high == pytest.approx(curve.answer.difference_high, abs=1e-4)
     by_rank = {one.rank: one for one in curve.answer.candidates}
@@ -171,7 +190,7 @@ def test_the_model_is_given_back_as_it_came(model_folder: Path, rows: Rows, tmp_
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     configs, active = copy.deepcopy(model.peft_config), copy.deepcopy(model.active_adapter)
     layers = [copy.copy(vars(module)) for module in model.modules()]
-    smallest_adapter(LiveAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
+    measure(LiveAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     assert {name for name, value in model.named_parameters() if value.grad is not None} == set(gradients)
     assert all(
@@ -233,7 +252,7 @@ def test_what_fails_at_the_end_is_one_line(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rightrank.interop.smallest.smallest_adapter", full)
+    monkeypatch.setattr("rightrank.interop.smallest.finish_run", full)
     with caplog.at_level(logging.WARNING, "rightrank"):
         trainer, _ = trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]))], max_steps=2)
     assert trainer.state.global_step == 2
@@ -291,7 +310,7 @@ def test_a_measurement_that_was_cut_off_is_made_again(
 ) -> None:
     """By the command that is printed first, from the folder; in a fresh process in `test_doors`."""
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "rightrank"):
-        patch.setattr("rightrank.interop.smallest.smallest_adapter", killed)
+        patch.setattr("rightrank.interop.smallest.finish_run", killed)
         with pytest.raises(KeyboardInterrupt):
             trained(
                 model_folder, rows, tmp_path / "cut", [SmallestAdapter(Listed(rows[140:]), margin=0.1)], max_steps=8
@@ -299,7 +318,7 @@ def test_a_measurement_that_was_cut_off_is_made_again(
     line = next(record.getMessage() for record in caplog.records if "to measure again: " in record.getMessage())
     command = shlex.split(line.split("to measure again: ")[1])
     assert command[:3] == ["python", "-m", "rightrank.interop.smallest"]
-    weights = tmp_path / "cut" / "rightrank" / "measure" / "trained" / "adapter_model.safetensors"
+    weights = next((tmp_path / "cut" / "rightrank" / "trials").iterdir()) / "adapter_model.safetensors"
     before = weights.read_bytes()
     weights.write_bytes(before[: len(before) // 2])
     assert main(command[3:]) == 2
@@ -309,10 +328,10 @@ def test_a_measurement_that_was_cut_off_is_made_again(
     callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
     trained(model_folder, rows, tmp_path / "whole", [callback], max_steps=8)
     assert callback.result is not None
-    found = json.loads((tmp_path / "cut" / "rightrank" / "decision.json").read_text(encoding="utf-8"))["answer"]
+    found = json.loads((tmp_path / "cut" / "rightrank" / "decision.json").read_text(encoding="utf-8"))["adapter_answer"]
     assert found["rank"] == callback.result.answer.rank
     assert found["difference_high"] == pytest.approx(callback.result.answer.difference_high, abs=1e-5)
-    assert not (tmp_path / "cut" / "rightrank" / "measure").exists()
+    assert not (tmp_path / "cut" / "rightrank" / "cache").exists()
 
 
 @pytest.mark.parametrize("other", ["weights", "vocabulary"])
@@ -322,7 +341,7 @@ def test_another_base_is_refused_in_a_fresh_process(
     base, out = tmp_path / "base", tmp_path / "out" / "rightrank"
     shutil.copytree(model_folder, base)
     with monkeypatch.context() as patch:
-        patch.setattr("rightrank.interop.smallest.smallest_adapter", killed)
+        patch.setattr("rightrank.interop.smallest.finish_run", killed)
         with pytest.raises(KeyboardInterrupt):
             trained(base, rows, tmp_path / "out", [SmallestAdapter(Listed(rows[140:]), max_examples=30)], max_steps=1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -343,7 +362,7 @@ def test_a_full_disk_is_one_line(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rightrank.interop.smallest.keep", full)
+    monkeypatch.setattr("rightrank.interop.smallest.begin_run", full)
     with caplog.at_level(logging.WARNING, "rightrank"):
         trainer, _ = trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]))], max_steps=2)
     lines = [record.getMessage() for record in caplog.records if record.name == "rightrank"]
@@ -381,11 +400,13 @@ def test_the_best_checkpoint_is_measured_where_the_trainer_loads_it(
         lr_scheduler_type="constant",
     )
     document = json.loads((tmp_path / "rightrank" / "decision.json").read_text(encoding="utf-8"))
-    assert document["checkpoint"].startswith("best (step ")
+    assert any("Measured from the best (step " in note for note in document["adapter_answer"]["notes"])
     assert callback.result is not None
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
     assert callback.result.value == pytest.approx(scored(model.eval(), batches).loss, rel=1e-4)
-    assert [point["step"] for point in document["curve"]] == [10, 20, 30, 40]
+    assert [step for step, _ in callback.curve] == [10, 20, 30, 40]
+    (told,) = [one for one in document["adapter_answer"]["notes"] if one.startswith("smallest rank that holds: ")]
+    assert told.endswith(f"{callback.curve[-1][1]} at step 40")
 
 
 @pytest.mark.parametrize("checkpoint", ["last", "best"])
@@ -410,16 +431,17 @@ def test_either_checkpoint_is_measured_whatever_the_trainer_ends_with(
     assert best < 40
     document = json.loads((tmp_path / "out" / "rightrank" / "decision.json").read_text(encoding="utf-8"))
     step = 40 if checkpoint == "last" else best
-    assert document["checkpoint"] == f"{checkpoint} (step {step})"
+    notes = document["adapter_answer"]["notes"]
+    assert any(f"Measured from the {checkpoint} (step {step}) weights" in note for note in notes)
     assert callback.result is not None
     assert callback.result.value == pytest.approx(evaluated[step], rel=0.05)  # the trainer averages batches, not tokens
-    loaded = losses_by_peft(model_folder, tmp_path / "out" / "rightrank" / "trained", rows[140:])
+    loaded = losses_by_peft(
+        model_folder, tmp_path / "out" / "rightrank" / document["handed_over"]["reference_adapter"], rows[140:]
+    )
     tokens = sum(label != -100 for row in rows[140:] for label in row["labels"][1:])
     assert sum(loaded) / tokens == pytest.approx(callback.result.value, rel=1e-4)
-    (told,) = [
-        note for note in document["notes"] if f"holds at the checkpoint that is used, {checkpoint} (step" in note
-    ]
-    assert ("checkpoint_matters" in document["flags"]) == told.startswith("checkpoint_matters: ")
+    (told,) = [note for note in notes if f"holds at the checkpoint that is used, {checkpoint} (step" in note]
+    assert ("checkpoint_matters" in document.get("flags", ())) == told.startswith("checkpoint_matters: ")
 
 
 def test_a_checkpoint_that_is_not_at_hand_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
@@ -470,14 +492,14 @@ def test_a_resumed_training_is_measured(model_folder: Path, rows: Rows, tmp_path
 def test_of_several_adapters_the_trained_one_is_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     model = peft_model(model_folder)
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
-    alone = smallest_adapter(LiveAdapter(model, batches, margin=1.0), tmp_path / "alone")
+    alone = measure(LiveAdapter(model, batches, margin=1.0), tmp_path / "alone")
     model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
     assert trained_adapter(model) == "default"
-    beside = smallest_adapter(LiveAdapter(model, batches, margin=1.0), tmp_path / "beside")
+    beside = measure(LiveAdapter(model, batches, margin=1.0), tmp_path / "beside")
     assert beside.answer.candidates == alone.answer.candidates
     model.set_adapter("other")
     assert trained_adapter(model) == "other"
-    with_other_active = smallest_adapter(LiveAdapter(model, batches, margin=1.0), tmp_path / "active")
+    with_other_active = measure(LiveAdapter(model, batches, margin=1.0), tmp_path / "active")
     assert with_other_active.answer.candidates == alone.answer.candidates
     assert model.active_adapter == "other"
     model.base_model.set_adapter(["default", "other"])
@@ -486,7 +508,7 @@ def test_of_several_adapters_the_trained_one_is_measured(model_folder: Path, row
     model.base_model.set_adapter("default")
     model.merge_adapter()
     with pytest.raises(ModelError, match="is merged into the base"):
-        smallest_adapter(LiveAdapter(model, batches), tmp_path / "merged")
+        measure(LiveAdapter(model, batches), tmp_path / "merged")
 
 
 def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
@@ -505,8 +527,8 @@ def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
 
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
     mlp.forward = fused
-    found = smallest_adapter(LiveAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
-    assert found.notes == (
+    found = measure(LiveAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
+    assert found.answer.notes[0] == (
         "3 of 21 modules truncated by singular values: the model computes their layers without calling PEFT's modules (fused kernels), "
         "so that no second moments arrive",
     )
@@ -552,11 +574,11 @@ def test_blocks_below_the_adapter_are_computed_once(model_folder: Path, rows: Ro
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
     calls: list[int] = []
     handle = model.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
-    kept = smallest_adapter(LiveAdapter(model, batches, margin=10.0), tmp_path / "kept")
+    kept = measure(LiveAdapter(model, batches, margin=10.0), tmp_path / "kept")
     assert len(calls) == len(batches) + 1  # the first is checked, once with its blocks
     handle.remove()
     handle = model.base_model.model.model.layers[0].register_forward_hook(lambda *_: None)  # then nothing is kept
-    whole = smallest_adapter(LiveAdapter(model, batches, margin=10.0), tmp_path / "whole")
+    whole = measure(LiveAdapter(model, batches, margin=10.0), tmp_path / "whole")
     for one, other in zip(kept.answer.candidates, whole.answer.candidates, strict=True):
         assert one.value == pytest.approx(other.value, abs=1e-6)
     assert len(kept.answer.candidates) == 5
@@ -601,7 +623,7 @@ def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_p
     trainer = Trainer(model, arguments, collator, encoded[:200], encoded[200:], callbacks=list(callbacks))
     trainer.train()
     card = (tmp_path / "out" / "rightrank" / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert "ForSequenceClassification.from_pretrained('this/folder', num_labels=2)" in card
+    assert "AutoPeftModelForSequenceClassification.from_pretrained('this/folder', **head)" in card
     by_accuracy, by_loss = callbacks
     assert by_accuracy.result is not None
     assert by_loss.result is not None

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from rightrank import SmallestAdapter
+from rightrank.interop.end_run import measure_again
 from rightrank.schema.errors import DataError, InputError, ModelError, SettingsError
 from tests.interop.trainings import Listed, Rows, peft_model
 
@@ -264,16 +265,16 @@ def test_the_last_checkpoint_is_the_last_where_another_callback_stops(
     ).train()  # fmt: skip
     assert callback.result is not None
     assert last.result is not None
-    assert '"last (step 13)"' in (tmp_path / "best" / "rightrank" / "decision.json").read_text(encoding="utf-8")
+    assert "Measured from the last (step 13) weights" in (tmp_path / "best" / "rightrank" / "decision.json").read_text(
+        encoding="utf-8"
+    )
     assert callback.result.value == last.result.value
 
 
 def test_the_tokenizer_lies_beside_the_adapter(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     callback = SmallestAdapter(Listed(rows[140:]), margin=1.0, measure=False)
     trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:40]), None, callback).train()
-    from rightrank.adapters.live_files import measure_again
-
     measure_again(tmp_path / "rightrank")
-    for folder in ("adapter", "trained"):
-        loaded = AutoTokenizer.from_pretrained(tmp_path / "rightrank" / folder)
+    for folder in [tmp_path / "rightrank" / "adapter", *(tmp_path / "rightrank" / "trials").iterdir()]:
+        loaded = AutoTokenizer.from_pretrained(folder)
         assert loaded("a b") == AutoTokenizer.from_pretrained(model_folder)("a b")

@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from rightrank import SmallestAdapter
-from rightrank.adapters.live_files import measure_again
 from rightrank.adapters.live_scores import HeldOutBatches
+from rightrank.interop.end_run import measure_again
 
 pytestmark = pytest.mark.trains
 WAYS = ("ddp", "fsdp2")
@@ -132,7 +132,8 @@ def test_zero3_is_kept_for_a_fresh_process(
     multiprocessing.spawn(
         zero3, args=(free_port(), model_folder, rows_of(model_folder, completion_file), tmp_path), nprocs=2
     )
-    kept = load_file(tmp_path / "rightrank" / "measure" / "trained" / "adapter_model.safetensors")
+    (trained,) = (tmp_path / "rightrank" / "trials").iterdir()
+    kept = load_file(trained / "adapter_model.safetensors")
     after = torch.load(tmp_path / "after.pt", weights_only=True)
     assert kept.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in kept.items())
@@ -171,16 +172,19 @@ def test_two_processes_give_one_answer(way: str, trained: Path, model_folder: Pa
     """Both have the same answer; it is that of the adapter that was saved; and the factors are those that were trained."""
     rows, out = rows_of(model_folder, completion_file), trained / way
     answers = [json.loads((out / f"{number}.json").read_text()) for number in range(2)]
+    notes = [answer.pop("notes") for answer in answers]  # the last has the process's own time and memory
     assert answers[0] == answers[1]
+    assert notes[0][:-1] == notes[1][:-1]
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
     values = {}
-    for name in ("trained", "adapter"):
+    trained_id = f"trials/{answers[0]['trained_id']}"
+    for name in (trained_id, "adapter"):
         base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         loaded: Any = PeftModel.from_pretrained(base, out / "rightrank" / name).eval()
         values[name] = HeldOutBatches(loaded, batches).scores().loss
-        if name == "trained":
+        if name == trained_id:
             after = torch.load(out / "after.pt", weights_only=True)
             assert after.keys() == {one for one, _ in loaded.named_parameters() if "lora_" in one}
             assert all(torch.equal(value, after[one]) for one, value in loaded.named_parameters() if one in after)
-    assert values["adapter"] - values["trained"] == pytest.approx(answers[0]["difference"], abs=1e-4)
+    assert values["adapter"] - values[trained_id] == pytest.approx(answers[0]["difference"], abs=1e-4)
     assert answers[0]["rank"] < 16

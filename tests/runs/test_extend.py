@@ -10,8 +10,8 @@ import pytest
 from rightrank.api.selecting import select_rank
 from rightrank.cli import main
 from rightrank.decision.run import records_of
-from rightrank.hooks.extend import extended
 from rightrank.runs.journal import Journal
+from rightrank.runs.run import extended
 from rightrank.runs.values import Selected
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, NextRun
 from rightrank.schema.settings import SelectSettings

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from benchmarks.selection.tables import recommend
 
+from rightrank.decision.collapse import collapse_of, should_stop_early
 from rightrank.decision.seeds import detectable_difference, needed_seeds
 from rightrank.decision.table import without_collapsing
-from rightrank.runs.calls import TrialTask, collapse_of, should_stop_early
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Hooks
-from rightrank.runs.own_trainer import REASONER_START, own_run
+from rightrank.runs.own_trainer import own_request
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 from rightrank.search.history import Space
 from rightrank.search.upward import Upward
@@ -70,48 +67,19 @@ def test_it_climbs_while_a_rank_gains_more_than_the_margin(gain: float, ranks: s
     ("gain", "ranks", "chosen"),
     [(0.0, [16, 64, 4, 1], 1), (0.025, [16, 64, 4, 1], 4), (0.06, [16, 64, 4], 16), (1.0, [16, 64], 64)],
 )
-def test_on_a_distilled_reasoner_it_starts_at_eight_and_goes_down_while_it_holds(
-    gain: float, ranks: list[int], chosen: int
-) -> None:
-    strategy = Upward(space(start_rank=REASONER_START))
+def test_a_climb_from_a_given_rank_goes_down_while_it_holds(gain: float, ranks: list[int], chosen: int) -> None:
+    strategy = Upward(space(start_rank=8))
     known = run_all(strategy, World(gain=gain))
     assert list(dict.fromkeys(ranks_of(known))) == ranks
     assert recommend(strategy, known).rank == chosen
-    assert strategy.trials(known).notes[0] == (
-        "The base is a distilled reasoner: the climb starts at rank 16, and goes down from there."
-    )
+    assert strategy.trials(known).notes[0] == ("The climb starts at rank 16, as asked, and goes down from there.")
 
 
-@dataclass
-class Ready:
-    """A ready function, whose base is known."""
-
-    model: str
-
-    def __call__(self, task: TrialTask) -> dict[str, float]:
-        return {"reward": 0.0}
-
-
-def start_rank(model: str, folder: Path) -> int:
+def test_a_start_that_is_given_reaches_the_climb(tmp_path: Path) -> None:
     compared = {"ranks": (1, 4, 16), "learning_rates": (1e-5,), "seeds": None, "margin": None}
-    open_run = own_run(Ready(model), None, "local", None, compared, {"profile": "rl"})
-    return open_run(RunFolder(folder / "run"), Hooks()).strategy.space.start_rank
-
-
-def test_a_distilled_reasoner_is_known_by_its_name_or_its_configuration(tmp_path: Path) -> None:
-    names = (
-        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
-        "models/open_thinker/OpenThinker-7B",
-        "agentica/DeepScaleR-1.5B",
-    )
-    assert {start_rank(name, tmp_path) for name in names} == {REASONER_START}
-    others = ("Qwen/Qwen3-1.7B", "distilgpt2", "distilbert-base-uncased")
-    assert {start_rank(name, tmp_path) for name in others} == {0}
-    base = tmp_path / "base"
-    base.mkdir()
-    assert start_rank(str(base), tmp_path) == 0
-    (base / "config.json").write_text(json.dumps({"_name_or_path": names[0]}))
-    assert start_rank(str(base), tmp_path) == REASONER_START
+    for given, start in (({}, 0), ({"start_rank": 8}, 8)):
+        request = own_request(lambda task: {"reward": 0.0}, None, "local", None, compared, {"profile": "rl", **given})  # type: ignore[typeddict-item]
+        assert request.plan(RunFolder(tmp_path / "run"), []).strategy.space.start_rank == start
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(0.0, 1), (1.0, 64)])

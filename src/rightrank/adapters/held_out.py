@@ -28,7 +28,8 @@ from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank
 from rightrank.models.truncation import Moments, shared_ranks
 from rightrank.runs.journal import Journal
-from rightrank.schema.configs import command_of_configs
+from rightrank.schema.command import reproduce_command
+from rightrank.schema.configs import stated_settings
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.events import Evaluating, Notice, RunStarted
@@ -208,7 +209,8 @@ def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, ru
     )
     config.rank_pattern, config.alpha_pattern = {}, {}
     given = given_values(rule.settings)
-    search, unsaid = command_of_configs(runtime.loaded.name, config, **given, ranks=ranks)
+    stated, unsaid = stated_settings(config, **given, ranks=ranks)
+    search = reproduce_command({"model": runtime.loaded.name, "data": "TRAINING_DATA", **stated})
     notes += [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
     named = {"notes": [note.replace(SEARCH, f"({search})") for note in answer.notes]}
     return written.model_copy(

@@ -1,17 +1,14 @@
-"""The smallest adapter of a model that another program trained: its truncations, scored with the model as it is in memory.
+"""An adapter in a model that another program trained: saved, and its truncations scored with the model as it is in memory.
 
-The walk is that of `resize --data`: the adapter is saved, truncated by the same code, and each truncation is put in the place of the trained
-factors for one evaluation. The model is given back as it came: parameters, modes, gradients, hooks, configurations and random states.
-Where several processes train it, all of them call `smallest_adapter` with the same data and get the same answer.
+Each truncation is put in the place of the trained factors for one evaluation. The model is given back as it came: parameters, modes,
+gradients, hooks, configurations and random states. Where several processes train it, all of them make the same calls with the same data.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rightrank.adapters.held_out import capped, smallest_of, walk
+from rightrank.adapters.held_out import capped
 from rightrank.adapters.live_scores import (
     BETA,
     Batch,
@@ -37,18 +34,15 @@ from rightrank.adapters.live_scores import (
     positions,
     together,
 )
-from rightrank.adapters.resize import candidate_ranks, require_plain_update, write_resized
+from rightrank.adapters.resize import candidate_ranks, require_plain_update, write_truncated
 from rightrank.data.files import write_text
-from rightrank.decision.adapter import Criterion
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter
 from rightrank.models.base_models import base_identity
 from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.places import BASE_FILE
 from rightrank.models.truncation import Moments
-from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import ModelError, NotFiniteError
-from rightrank.schema.trials import TrialFinished
+from rightrank.schema.errors import DataError, ModelError, NotFiniteError
 from rightrank.train.covariances import MOMENT_TOKENS, MomentSums, rank_space
 from rightrank.train.evaluation import Scores
 from rightrank.train.multi_lora import lora_modules
@@ -72,48 +66,6 @@ class LiveAdapter:
     beta: float = BETA  # of the loss of preference pairs
     moment_tokens: int = MOMENT_TOKENS  # of `train` that are read at most
     write_beside: Callable[[Path], object] | None = None  # writes the tokenizer into the adapter's folder
-
-
-@dataclass(frozen=True, slots=True)
-class LiveAnswer:
-    """The answer, the folder of the adapter that it names, and what it took."""
-
-    answer: AdapterAnswer
-    folder: Path
-    examples: int
-    seconds: float
-    notes: tuple[str, ...] = ()
-    value: float = 0.0  # of the adapter as it was trained, on the held-out examples
-    truncation: Literal["kfac", "svd"] | None = None  # of the adapter that the answer names; None: as it was trained
-
-
-def smallest_adapter(live: LiveAdapter, working: Path) -> LiveAnswer:
-    """Walk down over the truncations of a live adapter until one loses more than the margin.
-
-    Args:
-        live: The model, its data and the margin.
-        working: A folder that gets `trained/` and every measured truncation.
-
-    Raises:
-        ModelError: the adapter cannot be truncated.
-        NotFiniteError: a held-out loss is NaN or infinite.
-    """
-    _require_truncatable(live.model, live.name)
-    if is_partitioned(live.model):
-        raise ModelError(
-            "ZeRO-3 holds parts of each parameter, which no truncation can be written into; measure in a fresh process"
-        )
-    started = time.monotonic()
-    with together():
-        adapter = save_trained(live, working / "trained")
-    with as_it_came(live.model, live.name):
-        moments, notes = gather(live)
-        trials = _walk(live, adapter, moments, working)
-    answer = smallest_of(trials, _criterion(trials, live))
-    count = len(trials[0].item_losses)
-    value = trials[0].metrics[live.metric]
-    method: Literal["kfac", "svd"] | None = ("kfac" if moments else "svd") if answer.how == "truncated" else None
-    return LiveAnswer(answer, working / answer.trial_id, count, time.monotonic() - started, notes, value, method)
 
 
 def save_trained(live: LiveAdapter, folder: Path) -> AdapterFolder:
@@ -218,36 +170,46 @@ def trained_adapter(model: Any) -> str:
     return training[0]
 
 
-def _walk(
-    live: LiveAdapter, adapter: AdapterFolder, moments: Mapping[str, Moments], working: Path
-) -> list[TrialFinished]:
-    """The adapter and its truncations, downward until one does not hold."""
-    held_out = HeldOutBatches(live.model, live.held_out, live.beta)
+class LiveScores:
+    """Scores of a live adapter and of its truncations, within `as_it_came`."""
 
-    def score(rank: int, folder: Path) -> Scores:
+    def __init__(self, live: LiveAdapter) -> None:
+        _require_truncatable(live.model, live.name)
+        if is_partitioned(live.model):
+            raise ModelError(
+                "ZeRO-3 holds parts of each parameter, which no truncation can be written into; measure in a fresh process"
+            )
+        self._live = live
+        self._held_out = HeldOutBatches(live.model, live.held_out, live.beta)
+        self._moments: Mapping[str, Moments] | None = None  # before the first truncation
+        self.notes: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> Literal["kfac", "svd"]:
+        return "kfac" if self._moments else "svd"
+
+    def trained(self) -> Scores:
+        """As the adapter is in memory, which no truncation has replaced yet."""
+        if self._moments is None:
+            self._moments, self.notes = gather(self._live)
+        return self._scores("as trained")
+
+    def truncated(self, adapter: AdapterFolder, rank: int, folder: Path) -> Scores:
+        """Of the truncation to `rank`, which is written to `folder`."""
+        if self._moments is None:
+            self._moments, self.notes = gather(self._live)
         with together():
-            if rank == adapter.rank:
-                shutil.copytree(adapter.path, folder)
-            else:
-                write_resized(adapter, folder, capped(adapter, rank, moments), moments)
-        if rank < adapter.rank:
-            put_in_place(live.model, live.name, open_adapter(folder))
-        scores = held_out.scores()
+            write_truncated(adapter, folder, capped(adapter, rank, self._moments), self._moments)
+        put_in_place(self._live.model, self._live.name, open_adapter(folder))
+        return self._scores(f"rank {rank}")
+
+    def _scores(self, what: str) -> Scores:
+        scores = self._held_out.scores()
         if not np.isfinite(scores.losses).all():
-            raise NotFiniteError(f"rank {rank}: a held-out loss is NaN or infinite; the training may have diverged")
+            raise NotFiniteError(f"{what}: a held-out loss is NaN or infinite; the training may have diverged")
+        if len(scores.losses) < 2:
+            raise DataError("fewer than two held-out examples have a label; give more")
         return scores
-
-    trials: list[TrialFinished] = []
-    for trial in walk(candidate_ranks(adapter, live.ranks), working, score, live.metric):
-        trials.append(trial)
-        if smallest_of(trials, _criterion(trials, live)).trial_id != trial.trial_id:
-            break
-    return trials
-
-
-def _criterion(trials: Sequence[TrialFinished], live: LiveAdapter) -> Criterion:
-    is_token_loss = trials[0].item_correct is None and "completion_mask" not in live.held_out[0]
-    return Criterion(live.metric, live.metric == "accuracy", live.margin, token_loss=is_token_loss)
 
 
 def put_in_place(model: Any, name: str, adapter: AdapterFolder) -> None:

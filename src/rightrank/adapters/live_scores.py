@@ -35,6 +35,7 @@ BETA = 0.1  # of preference pairs, as TRL's default
 # What a measurement in someone else's process can end in; all else ends the process anyway.
 FAILURES = (RightrankError, MemoryError, *LIBRARY_ERRORS)
 
+AGREED = "is_known_to_all"  # of an error: every process has raised
 CHUNK = 1024  # positions whose logits exist at a time: 0.5 GB in float32 for a vocabulary of 128,256
 KEPT_BYTES = 2**30  # hidden states that are kept between passes, at most
 ROUNDING = 1e-5  # relative: what a kept hidden state may change in a loss
@@ -124,12 +125,14 @@ def together() -> Iterator[None]:
     try:
         yield
     except FAILURES as error:
+        if hasattr(error, AGREED):
+            raise  # in a block within this one
         failure = error
     failed = any(_over_processes(failure is not None))
-    if failure is not None:
-        raise failure
     if failed:
-        raise RunError("another process of the training failed")
+        failure = failure or RunError("another process of the training failed")
+        setattr(failure, AGREED, True)
+        raise failure
 
 
 def _over_processes(mine: Any) -> list[Any]:
@@ -176,7 +179,7 @@ def batch_scores(
         raise DataError(
             "the batches have no labels of classes or tokens; a regression, several labels a row, or a loss of one's own has no scores here"
         )
-    if labels.dim() == 1 or labels.shape[1] == 1:
+    if is_of_classes(batch):
         labels = labels.flatten()
         logits = model(**_passed(model, tensors)).logits
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
@@ -193,12 +196,18 @@ def batch_scores(
     return _by_segment(losses, labels[:, 1:], starts[:, 1:])
 
 
+def is_of_classes(batch: Batch) -> bool:
+    """Whether the labels are one class a row."""
+    labels = batch["labels"]
+    return bool(labels.dim() == 1 or labels.shape[1] == 1)
+
+
 def examples_in(batch: Batch) -> int:
     """How many examples of a batch have labels, without the model; a batch of another form counts its rows."""
     labels = batch.get("labels")
     if "completion_mask" in batch:
         return int((batch["completion_mask"].sum(1) > 0).sum()) // 2
-    if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.shape[1] == 1:
+    if labels is None or is_of_classes(batch) or labels.dim() > 2:
         return 0 if labels is None else len(labels)
     starts = _starts(labels, batch.get("position_ids"))
     seen = labels.masked_fill(starts, IGNORED)[:, 1:]

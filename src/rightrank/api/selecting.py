@@ -75,16 +75,17 @@ def select_rank(
         stop = opened.enter_context(Interrupts(Hooks([*views, *callbacks]).notice))
         # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.
         from rightrank.hooks.certificate import Certificate
-        from rightrank.hooks.extend import select_extended
         from rightrank.hooks.guard import Guard
         from rightrank.hooks.preflight import Outlook
         from rightrank.hooks.report import Report
+        from rightrank.runs.prepare import Preparation
+        from rightrank.runs.run import select
 
         certificate = [Certificate()] if request.settings.certify else []
         added = plugins.listed(lambda plugin: plugin.hooks())
         hooks = [*views, stop, Outlook(), Guard(), trackers, *certificate, Report(), *added, *callbacks]
         try:
-            return select_extended(request, folder, hooks)
+            return select(Preparation(request), folder, hooks)
         except InterruptedRun as stopped:
             if not stop.requested:
                 raise
@@ -183,13 +184,13 @@ def select_rank_with(
     from rightrank.hooks.report import Report
     from rightrank.hooks.trackers import Trackers
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.own_trainer import own_run
-    from rightrank.runs.run import complete
+    from rightrank.runs.own_trainer import own_request
+    from rightrank.runs.run import select
 
     compared = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds}
-    open_run = own_run(train, evaluate, executor, metric, compared | {"margin": margin}, settings)
+    request = own_request(train, evaluate, executor, metric, compared | {"margin": margin}, settings)
     trackers, folder = Trackers(settings.get("report_to", ()), Path(out)), RunFolder(Path(out))
     with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
         views = _views(settings.get("progress", False), opened)
         added = plugins.listed(lambda plugin: plugin.hooks())
-        return complete(open_run(folder, Hooks([*views, trackers, Report(), *added, *callbacks])))
+        return select(request, folder, [*views, trackers, Report(), *added, *callbacks], request.workplace)

@@ -374,7 +374,9 @@ class Making:
         """Such as "trained at rank 64 (learning rate 0.003, 240 steps), truncated to rank 8 by K-FAC"."""
         kept = "" if self.kept_step is None else f" step {self.kept_step} of"
         steps = f",{kept} {self.steps} steps" if self.steps else ""
-        parts = [f"trained at rank {self.trained_rank} (learning rate {self.learning_rate:g}{steps})"]
+        rate = f"learning rate {self.learning_rate:g}" if self.learning_rate else ""  # 0: not known
+        how = f"{rate}{steps}".removeprefix(", ")
+        parts = [f"trained at rank {self.trained_rank}" + (f" ({how})" if how else "")]
         if self.truncation is not None:
             parts.append(f"truncated to rank {self.rank} by {self.truncation}")
         if self.recovery_steps:

@@ -256,7 +256,7 @@ def next_commands(
     """
     if decision is None:
         return []
-    if started.data.form == "own":
+    if started.is_own:
         return [None] * len(decision.next_runs)
     further = [] if margin is None else ["--margin", f"{margin:g}"]
     return [

@@ -15,7 +15,7 @@ from rightrank.report.format import quantity
 from rightrank.report.terminal import preflight_lines, time_line
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Run
-from rightrank.runs.prepare import prepare, strategy_of
+from rightrank.runs.prepare import prepare
 from rightrank.runs.values import Prepared, Request
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
 from rightrank.schema.metrics import TOKEN_LOSS_MARGIN
@@ -37,7 +37,7 @@ def preflight(request: Request) -> Preflight:
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         prepared = prepare(request, Path(folder) / "cache", notes.append)
-        strategy = strategy_of(prepared)
+        strategy = prepared.strategy
         seconds, time = _time_of(prepared, strategy, _pace_of(prepared))
         found = _preflight_of(prepared, strategy, seconds)
         notes += [*time, *_adapter_lines(prepared, strategy)]

@@ -12,9 +12,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 
-from rightrank.adapters.live import LiveAnswer, as_it_came, require_end
-from rightrank.adapters.live_cut import LiveCut, require_lower
+from rightrank.adapters.live import as_it_came, require_end
 from rightrank.adapters.live_scores import FAILURES, Batch, batch_scores
+from rightrank.interop.end_run import Ending
+from rightrank.interop.live_cut import LiveCut, require_lower
 from rightrank.interop.smallest import checked, keep_smallest
 from rightrank.interop.squeeze import cut_sentence, cut_step, require_one_process, squeeze
 from rightrank.schema.errors import DataError, ModelError, SettingsError, first_line
@@ -32,7 +33,7 @@ class SmallestAdapter(Callback):
     def __init__(self, held_out: Iterable[Batch], *, margin: float | None = None, metric: str = "loss") -> None:
         self._held_out, self._margin, self._metric = held_out, margin, metric
         self._started = time.monotonic()
-        self.result: LiveAnswer | None = None
+        self.result: Ending | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checked(self._margin, None, self._metric)

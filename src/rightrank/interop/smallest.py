@@ -14,13 +14,12 @@ import inspect
 import logging
 import re
 import shlex
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,24 +29,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from rightrank.adapters.live import (
-    LiveAdapter,
-    LiveAnswer,
-    as_it_came,
-    base_name,
-    require_end,
-    smallest_adapter,
-    trained_adapter,
-)
-from rightrank.adapters.live_files import (
-    MEASURE,
-    Training,
-    keep,
-    measure_again,
-    next_training,
-    peak_so_far,
-    write_answer,
-)
+from rightrank.adapters.live import LiveAdapter, as_it_came, require_end, trained_adapter
 from rightrank.adapters.live_scores import (
     BETA,
     FAILURES,
@@ -61,8 +43,11 @@ from rightrank.adapters.live_scores import (
     together,
     upper_share,
 )
-from rightrank.decision.comparison import is_within
-from rightrank.schema.configs import command_of_configs
+from rightrank.hooks.report import Report
+from rightrank.interop.end_run import Ending, Training, begin_run, finish_run, measure, measure_again, peak_so_far
+from rightrank.runs import plugins
+from rightrank.runs.hook import Hook
+from rightrank.schema.configs import stated_settings
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, RightrankError, SettingsError, first_line
 from rightrank.schema.metrics import Checkpoint
@@ -118,7 +103,7 @@ class SmallestAdapter(TrainerCallback):
     checkpoint: Checkpoint | None = None
     measure: bool = True
     curve: list[tuple[int, int]] = field(default_factory=list, init=False)
-    result: LiveAnswer | None = field(default=None, init=False)
+    result: Ending | None = field(default=None, init=False)
     _loaders: Mapping[str, Any] = field(default_factory=dict, init=False)
     _handler: CallbackHandler | None = field(default=None, init=False)
     _held_out: Sequence[Mapping[str, Any]] = field(default=(), init=False)
@@ -251,7 +236,9 @@ class SmallestAdapter(TrainerCallback):
             return
         try:
             with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
-                found = smallest_adapter(self._live(kwargs["model"], args, state), Path(working))
+                live = self._live(kwargs["model"], args, state)
+                training = Training({}, state.global_step)
+                found = measure(live, Path(working) / "run", training)
         except FAILURES as error:
             log.warning("rightrank: step %d: no rank was looked for: %s", state.global_step, first_line(error))
             return
@@ -285,15 +272,19 @@ class SmallestAdapter(TrainerCallback):
             with _in_place(model, other) if other is not None and takes_other else nullcontext():
                 live = self._live(model, args, state)
                 training = self._training(live, args, state)
-                _keep(live, out, training)
-                again = f"; to measure again: {_command_to_measure(out)}"
-                if not self.measure or is_partitioned(model):
+                with _run_place(out) as place:
+                    with together():
+                        folder = begin_run(live, place, training)
+                    again = f"; to measure again: {_command_to_measure(out)}"
+                    if not self.measure or is_partitioned(model):
+                        if state.is_world_process_zero:
+                            log.warning("rightrank: kept what is measured with: %s", _command_to_measure(out))
+                        return
                     if state.is_world_process_zero:
-                        log.warning("rightrank: kept what is measured with: %s", _command_to_measure(out))
-                    return
-                if state.is_world_process_zero:
-                    log.warning("rightrank: measuring truncations on %d batches%s", len(live.held_out), again)
-                self.result, training = _measured(live, out, training, before if takes_other else other)
+                        log.warning("rightrank: measuring truncations on %d batches%s", len(live.held_out), again)
+                    theirs = before if takes_other else other
+                    beside = None if theirs is None else _in_place(model, theirs)
+                    self.result = finish_run(live, folder, training, _hooks(), beside)
         except FAILURES as error:
             log.warning("rightrank: no smaller adapter was looked for: %s%s", first_line(error), again)
             return
@@ -302,9 +293,8 @@ class SmallestAdapter(TrainerCallback):
         answer = self.result.answer
         bound = {} if answer.difference_high is None else {"rightrank/difference_high": answer.difference_high}
         self._report(args, state, control, {"rightrank/rank": answer.rank} | bound)
-        for note in [*training.notes, *answer.notes, *self.result.notes]:
+        for note in answer.notes:
             log.warning("rightrank: %s", note)
-        log.warning("%s %s", next_training(answer, training)[0], training.cost_sentence(self.result))
         log.warning("%s %s", answer.sentence, out / "adapter")
 
     def _keep_weights(self, model: Any, step: int, value: float | None) -> None:
@@ -336,17 +326,17 @@ class SmallestAdapter(TrainerCallback):
         is_comparable = (args.metric_for_best_model or "loss").removeprefix("eval_") == self.metric
         asked = copy.copy(args)
         asked.max_steps = state.max_steps  # also where epochs were asked for
-        command, notes = command_of(live, asked)
+        settings, notes = _stated(live, asked)
         last = self._evaluated[1] if self._evaluated and self._evaluated[0] == state.global_step else None
         return Training(
+            settings,
+            steps=state.global_step,
             seconds=time.monotonic() - self._started,
             peak_bytes=peak_so_far(),
-            checkpoint=f"{used} (step {step if other is None or used == ends_with else other.step})",
-            base=base_name(live.model, live.name),
-            metric=self.metric,
+            kept_step=None if used == "last" else step if other is None or used == ends_with else other.step,
+            points=self._values,
             curve=self.curve,
             notes=[*([self._shared] if self._shared else []), *notes],
-            command=command,
             fall=abs(best - last) if is_comparable and best is not None and last is not None else None,
         )
 
@@ -389,38 +379,19 @@ class SmallestAdapter(TrainerCallback):
             log.warning("rightrank: a tracker did not take the values: %s", first_line(error))
 
 
-def _keep(live: LiveAdapter, out: Path, training: Training) -> None:
-    """`keep` in the first process; all of several processes raise where it fails, since none may wait for the others.
-
-    Raises:
-        RunError: it failed.
-    """
-    with together():
-        if process_index() == 0:
-            keep(live, out, training)
-        elif is_sharded(live.model):  # every process takes part in putting the parts together
-            with tempfile.TemporaryDirectory() as unused:
-                keep(live, Path(unused), training)
+@contextmanager
+def _run_place(out: Path) -> Iterator[Path]:
+    """Where a process has its run: the first one of several in `out`."""
+    if process_index() == 0:
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as unused:
+        yield Path(unused) / "run"
 
 
-def _measured(
-    live: LiveAdapter, out: Path, training: Training, other: _Kept | None = None
-) -> tuple[LiveAnswer, Training]:
-    """The answer, written to `out` by the first process in the place of what `keep` left there.
-
-    Where the two checkpoints of the training differ by more than the margin, the other one is measured too, and a note says what it gives.
-    """
-    with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
-        found = smallest_adapter(live, Path(working))
-        if other is not None and not (training.fall is not None and is_within(training.fall, found.answer.margin)):
-            with _in_place(live.model, other), tempfile.TemporaryDirectory(prefix="rightrank-") as further:
-                theirs = smallest_adapter(live, Path(further))
-            found = replace(found, seconds=found.seconds + theirs.seconds)
-            training = training.beside(found.answer.rank, theirs.answer.rank)
-        if process_index() == 0:
-            write_answer(found, out, training)
-            shutil.rmtree(out / MEASURE)
-    return found, training
+def _hooks() -> list[Hook]:
+    """What renders a selection; for the first process."""
+    return [] if process_index() else [Report(), *plugins.listed(lambda plugin: plugin.hooks())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,14 +431,14 @@ def keep_smallest(
     margin: float | None = None,
     metric: str = "loss",
     seconds: float | None = None,
-) -> LiveAnswer:
+) -> Ending:
     """The smallest adapter that loses nothing, at the end of a loop of your own or accelerate's; it is written to `out`.
 
     Args:
         model: PEFT's model, as it is in memory; of accelerate, `accelerator.unwrap_model(model)`.
         held_out: Batches that the training did not see: dictionaries of tensors with `labels`, as the model takes them.
         train: Batches of the training, of which the first are read for second moments.
-        out: The folder for `adapter/`, `decision.json` and `report.html`.
+        out: The run folder.
         margin: How much worse is still enough, in nats a token or accuracy; None for the metric's default.
         metric: `loss`, or `accuracy` of a classifier.
         seconds: How long the training took, for the share that the end takes.
@@ -483,13 +454,15 @@ def keep_smallest(
         live = LiveAdapter(model, list(held_out), list(islice(train, MOMENT_BATCHES)), margin, name=name, metric=metric)
     if not live.held_out:
         raise DataError("there are no held-out batches; give some hundred examples that the training did not see")
-    command, notes = command_of(live, None)
-    training = Training(seconds, peak_so_far(), "last", base_name(model, name), metric, notes=notes, command=command)
-    _keep(live, Path(out), training)
-    log.warning("rightrank: measuring truncations; to measure again: %s", _command_to_measure(Path(out)))
-    found, _ = _measured(live, Path(out), training)
-    log.warning("%s %s", found.answer.sentence, Path(out) / "adapter")
-    return found
+    stated, notes = _stated(live, None)
+    training = Training(stated, seconds=seconds, peak_bytes=peak_so_far(), notes=notes)
+    with _run_place(Path(out)) as place:
+        with together():
+            folder = begin_run(live, place, training)
+        log.warning("rightrank: measuring truncations; to measure again: %s", _command_to_measure(Path(out)))
+        ending = finish_run(live, folder, training, _hooks())
+    log.warning("%s %s", ending.answer.sentence, Path(out) / "adapter")
+    return ending
 
 
 def _caller(kind: type[Caller]) -> Caller | None:
@@ -539,17 +512,15 @@ def checked(
     return SelectSettings(metric=metric, **{name: value for name, value in given.items() if value is not None})
 
 
-def command_of(live: LiveAdapter, args: TrainingArguments | None) -> tuple[str, list[str]]:
-    """`(the select command with the settings of this training, a note on what it does not say)`."""
+def _stated(live: LiveAdapter, args: TrainingArguments | None) -> tuple[dict[str, Any], list[str]]:
+    """`(the settings of `select` that this training states, a note on what none says)`."""
     lengths = [batch["input_ids"].shape[1] for batch in (*live.train, *live.held_out) if "input_ids" in batch]
     further: dict[str, Any] = {"seq_len": max(lengths)} if lengths and not getattr(args, "max_length", None) else {}
-    further |= {"margin": live.margin} if live.margin is not None else {}
     if args is not None:
         further["gradient_accumulation_steps"] = args.gradient_accumulation_steps * args.world_size
-    config = live.model.peft_config[live.name]
-    command, unsaid = command_of_configs(base_name(live.model, live.name), config, args, **further)
+    stated, unsaid = stated_settings(live.model.peft_config[live.name], args, **further)
     unsaid += [] if args is not None else ["the learning rate", "the steps", "the batch size of your loop"]
-    return command, [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
+    return stated, [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
 
 
 def _evaluated_rows(loaders: Mapping[str, Any]) -> Any:
@@ -630,7 +601,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if len(arguments) != 1:
             raise SettingsError("give one folder: the rightrank folder in the training's output folder")
-        sys.stdout.write(measure_again(Path(arguments[0])) + "\n")
+        sys.stdout.write(measure_again(Path(arguments[0]), _hooks()) + "\n")
     except RightrankError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_status

@@ -22,10 +22,11 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rightrank.adapters.live import LiveAdapter, as_it_came, require_end, trained_adapter
-from rightrank.adapters.live_cut import LiveCut, cut_live, require_lower
 from rightrank.adapters.live_scores import Batch, is_sharded, world_size
 from rightrank.data.files import write_text
+from rightrank.interop.live_cut import LiveCut, cut_live, require_lower
 from rightrank.interop.smallest import MOMENT_BATCHES, SmallestAdapter, checked
+from rightrank.runs.folder import SQUEEZED
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.metrics import Checkpoint
 
@@ -206,7 +207,7 @@ def write_recipe(cut: LiveCut, step: int, steps: int, output: Path) -> None:
         "sentence": cut_sentence(cut, step),
     }
     (output / "rightrank").mkdir(parents=True, exist_ok=True)
-    write_text(output / "rightrank" / "squeeze.json", json.dumps(recipe, indent=1) + "\n")
+    write_text(output / "rightrank" / SQUEEZED, json.dumps(recipe, indent=1) + "\n")
     log.warning(
         "rank %d to step %d, then rank %d to step %d. No top was trained to its end, so nothing certifies the result; a training at rank %d to the end, "
         "and rightrank compare, would",

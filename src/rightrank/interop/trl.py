@@ -23,8 +23,9 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from rightrank.decision.collapse import should_stop_early
 from rightrank.decision.table import best_point
-from rightrank.runs.calls import TrialResult, TrialTask, should_stop_early
+from rightrank.runs.calls import TrialResult, TrialTask
 from rightrank.schema.errors import ReportError
 from rightrank.schema.trials import EvalPoint
 

@@ -216,7 +216,7 @@ def _use_it(handed_over: HandedOver, records: Records) -> dict[str, str] | None:
     answer = records.adapters[-1].answer
     trial, trained = trials.get(answer.trial_id), trials.get(answer.trained_id)
     model = settings.get("model")
-    if trial is None or trained is None or records.started.data.form == "own" or not isinstance(model, str):
+    if trial is None or trained is None or records.started.is_own or not isinstance(model, str):
         return None
     scaling: Any = settings.get("scaling", "alpha/r")
     alpha, _ = peft_scaling(scaling, trained.lora_alpha, trained.rank)  # a truncation keeps its parent's alpha

@@ -13,7 +13,7 @@ from rightrank.decision.run import Records, decision_so_far, document, trainings
 from rightrank.report.answer import answer_view, labelled
 from rightrank.report.format import duration, quantity
 from rightrank.report.terminal import terminal_curve
-from rightrank.schema.events import DecisionRecorded, JournalRecord
+from rightrank.schema.events import DecisionRecorded, JournalRecord, RunStarted
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import (
     OUTCOMES,
@@ -39,6 +39,7 @@ class RunStatus(Record):
     trials_ended: int
     trials_without_result: int
     running: str | None  # the trial at work
+    resume: str | None  # the command that goes on; None: the call of an own trainer
     progress: str | None  # its step and the time left, as the process reports them
     cost: str
     answer: str
@@ -84,6 +85,7 @@ def run_status(
         trials_ended=len(records.outcomes),
         trials_without_result=len(records.outcomes) - len(records.finished()),
         running=_at_work(journal, records) if locked else None,
+        resume=_resume(records.started, run),
         progress=str(progress["progress"]) if locked and is_fresh and "progress" in progress else None,
         cost=cost_sentence(records),
         answer=NO_ANSWER if decision is None and adapter is None else view.headline,
@@ -95,6 +97,14 @@ def run_status(
         curve=[(e.rank, e.value) for e in decision.ranks if e.rank > 0] if decision else _best_by_rank(records, True),
         truncated_curve=_best_by_rank(records, False),
     )
+
+
+def _resume(started: RunStarted, run: str) -> str | None:
+    """The command that resumes a run; the end of a training has one of its own, and a function is called again."""
+    if not started.is_own:
+        return shlex.join(["rightrank", "select", "--out", run])
+    is_end = "version" not in started.settings  # of `train`
+    return shlex.join(["python", "-m", "rightrank.interop.smallest", run]) if is_end else None
 
 
 def _at_work(journal: Sequence[JournalRecord], records: Records) -> str | None:
@@ -123,7 +133,7 @@ def status_lines(status: RunStatus, width: int) -> str:
         ("now", status.progress or status.running),
     ]
     if status.state == "stopped":
-        rows.append(("resume", shlex.join(["rightrank", "select", "--out", status.run])))
+        rows.append(("resume", status.resume))
     first = f"{status.run}: {status.state}, {quantity(status.trainings, 'training')}{so_far}"
     curve = terminal_curve(status.curve, width, status.truncated_curve)
     lines = labelled(rows, 8)

@@ -7,7 +7,6 @@ The core knows no hook by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
@@ -17,6 +16,7 @@ import yaml
 from rightrank.data.files import write_text
 from rightrank.decision.run import Records, settled_start
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.values import Plan, Prepared
 from rightrank.schema.errors import RightrankError, RunError, RunFolderError, first_line
 from rightrank.schema.events import (
     Event,
@@ -28,12 +28,11 @@ from rightrank.schema.events import (
     RunStarted,
     SelectionPlanned,
 )
-from rightrank.schema.settings import CONTINUABLE, SelectSettings, settings_of_identity
+from rightrank.schema.settings import CONTINUABLE, settings_of_identity
 from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome
-from rightrank.search.protocol import Strategy
 
-if TYPE_CHECKING:  # these bring torch, which a hook may not need
-    from rightrank.runs.values import Prepared, Selected
+if TYPE_CHECKING:
+    from rightrank.runs.values import Selected
     from rightrank.schema.decision import AdapterAnswer
 
 
@@ -58,7 +57,7 @@ class Hook(Listener):
     def on_prepared(self, run: Run) -> None:
         """Called once, with data and base loaded and nothing written; an `InputError` refuses the selection."""
 
-    def on_adapter(self, answer: AdapterAnswer, run: Run) -> tuple[AdapterAnswer, GuardAnswer] | None:
+    def on_adapter(self, answer: AdapterAnswer, run: Run) -> tuple[AdapterAnswer, GuardAnswer | None] | None:
         """Called before an adapter is handed over. May return another one in its place, with the evidence."""
 
     def on_end(self, run: Run, selected: Selected) -> None:
@@ -192,27 +191,26 @@ class Run(Listener):
 
     folder: RunFolder
     hooks: Hooks
-    started: RunStarted
-    settings: SelectSettings  # with the settled ranks
-    steps: int  # optimizer steps of a whole training; 0: a custom trainer's own number
-    strategy: Strategy
-    executor: Callable[[Run], AbstractContextManager[Executor]]
+    plan: Plan
     journal: Sequence[JournalRecord] = ()  # as it was before
-    notes: Sequence[str] = ()  # of the preparation, for a person
-    prepared: Prepared | None = None  # None: a custom trainer has model and data
-    advice: str = "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # if every trial fails
     records: Records = field(init=False)  # of the journal, as it is now
 
     def __post_init__(self) -> None:
+        self.started, self.settings, self.strategy = self.plan.started, self.plan.settings, self.plan.strategy
         if self.journal:
             _require_same_run(self.folder, self.journal[0], self.started)
         # The cause of a failure may have been removed since; a device's memory does not grow.
         kept = [one for one in self.journal if not isinstance(one, TrialFailed) or one.error == "out_of_memory"]
         self.records = Records.of(self.started, kept)
 
+    @property
+    def prepared(self) -> Prepared | None:
+        """The plan, with base and data loaded; None: a custom trainer has them."""
+        return self.plan if isinstance(self.plan, Prepared) else None
+
     def begin(self) -> None:
         """Journal the start, or the settings with which the run continues, and tell what is to come."""
-        for line in self.notes:
+        for line in self.plan.notes:
             self.notice(line)
         record = _continued(self.journal, self.started) if self.journal else self.started
         if record is not None:
@@ -223,7 +221,7 @@ class Run(Listener):
             SelectionPlanned(
                 started=self.started,
                 expected_trials=self.strategy.expected_arms(),
-                steps=self.steps,
+                steps=self.plan.steps,
                 expected_trainings=cost.expected,
                 trainings_at_most=cost.maximum,
                 outcomes=list(self.records.outcomes),

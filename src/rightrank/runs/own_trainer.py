@@ -1,26 +1,22 @@
-"""Selection with a custom trainer: the user's function trains, with any library."""
+"""Selection with a custom trainer: a request whose executor calls the user's function, which trains with any library."""
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 import queue
-import re
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from rightrank.decision.collapse import DROP_IN_MARGINS, collapse_of
 from rightrank.runs.calls import (
-    DROP_IN_MARGINS,
     Call,
     EvaluateFunction,
     TrainerError,
@@ -29,12 +25,12 @@ from rightrank.runs.calls import (
     TrialTask,
     call_in_process,
     call_inline,
-    collapse_of,
     parse_result,
 )
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Hooks, Run
+from rightrank.runs.hook import Executor, Run
 from rightrank.runs.plugins import merged
+from rightrank.runs.values import Plan
 from rightrank.schema.errors import (
     AllTrialsFailedError,
     InputError,
@@ -64,11 +60,6 @@ from rightrank.search.history import space_of
 from rightrank.search.upward import Upward
 from rightrank.version import __version__
 
-REASONER_START = 8  # where the climb starts on a distilled reasoner: below it such bases lost (docs/how-to/reinforcement-learning.md)
-_DISTILLED_REASONER = re.compile(
-    r"r1.*distill|distill.*(r1|qwq|reason)|open-?r1|openthinker|openreasoning|bespoke-stratos|sky-t1|deepscaler"
-)
-
 
 class TrainerSettings(TypedDict, total=False):
     """What `select_rank_with` takes beside its own parameters."""
@@ -81,6 +72,8 @@ class TrainerSettings(TypedDict, total=False):
     where no difference between ranks can be shown."""
     strategy: str | None
     """None for "grid", or that of the profile."""
+    start_rank: int
+    """Strategy "upward" starts at the smallest rank of at least this; 8 for a base that is a distilled reasoner."""
     lora_alpha: float
     max_steps: int
     """Passed to `train` in the task, as `steps`; 0 leaves the length to it."""
@@ -101,30 +94,79 @@ class TrainerSettings(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class _OwnRequest:
+class OwnRequest:
     """A selection with a custom trainer, its arguments checked."""
 
     settings: SelectSettings
     metric: str
     higher_is_better: bool
-    train: TrainFunction
-    call: Call
+    name: str  # of the function
+    train: Call
     evaluate: Call | None  # of an adapter in a task's folder; None: the first question is not asked
     given: TrainerSettings
-    steps: int
-    # The fall of the held-out value that counts as a collapse; None but for reinforcement learning.
-    collapse_drop: float | None
+
+    @property
+    def collapse_drop(self) -> float | None:
+        """The fall of the held-out value that counts as a collapse; None but for reinforcement learning."""
+        margin = self.settings.margin
+        return None if self.given.get("profile") != "rl" or margin is None else DROP_IN_MARGINS * margin
+
+    def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None = None) -> Plan:
+        """As `rightrank.runs.values.Asked`."""
+        settings, steps = self.settings, self.given.get("max_steps", 0)
+        space = replace(
+            space_of(settings, steps),
+            stages=False,
+            evaluates_base=self.given.get("with_base", False),
+            truncates=self.evaluate is not None,
+            higher_is_better=self.higher_is_better,
+            start_rank=self.given.get("start_rank", 0),
+        )
+        return Plan(
+            started=self._started(journal, steps),
+            settings=settings,
+            steps=steps,
+            strategy=make_strategy(settings.strategy, space),
+            advice="give another range of learning rates, and a new out",
+        )
+
+    def extended(self, settings: SelectSettings) -> OwnRequest:
+        return replace(self, settings=settings)
+
+    def workplace(self, run: Run) -> AbstractContextManager[Executor]:
+        return nullcontext(_Executor(self, run))
+
+    def _started(self, journal: Sequence[JournalRecord], steps: int) -> RunStarted:
+        stated = {"trainer": self.name, "version": self.given.get("version", ""), "steps": steps}
+        stated |= {"metric": self.metric, "higher_is_better": self.higher_is_better}
+        values = {"model": None, "data": None, **stated}
+        values |= self.settings.model_dump(mode="json", include=self.settings.model_fields_set - {"goal"})
+        if self.given.get("profile") is not None:
+            values["profile"] = self.given["profile"]
+        begun = journal[0].settings if journal and isinstance(journal[0], RunStarted) else {}
+        system = f"{platform.system()} {platform.machine()}"
+        return RunStarted(
+            rightrank_version=__version__,
+            fingerprint=content_hash({"settings": settings_of_identity(values, begun)}),
+            settings=values,
+            environment={"python": platform.python_version(), "system": system, "device": "the trainer's own"},
+            data=DataSummary(form="own", splits={}, splits_given=False, duplicates_across_splits=0),
+            evaluation_items=[],
+            metric=self.metric,
+            higher_is_better=self.higher_is_better,
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
 
-def own_run(
+def own_request(
     train: TrainFunction,
     evaluate: EvaluateFunction | None,
     executor: str,
     metric: str | None,
     compared: Mapping[str, object],
     given: TrainerSettings,
-) -> Callable[[RunFolder, Hooks], Run]:
-    """Check the arguments, and return what opens a run whose trials the function trains; the profile gives what is None.
+) -> OwnRequest:
+    """Check the arguments; the profile gives what is None.
 
     Args:
         compared: ranks, learning_rates, seeds and margin.
@@ -133,72 +175,33 @@ def own_run(
         SettingsError: an argument that is not allowed, a metric without a known direction, or a function that can't be sent to
             a process.
     """
-    for name in given:
-        if name not in TrainerSettings.__annotations__:
-            allowed = TrainerSettings.__annotations__
-            raise SettingsError(f"{name} is no setting{did_you_mean(name, allowed)}; there are: {', '.join(allowed)}")
+    allowed = TrainerSettings.__annotations__
+    if wrong := next((name for name in given if name not in allowed), None):
+        raise SettingsError(f"{wrong} is no setting{did_you_mean(wrong, allowed)}; there are: {', '.join(allowed)}")
     if given.get("profile") not in PROFILES:
         raise SettingsError(f"unknown profile {given.get('profile')!r}; there is: rl")
     profile = PROFILES[given.get("profile")]
     settings = _settings(profile, compared, given)
-    metric = _metric_of(train, metric) or profile["metric"]
-    own, higher = getattr(train, "higher_is_better", None), given.get("higher_is_better")
-    if higher is None:
-        higher = own if isinstance(own, bool) else direction(metric)
+    named, own = getattr(train, "metric", None), getattr(train, "higher_is_better", None)
+    if isinstance(named, str) and metric not in (None, named):  # its scores by example are those of its own
+        raise SettingsError(
+            f"metric {metric!r}: {type(train).__name__} scores the examples by {named!r}; leave metric out, or give another train"
+        )
+    metric = metric or (named if isinstance(named, str) else profile["metric"])
+    known = (given.get("higher_is_better"), own if isinstance(own, bool) else None, direction(metric))
+    higher = next((one for one in known if one is not None), None)
     if higher is None:
         raise SettingsError(f"{unknown_direction(metric)}; pass higher_is_better=True or False")
     _require_functions(train, evaluate, settings.goal)
     call_of = _caller(executor, given.get("workers", 1), given.get("timeout_seconds"))
     evaluation = None if evaluate is None else call_of(partial(_of_folder, evaluate))
-    margin, steps = settings.margin, given.get("max_steps", 0)
-    drop = DROP_IN_MARGINS * margin if given.get("profile") == "rl" and margin is not None else None
-    request = _OwnRequest(settings, metric, higher, train, call_of(train), evaluation, given, steps, drop)
-    return partial(_open, request)
+    name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
+    return OwnRequest(settings, metric, higher, name, call_of(train), evaluation, given)
 
 
 def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, float] | TrialResult:
     """What `evaluate` says of the adapter in the task's folder."""
     return evaluate(task.folder, task)
-
-
-def _open(request: _OwnRequest, folder: RunFolder, hooks: Hooks) -> Run:
-    """The journal is read, and nothing is written."""
-    journal = folder.journal.read(hooks.notice)
-    space = replace(
-        space_of(request.settings, request.steps),
-        stages=False,
-        evaluates_base=request.given.get("with_base", False),
-        truncates=request.evaluate is not None,
-        higher_is_better=request.higher_is_better,
-        start_rank=_start_rank(request.train),
-    )
-    return Run(
-        folder,
-        hooks,
-        _run_started(request, journal),
-        request.settings,
-        request.steps,
-        make_strategy(request.settings.strategy, space),
-        lambda run: nullcontext(_Executor(request, run)),
-        journal,
-        advice="give another range of learning rates, and a new out",
-    )
-
-
-def _metric_of(train: object, given: str | None) -> str | None:
-    """The metric that is given, or the one that a ready function names itself (`train.metric`).
-
-    Raises:
-        SettingsError: another one is given: the function's scores by example are those of its own.
-    """
-    own = getattr(train, "metric", None)
-    if not isinstance(own, str):
-        return given
-    if given not in (None, own):
-        raise SettingsError(
-            f"metric {given!r}: {type(train).__name__} scores the examples by {own!r}; leave metric out, or give another train"
-        )
-    return own
 
 
 def _settings(profile: Mapping[str, object], compared: Mapping[str, object], given: TrainerSettings) -> SelectSettings:
@@ -221,12 +224,12 @@ def _require_functions(train: object, evaluate: object, goal: Goal) -> None:
             "goal 'adapter' needs evaluate=, a function of an adapter folder and a TrialTask that returns held-out scores; "
             "give it, or goal 'training-rank'"
         )
-    if not callable(train):
-        raise SettingsError(f"train: got a {type(train).__name__}; give a function of one TrialTask")
-    if evaluate is not None and not callable(evaluate):
-        raise SettingsError(
-            f"evaluate: got a {type(evaluate).__name__}; give a function of an adapter folder and a TrialTask"
-        )
+    for name, function, of in (
+        ("train", train, "one TrialTask"),
+        ("evaluate", evaluate, "an adapter folder and a TrialTask"),
+    ):
+        if not callable(function) and not (name == "evaluate" and function is None):
+            raise SettingsError(f"{name}: got a {type(function).__name__}; give a function of {of}")
 
 
 def _caller(executor: str, workers: int, timeout_seconds: float | None) -> Callable[[TrainFunction], Call]:
@@ -242,44 +245,9 @@ def _caller(executor: str, workers: int, timeout_seconds: float | None) -> Calla
         raise SettingsError(
             f'workers: got {workers} with executor={executor!r}; give 1, or more with "threads", "processes" or "ray"'
         )
-    if executor in elsewhere:
-        return elsewhere[executor]
     if executor == "processes":
         return lambda function: call_in_process(function, timeout_seconds)
-    return lambda function: partial(call_inline, function)
-
-
-def _run_started(request: _OwnRequest, journal: Sequence[JournalRecord]) -> RunStarted:
-    train, profile = request.train, request.given.get("profile")
-    name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
-    values = {
-        "model": None,
-        "data": None,
-        "trainer": name,
-        "version": request.given.get("version", ""),
-        "steps": request.steps,
-        "metric": request.metric,
-        "higher_is_better": request.higher_is_better,
-        **request.settings.model_dump(mode="json", include=request.settings.model_fields_set - {"goal"}),
-    }
-    if profile is not None:
-        values["profile"] = profile
-    begun = journal[0].settings if journal and isinstance(journal[0], RunStarted) else {}
-    return RunStarted(
-        rightrank_version=__version__,
-        fingerprint=content_hash({"settings": settings_of_identity(values, begun)}),
-        settings=values,
-        environment={
-            "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "device": "the trainer's own",
-        },
-        data=DataSummary(form="own", splits={}, splits_given=False, duplicates_across_splits=0),
-        evaluation_items=[],
-        metric=request.metric,
-        higher_is_better=request.higher_is_better,
-        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    return elsewhere.get(executor, lambda function: partial(call_inline, function))
 
 
 class _Executor:
@@ -288,9 +256,8 @@ class _Executor:
     A result that can't be used ends the run at once, unless the same function has returned a good one before.
     """
 
-    def __init__(self, request: _OwnRequest, run: Run) -> None:
-        self._request = request
-        self._run = run
+    def __init__(self, request: OwnRequest, run: Run) -> None:
+        self._request, self._run = request, run
         earlier = run.records.finished()
         self._base = next((trial for trial in earlier if trial.rank == 0), None)
         # The held-out examples that earlier trials scored; None: not known yet.
@@ -338,11 +305,11 @@ class _Executor:
 
     def _run_one(self, trial: Trial, on_look: Callable[[TrialLook], None]) -> TrialOutcome:
         arm, request, folder = trial.arm, self._request, self._run.folder.trial_adapter(trial.trial_id)
-        name, call = "train", request.call
+        name, call = "train", request.train
         if arm.truncate_from is not None and request.evaluate is not None:
             name, call = "evaluate", request.evaluate
             try:
-                _write_truncated(self._run.folder.trial_adapter(arm.truncate_from), folder, arm.rank)
+                _write_truncated(self._run.folder, arm.truncate_from, trial)
             except InputError as error:
                 return TrialFailed(**trial.fields, error="error", reason=str(error))
         folder.mkdir(parents=True, exist_ok=True)
@@ -354,10 +321,9 @@ class _Executor:
 
         fields = arm.model_dump(include={"rank", "learning_rate", "lora_alpha", "seed", "steps"})
         task = TrialTask(trial_id=trial.trial_id, folder=folder, collapse_drop=request.collapse_drop, **fields)
-        task = task.reporting_to(receive)
         begun = time.perf_counter()
         try:
-            result = parse_result(call(task), request.metric, self._examples)
+            result = parse_result(call(task.reporting_to(receive)), request.metric, self._examples)
             # One that was returned replaces a report.
             by_step = {point.step: point for point in (*looks, *result.points)}
             result = result.model_copy(update={"points": [by_step[step] for step in sorted(by_step)]})
@@ -373,19 +339,12 @@ class _Executor:
 
     def _judged(self, trial: Trial, result: TrialResult, seconds: float) -> TrialOutcome:
         """The outcome of a trial whose function returned."""
-        bad = next((name for name, value in _numbers_of(result) if not math.isfinite(value)), None)
-        if bad is not None:
+        if (bad := result.not_finite()) is not None:
             return TrialDiverged(**trial.fields, step=trial.arm.steps, reason=f"{bad} is not a finite number")
-        collapse = self._collapse_of(trial, result)
-        if collapse is not None:
-            return TrialCollapsed(
-                **trial.fields,
-                **collapse,
-                points=result.points,
-                train_seconds=seconds if result.train_seconds is None else result.train_seconds,
-            )
-        self._examples = len(result.item_scores) if result.item_scores is not None else self._examples
         outcome = outcome_of(trial, result, self._request.metric, seconds)
+        if (collapse := self._collapse_of(trial, result)) is not None:
+            return TrialCollapsed(**trial.fields, **collapse, points=result.points, train_seconds=outcome.train_seconds)
+        self._examples = len(result.item_scores) if result.item_scores is not None else self._examples
         self._base = outcome if trial.arm.rank == 0 else self._base
         return outcome
 
@@ -394,15 +353,14 @@ class _Executor:
         drop, higher = self._request.collapse_drop, self._request.higher_is_better
         if drop is None or trial.arm.rank == 0:
             return None
-        end = EvalPoint(
-            step=trial.arm.steps, value=result.metrics[self._request.metric], item_scores=result.item_scores
-        )
+        value = result.metrics[self._request.metric]
+        end = EvalPoint(step=trial.arm.steps, value=value, item_scores=result.item_scores)
         start = [EvalPoint(step=0, value=self._base.value, item_scores=self._base.item_scores)] if self._base else []
         return collapse_of(result.points, drop, higher) or collapse_of([*start, end], drop, higher)
 
 
-def _write_truncated(parent: Path, folder: Path, rank: int) -> None:
-    """Write the PEFT adapter in `parent`, truncated to `rank` by singular values, to `folder`, which is replaced.
+def _write_truncated(folder: RunFolder, parent: str, trial: Trial) -> None:
+    """Write the PEFT adapter of a trial, truncated by singular values, as that of another.
 
     Raises:
         InputError: no PEFT adapter there, or of a kind that can't be truncated.
@@ -411,35 +369,11 @@ def _write_truncated(parent: Path, folder: Path, rank: int) -> None:
     from rightrank.adapters.resize import write_resized
     from rightrank.models.adapter_files import open_adapter  # these bring torch, which a trainer may not need
 
-    adapter = open_adapter(parent)
-    shutil.rmtree(folder, ignore_errors=True)
-    write_resized(adapter, folder, capped(adapter, rank))
+    adapter, target = open_adapter(folder.trial_adapter(parent)), folder.trial_adapter(trial.trial_id)
+    shutil.rmtree(target, ignore_errors=True)
+    write_resized(adapter, target, capped(adapter, trial.arm.rank))
 
 
 def outcome_of(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:
     returned = dict(result) | {"train_seconds": seconds if result.train_seconds is None else result.train_seconds}
     return TrialFinished(**trial.fields, **returned, value=result.metrics[metric], item_losses=[], item_tokens=[])
-
-
-def _numbers_of(result: TrialResult) -> Iterator[tuple[str, float]]:
-    yield from result.metrics.items()
-    yield from (("an example's score", score) for score in result.item_scores or [])
-    if result.train_value is not None:
-        yield "train_value", result.train_value
-    yield from (("a point's value", point.value) for point in result.points)
-    yield from (("a point's score", score) for point in result.points for score in point.item_scores or [])
-
-
-def _start_rank(train: object) -> int:
-    """Where a climb starts: higher on a base that was trained on the answers of a reasoning model.
-
-    Such a base is known by its name or by the name in its configuration.
-    """
-    model = getattr(train, "model", None)  # of the ready functions for TRL
-    if not isinstance(model, str):
-        return 0
-    names, config = [Path(model).name], Path(model) / "config.json"
-    if config.is_file():
-        names.append(str(json.loads(config.read_text(encoding="utf-8")).get("_name_or_path", "")))
-    is_distilled = any(_DISTILLED_REASONER.search(name.lower().replace("_", "-")) for name in names)
-    return REASONER_START if is_distilled else 0

@@ -6,7 +6,7 @@ Preparing the same request again, here or in another process, gives an equal run
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import DataSplits, load_data
+from rightrank.decision.run import settled_start
 from rightrank.models.base_models import (
     DTYPES,
     LoadedModel,
@@ -24,10 +25,11 @@ from rightrank.models.base_models import (
     model_skeleton,
     resolve_dtype,
 )
+from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import MemoryPlan, first
-from rightrank.runs.values import Prepared, Request
+from rightrank.runs.values import Plan, Prepared, Request
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import RunStarted
+from rightrank.schema.events import JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings, settings_of_identity
 from rightrank.schema.trials import content_hash
 from rightrank.search import make_strategy
@@ -89,7 +91,17 @@ def prepare(
     if tied:
         notice(tied)
         started = started.model_copy(update={"notes": [tied]})
-    return Prepared(runtime, settings, steps, unseen, started, planned, _top_origin(given, planned))
+    return Prepared(
+        request=request,
+        runtime=runtime,
+        settings=settings,
+        steps=steps,
+        unseen_steps=unseen,
+        started=started,
+        planned=planned,
+        top_origin=_top_origin(given, planned),
+        strategy=_strategy(runtime, settings, steps, unseen, started),
+    )
 
 
 def _top_origin(given: SelectSettings, planned: MemoryPlan | None) -> str:
@@ -102,20 +114,52 @@ def _top_origin(given: SelectSettings, planned: MemoryPlan | None) -> str:
     return "the largest default that every matrix can have" if limited else "the default for every data set"
 
 
-def strategy_of(prepared: Prepared) -> Strategy:
+def _strategy(
+    runtime: Runtime, settings: SelectSettings, steps: int, unseen_steps: int, started: RunStarted
+) -> Strategy:
     """The strategy of the settings, for this selection's steps and data.
 
     Raises:
         SettingsError: goal `adapter` with adapters that can't be truncated, which the first question needs.
     """
-    reason, settings = prepared.runtime.targets.why_not_truncated, prepared.settings
+    reason = runtime.targets.why_not_truncated
     if reason is not None and settings.goal == "adapter":
         raise SettingsError(
             f"goal 'adapter' needs adapters that can be truncated ({reason}); give goal 'training-rank'"
         )
-    is_token_loss = prepared.started.data.is_token_loss
-    space = space_of(settings, prepared.steps, is_token_loss, prepared.unseen_steps)
+    space = space_of(settings, steps, started.data.is_token_loss, unseen_steps)
     return make_strategy(settings.strategy, replace(space, truncates=reason is None))
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """A request whose base and data are loaded here; see `rightrank.runs.values.Asked`."""
+
+    request: Request
+
+    def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None = None) -> Prepared:
+        """As `prepare`, for a run that may have begun in `folder`."""
+        notes: list[str] = []
+        loaded = before.runtime.loaded if isinstance(before, Prepared) else None
+        prepared = prepare(_resuming(self.request, journal), folder.cache, notes.append, loaded)
+        return replace(prepared, notes=tuple(notes))
+
+    def extended(self, settings: SelectSettings) -> Preparation:
+        return Preparation(replace(self.request, settings=settings))
+
+
+def _resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
+    """The request with the settings under which the journal's run was begun; unchanged if the journal is empty."""
+    first = journal[0] if journal else None
+    if not isinstance(first, RunStarted):
+        return request
+    settings = request.settings
+    if "dtype" not in request.settings.model_fields_set and "dtype" in first.settings:
+        settings = settings.model_copy(update={"dtype": first.settings["dtype"]})  # what auto meant
+    last = settled_start(journal).settings.get("eval_items")
+    if isinstance(last, int) and last > (settings.eval_items or 0):
+        settings = settings.model_copy(update={"eval_items": last})  # examples are added, and never taken away
+    return replace(request, settings=settings, begun=first.settings)
 
 
 def _with_dtype(request: Request) -> Request:
@@ -193,7 +237,7 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
         rightrank_version=__version__,
         fingerprint=content_hash(identity),
         settings=values,
-        environment=_environment(str(sources.loaded.device)),
+        environment=environment_of(str(sources.loaded.device)),
         data=sources.encoded.summary,
         evaluation_items=[example.item_id for example in sources.encoded.splits["selection"]],
         metric=settings.metric_name,
@@ -203,7 +247,7 @@ def _started(request: Request, sources: _Sources, settings: SelectSettings, step
     )
 
 
-def _environment(device: str) -> dict[str, str]:
+def environment_of(device: str) -> dict[str, str]:
     """Versions and hardware that a run's numbers depend on; no names of people, machines or paths."""
     import peft
     import torch

@@ -1,4 +1,5 @@
-"""The whole job on one page: open, loop, finish.
+"""The whole job on one page: prepare, loop, finish. Every selection ends in `select`: of the command, of Python, of an own trainer, and the end
+of a training.
 
 A strategy requests arms, an executor runs them, and whatever happens goes through `Run.on_event` to the journal and the hooks.
 The journal is the only state, so a run that was killed resumes where it stopped.
@@ -6,90 +7,130 @@ The journal is the only state, so a run that was killed resumes where it stopped
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
-from rightrank.decision.run import decide_run, settled_start
-from rightrank.models.base_models import LoadedModel
+from rightrank.decision.run import decide_run
 from rightrank.report.format import size
 from rightrank.runs.finish import answer_early, finish, rescore
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Executor, FailingAs, Hooks, Run
+from rightrank.runs.hook import Executor, FailingAs, Hook, Hooks, Run
 from rightrank.runs.plugins import merged
-from rightrank.runs.prepare import prepare, strategy_of
-from rightrank.runs.values import Prepared, Request, Selected
-from rightrank.schema.decision import Decision
-from rightrank.schema.errors import AllTrialsFailedError, DeviceMemoryError, InterruptedRun, ResultsError
-from rightrank.schema.events import JournalRecord, Listener, RunStarted, RunStopped
+from rightrank.runs.values import Asked, Plan, Prepared, Selected
+from rightrank.schema.decision import AdapterAnswer, Decision
+from rightrank.schema.errors import (
+    AllTrialsFailedError,
+    DeviceMemoryError,
+    InterruptedRun,
+    ModelError,
+    ResultsError,
+    SettingsError,
+)
+from rightrank.schema.events import Listener, RunStopped
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, trial_id
 from rightrank.train.loop import train_trials
 from rightrank.train.pace import adapters_per_pass_for
 from rightrank.train.runtime import Runtime
 from rightrank.train.trial import TrialFolders
 
+MAX_EXTENSIONS = 3
 MAX_FAILED_AT_START = 3  # trials that fail before any finishes: then the cause is no single arm
 
 
-def open_run(request: Request, folder: RunFolder, hooks: Hooks, loaded: LoadedModel | None = None) -> Run:
-    """Data and base loaded, the journal read; nothing is written.
+Workplace: TypeAlias = Callable[
+    [Run], AbstractContextManager[Executor]
+]  # an executor, within whose context workers run
 
-    `loaded` is the base, where a selection that differs in ranks and learning rates alone has loaded it.
+
+def select(request: Asked, folder: RunFolder, hooks: Sequence[Hook], workplace: Workplace | None = None) -> Selected:
+    """Prepare, loop, finish; and again with what the answer asks for, as long as `extend`, memory and budget allow.
+
+    What an interrupted run in `folder` has done is not done again.
+
+    Args:
+        workplace: Where trials run; None for the one that the settings name.
 
     Raises:
         InputError: model, data, settings or folder can't be used.
-    """
-    journal = folder.journal.read(hooks.notice)
-    resumed, notes = _resuming(request, journal), list[str]()
-    prepared = prepare(resumed, folder.cache, notes.append, loaded)
-    return Run(
-        folder,
-        hooks,
-        prepared.started,
-        prepared.settings,
-        prepared.steps,
-        strategy_of(prepared),
-        lambda run: _executor_of(resumed, prepared, run),
-        journal,
-        notes,
-        prepared,
-    )
-
-
-def _resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
-    """The request with the settings under which the journal's run was begun; unchanged if the journal is empty."""
-    first = journal[0] if journal else None
-    if not isinstance(first, RunStarted):
-        return request
-    settings = request.settings
-    if "dtype" not in request.settings.model_fields_set and "dtype" in first.settings:
-        settings = settings.model_copy(update={"dtype": first.settings["dtype"]})  # what auto meant
-    last = settled_start(journal).settings.get("eval_items")
-    if isinstance(last, int) and last > (settings.eval_items or 0):
-        settings = settings.model_copy(update={"eval_items": last})  # examples are added, and never taken away
-    return replace(request, settings=settings, begun=first.settings)
-
-
-def complete(run: Run) -> Selected:
-    """Train what the strategy requests, decide, and hand over; what an interrupted run has done is not done again.
-
-    Raises:
         AllTrialsFailedError: fewer than two ranks ended with a result, or the first trials all failed.
         DeviceMemoryError: every trial ran out of memory.
         InterruptedRun: a hook asked to stop; the journal holds what has finished.
         HookError: a hook has a fault.
     """
+    told, place = Hooks(hooks), workplace or _executor_of
+    run = _opened(request, folder, told)
+    selected = _complete(run, place)
+    for _ in range(MAX_EXTENSIONS):
+        spent, further = selected.cost["trainings"], _extended(request, run, selected)
+        if further is None:
+            break
+        run = further
+        selected = _complete(run, place)
+        if selected.cost["trainings"] == spent:
+            break  # the budget is spent
+    return selected
+
+
+def _opened(request: Asked, folder: RunFolder, hooks: Hooks, before: Plan | None = None) -> Run:
+    """The journal is read, data and base are loaded; nothing is written."""
+    journal = folder.journal.read(hooks.notice)
+    return Run(folder, hooks, request.plan(folder, journal, before), journal)
+
+
+def _complete(run: Run, workplace: Workplace) -> Selected:
+    """Train what the strategy requests, decide, and hand over."""
     run.hooks.on_prepared(run)
     run.begin()
     rescore(run)
     try:
-        with run.executor(run) as executor:
+        with workplace(run) as executor:
             loop(run, executor)
         decision = decide(run) if run.settings.goal == "training-rank" else None
     except (AllTrialsFailedError, DeviceMemoryError, InterruptedRun) as stopped:
         run.on_event(RunStopped(reason=str(stopped)))
         raise
     return finish(run, decision)
+
+
+def _extended(request: Asked, run: Run, selected: Selected) -> Run | None:
+    """The run with a larger top or the next learning rate; None where the answer asks for neither, or no memory has it."""
+    settings, further = run.settings, extended(run.settings, selected)
+    if further is None:
+        return None
+    try:
+        wider = _opened(request.extended(further), run.folder, run.hooks, run.plan)
+    except (ModelError, SettingsError) as error:  # no matrix has that rank, or it fits no memory
+        run.hooks.notice(f"not extended: {error}")
+        return None
+    if set(wider.settings.ranks) == set(settings.ranks) and further.ranks != settings.ranks:
+        return None  # the next rank does not fit the memory
+    why = selected.answers["adapter_sentence"] if selected.decided is None else selected.decided.sentence
+    rank = next(iter(sorted(set(further.ranks) - set(settings.ranks))), None)
+    rate = next(iter(sorted(set(further.learning_rates) - set(settings.learning_rates))), 0.0)
+    what = f"rank {rank}" if rank is not None else f"learning rate {rate:.3g}"
+    return replace(wider, plan=replace(wider.plan, notes=(*wider.plan.notes, f"extending: {why} Adding {what}.")))
+
+
+def extended(settings: SelectSettings, selected: Selected) -> SelectSettings | None:
+    """The settings with the rank above, or the learning rate beyond the edge; None where nothing is to be extended."""
+    if not (settings.budget_hours is not None if settings.extend is None else settings.extend):
+        return None
+    answer = selected.answers.get("adapter_answer")
+    if answer is not None and AdapterAnswer.model_validate(answer).keeps_the_top:
+        return settings.model_copy(update={"ranks": (*settings.ranks, 2 * max(settings.ranks))})
+    decision = selected.decided
+    if decision is None or not (decision.verdict == "rising" or "lr_edge" in decision.flags):
+        return None
+    wanted = next((run for run in decision.next_runs if run.action in ("rank", "rates")), None)
+    if wanted is None:
+        return None
+    name = "ranks" if wanted.action == "rank" else "learning_rates"
+    both = tuple(sorted({*getattr(settings, name), *getattr(wanted, name)}))
+    further = settings.model_copy(update={name: both})
+    return None if further == settings else further
 
 
 def loop(run: Run, executor: Executor) -> None:
@@ -123,14 +164,14 @@ def decide(run: Run) -> Decision:
     if len(reasons) == len(trained):
         memory = all(isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory" for outcome in trained)
         error = DeviceMemoryError if memory and trained else AllTrialsFailedError
-        raise error(f"none of {len(reasons)} trials ended with a result{first}; {run.advice}")
+        raise error(f"none of {len(reasons)} trials ended with a result{first}; {run.plan.advice}")
     try:
         with FailingAs("the decision"):
             return decide_run(run.records)
     except ResultsError:
         raise AllTrialsFailedError(
             f"fewer than two ranks have a whole training: there is nothing to compare{first}; "
-            f"{run.advice}, or a larger budget"
+            f"{run.plan.advice}, or a larger budget"
         ) from None
 
 
@@ -150,19 +191,21 @@ def _with_plan(run: Run, outcome: TrialOutcome) -> TrialOutcome:
 
 
 @contextmanager
-def _executor_of(request: Request, prepared: Prepared, run: Run) -> Iterator[Executor]:
+def _executor_of(run: Run) -> Iterator[Executor]:
     """The executor that the settings name; workers run as long as the block.
 
     Raises:
         InputError: the settings don't fit the executor.
         RunError: no worker could start.
     """
-    if request.settings.executor == "local":
+    prepared = run.plan
+    assert isinstance(prepared, Prepared)
+    if prepared.settings.executor == "local":
         largest = prepared.planned.max_adapters_per_pass if prepared.planned else None
         yield LocalExecutor(prepared.runtime, run.folder, run, largest)
         return
     executors = merged(lambda plugin: plugin.executors)
-    with executors[request.settings.executor](request, prepared, run) as executor:
+    with executors[prepared.settings.executor](prepared.request, prepared, run) as executor:
         yield executor
 
 

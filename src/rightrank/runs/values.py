@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rightrank.data.rows import require_rows
 from rightrank.decision.adapter import probable_ranks, smallest_holding_truncation
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from rightrank.report.answer import AnswerView
     from rightrank.runs.plugins import MemoryPlan
-    from rightrank.schema.events import RunStarted
+    from rightrank.schema.events import JournalRecord, RunStarted
+    from rightrank.search.protocol import Strategy
     from rightrank.train.runtime import Runtime
 
 Rows: TypeAlias = Iterable[Mapping[str, object]]  # a `datasets.Dataset` is one
@@ -52,17 +53,46 @@ class Request:
         return str(self.data).encode("utf-8", "backslashreplace").decode()  # a file's name may hold what JSON can't
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What is loaded."""
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be done."""
 
-    runtime: Runtime
-    settings: SelectSettings  # with the settled ranks
-    steps: int  # optimizer steps of every arm
-    unseen_steps: int  # that the training examples last beyond those of one training; 0 if it sees every example
     started: RunStarted
+    settings: SelectSettings  # with the settled ranks
+    steps: int  # optimizer steps of a whole training; 0: a custom trainer's own number
+    strategy: Strategy
+    notes: tuple[str, ...] = ()  # of the preparation, for a person
+    advice: str = "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # if every trial fails
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Plan):
+    """What is to be done with a base and data that are loaded."""
+
+    request: Request  # as it is resumed
+    runtime: Runtime
+    unseen_steps: int  # that the training examples last beyond those of one training; 0 if it sees every example
     planned: MemoryPlan | None  # None: an architecture that can't be planned
     top_origin: str  # where the highest rank comes from, in words
+
+
+class Asked(Protocol):
+    """A request: what a selection is asked for."""
+
+    def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None) -> Plan:
+        """What is to be done, where the folder has this journal; nothing is written.
+
+        Args:
+            before: The plan of the same request with fewer ranks or learning rates, whose base is loaded.
+
+        Raises:
+            InputError: model, data, settings or folder can't be used.
+        """
+        ...
+
+    def extended(self, settings: SelectSettings) -> Asked:
+        """The request with further ranks or learning rates."""
+        ...
 
 
 def check(request: Request) -> None:
@@ -102,7 +132,7 @@ def _training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
     smallest truncation that loses at most the margin is near the lower end of where the training rank lies.
     """
     answer = records.adapters[-1].answer if records.adapters else None
-    if answer is None or records.started.data.form == "own":
+    if answer is None or records.started.is_own:
         return None
     low, high = probable_ranks(answer)
     where = f"{low}" if low == high else f"{low} to {high}"

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from rightrank.schema.command import reproduce_command
 from rightrank.schema.errors import SettingsError, quoted
 from rightrank.schema.settings import PEFT_OPTIONS, PEFT_REPLACED, SelectSettings
 from rightrank.schema.table import is_list
@@ -21,7 +20,17 @@ OWN_RULES = {"warmup_steps", "bf16", "fp16", "use_cpu", "dataset_text_field", "m
 LOGS_AND_SAVES = (  # beginnings of names
     *("output_dir", "logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "run_name", "project", "trackio_"),
     *("do_", "disable_tqdm", "dataloader_", "load_best_model", "metric_for_best", "greater_is_better", "skip_memory"),
-    *("remove_unused", "dataset_num_proc", "resume_from", "local_rank", "ddp_timeout", "include_", "prediction_loss"),
+    *(
+        "remove_unused",
+        "dataset_num_proc",
+        "resume_from",
+        "local_rank",
+        "ddp_",
+        "fsdp",
+        "deepspeed",
+        "include_",
+        "prediction_loss",
+    ),
 )
 
 
@@ -37,8 +46,8 @@ def settings_of_configs(peft_config: Any = None, args: Any = None) -> dict[str, 
     return found
 
 
-def command_of_configs(model: str, peft_config: Any, args: Any = None, **further: Any) -> tuple[str, list[str]]:
-    """`(the select command with the settings that the two state, what it cannot say)`; `further` settings override theirs."""
+def stated_settings(peft_config: Any, args: Any = None, **further: Any) -> tuple[dict[str, Any], list[str]]:
+    """`(the settings that the two state, what no setting says)`, as JSON; `further` settings override theirs."""
     found, refusals = _stated(peft_config, args)
     values, unsaid = found | further, [refusal.value for refusal in refusals]
     for name, value in list(values.items()):
@@ -46,9 +55,7 @@ def command_of_configs(model: str, peft_config: Any, args: Any = None, **further
             SelectSettings(**{name: value})
         except SettingsError:
             unsaid.append(f"{name}={quoted(values.pop(name))}")
-    settings = SelectSettings(**values)
-    stated = {"model": model or "MODEL", "data": "data.jsonl", **settings.model_dump(mode="json", include={*values})}
-    return reproduce_command(stated) or "", unsaid
+    return SelectSettings(**values).model_dump(mode="json", include={*values}), unsaid
 
 
 def _stated(peft_config: Any, args: Any) -> tuple[dict[str, Any], list[_Refusal]]:

@@ -98,6 +98,11 @@ class DataSummary(Record):
 class RunStarted(Record):
     """The first line of a journal: everything that the trials share."""
 
+    @property
+    def is_own(self) -> bool:
+        """Whether a trainer of one's own has model and data."""
+        return "trainer" in self.settings
+
     type: Literal["run_started"] = "run_started"
     schema_version: Whole = SCHEMA_VERSION
     rightrank_version: str

@@ -32,9 +32,7 @@ class Upward(Strategy):
     def script(self, trials: Trials) -> Requests:
         start = next((rank for rank in self.space.ranks if rank >= self.space.start_rank), self.space.top)
         if start > self.space.ranks[0]:
-            trials.notes.append(
-                f"The base is a distilled reasoner: the climb starts at rank {start}, and goes down from there."
-            )
+            trials.notes.append(f"The climb starts at rank {start}, as asked, and goes down from there.")
         yield [self.space.arm(start, learning_rate) for learning_rate in self.space.learning_rates]
         learning_rate = yield from self._train_seeds(trials, start, self.space.seeds[:MEASURING_SEEDS])
         seeds = self._seeds_to_use(trials, start, learning_rate)

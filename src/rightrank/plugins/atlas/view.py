@@ -116,7 +116,7 @@ def figure_of(found: Expectation) -> Figure:
 def outlook(started: RunStarted, measured: int | None) -> list[str]:
     """A line for a selection: before it, and with what was measured. Nothing of a custom trainer's metric is in the atlas."""
     question = of_run(started)
-    if question.kind == "other" or started.data.form == "own":
+    if question.kind == "other" or started.is_own:
         return []
     likely = _start_rank(question)
     if measured is not None:

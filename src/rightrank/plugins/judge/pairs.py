@@ -82,7 +82,7 @@ def judge_run(
 def _make_pairs(folder: RunFolder, place: Path, prompts: int, notice: Callable[[str], None]) -> None:
     journal = folder.journal.read()
     records = records_of(journal, str(folder.path))
-    if records.started.data.form == "own":
+    if records.started.is_own:
         raise RunFolderError(
             f"{folder.path}: a custom trainer's run has no model to answer with: judge its answers yourself, and give the rows to "
             "`rightrank decide`"

@@ -17,8 +17,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from rightrank.adapters.held_out import capped
-from rightrank.adapters.live import LiveAdapter, LiveAnswer, as_it_came, gather, save_trained, smallest_adapter
+from rightrank.adapters.live import LiveAdapter, as_it_came, gather, save_trained
 from rightrank.adapters.resize import write_resized
+from rightrank.interop.end_run import Ending, measure
 from rightrank.models.adapter_files import PREFIX, AdapterFolder, open_adapter
 from rightrank.models.truncation import projected_state
 from rightrank.schema.errors import SettingsError
@@ -35,7 +36,7 @@ class LiveCut:
     from_rank: int
     rank: int  # `from_rank` where no truncation holds: nothing was cut
     parameters: int  # of the factors afterwards
-    measured: LiveAnswer | None  # None where the rank was given
+    measured: Ending | None  # None where the rank was given
     notes: tuple[str, ...] = ()
 
 
@@ -58,8 +59,8 @@ def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | No
     """
     with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
         if rank is None:
-            found = smallest_adapter(live, Path(working))
-            before, after = open_adapter(Path(working) / "trained"), open_adapter(found.folder)
+            found = measure(live, Path(working) / "run")
+            before, after = open_adapter(found.trained), open_adapter(found.folder.adapter)
             if found.answer.rank == before.rank:
                 return LiveCut(before.rank, before.rank, before.trained, found, found.notes)
             parameters = _replace(live, optimizer, before, after)

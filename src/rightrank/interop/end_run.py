@@ -1,0 +1,427 @@
+"""The end of a training as a run: the folder of a selection, whose executor scores truncations of the model as it is in memory.
+
+`begin_run` writes the journal's first record, the trained adapter, and in `cache/` what a fresh process needs. `finish_run` walks down over the
+truncations, here or in a fresh process; the hooks of a selection render it, and a run that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from rightrank.adapters.live import LiveAdapter, LiveScores, as_it_came, base_name, save_trained
+from rightrank.adapters.live_scores import Batch, gathered, is_of_classes, together
+from rightrank.adapters.resize import candidate_ranks
+from rightrank.data.files import read_json_object, report_disk_errors, write_text
+from rightrank.decision.adapter import Criterion, adapter_answer, probable_ranks
+from rightrank.decision.comparison import is_within
+from rightrank.decision.run import records_of
+from rightrank.models.adapter_files import AdapterFolder, open_adapter
+from rightrank.models.base_models import base_identity
+from rightrank.models.places import BASE_FILE
+from rightrank.runs.folder import SQUEEZED, RunFolder
+from rightrank.runs.hook import Hook, Run
+from rightrank.runs.prepare import environment_of
+from rightrank.runs.run import select
+from rightrank.runs.values import Plan
+from rightrank.schema.command import reproduce_command
+from rightrank.schema.decision import AdapterAnswer, CheckpointNote
+from rightrank.schema.errors import ModelError, RunFolderError, first_line
+from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
+from rightrank.schema.settings import SelectSettings, stored_settings
+from rightrank.schema.trials import (
+    Arm,
+    EvalPoint,
+    Trial,
+    TrialFinished,
+    TrialOutcome,
+    TrialStarted,
+    content_hash,
+    trial_id,
+)
+from rightrank.search.bracket import truncation
+from rightrank.search.history import Space, Trials, space_of
+from rightrank.search.learning_rates import Requests
+from rightrank.search.protocol import Strategy
+from rightrank.train.adapter_runtime import read_identity
+from rightrank.train.checkpoints import Progress
+from rightrank.train.device import peak_bytes
+from rightrank.train.evaluation import Measured, Scores
+from rightrank.train.targets import without_peft_noise
+from rightrank.train.trial import finished
+from rightrank.version import __version__
+
+DataForm = Literal["preference", "classification", "own"]
+KEPT = "measure.json"  # in the run's cache
+ELSEWHERE = (
+    "model",
+    "held_out",
+    "train",
+    "name",
+    "write_beside",
+)  # of a `LiveAdapter`: in files of their own, or as by default
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What is known of the training whose end is measured."""
+
+    settings: Mapping[str, Any]  # of `select`, as far as the training states them
+    steps: int = 0  # 0: not known
+    seconds: float | None = None  # without the end; None: not known
+    peak_bytes: int = 0  # before the end; 0: not known
+    kept_step: int | None = None  # of the best checkpoint, where that is measured; None: the last
+    points: Sequence[tuple[int, float]] = ()  # held-out values of the training's own evaluations
+    curve: Sequence[tuple[int, int]] = ()  # (step, smallest rank that holds)
+    notes: Sequence[str] = ()
+    fall: float | None = None  # between the best evaluation and the last; None: not known in the metric's unit
+
+    @property
+    def checkpoint(self) -> str:
+        if self.kept_step is not None:
+            return f"best (step {self.kept_step})"
+        return f"last (step {self.steps})" if self.steps else "last"
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The answer, and what it took."""
+
+    answer: AdapterAnswer
+    value: float  # of the adapter as it was trained, on the held-out examples
+    examples: int
+    truncation: str | None  # how the adapter that the answer names was truncated; None: it was not
+    cost: str  # in a sentence
+    folder: RunFolder
+    trained: Path  # the adapter as it was trained
+    notes: tuple[str, ...]  # on how truncations were made
+
+
+def peak_so_far() -> int:
+    return peak_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def begin_run(live: LiveAdapter, out: Path, training: Training) -> RunFolder:
+    """A new run in `out`, with what a fresh process needs; the run of an earlier training is replaced.
+
+    Raises:
+        RunFolderError: the folder is in use, holds other files, or cannot be written.
+    """
+    folder = RunFolder(out)
+    if folder.is_locked():
+        raise RunFolderError(f"{out}: another process is using this folder; wait for it")
+    for entry in out.iterdir() if folder.journal.path.is_file() else ():
+        if entry.name != SQUEEZED:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    with folder.locked(), report_disk_errors(out):
+        with gathered(live.model):
+            adapter = save_trained(live, folder.trial_adapter("trained"))
+        started = _started(live, training, candidate_ranks(adapter, live.ranks))
+        adapter.path.rename(folder.trial_adapter(_top(started, training.steps)))
+        _keep(live, folder, training)
+        folder.journal.append(started)
+    return folder
+
+
+def finish_run(
+    live: LiveAdapter,
+    folder: RunFolder,
+    training: Training,
+    hooks: Sequence[Hook] = (),
+    other: AbstractContextManager[None] | None = None,
+) -> Ending:
+    """Walk down over the truncations of a live adapter until one loses more than the margin, and hand over.
+
+    Args:
+        other: A context within which the model has the weights of the training's other checkpoint.
+
+    Raises:
+        ModelError: the adapter cannot be truncated.
+        NotFiniteError: a held-out loss is NaN or infinite.
+    """
+    notes = _Notes(live, training, other)
+    with together(), folder.locked(), report_disk_errors(folder.path):
+        select(_EndRequest(training.steps), folder, [notes, *hooks], notes.workplace)
+    records = notes.run.records
+    answer = records.adapters[-1].answer
+    trained, chosen = (records.by_id[name] for name in (answer.trained_id, answer.trial_id))
+    return Ending(
+        answer,
+        trained.metrics[live.metric],
+        len(trained.item_losses),
+        chosen.truncation,
+        notes.cost,
+        folder,
+        folder.trial_adapter(answer.trained_id),
+        notes.scores.notes,
+    )
+
+
+def measure(live: LiveAdapter, out: Path, training: Training | None = None) -> Ending:
+    """Begin a run and finish it at once, without views."""
+    training = training or Training({})
+    return finish_run(live, begin_run(live, out, training), training)
+
+
+@dataclass(frozen=True, slots=True)
+class _EndRequest:
+    """The run that `begin_run` has begun."""
+
+    steps: int
+
+    def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None = None) -> Plan:
+        """As `rightrank.runs.values.Asked`."""
+        started = records_of(journal, str(folder.path)).started
+        strategy = _strategy(started, self.steps)
+        return Plan(started=started, settings=stored_settings(started.settings), steps=self.steps, strategy=strategy)
+
+    def extended(self, settings: SelectSettings) -> _EndRequest:
+        return self
+
+
+class Downward(Strategy):
+    """One training, and its truncations from the highest rank down until one does not hold."""
+
+    name = "downward"
+
+    def script(self, trials: Trials) -> Requests:
+        space = self.space
+        yield [space.arm(space.top, space.learning_rates[0])]
+        parent = trials.whole(space.top, space.learning_rates[0])
+        criterion = Criterion(space.metric, space.higher_is_better, space.margin, space.kind == "token_loss")
+        for rank in reversed(space.ranks[:-1] if parent is not None else ()):
+            assert parent is not None
+            yield [truncation(space, parent, rank)]
+            answer = adapter_answer(list(trials.outcomes.values()), criterion)
+            if answer is None or answer.rank != rank:
+                return
+
+
+def _strategy(started: RunStarted, steps: int) -> Strategy:
+    settings = stored_settings(started.settings)
+    space: Space = space_of(settings, steps, started.data.is_token_loss)
+    rates = settings.learning_rates if "learning_rates" in started.settings else (0.0,)  # not known
+    return Downward(replace(space, evaluates_base=False, learning_rates=rates))
+
+
+def _top(started: RunStarted, steps: int) -> str:
+    """The id of the training itself among the trials of the run."""
+    (top,) = _strategy(started, steps).ask([])
+    return trial_id(started.fingerprint, top)
+
+
+def _started(live: LiveAdapter, training: Training, ranks: Sequence[int]) -> RunStarted:
+    base = live.model.get_base_model()
+    batch, labels = live.held_out[0], None
+    form: DataForm = "preference" if "completion_mask" in batch else "own"
+    if form == "own" and is_of_classes(batch):
+        form, labels = "classification", base.config.id2label
+    given: dict[str, Any] = {"goal": "adapter", "metric": live.metric, "ranks": ranks}
+    given |= {} if live.margin is None else {"margin": live.margin}
+    settings = SelectSettings(**{**training.settings, **given}).of_form(form)
+    stated = {*training.settings, *given, "margin"}
+    values = {"trainer": "its own trainer", **settings.model_dump(mode="json", include=stated)}
+    values["model"] = base_name(live.model, live.name) or None
+    is_classifier = live.model.peft_config[live.name].task_type == "SEQ_CLS"
+    values["is_text"] = values["model"] is not None and (
+        is_classifier if form == "classification" else base.can_generate()
+    )
+    return RunStarted(
+        rightrank_version=__version__,
+        fingerprint=content_hash({"settings": values, "steps": training.steps, "checkpoint": training.checkpoint}),
+        settings=values,
+        environment=environment_of(str(next(live.model.parameters()).device)),
+        data=DataSummary(
+            form=form,
+            splits={},
+            splits_given=True,
+            duplicates_across_splits=0,
+            classes=None if labels is None else [str(labels[number]) for number in sorted(labels)],
+        ),
+        evaluation_items=[],
+        metric=live.metric,
+        higher_is_better=live.metric == "accuracy",
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+class _Notes(Hook):
+    """The executor of an end, and what a person should know of it, as notes of the answer."""
+
+    def __init__(self, live: LiveAdapter, training: Training, other: AbstractContextManager[None] | None) -> None:
+        self._live, self._training, self._other = live, training, other
+        self._started = time.monotonic()
+        self.scores = LiveScores(live)
+        self.cost = ""
+        self.run: Run
+
+    def on_prepared(self, run: Run) -> None:
+        self.run = run
+
+    @contextmanager
+    def workplace(self, run: Run) -> Iterator[_LiveExecutor]:
+        with as_it_came(self._live.model, self._live.name):
+            yield _LiveExecutor(self._live, self.scores, self._training, run)
+
+    def on_adapter(self, answer: AdapterAnswer, run: Run) -> tuple[AdapterAnswer, None]:
+        """With the ranks that hold at both checkpoints, and the cost."""
+        training = self._training
+        notes = [*training.notes, *answer.notes, *self.scores.notes]
+        if training.curve:
+            notes.append(
+                "smallest rank that holds: " + ", ".join(f"{rank} at step {step}" for step, rank in training.curve)
+            )
+        checkpoint = None
+        if self._other is not None and not (training.fall is not None and is_within(training.fall, answer.margin)):
+            with self._other, tempfile.TemporaryDirectory(prefix="rightrank-") as working:
+                theirs = measure(self._live, Path(working) / "run", training).answer.rank
+            is_best = training.kept_step is not None
+            last, best = (theirs, answer.rank) if is_best else (answer.rank, theirs)
+            checkpoint = CheckpointNote(used="best" if is_best else "last", last=last, best=best)
+            told = f"rank {answer.rank} holds at the checkpoint that is used, {training.checkpoint}, and rank {theirs} at the "
+            told += "last one" if is_best else "best one"
+            notes.append(f"checkpoint_matters: {told}" if checkpoint.matters else told)
+        notes.append(next_training(answer, run.started))
+        count = len(run.records.by_id[answer.trained_id].item_losses)
+        self.cost = self._cost(count)
+        return answer.model_copy(update={"notes": [*notes, self.cost], "checkpoint": checkpoint}), None
+
+    def _cost(self, examples: int) -> str:
+        seconds, training = time.monotonic() - self._started, self._training
+        share = f", {seconds / training.seconds:.1%} of the training's time" if training.seconds else ""
+        more = peak_so_far() - training.peak_bytes if training.peak_bytes else 0
+        above = f"{more / 2**20:.0f} MiB above" if more > 0 else "not above"
+        known = f"; peak memory {above} the training's" if training.peak_bytes else ""
+        where = f"the {training.checkpoint} weights"
+        return f"Measured from {where} on {examples} held-out examples in {seconds:.1f} s{share}{known}."
+
+
+@dataclass(frozen=True, slots=True)
+class _LiveExecutor:
+    """The trained adapter as it is in memory, and its truncations in its place."""
+
+    live: LiveAdapter
+    scores: LiveScores
+    training: Training
+    run_: Run
+
+    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
+        for trial in trials:
+            self.run_.on_event(TrialStarted(**trial.fields))
+            yield self._outcome(trial, trial.arm)
+
+    def _outcome(self, trial: Trial, arm: Arm) -> TrialFinished:
+        folder, training, begun = self.run_.folder, self.training, time.monotonic()
+        target = folder.trial_adapter(trial.trial_id)
+        if arm.truncate_from is not None:
+            scores = self.scores.truncated(open_adapter(folder.trial_adapter(arm.truncate_from)), arm.rank, target)
+            return self._finished(trial, scores, Progress(), begun, {"truncation": self.scores.method})
+        points = [EvalPoint(step=step, value=value) for step, value in training.points]
+        seconds = 0.0 if training.seconds is None else training.seconds
+        progress = Progress(step=training.steps, points=points, train_seconds=seconds)
+        sizes = sum(module.parameters for module in open_adapter(target).modules)
+        changes = {"kept_step": training.kept_step, "trainable_parameters": sizes, "peak_bytes": training.peak_bytes}
+        return self._finished(trial, self.scores.trained(), progress, begun, changes)
+
+    def _finished(
+        self, trial: Trial, scores: Scores, progress: Progress, begun: float, changes: Mapping[str, Any]
+    ) -> TrialFinished:
+        found = finished(trial, self.live.metric, scores, Measured(), progress)
+        return found.model_copy(update={"eval_seconds": time.monotonic() - begun, **changes})
+
+
+def next_training(answer: AdapterAnswer, started: RunStarted) -> str:
+    """An estimate of the rank to train at, with the command that would prove it."""
+    low, high = probable_ranks(answer)
+    where = f"{low}" if low == high else f"{low} to {high}"
+    ranks = sorted({max(1, low // 2), low, high, answer.trained_rank})
+    settings = {**started.settings, "goal": "training-rank", "ranks": ranks, "data": "data.jsonl"}
+    command = reproduce_command({**settings, "model": settings["model"] or "MODEL"})
+    return (
+        f"An estimate, not evidence: the rank to train at next time probably is {where}. This would prove it: {command}"
+    )
+
+
+def _keep(live: LiveAdapter, folder: RunFolder, training: Training) -> None:
+    base = live.model.get_base_model()
+    base.config.save_pretrained(folder.cache / "base")
+    tensors = {
+        f"{split}.{number}.{key}": value.detach().cpu().contiguous().clone()
+        for split, batches in (("held_out", live.held_out), ("train", live.train))
+        for number, batch in enumerate(batches)
+        for key, value in batch.items()
+        if isinstance(value, torch.Tensor)
+    }
+    save_file(tensors, folder.cache / "batches.safetensors")
+    asked = {
+        "base_class": type(base).__name__,
+        "dtype": str(next(iter(base.parameters())).dtype).removeprefix("torch."),
+        "live": {one.name: getattr(live, one.name) for one in fields(live) if one.name not in ELSEWHERE},
+        "training": asdict(training),
+    }
+    write_text(folder.cache / KEPT, json.dumps(asked, indent=2, default=list))
+
+
+def measure_again(out: Path, hooks: Sequence[Hook] = ()) -> str:
+    """Finish a run that `begin_run` began in another process, and return its sentences.
+
+    Raises:
+        ModelError: the folder is not whole, or the base cannot be loaded or is another one.
+        RunFolderError: there is no run that is not finished.
+    """
+    folder = RunFolder.existing(out)
+    if not (folder.cache / KEPT).is_file():
+        raise RunFolderError(
+            f"{out}: there is no cache/{KEPT}; the measurement ended, or the training did not reach its end"
+        )
+    asked = read_json_object(folder.cache / KEPT)
+    # The peak memory of the training is that of another process.
+    pairs = {name: list(map(tuple, asked["training"][name])) for name in ("points", "curve")}
+    training = Training(**asked["training"] | pairs | {"peak_bytes": 0})
+    started = records_of(folder.journal.read(), str(out)).started
+    adapter = open_adapter(folder.trial_adapter(_top(started, training.steps)))
+    base = _base(str(started.settings.get("model") or ""), folder, asked, adapter)
+    with without_peft_noise():
+        model: Any = PeftModel.from_pretrained(base, str(adapter.path))
+    batches = _read_batches(folder.cache / "batches.safetensors")
+    live = LiveAdapter(model, batches["held_out"], batches.get("train", ()), **asked["live"])
+    ending = finish_run(live, folder, training, hooks)
+    return f"{ending.answer.sentence} {folder.adapter}\n{ending.cost}"
+
+
+def _base(name: str, folder: RunFolder, asked: Mapping[str, Any], adapter: AdapterFolder) -> Any:
+    if not name:
+        raise ModelError("the base model has no name that it could be loaded by; the training made it in memory")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder.cache / "base")
+        base_class = getattr(transformers, asked["base_class"])
+        base = base_class.from_pretrained(name, config=config, dtype=getattr(torch, asked["dtype"]))
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        raise ModelError(f"{name}: the base model cannot be loaded ({first_line(error)})") from None
+    difference = read_identity(adapter.path / BASE_FILE).difference(base_identity(base, name))
+    if difference is not None:
+        raise ModelError(f"{name}: this is not the base that was trained on ({difference})")
+    return base
+
+
+def _read_batches(file: Path) -> dict[str, list[Batch]]:
+    if not file.is_file():
+        raise ModelError(f"{file}: missing; the training did not reach its end")
+    splits: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+    for name, tensor in load_file(file).items():
+        split, number, key = name.split(".", 2)
+        splits.setdefault(split, {}).setdefault(int(number), {})[key] = tensor
+    return {split: [batches[number] for number in sorted(batches)] for split, batches in splits.items()}
