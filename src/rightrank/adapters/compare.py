@@ -159,7 +159,8 @@ def _compare(sides: _Sides, metric: str, data: Path, settings: SelectSettings) -
             f"metric {metric!r} gives no score by example: two adapters can't be compared in pairs by it"
         )
     worse = minus(cells[1], cells[0])
-    found = bounds_of_files(worse.sums, worse.weights, worse.span)
+    difference = worse.sums, worse.weights, worse.span, worse.groups
+    found = bounds_of_files(*difference)
     margin = settings.margin
     if margin is None and metric == "loss" and "reward_accuracy" in a.item_metrics:
         margin = PAIR_MARGIN
@@ -177,10 +178,9 @@ def _compare(sides: _Sides, metric: str, data: Path, settings: SelectSettings) -
         difference_high=found.high,
         margin=margin,
         examples=cells[0].examples,
+        groups=cells[0].units if cells[0].groups is not None else None,
         left_out=sides.left_out,
-        examples_needed=examples_needed(estimate_of_files(worse.sums, worse.weights, worse.span), margin)
-        if verdict == "cannot_tell"
-        else None,
+        examples_needed=examples_needed(estimate_of_files(*difference), margin) if verdict == "cannot_tell" else None,
     )
 
 
@@ -189,18 +189,20 @@ def _sentence(a: str, b: str, worst: MetricComparison, count: int) -> str:
         a, b = Path(a).name, Path(b).name
     names = f"B ({b}) against A ({a})"
     left_out = f" ({worst.left_out} more have no label within the maximum length)" if worst.left_out else ""
+    grouped = ", taken as independent" if worst.groups is None else f" in {worst.groups} groups"
     figures = (
         f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds {worst.difference_low:+.3g} to "
-        f"{worst.difference_high:+.3g}) on {worst.examples} examples, taken as independent{left_out}, margin {worst.margin:g}"
+        f"{worst.difference_high:+.3g}) on {worst.examples} examples{grouped}{left_out}, margin {worst.margin:g}"
     )
     among = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."
     if worst.verdict != "cannot_tell":
         told = "not worse" if worst.verdict == "not_worse" else "worse by more than the margin"
         return f"{names}: {told}; {figures}.{among}"
+    noun = "examples" if worst.groups is None else "groups"
     cure = (
-        f"about {worst.examples_needed:,} examples would show it"
+        f"about {worst.examples_needed:,} {noun} would show it"
         if worst.examples_needed is not None
-        else "more examples would show whether it is worse"
+        else f"more {noun} would show whether it is worse"
     )
     return f"{names}: these examples cannot tell; {figures}; {cure}.{among}"
 

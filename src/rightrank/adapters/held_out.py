@@ -233,7 +233,7 @@ def _gain(trials: Sequence[TrialFinished], answer: AdapterAnswer, runtime: Runti
     cells = table_of([trials[0], reference], metric, runtime.settings.is_higher_better(metric)).cells.values()
     base, best = sorted(cells, key=lambda cell: cell.trial_id != trials[0].trial_id)
     worse = minus(base, best)
-    if not bounds_of_files(worse.sums, worse.weights, worse.span).is_enough(answer.margin):
+    if not bounds_of_files(worse.sums, worse.weights, worse.span, worse.groups).is_enough(answer.margin):
         return {}
     return {
         "sentence": f"No gain: the base alone has {base.value:.4f} and the adapter {best.value:.4f}, within the margin of "

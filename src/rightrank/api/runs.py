@@ -188,6 +188,7 @@ def decide(
     margin: float | None = None,
     confidence: float | None = None,
     columns: Mapping[str, str] | None = None,
+    group: str | None = None,
     horizon_steps: int | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Decided:
@@ -202,6 +203,7 @@ def decide(
         confidence: name the smallest rank that is enough with this probability, where one seed was trained; None for that
             of a run folder, else 0.7.
         columns: canonical name → column, where a column has an unusual name.
+        group: the column that says which examples belong together; None for `group`, if there is one. A run folder has its own.
         horizon_steps: the length of training to answer for.
         checkpoint: which evaluation of each training is compared, where there are several: `last` or `best`; None
             for that of a run folder, else the last.
@@ -217,13 +219,19 @@ def decide(
     if isinstance(results, str | Path):
         folder = RunFolder(Path(results))
         if folder.journal.path.is_file():
+            if group is not None:
+                raise ResultsError(
+                    f"--group {group}: the groups of a run folder's examples are in its journal; give --group to select, or leave it out"
+                )
             return _decide_run(folder, metric, margin, further | {"higher": higher_is_better, "checkpoint": checkpoint})
         where, rows = str(results), raw_rows(Path(results))
     else:
         where, rows = "results", rows_of_mappings(results)
     if (decided := plugins.first(lambda plugin: plugin.decide_rows(rows, margin))) is not None:
         return Decided(*decided)
-    read = results_of_rows(rows, where, metric, higher_is_better, margin, columns or {})
+    read = results_of_rows(
+        rows, where, metric, higher_is_better, margin, {**(columns or {}), **({"group": group} if group else {})}
+    )
     decision = rule.decide(table_of_results(read), margin, checkpoint=checkpoint or "last", **further)
     return Decided(decision, read.understood)
 

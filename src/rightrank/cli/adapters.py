@@ -91,6 +91,7 @@ def _inspect(
 )
 @click.option("--ranks", callback=comma, help="With --data: ranks to measure (default: powers of two).")
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
+@click.option("--group", help="With --data: the column that says which rows belong together, such as a document.")
 @click.option("--uniform", is_flag=True, help="With --energy: one rank for all modules, the largest needed.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -101,6 +102,7 @@ def _resize(
     out: Path,
     margin: float | None,
     ranks: list[str] | None,
+    group: str | None,
     assignments: tuple[str, ...],
     as_json: bool,
     quiet: bool,
@@ -113,6 +115,7 @@ def _resize(
     needing = {
         "--margin": margin,
         "--ranks": ranks,
+        "--group": group,
         "--set": assignments,
         "--train": rule["train"],
         "--base": rule["base"],
@@ -125,7 +128,7 @@ def _resize(
             adapter,
             out,
             ranks=whole_numbers(ranks, "--ranks"),
-            settings=SelectSettings(**gather(None, assignments, {"margin": margin})),
+            settings=SelectSettings(**gather(None, assignments, {"margin": margin, "group": group})),
             on_event=view.on_event,
             **rule,
         )
@@ -164,6 +167,7 @@ def _view(quiet: bool, log_json: bool) -> AbstractContextManager[View | JsonLog]
     "higher_is_better",
     "lower_is_better",
     "columns",
+    "group",
     "seq_len",
     "dtype",
     "device",

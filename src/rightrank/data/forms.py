@@ -145,6 +145,7 @@ class Example:
     item_id: str  # 16 hexadecimal digits
     content: Mapping[str, Any]  # of JSON values
     where: str  # file and row
+    group: int = 0  # 64 bits that the rows which belong together share
 
 
 DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "preference"]

@@ -1,20 +1,21 @@
 """Turns rows into examples in splits: detects the form of the data and holds examples out.
 
-Given splits are kept. Otherwise a hash of an example's content (or of its `group` column) decides between train,
-validation and test: duplicates fall into one split, and examples stay in their split when the data set grows.
+Given splits are kept. Otherwise a hash decides between train, validation and test: of what rows that belong together share (a column,
+or the prompt), else of an example's content. Duplicates fall into one split, and examples stay in their split when the data set grows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from rightrank.schema.settings import MAX_EVAL_ITEMS, SelectSettings
 from rightrank.schema.trials import SplitName, split_name
 
 MAX_SHOWN_CLASSES = 8
+MANY_GROUPS = 1000  # of which no split is too small
+FIRST_ROWS = 256  # which all have one prompt where the prompt is an instruction, and no question
 _NUMBER = re.compile(r"-?\d+", re.ASCII)
 HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
 SPLITS: tuple[SplitName, ...] = ("train", *HELD_OUT)
@@ -49,19 +52,26 @@ class ExampleStore(Store[Example]):
     """Examples in the order in which they came."""
 
     schema = pyarrow.schema(
-        {"number": pyarrow.uint64(), "content": pyarrow.large_string(), "where": pyarrow.large_binary()}
+        {
+            "number": pyarrow.uint64(),
+            "group": pyarrow.uint64(),
+            "content": pyarrow.large_string(),
+            "where": pyarrow.large_binary(),
+        }
     )
 
     def row(self, entry: Example) -> Mapping[str, Any]:
         content = json.dumps(dict(entry.content), default=json_value)
-        return {"number": int(entry.item_id, 16), "content": content, "where": os.fsencode(entry.where)}
+        where = os.fsencode(entry.where)
+        return {"number": int(entry.item_id, 16), "group": entry.group, "content": content, "where": where}
 
     def entry(self, row: Mapping[str, Any]) -> Example:
-        return Example(f"{row['number']:016x}", json.loads(row["content"]), os.fsdecode(row["where"]))
+        content = json.loads(row["content"])
+        return Example(f"{row['number']:016x}", content, os.fsdecode(row["where"]), row["group"])
 
-    def numbers(self) -> Iterator[npt.NDArray[np.uint64]]:
-        """The identities, some of the examples at a time."""
-        return (batch["number"].to_numpy() for batch in self.batches())
+    def numbers(self, column: str = "number") -> Iterator[npt.NDArray[np.uint64]]:
+        """The identities, or the groups, of some of the examples at a time."""
+        return (batch[column].to_numpy() for batch in self.batches())
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +110,8 @@ def load_data(
     if settings.validation:
         rows = _with_validation(rows, Path(settings.validation), name)
     form, columns, shape, rows = _detect_form(rows, name, settings.columns)
-    read = _Reading(form, columns, settings)
+    by_prompt, rows = _by_prompt(rows)
+    read = _Reading(form, columns, settings, by_prompt)
     stored = ExampleStore(read.training(rows), folder)
     examples: dict[SplitName, Sequence[Example]] = {"train": stored}
     limit = settings.held_out_items(len(stored))
@@ -110,9 +121,12 @@ def load_data(
     is_given = None not in rows
     held_out = sum(len(held.ids) for held in read.held_out.values())
     count = len(stored) + held_out + read.unreadable + read.equal_pairs
-    _check_sizes(examples, settings, name, None if is_given else count)
+    read.require_groups(name)
+    _check_sizes(examples, settings, name, None if is_given else count, read.groups)
     evaluated = [example for split in HELD_OUT for example in examples[split]]
+    grouped = {split: group_numbers(examples[split]) for split in HELD_OUT}
     validation, test = (np.unique(np.frombuffer(read.held_out[split].ids, np.uint64)) for split in HELD_OUT)
+    groups = np.unique(np.array([example.group for example in evaluated], np.uint64))
     distinct = len(validation) + len(test)
     summary = DataSummary(
         form=form,
@@ -130,6 +144,8 @@ def load_data(
         shape=None if shape is None else shape.name,
         renamed={} if shape is None else dict(shape.renamed),
         equal_pairs=read.equal_pairs,
+        grouped_by=read.grouped_by if any(grouped.values()) else None,
+        groups_across_splits=int(_are_in(groups, stored.numbers("group")).sum()) if any(grouped.values()) else 0,
     )
     return DataSplits(summary, examples, _fingerprint(stored, begun))
 
@@ -137,14 +153,17 @@ def load_data(
 class _Reading:
     """The rows as they are read: training examples in turn, held-out ones with the smallest hashes, and counts."""
 
-    def __init__(self, form: DataForm, columns: tuple[str, ...], settings: SelectSettings) -> None:
+    def __init__(self, form: DataForm, columns: tuple[str, ...], settings: SelectSettings, by_prompt: bool) -> None:
         self.held_out: dict[SplitName, _SmallestHashes] = {
             split: _SmallestHashes(settings.eval_items or MAX_EVAL_ITEMS) for split in HELD_OUT
         }
         self.labels: Counter[str] = Counter()  # classification: of the training examples
         self.unreadable = 0
         self.equal_pairs = 0
-        self._form, self._columns, self._settings = form, columns, settings
+        self.grouped_by = settings.group or ("prompt" if by_prompt else "group")
+        self._form, self._columns, self._settings, self._by_prompt = form, columns, settings, by_prompt
+        self._first_of: dict[int, str] = {}  # group → its first example, until there are many and one has two examples
+        self._is_shared = False  # a group by several examples
 
     def training(self, rows: RowsBySplit) -> Iterator[Example]:
         """Yield the training examples; keep what is held out."""
@@ -157,13 +176,82 @@ class _Reading:
                 if self._form == "preference" and example.content["chosen"] == example.content["rejected"]:
                     self.equal_pairs += 1  # no adapter can tell them apart
                     continue
-                place = _split_of(split, row, example, rows, self._settings)
+                example = replace(example, group=self._group_of(row, example))
+                place = _split_of(split, example, rows, self._settings)
                 if place != "train":
                     self.held_out[place].add(example)
                     continue
                 if self._form == "classification":
                     self.labels[str(example.content["label"])] += 1
                 yield example
+
+    def _group_of(self, row: Row, example: Example) -> int:
+        """A hash of the row's value in the column of groups, else of the prompt, else of the example alone."""
+        column = self._settings.group
+        value = row.fields.get(column or "group")
+        is_missing = value is None or (isinstance(value, str) and not value)
+        is_missing |= isinstance(value, float) and math.isnan(value)
+        if is_missing and column:
+            raise DataError(
+                f"{row.where}: no value in a column {column!r}, which --group names; there are {', '.join(row.fields)}: name one that "
+                "every row has, or leave --group out"
+            )
+        prompt = _prompt_of(example.content) if self._by_prompt and is_missing else None
+        if is_missing:
+            key = (
+                example.item_id
+                if prompt is None
+                else f"prompt:{json.dumps(prompt, sort_keys=True, default=json_value)}"
+            )
+        else:
+            key = f"group:{value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=json_value)}"
+            self.grouped_by = column or "group"
+        group = int(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16], 16)
+        if len(self._first_of) < MANY_GROUPS or (column and not self._is_shared):
+            first = self._first_of.setdefault(group, example.item_id)
+            self._is_shared |= first != example.item_id
+        return group
+
+    @property
+    def groups(self) -> int:
+        """The number of groups; 0 where there are many, or none of several examples."""
+        return len(self._first_of) if self._is_shared and len(self._first_of) < MANY_GROUPS else 0
+
+    def require_groups(self, name: str) -> None:
+        """Refuse a column that groups nothing: one of a single value, or one whose value no two rows share."""
+        column = self._settings.group
+        if column and (len(self._first_of) == 1 or (self._first_of and not self._is_shared)):
+            what = "all rows share" if self._is_shared else "no two rows share"
+            raise DataError(
+                f"{name}: {what} a value of {column!r}, which --group names; name a column with several values, each of several "
+                "rows, or leave --group out: rows are then taken as independent"
+            )
+
+
+def _by_prompt(rows: RowsBySplit) -> tuple[bool, RowsBySplit]:
+    """Whether rows with the same prompt belong together, and all rows: not where the first ones all have the same."""
+    for split, found in rows.items():
+        if first := list(islice(found, FIRST_ROWS)):
+            prompts = {json.dumps(_prompt_of(row.fields), sort_keys=True, default=json_value) for row in first}
+            return len(first) == 1 or len(prompts) > 1, {**rows, split: chain(first, found)}
+    return True, rows
+
+
+def _prompt_of(content: Mapping[str, Any]) -> Any:
+    """The prompt, or what is said before the assistant's first turn; None where nobody asks."""
+    messages = content.get("messages")
+    if not isinstance(messages, list):
+        return content.get("prompt") or None
+    turns = [turn for turn in messages if isinstance(turn, Mapping)]
+    asked = list(takewhile(lambda turn: turn.get("role") != "assistant", turns))
+    return asked if any(turn.get("role") == "user" for turn in asked) else None
+
+
+def group_numbers(examples: Iterable[Example]) -> list[int] | None:
+    """The groups of examples, numbered as they come; None where no two examples share one, or all do."""
+    places: dict[int, int] = {}
+    numbers = [places.setdefault(example.group, len(places)) for example in examples]
+    return numbers if 1 < len(places) < len(numbers) else None
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -254,14 +342,11 @@ def _detect_form(
     )
 
 
-def _split_of(
-    given: SplitName | None, row: Row, example: Example, rows: RowsBySplit, settings: SelectSettings
-) -> SplitName:
+def _split_of(given: SplitName | None, example: Example, rows: RowsBySplit, settings: SelectSettings) -> SplitName:
     """The split of an example: the given one; by hash for the held-out splits that are not given, which rows without a split or those of train fill."""
     if given not in (None, "train"):
         return given
-    group = row.fields.get("group")
-    share = _unit_interval(_split_key(example) if group is None else f"group:{group}")
+    share = (example.group >> 12) / 16**13
     fractions: dict[SplitName, float] = {"test": settings.test_fraction, "selection": settings.validation_fraction}
     for split, fraction in fractions.items():
         if split in rows:
@@ -272,26 +357,21 @@ def _split_of(
     return "train"
 
 
-def _split_key(example: Example) -> str:
-    """What decides the split of an example without a group: its content, or the prompt that several pairs may share."""
-    prompt = example.content["prompt"] if "chosen" in example.content else None
-    return f"prompt:{json.dumps(prompt, sort_keys=True)}" if prompt else example.item_id
-
-
 def _check_sizes(
-    examples: Mapping[SplitName, Sequence[Example]], settings: SelectSettings, name: str, rows: int | None
+    examples: Mapping[SplitName, Sequence[Example]], settings: SelectSettings, name: str, rows: int | None, groups: int
 ) -> None:
-    """Refuse a split with too few examples; `rows` is the number of rows that the splits were made from, if they were made."""
+    """Refuse a split with too few examples; `rows` and `groups` are what the splits were made from, if they were made."""
     least_test = 2 if settings.test_fraction or examples["test"] else 0
     needed: dict[SplitName, int] = {"train": settings.items_per_step, "selection": 2, "test": least_test}
     for split, least in needed.items():
         if len(examples[split]) < least:
             larger = "" if split == "train" else f", or a larger {split_name(split)}_fraction"
-            origin = "" if rows is None else f", from {rows:,} rows"
+            few = f" in {groups:,} groups" if groups else ""
+            origin = "" if rows is None else f", from {rows:,} rows{few}"
             remedy = (
                 f"give a {split_name(split)} split of {least} or more"
                 if rows is None
-                else f"give more rows that differ{larger}"
+                else f"give more {'groups' if groups else 'rows that differ'}{larger}"
             )
             raise DataError(
                 f"{name}: {len(examples[split])} distinct examples for the {split_name(split)} split, at least {least} needed{origin}; {remedy}"
@@ -328,7 +408,3 @@ def _require_known(examples: Mapping[SplitName, Sequence[Example]], classes: Seq
                 f"{example.where}: label {example.content['label']!r} is none of the classifier's {len(classes)} ({shown}); "
                 "give its labels, or name them in classifier.json beside the adapter"
             )
-
-
-def _unit_interval(key: str) -> float:
-    return int(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:13], 16) / 16**13

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from rightrank.decision.comparison import INDEPENDENT, Estimate, bounds_of, estimate, is_within, span_of
+from rightrank.decision.comparison import Estimate, bounds_of, estimate, is_within, span_of
 from rightrank.decision.evidence import Unit
-from rightrank.decision.table import Cell, best_point, estimate_of_pairs, table_of
+from rightrank.decision.table import Cell, best_point, estimate_of_pairs, groups_of, table_of
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterOrigin
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import MetricKind, default_margin, kind_of
@@ -182,7 +182,8 @@ def test_difference(
         return sign * (chosen.value - reference.value), None
     (ours, weights), (theirs, _) = sides[0], sides[1]
     span = span_of(kind_of(criterion.metric, criterion.higher_is_better), [ours, theirs], weights)
-    found = estimate(sign * (ours - theirs)[None, :], weights, span)
+    groups = groups_of(chosen.item_groups, len(weights))
+    found = estimate(sign * (ours - theirs)[None, :], weights, span, groups)
     return found.mean, bounds_of(found).high if found.examples else None
 
 
@@ -336,7 +337,7 @@ def _notes(
             f"The held-out value of rank {top.trial.rank} was best at step {best.step} of {top.trial.steps}: train again with "
             f"--max-steps {best.step}, or with --checkpoint best."
         )
-    return [*notes, *[INDEPENDENT] * bool(top.cell.examples)]
+    return [*notes, *filter(None, [top.cell.assumption])]
 
 
 def probable_ranks(answer: AdapterAnswer) -> tuple[int, int]:

@@ -12,6 +12,12 @@ Within the margin is at most the margin (`is_within`), for bounds, for means and
 
 The bounds are of means over two crossed random factors, examples and seeds, in closed form.
 
+Where rows belong together (the sentences of a document), the groups are drawn, and not their rows: every sum below is then over
+the sums of groups, of their number and their sizes. A group counts by its leverage h as in CR2 (Bell and McCaffrey 2002, "Bias
+reduction in standard errors for linear regression with multi-stage samples"), and the degrees of freedom are those of groups whose rows
+are fully alike: they are few where a few groups hold most rows. Without groups the bounds take rows as independent, and are too near where
+they are not (`benchmarks/decide/grouped.py`).
+
 The model of one score (or of one paired difference) x of seed s and example i is
 
     x_si = w_i (θ + seed_s) + example_i + interaction_si
@@ -39,7 +45,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rightrank.schema.metrics import MetricKind, is_percent
-from rightrank.schema.trials import Floats
+from rightrank.schema.trials import Floats, Groups
 
 CONFIDENCE = 0.95  # of each bound
 TWO_SIDED = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2  # the quantiles of a two-sided interval
@@ -88,21 +94,22 @@ def bounds_of(estimate: Estimate, confidence: float = CONFIDENCE) -> Bounds:
     return Bounds(estimate.mean, estimate.bound(1 - confidence), estimate.bound(confidence))
 
 
-def bounds_of_files(sums: Floats, weights: Floats, span: float = 0.0) -> Bounds:
+def bounds_of_files(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Bounds:
     """The bounds where nothing but two files is compared.
 
     Args:
         sums: [examples] how much worse one is on each example, times the example's weight.
         weights: [examples] the tokens of each example, or ones.
         span: the range of one example's score; 0 for losses.
+        groups: [examples] which of them belong together; None: each stands for itself.
     """
-    if span and set(np.abs(sums).tolist()) <= {0.0, span} and set(weights.tolist()) == {1.0}:
+    if groups is None and span and set(np.abs(sums).tolist()) <= {0.0, span} and set(weights.tolist()) == {1.0}:
         worse, better = int((sums > 0).sum()), int((sums < 0).sum())
         low, high = (
             span * binary_bound(*counts, len(sums), CONFIDENCE) for counts in ((better, worse), (worse, better))
         )
         return Bounds(float(sums.mean()), -low, high)
-    return bounds_of(estimate_of_files(sums, weights, span))
+    return bounds_of(estimate_of_files(sums, weights, span, groups))
 
 
 def examples_needed(estimate: Estimate, margin: float, confidence: float = CONFIDENCE) -> int | None:
@@ -155,11 +162,16 @@ class Estimate:
     examples_variance: float  # 0 without examples
     seeds_variance: float
     interaction_variance: float  # contained in both of the above
-    examples: int
+    examples: int  # independent ones: groups, where rows belong together
     seeds: int
     seeds_degrees: float
     skewness: float  # of the examples' influence
     kurtosis: float | None = None  # of the examples' influence, where two files are compared
+    grouped_degrees: float | None = None  # of groups, which have fewer where a few hold most rows
+
+    @property
+    def examples_degrees(self) -> float:
+        return self.examples - 1.0 if self.grouped_degrees is None else self.grouped_degrees
 
     @property
     def variance(self) -> float:
@@ -175,14 +187,14 @@ class Estimate:
     def degrees(self) -> float:
         """Satterthwaite's degrees of freedom of the sum of the parts; of two files, those of a variance of this kurtosis."""
         if self.kurtosis is not None:
-            return max(1.0, min(self.examples - 1.0, 2 * self.examples / max(self.kurtosis - 1, 1e-9)))
+            return max(1.0, min(self.examples_degrees, 2 * self.examples / max(self.kurtosis - 1, 1e-9)))
         squares = 0.0
         if self.examples > 1:
-            squares += self.examples_variance**2 / (self.examples - 1)
+            squares += self.examples_variance**2 / self.examples_degrees
         if self.seeds_degrees > 0:
             squares += self.seeds_variance**2 / self.seeds_degrees
         if self.examples > 1 and self.seeds > 1:
-            squares += self.interaction_variance**2 / ((self.examples - 1) * (self.seeds - 1))
+            squares += self.interaction_variance**2 / (self.examples_degrees * (self.seeds - 1))
         return MAX_DEGREES if squares <= 0 else float(min(MAX_DEGREES, max(1.0, self.variance**2 / squares)))
 
     def bound(self, confidence: float) -> float:
@@ -205,7 +217,7 @@ class Estimate:
         if self.seeds_degrees <= 0 or self.variance <= 0:
             return t_quantile(self.degrees, confidence)
         of_seeds = t_quantile(self.seeds_degrees, confidence)
-        of_examples = t_quantile(self.examples - 1, confidence) if self.examples > 1 else 0.0
+        of_examples = t_quantile(self.examples_degrees, confidence) if self.examples > 1 else 0.0
         share = min(1.0, self.seeds_variance / self.variance)
         return math.copysign(math.sqrt(share * of_seeds**2 + (1 - share) * of_examples**2), of_seeds)
 
@@ -228,10 +240,11 @@ class Estimate:
         if degrees > 0:
             degrees = max(degrees + seeds - self.seeds, 1.0)
         parts = (pure_examples + both, pure_seeds + both, both)
-        return Estimate(self.mean, *parts, examples, seeds, degrees, self.skewness, self.kurtosis)
+        grouped = None if self.grouped_degrees is None else max(1.0, self.grouped_degrees / example_ratio)
+        return Estimate(self.mean, *parts, examples, seeds, degrees, self.skewness, self.kurtosis, grouped)
 
 
-def estimate(sums: Floats, weights: Floats, span: float = 0.0) -> Estimate:
+def estimate(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Estimate:
     """The weighted mean over seeds and examples, Σ sums / Σ weights averaged over seeds.
 
     With one seed the seed variance is 0 with no degrees of freedom, and the caller replaces it (`with_seeds`).
@@ -240,6 +253,7 @@ def estimate(sums: Floats, weights: Floats, span: float = 0.0) -> Estimate:
         sums: [seeds, examples] the score of each example times its weight, or the difference of two such scores.
         weights: [examples] the tokens of each example, or ones.
         span: the range of one example's score; 0 for losses, which have no bound and are equal for equal functions alone.
+        groups: [examples] which of them belong together, by numbers from 0 without gaps; None: each stands for itself.
     """
     seeds, examples = sums.shape
     by_seed = sums.sum(axis=1) / weights.sum()
@@ -247,19 +261,49 @@ def estimate(sums: Floats, weights: Floats, span: float = 0.0) -> Estimate:
     seeds_variance = float(by_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
     if examples < 2:
         return Estimate(mean, 0.0, seeds_variance, 0.0, 0, seeds, float(seeds - 1), 0.0)
+    differing = (sums != np.median(sums)).any(axis=0) if span else np.zeros(0)
+    if groups is not None:
+        sums, weights, differing = (by_group(one, groups) for one in (sums, weights, differing if span else weights))
+        examples = len(weights)
     influence = (sums.mean(axis=0) - weights * mean) / weights.mean()
     spread = float(np.mean(influence**2))
-    examples_variance = float((influence**2).sum()) / (examples * (examples - 1))
-    if span and _is_rare(int(np.count_nonzero((sums != np.median(sums)).any(axis=0))), influence):
+    free, count = (1.0, examples * (examples - 1)) if groups is None else (1 - weights / weights.sum(), examples**2)
+    examples_variance = float((influence**2 / free).sum()) / count
+    if span and _is_rare(int(np.count_nonzero(differing)), influence):
         examples_variance = max(examples_variance, (RULE_OF_THREE * span / examples) ** 2)
     interaction_variance = 0.0
     if seeds > 1:
         rest = (sums - np.outer(by_seed, weights)) / weights.mean() - influence
-        interaction_variance = float((rest**2).sum()) / ((seeds - 1) * (examples - 1) * examples * seeds)
+        interaction_variance = float((rest**2 / free).sum()) / ((seeds - 1) * count * seeds)
     interaction_variance = min(interaction_variance, examples_variance, seeds_variance)
     skewness = float(np.mean(influence**3)) / spread**1.5 if spread > 0 else 0.0
     parts = (examples_variance, seeds_variance, interaction_variance)
-    return Estimate(mean, *parts, examples, seeds, float(seeds - 1), skewness)
+    grouped = None if groups is None else degrees_of_groups(weights)
+    return Estimate(mean, *parts, examples, seeds, float(seeds - 1), skewness, grouped_degrees=grouped)
+
+
+def by_group(values: Floats, groups: Groups | None) -> Floats:
+    """[..., groups] sums over the examples that belong together; `values` [..., examples] where each stands for itself."""
+    if groups is None:
+        return values
+    sums = np.zeros((int(groups.max()) + 1, *values.shape[:-1]))
+    np.add.at(sums, groups, np.moveaxis(values, -1, 0))
+    return np.moveaxis(sums, 0, -1)
+
+
+def degrees_of_groups(weights: Floats) -> float:
+    """Satterthwaite's degrees of freedom of the CR2 variance over groups of these weights, whose rows are fully alike.
+
+    The variance is a quadratic form Σ a_g e_g² with a = 1/(1 - h) and e = (I - h 1ᵀ) S, where Var(S_g) = d_g = weights_g². With C the
+    covariance of e, the degrees are (Σ a C_gg)² / Σ a_g a_k C_gk², here in sums over groups. Of equal groups they are their number less 1.
+    """
+    h, d = weights / weights.sum(), weights**2
+    a, whole = 1 / (1 - h), float((weights**2).sum())
+    extra = whole * h**2 - 2 * h * d  # C less the diagonal d is whole·hhᵀ - hdᵀ - dhᵀ
+    hh, hd, dd = (float((a * pair).sum()) for pair in (h * h, h * d, d * d))
+    rest = 2 * hh * dd + 2 * hd**2 + (whole * hh) ** 2 - 4 * whole * hh * hd
+    squares = float((a**2 * (d**2 + 2 * d * extra)).sum()) + rest
+    return max(1.0, float((a * (d + extra)).sum()) ** 2 / squares)
 
 
 def span_of(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 1.0) -> float:
@@ -289,10 +333,10 @@ def _is_rare(differing: int, influence: Floats) -> bool:
     return float(squares.sum()) ** 2 <= MAX_RARE * float((squares**2).sum())
 
 
-def estimate_of_files(sums: Floats, weights: Floats, span: float = 0.0) -> Estimate:
+def estimate_of_files(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Estimate:
     """The estimate of one paired difference of two files, [examples]; see `estimate`."""
-    found = estimate(sums[None, :], weights, span)
-    influence = sums - weights * found.mean
+    found = estimate(sums[None, :], weights, span, groups)
+    influence = by_group(sums - weights * found.mean, groups)
     spread = float(np.mean(influence**2))
     return replace(found, kurtosis=float(np.mean(influence**4)) / spread**2) if spread > 0 else found
 

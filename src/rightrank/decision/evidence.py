@@ -27,6 +27,7 @@ from rightrank.decision.comparison import (
     MAX_DEGREES,
     Bounds,
     Estimate,
+    by_group,
     descending,
     estimate,
     is_within,
@@ -190,7 +191,8 @@ class Evidence:
     def value(self, contender: Contender) -> Estimate:
         """The contender's own mean."""
         cells = list(contender.cells.values())
-        found = estimate(np.stack([cell.sums for cell in cells]), cells[0].weights, max(cell.span for cell in cells))
+        sums, span = np.stack([cell.sums for cell in cells]), max(cell.span for cell in cells)
+        found = estimate(sums, cells[0].weights, span, cells[0].groups)
         if contender.rank == 0:
             return found
         stated = self._stated(contender)
@@ -239,8 +241,9 @@ class Evidence:
             return "the ranks have no seed in common"
         if len({cell.steps for cell in cells}) > 1:
             return "the trainings have unequal numbers of steps"
-        if cells[0].examples < MIN_EXAMPLES:
-            return f"{cells[0].examples} examples are too few (at least {MIN_EXAMPLES})"
+        if cells[0].units < MIN_EXAMPLES:
+            noun = "examples" if cells[0].groups is None else "groups of examples"
+            return f"{cells[0].units} {noun} are too few (at least {MIN_EXAMPLES})"
         if min(variance for _, variance in self._apart.values()) <= 0:
             return "two ranks have the same scores"
         return ""
@@ -268,7 +271,8 @@ class Evidence:
         for one, other in permutations(self.contenders.values(), 2):
             pairs = paired_cells(one, other)
             mean = estimate_of_pairs(pairs, shift=one.gap - other.gap).mean
-            found[one.rank, other.rank] = mean, _noise_of(pairs).spread * (1 + 1 / len(pairs)) / 2
+            noise = _noise_of(pairs)
+            found[one.rank, other.rank] = mean, noise.spread * noise.likeness * (1 + 1 / len(pairs)) / 2
         return found
 
     def _stated(self, contender: Contender) -> float | None:
@@ -328,7 +332,7 @@ def _curve_scatter(contenders: list[Contender]) -> float:
 
 
 def _noise_of(pairs: list[Pair]) -> PairNoise:
-    return pair_noise(differences(pairs), pairs[0][0].weights)
+    return pair_noise(differences(pairs), pairs[0][0].weights, pairs[0][0].groups)
 
 
 def _seeds_part(pairs: list[Pair], prior: Prior | None) -> tuple[float, float]:
@@ -355,8 +359,9 @@ def _examples_part(columns: list[list[Cell]]) -> Floats:
     """[columns, columns] covariance of the columns' means over examples, without the shared part; 0 without examples."""
     if not all(cell.examples for column in columns for cell in column):
         return np.zeros((len(columns), len(columns)))
-    weights = columns[0][0].weights
-    sums = np.stack([np.mean([cell.sums for cell in column], axis=0) for column in columns])
+    groups = columns[0][0].groups
+    weights = by_group(columns[0][0].weights, groups)
+    sums = by_group(np.stack([np.mean([cell.sums for cell in column], axis=0) for column in columns]), groups)
     influence = (sums - np.outer(sums.sum(axis=1) / weights.sum(), weights)) / weights.mean()
     influence = influence - influence.mean(axis=0)
     examples = influence.shape[1]

@@ -14,6 +14,7 @@ import numpy as np
 
 from rightrank.decision.adapter import AdapterFile, Criterion, against_reference, files_of, with_adapter
 from rightrank.decision.comparison import CONFIDENCE, Estimate, bounds_of, estimate, examples_needed, is_within
+from rightrank.decision.table import groups_of
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.events import GuardAnswer, GuardEvaluated, GuardFile
 from rightrank.schema.trials import TrialOutcome
@@ -116,6 +117,7 @@ def _measured(
                 name: estimate(
                     np.subtract(losses[trial_id, name].item_losses, bases[name].item_losses)[None, :],
                     np.asarray(bases[name].item_tokens, dtype=np.float64),
+                    groups=groups_of(bases[name].item_groups, len(bases[name].item_tokens)),
                 )
                 for name in bases
             },

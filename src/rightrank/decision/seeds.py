@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, NORMAL, POWER, t_quantile, t_tail
+from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, NORMAL, POWER, by_group, t_quantile, t_tail
 from rightrank.schema.metrics import MetricKind
-from rightrank.schema.trials import Floats
+from rightrank.schema.trials import Floats, Groups
 
 BOOTSTRAP_DRAWS = 2000  # from a fixed seed
 
@@ -52,6 +52,9 @@ class PairNoise:
     variance: float  # over seeds, of the difference of one seed; 0 with one seed
     degrees: float  # seeds - 1
     spread: float  # variance between examples of the difference of one seed; 1 without examples
+    likeness: float = (
+        1.0  # how many examples of a group count as one: the variance of the mean over that of independent ones
+    )
 
     @property
     def ratio(self) -> float:
@@ -124,15 +127,17 @@ def prior_of(others: Sequence[PairNoise], kind: MetricKind, *, has_examples: boo
     return Prior((start.degrees * start.ratio + known) / degrees, 1 / (1 / within + 1 / degrees))
 
 
-def pair_noise(sums: Floats, weights: Floats) -> PairNoise:
-    """The noise of a difference, from its scores [seeds, examples] times their weights [examples]."""
+def pair_noise(sums: Floats, weights: Floats, groups: Groups | None = None) -> PairNoise:
+    """The noise of a difference, from its scores [seeds, examples] times their weights [examples]; groups as in `estimate`."""
     seeds, examples = sums.shape
     by_seed = sums.sum(axis=1) / weights.sum()
     variance = float(by_seed.var(ddof=1)) if seeds > 1 else 0.0
     if examples < 2:
         return PairNoise(variance, seeds - 1.0, 1.0)
     influence = (sums - np.outer(by_seed, weights)) / weights.mean()
-    return PairNoise(variance, seeds - 1.0, float((influence**2).sum()) / (seeds * (examples - 1)))
+    squares = float((influence**2).sum())
+    likeness = float((by_group(influence, groups) ** 2).sum()) / squares if groups is not None and squares > 0 else 1.0
+    return PairNoise(variance, seeds - 1.0, squares / (seeds * (examples - 1)), likeness)
 
 
 def seed_parts(means: Floats) -> tuple[float, float]:

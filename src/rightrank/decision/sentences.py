@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from rightrank.decision.comparison import INDEPENDENT, is_within
+from rightrank.decision.comparison import is_within
 from rightrank.decision.evidence import Comparison, Evidence, Unit
 from rightrank.decision.seeds import needed_seeds
 from rightrank.decision.verdicts import alike_ranks, inconclusive_rank, is_unlikely, possible_rival, shown_rank
@@ -179,11 +179,11 @@ def basis_note(evidence: Evidence) -> str:
     """What the intervals cover, and what they leave out."""
     match evidence.basis:
         case "items and seeds":
-            return f"Intervals cover other held-out examples and other seeds.{_noise_note(evidence)} {INDEPENDENT}"
+            return f"Intervals cover other held-out examples and other seeds.{_noise_note(evidence)} {_assumption(evidence)}"
         case "items":
             return (
                 "Intervals cover other held-out examples alone. The noise over seeds is unknown: one seed does not show it. "
-                f"{INDEPENDENT}"
+                f"{_assumption(evidence)}"
             )
         case "seeds":
             return f"Intervals cover other seeds, on these held-out examples.{_noise_note(evidence)}"
@@ -196,6 +196,10 @@ def basis_note(evidence: Evidence) -> str:
                 f"One number per rank without a stated deviation: {number(evidence.scatter**0.5)}, the scatter about "
                 "the curve, is taken as the noise of each training."
             )
+
+
+def _assumption(evidence: Evidence) -> str:
+    return next(iter(evidence.reference.cells.values())).assumption
 
 
 def _noise_note(evidence: Evidence) -> str:

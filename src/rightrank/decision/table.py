@@ -16,12 +16,13 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rightrank.decision.comparison import Estimate, bounds_of, estimate, span_of
+from rightrank.decision.comparison import INDEPENDENT, Estimate, bounds_of, estimate, span_of
 from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.metrics import Checkpoint, MetricKind, kind_of
 from rightrank.schema.trials import (
     EvalPoint,
     Floats,
+    Groups,
     MetricName,
     TrialCollapsed,
     TrialFailed,
@@ -48,11 +49,27 @@ class Cell:
     kept_step: int | None = None  # of the value, where it is not the last evaluation's
     points: tuple[EvalPoint, ...] = ()  # along the training, the metric's own direction
     others: Mapping[str, float] = field(default_factory=dict)  # other metrics of the trial, in their own direction
+    groups: Groups | None = None  # [examples] which of them belong together; None: each stands for itself
 
     @property
     def examples(self) -> int:
         """The number of examples; 0 if there is only one number for the trial."""
         return len(self.sums) if len(self.sums) > 1 else 0
+
+    @property
+    def units(self) -> int:
+        """The number of independent examples: of groups, where there are any."""
+        return self.examples if self.groups is None else int(self.groups.max()) + 1
+
+    @property
+    def assumption(self) -> str:
+        """What bounds over the examples rest on; empty without examples."""
+        over = (
+            INDEPENDENT
+            if self.groups is None
+            else f"Bounds are over {self.units:,} groups of {self.examples:,} examples."
+        )
+        return over if self.examples else ""
 
     @cached_property
     def loss(self) -> float:
@@ -144,6 +161,13 @@ def table_of(
     return ScoreTable(metric, higher_is_better, cells, missing, kind, tried, collapsed)
 
 
+def groups_of(numbers: Sequence[int] | None, examples: int) -> Groups | None:
+    """Group numbers without gaps; None where each of the examples stands for itself."""
+    if numbers is None or len(numbers) != examples or len(set(numbers)) in (1, examples):
+        return None
+    return np.unique(np.asarray(numbers, np.int64), return_inverse=True)[1]
+
+
 def _rows(lists: Sequence[Sequence[float]]) -> Floats:
     """Lists of one length as a matrix; those that are all equal, such as the tokens of the examples, share a row."""
     if all(one == lists[0] for one in lists):
@@ -164,6 +188,7 @@ def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Float
         sums=sums,
         weights=weights,
         span=span,
+        groups=groups_of(trial.item_groups, len(weights)),
         train_value=trial.train_value,
         steps=trial.steps,
         kept_step=trial.kept_step,
@@ -198,6 +223,7 @@ def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_be
         sums=_oriented(scores, kind, higher_is_better) * weights,
         weights=weights,
         span=span_of(kind, scores),
+        groups=groups_of(result.item_groups, len(weights)),
         train_value=result.train_value,
         deviation=deviation,
         deviation_seeds=result.std_seeds,
@@ -216,7 +242,9 @@ def at_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:
     if all(at[key] is cell for key, cell in table.cells.items()):
         return table
     bare = {
-        key: replace(cell, sums=_oriented([cell.value], table.kind, table.higher_is_better), weights=np.ones(1))
+        key: replace(
+            cell, sums=_oriented([cell.value], table.kind, table.higher_is_better), weights=np.ones(1), groups=None
+        )
         for key, cell in at.items()
     }
     return replace(table, cells=bare)
@@ -321,7 +349,7 @@ OfSeed = TypeVar("OfSeed")
 def estimate_of_pairs(pairs: list[Pair], shift: float = 0.0) -> Estimate:
     """How much worse the first of each pair is than the second."""
     span = max(cell.span for pair in pairs for cell in pair)
-    found = estimate(differences(pairs), pairs[0][0].weights, span)
+    found = estimate(differences(pairs), pairs[0][0].weights, span, pairs[0][0].groups)
     return replace(found, mean=found.mean + shift)
 
 
@@ -349,7 +377,8 @@ def of_shared_seeds(left: Mapping[int, OfSeed], right: Mapping[int, OfSeed]) -> 
 
 def minus(one: Cell, other: Cell) -> Cell:
     """How much worse one cell is than the other, on each example."""
-    return Cell(one.trial_id, one.value - other.value, one.sums - other.sums, one.weights, max(one.span, other.span))
+    span, sums = max(one.span, other.span), one.sums - other.sums
+    return Cell(one.trial_id, one.value - other.value, sums, one.weights, span, groups=one.groups)
 
 
 def best_point(points: Sequence[EvalPoint], higher_is_better: bool) -> EvalPoint:

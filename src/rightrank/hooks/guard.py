@@ -62,7 +62,7 @@ def _prepared(run: Run) -> Prepared:
 def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Sequence[str] | None) -> _GuardData:
     # Scored by its loss, each file whole and under its own columns.
     by_loss = settings.model_copy(update={"metric": "loss", "metrics": ()})
-    own = by_loss.model_copy(update={"columns": (), "validation": "", "ranks": (1,)})
+    own = by_loss.model_copy(update={"columns": (), "group": "", "validation": "", "ranks": (1,)})
     try:
         listed = held_out_fields(Path(file))
         if len(listed) < MIN_ROWS:
@@ -99,6 +99,7 @@ def _measured(run: Run, guard: _GuardData, place: int) -> list[GuardEvaluated]:
                 rank=trial.rank,
                 item_losses=scores.losses,
                 item_tokens=scores.tokens,
+                item_groups=scores.groups,
             )
         )
     return list(_current(run, guard).values())

@@ -127,6 +127,8 @@ def left_out(data: DataSummary) -> list[str]:
         (data.equal_pairs, "pairs left out: `chosen` and `rejected` are the same"),
         (sum(summary.equal for summary in splits), "pairs left out: the same within the maximum length"),
         (data.unreadable, "rows skipped: lone surrogates, which no tokenizer accepts"),
+        (data.groups, f"groups of validation examples (rows with one `{data.grouped_by}`), over which the bounds are"),
+        (data.groups_across_splits, f"held-out groups (`{data.grouped_by}`) of which train has rows too"),
         (
             data.duplicates_across_splits,
             "held-out examples are in another split too (exact duplicates across splits), which favours high ranks",

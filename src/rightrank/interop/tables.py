@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -53,6 +53,7 @@ class _Line:
     status: str
     value: float | None  # None: the training failed
     item: str  # empty: of all examples
+    group: str  # of the example; empty: it stands for itself
     step: int
     weight: float
     details: dict[str, float]
@@ -146,8 +147,13 @@ def results_of_rows(
     _require_one_kind(named, where)
     metric = columns.metric
     with_rank = [row for row in named if not is_blank(row.fields.get(columns.by_name["rank"]))]
-    results, counts = _results([_line(row, columns, metric) for row in with_rank], columns)
+    lines = [_line(row, columns, metric) for row in with_rank]
+    results, counts = _results(lines, columns)
+    groups = _groups(lines, mapping.get("group"), where)
+    results = [one.model_copy(update={"item_groups": groups}) if one.item_values else one for one in results]
     _require_comparable(results, where)
+    if groups is None:
+        columns = replace(columns, by_name={name: one for name, one in columns.by_name.items() if name != "group"})
     higher, why = _direction(metric, higher, where)
     if margin is None and kind_of_metric(metric, higher) == "other":
         notes.append(
@@ -221,7 +227,7 @@ def _line(row: Row, columns: Columns, metric: str) -> _Line:
     value = None if failed or status in UNFINISHED | PRUNED else _number(row, columns.value)
     if value is not None and value <= 0 and ("perplexity" in metric.lower() or metric.lower() == "ppl"):
         raise ResultsError(f"{row.where}: a perplexity of {value:g} is not possible; perplexities are above 0")
-    item, step, weight = (_cell(row, columns, name) for name in ("item", "step", "weight"))
+    item, group, step, weight = (_cell(row, columns, name) for name in ("item", "group", "step", "weight"))
     tokens = 1.0 if is_blank(weight) else _number(row, columns.by_name["weight"]) or 0.0
     if tokens <= 0:
         raise ResultsError(f"{row.where}: {columns.by_name['weight']} {tokens:g} is not allowed: give a number above 0")
@@ -232,6 +238,7 @@ def _line(row: Row, columns: Columns, metric: str) -> _Line:
         status,
         value,
         "" if is_blank(item) else str(item),
+        "" if is_blank(group) else str(group),
         0 if is_blank(step) else _integer(row, columns.by_name["step"], "step", "an integer from 0"),
         tokens,
         _details(row, columns),
@@ -334,6 +341,33 @@ def _result(lines: Sequence[_Line], columns: Columns) -> Result:
         points=points if steps else [],
         others={name: details[name] for name in columns.others if name in details},
     )
+
+
+def _groups(lines: Iterable[_Line], asked: str | None, where: str) -> list[int] | None:
+    """The groups of the examples, numbered in their order; None where the table has none.
+
+    Raises:
+        ResultsError: a column of groups that was asked for groups nothing, or has two groups of one example.
+    """
+    by_item: dict[str, set[str]] = {}
+    for line in lines:
+        if line.item:
+            by_item.setdefault(line.item, set()).add(line.group or f"example {line.item}")
+    names = [min(groups) for _, groups in sorted(by_item.items())]
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    twice = next((item for item, groups in by_item.items() if len(groups) > 1), None)
+    if twice is None and 1 < len(places) < len(names):
+        return [places[name] for name in names]
+    if asked is not None:
+        what = (
+            "there is no column of examples (item)" if not names else f"example {twice} has two" if twice is not None
+            else "all examples share one" if len(places) == 1 else "no two examples share one"
+        )  # fmt: skip
+        raise ResultsError(
+            f"{where}: column {asked} gives the examples no groups: {what}; name one with several values, each of several "
+            "examples, or leave --group out: examples are then taken as independent"
+        )
+    return None
 
 
 def _require_same_examples(trainings: Sequence[Mapping[tuple[str, int], _Line]]) -> None:

@@ -29,6 +29,7 @@ class Result(Record):
     # Examples in the same order for all results of a table; each value is a mean over the example's tokens.
     item_values: list[float] = Field(default_factory=list)
     item_weights: list[float] = Field(default_factory=list)  # tokens of each example; empty: equal weights
+    item_groups: list[Whole] | None = None  # the number of each example's group; None: each stands for itself
     std: float | None = None  # stated standard deviation over seeds
     std_seeds: Whole = 1  # number of seeds that the value averages
     train_value: float | None = None

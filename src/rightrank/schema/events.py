@@ -34,6 +34,7 @@ class GuardEvaluated(Record):
     rank: Whole
     item_losses: list[float]
     item_tokens: list[Whole]
+    item_groups: list[Whole] | None = None
 
 
 class GuardFile(Record):
@@ -89,6 +90,11 @@ class DataSummary(Record):
     renamed: dict[str, str] = Field(default_factory=dict)
     equal_pairs: Whole = 0  # rows left out because `chosen` and `rejected` are the same
 
+    # The column, or `prompt`, by which held-out rows belong together; None: each stands for itself, and is taken as independent.
+    grouped_by: str | None = None
+    groups: Whole = 0  # of the validation split; 0: ungrouped
+    groups_across_splits: Whole = 0  # held-out groups of which train has rows too
+
     @property
     def is_token_loss(self) -> bool:
         """Whether the loss is a mean over label tokens, for which a default margin is known."""
@@ -138,6 +144,7 @@ class TestEvaluated(Record):
     item_losses: list[float]
     item_tokens: list[Whole]
     item_correct: list[Whole] | None = None
+    item_groups: list[Whole] | None = None
     item_metrics: dict[str, list[float]] = Field(default_factory=dict)  # by metric: one value per example
     metrics: dict[str, float] = Field(default_factory=dict)  # all metrics measured on the test split
     metric: str | None = None  # of `value`, if it is not the deciding metric: a task has no test split

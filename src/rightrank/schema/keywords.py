@@ -35,6 +35,7 @@ class SelectKeywords(TypedDict, total=False):
     batch_size: int
     seq_len: int
     columns: Mapping[str, str] | Sequence[str]
+    group: str
     validation: str
     eval_items: int
     ray_address: str

@@ -214,8 +214,9 @@ class _Compared(Record):
     difference_high: float  # 95% upper bound of it, one-sided
     margin: float
     examples: Whole
+    groups: Whole | None = None  # of examples that belong together; None: each stands for itself
     left_out: Whole = 0  # examples without a label within the maximum length
-    # about how many would show "not worse" at this difference; None: none would, or it is shown
+    # about how many, of groups where there are any, would show "not worse" at this difference; None: none would, or it is shown
     examples_needed: Whole | None
 
 

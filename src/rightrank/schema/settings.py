@@ -452,6 +452,13 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         parse=lambda value: [f"{name}={of}" for name, of in value.items()] if isinstance(value, Mapping) else value,
         check=_require_columns,
     )
+    group: str = setting(
+        "",
+        DATA,
+        "column that says which rows belong together: a document, conversation, prompt or user; by default `group`, else the prompt",
+        option=True,
+        also=("groups", "group_by", "cluster"),
+    )
     validation: str = setting(
         "", DATA, "file or folder for the validation split; by default a tenth of the data", option=True
     )  # fmt: skip
@@ -667,7 +674,7 @@ def stored_settings(values: Mapping[str, Any]) -> SelectSettings:
 
 
 # Settings that say which rows are in which split.
-OF_SPLITS = ("columns", "validation", "test_fraction", "validation_fraction", "eval_items")
+OF_SPLITS = ("columns", "group", "validation", "test_fraction", "validation_fraction", "eval_items")
 # Settings that choose trials and judge them, and change no trial: a run folder may be continued with other values.
 CONTINUABLE = tuple(name for name, row in SelectSettings.model_fields.items() if row.continuable)
 

@@ -26,6 +26,7 @@ Whole: TypeAlias = Annotated[int, Field(ge=-MAX_WHOLE, le=MAX_WHOLE)]
 ToldText: TypeAlias = Annotated[str, AfterValidator(without_secrets)]
 
 Floats: TypeAlias = "NDArray[np.float64]"
+Groups: TypeAlias = "NDArray[np.int64]"  # by example, the number of its group
 MetricName: TypeAlias = str  # `loss`, `accuracy`, or the name of a metric in the settings
 SplitName: TypeAlias = Literal["train", "selection", "test"]  # as stored; `split_name` gives the name that is shown
 
@@ -180,6 +181,7 @@ class TrialFinished(ArmFields):
     item_correct: list[Whole] | None = None  # classification: 1 if the prediction is right
     item_scores: list[float] | None = None  # custom trainers: the metric of each example
     item_weights: list[float] | None = None  # of item_scores; None: equal weights
+    item_groups: list[Whole] | None = None  # the number of the example's group; None: each example stands for itself
     # by metric of written answers or task: one value per example
     item_metrics: dict[str, list[float]] = Field(default_factory=dict)
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value

@@ -11,7 +11,13 @@ import numpy as np
 
 from rightrank.decision.comparison import Bounds, Estimate, bounds_of, estimate, is_within, span_of, walk_down
 from rightrank.decision.seeds import MIN_EXAMPLES, probability_within
-from rightrank.decision.table import adjusted_means, best_learning_rate, collapsing_cells, of_shared_seeds
+from rightrank.decision.table import (
+    adjusted_means,
+    best_learning_rate,
+    collapsing_cells,
+    groups_of,
+    of_shared_seeds,
+)
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.metrics import MetricKind, default_margin, kind_of
@@ -247,7 +253,8 @@ def is_likely_within(
     mean, found = _difference([pair], space), _over_examples([pair], space)
     if found is None or found.examples < MIN_EXAMPLES or not found.examples_variance:
         return is_within(mean, margin)
-    return probability_within(mean, found.examples_variance * found.examples, margin) >= probability
+    examples = len((pair[0].items(space.metric) or [()])[0])
+    return probability_within(mean, found.examples_variance * examples, margin) >= probability
 
 
 def _difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space) -> float:
@@ -263,4 +270,5 @@ def _over_examples(pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: 
     sums = np.array([np.subtract(ours[0], theirs[0]) for ours, theirs in known])
     weights = np.asarray(known[0][0][1], dtype=np.float64)
     span = span_of(space.kind, [scores for pair in known for scores, _ in pair], weights)
-    return estimate(-sums if space.higher_is_better else sums, weights, span)
+    groups = groups_of(pairs[0][0].item_groups, len(weights))
+    return estimate(-sums if space.higher_is_better else sums, weights, span, groups)

@@ -36,6 +36,7 @@ class Scores:
     losses: list[float]  # nats, summed over the example's label tokens
     tokens: list[int]  # label tokens of the example; 1 where the loss is one of the whole example
     by_example: dict[str, list[float]] = field(default_factory=dict)  # metric → its value for each example
+    groups: list[int] | None = None  # which examples belong together; None: each stands for itself
 
     def fields(self, measured: Measured) -> dict[str, Any]:
         """Those of the records that hold scores by example, with the metrics measured beside them."""
@@ -46,12 +47,14 @@ class Scores:
             "item_tokens": self.tokens,
             "item_correct": None if right is None else [round(value) for value in right],
             "item_metrics": by_example | measured.items,
+            "item_groups": self.groups,
         }
 
     def with_others(self, other: Scores) -> Scores:
         """The scores of all examples, from those of some and of the others: what was left out is zero."""
         by_example = {name: list(map(add, each, other.by_example[name])) for name, each in self.by_example.items()}
-        return Scores(list(map(add, self.losses, other.losses)), list(map(add, self.tokens, other.tokens)), by_example)
+        losses, tokens = (list(map(add, *pair)) for pair in ((self.losses, other.losses), (self.tokens, other.tokens)))
+        return Scores(losses, tokens, by_example, self.groups)
 
     def first(self, count: int) -> Scores:
         """The scores of the first `count` examples."""

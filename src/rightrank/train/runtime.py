@@ -197,7 +197,8 @@ class Runtime:
             kept = set(only)
             batches = [here for batch in batches if (here := [index for index in batch if index in kept])]
         none, zeros = [0] * len(examples), [0.0] * len(examples)
-        scores = [Scores([*zeros], [*none], {name: [*zeros] for name in names}) for _ in adapters]
+        groups = self.data.groups.get(split)
+        scores = [Scores([*zeros], [*none], {name: [*zeros] for name in names}, groups) for _ in adapters]
         done, count = 0, sum(map(len, batches))
         for indices in batches:
             batch = self.batch(split, indices)

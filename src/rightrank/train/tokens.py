@@ -7,7 +7,7 @@ counts as completion, and the ids are those that the model sees at inference.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, groupby, repeat
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from jinja2 import TemplateError
 
 from rightrank.data.forms import DataForm, Example
-from rightrank.data.splits import SPLITS, DataSplits
+from rightrank.data.splits import HELD_OUT, SPLITS, DataSplits, group_numbers
 from rightrank.data.token_store import IGNORED, EncodedExample, TokenStore
 from rightrank.models.base_models import LoadedModel
 from rightrank.schema.errors import DataError
@@ -247,6 +247,9 @@ class EncodedData:
     splits: Mapping[SplitName, TokenStore]
     texts: Mapping[SplitName, Sequence[Example]]  # the held-out examples, for generation
     summary: DataSummary
+    groups: Mapping[SplitName, list[int] | None] = field(
+        default_factory=dict
+    )  # of the held-out examples; None: ungrouped
 
     @property
     def is_classification(self) -> bool:
@@ -292,8 +295,17 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
             dropped=count.dropped,
             equal=count.equal,
         )
-    summary = data.summary.model_copy(update={"splits": summaries})
-    return EncodedData(splits, {"selection": data.examples["selection"], "test": data.examples["test"]}, summary)
+    texts = {split: data.examples[split] for split in HELD_OUT}
+    groups = {split: _groups_of(texts[split], splits[split]) for split in HELD_OUT}
+    count_of_groups = len(set(groups["selection"] or ()))
+    summary = data.summary.model_copy(update={"splits": summaries, "groups": count_of_groups})
+    return EncodedData(splits, texts, summary, groups)
+
+
+def _groups_of(examples: Sequence[Example], encoded: Sequence[EncodedExample]) -> list[int] | None:
+    """The groups of what is left of the examples."""
+    by_id = {example.item_id: example for example in examples}
+    return group_numbers(by_id[one.item_id] for one in encoded)
 
 
 @dataclass(slots=True)

@@ -23,6 +23,7 @@ import numpy as np
 from rightrank.adapters.resize import by_rank
 from rightrank.adapters.spectra import factored_singular_values
 from rightrank.decision.comparison import bounds_of, estimate
+from rightrank.decision.table import groups_of
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.ranks import exact_pattern
 from rightrank.models.truncation import ranks_within
@@ -188,7 +189,9 @@ def compare(
 ) -> AllocationVerdict:
     """Left minus right in nats, paired over seeds and examples, with its 95% interval."""
     sums = np.array([a.scores.losses for a in left]) - np.array([b.scores.losses for b in right])
-    found = bounds_of(estimate(sums, np.array(left[0].scores.tokens, dtype=np.float64)), CONFIDENCE)
+    scores = left[0].scores
+    weights, groups = np.array(scores.tokens, dtype=np.float64), groups_of(scores.groups, len(scores.tokens))
+    found = bounds_of(estimate(sums, weights, groups=groups), CONFIDENCE)
     return AllocationVerdict(
         against=against, difference=found.mean, low=found.low, high=found.high, better=found.high < 0
     )

@@ -1,0 +1,153 @@
+"""Rows that belong together: in one split, with a number each among the held-out ones, by a column, by the prompt, or not at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rightrank.api.runs import Decided, decide
+from rightrank.data.splits import SPLITS, DataSplits, group_numbers, load_data
+from rightrank.schema.errors import DataError, ResultsError
+from tests.tiny import sentences, small_settings
+
+TEXTS = sentences(160)
+LARGE: dict[str, Any] = {"eval_items": 1000, "validation_fraction": 0.3, "test_fraction": 0.2}
+
+
+def rows_of(documents: int, **further: Any) -> list[dict[str, Any]]:
+    return [{"text": text, "doc": f"d{number % documents}", **further} for number, text in enumerate(TEXTS)]
+
+
+def asked(prompt: str, answer: str) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": answer}
+
+
+def said(prompt: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+
+def require_whole(splits: DataSplits, groups: int) -> None:
+    """Each group is in one split, and the numbers of the held-out ones are without gaps."""
+    found = {split: {example.group for example in splits.examples[split]} for split in SPLITS}
+    assert sum(map(len, found.values())) == len(set.union(*found.values())) == groups
+    numbers = group_numbers(splits.examples["selection"])
+    assert numbers is not None
+    assert numbers[0] == 0
+    assert sorted(set(numbers)) == list(range(len(found["selection"])))
+
+
+@pytest.mark.parametrize("kind", ["text", "day", "array"])
+def test_a_column_says_which_rows_belong_together(kind: str) -> None:
+    cell = {
+        "text": lambda doc: doc,
+        "day": lambda doc: int(doc[1:]),
+        "array": lambda doc: np.arange(4000) == int(doc[1:]),
+    }
+    rows = [row | {"doc": cell[kind](row["doc"])} for row in rows_of(40)]
+    splits = load_data(rows, small_settings(group="doc", **LARGE))
+    require_whole(splits, 40)
+    assert splits.summary.grouped_by == "doc"
+    assert load_data(rows, small_settings(**LARGE)).summary.grouped_by is None
+
+
+@pytest.mark.parametrize("row", [asked, said])
+def test_rows_with_one_prompt_belong_together(row: Any) -> None:
+    rows = [row(f"question {number % 40}", text) for number, text in enumerate(TEXTS)]
+    splits = load_data(rows, small_settings(**LARGE))
+    require_whole(splits, 40)
+    assert splits.summary.grouped_by == "prompt"
+    alike = [row("Write a sentence.", text) for text in TEXTS]  # an instruction that all share
+    assert load_data(alike, small_settings()).summary.grouped_by is None
+    other = [row(text, text) for text in TEXTS]
+    assert load_data(other, small_settings()).summary.grouped_by is None
+
+
+def test_a_conversation_that_grows_by_turns_stays_in_one_split() -> None:
+    rows = []
+    for number in range(40):
+        turns = [{"role": "system", "content": "You help."}]
+        for turn in range(4):
+            turns = [*turns, {"role": "user", "content": f"{number} {turn}"}, {"role": "assistant", "content": "yes"}]
+            rows.append({"messages": turns})
+    require_whole(load_data(rows, small_settings(**LARGE)), 40)
+    opened = [{"messages": row["messages"][:1] + row["messages"][2:3] + row["messages"][1:]} for row in rows]
+    assert load_data(opened, small_settings(**LARGE)).summary.grouped_by is None  # nobody asks before the answer
+
+
+def test_groups_that_are_in_given_splits_too_are_counted() -> None:
+    rows = rows_of(40)
+    splits = load_data(
+        {"train": rows[:80], "validation": rows[80:100], "test": rows[100:]},
+        small_settings(group="doc", **LARGE),
+    )
+    assert splits.summary.groups_across_splits == 40
+    whole = load_data(rows, small_settings(group="doc", **LARGE))
+    assert whole.summary.groups_across_splits == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            rows_of(40, doc=None),
+            r"row 1: no value in a column 'doc', which --group names; there are text, doc: name one",
+        ),
+        ([{"text": text} for text in TEXTS], r"row 1: no value in a column 'doc'.* there are text: name one"),
+        ([*rows_of(40)[:50], {"text": "x", "doc": float("nan")}], r"row 51: no value in a column 'doc'"),
+        (rows_of(1), r"all rows share a value of 'doc', which --group names; name a column with several"),
+        (rows_of(160), r"no two rows share a value of 'doc', which --group names"),
+    ],
+)
+def test_a_column_that_groups_nothing_gets_one_line(rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(DataError, match=message) as refused:
+        load_data(rows, small_settings(group="doc"))
+    assert "\n" not in str(refused.value)
+
+
+def test_too_few_groups_for_the_splits_are_named() -> None:
+    with pytest.raises(DataError, match=r"0 distinct examples for the .* split.* from 160 rows in 3 groups; give more"):
+        load_data(rows_of(3), small_settings(group="doc"))
+
+
+def table(documents: int) -> list[dict[str, Any]]:
+    """Two ranks on 40 examples; the smaller one is worse on half of the documents."""
+    return [
+        {"rank": rank, "seed": seed, "item": f"{item:02}", "doc": item % documents, "value": 1 + seed / 100 + worse}
+        for rank in (4, 16)
+        for seed in (0, 1)
+        for item in range(40)
+        if (worse := 0.01 * (rank == 4) * (item % documents % 2) * (1 + seed / 10)) >= 0
+    ]
+
+
+def read(rows: list[dict[str, Any]], group: str | None = None) -> Decided:
+    return decide(rows, metric="loss", margin=0.02, group=group)
+
+
+def test_decide_reads_the_groups_of_a_table() -> None:
+    alone, grouped = read(table(8)), read(table(8), "doc")
+    width = [one.decision.ranks[0].difference_high - one.decision.ranks[0].difference for one in (alone, grouped)]  # type: ignore[operator]
+    assert width[1] > 1.9 * width[0]
+    assert "group from column doc" in grouped.understood
+    named = [row | {"group": row["doc"]} for row in table(8)]
+    assert read(named).decision == grouped.decision
+    by_training = [row | {"group": f"sweep {row['rank']}"} for row in table(8)]  # as of W&B: not of examples
+    assert read(by_training).decision == alone.decision
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (table(1), "all examples share one"),
+        (table(40), "no two examples share one"),
+        ([row | {"doc": row["rank"]} for row in table(8)], "example 00 has two"),
+        ([{"rank": rank, "value": 1.0 + rank / 100, "doc": 1} for rank in (4, 16)], "there is no column of examples"),
+        ([{key: value for key, value in row.items() if key != "doc"} for row in table(8)], "has no column 'doc'"),
+    ],
+)
+def test_a_table_whose_column_groups_nothing_gets_one_line(rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ResultsError, match=message) as refused:
+        read(rows, "doc")
+    assert "\n" not in str(refused.value)
