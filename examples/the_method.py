@@ -1,4 +1,4 @@
-"""The smallest LoRA adapter that loses nothing, from one training: the whole method in plain PyTorch and PEFT.
+"""The smallest LoRA adapter within the margin, from one training: the whole method in plain PyTorch and PEFT.
 
     python examples/the_method.py MODEL TRAIN.jsonl HELD_OUT.jsonl --learning-rate 1e-3 --steps 200
 

@@ -21,6 +21,7 @@ from rightrank.decision.adapter import (
     test_difference as difference_on_test,
 )
 from rightrank.decision.comparison import INDEPENDENT, bounds_of, estimate
+from rightrank.decision.table import spread_sentence
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.trials import EvalPoint, TrialDiverged, TrialFinished
@@ -81,6 +82,26 @@ def test_the_smallest_truncation_whose_bound_is_within_the_margin() -> None:
         assert one.difference_low < one.difference < one.difference_high
 
 
+def test_what_a_mean_hides_is_said() -> None:
+    hidden = trial("a", 16, 0.0, parent="top", noise=0.0)
+    rare = np.array(hidden.item_losses)
+    rare[::40] += 0.1 * TOKENS  # one example of forty gets worse by .1 a token, the mean by .0025
+    rare[1::40] -= 0.1 * TOKENS
+    found = answer(TOP, hidden.model_copy(update={"item_losses": rare.tolist()}))
+    assert (found.rank, found.difference) == (16, pytest.approx(0.0))
+    assert found.spread is not None
+    assert (found.spread.amount, found.spread.worse) == (0.05, 0.025)
+    assert found.spread.worst_tenth == pytest.approx(0.025)
+    assert found.spread == found.candidates[-1].spread
+    assert found.candidates[0].spread is None  # the reference
+    assert found.sentence == (
+        "The smallest adapter of this training within the margin has rank 16: it is no worse than the rank 64 adapter by more than the "
+        "margin of 0.005, with 95% confidence, on average over held-out tokens (difference "
+        f"{found.difference:+.2g}, upper bound {found.difference_high:+.2g}). 2.5% of the examples get worse by more than 0.05, and the "
+        "worst tenth by 0.025 on average."
+    )
+
+
 @pytest.mark.parametrize(
     ("shifts", "holding", "probable"),
     [
@@ -113,18 +134,16 @@ def test_the_first_failure_ends_the_sequence_of_those_with_extra_steps() -> None
     failed, good = trial("a", 32, 0.1, parent="top", steps=20), trial("b", 16, -0.018, parent="top", steps=20)
     found = answer(TOP, extra, failed, good)
     assert (found.rank, found.how) == (64, "recovered")
-    assert found.sentence == "The adapter keeps rank 64: rank 32 is not shown to lose less than the margin of 0.005."
+    assert found.sentence == "The adapter keeps rank 64: rank 32 is not shown to be within the margin of 0.005."
     assert answer(TOP, extra, good).rank == 16
 
 
 def test_why_the_top_is_kept() -> None:
     failed = answer(TOP, trial("a", 32, 0.02, parent="top"), trial("b", 16, 0.02, parent="top"))
-    assert failed.sentence == "The adapter keeps rank 64: rank 32 is not shown to lose less than the margin of 0.005."
+    assert failed.sentence == "The adapter keeps rank 64: rank 32 is not shown to be within the margin of 0.005."
     extra = trial("extra", 64, -0.02, parent="top", steps=20, noise=0.0)
     none = answer(TOP, extra, trial("a", 32, 0.0, parent="top"))
-    assert (
-        none.sentence == "The adapter keeps rank 64: no lower rank is measured to lose less than the margin of 0.005."
-    )
+    assert none.sentence == "The adapter keeps rank 64: no lower rank is measured to be within the margin of 0.005."
 
 
 def test_candidates_are_those_of_the_highest_rank_and_of_the_best_training_there() -> None:
@@ -195,7 +214,7 @@ def test_adapters_scored_on_unequal_numbers_of_examples_are_compared_by_their_va
     trusted = answer(TOP, few, criterion=exact)
     assert trusted.candidates[1].holds
     assert trusted.sentence == (
-        "The smallest adapter of this training that loses nothing has rank 32: its held-out difference from the "
+        "The smallest adapter of this training within the margin has rank 32: its held-out difference from the "
         "rank 64 adapter is +0.002, within the margin of 0.005."
     )
 
@@ -327,9 +346,11 @@ def test_a_direct_training_takes_the_place_of_the_truncation_where_it_is_better(
     assert (after.trial_id, after.rank, after.how) == ("direct", rank, "trained")
     assert (after.reference_id, after.margin) == (before.reference_id, before.margin)
     assert after.difference_high is not None
+    assert after.spread is not None
     assert after.sentence == (
-        f"The smallest adapter that loses nothing has rank {rank}, trained at that rank: its held-out difference from the "
-        f"reference is {after.difference:+.2g} (95% upper bound {after.difference_high:+.2g}), within the margin of 0.005."
+        f"The smallest adapter within the margin has rank {rank}, trained at that rank: it is no worse than the reference by more than "
+        "the margin of 0.005, with 95% confidence, on average over held-out tokens (difference "
+        f"{after.difference:+.2g}, upper bound {after.difference_high:+.2g}). {spread_sentence(after.spread)}"
     )
 
 

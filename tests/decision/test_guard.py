@@ -98,8 +98,8 @@ def test_another_adapter_that_is_both_takes_its_place() -> None:
         guard.sentence,
     )
     assert answer.sentence == (
-        "The smallest adapter that loses nothing on the task and keeps the guard has rank 16 (trained, learning rate 0.001): "
-        "its held-out difference from the reference is +0, within the margin of 0.02."
+        "The smallest adapter within the margin on the task that keeps the guard has rank 16 (trained, learning rate 0.001): "
+        "it is the reference itself."
     )
     assert "By the task alone the answer would be rank 4" in guard.sentence
     assert "keeps the guard has rank 16" in answer.sentence

@@ -19,7 +19,7 @@ from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.rows import held_out_fields
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
-from rightrank.decision.table import minus, table_of
+from rightrank.decision.table import minus, spread_of, spread_sentence, table_of
 from rightrank.models.base_models import are_unnamed, load_base
 from rightrank.models.places import CLASSIFIER_FILE, CONFIG_FILE, WEIGHTS_FILE, read_header
 from rightrank.schema.errors import DataError, ModelError, SettingsError
@@ -176,6 +176,7 @@ def _compare(sides: _Sides, metric: str, data: Path, settings: SelectSettings) -
         difference=found.mean,
         difference_low=found.low,
         difference_high=found.high,
+        spread=spread_of(worse, margin),
         margin=margin,
         examples=cells[0].examples,
         groups=cells[0].units if cells[0].groups is not None else None,
@@ -197,14 +198,14 @@ def _sentence(a: str, b: str, worst: MetricComparison, count: int) -> str:
     among = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."
     if worst.verdict != "cannot_tell":
         told = "not worse" if worst.verdict == "not_worse" else "worse by more than the margin"
-        return f"{names}: {told}; {figures}.{among}"
+        return f"{names}: {told}; {figures}. {spread_sentence(worst.spread)}{among}"
     noun = "examples" if worst.groups is None else "groups"
     cure = (
         f"about {worst.examples_needed:,} {noun} would show it"
         if worst.examples_needed is not None
         else f"more {noun} would show whether it is worse"
     )
-    return f"{names}: these examples cannot tell; {figures}; {cure}.{among}"
+    return f"{names}: these examples cannot tell; {figures}; {cure}. {spread_sentence(worst.spread)}{among}"
 
 
 def _shared_labels(sides: Sequence[str]) -> list[str] | None:

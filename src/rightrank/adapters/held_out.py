@@ -237,7 +237,7 @@ def _gain(trials: Sequence[TrialFinished], answer: AdapterAnswer, runtime: Runti
         return {}
     return {
         "sentence": f"No gain: the base alone has {base.value:.4f} and the adapter {best.value:.4f}, within the margin of "
-        f"{answer.margin:g}, so every rank loses nothing. {answer.sentence}"
+        f"{answer.margin:g}, so every rank is within it. {answer.sentence}"
     }
 
 

@@ -163,7 +163,7 @@ def select_rank_with(
         metric: the name of the metric that decides; None for "loss", or that of the profile.
         margin: how much worse than the best is still enough; None for the metric's default, or that of the profile.
         evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it the adapter that
-            `train` saved for the largest rank is truncated to every lower rank, and the smallest that loses nothing is
+            `train` saved for the largest rank is truncated to every lower rank, and the smallest within the margin is
             handed over (the first question).
         executor: "local"; "threads" of this process, for functions that wait for a service; or each call in a new process,
             on this machine ("processes") or on a Ray cluster ("ray": the one that RAY_ADDRESS names, or one on this machine;

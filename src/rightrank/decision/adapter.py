@@ -19,16 +19,32 @@ from typing import Any
 
 import numpy as np
 
-from rightrank.decision.comparison import Estimate, bounds_of, estimate, is_within, span_of
+from rightrank.decision.comparison import CONFIDENCE, Estimate, bounds_of, estimate, is_within, span_of
 from rightrank.decision.evidence import Unit
-from rightrank.decision.table import Cell, best_point, estimate_of_pairs, groups_of, table_of
+from rightrank.decision.table import (
+    Cell,
+    best_point,
+    estimate_of_pairs,
+    groups_of,
+    minus,
+    spread_of,
+    spread_sentence,
+    table_of,
+)
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterOrigin
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import MetricKind, default_margin, kind_of
 from rightrank.schema.trials import Floats, TrialFinished, TrialOutcome
 
 SEARCH = "(--goal training-rank, the default)"  # what searches the training rank, in a note's words
-NAMED = {"rank", "how", "trial_id", "difference", "difference_high"}  # what an answer says of the adapter that it names
+NAMED = {
+    "rank",
+    "how",
+    "trial_id",
+    "difference",
+    "difference_high",
+    "spread",
+}  # what an answer says of the adapter that it names
 MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
 
 
@@ -133,8 +149,7 @@ def improved_by_training(
     return with_adapter(
         answer,
         best,
-        f"The smallest adapter that loses nothing has rank {best.rank}, trained at that rank: its held-out difference "
-        f"from the reference is {_with_bound(best)}, within the margin of {answer.margin:.4g}.",
+        f"The smallest adapter within the margin has rank {best.rank}, trained at that rank: {claim(best, 'the reference', against)}",
     )
 
 
@@ -142,7 +157,7 @@ def with_adapter(answer: AdapterAnswer, candidate: AdapterCandidate, sentence: s
     """The answer with another adapter handed over."""
     is_listed = any(one.trial_id == candidate.trial_id for one in answer.candidates)
     return answer.model_copy(
-        update=candidate.model_dump(include=NAMED)
+        update={name: getattr(candidate, name) for name in NAMED}
         | {"candidates": answer.candidates if is_listed else [*answer.candidates, candidate], "sentence": sentence}
     )
 
@@ -233,12 +248,14 @@ class Against:
     def candidate(self, file: AdapterFile) -> AdapterCandidate:
         difference = 0.0
         low = high = 0.0 if file is self.reference else None  # 0 is exact
+        spread = None
         if file.trial.trial_id != self.reference.trial.trial_id:
             found = bounds_of(self.difference(file.cell))
             unit = Unit(self.reference.kind, self.criterion.higher_is_better, self.reference.cell.value)
             difference = unit.difference(found.mean)
             if file.cell.examples:
                 low, high = unit.difference(found.low), unit.difference(found.high)
+                spread = spread_of(minus(file.cell, self.reference.cell), self.margin, unit.difference)
         decides = high if high is not None else difference if self.criterion.trusts_values else math.inf
         return AdapterCandidate(
             rank=file.trial.rank,
@@ -249,6 +266,7 @@ class Against:
             difference_low=low,
             difference_high=high,
             holds=is_within(decides, self.margin),
+            spread=spread,
         )
 
 
@@ -276,9 +294,19 @@ def files_of(outcomes: Sequence[TrialOutcome], criterion: Criterion) -> dict[str
     return files
 
 
-def _with_bound(candidate: AdapterCandidate) -> str:
-    bound = "" if candidate.difference_high is None else f" (95% upper bound {candidate.difference_high:+.2g})"
-    return f"{candidate.difference:+.2g}{bound}"
+def claim(candidate: AdapterCandidate, other: str, against: Against) -> str:
+    """What is shown of a file that holds, and how the difference spreads over examples: the end of a sentence, and another one."""
+    margin = f"{against.margin:.4g}"
+    if candidate.trial_id == against.reference.trial.trial_id:
+        return f"it is {other} itself."
+    if candidate.difference_high is None:
+        return f"its held-out difference from {other} is {candidate.difference:+.2g}, within the margin of {margin}."
+    over = "tokens" if against.reference.kind == "token_loss" else "examples"
+    spread = "" if candidate.spread is None else f" {spread_sentence(candidate.spread)}"
+    return (
+        f"it is no worse than {other} by more than the margin of {margin}, with {CONFIDENCE:.0%} confidence, on average over "
+        f"held-out {over} (difference {candidate.difference:+.2g}, upper bound {candidate.difference_high:+.2g}).{spread}"
+    )
 
 
 def _walk(children: Sequence[AdapterFile], against: Against, top_rank: int) -> tuple[AdapterFile, list[int]]:
@@ -301,13 +329,13 @@ def _sentence(answer: AdapterCandidate, top: AdapterFile, against: Against, test
     margin = against.margin
     if answer.rank < top.trial.rank:
         return (
-            f"The smallest adapter of this training that loses nothing has rank {answer.rank}: its held-out difference from the "
-            f"rank {top.trial.rank} adapter is {_with_bound(answer)}, within the margin of {margin:.4g}."
+            f"The smallest adapter of this training within the margin has rank {answer.rank}: "
+            f"{claim(answer, f'the rank {top.trial.rank} adapter', against)}"
         )
     why = f"rank {tested[0]} is not shown" if tested else "no lower rank is measured"
     if not top.cell.examples:
         why = "without scores by example no truncation can be shown"
-    return f"The adapter keeps rank {top.trial.rank}: {why} to lose less than the margin of {margin:.4g}."
+    return f"The adapter keeps rank {top.trial.rank}: {why} to be within the margin of {margin:.4g}."
 
 
 def _notes(

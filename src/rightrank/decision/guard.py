@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rightrank.decision.adapter import AdapterFile, Criterion, against_reference, files_of, with_adapter
+from rightrank.decision.adapter import AdapterFile, Against, Criterion, against_reference, claim, files_of, with_adapter
 from rightrank.decision.comparison import CONFIDENCE, Estimate, bounds_of, estimate, examples_needed, is_within
 from rightrank.decision.table import groups_of
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
@@ -30,6 +30,7 @@ class _Measured:
     file: AdapterFile
     task: AdapterCandidate
     guards: Mapping[str, Estimate]
+    against: Against
 
     def high(self, confidence: float) -> float:
         return self.worst(confidence).bound(confidence)
@@ -94,9 +95,8 @@ def guarded(
     moved = with_adapter(
         answer,
         task,
-        f"The smallest adapter that loses nothing on the task and keeps the guard has rank {task.rank} ({task.how}, "
-        f"learning rate {chosen.file.trial.learning_rate:g}): its held-out difference from the reference is "
-        f"{task.difference:+.2g}, within the margin of {answer.margin:g}.",
+        f"The smallest adapter within the margin on the task that keeps the guard has rank {task.rank} ({task.how}, learning rate "
+        f"{chosen.file.trial.learning_rate:g}): {claim(task, 'the reference', chosen.against)}",
     )
     return moved, guard
 
@@ -121,6 +121,7 @@ def _measured(
                 )
                 for name in bases
             },
+            against,
         )
         for trial_id, file in files.items()
         if all((trial_id, name) in losses for name in bases)

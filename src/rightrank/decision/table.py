@@ -16,8 +16,8 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rightrank.decision.comparison import INDEPENDENT, Estimate, bounds_of, estimate, span_of
-from rightrank.schema.decision import Result, ResultsTable
+from rightrank.decision.comparison import INDEPENDENT, TIE, Estimate, bounds_of, estimate, span_of
+from rightrank.schema.decision import DifferenceSpread, Result, ResultsTable
 from rightrank.schema.metrics import Checkpoint, MetricKind, kind_of
 from rightrank.schema.trials import (
     EvalPoint,
@@ -30,6 +30,7 @@ from rightrank.schema.trials import (
     TrialOutcome,
 )
 
+SPREAD_MARGINS = 10.0  # a difference of one example that is named: the mean of a rare one is within the margin
 RIDGE = 1e-4  # keeps seed effects at 0 where the seeds that rows share do not determine them
 
 
@@ -379,6 +380,21 @@ def minus(one: Cell, other: Cell) -> Cell:
     """How much worse one cell is than the other, on each example."""
     span, sums = max(one.span, other.span), one.sums - other.sums
     return Cell(one.trial_id, one.value - other.value, sums, one.weights, span, groups=one.groups)
+
+
+def spread_of(worse: Cell, margin: float, in_unit: Callable[[float], float] = float) -> DifferenceSpread:
+    """How a difference (`minus`) spreads over the examples; `in_unit` turns it into the metric's unit."""
+    each = np.sort([in_unit(one) for one in (worse.sums / worse.weights).tolist()])
+    amount = SPREAD_MARGINS * margin
+    share = float(np.mean(each > amount * (1 + TIE)))
+    return DifferenceSpread(amount=amount, worse=share, worst_tenth=float(each[-math.ceil(len(each) / 10) :].mean()))
+
+
+def spread_sentence(spread: DifferenceSpread) -> str:
+    return (
+        f"{spread.worse:.1%} of the examples get worse by more than {spread.amount:.2g}, and the worst tenth by "
+        f"{spread.worst_tenth:.2g} on average."
+    )
 
 
 def best_point(points: Sequence[EvalPoint], higher_is_better: bool) -> EvalPoint:

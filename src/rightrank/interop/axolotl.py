@@ -28,7 +28,7 @@ class SmallestAdapterArguments(BaseModel):
 
 
 class SmallestAdapterPlugin(BasePlugin):  # type: ignore[misc]
-    """Finds the smallest adapter that loses nothing once axolotl has trained: `<output_dir>/rightrank/`."""
+    """Finds the smallest adapter within the margin once axolotl has trained: `<output_dir>/rightrank/`."""
 
     def get_input_args(self) -> str:
         """Where axolotl finds the fields of its configuration."""

@@ -24,7 +24,7 @@ log = logging.getLogger("rightrank")
 
 
 class SmallestAdapter(Callback):
-    """Finds the smallest adapter that loses nothing at the end of `fit`: `<default_root_dir>/rightrank/`.
+    """Finds the smallest adapter within the margin at the end of `fit`: `<default_root_dir>/rightrank/`.
 
     `held_out` has batches that the training does not see, dictionaries of tensors with `labels`; margin and metric are as for
     `rightrank.SmallestAdapter`. At the begin it raises `DataError` without batches, and `ModelError` for what cannot be truncated.

@@ -1,4 +1,4 @@
-"""`SmallestAdapter`: the smallest adapter that loses nothing, at the end of a training with the Trainer of transformers or TRL.
+"""`SmallestAdapter`: the smallest adapter within the margin, at the end of a training with the Trainer of transformers or TRL.
 
     trainer.add_callback(SmallestAdapter(trainer.eval_dataset, margin=0.005))
     trainer.train()   # at the end: one sentence, and <output_dir>/rightrank/adapter
@@ -69,7 +69,7 @@ Caller = TypeVar("Caller")
 
 @dataclass(eq=False, repr=False)
 class SmallestAdapter(TrainerCallback):
-    """Truncates the trained adapter at the end of `train()` and keeps the smallest one that loses nothing.
+    """Truncates the trained adapter at the end of `train()` and keeps the smallest one within the margin.
 
     Args:
         eval_dataset: Held-out rows as the trainer has them, tokenized. None: the trainer's own `eval_dataset`.
@@ -432,7 +432,7 @@ def keep_smallest(
     metric: str = "loss",
     seconds: float | None = None,
 ) -> Ending:
-    """The smallest adapter that loses nothing, at the end of a loop of your own or accelerate's; it is written to `out`.
+    """The smallest adapter within the margin, at the end of a loop of your own or accelerate's; it is written to `out`.
 
     Args:
         model: PEFT's model, as it is in memory; of accelerate, `accelerator.unwrap_model(model)`.

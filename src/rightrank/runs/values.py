@@ -176,7 +176,7 @@ class Selected:
 
     decided: Decision | None  # of the training rank; None with goal "adapter"
     run: Path
-    # The smallest adapter that loses nothing, in `adapter/`; None if a custom trainer saved none.
+    # The smallest adapter within the margin, in `adapter/`; None if a custom trainer saved none.
     adapter: Answer | None
     training: Answer | None  # the rank to train at; None with goal "adapter"
     report: Path

@@ -143,6 +143,14 @@ class Decision(Record):
     other_metrics: list[MetricAnswer] = Field(default_factory=list)  # metrics other than the one that decides
 
 
+class DifferenceSpread(Record):
+    """How a paired difference spreads over the held-out examples, since its mean hides what is rare; in the metric's unit."""
+
+    amount: float  # ten margins
+    worse: float  # the share of examples that get worse by more than `amount`
+    worst_tenth: float  # the mean difference of the tenth of the examples that gets worst
+
+
 AdapterOrigin: TypeAlias = Literal["trained", "truncated", "recovered"]
 
 
@@ -157,6 +165,7 @@ class AdapterCandidate(Record):
     difference_low: float | None = None  # its 95% lower bound, one-sided, over examples; None without example scores
     difference_high: float | None  # its 95% upper bound, the one that is tested
     holds: bool  # the bound is below the margin
+    spread: DifferenceSpread | None = None  # None: the reference itself, or no example scores
 
 
 class CheckpointNote(Record):
@@ -188,6 +197,7 @@ class AdapterAnswer(Record):
     extra_steps_difference: float | None = None
     difference: float  # of the chosen adapter from the reference; 0 where it is the reference
     difference_high: float | None
+    spread: DifferenceSpread | None = None  # of that difference
     margin: float
     candidates: list[AdapterCandidate]  # by descending rank
     sentence: str

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.decision import AdapterAnswer, DifferenceSpread
 from rightrank.schema.events import SplitSummary
 from rightrank.schema.trials import Record, Whole
 
@@ -212,6 +212,7 @@ class _Compared(Record):
     difference: float  # B is worse by this much, metric's unit; below 0: better
     difference_low: float  # 95% lower bound of it, one-sided
     difference_high: float  # 95% upper bound of it, one-sided
+    spread: DifferenceSpread
     margin: float
     examples: Whole
     groups: Whole | None = None  # of examples that belong together; None: each stands for itself

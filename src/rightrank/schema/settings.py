@@ -253,7 +253,7 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
     goal: Goal = setting(
         "training-rank",
         COMPARE,
-        "`adapter` or `training-rank`; the first stops at the smallest adapter that loses nothing",
+        "`adapter` or `training-rank`; the first stops at the smallest adapter within the margin",
         option=True,
         identity=False,
     )
