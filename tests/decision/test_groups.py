@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -112,6 +113,13 @@ def test_every_bound_and_probability_of_a_decision_follows_the_groups() -> None:
     assert abs(wide.probability(worse, 0.0) - 0.5) < abs(narrow.probability(worse, 0.0) - 0.5)  # type: ignore[operator]
     decided, plain = decide(grouped, 0.005), decide(alone, 0.005)
     assert [one.value for one in decided.ranks] == [one.value for one in plain.ranks]
+
+
+def test_the_next_run_asks_for_groups() -> None:
+    (run,) = [one for one in decide(table_of_groups(0.9), 0.003, confidence=None).next_runs if one.items]
+    assert re.search(r"(Score|and score) about [\d,]+ groups of held-out examples \(now 80\)", run.sentence)
+    needed = int(re.findall(r"about ([\d,]+) groups", run.sentence)[0].replace(",", ""))
+    assert run.items == 10 * needed
 
 
 def test_examples_that_are_alike_count_as_fewer() -> None:

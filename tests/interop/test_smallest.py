@@ -36,6 +36,7 @@ from rightrank.adapters.live import LiveAdapter, trained_adapter
 from rightrank.adapters.live_scores import HeldOutBatches, batch_scores
 from rightrank.adapters.resize import candidate_ranks
 from rightrank.api.runs import status
+from rightrank.decision.comparison import INDEPENDENT
 from rightrank.interop.end_run import measure, measure_again
 from rightrank.interop.smallest import main, training_warnings
 from rightrank.models.adapter_files import open_adapter
@@ -214,6 +215,36 @@ def test_examples_packed_in_one_row_have_their_own_losses(model_folder: Path, ro
     packed = scored(model, [joined])
     assert packed.tokens == alone.tokens
     assert packed.losses[0] == pytest.approx(alone.losses[0], abs=1e-4)  # the first sees nothing before it
+
+
+def test_rows_that_belong_together_are_compared_by_groups(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    held_out = [row | {"doc": number // 6} for number, row in enumerate(rows[140:])]
+    asked = [{**row, "labels": [-100] * 3 + row["input_ids"][3:]} for row in held_out]
+    for number, row in enumerate(asked):
+        row["input_ids"] = [number % 20 + 1] * 3 + row["input_ids"][3:]  # 20 prompts
+    callbacks = [
+        SmallestAdapter(given, margin=0.1, group=group)
+        for given, group in ((held_out, "doc"), (held_out, None), (asked, None))
+    ]
+    trained(model_folder, rows, tmp_path / "out", callbacks, max_steps=10)
+    grouped, alone, prompted = [callback.result.answer for callback in callbacks if callback.result is not None]
+    assert [one.difference for one in grouped.candidates] == [one.difference for one in alone.candidates]
+    assert grouped.candidates[-1].difference_high != alone.candidates[-1].difference_high
+    assert "Bounds are over 10 groups of 60 examples." in grouped.notes
+    assert INDEPENDENT in alone.notes
+    assert "Bounds are over 20 groups of 60 examples." in prompted.notes
+
+
+def test_examples_packed_in_rows_belong_to_the_groups_of_these(model_folder: Path, rows: Rows) -> None:
+    model = peft_model(model_folder).eval()
+    joined = {
+        key: torch.tensor([[token for row in rows[:3] for token in row[key]]] * 2) for key in ("input_ids", "labels")
+    }
+    joined["position_ids"] = torch.tensor([[index for row in rows[:3] for index in range(len(row["labels"]))]] * 2)
+    assert scored(model, [joined | {"group": torch.tensor([7, 4])}]).groups == [7] * 3 + [4] * 3
+    flat = {key: value[:1] for key, value in joined.items()}  # three rows that the collator made one
+    assert scored(model, [flat | {"group": torch.tensor([1, 1, 2])}]).groups == [1, 1, 2]
+    assert scored(model, [flat]).groups is None
 
 
 @pytest.mark.parametrize(

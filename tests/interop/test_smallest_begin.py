@@ -278,3 +278,23 @@ def test_the_tokenizer_lies_beside_the_adapter(model_folder: Path, rows: Rows, t
     for folder in [tmp_path / "rightrank" / "adapter", *(tmp_path / "rightrank" / "trials").iterdir()]:
         loaded = AutoTokenizer.from_pretrained(folder)
         assert loaded("a b") == AutoTokenizer.from_pretrained(model_folder)("a b")
+
+
+@pytest.mark.parametrize(
+    ("documents", "words"),
+    [
+        (
+            None,
+            r"no value in the column 'doc'; it has .*input_ids.*: give eval_dataset with the column, or leave group out",
+        ),
+        (1, "all held-out rows share a value of the column 'doc'"),
+        (40, "no two held-out rows share a value of the column 'doc'"),
+    ],
+)
+def test_a_column_that_groups_nothing_is_refused(
+    documents: int | None, words: str, model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    held_out = [row | ({"doc": at % documents} if documents else {}) for at, row in enumerate(rows[100:140])]
+    callback = SmallestAdapter(held_out, group="doc")
+    trainer = trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:16]), None, callback)
+    assert re.search(words, refused(trainer, DataError))

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
+from rightrank.api.runs import decide
 from rightrank.cli import main
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialStarted
 from tests.commands import run, select_arguments, start, values_of, wait_for_trial
+from tests.tiny import write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,33 @@ def test_the_journal_holds_what_the_contract_says(finished_run: Path) -> None:
         assert len(line["item_losses"]) == len(line["item_tokens"]) == len(lines[0]["evaluation_items"])
         assert line["value"] == pytest.approx(sum(line["item_losses"]) / sum(line["item_tokens"]))
     assert all(line["points"] for line in finished if line["rank"] and line["steps"])
+
+
+def test_groups_of_rows_are_in_the_journal_the_answers_and_the_report(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) | {"doc": at % 50} for at, line in enumerate(completion_file.read_text().splitlines())]
+    data, folder = write_jsonl(tmp_path / "grouped.jsonl", rows), tmp_path / "run"
+    held_out = ("--set", "validation_fraction=0.3", "--set", "test_fraction=0.2")
+    status, _, _ = run(select_arguments(model_folder, data, folder, "--group", "doc", *held_out), capsys)
+    assert status == 0
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    groups = lines[0]["data"]["groups"]
+    assert lines[0]["data"]["grouped_by"] == "doc"
+    for line in lines:
+        if line["type"] in ("trial_finished", "test_evaluated"):
+            assert len(line["item_groups"]) == len(line["item_losses"])
+            assert max(line["item_groups"]) + 1 == len(set(line["item_groups"]))
+    examples = len(lines[0]["evaluation_items"])
+    assert 2 < groups < examples
+    decided = decide(folder).decision
+    assert f"Bounds are over {groups} groups of {examples} examples." in decided.basis_note
+    answer = json.loads((folder / "decision.json").read_text())["adapter_answer"]
+    assert f"Bounds are over {groups} groups of {examples} examples." in answer["notes"]
+    assert f"paired over {examples} held-out examples in {groups} groups" in (folder / "report.html").read_text()
+    status, _, err = run(["decide", str(folder), "--group", "doc"], capsys)
+    assert status == 2
+    assert "the groups of a run folder's examples are in its journal" in err
 
 
 def test_the_adapter_loads_as_it_is_and_its_card_holds_the_evidence(finished_run: Path) -> None:

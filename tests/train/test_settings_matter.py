@@ -71,6 +71,7 @@ OTHER_MODELS = {  # that need another base, data or machine; the test that shows
     "peft_options": "below",
     "beta": "preference pairs: test_preference.py",
     "columns": "data of other names: tests/data",
+    "group": "data with such a column: tests/data",
     "validation": "a second file: tests/data",
     "load_in_4bit": "bitsandbytes: test_quantised.py",
     "load_in_8bit": "bitsandbytes: test_quantised.py",

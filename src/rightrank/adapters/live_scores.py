@@ -39,7 +39,8 @@ AGREED = "is_known_to_all"  # of an error: every process has raised
 CHUNK = 1024  # positions whose logits exist at a time: 0.5 GB in float32 for a vocabulary of 128,256
 KEPT_BYTES = 2**30  # hidden states that are kept between passes, at most
 ROUNDING = 1e-5  # relative: what a kept hidden state may change in a loss
-NOT_FOR_THE_MODEL = ("labels", "num_items_in_batch", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+GROUP = "group"  # of a batch's rows: numbers that say which of all rows belong together
+NOT_FOR_THE_MODEL = (GROUP, "labels", "num_items_in_batch", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,15 @@ class _BatchScores:
     losses: torch.Tensor
     tokens: torch.Tensor
     correct: torch.Tensor | None = None
+    rows: torch.Tensor | None = None  # in the batch; None: each example is one
+
+    def groups(self, batch: Batch) -> list[int]:
+        """Of each example; empty where the batch has none, or its rows are others than those that have."""
+        numbers = batch.get(GROUP)
+        if numbers is None or self.rows is None or len(numbers) != len(batch["input_ids"]):
+            return numbers.tolist() if numbers is not None and len(numbers) == len(self.losses) else []
+        found: list[int] = numbers[self.rows.to(numbers.device)].tolist()
+        return found
 
 
 class HeldOutBatches:
@@ -78,7 +88,8 @@ class HeldOutBatches:
             found = [self._one(number, batch) for number, batch in enumerate(self._batches)]
             if self._in_step is not None:
                 batch_scores(self._model, self._in_step, self._beta)
-        return _gathered(found)
+        groups = [group for one, batch in zip(found, self._batches, strict=True) for group in one.groups(batch)]
+        return _gathered(found, groups)
 
     def _one(self, number: int, batch: Batch) -> _BatchScores:
         if "completion_mask" in batch and number not in self._references:
@@ -103,15 +114,16 @@ class HeldOutBatches:
         return batch_scores(self._model, batch, self._beta, self._references.get(number))
 
 
-def _gathered(found: Sequence[_BatchScores]) -> Scores:
+def _gathered(found: Sequence[_BatchScores], groups: Sequence[int]) -> Scores:
     """The examples of all processes, in the order of these."""
     losses = [loss for one in found for loss in one.losses.double().tolist()]
     tokens = [count for one in found for count in one.tokens.tolist()]
     correct = [right for one in found if one.correct is not None for right in one.correct.double().tolist()]
-    losses, tokens, correct = (
-        list(chain(*parts)) for parts in zip(*_over_processes((losses, tokens, correct)), strict=True)
+    losses, tokens, correct, groups = (
+        list(chain(*parts)) for parts in zip(*_over_processes((losses, tokens, correct, groups)), strict=True)
     )
-    return Scores(losses, tokens, {"accuracy": correct} if correct else {})
+    by_example = {"accuracy": correct} if correct else {}
+    return Scores(losses, tokens, by_example, groups if len(groups) == len(losses) else None)
 
 
 @contextmanager
@@ -315,7 +327,7 @@ def _by_segment(losses: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor
     sums = losses.new_zeros(count).index_add(0, number, losses.flatten())
     tokens = torch.zeros(count, dtype=torch.long, device=labels.device).index_add(0, number, labelled.long())
     kept = tokens > 0
-    return _BatchScores(sums[kept], tokens[kept])
+    return _BatchScores(sums[kept], tokens[kept], rows=starts.nonzero()[:, 0][kept])
 
 
 def is_sharded(model: Any) -> bool:

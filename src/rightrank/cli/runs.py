@@ -150,6 +150,7 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
     metavar="NAME=COLUMN",
     help="Columns of other names, such as rank=lora_r,value=eval_loss.",
 )
+@click.option("--group", help="Column that says which examples belong together, such as a document; with rows by item.")
 @click.option("--horizon", "horizon_steps", type=click.IntRange(min=1), help="Training length in steps to answer for.")
 @click.option(
     "--checkpoint",

@@ -82,8 +82,9 @@ def _settle(found: Comparison, rank: int, difference: Estimate) -> list[NextRun]
     examples = examples_needed(difference, found.margin)
     seeds = None if found.rests_on_examples else seeds_needed(difference, found.margin)
     if examples is not None:
-        sentence = f"Score about {examples:,} held-out examples (now {difference.examples:,}) at {names} to settle it."
-        runs.append(NextRun(action="items", ranks=ranks, items=examples, sentence=sentence))
+        noun, size = _drawn(found)
+        sentence = f"Score about {examples:,} {noun} (now {difference.examples:,}) at {names} to settle it."
+        runs.append(NextRun(action="items", ranks=ranks, items=round(examples * size), sentence=sentence))
     if seeds is not None:
         trials = len(ranks) * (seeds - difference.seeds)
         sentence = f"Train {names} with {seeds} seeds (now {difference.seeds}) to settle it ({{cost}})."
@@ -104,15 +105,22 @@ def _more_of_both(found: Comparison, rank: int, difference: Estimate) -> NextRun
         examples = examples_needed(difference.at(difference.examples, seeds), found.margin)
         if examples is not None:
             trials = len(ranks) * (seeds - difference.seeds)
+            noun, size = _drawn(found)
             sentence = (
-                f"Train {_ranks(ranks)} with {seeds} seeds (now {difference.seeds}) and score about {examples:,} held-out "
-                f"examples (now {difference.examples:,}) to settle it ({{cost}})."
+                f"Train {_ranks(ranks)} with {seeds} seeds (now {difference.seeds}) and score about {examples:,} {noun} "
+                f"(now {difference.examples:,}) to settle it ({{cost}})."
             )
-            return _train_seeds(ranks, seeds, trials, sentence, examples)
+            return _train_seeds(ranks, seeds, trials, sentence, round(examples * size))
     at_hand = shown_rank(found) or found.reference.rank
     examples_too = f" with {MAX_EXAMPLE_GROWTH} times the examples" if difference.examples else ""
     sentence = f"Not even {MAX_SEEDS} seeds{examples_too} would settle {_name(rank)} at this noise: take rank {at_hand}, or choose another margin."
     return NextRun(action="none", ranks=[at_hand], sentence=sentence)
+
+
+def _drawn(found: Comparison) -> tuple[str, float]:
+    """What a bound is over, and the examples of each."""
+    cell = next(iter(found.reference.cells.values()))
+    return f"{'' if cell.groups is None else 'groups of '}held-out examples", cell.examples / max(1, cell.units)
 
 
 def _further_seeds(found: Comparison, undecided: int | None = None) -> NextRun:
@@ -269,7 +277,8 @@ def _further_options(started: RunStarted, wanted: NextRun) -> list[str]:
     settings: dict[str, Any] = started.settings
     options: list[str] = []
     held_out = len(started.evaluation_items) + started.data.not_evaluated  # at most so many examples can be evaluated
-    if wanted.items is not None and len(started.evaluation_items) < wanted.items <= held_out:
+    is_grouped = started.data.groups > 0  # further rows need not be of further groups
+    if wanted.items is not None and not is_grouped and len(started.evaluation_items) < wanted.items <= held_out:
         options += ["--eval-items", str(wanted.items)]
     ranks, rates, seeds = (settings[name] for name in ("ranks", "learning_rates", "seeds"))
     if wanted.action == "seeds" and wanted.seeds is not None:

@@ -391,8 +391,9 @@ def spread_of(worse: Cell, margin: float, in_unit: Callable[[float], float] = fl
 
 
 def spread_sentence(spread: DifferenceSpread) -> str:
+    share = f"{spread.worse:.1%}".replace(".0%", "%")
     return (
-        f"{spread.worse:.1%} of the examples get worse by more than {spread.amount:.2g}, and the worst tenth by "
+        f"{share} of the examples get worse by more than {spread.amount:.2g}, and the worst tenth by "
         f"{spread.worst_tenth:.2g} on average."
     )
 

@@ -33,6 +33,7 @@ from rightrank.adapters.live import LiveAdapter, as_it_came, require_end, traine
 from rightrank.adapters.live_scores import (
     BETA,
     FAILURES,
+    GROUP,
     Batch,
     batch_scores,
     examples_in,
@@ -43,6 +44,7 @@ from rightrank.adapters.live_scores import (
     together,
     upper_share,
 )
+from rightrank.data.token_store import IGNORED
 from rightrank.hooks.report import Report
 from rightrank.interop.end_run import Ending, Training, begin_run, finish_run, measure, measure_again, peak_so_far
 from rightrank.runs import plugins
@@ -78,6 +80,8 @@ class SmallestAdapter(TrainerCallback):
         ranks: Candidates; None for the powers of two below the adapter's rank.
         metric: `loss`, or `accuracy` of a classifier.
         max_examples: Held-out examples to score at most. None: as many as a tenth of the training's time allows, from 100 to 1000.
+        group: The column of `eval_dataset` that says which rows belong together, such as a document's; bounds are then over groups. None: rows
+            with one prompt, which the labels leave out, belong together.
         every_evaluation: Also look for the smallest rank at each evaluation of the training.
         checkpoint: What is measured: the weights of the `last` step, or those of the `best` evaluation by the trainer's
             `metric_for_best_model`, the loss by default; None for what the trainer ends with, which `load_best_model_at_end` says.
@@ -99,6 +103,7 @@ class SmallestAdapter(TrainerCallback):
     ranks: Sequence[int] | None = None
     metric: str = "loss"
     max_examples: int | None = None
+    group: str | None = None
     every_evaluation: bool = False
     checkpoint: Checkpoint | None = None
     measure: bool = True
@@ -107,6 +112,7 @@ class SmallestAdapter(TrainerCallback):
     _loaders: Mapping[str, Any] = field(default_factory=dict, init=False)
     _handler: CallbackHandler | None = field(default=None, init=False)
     _held_out: Sequence[Mapping[str, Any]] = field(default=(), init=False)
+    _groups: Sequence[int] = field(default=(), init=False)  # of the held-out rows
     _is_training: bool = field(default=False, init=False)
     _first_step: int = field(default=0, init=False)
     _started: float = field(default_factory=time.monotonic, init=False)
@@ -143,6 +149,7 @@ class SmallestAdapter(TrainerCallback):
         loader = kwargs["train_dataloader"]
         with as_it_came(model, name, given, loader.dataset, loader.collate_fn):
             self._held_out = self._rows_to_score(given)
+            self._groups = _groups(self._held_out, self.group)
             self._require_scores(model, args)
         self._is_training = True
         self._started = time.monotonic()
@@ -359,7 +366,10 @@ class SmallestAdapter(TrainerCallback):
                     _tokens(sample) / min(len(rows), MIN_EXAMPLES) * (1 + (passes - 1) * (upper := upper_share(model)))
                 )
                 rows = rows[: max(FEWEST, int((MAX_SHARE * tokens - moment_tokens) * (1 + upper) / cost))]
-            held_out = _batches(rows, loader, size)
+            held_out = [
+                {**batch, GROUP: torch.tensor(self._groups[: len(rows)][size * number :][:size])}
+                for number, batch in enumerate(_batches(rows, loader, size))
+            ]
         beta = _beta(args, held_out[0])
         write = getattr(self._loaders.get("processing_class"), "save_pretrained", None)
         return LiveAdapter(
@@ -436,7 +446,8 @@ def keep_smallest(
 
     Args:
         model: PEFT's model, as it is in memory; of accelerate, `accelerator.unwrap_model(model)`.
-        held_out: Batches that the training did not see: dictionaries of tensors with `labels`, as the model takes them.
+        held_out: Batches that the training did not see: dictionaries of tensors with `labels`, as the model takes them. A tensor `group` of a
+            number for each row says which rows belong together.
         train: Batches of the training, of which the first are read for second moments.
         out: The run folder.
         margin: How much worse is still enough, in nats a token or accuracy; None for the metric's default.
@@ -583,6 +594,45 @@ def _batches(rows: Sequence[Mapping[str, Any]], loader: Any, size: int) -> list[
     columns = _columns(loader.dataset)
     kept = [{key: value for key, value in row.items() if not columns or key in columns} for row in rows]
     return [loader.collate_fn(kept[start : start + size]) for start in range(0, len(kept), size)]
+
+
+def _groups(rows: Sequence[Mapping[str, Any]], column: str | None) -> list[int]:
+    """A number for each row: those that share one belong together.
+
+    Raises:
+        DataError: a column that a row lacks, or that groups nothing.
+    """
+    keys: list[Any] = [row.get(column) if column else _prompt_of(row) for row in rows]
+    if (
+        column
+        and (missing := next((row for row, key in zip(rows, keys, strict=True) if key is None), None)) is not None
+    ):
+        raise DataError(
+            f"SmallestAdapter: a held-out row has no value in the column {column!r}; it has {', '.join(missing)}: give eval_dataset with the "
+            "column, or leave group out"
+        )
+    places: dict[str, int] = {}
+    numbers = [places.setdefault(f"row {at}" if key is None else repr(key), len(places)) for at, key in enumerate(keys)]
+    if column and len(places) in (1, len(rows)):
+        shared = "all held-out rows" if len(places) == 1 else "no two held-out rows"
+        raise DataError(
+            f"SmallestAdapter: {shared} share a value of the column {column!r}; give one with several values, each of several rows, or "
+            "leave group out"
+        )
+    return numbers
+
+
+def _prompt_of(row: Mapping[str, Any]) -> list[int] | None:
+    """The tokens before the first one that counts; None where all count, where it is not known, and of packed rows."""
+    for name in ("prompt_ids", "prompt_input_ids"):
+        if name in row:
+            return list(row[name])
+    for name in ("completion_mask", "assistant_masks", "labels"):
+        marks, ids = row.get(name), row.get("input_ids")
+        if "seq_lengths" not in row and isinstance(marks, list) and isinstance(ids, list) and len(marks) == len(ids):
+            skipped = IGNORED if name == "labels" else 0
+            return ids[: next((at for at, mark in enumerate(marks) if mark != skipped), 0)] or None
+    return None
 
 
 def training_warnings(answer: AdapterAnswer, values: Sequence[tuple[int, float]], metric: str) -> Iterator[str]:

@@ -234,7 +234,7 @@ def _confidence_text(records: Records, decision: Decision) -> str:
     """The confidence level, or that the answer is an indication, and the evidence behind it."""
     examples = len(records.started.evaluation_items)
     groups = records.started.data.groups
-    how = f" in {quantity(groups, 'group')}" if groups else ", taken as independent"
+    how = f" in {quantity(groups, 'group')}" if groups else ""
     held_out = f", paired over {quantity(examples, 'held-out example')}{how}" if examples else ""
     level = "An indication" if decision.confidence is None else f"{decision.confidence:.0%} confidence"
     return f"{level}{held_out} and {quantity(_seeds(decision), 'seed')} per rank"
