@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.in_training.measure import LINEAR, language_score, paired
+from benchmarks.in_training.measure import LINEAR, cost_of, language_score, paired
 from benchmarks.machine import machine
 
 HERE = Path(__file__).parent
@@ -86,10 +86,11 @@ def answered(folder: Path, unseen: Sequence[Row], given: argparse.Namespace) -> 
     """What the end wrote, and the loss of both adapters on unseen rows by plain PEFT."""
     document = json.loads((folder / "decision.json").read_text(encoding="utf-8"))
     score = language_score(given, unseen)
-    sides = [score(folder / name, unseen) for name in ("trained", "adapter")]
-    return _answer(document["answer"]) | {
-        "notes": document["notes"],
-        "cost": document["cost"],
+    answer = document["adapter_answer"]
+    sides = [score(folder / name, unseen) for name in (f"trials/{answer['trained_id']}", "adapter")]
+    return _answer(answer) | {
+        "notes": answer["notes"],
+        "cost": cost_of(folder),
         "unseen": paired(*sides),
     }
 

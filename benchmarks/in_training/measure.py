@@ -35,6 +35,8 @@ from transformers import (
 
 from benchmarks.machine import machine
 from rightrank import SmallestAdapter
+from rightrank.decision.run import records_of
+from rightrank.runs.folder import RunFolder
 
 HERE = Path(__file__).parent
 BETA = 0.1
@@ -66,7 +68,9 @@ def main() -> None:
     found = trained(rows, given)
     unseen = rows[given.held_out : given.held_out + given.unseen]
     score = SCORES[given.task](given, rows)
-    sides = [score(given.work / name, unseen) for name in ("outputs/rightrank/trained", "outputs/rightrank/adapter")]
+    run = given.work / "outputs" / "rightrank"
+    handed_over = json.loads((run / "decision.json").read_text(encoding="utf-8"))["handed_over"]
+    sides = [score(run / name, unseen) for name in (handed_over["reference_adapter"], "adapter")]
     found["unseen"] = paired(*sides)
     with given.results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(found | {"machine": machine()}) + "\n")
@@ -101,7 +105,6 @@ def trained(rows: Sequence[Row], given: argparse.Namespace) -> dict[str, Any]:
     processor_seconds = processor.seconds()
     assert callback.result is not None
     answer = callback.result.answer
-    document = json.loads((given.work / "outputs" / "rightrank" / "decision.json").read_text(encoding="utf-8"))
     return {
         "trainer": f"{'TRL' if given.task != 'classes' else 'transformers'} {type(trainer).__name__}",
         "task": given.task,
@@ -121,9 +124,23 @@ def trained(rows: Sequence[Row], given: argparse.Namespace) -> dict[str, Any]:
         "difference": answer.difference,
         "difference_high": answer.difference_high,
         "candidates": {one.rank: [one.value, one.difference, one.difference_high] for one in answer.candidates},
-        "notes": document["notes"],
-        "cost": document["cost"],
+        "notes": answer.notes,
+        "cost": cost_of(given.work / "outputs" / "rightrank"),
         "processor_seconds": processor_seconds,
+    }
+
+
+def cost_of(run: Path) -> dict[str, Any]:
+    """Seconds and examples of the end in a run folder, and its share of the training's time."""
+    trials = records_of(RunFolder(run).journal.read(), str(run)).finished()
+    trained = next(trial for trial in trials if trial.truncate_from is None)
+    seconds, training = sum(trial.eval_seconds for trial in trials), trained.train_seconds
+    return {
+        "seconds": round(seconds, 2),
+        "training_seconds": round(training, 2) or None,
+        "share": round(seconds / training, 4) if training else None,
+        "training_peak_bytes": trained.peak_bytes,
+        "examples": len(trained.item_losses),
     }
 
 
