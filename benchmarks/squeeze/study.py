@@ -2,8 +2,8 @@
 
     python -m benchmarks.squeeze.study --data FOLDER --bases FOLDER --work FOLDER --out benchmarks/squeeze/results
 
-Half of the tasks choose one way of cutting among `VARIANTS`; the other half is trained afterwards with that way alone and judges it once.
-Every task has three seeds, and for each: direct trainings at ranks 1, 4 and 16 and learning rates `RATES`, the top at the same rates,
+Three tasks choose one way of cutting among `VARIANTS`; the others are trained afterwards with that way alone and judge it once.
+Every task has two or three seeds, and for each: direct trainings at ranks 1, 4 and 16 and learning rates `RATES`, the top at the same rates,
 the top at its best rate cut inside the training and at its end, and the cut at the end with recovery. The best rate of a rank is that of the mean
 over seeds on `CHOOSING` validation examples; the others (2,000 where there are so many) are what is reported, and their losses stand in
 an `.npz` beside the task's JSON file, in thousandths ([rows, examples], int16). All arms of a stage share passes over the base. FOLDER keeps finished
@@ -51,18 +51,19 @@ class Task:
     rates: tuple[float, ...]
     settings: Mapping[str, Any]
     data: str = ""  # where it is not the task's name
+    seeds: tuple[int, ...] = SEEDS
 
 
 CHOOSE = {
     "sections": Task("minilm-l3", HIGH, L3),
-    "origins": Task("minilm-l6", HIGH, L6),
-    "speakers": Task("minilm-l3", LOW, L3),
-    "answers": Task("SmolLM2-135M-Instruct.Q4_1.gguf", HIGH, SMOLLM2),
+    "origins": Task("minilm-l6", HIGH, L6, seeds=(0, 1)),
+    "speakers": Task("minilm-l3", LOW, L3, seeds=(0, 1)),
 }
 JUDGE = {
     "syllables": Task("minilm-l3", HIGH, L3),
     "verbs": Task("minilm-l6", HIGH, L6),
     "unions": Task("minilm-l6", HIGH, L6),
+    "answers": Task("SmolLM2-135M-Instruct.Q4_1.gguf", HIGH, SMOLLM2),
     "answer_pairs": Task("SmolLM2-135M-Instruct.Q4_1.gguf", LOW, SMOLLM2, "answers"),
 }
 TASKS = CHOOSE | JUDGE
@@ -101,8 +102,9 @@ VARIANTS = {
 class Study:
     """One task: its trainings and rows."""
 
-    def __init__(self, name: str, shop: Workshop, rates: Sequence[float]) -> None:
-        self.name, self.shop, self.rates = name, shop, rates
+    def __init__(self, name: str, shop: Workshop) -> None:
+        self.name, self.shop = name, shop
+        self.rates, self.seeds = TASKS[name].rates, TASKS[name].seeds
         self.steps = shop.settings.max_steps or 0
         self.rows: list[tuple[Row, TrialFinished]] = []
 
@@ -135,16 +137,19 @@ class Study:
             parameters=outcome.trainable_parameters,
         )
 
-    def train(self, variants: Mapping[str, Variant]) -> None:
-        """Seed by seed at every rate; then, at the best rate of the top, everything that is cut."""
+    def train_at_one_rank(self) -> None:
+        """Seed by seed, at every rate."""
         base = self.shop.run(base_arm(self.shop.settings.lora_alpha))
         assert isinstance(base, TrialFinished)
         self.rows.append((self.row("base", base), base))
-        for seed in SEEDS:
+        for seed in self.seeds:
             whole = [("direct", self.arm(rank, rate, seed)) for rate in self.rates for rank in RANKS]
             self.run([*whole, *(("top", self.arm(TOP, rate, seed)) for rate in self.rates)])
+
+    def cut(self, variants: Mapping[str, Variant]) -> None:
+        """Seed by seed, at the best rate of the top."""
         rate = best_rates([row for row, _ in self.rows])[TOP]
-        for seed in SEEDS:
+        for seed in self.seeds:
             top = self.arm(TOP, rate, seed)
             self.run([kind for part in self.parts(top, variants) for kind in part])
             self.run(self.ends(top))
@@ -227,6 +232,7 @@ def pairs_file(source: Path, target: Path) -> Path:
 
 
 def train_task(name: str, variants: Mapping[str, Variant], options: argparse.Namespace) -> None:
+    """Train and store a task; where there are no variants, its trainings at one rank alone."""
     if (options.out / f"{name}.json").exists():
         return
     begun, task = time.process_time(), TASKS[name]
@@ -236,8 +242,11 @@ def train_task(name: str, variants: Mapping[str, Variant], options: argparse.Nam
     settings = SelectSettings(**COMMON | {"learning_rates": task.rates} | dict(task.settings) | options.changes)
     shop = open_workshop(str(options.bases / task.base), data, settings, options.work / name)
     speed_up(shop)
-    study = Study(name, shop, task.rates)
-    study.train(variants)
+    study = Study(name, shop)
+    study.train_at_one_rank()
+    if not variants:
+        return
+    study.cut(variants)
     study.store(options.out, time.process_time() - begun)
     print(f"{name}: {time.process_time() - begun:.0f} processor seconds", flush=True)
 
@@ -253,14 +262,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of finished trainings")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--steps", type=int, help="of a training, to try the command")
-    parser.add_argument("--only", help="tasks of the first half, to try the command")
+    parser.add_argument("--early", help="a task of the second half, whose trainings at one rank need no choice")
     options = parser.parse_args()
     options.changes = {} if options.steps is None else {"max_steps": options.steps, "eval_items": 600}
     torch.set_num_threads(1)
-    for name in CHOOSE if options.only is None else options.only.split(","):
-        train_task(name, VARIANTS, options)
-    if options.only is not None:
+    if options.early:
+        train_task(options.early, {}, options)
         return
+    for name in CHOOSE:
+        train_task(name, VARIANTS, options)
     choice = options.out / "choice.json"
     if not choice.exists():
         scores = choose({name: read_rows(options.out, name) for name in CHOOSE}, tuple(VARIANTS))
