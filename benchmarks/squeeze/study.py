@@ -95,8 +95,16 @@ VARIANTS = {
     "half_svd_fresh": at(0.5, by="svd", optimizer="fresh"),
     "half_warm": at(0.5, warms=True),
     "half_fresh_warm": at(0.5, optimizer="fresh", warms=True),
+    "three_quarters_fresh": at(0.75, optimizer="fresh"),
+    "seven_eighths_fresh": at(0.875, optimizer="fresh"),
     "stages": Variant((0.75, 0.5, 0.25), staged=True),
 }
+DROPPED = (
+    "quarter",
+    "half_svd",
+    "half_warm",
+    "stages",
+)  # after the first task, on which each loses to another at every rank
 
 
 class Study:
@@ -269,11 +277,13 @@ def main() -> None:
     if options.early:
         train_task(options.early, {}, options)
         return
-    for name in CHOOSE:
-        train_task(name, VARIANTS, options)
+    for number, name in enumerate(CHOOSE):
+        raced = {key: variant for key, variant in VARIANTS.items() if number == 0 or key not in DROPPED}
+        train_task(name, raced, options)
     choice = options.out / "choice.json"
     if not choice.exists():
-        scores = choose({name: read_rows(options.out, name) for name in CHOOSE}, tuple(VARIANTS))
+        raced = tuple(key for key in VARIANTS if key not in DROPPED)
+        scores = choose({name: read_rows(options.out, name) for name in CHOOSE}, raced)
         choice.write_text(
             json.dumps({"variant": min(scores, key=scores.__getitem__), "scores": scores}, indent=1) + "\n"
         )
