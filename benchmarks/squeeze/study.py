@@ -2,7 +2,7 @@
 
     python -m benchmarks.squeeze.study --data FOLDER --bases FOLDER --work FOLDER --out benchmarks/squeeze/results
 
-Three tasks choose one way of cutting among `VARIANTS`; the others are trained afterwards with that way alone and judge it once.
+Three tasks choose a way of cutting to each rank among `VARIANTS`; the others are trained afterwards with it alone and judge it once.
 Every task has two or three seeds, and for each: direct trainings at ranks 1, 4 and 16 and learning rates `RATES`, the top at the same rates,
 the top at its best rate cut inside the training and at its end, and the cut at the end with recovery. The best rate of a rank is that of the mean
 over seeds on `CHOOSING` validation examples; the others (2,000 where there are so many) are what is reported, and their losses stand in
@@ -16,7 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +78,12 @@ class Variant:
     optimizer: Literal["projected", "fresh"] = "projected"
     warms: bool = False
     staged: bool = False
+    ranks: tuple[int, ...] = RANKS
+
+    @property
+    def places(self) -> dict[int, float]:
+        """By rank, where it is cut to it, from the highest rank down."""
+        return {rank: part for rank, part in reversed(list(zip(RANKS, self.at, strict=True))) if rank in self.ranks}
 
 
 def at(part: float, **how: Any) -> Variant:
@@ -164,7 +170,7 @@ class Study:
 
     def parts(self, top: Arm, variants: Mapping[str, Variant]) -> list[list[tuple[str, Arm]]]:
         """The top in parts up to its last cut, and all its branches."""
-        cuts = [variant.at[-1:] if variant.staged else variant.at for variant in variants.values()]
+        cuts = [list(one.places.values())[: 1 if one.staged else None] for one in variants.values()]
         places = sorted({part for places in cuts for part in places})
         chain: list[Arm] = []
         for part in places:
@@ -178,7 +184,7 @@ class Study:
         found: list[tuple[str, Arm]] = []
         warmup = round(WARMUP * self.steps) if variant.warms else 0
         parent: Arm | None = None
-        for rank, part in sorted(zip(RANKS, variant.at, strict=True), reverse=True):
+        for rank, part in variant.places.items():
             parent = parent if parent is not None and variant.staged else tops[part]
             cut = Cut(
                 step=round(part * self.steps),
@@ -189,7 +195,7 @@ class Study:
             )
             fields = {"continue_from": self.identity(parent), "cut": cut}
             whole = self.arm(rank, parent.learning_rate, parent.seed, **fields)
-            lower = [later for other, later in zip(RANKS, variant.at, strict=True) if other < rank]
+            lower = [later for other, later in variant.places.items() if other < rank]
             if variant.staged and lower:  # the next stage leaves from here
                 parent = whole.model_copy(update={"stop_at": round(min(lower) * self.steps)})
                 found.append(("", parent))
@@ -284,12 +290,15 @@ def main() -> None:
     if not choice.exists():
         raced = tuple(key for key in VARIANTS if key not in DROPPED)
         scores = choose({name: read_rows(options.out, name) for name in CHOOSE}, raced)
-        choice.write_text(
-            json.dumps({"variant": min(scores, key=scores.__getitem__), "scores": scores}, indent=1) + "\n"
-        )
-    chosen = json.loads(choice.read_text())["variant"]
+        chosen = {rank: min(of, key=of.__getitem__) for rank, of in scores.items()}
+        choice.write_text(json.dumps({"chosen": chosen, "scores": scores}, indent=1) + "\n")
+    chosen = {int(rank): key for rank, key in json.loads(choice.read_text())["chosen"].items()}
+    variants = {
+        key: replace(VARIANTS[key], ranks=tuple(rank for rank in RANKS if chosen[rank] == key))
+        for key in dict.fromkeys(chosen.values())
+    }
     for name in JUDGE:
-        train_task(name, {chosen: VARIANTS[chosen]}, options)
+        train_task(name, variants, options)
 
 
 if __name__ == "__main__":

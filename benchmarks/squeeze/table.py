@@ -47,15 +47,18 @@ def best_rows(rows: Sequence[Row]) -> dict[tuple[str, int, int], Row]:
     }
 
 
-def choose(tasks: Mapping[str, Sequence[Row]], variants: Sequence[str]) -> dict[str, float]:
-    """What each way of cutting loses against the whole top, as a share of what training gains: the mean over tasks, ranks and seeds."""
-    shares: dict[str, list[float]] = defaultdict(list)
+def choose(tasks: Mapping[str, Sequence[Row]], variants: Sequence[str]) -> dict[int, dict[str, float]]:
+    """By rank, what each way of cutting loses against the whole top, as a share of what training gains: the mean over tasks of that over seeds."""
+    shares: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for rows in tasks.values():
         best = best_rows(rows)
         (base,) = [row.loss for row in rows if row.kind == "base"]
         tops = {seed: row.loss for (kind, _, seed), row in best.items() if kind == "top"}
         gain = base - mean(list(tops.values()))
-        for (kind, _, seed), row in best.items():
+        losses: dict[tuple[int, str], list[float]] = defaultdict(list)
+        for (kind, rank, seed), row in best.items():
             if kind in variants:
-                shares[kind].append((row.loss - tops[seed]) / gain)
-    return {variant: round(mean(shares[variant]), 5) for variant in variants if shares[variant]}
+                losses[rank, kind].append((row.loss - tops[seed]) / gain)
+        for (rank, kind), values in losses.items():
+            shares[rank][kind].append(mean(values))
+    return {rank: {kind: round(mean(of[kind]), 5) for kind in variants} for rank, of in sorted(shares.items())}
