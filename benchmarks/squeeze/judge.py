@@ -1,0 +1,194 @@
+"""The study's tables and picture, from its stored results: `python -m benchmarks.squeeze.judge benchmarks/squeeze/results`.
+
+A case is a task, a rank and a seed that did not choose. The cut holds in it where its held-out loss is at most half a margin above that of the training at the
+rank, at the rank's own best learning rate. The margin is the default one: 0.005 nats a token, else 1% of the top's loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.machine import machine_text
+from benchmarks.squeeze.study import CHOOSE, JUDGE, RANKS, VARIANTS
+from benchmarks.squeeze.table import Row, best_rows, mean
+from rightrank.report.figure import Axis, Figure, Series, rank_axis
+from rightrank.report.svg import svg_file
+from rightrank.schema.metrics import default_margin
+
+TOKEN_LOSSES = ("answers",)
+STORY = 0.9  # of the cases in which the cut must hold
+KINDS = {
+    "direct": "trained at the rank",
+    "end": "top cut at its end",
+    "recovered": "cut at its end, recovered",
+    "cut": "cut inside",
+}
+
+
+class Task(NamedTuple):
+    name: str
+    base: str
+    rows: Sequence[Row]
+    losses: np.ndarray  # [rows, examples], nats
+    tokens: np.ndarray
+    machine: Mapping[str, str]
+
+
+class Case(NamedTuple):
+    task: str
+    rank: int
+    seed: int
+    difference: float  # of the cut from the training at the rank, nats
+    error: float  # its standard error over the examples
+    margin: float
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.margin / 2
+
+
+def read(folder: Path, name: str) -> Task | None:
+    file = folder / f"{name}.json"
+    if not file.exists():
+        return None
+    stored, arrays = json.loads(file.read_text()), np.load(folder / f"{name}.npz")
+    rows = [Row(**row) for row in stored["rows"]]
+    return Task(name, stored["base"], rows, arrays["losses"] / 1000, arrays["tokens"].astype(float), stored["machine"])
+
+
+def best(task: Task, chosen: Mapping[int, str]) -> dict[tuple[str, int, int], int]:
+    """By kind, rank and seed, the number of the row; the chosen way of cutting to a rank is the kind `cut`."""
+    numbers = {row: number for number, row in enumerate(task.rows)}
+    found = {key: numbers[row] for key, row in best_rows(task.rows).items()}
+    return found | {
+        ("cut", rank, seed): found[kind, rank, seed] for kind, rank, seed in found if kind == chosen.get(rank)
+    }
+
+
+def difference(task: Task, one: int, other: int) -> tuple[float, float]:
+    """`(mean, standard error)` of the paired difference, nats a label token."""
+    deltas, weights = task.losses[one] - task.losses[other], task.tokens
+    center = float(deltas.sum() / weights.sum())
+    residuals = deltas - center * weights
+    return center, float(np.sqrt((residuals**2).sum()) / weights.sum())
+
+
+def cases_of(task: Task, chosen: Mapping[int, str]) -> Iterator[Case]:
+    found = best(task, chosen)
+    for kind, rank, seed in sorted(found):
+        if kind != "cut":
+            continue
+        top = task.rows[next(number for key, number in found.items() if key[0] == "top" and key[2] == seed)].loss
+        margin = default_margin("token_loss" if task.name in TOKEN_LOSSES else "loss", top, [top])
+        yield Case(
+            task.name, rank, seed, *difference(task, found["cut", rank, seed], found["direct", rank, seed]), margin
+        )
+
+
+def from_top(task: Task, chosen: Mapping[int, str], kinds: Sequence[str]) -> dict[tuple[str, int], list[float]]:
+    """By kind and rank, the differences from the whole top of every seed."""
+    found = best(task, chosen)
+    tops = {seed: task.rows[number].loss for (kind, _, seed), number in found.items() if kind == "top"}
+    result: dict[tuple[str, int], list[float]] = {}
+    for (kind, rank, seed), number in sorted(found.items()):
+        if kind in kinds:
+            result.setdefault((kind, rank), []).append(task.rows[number].loss - tops[seed])
+    return result
+
+
+def table(tasks: Sequence[Task], chosen: Mapping[int, str], kinds: Mapping[str, str]) -> str:
+    """Mean differences from the whole top, a row for each task and kind, a column for each rank."""
+    lines = ["| task | | " + " | ".join(f"rank {rank}" for rank in RANKS) + " |", "|---|---|" + "---|" * len(RANKS)]
+    for task in tasks:
+        values = from_top(task, chosen, tuple(kinds))
+        for kind, text in kinds.items():
+            cells = [f"{mean(values[kind, rank]):+.4f}" if (kind, rank) in values else "–" for rank in RANKS]
+            if any(cell != "–" for cell in cells):
+                lines.append(f"| {task.name} | {text} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture(tasks: Sequence[Task], chosen: Mapping[int, str]) -> Figure:
+    """What each way loses against the whole top, as a share of what training gains: means over tasks and seeds."""
+    lost = {
+        kind: [
+            mean([mean(from_top(task, chosen, (kind,))[kind, rank]) / gain(task) for task in tasks]) for rank in RANKS
+        ]
+        for kind in KINDS
+    }
+    rows = tuple((KINDS[kind], *(round(100 * share, 3) for share in shares)) for kind, shares in lost.items())
+    return Figure(
+        name="squeeze",
+        title=f"What a low rank loses against rank 64, as a share of what training gains: {len(tasks)} judged tasks",
+        alt="; ".join(
+            f"{row[0]}: " + ", ".join(f"rank {r} {share}%" for r, share in zip(RANKS, row[1:], strict=True))
+            for row in rows
+        ),
+        x=rank_axis(RANKS),
+        y=Axis("lost, % of the gain"),
+        series=tuple(
+            Series(
+                KINDS[kind], RANKS, tuple(100 * share for share in shares), tone="accent" if kind == "cut" else number
+            )
+            for number, (kind, shares) in enumerate(lost.items())
+        ),
+        columns=("", *(f"rank {rank}" for rank in RANKS)),
+        rows=rows,
+    )
+
+
+def gain(task: Task) -> float:
+    (base,) = [row.loss for row in task.rows if row.kind == "base"]
+    return base - mean([row.loss for key, row in best_rows(task.rows).items() if key[0] == "top"])
+
+
+def judgement(cases: Sequence[Case]) -> str:
+    held = sum(case.holds for case in cases)
+    shown_worse = sum(case.difference - 1.96 * case.error > case.margin / 2 for case in cases)
+    better = sum(case.difference < 0 for case in cases)
+    verdict = "The rule is met" if held >= STORY * len(cases) else "The rule is not met"
+    return (
+        f"In {held} of {len(cases)} cases ({held / len(cases):.0%}) the cut is no worse, by half a margin, than the training at its rank and the rank's own best "
+        f"learning rate; in {better} its loss is lower, in {shown_worse} it is shown to be worse. {verdict} ({STORY:.0%})."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    chosen = {
+        int(rank): kind for rank, kind in json.loads((options.folder / "choice.json").read_text())["chosen"].items()
+    }
+    choosing, judged = ([one for name in names if (one := read(options.folder, name))] for names in (CHOOSE, JUDGE))
+    cases = [case for task in judged for case in cases_of(task, chosen)]
+    worst = [
+        f"{case.task}, rank {case.rank}, seed {case.seed}: {case.difference:+.4f} ± {case.error:.4f}, margin {case.margin:.4f}"
+        for case in cases
+        if not case.holds
+    ]
+    ways = {
+        "direct": KINDS["direct"],
+        **{key: key.replace("_", " ") for key in VARIANTS},
+        "end": KINDS["end"],
+        "recovered": KINDS["recovered"],
+    }
+    parts = [
+        judgement(cases),
+        "Where it does not hold: " + ("; ".join(worst) or "nowhere") + ".",
+        table(judged, chosen, KINDS),
+        table(choosing, {}, ways),
+    ]
+    parts += [f"Chosen: {chosen}. {machine_text(judged[0].machine)}."]
+    print("\n\n".join(parts))
+    (options.folder.parent / "squeeze.svg").write_text(svg_file(picture(judged, chosen)))
+
+
+if __name__ == "__main__":
+    main()
