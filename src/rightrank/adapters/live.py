@@ -192,7 +192,7 @@ class LiveScores:
         """As the adapter is in memory, which no truncation has replaced yet."""
         if self._moments is None:
             self._moments, self.notes = gather(self._live)
-        return self._scores("as trained")
+        return self.scores("as trained")
 
     def truncated(self, adapter: AdapterFolder, rank: int, folder: Path) -> Scores:
         """Of the truncation to `rank`, which is written to `folder`."""
@@ -201,9 +201,10 @@ class LiveScores:
         with together():
             write_truncated(adapter, folder, capped(adapter, rank, self._moments), self._moments)
         put_in_place(self._live.model, self._live.name, open_adapter(folder))
-        return self._scores(f"rank {rank}")
+        return self.scores(f"rank {rank}")
 
-    def _scores(self, what: str) -> Scores:
+    def scores(self, what: str) -> Scores:
+        """Of the model as it now is."""
         scores = self._held_out.scores()
         if not np.isfinite(scores.losses).all():
             raise NotFiniteError(f"{what}: a held-out loss is NaN or infinite; the training may have diverged")

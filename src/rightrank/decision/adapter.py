@@ -220,6 +220,8 @@ class AdapterFile:
 
     @property
     def how(self) -> AdapterOrigin:
+        if self.trial.cut is not None:
+            return "branched"
         if self.trial.truncate_from is None:
             return "trained"
         return "recovered" if self.trial.steps > 0 else "truncated"
@@ -398,6 +400,7 @@ class Making:
     truncation: str | None  # the method; None: it was not truncated
     recovery_steps: int
     recovery_learning_rate: float
+    cut_step: int | None = None  # where the training was cut, and went on at the lower rank
 
     def sentence(self) -> str:
         """Such as "trained at rank 64 (learning rate 0.003, 240 steps), truncated to rank 8 by K-FAC"."""
@@ -406,7 +409,9 @@ class Making:
         rate = f"learning rate {self.learning_rate:g}" if self.learning_rate else ""  # 0: not known
         how = f"{rate}{steps}".removeprefix(", ")
         parts = [f"trained at rank {self.trained_rank}" + (f" ({how})" if how else "")]
-        if self.truncation is not None:
+        if self.cut_step is not None:
+            parts.append(f"cut to rank {self.rank} by {self.truncation} at step {self.cut_step}")
+        elif self.truncation is not None:
             parts.append(f"truncated to rank {self.rank} by {self.truncation}")
         if self.recovery_steps:
             steps = "1 step" if self.recovery_steps == 1 else f"{self.recovery_steps} steps"
@@ -420,7 +425,7 @@ METHODS = {"kfac": "K-FAC", "svd": "SVD"}
 def making_of(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Making:
     parent = next((one for one in finished if one.trial_id == trial.truncate_from), trial)
     is_truncated = trial.rank < parent.rank
-    recovery = trial.steps if trial.truncate_from is not None else 0
+    recovery = trial.steps if trial.truncate_from is not None and trial.cut is None else 0
     return Making(
         rank=trial.rank,
         trained_rank=parent.rank,
@@ -430,4 +435,5 @@ def making_of(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Making
         truncation=METHODS[trial.truncation or "svd"] if is_truncated else None,
         recovery_steps=recovery,
         recovery_learning_rate=trial.learning_rate if recovery else 0.0,
+        cut_step=None if trial.cut is None else trial.cut.step,
     )

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import transformers
@@ -44,6 +44,7 @@ from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings, stored_settings
 from rightrank.schema.trials import (
     Arm,
+    Cut,
     EvalPoint,
     Trial,
     TrialFinished,
@@ -142,19 +143,22 @@ def finish_run(
     training: Training,
     hooks: Sequence[Hook] = (),
     other: AbstractContextManager[None] | None = None,
+    branches: Branching | None = None,
 ) -> Ending:
     """Walk down over the truncations of a live adapter until one loses more than the margin, and hand over.
 
     Args:
         other: A context within which the model has the weights of the training's other checkpoint.
+        branches: What finishes the training from where it was cut.
 
     Raises:
         ModelError: the adapter cannot be truncated.
         NotFiniteError: a held-out loss is NaN or infinite.
     """
-    notes = _Notes(live, training, other)
+    notes = _Notes(live, training, other, branches)
+    places = () if branches is None else branches.places
     with together(), folder.locked(), report_disk_errors(folder.path):
-        select(_EndRequest(training.steps), folder, [notes, *hooks], notes.workplace)
+        select(_EndRequest(training.steps, places), folder, [notes, *hooks], notes.workplace)
     records = notes.run.records
     answer = records.adapters[-1].answer
     trained, chosen = (records.by_id[name] for name in (answer.trained_id, answer.trial_id))
@@ -176,16 +180,28 @@ def measure(live: LiveAdapter, out: Path, training: Training | None = None) -> E
     return finish_run(live, begin_run(live, out, training), training)
 
 
+class Branching(Protocol):
+    """What finishes a training from where its adapter was cut."""
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Steps from which it can, the latest first."""
+
+    def branched(self, live: LiveAdapter, arm: Arm) -> AbstractContextManager[None]:
+        """Within the block the model is the end of the branch; afterwards it is as before, to the bit."""
+
+
 @dataclass(frozen=True, slots=True)
 class _EndRequest:
     """The run that `begin_run` has begun."""
 
     steps: int
+    places: tuple[int, ...] = ()  # from which branches leave
 
     def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None = None) -> Plan:
         """As `rightrank.runs.values.Asked`."""
         started = records_of(journal, str(folder.path)).started
-        strategy = _strategy(started, self.steps)
+        strategy = _strategy(started, self.steps, self.places)
         return Plan(started=started, settings=stored_settings(started.settings), steps=self.steps, strategy=strategy)
 
     def extended(self, settings: SelectSettings) -> _EndRequest:
@@ -193,28 +209,44 @@ class _EndRequest:
 
 
 class Downward(Strategy):
-    """One training, and its truncations from the highest rank down until one does not hold."""
+    """One training, and its truncations from the highest rank down until one does not hold; from there its branches, in the same way.
+
+    Branches leave from `places`, steps of the training, the latest first: the next one where a rank does not hold.
+    """
 
     name = "downward"
+    places: tuple[int, ...] = ()
 
     def script(self, trials: Trials) -> Requests:
         space = self.space
         yield [space.arm(space.top, space.learning_rates[0])]
         parent = trials.whole(space.top, space.learning_rates[0])
         criterion = Criterion(space.metric, space.higher_is_better, space.margin, space.kind == "token_loss")
+        places: list[int | None] = [None, *self.places]
         for rank in reversed(space.ranks[:-1] if parent is not None else ()):
             assert parent is not None
-            yield [truncation(space, parent, rank)]
-            answer = adapter_answer(list(trials.outcomes.values()), criterion)
-            if answer is None or answer.rank != rank:
-                return
+            while places:
+                plain, step = truncation(space, parent, rank), places[0]
+                yield [plain if step is None else _branch(plain, parent, step)]
+                answer = adapter_answer(list(trials.outcomes.values()), criterion)
+                if answer is not None and answer.rank == rank:
+                    break
+                places.pop(0)
 
 
-def _strategy(started: RunStarted, steps: int) -> Strategy:
+def _branch(plain: Arm, parent: TrialFinished, step: int) -> Arm:
+    """The training cut to the rank of a plain truncation at a step, and finished."""
+    fields = {"steps": parent.steps, "continue_from": parent.trial_id, "cut": Cut(step=step, rank=parent.rank)}
+    return plain.model_copy(update=fields)
+
+
+def _strategy(started: RunStarted, steps: int, places: tuple[int, ...] = ()) -> Strategy:
     settings = stored_settings(started.settings)
     space: Space = space_of(settings, steps, started.data.is_token_loss)
     rates = settings.learning_rates if "learning_rates" in started.settings else (0.0,)  # not known
-    return Downward(replace(space, evaluates_base=False, learning_rates=rates))
+    strategy = Downward(replace(space, evaluates_base=False, learning_rates=rates))
+    strategy.places = places
+    return strategy
 
 
 def _top(started: RunStarted, steps: int) -> str:
@@ -261,8 +293,14 @@ def _started(live: LiveAdapter, training: Training, ranks: Sequence[int]) -> Run
 class _Notes(Hook):
     """The executor of an end, and what a person should know of it, as notes of the answer."""
 
-    def __init__(self, live: LiveAdapter, training: Training, other: AbstractContextManager[None] | None) -> None:
-        self._live, self._training, self._other = live, training, other
+    def __init__(
+        self,
+        live: LiveAdapter,
+        training: Training,
+        other: AbstractContextManager[None] | None,
+        branches: Branching | None,
+    ) -> None:
+        self._live, self._training, self._other, self._branches = live, training, other, branches
         self._started = time.monotonic()
         self.scores = LiveScores(live)
         self.cost = ""
@@ -274,7 +312,7 @@ class _Notes(Hook):
     @contextmanager
     def workplace(self, run: Run) -> Iterator[_LiveExecutor]:
         with as_it_came(self._live.model, self._live.name):
-            yield _LiveExecutor(self._live, self.scores, self._training, run)
+            yield _LiveExecutor(self._live, self.scores, self._training, run, self._branches)
 
     def on_adapter(self, answer: AdapterAnswer, run: Run) -> tuple[AdapterAnswer, None]:
         """With the ranks that hold at both checkpoints, and the cost."""
@@ -317,6 +355,7 @@ class _LiveExecutor:
     scores: LiveScores
     training: Training
     run_: Run
+    branches: Branching | None = None
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         for trial in trials:
@@ -326,6 +365,11 @@ class _LiveExecutor:
     def _outcome(self, trial: Trial, arm: Arm) -> TrialFinished:
         folder, training, begun = self.run_.folder, self.training, time.monotonic()
         target = folder.trial_adapter(trial.trial_id)
+        if arm.cut is not None and self.branches is not None:
+            with self.branches.branched(self.live, arm):
+                scores, size = self.scores.scores(arm.label()), save_trained(self.live, target).trained
+            of_branch = {"truncation": arm.cut.by, "trainable_parameters": size}
+            return self._finished(trial, scores, Progress(step=arm.steps), begun, of_branch)
         if arm.truncate_from is not None:
             scores = self.scores.truncated(open_adapter(folder.trial_adapter(arm.truncate_from)), arm.rank, target)
             return self._finished(trial, scores, Progress(), begun, {"truncation": self.scores.method})

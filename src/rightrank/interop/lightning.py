@@ -15,9 +15,9 @@ from peft import PeftModel
 from rightrank.adapters.live import as_it_came, require_end
 from rightrank.adapters.live_scores import FAILURES, Batch, batch_scores
 from rightrank.interop.end_run import Ending
-from rightrank.interop.live_cut import LiveCut, require_lower
+from rightrank.interop.live_cut import LiveCut, require_lower, require_one_process
 from rightrank.interop.smallest import checked, keep_smallest
-from rightrank.interop.squeeze import cut_sentence, cut_step, require_one_process, squeeze
+from rightrank.interop.squeeze import cut_sentence, cut_step, squeeze
 from rightrank.schema.errors import DataError, ModelError, SettingsError, first_line
 
 log = logging.getLogger("rightrank")

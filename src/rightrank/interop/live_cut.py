@@ -6,8 +6,10 @@ selection (`train/cut.py`).
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from safetensors.torch import load_file
 
 from rightrank.adapters.held_out import capped
 from rightrank.adapters.live import LiveAdapter, as_it_came, gather, save_trained
+from rightrank.adapters.live_scores import is_sharded, world_size
 from rightrank.adapters.resize import write_resized
 from rightrank.interop.end_run import Ending, measure
 from rightrank.models.adapter_files import PREFIX, AdapterFolder, open_adapter
 from rightrank.models.truncation import projected_state
-from rightrank.schema.errors import SettingsError
+from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.train.multi_lora import lora_modules
 
 # State tensors of torch's optimizers that have a parameter's shape: means of gradients, and of their squares.
@@ -50,6 +53,23 @@ def require_lower(rank: int, top: int) -> None:
         raise SettingsError(f"rank {rank!r}: give a whole number from 1 to {top - 1}, below the adapter's rank {top}")
 
 
+def require_one_process(model: Any) -> None:
+    """Refuse what holds the shapes of the parameters outside the optimizer.
+
+    Raises:
+        ModelError: several processes, or a sharded or compiled model.
+    """
+    if world_size() > 1 or is_sharded(model):
+        raise ModelError(
+            "several processes (DDP, FSDP, DeepSpeed) hold the adapter's first shapes: cut it in a training of one process, or use "
+            "SmallestAdapter without branches"
+        )
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ModelError(
+            "a compiled model holds the adapter's first shapes: compile none, or use SmallestAdapter without branches"
+        )
+
+
 def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | None) -> LiveCut:
     """Cut a live adapter between two steps, to `rank`, or to the smallest rank whose truncation holds by the held-out batches.
 
@@ -72,6 +92,33 @@ def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | No
         write_resized(before, Path(working) / "lower", capped(before, rank, moments), moments)
         parameters = _replace(live, optimizer, before, open_adapter(Path(working) / "lower"))
         return LiveCut(before.rank, rank, parameters, None, notes)
+
+
+@contextmanager
+def top_restored(live: LiveAdapter, optimizer: Any) -> Iterator[None]:
+    """In the block the adapter may be trained and cut; afterwards it, all that trains beside it and the optimizer are as before, to the bit."""
+    model, name = live.model, live.name
+    layers = [layer for layer in lora_modules(model).values() if name in layer.lora_A]
+    ranks = [(layer.r[name], layer.scaling[name]) for layer in layers]
+    config, state = copy.deepcopy(model.peft_config[name]), copy.deepcopy(optimizer.state_dict())
+    values = {key: one.detach().clone() for key, one in model.named_parameters() if one.requires_grad}
+    swap: Any = torch.utils.swap_tensors  # untyped in torch
+    try:
+        yield
+    finally:
+        for key, one in model.named_parameters():
+            if key in values:
+                one.grad = None
+                swap(one, torch.nn.Parameter(values[key]))
+        for layer, (rank, scaling) in zip(layers, ranks, strict=True):
+            _resize(layer, name, rank, scaling)
+        model.peft_config[name] = config
+        optimizer.load_state_dict(state)
+
+
+def _resize(layer: Any, name: str, rank: int, scaling: float) -> None:
+    layer.r[name], layer.scaling[name] = rank, scaling
+    layer.lora_A[name].out_features = layer.lora_B[name].in_features = rank
 
 
 @torch.no_grad()
@@ -99,9 +146,7 @@ def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, before: Adapte
         for part in parts:
             optimizer.state[parameter][part] = states[part][key].to(optimizer.state[parameter][part])
     for one in after.modules:
-        layer = layers[one.name]
-        layer.r[name], layer.scaling[name] = one.rank, one.scaling
-        layer.lora_A[name].out_features = layer.lora_B[name].in_features = one.rank
+        _resize(layers[one.name], name, one.rank, one.scaling)
     live.model.peft_config[name].r, live.model.peft_config[name].rank_pattern = config.r, config.rank_pattern
     return sum(parameter.numel() for parameter in factors.values())
 

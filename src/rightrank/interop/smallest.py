@@ -46,7 +46,9 @@ from rightrank.adapters.live_scores import (
 )
 from rightrank.data.token_store import IGNORED
 from rightrank.hooks.report import Report
+from rightrank.interop.branches import Branches
 from rightrank.interop.end_run import Ending, Training, begin_run, finish_run, measure, measure_again, peak_so_far
+from rightrank.interop.live_cut import require_one_process
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook
 from rightrank.schema.configs import stated_settings
@@ -85,6 +87,8 @@ class SmallestAdapter(TrainerCallback):
         every_evaluation: Also look for the smallest rank at each evaluation of the training.
         checkpoint: What is measured: the weights of the `last` step, or those of the `best` evaluation by the trainer's
             `metric_for_best_model`, the loss by default; None for what the trainer ends with, which `load_best_model_at_end` says.
+        branch: Also cut the adapter as it was at half and three quarters of the training to ranks whose truncation loses more than the margin, finish
+            each by the trainer's own step on the same batches, and compare it with the training's end. Each costs the steps since, said before.
         measure: False: at the end keep what a fresh process needs, log its command, and leave the measurement to it.
 
     Attributes:
@@ -106,6 +110,7 @@ class SmallestAdapter(TrainerCallback):
     group: str | None = None
     every_evaluation: bool = False
     checkpoint: Checkpoint | None = None
+    branch: bool = False
     measure: bool = True
     curve: list[tuple[int, int]] = field(default_factory=list, init=False)
     result: Ending | None = field(default=None, init=False)
@@ -121,6 +126,7 @@ class SmallestAdapter(TrainerCallback):
     # Best evaluation, or last step where the trainer ends with the best.
     _other: _Kept | None = field(default=None, init=False)
     _evaluated: tuple[int, float] | None = field(default=None, init=False)  # step and value of the last evaluation
+    _branches: Branches | None = field(default=None, init=False)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -151,6 +157,10 @@ class SmallestAdapter(TrainerCallback):
             self._held_out = self._rows_to_score(given)
             self._groups = _groups(self._held_out, self.group)
             self._require_scores(model, args)
+        self._branches, trainer = None, _caller(Trainer)
+        if self.branch and trainer is not None:
+            require_one_process(model)
+            self._branches = Branches(trainer, state.max_steps)
         self._is_training = True
         self._started = time.monotonic()
         if state.is_world_process_zero:
@@ -220,6 +230,10 @@ class SmallestAdapter(TrainerCallback):
             raise DataError("SmallestAdapter: fewer than two held-out rows have a label; give rows with labels")
         if self.metric == "accuracy" and found is not None and found.correct is None:
             raise SettingsError("metric 'accuracy': only a classifier's rows are right or wrong; leave the metric out")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._is_training and self._branches is not None:
+            self._branches.keep(kwargs["model"], state.global_step)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -291,10 +305,13 @@ class SmallestAdapter(TrainerCallback):
                         log.warning("rightrank: measuring truncations on %d batches%s", len(live.held_out), again)
                     theirs = before if takes_other else other
                     beside = None if theirs is None else _in_place(model, theirs)
-                    self.result = finish_run(live, folder, training, _hooks(), beside)
+                    self.result = finish_run(live, folder, training, _hooks(), beside, self._branches)
         except FAILURES as error:
             log.warning("rightrank: no smaller adapter was looked for: %s%s", first_line(error), again)
             return
+        finally:
+            if self._branches is not None:
+                self._branches.close()
         if not state.is_world_process_zero:
             return
         answer = self.result.answer

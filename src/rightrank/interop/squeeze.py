@@ -22,12 +22,12 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rightrank.adapters.live import LiveAdapter, as_it_came, require_end, trained_adapter
-from rightrank.adapters.live_scores import Batch, is_sharded, world_size
+from rightrank.adapters.live_scores import Batch
 from rightrank.data.files import write_text
-from rightrank.interop.live_cut import LiveCut, cut_live, require_lower
+from rightrank.interop.live_cut import LiveCut, cut_live, require_lower, require_one_process
 from rightrank.interop.smallest import MOMENT_BATCHES, SmallestAdapter, checked
 from rightrank.runs.folder import SQUEEZED
-from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.schema.errors import DataError, SettingsError
 from rightrank.schema.metrics import Checkpoint
 
 log = logging.getLogger("rightrank")
@@ -159,22 +159,6 @@ def cut_step(at: float, steps: int) -> int:
             f"Squeeze(at={at!r}) of {steps} steps: give a part between 0 and 1, and a training with steps on both sides of it"
         )
     return round(at * steps)
-
-
-def require_one_process(model: Any) -> None:
-    """Refuse what holds the shapes of the parameters outside the optimizer.
-
-    Raises:
-        ModelError: several processes, or a sharded or compiled model.
-    """
-    if world_size() > 1 or is_sharded(model):
-        raise ModelError(
-            "Squeeze: several processes (DDP, FSDP, DeepSpeed) hold the adapter's first shapes; train in one process, or use SmallestAdapter"
-        )
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise ModelError(
-            "Squeeze: a compiled model holds the adapter's first shapes; compile none, or use SmallestAdapter"
-        )
 
 
 def cut_sentence(cut: LiveCut, step: int) -> str:

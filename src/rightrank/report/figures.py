@@ -331,6 +331,7 @@ SERIES: dict[str, tuple[str, Tone]] = {
     "trained": ("trained at that rank", "main"),
     "truncated": ("truncated from the top rank", "second"),
     "recovered": ("with steps of recovery", 2),
+    "branched": ("cut inside the training", 3),
 }
 MAX_MARGINS = 6.0  # worse than the reference by more: off the scale, so that the margin stays readable
 

@@ -151,7 +151,7 @@ class DifferenceSpread(Record):
     worst_tenth: float  # the mean difference of the tenth of the examples that gets worst
 
 
-AdapterOrigin: TypeAlias = Literal["trained", "truncated", "recovered"]
+AdapterOrigin: TypeAlias = Literal["trained", "truncated", "recovered", "branched"]
 
 
 class AdapterCandidate(Record):

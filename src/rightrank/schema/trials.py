@@ -120,7 +120,7 @@ class Arm(ArmFields):
 
     def stage(self) -> str:
         """How the arm differs from a complete training; empty if it does not."""
-        if self.truncate_from is not None:
+        if self.truncate_from is not None and self.cut is None:
             steps = "step" if self.steps == 1 else "steps"
             return f"truncated, {self.steps} recovery {steps}" if self.steps else "truncated"
         if self.anneal_from is not None:
