@@ -94,7 +94,6 @@ def render_report(
             trials=len(records.outcomes),
             fold_rows=len(records.outcomes) > MAX_VISIBLE_ROWS,
             tests=_test_rows(records),
-            certificates=records.certificates,
             not_tested=_not_tested(records, decision),
             command=reproduce_command(records.started.settings),
             **page_script(script, {"answer": slider and slider["data"]}),
