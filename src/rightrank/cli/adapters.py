@@ -32,36 +32,18 @@ EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 @click.option(
     "--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, compared with --base."
 )
-@click.option("--gradient", nargs=2, metavar="MODEL DATA", help="Inspect the gradient at initialisation instead.")
-@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --gradient: a setting of select.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the effective rank by layer to this .svg file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def _inspect(
-    gradient: tuple[str, str] | None,
-    assignments: tuple[str, ...],
-    plot: Path | None,
-    as_json: bool,
-    **places: Path | None,
-) -> None:
+def _inspect(plot: Path | None, as_json: bool, **places: Path | None) -> None:
     """Show the singular spectrum of every module of a LoRA ADAPTER.
 
-    With --base A --finetuned B: of every matrix that full fine-tuning changed. With --gradient MODEL DATA: of the
-    gradient of the loss before any training.
+    With --base A --finetuned B: of every matrix that full fine-tuning changed.
     """
     from rightrank.api import adapters as api
     from rightrank.report.figures import layer_figure
     from rightrank.report.svg import write_plot
 
-    if gradient is not None:
-        if any(place is not None for place in places.values()):
-            raise SettingsError("--gradient can't be combined with an adapter, --base or --finetuned: leave them out")
-        from rightrank.adapters.checkpoints import inspect_gradient
-
-        found = inspect_gradient(gradient[0], Path(gradient[1]), SelectSettings(**gather(None, assignments, {})))
-    elif assignments:
-        raise SettingsError("--set needs --gradient MODEL DATA: give both, or leave it out")
-    else:
-        found = api.inspect(**places)
+    found = api.inspect(**places)
     if plot is not None:
         write_plot(layer_figure(found.modules), plot)
     click.echo(found.model_dump_json() if as_json else _inspection_text(found))

@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from rightrank.cli.options import comma
-from rightrank.schema.errors import SettingsError
 
 
 @click.command("status", short_help="Show where a run stands.", epilog="Example: rightrank status run")
@@ -35,23 +34,14 @@ TARGETS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "vllm")
     "report", short_help="Write the report and figures of a run again.", epilog="Example: rightrank report run"
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--atlas-row", is_flag=True, help="Print RUN as a row for the atlas of public sweeps; see docs/how-to/atlas.md."
-)
 @click.option("--json", "as_json", is_flag=True, help="Print the report's path as one JSON object.")
-def _report(run: Path, atlas_row: bool, as_json: bool) -> None:
+def _report(run: Path, as_json: bool) -> None:
     """Write report.html and the figures of RUN again, from its journal alone.
 
-    While a selection runs, the report shows what is known so far. --atlas-row writes nothing.
+    While a selection runs, the report shows what is known so far.
     """
     from rightrank.api import runs as api
-    from rightrank.runs import plugins
 
-    if atlas_row:
-        if (row := plugins.merged(lambda plugin: plugin.functions).get("atlas_row")) is None:
-            raise SettingsError("--atlas-row needs the plug-in `atlas`, which is not installed")
-        click.echo(json.dumps(row(run)))
-        return
     path = api.write_report(run)
     click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
 
@@ -100,18 +90,6 @@ def _repair(run: Path, as_json: bool) -> None:
         click.echo(
             f"{run}: {repaired.kept} records kept; damaged lines moved to {repaired.aside}: {repaired.set_aside}"
         )
-
-
-@click.command("path", short_help="Print the file that a trainer loads.", epilog="Example: rightrank path ms-swift")
-@click.argument("trainer", type=click.Choice(["ms-swift"]))
-@click.option("--json", "as_json", is_flag=True, help="Print the path as one JSON object.")
-def _path(trainer: str, as_json: bool) -> None:
-    """Print the path of the file that registers the callback `rightrank` in TRAINER.
-
-    For example: `swift sft … --external_plugins $(rightrank path ms-swift) --callbacks rightrank`.
-    """
-    found = Path(__file__).parents[1] / "interop" / trainer.replace("-", "_") / "__init__.py"
-    click.echo(json.dumps({"path": str(found)}) if as_json else found)
 
 
 def _mapping(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, str]:
@@ -190,4 +168,4 @@ def _decide(results: Path, plot_file: Path | None, as_json: bool, **asked: Any) 
         click.echo(f"adapter: {visible(decided.adapter_sentence)}")
 
 
-COMMANDS = (_status, _report, _export, _repair, _path, _decide)
+COMMANDS = (_status, _report, _export, _repair, _decide)

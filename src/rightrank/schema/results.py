@@ -86,7 +86,6 @@ class Preflight(Record):
     memory_bytes: Whole | None
     cost: PreflightCost
     seeds: Whole
-    before: list[str] = Field(default_factory=list)  # what plug-ins say of it beforehand; it enters no answer
     notes: list[str] = Field(default_factory=list)
 
 
@@ -112,7 +111,7 @@ class ModuleSpectrum(Record):
 class InspectionSummary(Record):
     """The whole adapter or checkpoint."""
 
-    kind: Literal["adapter", "checkpoints", "gradient"]
+    kind: Literal["adapter", "checkpoints"]
     modules: int
     parameters: int  # of the factors
     ranks: list[int]  # the different ranks
