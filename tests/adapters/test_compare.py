@@ -175,7 +175,7 @@ def test_a_few_rows_are_compared_and_one_is_refused_in_words_of_its_own(
     single.write_text(lines[0])
     settings = SelectSettings(**SETTINGS)
     assert compare("base", trained, model=str(model_folder), data=few, settings=settings).examples == 3
-    with pytest.raises(DataError, match="1 rows; two or more are needed"):
+    with pytest.raises(DataError, match="1 rows; 2 or more are needed"):
         compare("base", trained, model=str(model_folder), data=single, settings=settings)
 
 

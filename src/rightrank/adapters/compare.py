@@ -16,13 +16,12 @@ from typing import Any
 
 from rightrank.adapters.places import BASE
 from rightrank.data.files import UnreadableError, read_json_object
-from rightrank.data.rows import held_out_fields
-from rightrank.data.splits import DataSplits, load_data
+from rightrank.data.splits import DataSplits, load_all
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
 from rightrank.decision.table import minus, spread_of, spread_sentence, table_of
 from rightrank.models.base_models import are_unnamed, load_base
 from rightrank.models.places import CLASSIFIER_FILE, CONFIG_FILE, WEIGHTS_FILE, read_header
-from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import Evaluating
 from rightrank.schema.metrics import default_margin
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
@@ -79,7 +78,7 @@ def _read_sides(
     cache: Path,
     on_event: Callable[[Evaluating], None],
 ) -> _Sides:
-    splits, settings = _load_all(data, settings, _shared_labels(sides))
+    splits, settings = load_all(data, settings.model_copy(update={"cache_prefix": False}), _shared_labels(sides))
     base: Runtime | None = None
     read: list[TrialFinished] = []
     dropped: list[int] = []
@@ -113,20 +112,6 @@ def _require_alike(a: TrialFinished, b: TrialFinished, metric: str) -> None:
         f"{len(b.item_losses)} examples. Losses by token can't be compared then; compare what they answer, such as by "
         "--metric exact_match or f1"
     )
-
-
-def _load_all(data: Path, settings: SelectSettings, classes: Sequence[str] | None) -> tuple[DataSplits, SelectSettings]:
-    """All rows of `data` as held-out examples, and settings that evaluate all of them.
-
-    A folder with given splits gives its test split, or its validation split if it has no test split.
-    """
-    listed = held_out_fields(data)
-    every = settings.model_copy(update={"eval_items": max(2, len(listed)), "ranks": (1,), "cache_prefix": False})
-    if len(listed) < 2:
-        raise DataError(f"{data}: {len(listed)} rows; two or more are needed to tell a difference from noise")
-    # the rows need not fill a step of training
-    of_any_number = every.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 1})
-    return load_data({"train": listed, "validation": listed, "test": listed}, of_any_number, classes=classes), every
 
 
 def _runtime(model: str, splits: DataSplits, settings: SelectSettings, cache: Path) -> Runtime:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,7 +18,7 @@ from rightrank.adapters.compare import finished_trial, labels_of_side
 from rightrank.adapters.resize import candidate_ranks, write_like, write_resized, write_truncated
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
-from rightrank.data.splits import DataSplits, load_data
+from rightrank.data.splits import OF_ANY_NUMBER, DataSplits, load_all, load_data
 from rightrank.decision.adapter import SEARCH, Criterion, adapter_answer, trained_answer
 from rightrank.decision.comparison import bounds_of_files
 from rightrank.decision.table import minus, table_of
@@ -61,13 +60,14 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
     classes = None if adapter.is_file else labels_of_side(str(adapter.path))
     trained, source = _trained(adapter, data, train, settings, classes)
     if trained is None and None not in read_rows(data):
-        every = _all(settings, sum(len(list(rows)) for rows in read_rows(data).values()))
+        count = sum(len(list(rows)) for rows in read_rows(data).values())
+        every = settings.model_copy(update=OF_ANY_NUMBER | {"eval_items": max(2, count)})
         splits = load_data(data, every, classes=classes)
         return _scored(splits, _at_most(splits.examples["selection"], settings), f"{data} (its validation split)")
     if trained is not None and source is not None and data.exists() and source.resolve() == data.resolve():
         own = trained.examples["selection"]
         return _scored(trained, own, f"{data} (the validation split of the adapter's run)")
-    whole = _whole(data, settings, classes)
+    whole, _ = load_all(data, settings, classes)
     every_row = whole.examples["selection"]
     if trained is None:
         unknown = "if the adapter was trained on some of them, name its training data with --train"
@@ -107,7 +107,7 @@ def _trained(
     if train is not None:
         is_same = train.exists() and data.exists() and train.resolve() == data.resolve()
         split = is_same or None not in read_rows(train)
-        return (load_data(train, settings, classes=classes) if split else _whole(train, settings, classes)), None
+        return (load_data(train, settings, classes=classes) if split else load_all(train, settings, classes)[0]), None
     parent = adapter.path.resolve().parent
     journal = next((place for at in (parent, parent.parent) if (place := at / "journal.jsonl").is_file()), None)
     started = None if journal is None else next(iter(Journal(journal).read_settled()), None)
@@ -117,21 +117,6 @@ def _trained(
     values = {name: started.settings[name] for name in OF_SPLITS if name in started.settings}
     of_run = settings.model_copy(update=SelectSettings(**values).model_dump(include=set(values)))
     return load_data(Path(source), of_run, classes=classes), Path(source)
-
-
-def _whole(data: Path, settings: SelectSettings, classes: Sequence[str] | None) -> DataSplits:
-    """Every row of `data` in the train split and in the validation split; of given splits, the held-out ones."""
-    found = read_rows(data)
-    kept = [found[split] for split in ("selection", "test") if split in found] or list(found.values())
-    listed = [row.fields for row in chain.from_iterable(kept)]
-    return load_data({"train": listed, "validation": listed}, _all(settings, len(listed)), classes=classes)
-
-
-def _all(settings: SelectSettings, count: int) -> SelectSettings:
-    """Settings that hold all of `count` rows in the validation split."""
-    small = {"batch_size": 1, "gradient_accumulation_steps": 1}  # the rows need not fill a step of training
-    whole = {"eval_items": max(2, count), "test_fraction": 0.0, "validation": ""}
-    return settings.model_copy(update=whole | small)
 
 
 @dataclass(frozen=True, slots=True)
