@@ -173,6 +173,7 @@ def test_figures_and_plots(capsys: pytest.CaptureFixture[str], adapter: Path, tm
     assert "ends in .svg" in complaint(capsys, "inspect", adapter, "--plot", tmp_path / "x.pdf")
 
 
+@pytest.mark.plug_in("allocate")
 def test_settings_and_ranks_without_effect(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a"}\n')

@@ -16,7 +16,7 @@ from rightrank import Selected, demo, select_rank
 from rightrank.hooks import Hook
 from rightrank.schema.events import Notice
 from tests.adapters.adapters import make_adapter, make_base
-from tests.commands import COMMANDS, run
+from tests.commands import COMMANDS, of_its_plug_in, run
 from tests.report.runs import journal_of
 from tests.tiny import small_settings, write_completions, write_jsonl
 
@@ -159,7 +159,7 @@ def one_object(text: str) -> dict[str, object]:
     return answer
 
 
-@pytest.mark.parametrize("command", FINE)
+@pytest.mark.parametrize("command", list(map(of_its_plug_in, FINE)))
 def test_an_answer_is_one_object(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run([*command.split(), "--json"], capsys)
     assert status == 0
@@ -167,7 +167,8 @@ def test_an_answer_is_one_object(folder: Path, command: str, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("command", "expected"), [(command, 2) for command in FAILING] + [(command, 1) for command in UNFINISHED]
+    ("command", "expected"),
+    [of_its_plug_in(command, 2) for command in FAILING] + [(command, 1) for command in UNFINISHED],
 )
 def test_a_failure_is_one_line_on_stderr(
     folder: Path, command: str, expected: int, capsys: pytest.CaptureFixture[str]
