@@ -114,15 +114,17 @@ def compare(
     model: str,
     data: str | Path | Sequence[str | Path],
     settings: SelectSettings | None = None,
+    base_b: str | None = None,
     on_event: Callable[[Evaluating], None] = lambda _: None,
 ) -> AdapterComparison:
     """Whether adapter `b` is no worse than adapter `a`, paired over all examples of `data`.
 
     Args:
-        a: an adapter folder that PEFT loads, a model folder, or "base".
-        b: the same.
+        a: an adapter folder that PEFT loads, a model folder of transformers or MLX, a GGUF file, or "base".
+        b: the same; a whole model that is made of adapter `a` is `broken` where it is another function, with the `cause`.
         model: the base model of the adapters.
         data: a file or a folder, or several. A folder with given splits is read at its test split.
+        base_b: how `b` is read: "4bit" or "8bit" (its matrices quantised on loading), or the base of `b` where it is another one.
         settings: `margin`, `metric`, `metrics`, `seq_len` and how models are loaded; None for the defaults.
         on_event: receives the progress of each evaluation.
 
@@ -137,20 +139,22 @@ def compare(
 
     files = [data] if isinstance(data, str | Path) else list(data)
     places = [Path(file) for file in files]
-    return compare_adapters((str(a), str(b)), model, places, settings or SelectSettings(), on_event)
+    return compare_adapters((str(a), str(b)), model, places, settings or SelectSettings(), on_event, base_b)
 
 
 def _require_side(side: str) -> None:
-    """Refuse what `compare` can't read: neither an adapter folder, nor a model folder, nor `base`.
+    """Refuse what `compare` can't read: neither an adapter folder, nor a model folder, nor a GGUF file, nor `base`.
 
     Raises:
         ModelError: the message names the adapter of a run folder.
     """
-    if side == BASE:
-        return
     folder = Path(side)
+    if side == BASE or (folder.suffix == ".gguf" and folder.is_file()):
+        return
     if (folder / CONFIG_FILE).is_file():
         require_adapter_folder(folder)
     elif not (folder / "config.json").is_file():
         hint = adapter_in(folder) or "give one, or 'base'"
-        raise ModelError(f"{side}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json); {hint}")
+        raise ModelError(
+            f"{side}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json), nor a .gguf file; {hint}"
+        )

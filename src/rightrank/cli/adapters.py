@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rightrank.schema.results import Inspection, ModuleSpectrum, Resized
 
 MAX_ROWS = 20  # modules in the table; --json has all
-EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
+EXIT = {"not_worse": 0, "worse": 3, "broken": 3, "cannot_tell": 4}
 
 
 @click.command(
@@ -105,7 +105,7 @@ def _resize(
     alone = next((option for option, value in needing.items() if value), None)
     if alone is not None and rule["data"] is None:
         raise SettingsError(f"{alone} goes with --data FILE, which was not given; give both, or leave it out")
-    with _view(quiet, log_json) as view:
+    with progress_view(quiet, log_json) as view:
         resized = api.resize(
             adapter,
             out,
@@ -117,7 +117,7 @@ def _resize(
     click.echo(resized.model_dump_json() if as_json else _resized_text(resized))
 
 
-def _view(quiet: bool, log_json: bool) -> AbstractContextManager[View | JsonLog]:
+def progress_view(quiet: bool, log_json: bool) -> AbstractContextManager[View | JsonLog]:
     """What shows the progress of evaluations on stderr."""
     from rightrank.hooks.process import JsonLog
     from rightrank.hooks.terminal import make_view
@@ -134,6 +134,7 @@ def _view(quiet: bool, log_json: bool) -> AbstractContextManager[View | JsonLog]
 @click.argument("a")
 @click.argument("b")
 @click.option("--model", required=True, help="The base model of the adapters.")
+@click.option("--base-b", metavar="HOW", help="B in 4bit or 8bit, or over this other base, such as a GGUF file.")
 @click.option(
     "--data",
     multiple=True,
@@ -162,6 +163,7 @@ def _compare(
     a: str,
     b: str,
     model: str,
+    base_b: str | None,
     data: tuple[Path, ...],
     assignments: tuple[str, ...],
     as_json: bool,
@@ -171,16 +173,18 @@ def _compare(
 ) -> int:
     """Is B no worse than A?
 
-    A and B are adapter folders, model folders, or `base`. Exit status: 0 not worse, 3 worse by more than the margin, 4 the
-    examples cannot tell.
+    A and B are adapter folders, model folders (MLX too), GGUF files, or `base`. Exit status: 0 not worse, 3 worse by more than the
+    margin or broken, 4 the examples cannot tell.
     """
     from rightrank.api import adapters as api
 
     settings = SelectSettings(**gather(None, assignments, options))
     if not quiet and not log_json:
         announce("loading model and data")
-    with _view(quiet, log_json) as view:
-        found = api.compare(a, b, model=model, data=list(data), settings=settings, on_event=view.on_event)
+    with progress_view(quiet, log_json) as view:
+        found = api.compare(
+            a, b, model=model, data=list(data), settings=settings, base_b=base_b, on_event=view.on_event
+        )
     click.echo(found.model_dump_json() if as_json else found.sentence)
     return EXIT[found.verdict]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from rightrank.cli.options import comma
+from rightrank.cli.options import comma, gather
 
 
 @click.command("status", short_help="Show where a run stands.", epilog="Example: rightrank status run")
@@ -27,7 +27,7 @@ def _status(run: Path, as_json: bool) -> None:
     gc.freeze()  # the process ends, and the collector need not visit every imported object for it
 
 
-TARGETS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "vllm")
+TARGETS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "vllm", "merged", "gguf", "mlx")
 
 
 @click.command(
@@ -54,18 +54,45 @@ def _report(run: Path, as_json: bool) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--to", required=True, help=f"{', '.join(TARGETS[:-1])}, or {TARGETS[-1]}.")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
+@click.option(
+    "--check",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="merged, gguf, mlx: held-out rows (default: the run's test split).",
+)
+@click.option(
+    "--type",
+    "kind",
+    help="merged, gguf, mlx: f32, bf16 or f16; gguf: q8_0, q5_1, q5_0, q4_1 or q4_0 too; mlx: q8 or q4.",
+)
+@click.option("--base", help="Of an adapter folder in place of RUN (default: the base that it names).")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With an adapter folder: a setting of select."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
-def _export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
-    """Write what another program needs to train with RUN's rank or to serve its adapter."""
-    from rightrank.api import runs as api
+@click.option("--quiet", is_flag=True, help="Print no progress.")
+def _export(
+    run: Path, to: str, out: Path | None, assignments: tuple[str, ...], as_json: bool, quiet: bool, **whole: Any
+) -> int:
+    """Write what another program needs to train with RUN's rank or to serve its adapter.
 
-    exported = api.export(run, to, out)
+    A whole model (merged, gguf, mlx) is loaded back and compared with the adapter over its base; RUN may be an adapter folder then. Exit
+    status: 0 not worse, 3 worse by more than the margin or broken, 4 the examples cannot tell.
+    """
+    from rightrank.api import runs as api
+    from rightrank.cli.adapters import EXIT, progress_view
+    from rightrank.schema.settings import SelectSettings
+
+    settings = SelectSettings(**gather(None, assignments, {})) if assignments else None
+    with progress_view(quiet, log_json=False) as view:
+        exported = api.export(run, to, out, settings=settings, on_event=view.on_event, **whole)
     if as_json:
         click.echo(json.dumps(asdict(exported) | {"folder": str(exported.folder)}))
-        return
-    for note in exported.notes:
-        click.echo(f"note: {note}", err=True)
-    click.echo(f"cd {exported.folder} && {exported.command}")
+    else:
+        for note in exported.notes:
+            click.echo(f"note: {note}", err=True)
+        click.echo(f"cd {exported.folder} && {exported.command}")
+    return 0 if exported.check is None else EXIT[exported.check["verdict"]]
 
 
 @click.command(

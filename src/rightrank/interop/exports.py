@@ -24,6 +24,7 @@ from rightrank.schema.errors import ResultsError, SettingsError, did_you_mean
 PATTERNS = ("rank_pattern", "alpha_pattern")
 EXPLICIT = ("layers_to_transform", "exclude_modules", "layers_pattern")  # said by the full names of the modules
 OF_LOADING = ("load_in_4bit", "load_in_8bit", "trust_remote_code")
+WHOLE = ("merged", "gguf", "mlx")  # models without an adapter: `interop.whole`
 AROUND = 4  # folders around an adapter: trials, the run, and two around the run
 LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one
 SERVED_NAME = "rightrank"
@@ -73,6 +74,7 @@ class Exported:
     files: list[str]
     command: str
     notes: list[str]
+    check: dict[str, Any] | None = None  # of a whole model: the comparison with the adapter
 
 
 def require_target(name: str) -> None:
@@ -81,7 +83,7 @@ def require_target(name: str) -> None:
     Raises:
         SettingsError: such a target, with the nearest known one.
     """
-    known = [*TARGETS, *plugins.merged(lambda plugin: plugin.exports)]
+    known = [*TARGETS, *WHOLE, *plugins.merged(lambda plugin: plugin.exports)]
     if name not in known:
         raise SettingsError(
             f"export target {name!r} is not known{did_you_mean(name, known)}; allowed: {', '.join(known)}"
@@ -95,7 +97,7 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
         ResultsError: a rank that the server does not serve.
     """
     if name != "peft":  # its folder may be published, and needs neither the model nor the data
-        model, data = (_absolute(name, recipe.adapter) for name in (recipe.model, recipe.data))
+        model, data = (absolute(name, recipe.adapter) for name in (recipe.model, recipe.data))
         recipe = replace(recipe, model=model, data=data)
     exported = recipe if name in ("peft", "vllm") else replace(recipe.training(), data=_train_file(recipe.data))
     targets = TARGETS | plugins.merged(lambda plugin: plugin.exports)
@@ -117,7 +119,7 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
     return Exported(name, folder, files, written.command, [*written.notes, *held_out, *comments, *filter(None, rates)])
 
 
-def _absolute(name: str, adapter: Path) -> str:
+def absolute(name: str, adapter: Path) -> str:
     """The absolute path of a file or folder; a name on the hub as it is.
 
     A relative path starts at the current folder, or else at one around the run: the selection may have run there.

@@ -202,7 +202,7 @@ class Allocation(Record):
     trials: list[AllocationTrial]
 
 
-ComparisonVerdict: TypeAlias = Literal["not_worse", "worse", "cannot_tell"]
+ComparisonVerdict: TypeAlias = Literal["not_worse", "worse", "cannot_tell", "broken"]
 
 
 class _Compared(Record):
@@ -233,3 +233,4 @@ class AdapterComparison(_Compared):
 
     sentence: str
     comparisons: list[MetricComparison]
+    cause: str | None = None  # of `broken`: what B is in place of A
