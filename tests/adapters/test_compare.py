@@ -221,4 +221,4 @@ def test_examples_without_a_label_are_counted(model_folder: Path, tmp_path: Path
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     found = compare("base", "base", model=str(model_folder), data=data, settings=SelectSettings(**SETTINGS))
     assert (found.examples, found.left_out) == (10, 3)
-    assert "on 10 examples (3 more have no label within the maximum length)" in found.sentence
+    assert "on 10 examples, taken as independent (3 more have no label within the maximum length)" in found.sentence

@@ -115,7 +115,7 @@ def _read_sides(
             source = base_b
         other_tokens = None
         if not on_base or base is None or (number and base_b is not None):
-            first = read[0].runtime if read else None
+            first = read[0].runtime if read and read[0].adapter is not None else None  # B is made of A
             runtime, other_tokens = _runtime(source, splits, read_as, cache / str(number), first)
             base = runtime if on_base and base is None else base
         else:
@@ -149,7 +149,7 @@ def _require_alike(a: TrialFinished, b: TrialFinished, metric: str) -> None:
 def _runtime(
     model: str, splits: DataSplits, settings: SelectSettings, cache: Path, first: Runtime | None
 ) -> tuple[Runtime, str | None]:
-    """The runtime of a model, on the tokens of the `first` side where its tokenizer has the same vocabulary.
+    """The runtime of a model; on the tokens of the adapter that it is made of, `first`, where its vocabulary is the same.
 
     Its own tokens, with its own template, may then be others: the second value says so.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,7 +23,7 @@ from rightrank.data.splits import OF_ANY_NUMBER, DataSplits, load_all, load_data
 from rightrank.decision.adapter import SEARCH, Criterion, adapter_answer, trained_answer
 from rightrank.decision.comparison import bounds_of_files
 from rightrank.decision.table import minus, table_of
-from rightrank.models.adapter_files import AdapterFolder, open_adapter
+from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_in_bits
 from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank
 from rightrank.models.truncation import Moments, shared_ranks
@@ -32,7 +33,7 @@ from rightrank.schema.configs import stated_settings
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.events import Evaluating, Notice, RunStarted
-from rightrank.schema.results import HeldOut, Resized
+from rightrank.schema.results import HeldOut, Resized, StoredCandidate
 from rightrank.schema.settings import OF_SPLITS, SelectSettings
 from rightrank.schema.table import given_values
 from rightrank.schema.trials import TrialFinished
@@ -142,6 +143,7 @@ class DataRule:
     settings: SelectSettings
     ranks: Sequence[int] | None
     on_event: Callable[[Evaluating | Notice], None]
+    bits: Sequence[int] = ()
 
 
 def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized:
@@ -169,11 +171,50 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
         halves = scored.scores_training_examples
         curve = truncation_curve(adapter, runtime, ranks, Path(name), by_halves=halves, on_event=rule.on_event)
         chosen = open_adapter(Path(name) / curve.answer.trial_id)
+        stored, smaller = _in_fewer_bits(curve, chosen, runtime, Path(name), rule)
+        chosen = smaller or chosen
         tensors = {key: chosen.tensor(key) for key in chosen.keys}
         write_like(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.content()})
         resized = _resized(curve, chosen, runtime, rule)
-    notes = [*resized.notes, scored.note]
-    return resized.model_copy(update={"out": str(out), "notes": notes, "scored_examples": count})
+    further = {"out": str(out), "notes": [*resized.notes, scored.note], "scored_examples": count, "stored": stored}
+    if smaller is not None:
+        taken = next(one for one in stored if one.holds)
+        further |= {"rank": taken.rank, "chosen_by": f"{resized.chosen_by}, {taken.bits} bits"}
+    return resized.model_copy(update=further)
+
+
+def _in_fewer_bits(
+    curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, working: Path, rule: DataRule
+) -> tuple[list[StoredCandidate], AdapterFolder | None]:
+    """The ranks that hold, in fewer bits, from the smallest file up to the first that holds; and that one, None where none does."""
+    answer, metric = curve.answer, runtime.settings.metric_name
+    higher, is_token_loss = runtime.settings.is_higher_better(metric), runtime.data.summary.is_token_loss
+    trials = {trial.trial_id: trial for trial in curve.trials}
+    made: list[tuple[int, int, int, Path]] = []
+    for candidate, bits in product((one for one in answer.candidates if one.holds), rule.bits):
+        folder = working / f"{candidate.trial_id}-{bits}bits"
+        write_in_bits(open_adapter(working / candidate.trial_id), folder, bits)
+        made.append((open_adapter(folder).weights.stat().st_size, candidate.rank, bits, folder))
+    measured: list[StoredCandidate] = []
+    for size, rank, bits, folder in sorted(made):
+        if size >= chosen.weights.stat().st_size:
+            break
+        report_evaluations(runtime, f"rank {rank} in {bits} bits", rule.on_event)
+        with adapter_attached(runtime, folder):
+            scores = runtime.evaluate("selection")
+        pair = (trials[answer.reference_id], finished_trial(folder.name, rank, scores, runtime.settings.metric))
+        cells = [next(iter(table_of([one], metric, higher, token_loss=is_token_loss).cells.values())) for one in pair]
+        worse = minus(cells[1], cells[0])
+        bounds = bounds_of_files(worse.sums, worse.weights, worse.span)
+        holds = bounds.is_enough(answer.margin) is True
+        measured.append(
+            StoredCandidate(
+                rank=rank, bits=bits, bytes=size, difference=bounds.mean, difference_high=bounds.high, holds=holds
+            )
+        )
+        if holds:
+            return measured, open_adapter(folder)
+    return measured, None
 
 
 def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, rule: DataRule) -> Resized:

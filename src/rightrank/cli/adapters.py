@@ -72,6 +72,9 @@ def _inspect(plot: Path | None, as_json: bool, **places: Path | None) -> None:
     help="With --data: how much worse than the best is still enough (default 0.005 nats a token).",
 )
 @click.option("--ranks", callback=comma, help="With --data: ranks to measure (default: powers of two).")
+@click.option(
+    "--bits", callback=comma, help="With --data: 16,8 measures these bits of a value too; the smallest file that holds."
+)
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
 @click.option("--group", help="With --data: the column that says which rows belong together, such as a document.")
 @click.option("--uniform", is_flag=True, help="With --energy: one rank for all modules, the largest needed.")
@@ -85,6 +88,7 @@ def _resize(
     margin: float | None,
     ranks: list[str] | None,
     group: str | None,
+    bits: list[str] | None,
     assignments: tuple[str, ...],
     as_json: bool,
     quiet: bool,
@@ -98,6 +102,7 @@ def _resize(
         "--margin": margin,
         "--ranks": ranks,
         "--group": group,
+        "--bits": bits,
         "--set": assignments,
         "--train": rule["train"],
         "--base": rule["base"],
@@ -110,6 +115,7 @@ def _resize(
             adapter,
             out,
             ranks=whole_numbers(ranks, "--ranks"),
+            bits=whole_numbers(bits, "--bits") or (),
             settings=SelectSettings(**gather(None, assignments, {"margin": margin, "group": group})),
             on_event=view.on_event,
             **rule,
@@ -247,6 +253,11 @@ def _resized_text(resized: Resized) -> str:
     if resized.answer is not None:
         lines += [*table_lines(candidate_table(resized.answer, "held-out")), resized.answer.sentence]
         lines += resized.answer.notes
+    lines += [
+        f"rank {one.rank} in {one.bits} bits, {one.bytes:,} bytes: worse by {one.difference:+.4f} (95% bound {one.difference_high:+.4f}), "
+        f"{'holds' if one.holds else 'not shown to hold'}"
+        for one in resized.stored
+    ]
     return "\n".join([*lines, *(f"note: {note}" for note in resized.notes)])
 
 

@@ -16,7 +16,9 @@ import yaml
 from rightrank.data.files import replacing_folder
 from rightrank.data.rows import split_of
 from rightrank.interop.recipe import Recipe
-from rightrank.models.ranks import SERVER_RANKS, max_module_rank, rank_change_line, rate_warning
+from rightrank.models.adapter_files import open_adapter
+from rightrank.models.ranks import SERVER_RANKS, SERVING, max_module_rank, rank_change_line, rate_warning, slot_bytes
+from rightrank.report.format import size
 from rightrank.report.html import loading_lines
 from rightrank.runs import plugins
 from rightrank.schema.errors import ResultsError, SettingsError, did_you_mean
@@ -346,10 +348,20 @@ def _vllm(recipe: Recipe) -> Written:
         raise ResultsError(
             f"vLLM serves ranks up to {SERVER_RANKS[-1]}, got {rank}: resize the adapter, or merge it into the base"
         )
+    served = max_module_rank(rank)
+    shapes = [(module.rows, module.columns) for module in open_adapter(recipe.adapter).modules]
+    slot = (
+        f"a slot takes {size(slot_bytes(shapes, served))} at --max-lora-rank {served} (16 bits), whatever the rank of the adapter in it: this one "
+        f"fills {recipe.r / served:.0%}, and the largest rank of all adapters of the server counts"
+    )
     arguments = ["vllm", "serve", recipe.model, "--host", LOOPBACK, "--enable-lora"]
-    arguments += ["--max-lora-rank", str(max_module_rank(rank))]
+    arguments += ["--max-lora-rank", str(served)]
     arguments += ["--lora-modules", f"{SERVED_NAME}={recipe.adapter.resolve()}"]
-    return Written({"vllm.sh": f"#!/bin/sh\nexec {shlex.join(arguments)}\n"}, "sh vllm.sh", _serving_notes(recipe))
+    return Written(
+        {"vllm.sh": f"#!/bin/sh\nexec {shlex.join(arguments)}\n"},
+        "sh vllm.sh",
+        [slot, SERVING, *_serving_notes(recipe)],
+    )
 
 
 TARGETS: dict[str, Callable[[Recipe], Written]] = {
