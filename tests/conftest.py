@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -33,6 +34,16 @@ LONG = (
 )
 
 
+# Of the tests that train in these files, `make test` runs one in so many: they ask the same of many models, pages or targets.
+SAMPLED = {
+    "tests/train/test_targets.py": 8, "tests/train/test_architectures.py": 8, "tests/train/test_settings_matter.py": 6,
+    "tests/models/test_conformance.py": 4, "tests/adapters/test_round_trips.py": 4, "tests/interop/test_targets.py": 4,
+    "tests/interop/test_whole.py": 5, "tests/interop/test_doors.py": 4, "tests/interop/test_smallest_processes.py": 3,
+    "tests/docs/test_code.py": 5, "tests/benchmarks/": 6, "tests/plugins/plan/test_against_profiler.py": 5,
+    "tests/plugins/cluster/": 3, "tests/test_plugins.py": 5, "tests/safety/test_build.py": 6,
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # In this order: at the end, a long file would leave a core idle.
     items.sort(key=lambda item: next((n for n, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG)))
@@ -42,6 +53,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark in item.iter_markers("plug_in"):
             if find_spec(f"rightrank.plugins.{mark.args[0]}") is None:
                 item.add_marker(pytest.mark.skip(f"the plug-in {mark.args[0]} is not there"))
+    place: Counter[str] = Counter()
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        every = next((count for name, count in SAMPLED.items() if file.startswith(name)), 1)
+        if every > 1 and item.get_closest_marker("trains") is not None:
+            if place[file] % every:
+                item.add_marker(pytest.mark.full)
+            place[file] += 1
     gc.freeze()
     gc.enable()
 

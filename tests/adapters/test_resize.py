@@ -186,7 +186,7 @@ def test_a_module_to_save_is_restored(model_folder: Path, completion_file: Path,
 def test_the_smallest_file_of_ranks_and_bits_that_holds_is_written(
     trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--data", completion_file, "--margin", 0.3, "--ranks", "2,8", *SETTINGS)
+    words = ("--data", completion_file, "--margin", 5, "--ranks", "2,8", *SETTINGS)
     plain = answer_of(capsys, trained, tmp_path / "plain", *words)
     small = answer_of(capsys, trained, tmp_path / "small", *words, "--bits", "16,8")
     assert small["bytes_after"] < plain["bytes_after"]

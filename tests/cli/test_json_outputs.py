@@ -209,3 +209,16 @@ def test_every_command_with_json_is_tried_both_ways() -> None:
     assert set(COMMANDS) == with_json
     assert {command.split()[0] for command in FINE} | {"demo"} == with_json
     assert {command.split()[0] for command in FAILING} == with_json
+
+
+@pytest.mark.parametrize(
+    "command", ["select model nowhere.jsonl --out run", "resize adapter out --rank 0", "select --nonsense"]
+)
+def test_beside_a_log_of_json_a_failure_is_json_too(
+    folder: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run([*command.split(), "--log-json"], capsys)
+    assert (status, out) == (2, "")
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert lines[-1]["event"] == "error"
+    assert lines[-1]["text"].startswith("rightrank: ")

@@ -187,32 +187,30 @@ def _in_fewer_bits(
     curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, working: Path, rule: DataRule
 ) -> tuple[list[StoredCandidate], AdapterFolder | None]:
     """The ranks that hold, in fewer bits, from the smallest file up to the first that holds; and that one, None where none does."""
-    answer, metric = curve.answer, runtime.settings.metric_name
-    higher, is_token_loss = runtime.settings.is_higher_better(metric), runtime.data.summary.is_token_loss
-    trials = {trial.trial_id: trial for trial in curve.trials}
+    holding = [candidate for candidate in curve.answer.candidates if candidate.holds]
     made: list[tuple[int, int, int, Path]] = []
-    for candidate, bits in product((one for one in answer.candidates if one.holds), rule.bits):
+    for candidate, bits in product(holding, rule.bits):
         folder = working / f"{candidate.trial_id}-{bits}bits"
         write_in_bits(open_adapter(working / candidate.trial_id), folder, bits)
         made.append((open_adapter(folder).weights.stat().st_size, candidate.rank, bits, folder))
     measured: list[StoredCandidate] = []
+    top = f"r{max(trial.rank for trial in curve.trials)}"
     for size, rank, bits, folder in sorted(made):
         if size >= chosen.weights.stat().st_size:
             break
         report_evaluations(runtime, f"rank {rank} in {bits} bits", rule.on_event)
         with adapter_attached(runtime, folder):
             scores = runtime.evaluate("selection")
-        pair = (trials[answer.reference_id], finished_trial(folder.name, rank, scores, runtime.settings.metric))
-        cells = [next(iter(table_of([one], metric, higher, token_loss=is_token_loss).cells.values())) for one in pair]
-        worse = minus(cells[1], cells[0])
-        bounds = bounds_of_files(worse.sums, worse.weights, worse.span)
-        holds = bounds.is_enough(answer.margin) is True
+        trial = finished_trial(folder.name, rank, scores, runtime.settings.metric, truncate_from=top)
+        against = smallest_of([*curve.trials, trial], _criterion(runtime)).candidates
+        found = next(candidate for candidate in against if candidate.trial_id == trial.trial_id)
+        high = found.difference if found.difference_high is None else found.difference_high
         measured.append(
             StoredCandidate(
-                rank=rank, bits=bits, bytes=size, difference=bounds.mean, difference_high=bounds.high, holds=holds
+                rank=rank, bits=bits, bytes=size, difference=found.difference, difference_high=high, holds=found.holds
             )
         )
-        if holds:
+        if found.holds:
             return measured, open_adapter(folder)
     return measured, None
 
@@ -305,10 +303,13 @@ def truncation_curve(
     for trial in walk(ranks, working, score, metric):
         trials.append(trial)
         on_event(Notice(text=f"rank {trial.rank}: held-out {trial.value:.4f}"))
+    return TruncationCurve(trials, written, gathered, smallest_of(trials, _criterion(runtime)))
+
+
+def _criterion(runtime: Runtime) -> Criterion:
     settings = runtime.settings
     higher, is_token_loss = settings.is_higher_better(settings.metric_name), runtime.data.summary.is_token_loss
-    criterion = Criterion(settings.metric_name, higher, settings.margin, token_loss=is_token_loss)
-    return TruncationCurve(trials, written, gathered, smallest_of(trials, criterion))
+    return Criterion(settings.metric_name, higher, settings.margin, token_loss=is_token_loss)
 
 
 def walk(

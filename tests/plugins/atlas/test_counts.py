@@ -135,6 +135,8 @@ def test_sizes_and_kinds_by_name() -> None:
 def test_the_rate_when_the_rank_changes() -> None:
     assert rank_change_line(16, 64, 32).endswith("with alpha = r multiply it by 0.57")
     assert "keep alpha at 32" in rank_change_line(16, 64, 32)
+    assert "lora_alpha 128, which keeps the scale at 2" in rank_change_line(16, 64, 32, "constant")
+    assert rank_change_line(16, 64, 32, "alpha/sqrt(r)").endswith("with rsLoRA was not measured")
     assert rate_warning(256, 512, 2e-4)
     assert not rate_warning(64, 128, 2e-4)
     assert not rate_warning(256, 32, 2e-4)
