@@ -16,9 +16,7 @@ from pathlib import Path
 import pytest
 
 import rightrank
-from rightrank.interop.exports import Written
 from rightrank.runs import plugins
-from rightrank.schema.errors import SettingsError
 from tests.tiny import write_completions
 
 ROOT = Path(__file__).parent.parent
@@ -144,10 +142,9 @@ def test_the_plug_in_of_the_docs_works(tmp_path: Path) -> None:
     assert any("rank 4" in text for text in posted)
 
 
-def test_a_plug_in_adds_an_export_and_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plug_in_adds_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     added = plugins.Plugin(
         name="added",
-        exports={"note": lambda recipe: Written({"note.txt": f"rank {recipe.r}"}, "cat note.txt")},
         calls={"twice": lambda train: lambda task: {"loss": 2 * train(task)["loss"]}},
     )
     monkeypatch.setitem(plugins._loaded(), "added", added)
@@ -155,8 +152,6 @@ def test_a_plug_in_adds_an_export_and_a_call(tmp_path: Path, monkeypatch: pytest
         lambda task: {"loss": 1 / task.rank}, tmp_path / "run", ranks=(1, 4), learning_rates=(1e-3,), executor="twice"
     )
     assert [evidence.value for evidence in selected.decision.ranks] == [2.0, 0.5]
-    with pytest.raises(SettingsError, match=r"allowed: peft, .*, note"):
-        rightrank.export(tmp_path / "run", "nonsense")
 
 
 OF_ONE = re.compile(r"rightrank\.plugins\.(\w+)")

@@ -97,7 +97,7 @@ def export(
 
     Args:
         run: a run folder whose selection has ended; for a whole model an adapter folder too.
-        to: peft, trl, axolotl, llamafactory, unsloth, vllm, merged, gguf or mlx, or a plug-in's.
+        to: peft, trl, axolotl, llamafactory, unsloth, vllm, merged, gguf or mlx.
         out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, replaced whole.
         check: of a whole model: held-out rows to compare on; the run's test split by default.
         kind: of a whole model: the type of its values, such as f16 or q8_0; None: q8_0 for gguf, else the base's.

@@ -20,7 +20,6 @@ from rightrank.models.adapter_files import open_adapter
 from rightrank.models.ranks import SERVER_RANKS, SERVING, max_module_rank, rank_change_line, rate_warning, slot_bytes
 from rightrank.report.format import size
 from rightrank.report.html import loading_lines
-from rightrank.runs import plugins
 from rightrank.schema.errors import ResultsError, SettingsError, did_you_mean
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -85,7 +84,7 @@ def require_target(name: str) -> None:
     Raises:
         SettingsError: such a target, with the nearest known one.
     """
-    known = [*TARGETS, *WHOLE, *plugins.merged(lambda plugin: plugin.exports)]
+    known = [*TARGETS, *WHOLE]
     if name not in known:
         raise SettingsError(
             f"export target {name!r} is not known{did_you_mean(name, known)}; allowed: {', '.join(known)}"
@@ -102,8 +101,7 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
         model, data = (absolute(name, recipe.adapter) for name in (recipe.model, recipe.data))
         recipe = replace(recipe, model=model, data=data)
     exported = recipe if name in ("peft", "vllm") else replace(recipe.training(), data=_train_file(recipe.data))
-    targets = TARGETS | plugins.merged(lambda plugin: plugin.exports)
-    written, comments = targets[name](exported), recipe.comments()
+    written, comments = TARGETS[name](exported), recipe.comments()
     with replacing_folder(folder) as temporary:
         if written.with_adapter:
             for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):

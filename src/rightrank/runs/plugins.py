@@ -58,8 +58,6 @@ class Plugin:
     """
     calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """By a value of `executor` of `select_rank_with`: turns a training function into one that runs elsewhere."""
-    exports: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    """By a name of `export --to`: a function of a `rightrank.interop.recipe.Recipe` that returns what to write."""
     memory_plan: Callable[
         [LoadedModel, EncodedData, int | None, SelectSettings, Callable[[str], None]], MemoryPlan | None
     ] = lambda *selection: None
