@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -36,7 +36,10 @@ EXACT, MATRICES = 0.02, 0.3  # relative: a copy in 16 bits differs by .004, a ma
 DEFAULT_ALPHA = 8.0  # of PEFT's LoraConfig
 
 
-def cause_of(sides: tuple[Side, Side]) -> str | None:
+Score: TypeAlias = Callable[[Runtime, str, Path | None], TrialFinished]  # of the base, or an adapter on it
+
+
+def cause_of(sides: tuple[Side, Side], score: Score) -> str | None:
     """What B is in place of A, in words; None where it is A, or nothing that has a name here."""
     a, b = sides
     if not b.is_whole:
@@ -45,15 +48,13 @@ def cause_of(sides: tuple[Side, Side]) -> str | None:
         return b.other_tokens
     if a.adapter is None:
         return None
-    return _other_function(a, b) or _other_base(a, b)
+    return _other_function(a, b, score) or _other_base(a, b)
 
 
-def _other_function(a: Side, b: Side) -> str | None:
-    from rightrank.adapters.compare import scored
-
+def _other_function(a: Side, b: Side, score: Score) -> str | None:
     assert a.adapter is not None
     whole, made = _losses(a.scores), _losses(b.scores)
-    base = _losses(scored(a.runtime, "base", None))
+    base = _losses(score(a.runtime, "base", None))
     off, moved = _distance(made, whole), _distance(base, whole)
     if off <= SMALL * moved:
         return None
@@ -61,7 +62,7 @@ def _other_function(a: Side, b: Side) -> str | None:
         return "it is the base: the adapter was dropped"
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         for number, (cause, folder) in enumerate(_faults(a.adapter, Path(name))):
-            losses = _losses(scored(a.runtime, f"fault {number}", folder))
+            losses = _losses(score(a.runtime, f"fault {number}", folder))
             if _distance(losses, whole) > SMALL * moved and _distance(made, losses) * NEAR <= off:
                 return f"it is {cause}"
     return None

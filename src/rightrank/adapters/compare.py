@@ -66,7 +66,7 @@ def compare_adapters(
         with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
             read = _read_sides(sides, model, place, settings, Path(name), on_event, base_b, of_run)
             comparisons += [_compare(read, spec.name, place, settings) for spec in settings.metric_specs]
-            cause = cause or cause_of(read)
+            cause = cause or cause_of(read, scored)
     worst = max(comparisons, key=lambda one: list(VERDICTS.values()).index(one.verdict))
     kept = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
     sentence = _sentence(*sides, worst, len(comparisons), cause)
