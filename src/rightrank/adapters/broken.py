@@ -48,7 +48,7 @@ def cause_of(sides: tuple[Side, Side], score: Score) -> str | None:
         return b.other_tokens
     if a.adapter is None:
         return None
-    return _other_function(a, b, score) or _other_base(a, b)
+    return _other_base(a, b) or _other_function(a, b, score)  # on another base, an adapter may do as little as none
 
 
 def _other_function(a: Side, b: Side, score: Score) -> str | None:
