@@ -1,5 +1,5 @@
 # Three commands do all the set-up: `make demo` (the main job on a real model and real text), `make check` (what trains
-# nothing, in about a minute) and `make test` (everything).
+# nothing, in about a minute) and `make test` (a sample of what trains too; `make test-all` runs everything).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DEMO_OUT ?= demo
 JOBS ?= 3
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
-.PHONY: demo check test lint generated docs sbom audit dist clean
+.PHONY: demo check test test-all tests lint generated docs sbom audit dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rightrank demo --out $(DEMO_OUT)
@@ -16,11 +16,18 @@ demo: $(VENV)/.installed
 check: lint
 	$(PYTEST) -q -m 'not trains'
 
+# A sample of the architectures, benchmarks and pages, with lint beside it; `make test-all` runs all of them.
+test: $(VENV)/.installed-dev
+	$(MAKE) --no-print-directory -j2 lint tests SELECTED="-m 'not full'"
+
+test-all: $(VENV)/.installed-dev
+	$(MAKE) --no-print-directory -j2 lint tests
+
 # A file stays in one process, so that what its tests share is trained once. Compiled once, sources and tests are not compiled by each of
 # the many processes that tests start, even where PYTHONDONTWRITEBYTECODE is set.
-test: lint
+tests: $(VENV)/.installed-dev
 	$(BIN)/python -m compileall -q src
-	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -q --durations=20
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -q --durations=20 $(SELECTED)
 
 # The types of keywords and the page of settings, from the table of settings.
 generated: $(VENV)/.installed-dev

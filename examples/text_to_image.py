@@ -4,7 +4,7 @@ It freezes the pipeline, trains the adapter of its U-Net with AdamW in evaluatio
 held-out image. `evaluate` scores a saved adapter, so that truncations are candidates too::
 
     train = TextToImageTrain(pipeline="sd-1.5", train_images=pairs, held_out=others)
-    select_rank_with(train, "run", evaluate=train.evaluate, metric="loss", steps=500, ranks=(4, 16, 64))
+    select_rank_with(train, "run", evaluate=train.evaluate, metric="loss", max_steps=500, ranks=(4, 16, 64))
 
 The loss of a diffusion model does not track how its images look. A judge of yours, a person or a model, decides instead where
 `judge` is given: it returns a number for each held-out image, such as 1, ½ or 0 for a win, a tie or a loss against a fixed image.

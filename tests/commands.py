@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -96,3 +97,12 @@ def wait_for_trial(out: Path, started: Started) -> None:
         return any('"trial_started"' in line and '"rank":0' not in line for line in lines)
 
     wait_until(has_started, "a trial has started")
+
+
+PLUG_INS = {"expect": "atlas", "plan": "plan", "judge": "judge", "fleet": "fleet", "allocate": "allocate"}
+
+
+def of_its_plug_in(command: str, *further: object) -> Any:
+    """The values of a test's parameters; it is skipped where the plug-in of the command was deleted."""
+    name = PLUG_INS.get(command.split()[0])
+    return pytest.param(command, *further, marks=[] if name is None else pytest.mark.plug_in(name))

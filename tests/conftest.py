@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +24,7 @@ gc.disable()  # until the tests are collected: what imports make stays, and to l
 settings.register_profile("no limit of time", deadline=None)  # an example may take long on a busy machine
 settings.load_profile("no limit of time")
 
+TESTS = Path(__file__).parent
 NEEDS_A_MODEL = {"model_folder", "alone"}  # a test that takes one of these fixtures trains or evaluates
 
 
@@ -32,12 +34,33 @@ LONG = (
 )
 
 
+# Of the tests that train in these files, `make test` runs one in so many: they ask the same of many models, pages or targets.
+SAMPLED = {
+    "tests/train/test_targets.py": 8, "tests/train/test_architectures.py": 8, "tests/train/test_settings_matter.py": 6,
+    "tests/models/test_conformance.py": 4, "tests/adapters/test_round_trips.py": 4, "tests/interop/test_targets.py": 4,
+    "tests/interop/test_whole.py": 5, "tests/interop/test_doors.py": 4, "tests/interop/test_smallest_processes.py": 3,
+    "tests/docs/test_code.py": 5, "tests/benchmarks/": 6, "tests/plugins/plan/test_against_profiler.py": 5,
+    "tests/plugins/cluster/": 3, "tests/test_plugins.py": 5, "tests/safety/test_build.py": 6,
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # In this order: at the end, a long file would leave a core idle.
     items.sort(key=lambda item: next((n for n, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG)))
     for item in items:
         if NEEDS_A_MODEL.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.trains)
+        for mark in item.iter_markers("plug_in"):
+            if find_spec(f"rightrank.plugins.{mark.args[0]}") is None:
+                item.add_marker(pytest.mark.skip(f"the plug-in {mark.args[0]} is not there"))
+    place: Counter[str] = Counter()
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        every = next((count for name, count in SAMPLED.items() if file.startswith(name)), 1)
+        if every > 1 and item.get_closest_marker("trains") is not None:
+            if place[file] % every:
+                item.add_marker(pytest.mark.full)
+            place[file] += 1
     gc.freeze()
     gc.enable()
 
@@ -52,30 +75,12 @@ def no_waiting_for_disks() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def done_once() -> Iterator[None]:
-    """What many small selections do alike and throw away: one model and one setting are traced once, and PEFT writes no card."""
+    """What many small selections do alike and throw away, as each plug-in's tests have it; and PEFT writes no card."""
     from peft import PeftModel
 
-    from rightrank.plugins.plan import selection
-    from rightrank.plugins.plan.estimate import Estimator
-
-    trace, known, made = Estimator._trace, {}, {}
-
-    def remembered(self: Estimator, rank: int, training: bool) -> Any:
-        settings = self.settings.model_dump(mode="json") | {"ranks": None, "memory_bytes": None}  # of one rank's trace
-        key = self._config.to_json_string(), json.dumps(settings), rank, training
-        if key not in known:
-            known[key] = trace(self, rank, training)
-        return known[key]
-
-    def estimator(config: Any, settings: Any) -> Estimator:
-        key = config.to_json_string(), json.dumps(settings.model_dump(mode="json"))
-        if key not in made:
-            made[key] = Estimator(config, settings)
-        return made[key]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Estimator, "_trace", remembered)
-        patch.setattr(selection, "Estimator", estimator)
+        for file in sorted(TESTS.glob("plugins/*/once.py")):
+            import_module(f"tests.plugins.{file.parent.name}.once").remember(patch)
         patch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)  # which `save_adapter` removes
         yield
 

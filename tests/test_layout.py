@@ -21,3 +21,11 @@ def test_no_test_imports_another() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tests"):
                 assert not node.module.rsplit(".", 1)[-1].startswith("test_"), f"{path}: {node.module}"
+
+
+def test_what_is_sampled_is_there() -> None:
+    from tests.conftest import SAMPLED
+
+    root = Path(__file__).parent.parent
+    assert all((root / name).exists() for name in SAMPLED if not name.startswith("tests/plugins/"))
+    assert "make test-all" in (root / ".ci" / "run").read_text(encoding="utf-8")

@@ -16,9 +16,7 @@ from pathlib import Path
 import pytest
 
 import rightrank
-from rightrank.interop.exports import Written
 from rightrank.runs import plugins
-from rightrank.schema.errors import SettingsError
 from tests.tiny import write_completions
 
 ROOT = Path(__file__).parent.parent
@@ -144,10 +142,9 @@ def test_the_plug_in_of_the_docs_works(tmp_path: Path) -> None:
     assert any("rank 4" in text for text in posted)
 
 
-def test_a_plug_in_adds_an_export_and_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plug_in_adds_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     added = plugins.Plugin(
         name="added",
-        exports={"note": lambda recipe: Written({"note.txt": f"rank {recipe.r}"}, "cat note.txt")},
         calls={"twice": lambda train: lambda task: {"loss": 2 * train(task)["loss"]}},
     )
     monkeypatch.setitem(plugins._loaded(), "added", added)
@@ -155,5 +152,44 @@ def test_a_plug_in_adds_an_export_and_a_call(tmp_path: Path, monkeypatch: pytest
         lambda task: {"loss": 1 / task.rank}, tmp_path / "run", ranks=(1, 4), learning_rates=(1e-3,), executor="twice"
     )
     assert [evidence.value for evidence in selected.decision.ranks] == [2.0, 0.5]
-    with pytest.raises(SettingsError, match=r"allowed: peft, .*, note"):
-        rightrank.export(tmp_path / "run", "nonsense")
+
+
+OF_ONE = re.compile(r"rightrank\.plugins\.(\w+)")
+MARK = "plug_in("
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_only_its_own_tests_import_a_plug_in(name: str) -> None:
+    """Elsewhere a test that needs it carries the marker `plug_in`."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if path.is_relative_to(ROOT / "tests" / "plugins" / name) or name not in OF_ONE.findall(text):
+            continue
+        assert not re.search(rf"^from rightrank\.plugins\.{name}\b", text, re.MULTILINE), path
+        assert f'{MARK}"{name}")' in text or "find_spec" in text, path
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_remaining_tests_pass_without_a_plug_in_and_its_tests(name: str, tmp_path: Path) -> None:
+    """All of them are collected; those that train nothing and ask for the plug-ins' commands are run."""
+    source = source_without([name], tmp_path)
+    for folder in ("tests", "benchmarks", "examples", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    for file in filter(Path.is_file, ROOT.iterdir()):
+        shutil.copy(file, tmp_path / file.name)
+    shutil.rmtree(tmp_path / "tests" / "plugins" / name, ignore_errors=True)
+    collected = python(
+        source, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "tests", folder=tmp_path
+    )
+    assert collected.returncode == 0, collected.stdout[-2000:]
+    selected = (
+        "tests/cli",
+        "tests/safety/test_threats.py",
+        "tests/safety/test_refusals.py",
+        "tests/report/test_views.py",
+    )
+    done = python(
+        source, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *selected, "-m", "not trains", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stdout[-2000:]

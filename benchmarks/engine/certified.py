@@ -1,4 +1,4 @@
-"""The certificate on a real model: an arm of a pack of three, trained again alone, in float32 and in bfloat16.
+"""The certificate: an arm that trained in a pass of three is trained again, alone; in float32 and in bfloat16.
 
 python -m benchmarks.engine.certified MODEL DATA [--layers 28,29] [--steps 6] [--out certified.json]
 """
@@ -7,17 +7,118 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from benchmarks.engine.common import machine, make_runtime
-from rightrank.hooks.certificate import certify
+from rightrank.schema.errors import RunError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.train.loop import train_trials
+from rightrank.train.loop import run_trial, train_trials
+from rightrank.train.runtime import Runtime
 from rightrank.train.trial import TrialFolders
 
 ARMS = ((16, 0), (16, 1), (4, 0))  # rank and seed; the first is certified, the second says what a seed makes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """An arm trained again alone, compared with its multi-LoRA training. Differences are relative unless stated."""
+
+    trial_id: str
+    rank: int
+    adapters_per_pass: int
+    steps: int
+    first_step_difference: float  # of the training loss
+    loss_difference: float  # of the training loss, the maximum over all steps
+    adapter_difference: float  # of the norm of the final adapter's tensors
+    value_difference: float  # of the held-out value; absolute
+    seed_difference: float | None  # between two seeds of one rank and learning rate; absolute; None: one seed
+    exact: bool  # the model is in float32
+    passed: bool | None  # None: not in float32, and no second seed to compare with
+
+    def sentence(self) -> str:
+        """The comparison in one paragraph."""
+        where = f"with {self.adapters_per_pass} adapters per pass" if self.adapters_per_pass > 1 else "alone"
+        yardstick = "" if self.seed_difference is None else f" (two seeds differ by {self.seed_difference:.2g})"
+        verdict = {True: "the same", False: "NOT the same", None: "no second seed to compare with"}[self.passed]
+        return (
+            f"Rank {self.rank} was trained {where} and again alone: {verdict}. Relative differences: "
+            f"{self.first_step_difference:.1e} in the first step's loss, {self.loss_difference:.1e} at most in "
+            f"{self.steps} steps, {self.adapter_difference:.1e} in the adapter; held-out {self.value_difference:.1e}{yardstick}."
+        )
+
+
+STEP_BOUND = 1e-5  # relative, of the loss of one step from the same state, float32
+RUN_BOUND = 1e-3  # relative, of losses and adapter over a whole training, float32
+MAX_SEED_SHARE = 0.1  # below float32: of the difference between two seeds
+
+
+def certify(
+    runtime: Runtime,
+    trial: TrialFinished,
+    adapter: Path,
+    scratch: Path,
+    listener: Listener,
+    seed_difference: float | None,
+) -> Certificate:
+    """Train the arm of `trial` again, alone and from its start, and return the differences.
+
+    Args:
+        adapter: the folder of its trained adapter.
+        seed_difference: the difference of the held-out value between two seeds of one rank and learning rate; None if
+            the run has one seed. It sets the bound for a model that is not in float32.
+
+    Raises:
+        RunError: the repeated training ended without a result.
+        InterruptedRun: the listener asked to stop; a checkpoint was written.
+    """
+    arm = trial.arm.model_copy(update={"continue_from": None})
+    folders = TrialFolders(scratch / f"{trial.trial_id}.safetensors", scratch / trial.trial_id)
+    again = run_trial(runtime, Trial(trial_id=trial.trial_id, arm=arm), None, folders, listener)
+    if not isinstance(again, TrialFinished):
+        raise RunError(f"{arm.label()} ended without a result when trained again alone: {again.reason}")
+    losses = zip(trial.train_losses, again.train_losses, strict=True)
+    differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in losses] or [0.0]
+    step, run = differences[0], max(differences)
+    tensors = _tensor_difference(
+        load_file(adapter / "adapter_model.safetensors"), load_file(folders.adapter / "adapter_model.safetensors")
+    )
+    value = abs(trial.value - again.value)
+    exact = next(runtime.model.parameters()).dtype == torch.float32
+    exact_enough = step <= STEP_BOUND and run <= RUN_BOUND and tensors <= RUN_BOUND
+    within_noise = None if seed_difference is None else value <= MAX_SEED_SHARE * seed_difference
+    return Certificate(
+        trial_id=trial.trial_id,
+        rank=trial.rank,
+        adapters_per_pass=trial.adapters_per_pass,
+        steps=len(trial.train_losses),
+        first_step_difference=step,
+        loss_difference=run,
+        adapter_difference=tensors,
+        value_difference=value,
+        seed_difference=seed_difference,
+        exact=exact,
+        passed=exact_enough if exact else within_noise,
+    )
+
+
+def _tensor_difference(here: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor]) -> float:
+    """‖here − there‖ / ‖there‖ over all A, over all B and over any other tensors; the largest of the three."""
+    assert here.keys() == there.keys()
+    largest = 0.0
+    for part in ("_A", "_B", ""):
+        names = [name for name in here if (part in name if part else "_A" not in name and "_B" not in name)]
+        norm = sum(float(there[name].double().square().sum()) for name in names)
+        difference = sum(float((here[name].double() - there[name].double()).square().sum()) for name in names)
+        if norm > 0:
+            largest = max(largest, (difference / norm) ** 0.5)
+    return largest
 
 
 def measure(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
@@ -39,7 +140,7 @@ def measure(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     found = {outcome.trial_id: outcome for outcome in ended if isinstance(outcome, TrialFinished)}
     seeds = abs(found["c0"].value - found["c1"].value)
     certified = certify(runtime, found["c0"], work / "c0", work / "again", Listener(), seeds)
-    return certified.model_dump() | {"dtype": dtype, "sentence": certified.sentence()}
+    return asdict(certified) | {"dtype": dtype, "sentence": certified.sentence()}
 
 
 def main() -> None:

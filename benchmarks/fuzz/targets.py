@@ -18,7 +18,6 @@ from rightrank.api.runs import decide, status
 from rightrank.cli.options import gather
 from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data
-from rightrank.plugins.plan import plan
 from rightrank.report.html import render_report
 from rightrank.report.terminal import decision_text
 from rightrank.runs.folder import RunFolder
@@ -130,6 +129,8 @@ def read_weights(data: bytes, folder: Path) -> None:
 
 def read_model(data: bytes, folder: Path) -> None:
     """A model's configuration, planned for."""
+    from rightrank.plugins.plan import plan
+
     (folder / "config.json").write_bytes(data)
     plan(str(folder), settings=PlanSettings(ranks=(2,), batch_size=1, seq_len=16)).model_dump_json()
 

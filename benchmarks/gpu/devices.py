@@ -39,9 +39,6 @@ import rightrank
 from benchmarks.gpu.pretend import install
 from benchmarks.results import store
 from rightrank.models import base_models
-from rightrank.plugins import plan as plan_command
-from rightrank.plugins.plan.selection import plan_selection
-from rightrank.plugins.plan.skeleton import read_config
 from rightrank.runs import prepare as preparation
 from rightrank.runs.values import Request
 from rightrank.schema.errors import InterruptedRun, SettingsError
@@ -181,6 +178,10 @@ SILENT = Listener()
 
 def plans_for_cuda(folder: Path) -> list[dict[str, Any]]:
     """The plans of a tiny model for CUDA, as a table and within a selection, without a device."""
+    from rightrank.plugins import plan as plan_command
+    from rightrank.plugins.plan.selection import plan_selection
+    from rightrank.plugins.plan.skeleton import read_config
+
     request = _request("Llama", SIZES, "language", {}, folder)
     found = []
     for name, settings in PLANS.items():

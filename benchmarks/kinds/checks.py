@@ -20,8 +20,6 @@ from transformers import AutoModelForCausalLM
 from benchmarks.kinds.cases import ARM, RANK, STEPS, Trained, make_runtime, settings_of
 from rightrank import inspect, resize
 from rightrank.models.adapter_files import open_adapter
-from rightrank.plugins.plan.estimate import Estimator
-from rightrank.plugins.plan.selection import plan_selection, step_settings
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
@@ -71,6 +69,9 @@ class Suite:
 
     def is_planned(self) -> str:
         """The plan has the parameters and the bytes of the adapter, and traces its step."""
+        from rightrank.plugins.plan.estimate import Estimator
+        from rightrank.plugins.plan.selection import plan_selection, step_settings
+
         config = self.runtime.model.config
         settings, longest = settings_of(self.case), self.runtime.data.longest
         assert plan_selection(config, settings, longest, "cpu").peak_bytes[RANK] > 0

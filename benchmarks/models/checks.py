@@ -11,6 +11,7 @@ import math
 import time
 import warnings
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks.models.generator import Case, make_case, model_of
 from rightrank import resize
-from rightrank.plugins.plan.estimate import Estimator
-from rightrank.plugins.plan.selection import step_settings
-from rightrank.plugins.plan.skeleton import read_config
 from rightrank.runs.prepare import Prepared, prepare
 from rightrank.runs.values import Request
 from rightrank.schema.errors import RightrankError
@@ -258,6 +256,12 @@ def loaded_losses(runtime: Runtime, base: Path, adapter: Path) -> list[float]:
 
 def _require_counts(case: Case, prepared: Prepared, base: Path, adapters: Path) -> None:
     """The plan of the selection has the parameters and the bytes of its adapters; `plan` alone those of PEFT's `all-linear`."""
+    if find_spec("rightrank.plugins.plan") is None:
+        return
+    from rightrank.plugins.plan.estimate import Estimator
+    from rightrank.plugins.plan.selection import step_settings
+    from rightrank.plugins.plan.skeleton import read_config
+
     runtime, whole = prepared.runtime, fresh_base(prepared.runtime, base)
     classes, config = len(CLASSES) if runtime.data.is_classification else None, runtime.model.config
     each = 2 if runtime.data.summary.form == "preference" else 1
@@ -287,7 +291,7 @@ def _require_counts(case: Case, prepared: Prepared, base: Path, adapters: Path) 
     _require_counted("plan", estimator, rank, counted)
 
 
-def _require_counted(what: str, estimator: Estimator, rank: int, wanted: tuple[int, int]) -> None:
+def _require_counted(what: str, estimator: Any, rank: int, wanted: tuple[int, int]) -> None:
     parts = estimator.inventory(rank)
     found = parts.trainable_parameters, parts.adapter_bytes
     assert found == wanted, f"{what}: parameters and bytes {found} for {wanted}"

@@ -173,8 +173,8 @@ def test_figures_and_plots(capsys: pytest.CaptureFixture[str], adapter: Path, tm
     assert "ends in .svg" in complaint(capsys, "inspect", adapter, "--plot", tmp_path / "x.pdf")
 
 
+@pytest.mark.plug_in("allocate")
 def test_settings_and_ranks_without_effect(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
-    assert "--set needs --gradient" in complaint(capsys, "inspect", adapter, "--set", "seq_len=32")
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a"}\n')
     words = ("--rank", "9999", "--learning-rate", "1e-3", "--max-steps", "1")

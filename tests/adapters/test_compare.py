@@ -175,7 +175,7 @@ def test_a_few_rows_are_compared_and_one_is_refused_in_words_of_its_own(
     single.write_text(lines[0])
     settings = SelectSettings(**SETTINGS)
     assert compare("base", trained, model=str(model_folder), data=few, settings=settings).examples == 3
-    with pytest.raises(DataError, match="1 rows; two or more are needed"):
+    with pytest.raises(DataError, match="1 rows; 2 or more are needed"):
         compare("base", trained, model=str(model_folder), data=single, settings=settings)
 
 
@@ -221,4 +221,4 @@ def test_examples_without_a_label_are_counted(model_folder: Path, tmp_path: Path
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     found = compare("base", "base", model=str(model_folder), data=data, settings=SelectSettings(**SETTINGS))
     assert (found.examples, found.left_out) == (10, 3)
-    assert "on 10 examples (3 more have no label within the maximum length)" in found.sentence
+    assert "on 10 examples, taken as independent (3 more have no label within the maximum length)" in found.sentence

@@ -7,8 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from benchmarks.engine import compare, held_out, items, profile_step
+from benchmarks.engine import certified, compare, held_out, items, profile_step
 from benchmarks.engine.common import make_runtime
+
+from rightrank.schema.events import Listener
+from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.train.loop import run_trial
+from rightrank.train.trial import TrialFolders
+from tests import helpers
+from tests.tiny import small_settings
 
 pytestmark = pytest.mark.trains
 
@@ -58,3 +65,16 @@ def test_memory_against_items_is_counted(model_folder: Path, completion_file: Pa
     assert 2000 < measured["train_items"] < 3000
     assert measured["tokens_on_disk"] > measured["tokens_asked_for"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_arm_that_differs_is_reported(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    runtime = helpers.make_runtime(model_folder, completion_file, small_settings(max_steps=3), tmp_path / "cache")
+    arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=3)
+    folders = TrialFolders(tmp_path / "c", tmp_path / "adapter")
+    trial = run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Listener())
+    assert isinstance(trial, TrialFinished)
+    other = trial.model_copy(update={"train_losses": [*trial.train_losses[:2], trial.train_losses[2] * 1.01]})
+    certificate = certified.certify(runtime, other, folders.adapter, tmp_path / "scratch", Listener(), None)
+    assert certificate.passed is False
+    assert certificate.loss_difference == pytest.approx(0.01, rel=1e-3)
+    assert "NOT the same" in certificate.sentence()

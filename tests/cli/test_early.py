@@ -53,6 +53,7 @@ def test_what_does_not_exist_is_named_before_torch_is_imported(files: Path, argu
     assert not (files / "run").exists()
 
 
+@pytest.mark.plug_in("plan")
 def test_a_plan_names_what_does_not_exist_too(files: Path) -> None:
     for arguments, message in (
         (["plan", "./modle"], "no such folder (did you mean 'model'?);"),
@@ -106,7 +107,7 @@ def test_help_loads_neither_settings_nor_numbers() -> None:
     """All commands are listed, those of plug-ins with them."""
     asked = LIGHT.replace('{"torch", "transformers"}', '{"torch", "transformers", "numpy", "pydantic", "rich"}')
     done = subprocess.run([sys.executable, "-c", asked, "--help"], capture_output=True, text=True)
-    assert "expect" in done.stdout
+    assert "decide" in done.stdout
     assert done.stderr == "[]\n"
 
 

@@ -16,7 +16,7 @@ from rightrank import Selected, demo, select_rank
 from rightrank.hooks import Hook
 from rightrank.schema.events import Notice
 from tests.adapters.adapters import make_adapter, make_base
-from tests.commands import COMMANDS, run
+from tests.commands import COMMANDS, of_its_plug_in, run
 from tests.report.runs import journal_of
 from tests.tiny import small_settings, write_completions, write_jsonl
 
@@ -79,7 +79,6 @@ FINE = [
     "report made_up",
     "report done",
     "repair done",
-    "path ms-swift",
     "inspect adapter",
     "inspect --base base --finetuned finetuned",
     "resize adapter small --rank 2",
@@ -108,7 +107,6 @@ FAILING = [
     "report empty",
     "report damaged",
     "repair empty",
-    "path ms_swift",
     "repair damaged",
     "export made_up --to moon",
     "export made_up --to peft",
@@ -118,7 +116,6 @@ FAILING = [
     "inspect",
     "inspect model",
     "inspect --base base --finetuned empty",
-    "inspect --gradient model nowhere.jsonl",
     "compare empty of_model --model model --data data.jsonl",
     "compare of_model of_model --model model --data nowhere.jsonl",
     "fleet of_model empty --model model --data data.jsonl --out out",
@@ -162,7 +159,7 @@ def one_object(text: str) -> dict[str, object]:
     return answer
 
 
-@pytest.mark.parametrize("command", FINE)
+@pytest.mark.parametrize("command", list(map(of_its_plug_in, FINE)))
 def test_an_answer_is_one_object(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run([*command.split(), "--json"], capsys)
     assert status == 0
@@ -170,7 +167,8 @@ def test_an_answer_is_one_object(folder: Path, command: str, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("command", "expected"), [(command, 2) for command in FAILING] + [(command, 1) for command in UNFINISHED]
+    ("command", "expected"),
+    [of_its_plug_in(command, 2) for command in FAILING] + [(command, 1) for command in UNFINISHED],
 )
 def test_a_failure_is_one_line_on_stderr(
     folder: Path, command: str, expected: int, capsys: pytest.CaptureFixture[str]
@@ -211,3 +209,16 @@ def test_every_command_with_json_is_tried_both_ways() -> None:
     assert set(COMMANDS) == with_json
     assert {command.split()[0] for command in FINE} | {"demo"} == with_json
     assert {command.split()[0] for command in FAILING} == with_json
+
+
+@pytest.mark.parametrize(
+    "command", ["select model nowhere.jsonl --out run", "resize adapter out --rank 0", "select --nonsense"]
+)
+def test_beside_a_log_of_json_a_failure_is_json_too(
+    folder: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run([*command.split(), "--log-json"], capsys)
+    assert (status, out) == (2, "")
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert lines[-1]["event"] == "error"
+    assert lines[-1]["text"].startswith("rightrank: ")

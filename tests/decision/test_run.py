@@ -23,7 +23,7 @@ from rightrank.decision.table import table_of
 from rightrank.report.status import last_decided, run_status
 from rightrank.schema.decision import CheckpointNote, Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
-from rightrank.schema.events import Certified, DecisionRecorded, GuardEvaluated, JournalRecord, RunContinued
+from rightrank.schema.events import DecisionRecorded, GuardEvaluated, JournalRecord, RunContinued
 from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, TrialFinished, TrialLook, TrialStarted
 from tests.report import runs
 from tests.report.runs import ITEMS, TOKENS, answered_run, made_up_run
@@ -69,20 +69,9 @@ def test_every_kind_of_record_is_kept_apart() -> None:
     guard = GuardEvaluated(
         file="g", fingerprint="f", trial_id=trial.trial_id, rank=trial.rank, item_losses=[1.0], item_tokens=[1]
     )
-    same = dict.fromkeys(("first_step_difference", "loss_difference", "adapter_difference", "value_difference"), 0.0)
-    certified = Certified(
-        trial_id=trial.trial_id,
-        rank=trial.rank,
-        adapters_per_pass=2,
-        steps=1,
-        seed_difference=None,
-        exact=True,
-        passed=True,
-        **same,
-    )
     answered = answered_run().adapters
-    found = Records.of(made.started, [guard, *answered, certified, *made.tests])
-    assert (found.guards, found.certificates, found.adapters) == ([guard], [certified], answered)
+    found = Records.of(made.started, [guard, *answered, *made.tests])
+    assert (found.guards, found.adapters) == ([guard], answered)
     assert (found.tests, found.outcomes, found.looks) == (made.tests, [], {})
 
 

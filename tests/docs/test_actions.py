@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,40 @@ def test_the_step_passes_and_fails_the_job(
     noise = {name: value + torch.randn_like(value) for name, value in tensors_of(released).items()}
     rewrite(tmp_path / "candidate" / "adapter", noise)
     assert run(step(), capsys)[0] in (3, 4)
+
+
+def action() -> list[dict[str, str]]:
+    steps: list[dict[str, str]] = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["runs"]["steps"]
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("status", "undecided", "expected"),
+    [(0, "fail", 0), (3, "pass", 3), (4, "fail", 4), (4, "pass", 0), (2, "pass", 2)],
+)
+def test_the_action_runs_the_command_and_ends_as_it_does(
+    status: int, undecided: str, expected: int, tmp_path: Path
+) -> None:
+    """Its script, with a program of that name that prints what it is given."""
+    program = tmp_path / "rightrank"
+    program.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@"\nexit {status}\n', encoding="utf-8")
+    program.chmod(0o755)
+    given = {"A": "run/adapter", "B": "my model.gguf", "MODEL": "model", "DATA": "rows.jsonl", "MARGIN": "0.01"}
+    options = {"OPTIONS": "--base-b 4bit", "UNDECIDED": undecided, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (step,) = [step for step in action() if "rightrank compare" in step["run"]]
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", step["run"]], env=given | options, capture_output=True, text=True
+    )
+    assert done.returncode == expected, done.stderr
+    assert done.stdout.split("\n")[:-1] == [
+        "compare", "run/adapter", "my model.gguf", "--model", "model", "--data", "rows.jsonl", "--base-b", "4bit", "--margin", "0.01",
+    ]  # fmt: skip
+
+
+def test_the_action_s_inputs_are_those_of_its_page() -> None:
+    inputs = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["inputs"]
+    (block,) = [block for block in blocks(ROOT / "docs" / "how-to" / "ship.md") if block.language == "yaml"]
+    steps = yaml.safe_load(block.text)["jobs"]["shipped"]["steps"]
+    used = next(step["with"] for step in steps if "with" in step)
+    required = {name for name, value in inputs.items() if value.get("required")}
+    assert required <= used.keys() <= inputs.keys()

@@ -16,6 +16,8 @@ def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Suite.of(case, tmp_path_factory.mktemp("kind"))
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "check", [pytest.param(name, marks=pytest.mark.plug_in("plan")) if name == "planned" else name for name in CHECKS]
+)
 def test_a_kind_keeps(check: str, suite: Suite) -> None:
     assert CHECKS[check](suite)

@@ -13,7 +13,6 @@ import pytest
 from benchmarks.report.screenshots import docs_screenshots
 
 from rightrank.decision.run import Records, decide_run, decision_so_far
-from rightrank.plugins.judge.pairs import judge_page
 from rightrank.report.figures import margin_steps
 from rightrank.report.html import render_report
 from tests.report.chromium import CHROMIUM, FLAGS
@@ -212,7 +211,10 @@ def test_texts_from_data_run_nothing(browser: Any, tmp_path: Path) -> None:
     assert seen.complaints == []
 
 
+@pytest.mark.plug_in("judge")
 def test_a_judge_clicks_through_and_saves(browser: Any, tmp_path: Path) -> None:
+    from rightrank.plugins.judge.pairs import judge_page
+
     page = browser.new_page(accept_downloads=True)
     pairs = [
         {"id": f"p{n}", "prompt": f"prompt {n} </script><b>", "a": f"left {n}", "b": f"right {n}"} for n in range(3)

@@ -15,13 +15,13 @@ import pytest
 from benchmarks.fuzz.guard import find_in
 from safetensors.numpy import save_file
 
+import rightrank
 from rightrank.adapters.checkpoints import open_weights
 from rightrank.api.adapters import inspect
 from rightrank.api.runs import decide, status
 from rightrank.data.files import read_config
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_base
-from rightrank.plugins.plan import plan
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import DataError, InputError, ModelError, ResultsError, RunFolderError, SettingsError
 from rightrank.schema.plan_settings import PlanSettings
@@ -204,6 +204,7 @@ def test_archives_are_not_opened(tmp_path: Path, name: str) -> None:
     require_refused(lambda: load_data(path, small_settings()), "are not read; give", DataError)
 
 
+@pytest.mark.plug_in("plan")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -221,7 +222,7 @@ def test_model_configurations_without_end(
     config = json.loads((model_folder / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
     settings = PlanSettings(ranks=(2,), batch_size=1, seq_len=16)
-    require_refused(lambda: plan(str(tmp_path), settings=settings), message, ModelError)
+    require_refused(lambda: rightrank.plan(str(tmp_path), settings=settings), message, ModelError)
 
 
 # names and links that lead elsewhere
@@ -297,14 +298,16 @@ def foreign_model(model_folder: Path, target: Path, mark: Path) -> Path:
     return target
 
 
+@pytest.mark.plug_in("plan")
 def test_code_of_a_model_s_own_is_not_run_unasked(tmp_path: Path, model_folder: Path) -> None:
     mark = tmp_path / "mark"
     model = foreign_model(model_folder, tmp_path / "model", mark)
     require_refused(lambda: load_base(str(model), ON_CPU, None), "trust_remote_code|custom code", ModelError)
-    require_refused(lambda: plan(str(model)), "trust_remote_code|custom code", ModelError)
+    require_refused(lambda: rightrank.plan(str(model)), "trust_remote_code|custom code", ModelError)
     assert not mark.exists()
 
 
+@pytest.mark.plug_in("plan")
 @pytest.mark.parametrize(
     "where", ["attn_implementation", "_attn_implementation", "experts_implementation", "text_config"]
 )
@@ -315,7 +318,7 @@ def test_a_configuration_that_names_compiled_code_on_the_hub(tmp_path: Path, mod
     value = {"attn_implementation": {"": "someone/kernel"}} if where == "text_config" else "someone/kernel"
     (model / "config.json").write_text(json.dumps(config | {where: value}))
     require_refused(lambda: load_base(str(model), ON_CPU, None), "code from the hub", ModelError)
-    require_refused(lambda: plan(str(model)), "code from the hub", ModelError)
+    require_refused(lambda: rightrank.plan(str(model)), "code from the hub", ModelError)
 
 
 def test_an_adapter_in_a_model_s_folder_does_not_name_another_base(tmp_path: Path, model_folder: Path) -> None:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 
 from rightrank import select_rank_with
 from rightrank.hooks import trackers
-from rightrank.plugins.cluster.on_ray import RayCrew
-from rightrank.plugins.judge.pairs import judge_page
 from rightrank.report.html import page_script
 from rightrank.runs.hook import described
 from rightrank.schema.errors import RunError, SettingsError, first_line, one_line, without_secrets
@@ -125,22 +121,6 @@ def test_a_secret_in_a_trainer_s_error_reaches_no_file_and_no_line(
     assert not [name for name, text in {**written, "printed": printed}.items() if SECRET in text]
 
 
-def test_workers_of_a_cluster_get_four_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Ray head shows the environment of its actors to whoever reaches its dashboard."""
-    from rightrank.plugins.cluster import on_ray
-
-    ray, setup = MagicMock(), MagicMock()
-    ray.nodes.return_value = [{"Alive": True, "Resources": {"CPU": 8.0, "memory": 2.0**36}}]
-    monkeypatch.setattr(on_ray, "connected", lambda _: ray)
-    crew = RayCrew(setup, None, None, on_cuda=False)
-    monkeypatch.setattr(os, "environ", {"HF_TOKEN": SECRET, "AWS_SECRET_ACCESS_KEY": SECRET, "PYTHONPATH": "src"})
-    crew.start("worker-0")
-    assert ray.remote.return_value.options.call_args.kwargs["runtime_env"] == {"env_vars": {"PYTHONPATH": "src"}}
-    ray.remote.return_value.options.return_value.remote.assert_called_once_with()  # an actor is given its setup alone, as JSON
-    actor = ray.remote.return_value.options.return_value.remote.return_value
-    actor.receive.remote.assert_called_once_with(setup.model_dump_json.return_value)
-
-
 def test_a_cluster_is_joined_only_where_it_is_asked_for() -> None:
     assert SelectSettings().executor == "local"
     with pytest.raises(SettingsError, match="ray_address was given and the executor is"):
@@ -150,7 +130,10 @@ def test_a_cluster_is_joined_only_where_it_is_asked_for() -> None:
 HOSTILE = "</script><script>fetch('https://elsewhere')</script><img src=x onerror=alert(1)>\u202e"
 
 
+@pytest.mark.plug_in("judge")
 def test_the_judge_s_page_shows_answers_as_text_and_sends_nothing() -> None:
+    from rightrank.plugins.judge.pairs import judge_page
+
     page = judge_page([{"id": "p0", "prompt": HOSTILE, "a": HOSTILE, "b": "b"}])
     assert page.count("<script") == page.count("</script>") == 2  # the pairs as JSON, and the page's own
     assert "<img" not in page

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from rightrank.plugins.judge.pairs import promptable_examples
 from rightrank.schema.errors import DataError
 from rightrank.schema.trials import Arm
 from rightrank.train import generation
-from rightrank.train.generation import answers, prompts, write_completion
+from rightrank.train.generation import answers, prompts
 from rightrank.train.multi_lora import MultiLora
 from rightrank.train.runtime import Runtime
 from tests.helpers import make_runtime
@@ -138,9 +137,3 @@ def test_text_has_no_prompt(model_folder: Path, tmp_path: Path) -> None:
     runtime = make_runtime(model_folder, data, small_settings(), tmp_path / "cache")
     with pytest.raises(DataError, match=r"has no prompt"):
         prompts(runtime, "selection")
-
-
-def test_a_sample_is_the_answer_within_max_new_tokens(runtime: Runtime) -> None:
-    examples = promptable_examples(runtime, 3)
-    by_id = {answer.item_id: answer.completion for answer in answers(runtime, "test")}
-    assert [write_completion(runtime, example) for example in examples] == [by_id[e.item_id] for e in examples]

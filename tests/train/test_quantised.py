@@ -12,8 +12,6 @@ from benchmarks.kinds.checks import plain_losses
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank.models import base_models as models
-from rightrank.plugins.plan.estimate import Estimator
-from rightrank.plugins.plan.selection import plan_selection, step_settings
 from rightrank.schema.errors import MissingExtraError, ModelError, SettingsError
 from rightrank.schema.trials import Arm
 from rightrank.train.pace import multi_lora_obstacle
@@ -90,14 +88,3 @@ def test_dora_over_eight_bits_on_a_cpu_is_refused(completion_file: Path, tmp_pat
     """PEFT's own second pass fails there."""
     with pytest.raises(ModelError, match="use_dora with load_in_8bit: PEFT loses the scales"):
         quantised_runtime(completion_file, tmp_path, 8, use_dora=True)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_dora_over_quantised_matrices_is_planned(bits: int) -> None:
-    config = LlamaConfig(vocab_size=300, **SIZES)
-    settings = small_settings(**{"use_dora": True, f"load_in_{bits}bit": True})
-    plain = settings.model_copy(update={"use_dora": False})
-    steps = (step_settings(config, one, 32, "cpu", None) for one in (settings, plain))
-    with_magnitudes, without = (Estimator(config, one).inventory(4).trainable_parameters for one in steps)
-    assert with_magnitudes > without
-    assert plan_selection(config, settings, 32, "cpu").ranks == settings.ranks

@@ -84,7 +84,7 @@ PLANS_TRAININGS = {  # they choose which trainings there are, and change none of
 }  # fmt: skip
 JUDGES = {  # they measure and judge what was trained
     "metric", "margin", "confidence", "metrics", "lower_is_better", "higher_is_better", "max_new_tokens", "guard",
-    "guard_margin", "eval_points", "eval_batch_size", "certify", "report_to", "checkpoint",
+    "guard_margin", "eval_points", "eval_batch_size", "report_to", "checkpoint",
 }  # fmt: skip
 CHANGES_NO_LOSS = {  # they say where and how trainings run; tests of each show equal losses
     "memory_bytes", "gradient_checkpointing", "cache_prefix", "adapters_per_pass", "checkpoint_seconds",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ import transformers
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from rightrank.plugins.plan.skeleton import build_skeleton
 from rightrank.schema.errors import ModelError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.trials import Arm
@@ -145,12 +145,14 @@ def test_options_adapt_what_peft_adapts(option: str, model: Any) -> None:
             ours(model, **options)
         return
     assert ours(model, **options) == theirs
-    if "layers_pattern" not in options and model.config.model_type in PLANNED:
+    if "layers_pattern" not in options and model.config.model_type in PLANNED and find_spec("rightrank.plugins.plan"):
         assert planned(model, **options) == theirs
 
 
 def planned(model: Any, **options: Any) -> set[str]:
     """The modules that a plan counts."""
+    from rightrank.plugins.plan.skeleton import build_skeleton
+
     labels = model.config.num_labels if is_classifier(model) else None
     settings = PlanSettings(ranks=(1, 2), num_labels=labels, **options)
     skeleton = build_skeleton(model.config, settings, 2)

@@ -7,8 +7,7 @@ and Tropp 2011) gives the leading singular values; the energy ‖Δ‖²_F is ex
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,8 @@ from rightrank.models.adapter_files import natural_order
 from rightrank.models.places import read_header, safe_shards
 from rightrank.schema.errors import ModelError
 from rightrank.schema.results import Inspection, ModuleSpectrum
-from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Floats
-from rightrank.train.adapter_runtime import DataUse, make_runtime
-from rightrank.train.runtime import Runtime
 
-GRADIENT_EXAMPLES = 64  # training examples over which the gradient is averaged
 EXACT_SIDE = 1024  # shorter side up to which a difference is decomposed exactly
 SKETCH_RANK = 128
 OVERSAMPLING = 32
@@ -129,49 +124,6 @@ def _sketched_values(delta: torch.Tensor, rank: int) -> Floats:
         _, leading, _ = torch.svd_lowrank(delta, min(rank + OVERSAMPLING, *delta.shape), POWER_ITERATIONS)
     values: Floats = leading[:rank].double().numpy()
     return values
-
-
-def inspect_gradient(model: str, data: Path, settings: SelectSettings) -> Inspection:
-    """The spectra of the gradient of the mean training loss over the first examples, of the settings' target modules.
-
-    Raises:
-        InputError: the model, the data or a module name cannot be used.
-    """
-    with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-        runtime = make_runtime(model, None, DataUse(data, settings, Path(name)))
-        shapes = {target.name: target for target in runtime.targets.modules}
-        gradients = weight_gradients(runtime, list(shapes))
-    spectra = []
-    for module, gradient in gradients.items():
-        target = shapes[module]
-        # Conv1D stores its weight as in × out
-        matrix = gradient if gradient.shape[0] == target.out_features else gradient.T
-        spectra.append(_matrix_spectrum(module, matrix.float(), SKETCH_RANK))
-    note = f"mean loss over the first {min(GRADIENT_EXAMPLES, len(runtime.data.splits['train']))} training examples, base without adapter"
-    parameters = sum(math.prod(spectrum.shape) for spectrum in spectra)
-    return inspection_of(
-        spectra, kind="gradient", scaling_rule="none", base_model=model, parameters=parameters, notes=[note]
-    )
-
-
-def weight_gradients(
-    runtime: Runtime, names: Sequence[str], examples: int = GRADIENT_EXAMPLES
-) -> dict[str, torch.Tensor]:
-    """The gradient of the mean loss over the first training examples, with respect to each named weight of the base."""
-    weights = {name: runtime.model.get_submodule(name).weight for name in names}
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    try:
-        count = min(examples, len(runtime.data.splits["train"]))
-        size = runtime.settings.batch_size
-        for start in range(0, count, size):
-            batch = runtime.batch("train", range(start, min(start + size, count)))
-            torch.autograd.backward(runtime.losses("train", batch, 1 / count).total)
-        return {name: weight.grad.detach().clone() for name, weight in weights.items()}
-    finally:
-        for weight in weights.values():
-            weight.requires_grad_(False)
-            weight.grad = None
 
 
 @dataclass(frozen=True, slots=True)

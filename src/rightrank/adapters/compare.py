@@ -2,7 +2,8 @@
 
 Both are read on the same examples, all of those in the data, and compared in pairs. B is *not worse* if the one-sided 95% upper
 bound of its mean difference is below the margin, *worse* if the lower bound is above the margin, and otherwise the
-examples cannot tell. Each side is an adapter folder that PEFT loads, the base itself, or a whole model (such as a merged one).
+examples cannot tell. Each side is an adapter folder that PEFT loads, the base itself, or a whole model: a folder (such as a merged one), a
+GGUF file, or a folder of MLX. A whole model that is made of A is *broken* where it is another function than A, with the cause.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rightrank.adapters.broken import cause_of, difference_of_tokens
 from rightrank.adapters.places import BASE
 from rightrank.data.files import UnreadableError, read_json_object
-from rightrank.data.rows import held_out_fields
-from rightrank.data.splits import DataSplits, load_data
+from rightrank.data.splits import DataSplits, load_all
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
 from rightrank.decision.table import minus, spread_of, spread_sentence, table_of
 from rightrank.models.base_models import are_unnamed, load_base
-from rightrank.models.places import CLASSIFIER_FILE, CONFIG_FILE, WEIGHTS_FILE, read_header
+from rightrank.models.formats import torch_folder
+from rightrank.models.places import CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE, read_header
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.events import Evaluating
 from rightrank.schema.metrics import default_margin
@@ -36,6 +38,7 @@ from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.tokens import encode
 from rightrank.train.trial import finished
 
+BITS = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}  # of `--base-b`
 VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cannot_tell", False: "worse"}
 
 
@@ -45,30 +48,45 @@ def compare_adapters(
     data: Sequence[Path],
     settings: SelectSettings,
     on_event: Callable[[Evaluating], None] = lambda _: None,
+    base_b: str | None = None,
+    of_run: DataSplits | None = None,
 ) -> AdapterComparison:
     """Read A and B on every data set and compare them by every metric; see `rightrank.compare`.
+
+    Args:
+        of_run: in place of the rows of `data`, its only name: examples whose validation split is scored.
 
     Raises:
         InputError: a side, the model, the data or a metric can't be used.
     """
     require_scorers(settings)
-    found: list[MetricComparison] = []
+    comparisons: list[MetricComparison] = []
+    cause: str | None = None
     for place in data:
         with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-            read = _read_sides(sides, model, place, settings, Path(name), on_event)
-            found += [_compare(read, spec.name, place, settings) for spec in settings.metric_specs]
-    worst = max(found, key=lambda one: list(VERDICTS.values()).index(one.verdict))
-    kept = worst.model_dump(exclude={"data", "value_a", "value_b"})
-    return AdapterComparison(sentence=_sentence(*sides, worst, len(found)), comparisons=found, **kept)
+            read = _read_sides(sides, model, place, settings, Path(name), on_event, base_b, of_run)
+            comparisons += [_compare(read, spec.name, place, settings) for spec in settings.metric_specs]
+            cause = cause or cause_of(read, scored)
+    worst = max(comparisons, key=lambda one: list(VERDICTS.values()).index(one.verdict))
+    kept = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
+    sentence = _sentence(*sides, worst, len(comparisons), cause)
+    return AdapterComparison(sentence=sentence, comparisons=comparisons, cause=cause, **kept)
 
 
 @dataclass(frozen=True, slots=True)
-class _Sides:
-    """The scores of A and B on all examples of one data set, in one order."""
+class Side:
+    """One side on all examples of one data set: what it was read from, and its scores."""
 
-    a: TrialFinished
-    b: TrialFinished
-    left_out: int  # examples without a label within the maximum length
+    place: str
+    runtime: Runtime
+    adapter: Path | None  # on the base of `runtime`; None: the base or a whole model
+    scores: TrialFinished
+    other_tokens: str | None  # why its own tokenizer reads the examples as other tokens than A's; None: it does not
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a model of its own, and not the base with or without an adapter."""
+        return self.adapter is None and self.place != BASE
 
 
 def _read_sides(
@@ -78,25 +96,38 @@ def _read_sides(
     settings: SelectSettings,
     cache: Path,
     on_event: Callable[[Evaluating], None],
-) -> _Sides:
-    splits, settings = _load_all(data, settings, _shared_labels(sides))
+    base_b: str | None,
+    of_run: DataSplits | None,
+) -> tuple[Side, Side]:
+    if of_run is None:
+        splits, settings = load_all(data, settings.model_copy(update={"cache_prefix": False}), _shared_labels(sides))
+    else:
+        splits, settings = of_run, settings.model_copy(update={"cache_prefix": False, "ranks": (1,)})
+    read: list[Side] = []
     base: Runtime | None = None
-    read: list[TrialFinished] = []
-    dropped: list[int] = []
-    for number, side in enumerate(sides):
-        if side == BASE or (Path(side) / CONFIG_FILE).is_file():
-            if base is None:
-                base = _runtime(model, splits, settings, cache / "base")
-            if side != BASE:
-                read_header(Path(side) / WEIGHTS_FILE)  # refuses a damaged file, which PEFT fails on in its own way
-                require_base(Path(side), base.loaded)
-            runtime, adapter = base, None if side == BASE else Path(side)
+    for number, place in enumerate(sides):
+        is_adapter = (Path(place) / CONFIG_FILE).is_file()
+        on_base = is_adapter or place == BASE
+        source, read_as = model if on_base else place, settings
+        if number and base_b in BITS:
+            read_as = settings.model_copy(update={BITS[base_b]: True})
+        elif number and base_b is not None and on_base:
+            source = base_b
+        other_tokens = None
+        if not on_base or base is None or (number and base_b is not None):
+            first = read[0].runtime if read and read[0].adapter is not None else None  # B is made of A
+            runtime, other_tokens = _runtime(source, splits, read_as, cache / str(number), first)
+            base = runtime if on_base and base is None else base
         else:
-            runtime, adapter = _runtime(side, splits, settings, cache / str(number)), None
-        report_evaluations(runtime, f"{'AB'[number]} ({Path(side).name}) on {data.name}", on_event)
-        read.append(_scored(runtime, side, adapter))
-        dropped.append(runtime.data.summary.splits["selection"].dropped)
-    return _Sides(read[0], read[1], max(dropped))
+            runtime = base
+        if is_adapter and not (number and base_b is not None and base_b not in BITS):
+            require_base(Path(place), runtime.loaded)
+        if is_adapter and not (Path(place) / MLX_FILE).is_file():
+            read_header(Path(place) / WEIGHTS_FILE)  # refuses a damaged file, which PEFT fails on in its own way
+        report_evaluations(runtime, f"{'AB'[number]} ({Path(place).name}) on {data.name}", on_event)
+        adapter = Path(place) if is_adapter else None
+        read.append(Side(place, runtime, adapter, scored(runtime, place, adapter), other_tokens))
+    return read[0], read[1]
 
 
 def _require_alike(a: TrialFinished, b: TrialFinished, metric: str) -> None:
@@ -115,26 +146,31 @@ def _require_alike(a: TrialFinished, b: TrialFinished, metric: str) -> None:
     )
 
 
-def _load_all(data: Path, settings: SelectSettings, classes: Sequence[str] | None) -> tuple[DataSplits, SelectSettings]:
-    """All rows of `data` as held-out examples, and settings that evaluate all of them.
+def _runtime(
+    model: str, splits: DataSplits, settings: SelectSettings, cache: Path, first: Runtime | None
+) -> tuple[Runtime, str | None]:
+    """The runtime of a model; on the tokens of the adapter that it is made of, `first`, where its vocabulary is the same.
 
-    A folder with given splits gives its test split, or its validation split if it has no test split.
+    Its own tokens, with its own template, may then be others: the second value says so.
     """
-    listed = held_out_fields(data)
-    every = settings.model_copy(update={"eval_items": max(2, len(listed)), "ranks": (1,), "cache_prefix": False})
-    if len(listed) < 2:
-        raise DataError(f"{data}: {len(listed)} rows; two or more are needed to tell a difference from noise")
-    # the rows need not fill a step of training
-    of_any_number = every.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 1})
-    return load_data({"train": listed, "validation": listed, "test": listed}, of_any_number, classes=classes), every
+    with torch_folder(model) as place:
+        loaded = replace(load_base(place, settings, splits.summary.classes), name=model)
+    if first is None or not _same_vocabulary(first.loaded.tokenizer, loaded.tokenizer):
+        return Runtime(loaded, encode(splits, loaded, settings), settings, 1, cache), None
+    try:
+        other_tokens = difference_of_tokens(first, loaded.tokenizer, encode(splits, loaded, settings))
+    except DataError as error:
+        other_tokens = f"its tokenizer or chat template was changed: {error}"
+    return Runtime(loaded, first.data, settings, 1, cache), other_tokens
 
 
-def _runtime(model: str, splits: DataSplits, settings: SelectSettings, cache: Path) -> Runtime:
-    loaded = load_base(model, settings, splits.summary.classes)
-    return Runtime(loaded, encode(splits, loaded, settings), settings, 1, cache)
+def _same_vocabulary(first: Any, own: Any) -> bool:
+    """Whether every token of the first tokenizer has its number in the other."""
+    numbers = own.get_vocab()
+    return all(numbers.get(token) == number for token, number in first.get_vocab().items())
 
 
-def _scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
+def scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
     """The held-out scores of the base, or of an adapter on it, by every metric of the settings."""
     with adapter_attached(runtime, adapter):
         scores, measured = runtime.evaluate("selection"), measure(runtime, "selection")
@@ -143,8 +179,8 @@ def _scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
     return trial.model_copy(update=scores.fields(measured) | {"metrics": scores.metrics | measured.values})
 
 
-def _compare(sides: _Sides, metric: str, data: Path, settings: SelectSettings) -> MetricComparison:
-    a, b = sides.a, sides.b
+def _compare(sides: tuple[Side, Side], metric: str, data: Path, settings: SelectSettings) -> MetricComparison:
+    a, b = (side.scores for side in sides)
     _require_alike(a, b, metric)
     if metric not in a.metrics:
         raise SettingsError(
@@ -180,12 +216,12 @@ def _compare(sides: _Sides, metric: str, data: Path, settings: SelectSettings) -
         margin=margin,
         examples=cells[0].examples,
         groups=cells[0].units if cells[0].groups is not None else None,
-        left_out=sides.left_out,
+        left_out=max(side.runtime.data.summary.splits["selection"].dropped for side in sides),
         examples_needed=examples_needed(estimate_of_files(*difference), margin) if verdict == "cannot_tell" else None,
     )
 
 
-def _sentence(a: str, b: str, worst: MetricComparison, count: int) -> str:
+def _sentence(a: str, b: str, worst: MetricComparison, count: int, cause: str | None) -> str:
     if Path(a).name != Path(b).name:
         a, b = Path(a).name, Path(b).name
     names = f"B ({b}) against A ({a})"
@@ -196,6 +232,8 @@ def _sentence(a: str, b: str, worst: MetricComparison, count: int) -> str:
         f"{worst.difference_high:+.3g}) on {worst.examples} examples{grouped}{left_out}, margin {worst.margin:g}"
     )
     among = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."
+    if cause is not None:
+        return f"{names}: BROKEN, {cause}; {figures}.{among}"
     if worst.verdict != "cannot_tell":
         told = "not worse" if worst.verdict == "not_worse" else "worse by more than the margin"
         return f"{names}: {told}; {figures}. {spread_sentence(worst.spread)}{among}"
@@ -245,7 +283,7 @@ def _stored_labels(folder: Path) -> list[str] | None:
 
 
 def labels_of_side(side: str) -> list[str] | None:
-    """The labels of an adapter or of a whole model, without loading it; None for no classifier, and for `base`.
+    """The labels of an adapter or of a whole model, without loading it; None for no classifier, for `base` and a GGUF file.
 
     Where nothing names them, they are the numbers of the head's rows.
     """

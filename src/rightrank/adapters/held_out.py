@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import product
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,11 +19,11 @@ from rightrank.adapters.compare import finished_trial, labels_of_side
 from rightrank.adapters.resize import candidate_ranks, write_like, write_resized, write_truncated
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
-from rightrank.data.splits import DataSplits, load_data
+from rightrank.data.splits import OF_ANY_NUMBER, DataSplits, load_all, load_data
 from rightrank.decision.adapter import SEARCH, Criterion, adapter_answer, trained_answer
 from rightrank.decision.comparison import bounds_of_files
 from rightrank.decision.table import minus, table_of
-from rightrank.models.adapter_files import AdapterFolder, open_adapter
+from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_in_bits
 from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank
 from rightrank.models.truncation import Moments, shared_ranks
@@ -33,7 +33,7 @@ from rightrank.schema.configs import stated_settings
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.events import Evaluating, Notice, RunStarted
-from rightrank.schema.results import HeldOut, Resized
+from rightrank.schema.results import HeldOut, Resized, StoredCandidate
 from rightrank.schema.settings import OF_SPLITS, SelectSettings
 from rightrank.schema.table import given_values
 from rightrank.schema.trials import TrialFinished
@@ -61,13 +61,14 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
     classes = None if adapter.is_file else labels_of_side(str(adapter.path))
     trained, source = _trained(adapter, data, train, settings, classes)
     if trained is None and None not in read_rows(data):
-        every = _all(settings, sum(len(list(rows)) for rows in read_rows(data).values()))
+        count = sum(len(list(rows)) for rows in read_rows(data).values())
+        every = settings.model_copy(update=OF_ANY_NUMBER | {"eval_items": max(2, count)})
         splits = load_data(data, every, classes=classes)
         return _scored(splits, _at_most(splits.examples["selection"], settings), f"{data} (its validation split)")
     if trained is not None and source is not None and data.exists() and source.resolve() == data.resolve():
         own = trained.examples["selection"]
         return _scored(trained, own, f"{data} (the validation split of the adapter's run)")
-    whole = _whole(data, settings, classes)
+    whole, _ = load_all(data, settings, classes)
     every_row = whole.examples["selection"]
     if trained is None:
         unknown = "if the adapter was trained on some of them, name its training data with --train"
@@ -107,7 +108,7 @@ def _trained(
     if train is not None:
         is_same = train.exists() and data.exists() and train.resolve() == data.resolve()
         split = is_same or None not in read_rows(train)
-        return (load_data(train, settings, classes=classes) if split else _whole(train, settings, classes)), None
+        return (load_data(train, settings, classes=classes) if split else load_all(train, settings, classes)[0]), None
     parent = adapter.path.resolve().parent
     journal = next((place for at in (parent, parent.parent) if (place := at / "journal.jsonl").is_file()), None)
     started = None if journal is None else next(iter(Journal(journal).read_settled()), None)
@@ -117,21 +118,6 @@ def _trained(
     values = {name: started.settings[name] for name in OF_SPLITS if name in started.settings}
     of_run = settings.model_copy(update=SelectSettings(**values).model_dump(include=set(values)))
     return load_data(Path(source), of_run, classes=classes), Path(source)
-
-
-def _whole(data: Path, settings: SelectSettings, classes: Sequence[str] | None) -> DataSplits:
-    """Every row of `data` in the train split and in the validation split; of given splits, the held-out ones."""
-    found = read_rows(data)
-    kept = [found[split] for split in ("selection", "test") if split in found] or list(found.values())
-    listed = [row.fields for row in chain.from_iterable(kept)]
-    return load_data({"train": listed, "validation": listed}, _all(settings, len(listed)), classes=classes)
-
-
-def _all(settings: SelectSettings, count: int) -> SelectSettings:
-    """Settings that hold all of `count` rows in the validation split."""
-    small = {"batch_size": 1, "gradient_accumulation_steps": 1}  # the rows need not fill a step of training
-    whole = {"eval_items": max(2, count), "test_fraction": 0.0, "validation": ""}
-    return settings.model_copy(update=whole | small)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +143,7 @@ class DataRule:
     settings: SelectSettings
     ranks: Sequence[int] | None
     on_event: Callable[[Evaluating | Notice], None]
+    bits: Sequence[int] = ()
 
 
 def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized:
@@ -184,11 +171,48 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
         halves = scored.scores_training_examples
         curve = truncation_curve(adapter, runtime, ranks, Path(name), by_halves=halves, on_event=rule.on_event)
         chosen = open_adapter(Path(name) / curve.answer.trial_id)
+        stored, smaller = _in_fewer_bits(curve, chosen, runtime, Path(name), rule)
+        chosen = smaller or chosen
         tensors = {key: chosen.tensor(key) for key in chosen.keys}
         write_like(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.content()})
         resized = _resized(curve, chosen, runtime, rule)
-    notes = [*resized.notes, scored.note]
-    return resized.model_copy(update={"out": str(out), "notes": notes, "scored_examples": count})
+    further = {"out": str(out), "notes": [*resized.notes, scored.note], "scored_examples": count, "stored": stored}
+    if smaller is not None:
+        taken = next(one for one in stored if one.holds)
+        further |= {"rank": taken.rank, "chosen_by": f"{resized.chosen_by}, {taken.bits} bits"}
+    return resized.model_copy(update=further)
+
+
+def _in_fewer_bits(
+    curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, working: Path, rule: DataRule
+) -> tuple[list[StoredCandidate], AdapterFolder | None]:
+    """The ranks that hold, in fewer bits, from the smallest file up to the first that holds; and that one, None where none does."""
+    holding = [candidate for candidate in curve.answer.candidates if candidate.holds]
+    made: list[tuple[int, int, int, Path]] = []
+    for candidate, bits in product(holding, rule.bits):
+        folder = working / f"{candidate.trial_id}-{bits}bits"
+        write_in_bits(open_adapter(working / candidate.trial_id), folder, bits)
+        made.append((open_adapter(folder).weights.stat().st_size, candidate.rank, bits, folder))
+    measured: list[StoredCandidate] = []
+    top = f"r{max(trial.rank for trial in curve.trials)}"
+    for size, rank, bits, folder in sorted(made):
+        if size >= chosen.weights.stat().st_size:
+            break
+        report_evaluations(runtime, f"rank {rank} in {bits} bits", rule.on_event)
+        with adapter_attached(runtime, folder):
+            scores = runtime.evaluate("selection")
+        trial = finished_trial(folder.name, rank, scores, runtime.settings.metric, truncate_from=top)
+        against = smallest_of([*curve.trials, trial], _criterion(runtime)).candidates
+        found = next(candidate for candidate in against if candidate.trial_id == trial.trial_id)
+        high = found.difference if found.difference_high is None else found.difference_high
+        measured.append(
+            StoredCandidate(
+                rank=rank, bits=bits, bytes=size, difference=found.difference, difference_high=high, holds=found.holds
+            )
+        )
+        if found.holds:
+            return measured, open_adapter(folder)
+    return measured, None
 
 
 def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, rule: DataRule) -> Resized:
@@ -279,10 +303,13 @@ def truncation_curve(
     for trial in walk(ranks, working, score, metric):
         trials.append(trial)
         on_event(Notice(text=f"rank {trial.rank}: held-out {trial.value:.4f}"))
+    return TruncationCurve(trials, written, gathered, smallest_of(trials, _criterion(runtime)))
+
+
+def _criterion(runtime: Runtime) -> Criterion:
     settings = runtime.settings
     higher, is_token_loss = settings.is_higher_better(settings.metric_name), runtime.data.summary.is_token_loss
-    criterion = Criterion(settings.metric_name, higher, settings.margin, token_loss=is_token_loss)
-    return TruncationCurve(trials, written, gathered, smallest_of(trials, criterion))
+    return Criterion(settings.metric_name, higher, settings.margin, token_loss=is_token_loss)
 
 
 def walk(

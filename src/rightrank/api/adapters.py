@@ -50,6 +50,7 @@ def resize(
     margin: float | None = None,
     train: str | Path | None = None,
     ranks: Sequence[int] | None = None,
+    bits: Sequence[int] = (),
     base: str | None = None,
     uniform: bool = False,
     settings: SelectSettings | None = None,
@@ -67,6 +68,7 @@ def resize(
         margin: with data: how much worse is still enough; None for the metric's default.
         train: with data: what the adapter was trained on. These rows are not scored.
         ranks: with data: those to measure; None for the powers of two.
+        bits: with data: 16 or 8, or both; the ranks that hold are measured in these bits too, and the smallest file that holds is written.
         base: with data: the base model; None for the one that the adapter names.
         uniform: with energy: one rank for all modules, the largest needed.
         settings: with data: how models and rows are read; see `SelectSettings`.
@@ -88,17 +90,21 @@ def resize(
 
     from rightrank.adapters.resize import by_energy, by_rank, require_plain_update, write_resized
     from rightrank.data.files import require_absent
-    from rightrank.models.adapter_files import open_adapter
+    from rightrank.models.adapter_files import BITS, open_adapter
 
     require_absent(Path(out))
+    if wrong := [count for count in bits if count not in BITS]:
+        raise SettingsError(f"--bits {wrong[0]}: PEFT loads adapters in 16 and in 8 bits; give 16, 8, or both")
     opened = open_adapter(place)
+    if bits and (opened.is_file or opened.mlx is not None):
+        raise SettingsError(f"{place}: --bits writes adapters of PEFT; convert it first, or leave --bits out")
     require_plain_update(opened)
     if data is not None:
         from rightrank.adapters.held_out import DataRule, resize_by_data  # heavier: they measure
 
         read = SelectSettings(**given_values(settings) | ({} if margin is None else {"margin": margin}))
         trained = None if train is None else Path(train)
-        rule = DataRule(Path(data), trained, base, read, ranks, on_event)
+        rule = DataRule(Path(data), trained, base, read, ranks, on_event, bits)
         resized = resize_by_data(opened, Path(out), rule)
     else:
         chosen_ranks = by_rank(opened, rank) if rank is not None else by_energy(opened, energy or 0.0, uniform)
@@ -114,15 +120,17 @@ def compare(
     model: str,
     data: str | Path | Sequence[str | Path],
     settings: SelectSettings | None = None,
+    base_b: str | None = None,
     on_event: Callable[[Evaluating], None] = lambda _: None,
 ) -> AdapterComparison:
     """Whether adapter `b` is no worse than adapter `a`, paired over all examples of `data`.
 
     Args:
-        a: an adapter folder that PEFT loads, a model folder, or "base".
-        b: the same.
+        a: an adapter folder that PEFT loads, a model folder of transformers or MLX, a GGUF file, or "base".
+        b: the same; a whole model that is made of adapter `a` is `broken` where it is another function, with the `cause`.
         model: the base model of the adapters.
         data: a file or a folder, or several. A folder with given splits is read at its test split.
+        base_b: how `b` is read: "4bit" or "8bit" (its matrices quantised on loading), or the base of `b` where it is another one.
         settings: `margin`, `metric`, `metrics`, `seq_len` and how models are loaded; None for the defaults.
         on_event: receives the progress of each evaluation.
 
@@ -137,20 +145,22 @@ def compare(
 
     files = [data] if isinstance(data, str | Path) else list(data)
     places = [Path(file) for file in files]
-    return compare_adapters((str(a), str(b)), model, places, settings or SelectSettings(), on_event)
+    return compare_adapters((str(a), str(b)), model, places, settings or SelectSettings(), on_event, base_b)
 
 
 def _require_side(side: str) -> None:
-    """Refuse what `compare` can't read: neither an adapter folder, nor a model folder, nor `base`.
+    """Refuse what `compare` can't read: neither an adapter folder, nor a model folder, nor a GGUF file, nor `base`.
 
     Raises:
         ModelError: the message names the adapter of a run folder.
     """
-    if side == BASE:
-        return
     folder = Path(side)
+    if side == BASE or (folder.suffix == ".gguf" and folder.is_file()):
+        return
     if (folder / CONFIG_FILE).is_file():
         require_adapter_folder(folder)
     elif not (folder / "config.json").is_file():
         hint = adapter_in(folder) or "give one, or 'base'"
-        raise ModelError(f"{side}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json); {hint}")
+        raise ModelError(
+            f"{side}: neither an adapter folder ({CONFIG_FILE}) nor a model folder (config.json), nor a .gguf file; {hint}"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +12,17 @@ from rightrank.decision import rule
 from rightrank.decision.next_run import next_commands
 from rightrank.decision.run import Records, comparable, decide_on, decision_so_far, metrics_of, records_of
 from rightrank.decision.table import table_of_results
+from rightrank.models.places import CONFIG_FILE
 from rightrank.report.answer import answer_view, labelled, notebook_html
 from rightrank.report.status import RunStatus, last_decided, run_status
 from rightrank.runs import plugins
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.runs.journal import Repaired, collector_paused
 from rightrank.schema.decision import Decision
-from rightrank.schema.errors import ResultsError, RunFolderError
-from rightrank.schema.events import JournalRecord
+from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
+from rightrank.schema.events import Evaluating, JournalRecord
 from rightrank.schema.metrics import Checkpoint
-from rightrank.schema.settings import Goal
+from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import TrialFinished
 
 if TYPE_CHECKING:  # what each verb alone needs is imported by it: `status` is to be quick
@@ -79,31 +80,91 @@ def _goal(records: Records) -> Goal:
     return "adapter" if records.started.settings.get("goal") == "adapter" else "training-rank"
 
 
-def export(run: str | Path, to: str, out: str | Path | None = None) -> Exported:
+def export(
+    run: str | Path,
+    to: str,
+    out: str | Path | None = None,
+    *,
+    check: str | Path | Sequence[str | Path] = (),
+    kind: str | None = None,
+    base: str | None = None,
+    settings: SelectSettings | None = None,
+    on_event: Callable[[Evaluating], None] = lambda _: None,
+) -> Exported:
     """Write what another program needs to train or serve the run's adapter.
 
+    A whole model (merged, gguf, mlx) is loaded back and compared with the adapter over its base.
+
     Args:
-        run: a run folder whose selection has ended.
-        to: peft, trl, axolotl, llamafactory, unsloth or vllm, or a plug-in's.
+        run: a run folder whose selection has ended; for a whole model an adapter folder too.
+        to: peft, trl, axolotl, llamafactory, unsloth, vllm, merged, gguf or mlx.
         out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, replaced whole.
+        check: of a whole model: held-out rows to compare on; the run's test split by default.
+        kind: of a whole model: the type of its values, such as f16 or q8_0; None: q8_0 for gguf, else the base's.
+        base: of a whole model from an adapter folder; None for the base that the adapter names.
+        settings: of a whole model from an adapter folder, as in `compare`.
+        on_event: receives the progress of each evaluation.
 
     Raises:
-        SettingsError: an unknown target.
+        SettingsError: an unknown target, or an argument that goes with another one.
         RunFolderError: no run there, one without a decision or an adapter, or `out` exists.
         ResultsError: a rank that the server does not serve.
+        ModelError: a whole model that can't be written.
     """
-    from rightrank.interop.exports import require_target, write_export
-    from rightrank.interop.recipe import recipe_of
+    from rightrank.interop.exports import WHOLE, absolute, require_target, write_export
 
     require_target(to)
-    folder, journal, records = _opened(run, settled=False)
-    recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
-    if records.adapters and records.adapters[-1].guard:
-        recipe = replace(recipe, guard=records.adapters[-1].guard.sentence)
+    files = [Path(check)] if isinstance(check, str | Path) else list(map(Path, check))
+    if to not in WHOLE and (files or kind or base):
+        raise SettingsError(f"--to {to}: check, type and base go with {', '.join(WHOLE)}; leave them out")
     if out is not None:
         require_absent(Path(out))
+    if (Path(run) / CONFIG_FILE).is_file():
+        return _export_adapter(Path(run), to, out, files, kind, base, settings or SelectSettings(), on_event)
+    from rightrank.interop.recipe import recipe_of
+
+    folder, journal, records = _opened(run, settled=False)
+    recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
+    place = folder.path / "exports" / to if out is None else Path(out)
     with report_disk_errors(folder.path):
-        return write_export(to, recipe, folder.path / "exports" / to if out is None else Path(out))
+        if to in WHOLE:
+            from rightrank.interop.whole import WholeModel, write_whole
+
+            model, data = (absolute(name, recipe.adapter) for name in (base or recipe.model, recipe.data))
+            return write_whole(
+                to, WholeModel(recipe.adapter, model, recipe.settings, kind, files, data, on_event), place
+            )
+        if records.adapters and records.adapters[-1].guard:
+            recipe = replace(recipe, guard=records.adapters[-1].guard.sentence)
+        return write_export(to, recipe, place)
+
+
+def _export_adapter(
+    adapter: Path,
+    to: str,
+    out: str | Path | None,
+    files: Sequence[Path],
+    kind: str | None,
+    base: str | None,
+    settings: SelectSettings,
+    on_event: Callable[[Evaluating], None],
+) -> Exported:
+    """A whole model from an adapter of no run."""
+    from rightrank.interop.exports import WHOLE
+
+    named = read_json_object(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    if to not in WHOLE:
+        raise RunFolderError(
+            f"{adapter}: an adapter folder, of which {', '.join(WHOLE)} are made; for {to} give a run folder"
+        )
+    if out is None or (base or named) is None:
+        raise SettingsError(f"{adapter}: an adapter folder; give --out FOLDER, and --base MODEL where it names none")
+    from rightrank.interop.whole import WholeModel, write_whole
+
+    with report_disk_errors(Path(out)):
+        return write_whole(
+            to, WholeModel(adapter, base or str(named), settings, kind, files, None, on_event), Path(out)
+        )
 
 
 def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:

@@ -7,9 +7,12 @@ bad input, 130 interrupted by the user, 143 by SIGTERM. `compare` also ends with
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
 
 import click
 
@@ -21,7 +24,7 @@ from rightrank.version import __version__
 # In the order of `--help`: the main job, its run folder, finished results, adapters, the rest. Other plug-ins' follow.
 ORDER = (
     *("demo", "select", "expect", "plan", "status", "report", "export", "decide", "compare", "judge"),
-    *("inspect", "resize", "fleet", "allocate", "repair", "path"),
+    *("inspect", "resize", "fleet", "allocate", "repair"),
 )
 
 
@@ -57,25 +60,26 @@ for command in (*select.COMMANDS, *runs.COMMANDS, *adapters.COMMANDS):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     _prepare_streams()
+    given = sys.argv[1:] if arguments is None else arguments
+    say = partial(_print_error, as_json="--log-json" in given)
     try:
-        given = sys.argv[1:] if arguments is None else arguments
         status = cli.main(args=given, prog_name="rightrank", standalone_mode=False, obj=["rightrank", *given])
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
     except click.ClickException as error:
-        _print_error(error.format_message())
+        say(error.format_message())
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        _print_error("stopped; run the same command again to resume")
+        say("stopped; run the same command again to resume")
         sys.exit(130)
     except RightrankError as error:
-        _print_error(str(error))
+        say(str(error))
         sys.exit(error.exit_status)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _print_error(
+        say(
             "out of memory; finished trials are kept: free memory or lower the settings, and run the same command again"
         )
         sys.exit(1)
@@ -84,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         place = error.filename2 or error.filename or "the system"  # of a rename, its target
-        _print_error(f"{place}: {error.strerror or error}; give a path that can be read or written")
+        say(f"{place}: {error.strerror or error}; give a path that can be read or written")
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -99,7 +103,10 @@ def _prepare_streams() -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def _print_error(message: str) -> None:
-    """Print the message as one line; if stderr can't be written, the exit status remains."""
+def _print_error(message: str, as_json: bool) -> None:
+    """Print the message as one line, of JSON beside a log of JSON; if stderr can't be written, the exit status remains."""
+    text = "rightrank: " + one_line(message)
+    if as_json:
+        text = json.dumps({"event": "error", "at": datetime.now(UTC).isoformat(timespec="milliseconds"), "text": text})
     with suppress(OSError):
-        click.echo("rightrank: " + one_line(message), err=True)
+        click.echo(text, err=True)

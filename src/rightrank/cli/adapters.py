@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rightrank.schema.results import Inspection, ModuleSpectrum, Resized
 
 MAX_ROWS = 20  # modules in the table; --json has all
-EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
+EXIT = {"not_worse": 0, "worse": 3, "broken": 3, "cannot_tell": 4}
 
 
 @click.command(
@@ -32,36 +32,18 @@ EXIT = {"not_worse": 0, "worse": 3, "cannot_tell": 4}
 @click.option(
     "--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, compared with --base."
 )
-@click.option("--gradient", nargs=2, metavar="MODEL DATA", help="Inspect the gradient at initialisation instead.")
-@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --gradient: a setting of select.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the effective rank by layer to this .svg file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def _inspect(
-    gradient: tuple[str, str] | None,
-    assignments: tuple[str, ...],
-    plot: Path | None,
-    as_json: bool,
-    **places: Path | None,
-) -> None:
+def _inspect(plot: Path | None, as_json: bool, **places: Path | None) -> None:
     """Show the singular spectrum of every module of a LoRA ADAPTER.
 
-    With --base A --finetuned B: of every matrix that full fine-tuning changed. With --gradient MODEL DATA: of the
-    gradient of the loss before any training.
+    With --base A --finetuned B: of every matrix that full fine-tuning changed.
     """
     from rightrank.api import adapters as api
     from rightrank.report.figures import layer_figure
     from rightrank.report.svg import write_plot
 
-    if gradient is not None:
-        if any(place is not None for place in places.values()):
-            raise SettingsError("--gradient can't be combined with an adapter, --base or --finetuned: leave them out")
-        from rightrank.adapters.checkpoints import inspect_gradient
-
-        found = inspect_gradient(gradient[0], Path(gradient[1]), SelectSettings(**gather(None, assignments, {})))
-    elif assignments:
-        raise SettingsError("--set needs --gradient MODEL DATA: give both, or leave it out")
-    else:
-        found = api.inspect(**places)
+    found = api.inspect(**places)
     if plot is not None:
         write_plot(layer_figure(found.modules), plot)
     click.echo(found.model_dump_json() if as_json else _inspection_text(found))
@@ -90,6 +72,9 @@ def _inspect(
     help="With --data: how much worse than the best is still enough (default 0.005 nats a token).",
 )
 @click.option("--ranks", callback=comma, help="With --data: ranks to measure (default: powers of two).")
+@click.option(
+    "--bits", callback=comma, help="With --data: 16,8 measures these bits of a value too; the smallest file that holds."
+)
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
 @click.option("--group", help="With --data: the column that says which rows belong together, such as a document.")
 @click.option("--uniform", is_flag=True, help="With --energy: one rank for all modules, the largest needed.")
@@ -103,6 +88,7 @@ def _resize(
     margin: float | None,
     ranks: list[str] | None,
     group: str | None,
+    bits: list[str] | None,
     assignments: tuple[str, ...],
     as_json: bool,
     quiet: bool,
@@ -116,6 +102,7 @@ def _resize(
         "--margin": margin,
         "--ranks": ranks,
         "--group": group,
+        "--bits": bits,
         "--set": assignments,
         "--train": rule["train"],
         "--base": rule["base"],
@@ -123,11 +110,12 @@ def _resize(
     alone = next((option for option, value in needing.items() if value), None)
     if alone is not None and rule["data"] is None:
         raise SettingsError(f"{alone} goes with --data FILE, which was not given; give both, or leave it out")
-    with _view(quiet, log_json) as view:
+    with progress_view(quiet, log_json) as view:
         resized = api.resize(
             adapter,
             out,
             ranks=whole_numbers(ranks, "--ranks"),
+            bits=whole_numbers(bits, "--bits") or (),
             settings=SelectSettings(**gather(None, assignments, {"margin": margin, "group": group})),
             on_event=view.on_event,
             **rule,
@@ -135,7 +123,7 @@ def _resize(
     click.echo(resized.model_dump_json() if as_json else _resized_text(resized))
 
 
-def _view(quiet: bool, log_json: bool) -> AbstractContextManager[View | JsonLog]:
+def progress_view(quiet: bool, log_json: bool) -> AbstractContextManager[View | JsonLog]:
     """What shows the progress of evaluations on stderr."""
     from rightrank.hooks.process import JsonLog
     from rightrank.hooks.terminal import make_view
@@ -152,6 +140,7 @@ def _view(quiet: bool, log_json: bool) -> AbstractContextManager[View | JsonLog]
 @click.argument("a")
 @click.argument("b")
 @click.option("--model", required=True, help="The base model of the adapters.")
+@click.option("--base-b", metavar="HOW", help="B in 4bit or 8bit, or over this other base, such as a GGUF file.")
 @click.option(
     "--data",
     multiple=True,
@@ -180,6 +169,7 @@ def _compare(
     a: str,
     b: str,
     model: str,
+    base_b: str | None,
     data: tuple[Path, ...],
     assignments: tuple[str, ...],
     as_json: bool,
@@ -189,16 +179,18 @@ def _compare(
 ) -> int:
     """Is B no worse than A?
 
-    A and B are adapter folders, model folders, or `base`. Exit status: 0 not worse, 3 worse by more than the margin, 4 the
-    examples cannot tell.
+    A and B are adapter folders, model folders (MLX too), GGUF files, or `base`. Exit status: 0 not worse, 3 worse by more than the
+    margin or broken, 4 the examples cannot tell.
     """
     from rightrank.api import adapters as api
 
     settings = SelectSettings(**gather(None, assignments, options))
     if not quiet and not log_json:
         announce("loading model and data")
-    with _view(quiet, log_json) as view:
-        found = api.compare(a, b, model=model, data=list(data), settings=settings, on_event=view.on_event)
+    with progress_view(quiet, log_json) as view:
+        found = api.compare(
+            a, b, model=model, data=list(data), settings=settings, base_b=base_b, on_event=view.on_event
+        )
     click.echo(found.model_dump_json() if as_json else found.sentence)
     return EXIT[found.verdict]
 
@@ -261,6 +253,11 @@ def _resized_text(resized: Resized) -> str:
     if resized.answer is not None:
         lines += [*table_lines(candidate_table(resized.answer, "held-out")), resized.answer.sentence]
         lines += resized.answer.notes
+    lines += [
+        f"rank {one.rank} in {one.bits} bits, {one.bytes:,} bytes: worse by {one.difference:+.4f} (95% bound {one.difference_high:+.4f}), "
+        f"{'holds' if one.holds else 'not shown to hold'}"
+        for one in resized.stored
+    ]
     return "\n".join([*lines, *(f"note: {note}" for note in resized.notes)])
 
 

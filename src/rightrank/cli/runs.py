@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-from rightrank.cli.options import comma
-from rightrank.schema.errors import SettingsError
+from rightrank.cli.options import comma, gather
 
 
 @click.command("status", short_help="Show where a run stands.", epilog="Example: rightrank status run")
@@ -28,30 +27,21 @@ def _status(run: Path, as_json: bool) -> None:
     gc.freeze()  # the process ends, and the collector need not visit every imported object for it
 
 
-TARGETS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "vllm")
+TARGETS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "vllm", "merged", "gguf", "mlx")
 
 
 @click.command(
     "report", short_help="Write the report and figures of a run again.", epilog="Example: rightrank report run"
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--atlas-row", is_flag=True, help="Print RUN as a row for the atlas of public sweeps; see docs/how-to/atlas.md."
-)
 @click.option("--json", "as_json", is_flag=True, help="Print the report's path as one JSON object.")
-def _report(run: Path, atlas_row: bool, as_json: bool) -> None:
+def _report(run: Path, as_json: bool) -> None:
     """Write report.html and the figures of RUN again, from its journal alone.
 
-    While a selection runs, the report shows what is known so far. --atlas-row writes nothing.
+    While a selection runs, the report shows what is known so far.
     """
     from rightrank.api import runs as api
-    from rightrank.runs import plugins
 
-    if atlas_row:
-        if (row := plugins.merged(lambda plugin: plugin.functions).get("atlas_row")) is None:
-            raise SettingsError("--atlas-row needs the plug-in `atlas`, which is not installed")
-        click.echo(json.dumps(row(run)))
-        return
     path = api.write_report(run)
     click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
 
@@ -64,18 +54,45 @@ def _report(run: Path, atlas_row: bool, as_json: bool) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--to", required=True, help=f"{', '.join(TARGETS[:-1])}, or {TARGETS[-1]}.")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
+@click.option(
+    "--check",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="merged, gguf, mlx: held-out rows (default: the run's test split).",
+)
+@click.option(
+    "--type",
+    "kind",
+    help="merged, gguf, mlx: f32, bf16 or f16; gguf: q8_0, q5_1, q5_0, q4_1 or q4_0 too; mlx: q8 or q4.",
+)
+@click.option("--base", help="Of an adapter folder in place of RUN (default: the base that it names).")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With an adapter folder: a setting of select."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
-def _export(run: Path, to: str, out: Path | None, as_json: bool) -> None:
-    """Write what another program needs to train with RUN's rank or to serve its adapter."""
-    from rightrank.api import runs as api
+@click.option("--quiet", is_flag=True, help="Print no progress.")
+def _export(
+    run: Path, to: str, out: Path | None, assignments: tuple[str, ...], as_json: bool, quiet: bool, **whole: Any
+) -> int:
+    """Write what another program needs to train with RUN's rank or to serve its adapter.
 
-    exported = api.export(run, to, out)
+    A whole model (merged, gguf, mlx) is loaded back and compared with the adapter over its base; RUN may be an adapter folder then. Exit
+    status: 0 not worse, 3 worse by more than the margin or broken, 4 the examples cannot tell.
+    """
+    from rightrank.api import runs as api
+    from rightrank.cli.adapters import EXIT, progress_view
+    from rightrank.schema.settings import SelectSettings
+
+    settings = SelectSettings(**gather(None, assignments, {})) if assignments else None
+    with progress_view(quiet, log_json=False) as view:
+        exported = api.export(run, to, out, settings=settings, on_event=view.on_event, **whole)
     if as_json:
         click.echo(json.dumps(asdict(exported) | {"folder": str(exported.folder)}))
-        return
-    for note in exported.notes:
-        click.echo(f"note: {note}", err=True)
-    click.echo(f"cd {exported.folder} && {exported.command}")
+    else:
+        for note in exported.notes:
+            click.echo(f"note: {note}", err=True)
+        click.echo(f"cd {exported.folder} && {exported.command}")
+    return 0 if exported.check is None else EXIT[exported.check["verdict"]]
 
 
 @click.command(
@@ -100,18 +117,6 @@ def _repair(run: Path, as_json: bool) -> None:
         click.echo(
             f"{run}: {repaired.kept} records kept; damaged lines moved to {repaired.aside}: {repaired.set_aside}"
         )
-
-
-@click.command("path", short_help="Print the file that a trainer loads.", epilog="Example: rightrank path ms-swift")
-@click.argument("trainer", type=click.Choice(["ms-swift"]))
-@click.option("--json", "as_json", is_flag=True, help="Print the path as one JSON object.")
-def _path(trainer: str, as_json: bool) -> None:
-    """Print the path of the file that registers the callback `rightrank` in TRAINER.
-
-    For example: `swift sft … --external_plugins $(rightrank path ms-swift) --callbacks rightrank`.
-    """
-    found = Path(__file__).parents[1] / "interop" / trainer.replace("-", "_") / "__init__.py"
-    click.echo(json.dumps({"path": str(found)}) if as_json else found)
 
 
 def _mapping(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, str]:
@@ -190,4 +195,4 @@ def _decide(results: Path, plot_file: Path | None, as_json: bool, **asked: Any) 
         click.echo(f"adapter: {visible(decided.adapter_sentence)}")
 
 
-COMMANDS = (_status, _report, _export, _repair, _path, _decide)
+COMMANDS = (_status, _report, _export, _repair, _decide)

@@ -25,7 +25,7 @@ import pyarrow
 
 from rightrank.data.files import is_text
 from rightrank.data.forms import DataForm, Example, Shape, example_of, json_value, shape_of
-from rightrank.data.rows import Row, RowsBySplit, read_rows
+from rightrank.data.rows import Row, RowsBySplit, held_out_fields, read_rows
 from rightrank.data.token_store import Store
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import DataSummary
@@ -148,6 +148,34 @@ def load_data(
         groups_across_splits=int(_are_in(groups, stored.numbers("group")).sum()) if any(grouped.values()) else 0,
     )
     return DataSplits(summary, examples, _fingerprint(stored, begun))
+
+
+# Settings under which rows need not fill a step of training, and none are taken from given splits.
+OF_ANY_NUMBER = {"batch_size": 1, "gradient_accumulation_steps": 1, "test_fraction": 0.0, "validation": ""}
+
+
+def load_all(
+    source: Path,
+    settings: SelectSettings,
+    classes: Sequence[str] | None = None,
+    *,
+    least: int = 2,
+    at_most: int | None = None,
+) -> tuple[DataSplits, SelectSettings]:
+    """Every row as a held-out example, the same in each split, and settings that evaluate all of them, or `at_most`.
+
+    Of given splits they are the test rows, or the validation rows where there are none.
+
+    Raises:
+        DataError: rows that can't be used, or fewer than `least`.
+    """
+    listed = held_out_fields(source)
+    if len(listed) < least:
+        raise DataError(f"{source}: {len(listed)} rows; {least} or more are needed to tell a difference from noise")
+    settings = settings.model_copy(update={"eval_items": at_most or len(listed), "ranks": (1,)})
+    rows = {"train": listed, "validation": listed, "test": listed}
+    splits = load_data(rows, settings.model_copy(update=OF_ANY_NUMBER), classes=classes)
+    return splits, settings
 
 
 class _Reading:

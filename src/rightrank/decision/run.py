@@ -13,7 +13,6 @@ from rightrank.schema.decision import AdapterCandidate, Decision, TrainingRankEs
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import (
     AdapterRecorded,
-    Certified,
     GuardEvaluated,
     JournalRecord,
     RunContinued,
@@ -40,7 +39,6 @@ class Records:
     started: RunStarted
     outcomes: list[TrialOutcome] = field(default_factory=list)  # the last one of each trial
     tests: list[TestEvaluated] = field(default_factory=list)
-    certificates: list[Certified] = field(default_factory=list)
     adapters: list[AdapterRecorded] = field(default_factory=list)  # answers to the first question, the last one valid
     guards: list[GuardEvaluated] = field(default_factory=list)
     looks: dict[str, list[EvalPoint]] = field(default_factory=dict)  # by trial: what custom trainers reported
@@ -61,8 +59,6 @@ class Records:
         match record:
             case TestEvaluated():
                 self.tests.append(record)
-            case Certified():
-                self.certificates.append(record)
             case AdapterRecorded():
                 self.adapters.append(record)
             case GuardEvaluated():

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rightrank.data.rows import held_out_fields
-from rightrank.data.splits import load_data
+from rightrank.data.splits import load_all
 from rightrank.decision.guard import GUARD_MARGIN, guarded
 from rightrank.decision.run import question_of
 from rightrank.models.base_models import LoadedModel
@@ -62,12 +61,9 @@ def _prepared(run: Run) -> Prepared:
 def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Sequence[str] | None) -> _GuardData:
     # Scored by its loss, each file whole and under its own columns.
     by_loss = settings.model_copy(update={"metric": "loss", "metrics": ()})
-    own = by_loss.model_copy(update={"columns": (), "group": "", "validation": "", "ranks": (1,)})
+    own = by_loss.model_copy(update={"columns": (), "group": "", "validation": ""})
     try:
-        listed = held_out_fields(Path(file))
-        if len(listed) < MIN_ROWS:
-            raise DataError(f"{len(listed)} rows; give {MIN_ROWS} or more")
-        splits = load_data({"train": listed, "validation": listed, "test": listed}, own, classes=classes)
+        splits, own = load_all(Path(file), own, classes, least=MIN_ROWS, at_most=own.eval_items)
     except InputError as error:
         raise type(error)(f"guard {error}" if str(file) in str(error) else f"guard {file}: {error}") from None
     if splits.form == "preference" or (splits.form == "classification") != (classes is not None):

@@ -13,7 +13,6 @@ from rightrank.decision.comparison import CONFIDENCE, NORMAL
 from rightrank.hooks.terminal import left_out
 from rightrank.report.format import quantity
 from rightrank.report.terminal import preflight_lines, time_line
-from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.prepare import prepare
 from rightrank.runs.values import Prepared, Request
@@ -98,7 +97,6 @@ def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: _Seconds | No
         memory_bytes=planned.memory_bytes if planned else None,
         cost=_cost(prepared, strategy, seconds),
         seeds=len(settings.seeds),
-        before=plugins.listed(lambda plugin: plugin.outlook(prepared.started, None)),
     )
 
 
@@ -185,7 +183,7 @@ class Outlook(Hook):
         if seconds is not None:
             run.on_event(TimeExpected(expected_seconds=seconds[0]))
         found = _preflight_of(prepared, run.strategy, seconds)
-        for line in [*found.before, *preflight_lines(found), *time, *_adapter_lines(prepared, run.strategy)]:
+        for line in [*preflight_lines(found), *time, *_adapter_lines(prepared, run.strategy)]:
             run.notice(line)
         if names := [spec.name for spec in prepared.settings.metric_specs if not spec.is_measured_along]:
             run.notice(

@@ -16,7 +16,6 @@ from rightrank.report.figure import Axis, Figure, Series, log_ticks
 from rightrank.report.figures import adapter_figure, figures_of
 from rightrank.report.html import CURVE, PICTURE, model_card, render_report
 from rightrank.report.svg import write_figures
-from rightrank.runs import plugins
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.values import Selected, answers
@@ -87,7 +86,7 @@ def write_report(
 ) -> list[Figure]:
     """Write the report of `found`, the answers; return its figures that are not those of the records."""
     further = _further_figures(folder.adapter)
-    exports, rank = folder.path / "exports", None if decision is None else decision.rank
+    exports = folder.path / "exports"
     page = render_report(
         records,
         decision,
@@ -95,7 +94,6 @@ def write_report(
         further,
         run=str(folder.path),
         exports=sorted(path.name for path in exports.iterdir() if path.is_dir()) if exports.is_dir() else (),
-        before=plugins.listed(lambda plugin: plugin.outlook(records.started, rank)),
     )
     write_text(folder.report, page)
     return further

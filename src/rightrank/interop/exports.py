@@ -16,14 +16,16 @@ import yaml
 from rightrank.data.files import replacing_folder
 from rightrank.data.rows import split_of
 from rightrank.interop.recipe import Recipe
-from rightrank.models.ranks import SERVER_RANKS, max_module_rank, rank_change_line, rate_warning
+from rightrank.models.adapter_files import open_adapter
+from rightrank.models.ranks import SERVER_RANKS, SERVING, max_module_rank, rank_change_line, rate_warning, slot_bytes
+from rightrank.report.format import size
 from rightrank.report.html import loading_lines
-from rightrank.runs import plugins
 from rightrank.schema.errors import ResultsError, SettingsError, did_you_mean
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 EXPLICIT = ("layers_to_transform", "exclude_modules", "layers_pattern")  # said by the full names of the modules
 OF_LOADING = ("load_in_4bit", "load_in_8bit", "trust_remote_code")
+WHOLE = ("merged", "gguf", "mlx")  # models without an adapter: `interop.whole`
 AROUND = 4  # folders around an adapter: trials, the run, and two around the run
 LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one
 SERVED_NAME = "rightrank"
@@ -73,6 +75,7 @@ class Exported:
     files: list[str]
     command: str
     notes: list[str]
+    check: dict[str, Any] | None = None  # of a whole model: the comparison with the adapter
 
 
 def require_target(name: str) -> None:
@@ -81,7 +84,7 @@ def require_target(name: str) -> None:
     Raises:
         SettingsError: such a target, with the nearest known one.
     """
-    known = [*TARGETS, *plugins.merged(lambda plugin: plugin.exports)]
+    known = [*TARGETS, *WHOLE]
     if name not in known:
         raise SettingsError(
             f"export target {name!r} is not known{did_you_mean(name, known)}; allowed: {', '.join(known)}"
@@ -95,11 +98,10 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
         ResultsError: a rank that the server does not serve.
     """
     if name != "peft":  # its folder may be published, and needs neither the model nor the data
-        model, data = (_absolute(name, recipe.adapter) for name in (recipe.model, recipe.data))
+        model, data = (absolute(name, recipe.adapter) for name in (recipe.model, recipe.data))
         recipe = replace(recipe, model=model, data=data)
     exported = recipe if name in ("peft", "vllm") else replace(recipe.training(), data=_train_file(recipe.data))
-    targets = TARGETS | plugins.merged(lambda plugin: plugin.exports)
-    written, comments = targets[name](exported), recipe.comments()
+    written, comments = TARGETS[name](exported), recipe.comments()
     with replacing_folder(folder) as temporary:
         if written.with_adapter:
             for path in sorted(path for path in recipe.adapter.iterdir() if path.is_file()):
@@ -117,7 +119,7 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
     return Exported(name, folder, files, written.command, [*written.notes, *held_out, *comments, *filter(None, rates)])
 
 
-def _absolute(name: str, adapter: Path) -> str:
+def absolute(name: str, adapter: Path) -> str:
     """The absolute path of a file or folder; a name on the hub as it is.
 
     A relative path starts at the current folder, or else at one around the run: the selection may have run there.
@@ -344,10 +346,20 @@ def _vllm(recipe: Recipe) -> Written:
         raise ResultsError(
             f"vLLM serves ranks up to {SERVER_RANKS[-1]}, got {rank}: resize the adapter, or merge it into the base"
         )
+    served = max_module_rank(rank)
+    shapes = [(module.rows, module.columns) for module in open_adapter(recipe.adapter).modules]
+    slot = (
+        f"a slot takes {size(slot_bytes(shapes, served))} at --max-lora-rank {served} (16 bits), whatever the rank of the adapter in it: this one "
+        f"fills {recipe.r / served:.0%}, and the largest rank of all adapters of the server counts"
+    )
     arguments = ["vllm", "serve", recipe.model, "--host", LOOPBACK, "--enable-lora"]
-    arguments += ["--max-lora-rank", str(max_module_rank(rank))]
+    arguments += ["--max-lora-rank", str(served)]
     arguments += ["--lora-modules", f"{SERVED_NAME}={recipe.adapter.resolve()}"]
-    return Written({"vllm.sh": f"#!/bin/sh\nexec {shlex.join(arguments)}\n"}, "sh vllm.sh", _serving_notes(recipe))
+    return Written(
+        {"vllm.sh": f"#!/bin/sh\nexec {shlex.join(arguments)}\n"},
+        "sh vllm.sh",
+        [slot, SERVING, *_serving_notes(recipe)],
+    )
 
 
 TARGETS: dict[str, Callable[[Recipe], Written]] = {

@@ -7,7 +7,7 @@ run that has collapsed, restores the best checkpoint by the validation rows, and
         model="model", args=GRPOConfig(max_completion_length=64), reward_funcs=reward,
         train_dataset=prompts, validation=validation_prompts, test=test_prompts,
     )
-    select_rank_with(train, "run", profile="rl", steps=200, learning_rates=(1e-5, 3e-5, 1e-4))
+    select_rank_with(train, "run", profile="rl", max_steps=200, learning_rates=(1e-5, 3e-5, 1e-4))
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def _reject_foreign(file: Path) -> None:
         config = read_json_object(file)
     except UnreadableError as error:
         raise ModelError(f"{file}: not readable as JSON ({error}); save the model again") from None
-    if "quantization" in config and "quant_method" not in (config.get("quantization_config") or {}):
+    if is_mlx(file.parent):
         raise ModelError(
             f"{file.parent}: quantised by MLX, which PyTorch does not read; give the model that it was made from"
         )
@@ -130,6 +130,15 @@ def _reject_foreign(file: Path) -> None:
             raise ModelError(
                 f"{file}: {name} is {value!r}, code from the hub; remove the line to use transformers' own"
             )
+
+
+def is_mlx(folder: Path) -> bool:
+    """Whether a model folder holds weights that MLX quantised."""
+    try:
+        config = read_json_object(folder / "config.json")
+    except UnreadableError:
+        return False
+    return "quantization" in config and "quant_method" not in (config.get("quantization_config") or {})
 
 
 def _implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

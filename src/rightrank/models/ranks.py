@@ -93,3 +93,15 @@ def rate_warning(rank: int = LARGE_RANK, alpha: float = 2 * LARGE_RANK, rate: fl
     if rank < LARGE_RANK or alpha < 2 * rank or rate < LARGE_RATE:
         return ""
     return f"rank {LARGE_RANK} at {LARGE_RATE:g} with alpha = 2r diverged in a public trace: take alpha 32, or a lower rate"
+
+
+# Measured by others, not here: whether a server has adapters at all costs more than a rank does, and the largest rank is paid by all.
+SERVING = (
+    "others' figures: any adapter at all costs more than its rank (vLLM issue 11267); an adapter of rank 8 in slots of 64 wastes 87.5% of a "
+    "slot, and decoding is 5.6% faster without (SGLang issue 31305); at rank 256 a server was four times slower (vLLM issue 14435)"
+)
+
+
+def slot_bytes(shapes: Iterable[tuple[int, int]], max_rank: int) -> int:
+    """Of an adapter's slot on a server: every slot has the factors of `max_rank` for each adapted matrix, in 16 bits."""
+    return sum(2 * max_rank * (rows + columns) for rows, columns in shapes)

@@ -48,7 +48,6 @@ def render_report(
     *,
     run: str = "RUN",
     exports: Sequence[str] = (),
-    before: Sequence[str] = (),
 ) -> str:
     """The report as one HTML document.
 
@@ -59,7 +58,6 @@ def render_report(
         further_figures: shown after those of the records and the decision.
         run: the run folder, as commands name it.
         exports: names of the folders below `exports/` beside the report.
-        before: lines on what was to be expected before the run, which the answer does not rest on.
     """
     adapter = records.adapters[-1] if records.adapters else None
     plots = {figure.name: figure for figure in (*figures_of(records, decision), *further_figures)}
@@ -74,7 +72,6 @@ def render_report(
             use_it=_use_it(adapter.handed_over, records) if adapter else None,
             export_command=shlex.join(["rightrank", "export", run, "--to", "trl"]),
             exports=exports,
-            before=before,
             settings=[
                 (name, json.dumps(value, ensure_ascii=False)) for name, value in records.started.settings.items()
             ],
@@ -94,7 +91,6 @@ def render_report(
             trials=len(records.outcomes),
             fold_rows=len(records.outcomes) > MAX_VISIBLE_ROWS,
             tests=_test_rows(records),
-            certificates=records.certificates,
             not_tested=_not_tested(records, decision),
             command=reproduce_command(records.started.settings),
             **page_script(script, {"answer": slider and slider["data"]}),

@@ -40,9 +40,7 @@ def preflight_text(found: Preflight) -> str:
     splits = ", ".join(f"{split.items:,} {name}" for name, split in found.splits.items())
     given = "given splits" if found.splits_given else "split by content"
     data = [f"data ({found.form}, {given}): {splits} examples", *(f"  {line}" for line in found.left_out)]
-    return "\n".join(
-        [*found.before, *data, *preflight_lines(found), *found.notes, "nothing was written: this was a dry run"]
-    )
+    return "\n".join([*data, *preflight_lines(found), *found.notes, "nothing was written: this was a dry run"])
 
 
 def preflight_lines(found: Preflight) -> list[str]:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from rightrank.data.rows import Row
     from rightrank.models.base_models import LoadedModel
     from rightrank.schema.decision import Decision
-    from rightrank.schema.events import RunStarted
     from rightrank.schema.settings import SelectSettings
     from rightrank.train.tokens import EncodedData
 
@@ -59,13 +58,6 @@ class Plugin:
     """
     calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """By a value of `executor` of `select_rank_with`: turns a training function into one that runs elsewhere."""
-    exports: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    """By a name of `export --to`: a function of a `rightrank.interop.recipe.Recipe` that returns what to write."""
-    outlook: Callable[[RunStarted, int | None], Sequence[str]] = lambda started, measured: ()
-    """Lines for a person about a selection, from the first record of its run and the rank that was found, None before it is.
-
-    They are shown, and enter neither what is tried nor the answer.
-    """
     memory_plan: Callable[
         [LoadedModel, EncodedData, int | None, SelectSettings, Callable[[str], None]], MemoryPlan | None
     ] = lambda *selection: None

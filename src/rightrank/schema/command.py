@@ -23,7 +23,7 @@ def reproduce_command(settings: Mapping[str, Any]) -> str | None:
         value = settings.get(name)
         value = tuple(value) if isinstance(value, list) else value
         if value is not None and value != row.default:
-            arguments += _arguments_of(name, row, value)
+            arguments += arguments_of(name, row, value)
     return shlex.join(["rightrank", "select", model, data, "--out", "run", *arguments])
 
 
@@ -34,10 +34,11 @@ def set_arguments(settings: Mapping[str, Any]) -> list[str]:
         for name, row in SelectSettings.model_fields.items()
         if name in settings
     )
-    return [part for name, row, value in rows if value != row.default for part in _arguments_of(name, row, value)]
+    return [part for name, row, value in rows if value != row.default for part in arguments_of(name, row, value)]
 
 
-def _arguments_of(name: str, row: Setting, value: Any) -> list[str]:
+def arguments_of(name: str, row: Setting, value: Any) -> list[str]:
+    """A setting as words of a command: its option, or `--set`."""
     if isinstance(value, dict) or (isinstance(value, tuple) and not _can_be_joined(value, row)):
         return ["--set", f"{name}={json.dumps(value)}"]
     if not row.option:

@@ -150,35 +150,6 @@ class TestEvaluated(Record):
     metric: str | None = None  # of `value`, if it is not the deciding metric: a task has no test split
 
 
-class Certified(Record):
-    """An arm trained again alone, compared with its multi-LoRA training. Differences are relative unless stated."""
-
-    type: Literal["certified"] = "certified"
-    schema_version: Whole = SCHEMA_VERSION
-    trial_id: str
-    rank: Whole
-    adapters_per_pass: Whole
-    steps: Whole
-    first_step_difference: float  # of the training loss
-    loss_difference: float  # of the training loss, the maximum over all steps
-    adapter_difference: float  # of the norm of the final adapter's tensors
-    value_difference: float  # of the held-out value; absolute
-    seed_difference: float | None  # between two seeds of one rank and learning rate; absolute; None: one seed
-    exact: bool  # the model is in float32
-    passed: bool | None  # None: not in float32, and no second seed to compare with
-
-    def sentence(self) -> str:
-        """The comparison in one paragraph."""
-        where = f"with {self.adapters_per_pass} adapters per pass" if self.adapters_per_pass > 1 else "alone"
-        yardstick = "" if self.seed_difference is None else f" (two seeds differ by {self.seed_difference:.2g})"
-        verdict = {True: "the same", False: "NOT the same", None: "no second seed to compare with"}[self.passed]
-        return (
-            f"Rank {self.rank} was trained {where} and again alone: {verdict}. Relative differences: "
-            f"{self.first_step_difference:.1e} in the first step's loss, {self.loss_difference:.1e} at most in "
-            f"{self.steps} steps, {self.adapter_difference:.1e} in the adapter; held-out {self.value_difference:.1e}{yardstick}."
-        )
-
-
 class RunContinued(Record):
     """The run was continued with other values of settings that change no trial; they hold from here on."""
 
@@ -219,7 +190,6 @@ Journaled: TypeAlias = (
     | TrialFailed
     | TestEvaluated
     | GuardEvaluated
-    | Certified
     | RunContinued
     | AdapterRecorded
     | DecisionRecorded

@@ -44,7 +44,6 @@ class SelectKeywords(TypedDict, total=False):
     memory_bytes: int | str
     load_in_4bit: bool
     adapters_per_pass: int
-    certify: bool
     executor: Literal["local", "processes", "ray"]
     workers: int
     report_to: Sequence[str] | str

@@ -86,7 +86,6 @@ class Preflight(Record):
     memory_bytes: Whole | None
     cost: PreflightCost
     seeds: Whole
-    before: list[str] = Field(default_factory=list)  # what plug-ins say of it beforehand; it enters no answer
     notes: list[str] = Field(default_factory=list)
 
 
@@ -112,7 +111,7 @@ class ModuleSpectrum(Record):
 class InspectionSummary(Record):
     """The whole adapter or checkpoint."""
 
-    kind: Literal["adapter", "checkpoints", "gradient"]
+    kind: Literal["adapter", "checkpoints"]
     modules: int
     parameters: int  # of the factors
     ranks: list[int]  # the different ranks
@@ -151,6 +150,17 @@ class HeldOut(Record):
     value: float
 
 
+class StoredCandidate(Record):
+    """A rank whose factors are stored in fewer bits, against the reference."""
+
+    rank: Whole
+    bits: Whole  # of each value of a factor
+    bytes: Whole  # of the file
+    difference: float  # worse than the reference by this much
+    difference_high: float  # its 95% upper bound
+    holds: bool
+
+
 class Resized(Record):
     """`resize --json`."""
 
@@ -166,6 +176,9 @@ class Resized(Record):
     held_out: list[HeldOut] = Field(default_factory=list)
     scored_examples: int | None = None  # with data: how many held-out examples every candidate was measured on
     answer: AdapterAnswer | None = None  # with data: the truncation that is enough, and every candidate
+    stored: list[StoredCandidate] = Field(
+        default_factory=list
+    )  # with bits: those that were measured, the smallest first
     no_gain: bool = False  # with data: the base alone is not worse than the adapter by more than the margin
     notes: list[str] = Field(default_factory=list)
 
@@ -203,7 +216,7 @@ class Allocation(Record):
     trials: list[AllocationTrial]
 
 
-ComparisonVerdict: TypeAlias = Literal["not_worse", "worse", "cannot_tell"]
+ComparisonVerdict: TypeAlias = Literal["not_worse", "worse", "cannot_tell", "broken"]
 
 
 class _Compared(Record):
@@ -234,3 +247,4 @@ class AdapterComparison(_Compared):
 
     sentence: str
     comparisons: list[MetricComparison]
+    cause: str | None = None  # of `broken`: what B is in place of A

@@ -525,13 +525,6 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
         also=("arms",),
         gt=0,
     )
-    certify: bool = setting(
-        False,
-        MACHINE,
-        "train one arm again, alone, and compare; journal and report have the comparison",
-        option=True,
-        identity=False,
-    )
     checkpoint_seconds: float = setting(
         60.0, MACHINE, "seconds between checkpoints of a running trial", identity=False, gt=0
     )

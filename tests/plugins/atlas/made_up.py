@@ -6,6 +6,6 @@ from rightrank.plugins.atlas.rows import Sweep
 
 
 def sweep(**changes: object) -> Sweep:
-    facts = {"id": "a", "source": "s", "base": "b", "family": "language", "task": "t", "metric": "loss", "kind": "loss"}
+    facts = {"id": "a", "source": "s", "family": "language", "kind": "loss"}
     figures = {"better": "low", "ranks": (1, 4, 16, 64), "values": (2.1, 2.004, 2.0, 2.001), "seeds": 1, "tuned": True}
-    return Sweep(**{**facts, **figures, "checkpoint": "last", **changes})  # type: ignore[arg-type]
+    return Sweep(**{**facts, **figures, **changes})  # type: ignore[arg-type]

@@ -10,10 +10,10 @@ from itertools import pairwise
 import pytest
 from benchmarks.atlas.readings import READS, check, figures
 
-from rightrank.plugins.atlas.rows import ATLAS, FAMILIES, KINDS, load
+from rightrank.plugins.atlas.rows import ATLAS, FAMILIES, MARGINS, load
 from tests.plugins.atlas.made_up import sweep
 
-MARGINS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+TRIED = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 REFUSED = "vukrosic/qwen-lora-rank-selection"  # its licence grants nothing
 
 
@@ -28,8 +28,9 @@ def test_the_packaged_atlas_is_small_and_has_what_a_reader_checks() -> None:
         assert source["licence"], name
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", source["read"]), name
         assert REFUSED not in source["address"]
-    for row in atlas.sweeps:
-        assert READS & row.read.keys() or atlas.sources[row.source]["kind"] == "paper", f"{row.id}: no program reads it"
+    for row in json.loads(ATLAS.read_text(encoding="utf-8"))["sweeps"]:
+        read = row.get("read", {}).keys()
+        assert READS & read or atlas.sources[row["source"]]["kind"] == "paper", f"{row['id']}: no program reads it"
 
 
 def test_the_rows_of_our_own_grids_are_those_of_the_grids() -> None:
@@ -42,7 +43,7 @@ def test_the_rows_of_our_own_grids_are_those_of_the_grids() -> None:
 def test_no_two_rows_are_the_same_sweep() -> None:
     atlas = load()
     assert max(Counter(row.id for row in atlas.sweeps).values()) == 1
-    printed = Counter((row.ranks, row.values) for row in atlas.sweeps if len(set(row.values)) > 1)
+    printed = Counter((row.ranks, tuple(row.values)) for row in atlas.sweeps if len(set(row.values)) > 1)
     assert [key for key, times in printed.items() if times > 1] == []
 
 
@@ -53,7 +54,7 @@ def test_each_family_has_sweeps(family: str) -> None:
 
 def test_the_smallest_enough_rank_falls_as_the_margin_grows() -> None:
     for row in load().sweeps:
-        enough = [row.smallest_enough(margin) for margin in MARGINS]
+        enough = [row.smallest_enough(margin) for margin in TRIED]
         assert all(later <= earlier for earlier, later in pairwise(enough)), row.id
         assert row.smallest_enough(None) in row.ranks
 
@@ -71,18 +72,15 @@ def test_noise_and_direction() -> None:
     assert sweep(noise=0.2).smallest_enough(0.005) == 1
     higher = sweep(better="high", kind="accuracy", values=(0.7, 0.8, 0.81, 0.79))
     assert (higher.smallest_enough(0.01), higher.smallest_enough(0.001)) == (4, 16)
-    assert [sweep(tuned=tuned, seeds=seeds).quality for tuned, seeds in ((True, 3), (True, 1), (False, 5))] == [
-        1,
-        0.5,
-        0.2,
-    ]
 
 
 def test_every_row_can_be() -> None:
     atlas = load()
     for row in atlas.sweeps:
         assert row.source in atlas.sources, row.id
-        assert (row.family in FAMILIES, row.kind in KINDS, row.better in ("low", "high")) == (True, True, True), row.id
+        assert (row.family in FAMILIES, row.kind in MARGINS, row.better in ("low", "high")) == (True, True, True), (
+            row.id
+        )
         assert len(row.ranks) == len(row.values) >= 2, row.id
         assert list(row.ranks) == sorted(set(row.ranks)), row.id
         assert row.ranks[0] >= 1, row.id

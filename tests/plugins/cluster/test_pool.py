@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from unittest.mock import MagicMock
 
 import pytest
 from benchmarks.scale.simulated import VERSIONS, Pace, SimulatedCrew, result_of, step_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rightrank.plugins.cluster import on_ray
 from rightrank.plugins.cluster.pool import (
     MAX_LOSSES,
     Pool,
@@ -219,3 +222,19 @@ def test_workers_that_never_start_end_the_run() -> None:
 
     with pytest.raises(RunError, match=r"no worker could start .*no such module"):
         ended(make_pool(NeverReady(Pace(trial=lambda *_: 1.0))), trials(2))
+
+
+def test_workers_of_a_cluster_get_four_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ray head shows the environment of its actors to whoever reaches its dashboard."""
+    ray, setup = MagicMock(), MagicMock()
+    ray.nodes.return_value = [{"Alive": True, "Resources": {"CPU": 8.0, "memory": 2.0**36}}]
+    monkeypatch.setattr(on_ray, "connected", lambda _: ray)
+    crew = on_ray.RayCrew(setup, None, None, on_cuda=False)
+    monkeypatch.setattr(
+        os, "environ", {"HF_TOKEN": "hf_secret", "AWS_SECRET_ACCESS_KEY": "secret", "PYTHONPATH": "src"}
+    )
+    crew.start("worker-0")
+    assert ray.remote.return_value.options.call_args.kwargs["runtime_env"] == {"env_vars": {"PYTHONPATH": "src"}}
+    ray.remote.return_value.options.return_value.remote.assert_called_once_with()  # an actor is given its setup alone, as JSON
+    actor = ray.remote.return_value.options.return_value.remote.return_value
+    actor.receive.remote.assert_called_once_with(setup.model_dump_json.return_value)

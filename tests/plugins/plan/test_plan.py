@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,19 @@ def test_changes_fit_when_followed(config_folder: Path, capsys: pytest.CaptureFi
     assert (again["max_rank"] or 0) >= 2
     status, out, _ = run_command(capsys, str(config_folder), *memory, *assignments(step))
     assert "; rank 2: it fits with " in out
+    advice = shlex.split(out.partition("it fits with ")[2].splitlines()[0])
+    assert plan_json(capsys, str(config_folder), *memory, *assignments(step), *advice)["max_rank"] >= 2
+
+
+def test_a_plan_that_takes_seconds_says_what_it_traces(
+    config_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rightrank.plugins.plan.SILENT_SECONDS", 0)
+    new = ("--seq-len", "24")  # no other test has traced it
+    status, out, err = run_command(capsys, str(config_folder), "--ranks", "2,4", *QUICK, *new, "--json")
+    assert status == 0
+    assert json.loads(out)["ranks"]
+    assert err.splitlines() == ["tracing a step of rank 2 …", "tracing a step of rank 4 …"]
 
 
 def assignments(values: dict[str, Any]) -> list[str]:

@@ -191,3 +191,14 @@ def test_adapters_whose_pass_cannot_be_planned_train_alone(
     assert status == 0, err
     assert "continuing with 1" in err
     assert json.loads(out)["handed_over"]["rank"] in (1, 2, 4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dora_over_quantised_matrices_is_planned(bits: int) -> None:
+    config = one_block()
+    settings = small_settings(**{"use_dora": True, f"load_in_{bits}bit": True})
+    plain = settings.model_copy(update={"use_dora": False})
+    steps = (step_settings(config, one, 32, "cpu", None) for one in (settings, plain))
+    with_magnitudes, without = (Estimator(config, one).inventory(4).trainable_parameters for one in steps)
+    assert with_magnitudes > without
+    assert plan_selection(config, settings, 32, "cpu").ranks == settings.ranks

@@ -1,4 +1,4 @@
-"""ms-swift's callback `rightrank`: `swift sft … --external_plugins $(rightrank path ms-swift) --callbacks rightrank`.
+"""ms-swift's callback `rightrank`: `swift sft … --external_plugins THIS_FILE --callbacks rightrank`.
 
 ms-swift puts the folder of this file in front of the path of imports, so that the folder holds nothing else.
 """

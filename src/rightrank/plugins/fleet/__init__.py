@@ -69,13 +69,13 @@ def _fleet_text(found: Fleet) -> str:
         cells = [losses.get(rank, "") for rank in ranks]
         rows.append([visible(Path(adapter.out).name), str(adapter.rank_before), str(adapter.rank), *cells])
     note = "(held-out, worse than the adapter itself by; * not shown to be within the margin)"
-    return "\n".join([found.sentence, "", *table_lines(rows), note, "", f"adapters: {found.out}"])
+    return "\n".join([found.sentence, "", *table_lines(rows), note, "", *found.notes, "", f"adapters: {found.out}"])
 
 
 @click.command(
     "fleet",
     short_help="Bring many adapters to the smallest common rank.",
-    epilog="Example: rightrank fleet tasks/first tasks/second --model ./model --out common",
+    epilog="Example: rightrank fleet tasks/first tasks/second --model ./model --data rows.jsonl --out common",
 )
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ADAPTER...")
 @click.option("--model", required=True, help="The base model of all adapters.")

@@ -20,7 +20,8 @@ from rightrank.data.files import creating, replacing_folder, require_absent
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_adapter
 from rightrank.models.base_models import load_base
 from rightrank.models.places import BASE_FILE
-from rightrank.models.ranks import max_module_rank
+from rightrank.models.ranks import SERVING, max_module_rank, slot_bytes
+from rightrank.report.format import size
 from rightrank.schema.decision import AdapterCandidate
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.results import Resized
@@ -54,6 +55,8 @@ class Fleet(Record):
     adapters: list[FleetAdapter]
     max_lora_rank: Whole  # of vLLM, for the adapters as written
     saved_share: float  # of the bytes of its slot for an adapter
+    slot_bytes: Whole  # of one slot at that rank, in 16 bits
+    notes: list[str]
     out: str
 
 
@@ -169,6 +172,9 @@ def _written(measured: Sequence[_Measured], out: Path, model: str, base: dict[st
     ]
     before = max_module_rank(max(one.adapter.rank for one in measured))
     after = max_module_rank(served)
+    shapes = {module.name: (module.rows, module.columns) for one in measured for module in one.adapter.modules}
+    slot, slot_before = (slot_bytes(shapes.values(), one) for one in (after, before))
+    note = f"a slot takes {size(slot)} at --max-lora-rank {after} ({size(slot_before)} at {before}), whatever the rank of the adapter in it"
     return Fleet(
         rank=rank,
         sentence=_sentence(measured, rank, before, after),
@@ -176,6 +182,8 @@ def _written(measured: Sequence[_Measured], out: Path, model: str, base: dict[st
         adapters=[_record(one, resized) for one, resized in zip(measured, written, strict=True)],
         max_lora_rank=after,
         saved_share=1 - after / before,
+        slot_bytes=slot,
+        notes=[note, SERVING],
         out=str(out),
     )
 

@@ -6,7 +6,9 @@ rank from two traces) → planner (the plan), and selection (the memory and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+import time
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -17,21 +19,31 @@ from rightrank.cli.options import SettingsCommand, announce, gather, setting_opt
 from rightrank.models.ranks import LARGE_RANK, rank_change_line, rate_warning
 from rightrank.report.format import size
 from rightrank.runs.plugins import Plugin
+from rightrank.schema.command import arguments_of
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.table import given_values
+
+SILENT_SECONDS = 2.0  # after which `plan` says what it traces
 
 if TYPE_CHECKING:
     from rightrank.schema.keywords import PlanKeywords
     from rightrank.schema.results import Plan, RankPlan
 
 
-def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack[PlanKeywords]) -> Plan:
+def plan(
+    model: str,
+    *,
+    settings: PlanSettings | None = None,
+    on_progress: Callable[[str], None] = lambda _: None,
+    **keywords: Unpack[PlanKeywords],
+) -> Plan:
     """Predict parameters and memory of every rank, without weights and before any training.
 
     Args:
         model: a folder that holds at least `config.json`, a GGUF file, or a hub name.
         settings: see `PlanSettings`; None for the defaults. Without `memory_bytes` the budget is the memory of the
             CUDA device, if there is one.
+        on_progress: receives what is traced next; a model of billions of parameters takes seconds.
         keywords: the command's options by name, such as `ranks=(8, 16), memory_bytes="24GiB"`; they override `settings`.
 
     Raises:
@@ -48,7 +60,7 @@ def plan(model: str, *, settings: PlanSettings | None = None, **keywords: Unpack
     if settings.memory_bytes is None and settings.device == "cuda":
         settings = settings.model_copy(update={"memory_bytes": device_memory()})
     config = read_config(model, settings.trust_remote_code, settings.num_labels is not None)
-    return plan_config(config, model, settings)
+    return plan_config(config, model, settings, on_progress)
 
 
 @click.command(
@@ -74,8 +86,14 @@ def _plan(model: str, config_file: Path | None, assignments: tuple[str, ...], as
 
     values = gather(config_file, assignments, options)
     announce("tracing a step of the model, in shapes alone")
+    begun = time.monotonic()
+
+    def say(text: str) -> None:
+        if time.monotonic() - begun > SILENT_SECONDS:
+            click.echo(f"{text} …", err=True)
+
     with collector_paused():  # importing torch and transformers takes a quarter less time
-        answer: Plan = plan(model, settings=PlanSettings(**values))
+        answer: Plan = plan(model, settings=PlanSettings(**values), on_progress=say)
     click.echo(answer.model_dump_json() if as_json else _plan_text(answer))
     return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0
 
@@ -132,7 +150,10 @@ def _answer(plan: Plan) -> Iterator[str]:
 
 def _fits_line(plan: Plan, memory: int) -> str:
     if plan.max_rank is None:
-        changes = ", ".join(f"{name} {value}" for name, value in plan.changes.items())
+        rows = PlanSettings.model_fields
+        changes = shlex.join(
+            word for name, value in plan.changes.items() for word in arguments_of(name, rows[name], value)
+        )
         advice = f"it fits with {changes}" if changes else "no change of the step is enough"
         return f"no requested rank fits in {size(memory)}; rank {plan.ranks[0].rank}: {advice}"
     possible = ""

@@ -11,7 +11,7 @@ import copy
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ SAFETENSORS_ALIGNMENT = 8  # the header is padded with spaces to a multiple of t
 
 # What a model's own code raises on tensors without values, or on kernels that meta tensors lack.
 UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+UNTRACED = {"optim", "memory_bytes"}  # settings that change no event of a trace
 OF_THE_MODEL = {"attn_implementation", "dtype", "load_in_4bit", "load_in_8bit"}  # settings that change its modules
 CUBLAS_BYTES = 8_519_680  # cuBLAS workspace from torch's allocator (`:4096:2:16:8`); 32 MiB on Hopper
 
@@ -98,8 +99,10 @@ class NotSharedError(SettingsError):
 class Estimator:
     """One model and one way to train it. The base is built once, and each trace is made once."""
 
-    def __init__(self, config: Any, settings: PlanSettings) -> None:
-        self._config = config
+    def __init__(
+        self, config: Any, settings: PlanSettings, on_progress: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._config, self._on_progress = config, on_progress
         self.settings = settings
         lowest, highest = min(settings.ranks), max(settings.ranks)
         self._ends = (lowest, highest if highest > lowest else 2 * lowest)
@@ -116,9 +119,11 @@ class Estimator:
         """The same adapters under other settings of the step, which share the model, or of `OF_THE_MODEL`."""
         settings = self.settings.model_copy(update=changes)
         if not OF_THE_MODEL.isdisjoint(changes):
-            return Estimator(self._config, settings)
+            return Estimator(self._config, settings, self._on_progress)
         other = copy.copy(self)
-        other.settings, other._traces = settings, {}
+        other.settings = settings
+        if not UNTRACED.issuperset(changes):
+            other._traces = {}
         return other
 
     def estimate(self, rank: int) -> RankEstimate:
@@ -191,6 +196,8 @@ class Estimator:
 
     def _trace(self, rank: int, training: bool) -> StepTrace:
         if (rank, training) not in self._traces:
+            step = "a step" if training else "an evaluation"
+            self._on_progress(f"tracing {step} of rank {rank}")
             arms = self.settings.adapters_per_pass
             skeleton = self.skeleton if rank == self._ends[0] and arms == 1 else self._adapted(rank, arms)
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rightrank.plugins.plan.estimate import Estimator, RankEstimate, context_bytes
@@ -17,7 +17,9 @@ from rightrank.train.targets import require_ranks
 ON_CPU, ON_CUDA, QUANTISED = 0.01, 0.05, 0.1
 
 
-def plan_config(config: Any, name: str, settings: PlanSettings) -> Plan:
+def plan_config(
+    config: Any, name: str, settings: PlanSettings, on_progress: Callable[[str], None] = lambda _: None
+) -> Plan:
     """The plan for a configuration in memory of the model called `name`.
 
     Raises:
@@ -31,7 +33,7 @@ def plan_config(config: Any, name: str, settings: PlanSettings) -> Plan:
         raise SettingsError(f"seq_len {settings.seq_len} is above the model's {positions} positions; give at most that")
     if text.num_hidden_layers < 1:
         raise ModelError("the configuration names no layers (num_hidden_layers)")
-    estimator = Estimator(config, settings)
+    estimator = Estimator(config, settings, on_progress)
     if "ranks" not in settings.model_fields_set:  # default ranks: leave out those above the limit of a matrix
         limit = estimator.rank_limit
         settings = settings.model_copy(update={"ranks": tuple(r for r in settings.ranks if r <= limit)})

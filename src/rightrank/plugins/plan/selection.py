@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from rightrank.plugins.plan.estimate import Estimator, NotSharedError, Untraceab
 from rightrank.plugins.plan.planner import changes_that_fit
 from rightrank.report.format import size
 from rightrank.runs.plugins import MemoryPlan
+from rightrank.schema.command import arguments_of
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.plan_settings import STEP_OF_SELECT, PlanSettings
 from rightrank.schema.settings import SelectSettings
@@ -147,7 +149,10 @@ def _refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:
     smallest = min(rank for rank, count in needs.items() if count > memory)
     tensors = needs[smallest] - context_bytes(estimator.settings)
     changes = changes_that_fit(estimator, min(needs))
-    advice = ", ".join(f"{name} {value}" for name, value in changes.items() if name in SelectSettings.model_fields)
+    rows = SelectSettings.model_fields
+    advice = shlex.join(
+        word for name in changes if name in rows for word in arguments_of(name, rows[name], changes[name])
+    )
     return (
         f"rank {smallest} needs {size(needs[smallest])} ({size(tensors)} for tensors, the rest for the process), and "
         f"{size(memory)} are available; give more --memory, lower ranks{', or ' + advice if advice else ''}"

@@ -89,7 +89,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
             return 0  # no value is known; `kernels` answers branches on values
         keywords = kwargs or {}
-        out = func(*args, **keywords)
+        out = _called(func, args, keywords)
         scratch = [self.trace.add(size, self._origin(func, False)) for size in _scratch_bytes(func, args, self._device)]
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
@@ -142,6 +142,45 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
     def _origin(self, func: Any, has_vocabulary: bool) -> Origin:
         module = self._modules[-1] if self._modules else ""
         return Origin(func.__name__, module, self.phase, has_vocabulary)
+
+
+_Form: TypeAlias = tuple[torch.Size, tuple[int, ...], torch.dtype]  # of a new tensor: its size, stride and type
+_MADE: dict[Any, _Form] = {}  # what an operation on tensors of these forms makes
+MAX_MADE = 4096  # forms kept
+
+
+def _called(func: Any, args: Any, keywords: Any) -> Any:
+    """The operation's result. One that makes a new tensor runs once for each form of its arguments: blocks are alike."""
+    if func._schema.is_mutable or any(result.alias_info is not None for result in func._schema.returns):
+        return func(*args, **keywords)
+    key = func, _form(args), _form(tuple(keywords.items()))
+    try:
+        known = _MADE.get(key)
+    except TypeError:  # an argument that is compared by its identity
+        return func(*args, **keywords)
+    if known is not None:
+        size, stride, dtype = known
+        return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+    out = func(*args, **keywords)
+    if isinstance(out, torch.Tensor) and out.device.type == "meta" and len(_MADE) < MAX_MADE:
+        form = out.size(), out.stride(), out.dtype
+        storage = out.untyped_storage()
+        shared = any(storage._cdata == one.untyped_storage()._cdata for one in args if isinstance(one, torch.Tensor))
+        whole = torch.empty_strided(*form[:2], dtype=form[2], device="meta").untyped_storage().nbytes()
+        if (
+            not shared and storage.nbytes() == whole
+        ):  # a view is made anew, as `_unsafe_view`, whose schema does not say so
+            _MADE[key] = form
+    return out
+
+
+def _form(value: Any) -> Any:
+    """The value with the form of each tensor in its place."""
+    if isinstance(value, torch.Tensor):
+        return value.size(), value.stride(), value.dtype, value.device
+    if isinstance(value, list | tuple):
+        return tuple(map(_form, value))
+    return type(value), value
 
 
 def trace_step(skeleton: Skeleton, settings: PlanSettings, training: bool = True) -> StepTrace:

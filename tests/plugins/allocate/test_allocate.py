@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from rightrank.adapters.checkpoints import weight_gradients
 from rightrank.cli import main
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.plugins.allocate.proposal import (
@@ -57,21 +55,6 @@ def test_the_pattern_keeps_the_budget(trained: AdapterFolder) -> None:
     assert min(ranks.values()) >= 1
     assert cost(trained, ranks) <= cost(trained, {module.name: 4 for module in trained.modules})
     assert len(set(ranks.values())) > 1
-
-
-def test_gradients_are_those_of_the_loss(trained: AdapterFolder, runtime: Any) -> None:
-    name = trained.modules[0].name
-    gradient = weight_gradients(runtime, [name], examples=4)[name]
-    weight = runtime.model.get_submodule(name).weight
-    batch = runtime.batch("train", range(4))
-    step = 1e-3 * gradient / gradient.norm()
-    losses = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            weight += sign * step
-            losses.append(float(runtime.losses("train", batch, 1 / 4).total))
-            weight -= sign * step
-    assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(float(gradient.norm()), rel=0.05)
 
 
 def test_a_shuffle_keeps_the_ranks_and_nearly_the_parameters(trained: AdapterFolder) -> None:
@@ -128,17 +111,3 @@ def test_allocate_answers_with_its_evidence(
     proposed = all(verdict["better"] for verdict in answer["verdicts"])
     assert answer["proposal"] == ("pattern" if proposed else "uniform")
     assert bool(answer["rank_pattern"]) == proposed
-
-
-def test_the_gradient_spectrum_at_the_command_line(
-    model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, out, err = run(capsys, "inspect", "--gradient", model_folder, completion_file, *SETS, "--json")
-    assert status == 0, err
-    answer = json.loads(out)
-    assert answer["summary"]["kind"] == "gradient"
-    assert len(answer["modules"]) == 21
-    assert all(module["spectral_norm"] > 0 for module in answer["modules"])
-    status, _, err = run(capsys, "inspect", model_folder, "--gradient", model_folder, completion_file)
-    assert status == 2
-    assert "can't be combined with" in err

@@ -13,7 +13,7 @@ from benchmarks.plan.gpu import CASES, CONFIGS, dry_run
 
 from rightrank.report.format import duration
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.trains
 
 AXES = ("ranks", "batch_size", "seq_len", "gradient_checkpointing", "dtype", "load_in_4bit", "adapters_per_pass")

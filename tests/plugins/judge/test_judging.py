@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from rightrank import select_rank
+from rightrank.plugins.judge.pairs import promptable_examples
+from rightrank.train.generation import answers, write_completion
 from tests.commands import run
+from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
 pytestmark = pytest.mark.trains
@@ -80,3 +83,12 @@ def test_choices_that_cannot_be_used(
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_sample_is_the_answer_within_max_new_tokens(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    runtime = make_runtime(model_folder, completion_file, small_settings(max_new_tokens=12), tmp_path / "cache")
+    examples = promptable_examples(runtime, 3)
+    by_id = {answer.item_id: answer.completion for answer in answers(runtime, "test")}
+    assert [write_completion(runtime, example) for example in examples] == [by_id[e.item_id] for e in examples]

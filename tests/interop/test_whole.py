@@ -1,0 +1,323 @@
+"""`export --to merged`, `gguf`, `mlx`: what is written is what was measured, and six faults that others make are found and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rightrank import compare, export
+from rightrank.cli import main
+from rightrank.interop.whole import TEST_SPLIT
+from rightrank.models.base_models import load_base
+from rightrank.models.formats import GGUF_TYPES, MLX_TYPES, torch_folder
+from rightrank.schema.errors import DataError, ModelError, RunError, SettingsError
+from rightrank.schema.results import AdapterComparison
+from rightrank.schema.settings import SelectSettings
+from tests.adapters.adapters import edit_config, make_adapter
+from tests.tiny import make_tokenizer, sentences, tiny_llama_config, write_jsonl
+
+pytestmark = pytest.mark.trains
+
+SETTINGS = SelectSettings(seq_len=32, device="cpu", margin=0.05)
+ROWS = 40
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose rows are as long as a group of MLX, with a tokenizer and its template."""
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("whole") / "base"
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = tiny_llama_config(len(tokenizer))
+    config.hidden_size, config.intermediate_size, config.head_dim, config.initializer_range = 64, 128, 16, 0.05
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations, so that the template is part of every example."""
+    turns = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": " ".join(text.split()[:3])}]
+        for text in sentences(ROWS, seed=5)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", [{"messages": turn} for turn in turns])
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    return make_adapter(base, tmp_path / "adapter")
+
+
+def by_hand(base: Path, adapter: Path) -> Any:
+    """The merge as PEFT's page has it."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+
+
+def saved(model: Any, base: Path, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def compared(adapter: Path, whole: Path, base: Path, rows: Path) -> AdapterComparison:
+    return compare(adapter, whole, model=str(base), data=rows, settings=SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["plain", "rslora", "alpha_pattern", "dora", "modules_to_save"])
+def test_a_merged_model_is_that_of_peft(kind: str, base: Path, rows: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", kind)
+    done = export(adapter, "merged", tmp_path / "out", check=rows, settings=SETTINGS)
+    assert done.check is not None
+    assert (done.check["verdict"], done.check["cause"]) == ("not_worse", None)
+    assert abs(done.check["difference"]) < 1e-5
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    theirs = by_hand(base, adapter).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5
+    stored = json.loads((tmp_path / "out" / "export.json").read_text(encoding="utf-8"))
+    assert stored["check"] == done.check
+    assert done.check["sentence"] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_a_gguf_file_is_read_as_transformers_reads_it(
+    kind: str, base: Path, adapter: Path, rows: Path, tmp_path: Path
+) -> None:
+    done = export(adapter, "gguf", tmp_path / "out", check=rows, kind=kind, settings=SETTINGS)
+    assert done.check is not None
+    assert done.check["cause"] is None
+    assert abs(done.check["difference"]) < {"q4": 0.2, "q5": 0.1, "q8": 0.02}.get(kind[:2], 0.005)
+    whole, tokenizer = by_hand(base, adapter), AutoTokenizer.from_pretrained(base)
+    read = load_base(
+        str(tmp_path / "out" / f"model-{kind}.gguf"), SETTINGS.model_copy(update={"dtype": "float32"}), None
+    )
+    assert read.tokenizer.chat_template == tokenizer.chat_template
+    assert read.tokenizer("one dog, 12")["input_ids"] == tokenizer("one dog, 12")["input_ids"]
+    for name, value in whole.state_dict().items():
+        off = torch.linalg.vector_norm(read.model.state_dict()[name] - value) / torch.linalg.vector_norm(value)
+        assert float(off) < {"q4": 0.15, "q5": 0.08, "q8": 0.02}.get(kind[:2], 0.01), name
+
+
+@pytest.mark.parametrize("kind", MLX_TYPES)
+def test_an_mlx_folder_is_read_as_mlx_computes(
+    kind: str, base: Path, adapter: Path, rows: Path, tmp_path: Path
+) -> None:
+    done = export(adapter, "mlx", tmp_path / "out", check=rows, kind=kind, settings=SETTINGS)
+    assert done.check is not None
+    assert done.check["cause"] is None
+    assert abs(done.check["difference"]) < {"q4": 0.2, "q8": 0.02}.get(kind, 0.005)
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config.get("quantization", {}).get("bits") == (int(kind[1:]) if kind.startswith("q") else None)
+    mlx_lm = pytest.importorskip("mlx_lm")  # the consumer itself, where it is installed
+    import mlx.core as mx
+    import numpy as np
+
+    model, _ = mlx_lm.load(str(tmp_path / "out"))
+    ids = torch.arange(4, 24)[None]
+    theirs = np.array(model(mx.array(ids.tolist())).astype(mx.float32))
+    with torch_folder(str(tmp_path / "out")) as place, torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)(ids).logits.numpy()
+    assert np.abs(ours - theirs).max() < 0.05
+
+
+def dropped(base: Path, adapter: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base)
+
+
+def _merged_with(**changes: Any) -> Callable[[Path, Path], Any]:
+    def make(base: Path, adapter: Path) -> Any:
+        copy = Path(shutil.copytree(adapter, adapter.parent / "changed"))
+        edit_config(copy, **changes)
+        if changes.get("use_dora") is False:
+            tensors = load_file(copy / "adapter_model.safetensors")
+            save_file({k: v for k, v in tensors.items() if "magnitude" not in k}, copy / "adapter_model.safetensors")
+        return by_hand(base, copy)
+
+    return make
+
+
+def on_another_base(base: Path, adapter: Path) -> Any:
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * parameter.std() if parameter.dim() > 1 else parameter.data
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+
+
+FAULTS: dict[str, tuple[str, Callable[[Path, Path], Any], str]] = {
+    "adapter dropped": ("plain", dropped, "it is the base: the adapter was dropped"),
+    "alpha lost": (
+        "plain",
+        _merged_with(lora_alpha=8),
+        "another scale (alpha lost, r taken): it has scale 1, the adapter 2",
+    ),
+    "rsLoRA lost": ("rslora", _merged_with(use_rslora=False), "without rsLoRA: it has scale 2, the adapter 5.66"),
+    "DoRA lost": ("dora", _merged_with(use_dora=False), "it is the adapter without DoRA's magnitudes"),
+    "another base": ("plain", on_another_base, "it has another base than"),
+}
+
+
+@pytest.mark.parametrize("form", ["merged", "mlx"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_and_named(fault: str, form: str, base: Path, rows: Path, tmp_path: Path) -> None:
+    kind, make, cause = FAULTS[fault]
+    adapter = make_adapter(base, tmp_path / "adapter", kind)
+    whole = saved(make(base, adapter), base, tmp_path / "whole")
+    if form == "mlx":  # what another converter did to it in 8 bits
+        from rightrank.models.formats import write_mlx
+
+        (tmp_path / "mlx").mkdir()
+        write_mlx(
+            AutoModelForCausalLM.from_pretrained(whole), AutoTokenizer.from_pretrained(whole), tmp_path / "mlx", "q8"
+        )
+        whole = tmp_path / "mlx"
+    found = compared(adapter, whole, base, rows)
+    assert found.verdict == "broken"
+    assert found.cause is not None
+    assert cause in found.cause
+    assert "BROKEN" in found.sentence
+
+
+@pytest.mark.parametrize("what", ["chat template", "tokenizer", "tokenizer or chat template"])
+def test_other_tokens_are_found_and_named(what: str, base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    whole = saved(by_hand(base, adapter), base, tmp_path / "whole")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if what == "chat template":
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|im_start|>the ")
+        tokenizer.save_pretrained(whole)
+    elif what == "tokenizer or chat template":  # the assistant's turns can't be found
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>{{", "<|im_start|>the {{")
+        tokenizer.save_pretrained(whole)
+    else:
+        file = whole / "tokenizer.json"
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["model"]["merges"] = content["model"]["merges"][:20]
+        file.write_text(json.dumps(content), encoding="utf-8")
+    found = compared(adapter, whole, base, rows)
+    assert found.verdict == "broken"
+    assert found.cause is not None
+    assert f"its {what} was changed" in found.cause
+    assert abs(found.difference) < 1e-5  # the weights are those of the adapter
+
+
+def test_a_lossy_but_faithful_model_is_not_called_broken(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    """As a base in 4 bits that was merged and stored in 16."""
+    model = by_hand(base, adapter)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.model.layers.parameters():
+        parameter.data += (
+            torch.randn(parameter.shape, generator=generator) * parameter.std() * (0.15 if parameter.dim() > 1 else 0.0)
+        )
+    found = compared(adapter, saved(model, base, tmp_path / "whole"), base, rows)
+    assert found.cause is None
+    assert found.verdict != "broken"
+
+
+def test_the_command_checks_on_the_run_s_own_test_split(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(small_run)
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "run", "--to", "merged", "--out", str(tmp_path / "out"), "--type", "bf16", "--quiet", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert ended.value.code == {"not_worse": 0, "cannot_tell": 4}[answer["check"]["verdict"]]
+    assert answer["check"]["comparisons"][0]["data"] == TEST_SPLIT
+    assert answer["check"]["examples"] > 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_a_fault_ends_the_command_with_status_3(
+    base: Path, adapter: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = saved(dropped(base, adapter), base, tmp_path / "whole")
+    words = [
+        "--model",
+        str(base),
+        "--data",
+        str(rows),
+        "--seq-len",
+        "32",
+        "--device",
+        "cpu",
+        "--quiet",
+        "--margin",
+        "9",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", str(adapter), str(whole), *words])
+    assert ended.value.code == 3  # though it is within the margin
+    assert "BROKEN, it is the base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_an_adapter_over_a_quantised_base(bits: str, base: Path, adapter: Path, rows: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    found = compare(adapter, adapter, model=str(base), data=rows, base_b=bits, settings=SETTINGS)
+    assert 0 < abs(found.difference) < 0.5
+    assert found.cause is None
+
+
+def test_an_adapter_over_another_form_of_its_base(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    from rightrank.models.formats import write_gguf
+
+    file = tmp_path / "base.gguf"
+    write_gguf(AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base), file, "q4_0")
+    found = compare(adapter, adapter, model=str(base), data=rows, base_b=str(file), settings=SETTINGS)
+    assert 0 < abs(found.difference) < 0.5
+
+
+def test_bad_input_is_one_line_and_nothing_is_lost(
+    base: Path, adapter: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SettingsError, match="--type 'q3': gguf is written as f32"):
+        export(adapter, "gguf", out, check=rows, kind="q3", settings=SETTINGS)
+    with pytest.raises(DataError, match="give them with --check DATA"):
+        export(adapter, "merged", out, settings=SETTINGS)
+    with pytest.raises(SettingsError, match="give --out FOLDER"):
+        export(adapter, "merged", check=rows, settings=SETTINGS)
+    with monkeypatch.context() as patch:
+        patch.setattr("rightrank.interop.whole.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+        with pytest.raises(RunError, match=r"the model needs .* and 1 B are free; make room"):
+            export(adapter, "merged", out, check=rows, settings=SETTINGS)
+    assert not out.exists()
+    assert not list(tmp_path.glob("*tmp*"))
+
+
+def test_an_architecture_that_is_not_written_is_refused(tmp_path: Path, rows: Path) -> None:
+    from tests.adapters.adapters import make_base
+
+    base = make_base(tmp_path / "gpt2", "conv1d")
+    make_tokenizer().save_pretrained(base)
+    adapter = make_adapter(base, tmp_path / "adapter", "conv1d")
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel is not written as GGUF .*convert_hf_to_gguf"):
+        export(adapter, "gguf", tmp_path / "out", check=rows, settings=SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_half_written_folder_is_refused(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    whole = saved(by_hand(base, adapter), base, tmp_path / "whole")
+    content = (whole / "model.safetensors").read_bytes()
+    (whole / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError) as refused:
+        compared(adapter, whole, base, rows)
+    assert "\n" not in str(refused.value)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(b"GGUF" + bytes(20))
+    with pytest.raises(ModelError) as refused:
+        compared(adapter, cut, base, rows)
+    assert "\n" not in str(refused.value)
