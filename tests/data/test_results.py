@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas
 import pytest
@@ -135,8 +138,15 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
         ("rank,value\nbig,2\n2,3\n", "runs.csv:2: rank 'big' is not allowed"),
         ("rank,value\n4,2\n4,2\n", "one rank only"),
         ("rank,value\n0,3\n4,2\n", "one rank only"),
-        ("rank,value\n1,2\n2,nan\n", "runs.csv:3: value is nan"),
-        ("rank,value\n1,2\n2,inf\n", "runs.csv:3: value is inf"),
+        ("rank;value\n1;2,1\n2;2,0\n", "value is '2,1', not a number; write it with a decimal point"),
+        ("rank,value\n1,85%\n2,86%\n", "not a number; write it without the percent sign"),
+        ("rank,use_rslora,value\n1,true,2\n2,false,3\n", "differ in column use_rslora"),
+        ("rank,train_samples,value\n1,100,2\n2,200,3\n", "differ in column train_samples"),
+        ("rank,epochs,value\n1,3,2\n2,1,3\n", "differ in column epochs"),
+        (
+            "rank,seed,lora_alpha,value\n1,0,16,2\n1,1,32,2.1\n2,0,16,3\n2,1,32,3.1\n",
+            "column lora_alpha is neither the same",
+        ),
         ("rank,value\n1,2\n2,two\n", "runs.csv:3: value is 'two', not a number"),
         ("rank,value\n1,2\n2,2\n4,2\n", "every training has the value 2"),
         ("rank,value\n1,2\n2,3\n2,4\n", "runs.csv:4: rank 2, seed 0 occurs twice with different values"),
@@ -294,7 +304,7 @@ def test_a_stated_deviation_is_that_of_so_many_seeds(tmp_path: Path) -> None:
     assert (decision.margin, decision.basis) == (0.5, "std")
 
 
-@pytest.mark.parametrize("word", ["OOM", "out of memory", "crashed"])
+@pytest.mark.parametrize("word", ["OOM", "out of memory", "crashed", "nan", "NaN", "inf", "-Infinity"])
 def test_a_word_of_failure_is_a_training_without_a_result(tmp_path: Path, word: str) -> None:
     decided = decide(write(tmp_path, f"rank,eval_loss\n4,2.05\n16,2.001\n64,{word}\n"))
     assert "unstable" in decided.decision.flags
@@ -345,3 +355,52 @@ def test_a_default_margin_of_one_percent_is_said_with_its_reason(tmp_path: Path)
     assert said in decide(path, higher_is_better=False).understood
     assert said not in decide(path, higher_is_better=False, margin=0.01).understood
     assert said not in decide(path, metric="eval_loss").understood
+
+
+def test_a_metric_is_named_without_its_split() -> None:
+    rows = [{"rank": rank, "eval/accuracy": 0.9 + rank / 1000, "eval/loss": 1.0} for rank in (1, 4, 16)]
+    decided = decide(rows, metric="accuracy").decision
+    assert (decided.metric, decided.higher_is_better, decided.reference_rank) == ("accuracy", True, 16)
+
+
+@pytest.mark.parametrize("alpha", [lambda rank: 16, lambda rank: 2 * rank, lambda rank: 8 * rank**0.5])
+def test_an_alpha_of_one_rule_is_comparable(alpha: Any) -> None:
+    assert decide([{"rank": rank, "lora_alpha": alpha(rank), "eval_loss": 2 + 1 / rank} for rank in (1, 4, 16)])
+
+
+def test_the_answers_by_the_other_metrics_stand_beside() -> None:
+    """The table has two metrics that contradict each other: both are said."""
+    rows = [{"rank": rank, "eval_loss": 2 + 0.1 * rank, "eval_accuracy": 0.5 + rank / 100} for rank in (1, 4, 16)]
+    decided = decide(rows)
+    assert decided.decision.rank == 1
+    assert [(one.metric, one.rank) for one in decided.decision.other_metrics] == [("eval_accuracy", 16)]
+    assert "metric_conflict" in decided.decision.flags
+
+
+def test_names_with_a_short_seed_say_it(tmp_path: Path) -> None:
+    for rank, seed in product((2, 8), (0, 1)):
+        write(tmp_path, f"step,eval_loss\n10,{2 - rank / 100 + seed / 1000}\n", f"run_r{rank}_s{seed}.csv")
+    decided = decide(tmp_path, margin=0.01).decision
+    assert [(one.rank, one.seeds) for one in decided.ranks] == [(2, 2), (8, 2)]
+
+
+def test_a_study_is_decided_as_its_data_frame() -> None:
+    class Study:
+        directions = (SimpleNamespace(name="MAXIMIZE"),)
+
+        def trials_dataframe(self) -> pandas.DataFrame:
+            return pandas.DataFrame({"params_rank": [1, 4, 16], "value": [0.5, 0.7, 0.6], "state": ["COMPLETE"] * 3})
+
+    decided = decide(Study(), margin=0.01).decision  # type: ignore[arg-type]
+    assert (decided.reference_rank, decided.higher_is_better) == (4, True)
+
+
+def test_the_best_evaluation_leaves_the_length_of_the_training() -> None:
+    rows = [
+        {"rank": rank, "step": step, "eval_loss": 2 + abs(step - best) / 1000 + 1 / rank}
+        for rank, best in ((4, 200), (8, 100))
+        for step in (100, 200)
+    ]
+    decided = decide(rows, checkpoint="best").decision
+    assert "unequal_length" not in decided.flags
+    assert not [run for run in decided.next_runs if run.action == "steps"]

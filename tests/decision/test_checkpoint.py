@@ -125,7 +125,7 @@ def test_a_training_at_its_best_evaluation_has_what_was_known_there(higher: bool
     cell = Cell("one", sign * 2.0, sums, np.ones(2), 0.0, 1.5, 0.1, 1, 40, None, points, {"f1": 0.5})
     table = ScoreTable("other metric", higher, {(4, 1e-3, 0): cell}, {}, "other")
     (best,) = at_checkpoint(table, "best").cells.values()
-    assert (best.value, best.steps, best.points) == (sign * 1.0, 20, points[:2])
+    assert (best.value, best.steps, best.points) == (sign * 1.0, 40, points[:2])
     assert (best.train_value, best.deviation, best.others) == (None, None, {})
     assert (best.sums.tolist(), best.weights.tolist()) == ([1.0], [1.0])
     kept = replace(cell, value=sign * 1.0, kept_step=20)

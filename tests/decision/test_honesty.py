@@ -184,7 +184,7 @@ def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
 def test_still_rising_is_not_said_of_means() -> None:
     """Rank 1 is worse by .07 in the mean, with bounds from below 0 to .15: it is not shown to be worse by more than .02."""
     table = measured({1: [0.03, 0.11], 4: [0.2, 0.21], 16: [0.1, 0.11]}, {1: 0.3, 4: 0.02, 16: 0.02})
-    decision = decide(table, 0.02)
+    decision = decide(table, 0.02, confidence=None)
     wide = next(evidence for evidence in decision.ranks if evidence.rank == 1)
     assert wide.non_inferior is None
     assert (wide.difference or 0.0) > 0.02
@@ -219,7 +219,7 @@ def test_what_came_out_best_is_not_called_enough() -> None:
     for found in (open_below, lucky, rising):
         assert (found.fallback_rank, found.best_so_far) == (None, found.reference_rank)
     assert (rising.rank, rising.rank_at_hand) == (16, 16)
-    passed = decide(scored({1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}, noise=0.03), 0.01)
+    passed = decide(scored({1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}, noise=0.03), 0.01, confidence=None)
     assert (passed.rank, passed.fallback_rank, passed.best_so_far) == (None, 16, None)
     stated = decide(bare(SATURATED, std=0.0003), 0.005)
     assert (stated.rank, stated.fallback_rank) == (16, 16)
@@ -228,7 +228,7 @@ def test_what_came_out_best_is_not_called_enough() -> None:
 
 @pytest.mark.parametrize("losses", [{1: 2.3, 4: 2.006, 64: 2.0}, {1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}])
 def test_every_page_says_whether_a_rank_is_shown(losses: dict[int, float]) -> None:
-    found = decide(scored(losses, items=60 if len(losses) == 3 else 400, noise=0.03), 0.01)
+    found = decide(scored(losses, items=60 if len(losses) == 3 else 400, noise=0.03), 0.01, confidence=None)
     page = " ".join(text for _, text in answer_view(found).rows())
     rows = {row[0]: row[5] for row in evidence_table(found)}
     if found.fallback_rank is None:

@@ -1,11 +1,11 @@
-"""One seed's probability that a further seed finds a rank enough: what it is, when there is none, and what a confidence picks."""
+"""The probability that a rank is enough: what it is, when there is none, what a confidence picks, and the words where none has it."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import pytest
@@ -14,10 +14,9 @@ from scipy.stats import t as student
 
 import benchmarks
 from rightrank.cli import cli
-from rightrank.decision.evidence import Evidence
-from rightrank.decision.rule import ONE_SEED_CONFIDENCE, decide
+from rightrank.decision.rule import ASKED_CONFIDENCE, decide
 from rightrank.decision.run import decide_run
-from rightrank.decision.seeds import FURTHER_SEED_DEGREES, FURTHER_SEED_RATIO
+from rightrank.decision.seeds import NOISE, NOISE_DEGREES, NoiseParts
 from rightrank.decision.sentences import chance
 from rightrank.decision.table import ScoreTable
 from rightrank.schema.decision import Decision
@@ -25,7 +24,7 @@ from rightrank.schema.errors import ResultsError
 from tests.decision.tables import bare, scored
 from tests.report import runs
 
-STUDY = Path(benchmarks.__file__).parent / "selection" / "one_seed.json"
+STUDY = Path(benchmarks.__file__).parent / "selection" / "noise_model.json"
 LOSSES = {1: 2.3, 4: 2.012, 16: 2.002, 64: 2.0}
 
 
@@ -44,7 +43,7 @@ def test_it_is_the_smallest_over_the_other_ranks() -> None:
     for rank, cell in cells.items():
         differences = [cell.sums - other.sums for one, other in cells.items() if one != rank]
         expected = min(
-            student.cdf((margin - d.mean()) / (FURTHER_SEED_RATIO * d.std(ddof=1)), FURTHER_SEED_DEGREES)
+            student.cdf((margin - d.mean()) / (NOISE.ratio(1, d.size) ** 0.5 * d.std(ddof=1)), NOISE_DEGREES)
             for d in differences
         )
         assert found[rank] == pytest.approx(expected, rel=1e-6)
@@ -62,25 +61,68 @@ def test_the_sentence_says_it_beside_a_larger_rank() -> None:
     assert decision.rank == 4
     assert f"Rank 4 looks enough ({found[4]} likely" in decision.sentence
     assert found[1] == "under 10%"
-    assert decision.probability_note.startswith("The probability is that a further seed")
+    assert decision.probability_note.startswith("The probability is that the rank is within the margin")
 
 
-def test_bounds_decide_with_several_seeds_and_the_probability_stands_beside() -> None:
+def test_several_seeds_answer_as_one_does_and_the_bounds_are_a_grade_beside_it() -> None:
     table = scored(LOSSES, seeds=(0, 1), items=100, noise=0.03)
     decision = decide(table, 0.02)
-    assert decision == decide(table, 0.02, confidence=0.9) == decide(table, 0.02, confidence=None)
-    assert decision.verdict == "undecided"
-    assert decision.sentence.endswith(f"{chance(chances(decision)[4] or 0)} likely enough).")
-    sure = decide(scored(LOSSES, seeds=(0, 1)), 0.02)
-    assert (sure.rank, "likely" in sure.sentence, (chances(sure)[4] or 0) > 0.8) == (4, False, True)
+    assert (decision.rank, decision.take, decision.grade, decision.asked) == (4, 4, "likely", ASKED_CONFIDENCE)
+    assert decision.probability == chances(decision)[4]
+    assert f"Rank 4 looks enough ({chance(decision.probability or 0)} likely" in decision.sentence
+    assert (decide(table, 0.02, confidence=None).verdict, decide(table, 0.02, confidence=None).grade) == (
+        "undecided",
+        "cannot tell",
+    )
+    shown = decide(scored(LOSSES, seeds=(0, 1, 2), noise=0.005), 0.02)
+    assert (shown.rank, shown.grade, shown.confidence) == (4, "shown", 0.95)
+    assert shown.sentence.startswith("Rank 4 is enough (")
+    assert decide(one_seed(noise=0.005), 0.02).grade == "likely"  # one seed shows nothing
+    assert decide(bare(LOSSES), 0.02).grade is None
 
 
-def test_a_mean_of_two_seeds_is_nearer_to_a_further_one() -> None:
-    """Both seeds have the same scores, so that the mean and its spread are those of one: (1 + 1/2) / 2 of the variance is left."""
-    alone = one_seed(items=100, noise=0.03)
-    both = replace(alone, cells=alone.cells | {(rank, lr, 1): cell for (rank, lr, _), cell in alone.cells.items()})
-    one, two = (Evidence(table).margin_of(4, 0.9) - Evidence(table).margin_of(4, 0.5) for table in (alone, both))
-    assert two == pytest.approx(one * 0.75**0.5, rel=0.01)
+def test_where_no_rank_is_as_likely_the_words_say_what_to_do() -> None:
+    decision = decide(scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=100, noise=0.03), 0.002)
+    assert (decision.rank, decision.verdict, decision.grade) == (None, "undecided", "cannot tell")
+    assert (decision.alike, decision.probably_worse, decision.take) == ([16, 64], [1, 4], 16)
+    assert decision.sentence.startswith("Ranks 16 and 64 cannot be told apart (±0.00")
+    for words in (
+        "the margin is 0.002 nats",
+        "Ranks 1 and 4 are probably worse.",
+        "Take rank 16: 75% likely to be within 0.00",
+    ):
+        assert words in decision.sentence
+    assert decision.rank_at_hand == 16
+    assert 0 < (decision.resolves or 0) <= (decision.take_within or 0)
+    wider = decide(scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=100, noise=0.03), decision.take_within)
+    assert wider.rank == 16
+    items, seeds = decision.next_runs
+    assert (items.action, items.items, seeds.action, seeds.minutes) == ("items", 500, "seeds", None)
+    enough = scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=20_000, noise=0.03)
+    assert decide(enough, 0.002).verdict != "undecided"
+
+
+def test_purchases_are_priced_by_the_trainings_and_evaluations_so_far() -> None:
+    table = scored({4: 2.002, 64: 2.0}, seeds=(0, 1), items=100, noise=0.03)
+    for train, evaluation, first in ((600.0, 1.0, "items"), (1.0, 600.0, "seeds")):
+        cells = {key: replace(cell, train_seconds=train, eval_seconds=evaluation) for key, cell in table.cells.items()}
+        runs = decide(replace(table, cells=cells), 0.002).next_runs
+        assert runs[0].action == first
+        assert runs[0].minutes is not None
+        assert runs[0].minutes < (runs[1].minutes or 0)
+        assert "about" in runs[1].sentence.rpartition("(")[2]
+
+
+def test_noisy_seeds_at_hand_make_a_rank_less_likely_than_earlier_grids_do() -> None:
+    quiet, noisy = (
+        scored(LOSSES, seeds=(0, 1), items=100, noise=0.03),
+        scored(LOSSES, seeds=(0, 1), items=100, noise=0.03),
+    )
+    moved = {
+        key: replace(cell, sums=cell.sums + (0.06 if key[0] == 4 else 0.0) * (1 if key[2] else -1))
+        for key, cell in noisy.cells.items()
+    }
+    assert (chances(decide(quiet, 0.02))[4] or 0) > (chances(decide(replace(noisy, cells=moved), 0.02))[4] or 0) + 0.02
 
 
 def test_there_is_none_where_its_assumptions_fail() -> None:
@@ -112,19 +154,6 @@ def test_a_confidence_picks_the_smallest_rank_that_has_it() -> None:
         assert decision.verdict == "saturated"
 
 
-def test_without_a_confidence_it_is_seven_tenths_and_may_differ_from_the_rule() -> None:
-    """The rule leaves rank 4 open, since the bounds over examples do; a further seed probably finds it enough."""
-    table, margin = one_seed(items=100, noise=0.03), 0.02
-    found, decision = chances(decide(table, margin)), decide(table, margin)
-    assert decision == decide(table, margin, confidence=ONE_SEED_CONFIDENCE)
-    assert decision.rank == min(rank for rank in LOSSES if (found[rank] or 0) >= 0.7) == 4
-    assert (decision.confidence, "one_seed" in decision.flags) == (None, True)
-    assert f"({chance(found[4] or 0)} likely" in decision.sentence
-    rule = decide(table, margin, confidence=None)
-    assert (rule.rank, rule.verdict) == (None, "undecided")
-    assert chances(rule) == found
-
-
 def test_the_staircase_is_that_of_the_probabilities() -> None:
     for table in (one_seed(items=100, noise=0.03), scored({0: 2.4, **LOSSES}, items=100, seeds=(0,), noise=0.03)):
         steps = decide(table, 0.02).staircase
@@ -145,18 +174,19 @@ def test_the_other_rows_of_the_verdict_stay() -> None:
     ]
 
 
-def test_an_open_base_leaves_the_answer_open() -> None:
-    table = scored({0: 2.01, **LOSSES}, items=100, seeds=(0,), noise=0.1)
-    decision = decide(table, 0.005)
-    assert (decision.rank, decision.verdict) == (None, "undecided")
-    assert decision.sentence.startswith("Undecided whether there is any gain")
+def test_an_open_base_is_said_beside_the_answer() -> None:
+    decision = decide(scored({0: 2.022, **LOSSES}, items=100, seeds=(0,), noise=0.06), 0.02)
+    likely = chances(decision)[0]
+    assert likely is not None
+    assert decision.sentence.endswith(f"The base itself is {chance(likely)} likely to be within the margin.")
+    surely = decide(scored({0: 2.001, 4: 2.0, 64: 2.0}, items=400, seeds=(0, 1), noise=0.01), 0.02)
+    assert (surely.verdict, surely.rank, surely.grade) == ("no_gain", None, "shown")
 
 
-def test_no_rank_at_the_confidence_is_undecided_and_asks_for_a_seed() -> None:
+def test_no_rank_at_the_confidence_is_undecided() -> None:
     decision = decide(one_seed(noise=0.1), 0.005, confidence=0.99)
-    assert (decision.rank, decision.verdict) == (None, "undecided")
-    assert decision.sentence.startswith("Undecided: no rank is enough at 99%; rank ")
-    assert decision.next_runs[0].action == "seeds"
+    assert (decision.rank, decision.verdict, decision.asked) == (None, "undecided", 0.99)
+    assert "99% likely to be within" in decision.sentence
 
 
 @pytest.mark.parametrize("confidence", [0.4, 1.0, float("nan")])
@@ -187,21 +217,23 @@ def test_a_run_is_decided_at_its_own_confidence(monkeypatch: pytest.MonkeyPatch)
     records = runs.made_up_run()
     found = chances(decide_run(records))
     likely = {rank: chance for rank, chance in found.items() if chance is not None}
-    assert set(likely) == {1, 4, 16, 64}
+    assert set(likely) >= {1, 4, 16, 64}
     confidence = min(0.99, max(0.5, likely[16]))
     settings = records.started.settings | {"confidence": confidence}
     asked = decide_run(replace(records, started=records.started.model_copy(update={"settings": settings})))
-    assert asked.rank == min((rank for rank in likely if likely[rank] >= confidence), default=None)
-    assert decide_run(records).rank == min((rank for rank in likely if likely[rank] >= 0.7), default=None)
+    assert asked.rank == min((rank for rank in likely if rank and likely[rank] >= confidence), default=None)
+    assert decide_run(records).rank == min(
+        (rank for rank in likely if rank and likely[rank] >= ASKED_CONFIDENCE), default=None
+    )
 
 
 def test_its_constants_are_those_of_the_study_and_it_is_calibrated_there() -> None:
-    """The ratio is that of the grids that were open when the locked ones judged; a later grid moves the fit by less than .01."""
-    study = json.loads(STUDY.read_text())
-    judged = json.loads(STUDY.with_name("judged.json").read_text())["one seed"]
-    assert round(judged["ratio"], 2) == FURTHER_SEED_RATIO == pytest.approx(study["ratio"], abs=0.01)
-    brier = {name: row["all"] for name, row in study["brier"].items()}
-    assert min(brier, key=lambda name: brier[name]) == "probability"
-    rows = study["reliability"]["probability"]["all"]
-    assert all(abs(row["forecast"] - row["held"]) < 0.15 for row in rows)
-    assert median(abs(row["forecast"] - row["held"]) for row in rows) < 0.06
+    study = json.loads(STUDY.read_text(encoding="utf-8"))
+    assert NoiseParts(
+        *(pytest.approx(study["parts"][name], rel=0.03) for name in ("seeds", "crossed", "examples"))
+    ) == NOISE
+    assert study["confidence"] == ASKED_CONFIDENCE
+    assert study["trade_off"][f"2 seeds, {ASKED_CONFIDENCE:g}"]["answered"] >= 0.85
+    for rows in study["reliability"].values():  # the truth has noise of its own, which draws what held to the middle
+        assert all(abs(row["forecast"] - row["held"]) < 0.21 for row in rows)
+        assert all(before["held"] < after["held"] + 0.05 for before, after in pairwise(rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rightrank.decision.rule import ASKED_CONFIDENCE
 from rightrank.decision.run import (
     Records,
     best_trial,
@@ -416,7 +417,11 @@ def test_a_metric_that_is_only_reported_is_compared_where_it_was_asked_for() -> 
 def test_of_rewards_an_undecided_comparison_takes_the_smallest_rank_that_is_not_worse() -> None:
     made = made_up_run((16, 64), (3e-3,), (0, 1), with_base=False)
     rewards, *others = (with_settings(made, margin=0.009, **more) for more in ({"profile": "rl"}, {"profile": "x"}, {}))
-    assert (decide_run(rewards).verdict, decide_run(rewards).rank) == ("no_difference", 64)
+    assert (decide_run(rewards).verdict, decide_run(rewards).rank) == ("saturated", 64)  # all others are worse
+    assert (
+        "it is the best of the ranks tried, and the next lower rank (16) is inconclusive"
+        in decide_run(rewards).sentence
+    )
     for other in others:
         assert (decide_run(other).verdict, decide_run(other).rank) == ("undecided", None)
 
@@ -425,7 +430,7 @@ def test_one_seed_of_rewards_is_answered_by_its_bounds(monkeypatch: pytest.Monke
     monkeypatch.setattr(runs, "ITEMS", 200)
     records = made_up_run((16, 64), (3e-3,), with_base=False)
     rewards, plain = (decide_run(with_settings(records, margin=0.009, **more)) for more in ({"profile": "rl"}, {}))
-    assert (rewards.verdict, plain.verdict) == ("no_difference", "saturated")
+    assert (rewards.asked, plain.asked) == (None, ASKED_CONFIDENCE)
     asked = decide_run(with_settings(records, margin=0.009, profile="rl", confidence=0.7))
     assert (asked.verdict, asked.rank) == (plain.verdict, plain.rank)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from rightrank.decision.evidence import Evidence, compare
-from rightrank.decision.seeds import START, WITHIN_DEGREES, PairNoise, Prior, pair_noise, prior_of
+from rightrank.decision.seeds import NOISE, PairNoise, Prior, pair_noise, prior_of
 from rightrank.decision.table import Cell, ScoreTable, adjusted_means, best_learning_rate
 
 
@@ -28,22 +30,28 @@ def test_a_variance_is_moderated_by_degrees_of_freedom() -> None:
     assert Prior(0.02, 3.0).moderated(pair) == ((3 * 2.0 + 8.0) / 4, 4.0)
 
 
+START = Prior(NOISE.over_seeds(300), 0.5)
+
+
 def test_one_seed_measures_nothing() -> None:
-    start = prior_of([], "token_loss", has_examples=True)
-    assert prior_of([PairNoise(0.0, 0.0, 1.0)] * 3, "token_loss", has_examples=True) == start
-    assert prior_of([], "token_loss", has_examples=False).moderated(PairNoise(0.0, 0.0, 1.0)) == (0.0, 0.0)
+    nothing = [PairNoise(0.0, 0.0, 1.0)] * 3
+    assert prior_of(nothing, START, math.inf) == START
+    assert prior_of([], Prior(0.0, 0.0), 8.0).moderated(nothing[0]) == (0.0, 0.0)
 
 
 def test_the_ratio_starts_at_that_of_earlier_grids_and_follows_the_ranks_at_hand() -> None:
-    start = START["loss"]
     quiet = [PairNoise(0.0, 1.0, 1.0)] * 4
-    found = prior_of(quiet, "token_loss", has_examples=True)
-    assert found.ratio == pytest.approx(start.ratio * start.degrees / (start.degrees + 2))
-    assert found.degrees == pytest.approx(1 / (1 / WITHIN_DEGREES + 1 / (start.degrees + 2)))
-    many = prior_of(quiet * 100, "token_loss", has_examples=True)
-    assert many.ratio < start.ratio / 20
-    bare = prior_of([PairNoise(4.0, 1.0, 1.0), PairNoise(8.0, 1.0, 1.0)], "token_loss", has_examples=False)
-    assert bare.ratio == 6.0
+    found = prior_of(quiet, START, 8.0)
+    assert found.ratio == pytest.approx(START.ratio * START.degrees / (START.degrees + 2))
+    assert found.degrees == pytest.approx(1 / (1 / 8 + 1 / (START.degrees + 2)))
+    assert prior_of(quiet * 100, START, 8.0).ratio < START.ratio / 20
+    assert prior_of([PairNoise(4.0, 1.0, 1.0), PairNoise(8.0, 1.0, 1.0)], Prior(0.0, 0.0), 3.0).ratio == 6.0
+
+
+def test_more_examples_and_more_seeds_each_leave_the_noise_of_the_other() -> None:
+    assert NOISE.ratio(1, 10**9) == pytest.approx(NOISE.seeds, rel=1e-4)
+    assert NOISE.ratio(10**9, 200) == pytest.approx(NOISE.examples / 200, rel=1e-4)
+    assert NOISE.ratio(1, 200) == NOISE.over_seeds(200) + NOISE.examples / 200
 
 
 def test_rows_with_all_seeds_keep_their_means() -> None:

@@ -29,22 +29,23 @@ def test_a_flat_curve_names_the_rank_that_looks_worst() -> None:
 @pytest.mark.parametrize(
     ("losses", "told"),
     [
-        ({1: 2.3, 4: 2.0, 16: 2.002}, "Rank 4 looks enough (96% likely): it is the best of the ranks tried"),
+        ({1: 2.3, 4: 2.0, 16: 2.002}, "Rank 4 looks enough (over 99% likely): it is the best of the ranks tried"),
         (
             {1: 2.3, 4: 2.012, 16: 2.0, 64: 2.002},
-            "Rank 4 looks enough (84% likely; rank 16: 96%): it is within 0.02 nats",
+            "Rank 4 looks enough (89% likely; rank 16: over 99%): it is within 0.02 nats",
         ),
     ],
 )
 def test_a_larger_rank_is_named_where_it_is_likelier(losses: dict[int, float], told: str) -> None:
-    found = answer(losses, 0.02, seeds=(0,))
+    found = answer(losses, 0.02, seeds=(0,), noise=0.06)
     assert found.sentence.startswith(told)
 
 
-def test_no_rank_at_the_confidence_names_the_likeliest() -> None:
+def test_no_rank_at_the_confidence_names_what_cannot_be_told_apart_and_what_to_take() -> None:
     found = answer({4: 2.0, 64: 2.003}, 0.005, 0.95, items=100, seeds=(0,), noise=0.05)
     assert found.sentence == (
-        "Undecided: no rank is enough at 95%; rank 4 is the likeliest to be within 0.005 nats of the best (77%)."
+        "Ranks 4 and 64 cannot be told apart (±0.025; the margin is 0.005 nats). Take rank 4: 95% likely to be within 0.0099 of the best, "
+        "90% within the margin."
     )
 
 
@@ -58,7 +59,7 @@ def test_no_rank_at_the_confidence_names_the_likeliest() -> None:
 def test_an_open_answer_names_what_is_shown_and_the_rank_that_leaves_it_open(
     losses: dict[int, float], shown: str
 ) -> None:
-    found = answer(losses, 0.02, items=100, seeds=(0, 1), noise=0.015)
+    found = answer(losses, 0.02, None, items=100, seeds=(0, 1), noise=0.015)
     assert found.sentence.startswith(f"Undecided: {shown} is inconclusive at ")
     assert found.fallback_rank == (8 if "rank 8 is within" in shown else None)
 
@@ -96,9 +97,10 @@ def test_counts_of_seeds_are_a_range() -> None:
 
 
 def test_the_next_lower_rank_has_its_probability_where_it_is_not_shown_to_be_worse() -> None:
-    found = answer({1: 2.3, 4: 2.012, 16: 2.0, 64: 2.002}, 0.02, 0.9, seeds=(0,))
+    found = answer({1: 2.3, 4: 2.015, 16: 2.0, 64: 2.002}, 0.02, 0.9, seeds=(0,), noise=0.06)
+    chances = {one.rank: one.probability or 0.0 for one in found.ranks}
     assert found.rank == 16
-    assert "the best of the ranks tried, and the next lower rank (4) is 84% likely;" in found.sentence
+    assert f"the best of the ranks tried, and the next lower rank (4) is {chance(chances[4])} likely;" in found.sentence
 
 
 def test_certainty_is_not_claimed() -> None:

@@ -11,7 +11,7 @@ from rightrank.data.files import UnreadableError, read_json_object, report_disk_
 from rightrank.decision import rule
 from rightrank.decision.next_run import next_commands
 from rightrank.decision.run import Records, comparable, decide_on, decision_so_far, metrics_of, records_of
-from rightrank.decision.table import table_of_results
+from rightrank.decision.table import other_tables, table_of_results
 from rightrank.models.places import CONFIG_FILE
 from rightrank.report.answer import answer_view, labelled, notebook_html
 from rightrank.report.status import RunStatus, last_decided, run_status
@@ -256,13 +256,13 @@ def decide(
     """Decide on trainings that have finished, whoever ran them.
 
     Args:
-        results: a CSV or JSONL file, a run folder, another tool's results (see docs/how-to/decide.md), or mappings in memory
-            with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`.
+        results: a CSV or JSONL file, a run folder, another tool's results (see docs/how-to/decide.md), a study of Optuna, or
+            mappings in memory with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`.
         metric: the column of the held-out number, or its name where the column is `value`.
         higher_is_better: None for that of a metric with a known name; any other needs it.
         margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
-        confidence: name the smallest rank that is enough with this probability, where one seed was trained; None for that
-            of a run folder, else 0.7.
+        confidence: name the smallest rank that is enough with this probability, where scores by example give one; None for
+            that of a run folder, else 0.75.
         columns: canonical name → column, where a column has an unusual name.
         group: the column that says which examples belong together; None for `group`, if there is one. A run folder has its own.
         horizon_steps: the length of training to answer for.
@@ -287,13 +287,19 @@ def decide(
             return _decide_run(folder, metric, margin, further | {"higher": higher_is_better, "checkpoint": checkpoint})
         where, rows = str(results), raw_rows(Path(results))
     else:
-        where, rows = "results", rows_of_mappings(results)
+        given: Any = results
+        if hasattr(given, "trials_dataframe"):  # a study of Optuna
+            if higher_is_better is None and len(given.directions) == 1:
+                higher_is_better = given.directions[0].name == "MAXIMIZE"
+            given = given.trials_dataframe()
+        where, rows = "results", rows_of_mappings(given)
     if (decided := plugins.first(lambda plugin: plugin.decide_rows(rows, margin))) is not None:
         return Decided(*decided)
     read = results_of_rows(
         rows, where, metric, higher_is_better, margin, {**(columns or {}), **({"group": group} if group else {})}
     )
-    decision = rule.decide(table_of_results(read), margin, checkpoint=checkpoint or "last", **further)
+    others = other_tables(read)
+    decision = rule.decide(table_of_results(read), margin, checkpoint=checkpoint or "last", others=others, **further)
     return Decided(decision, read.understood)
 
 

@@ -147,7 +147,7 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
 @click.option(
     "--confidence",
     type=float,
-    help="With one seed: name the smallest rank that is enough with this probability (default 0.7).",
+    help="Name the smallest rank that is enough with this probability (default 0.75).",
 )
 @click.option(
     "--columns",

@@ -167,6 +167,9 @@ class Estimate:
     seeds_degrees: float
     skewness: float  # of the examples' influence
     kurtosis: float | None = None  # of the examples' influence, where two files are compared
+    is_apart: bool = (
+        False  # whether the seed part was replaced (`with_seeds`), and counts at its own degrees of freedom
+    )
     grouped_degrees: float | None = None  # of groups, which have fewer where a few hold most rows
 
     @property
@@ -210,11 +213,11 @@ class Estimate:
         return self.mean + self.standard_error * (reach + shift)
 
     def _reach(self, confidence: float) -> float:
-        """Standard errors to the bound: each part of the variance at the quantile of its own degrees of freedom.
+        """Standard errors to the bound; with a seed part of its own, each part of the variance at the quantile of its own degrees of freedom.
 
         Satterthwaite's degrees are those of examples where two seeds came out alike by chance, and the bound would then be too near.
         """
-        if self.seeds_degrees <= 0 or self.variance <= 0:
+        if not self.is_apart or self.seeds_degrees <= 0 or self.variance <= 0:
             return t_quantile(self.degrees, confidence)
         of_seeds = t_quantile(self.seeds_degrees, confidence)
         of_examples = t_quantile(self.examples_degrees, confidence) if self.examples > 1 else 0.0
@@ -223,7 +226,7 @@ class Estimate:
 
     def with_seeds(self, variance: float, degrees: float) -> Estimate:
         """The same mean with another seed variance, such as a pooled or a published one."""
-        return replace(self, seeds_variance=variance, seeds_degrees=degrees)
+        return replace(self, seeds_variance=variance, seeds_degrees=degrees, is_apart=True)
 
     def of_a_further_seed(self) -> Estimate:
         """The estimate of the difference that one further seed shows: the seed part times 1 + seeds."""
@@ -239,9 +242,17 @@ class Estimate:
         degrees = self.seeds_degrees
         if degrees > 0:
             degrees = max(degrees + seeds - self.seeds, 1.0)
-        parts = (pure_examples + both, pure_seeds + both, both)
         grouped = None if self.grouped_degrees is None else max(1.0, self.grouped_degrees / example_ratio)
-        return Estimate(self.mean, *parts, examples, seeds, degrees, self.skewness, self.kurtosis, grouped)
+        return replace(
+            self,
+            examples_variance=pure_examples + both,
+            seeds_variance=pure_seeds + both,
+            interaction_variance=both,
+            examples=examples,
+            seeds=seeds,
+            seeds_degrees=degrees,
+            grouped_degrees=grouped,
+        )
 
 
 def estimate(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Estimate:

@@ -34,15 +34,20 @@ from rightrank.decision.comparison import (
     walk_down,
 )
 from rightrank.decision.seeds import (
+    BARE_WITHIN_DEGREES,
+    BOUND_DEGREES,
     MIN_EXAMPLES,
+    NOISE,
+    NOISE_DEGREES,
+    WITHIN_DEGREES,
     PairNoise,
     Prior,
     margin_within,
+    noise_of_mean,
     pair_noise,
     prior_of,
     probability_within,
     seed_parts,
-    start_of,
     winners_gap,
 )
 from rightrank.decision.table import (
@@ -151,16 +156,22 @@ class Evidence:
         return any(pair.degrees > 0 for pair in self._pairs.values())
 
     def prior(self, rank: int, *, own: bool = False) -> Prior | None:
-        """The seed noise that is expected of the rank's differences; None where no two seeds were compared.
+        """The seed noise that is expected of the rank's differences, for a bound; None where no two seeds were compared.
 
         That of its difference from the best is left out, unless `own`: the expectation is then of another difference.
         """
-        if not self.measures_seeds:
-            return None
+        within = WITHIN_DEGREES if self.has_examples else BARE_WITHIN_DEGREES
+        return self._expected(rank, BOUND_DEGREES, within, own=own) if self.measures_seeds else None
+
+    def _expected(
+        self, rank: int, degrees: float, within: float, *, own: bool = False, examples: float | None = None
+    ) -> Prior:
         pairs = self._pairs
         known = self._at_least_as_good(rank, lambda one: one.rank in pairs and pairs[one.rank].degrees > 0)
         others = [pairs[one.rank] for one in known if one.rank in pairs and (own or one.rank != rank)]
-        return prior_of(others, self.table.kind, has_examples=self.has_examples)
+        count = examples or next(iter(self._ordered[0].cells.values())).units
+        start = Prior(NOISE.over_seeds(count), degrees) if self.has_examples else Prior(0.0, 0.0)
+        return prior_of(others, start, within)
 
     @cached_property
     def reference_gap(self) -> float:
@@ -219,10 +230,10 @@ class Evidence:
 
     def expected(self, contender: Contender, seeds: int) -> Estimate:
         """The difference that `seeds` seeds are expected to show, at the seed noise of earlier grids: for plans alone."""
-        pairs, start = paired_cells(contender, self.reference), start_of(self.table.kind)
+        pairs = paired_cells(contender, self.reference)
         found = estimate_of_pairs(pairs, shift=contender.gap - self.reference.gap)
-        variance = start.ratio * _noise_of(pairs).spread / seeds
-        return replace(found, seeds=seeds).with_seeds(variance, start.degrees + seeds - 1)
+        variance = NOISE.over_seeds(found.examples) * _noise_of(pairs).spread / seeds
+        return replace(found, seeds=seeds).with_seeds(variance, BOUND_DEGREES + seeds - 1)
 
     @property
     def has_several_seeds(self) -> bool:
@@ -244,35 +255,60 @@ class Evidence:
         if cells[0].units < MIN_EXAMPLES:
             noun = "examples" if cells[0].groups is None else "groups of examples"
             return f"{cells[0].units} {noun} are too few (at least {MIN_EXAMPLES})"
-        if min(variance for _, variance in self._apart.values()) <= 0:
+        if min(variance for _, variance, _ in self._apart.values()) <= 0:
             return "two ranks have the same scores"
         return ""
 
     def probability(self, rank: int, margin: float) -> float | None:
-        """That a further seed finds the rank enough, within the margin of every other rank: the smallest over the others.
+        """That the rank is enough, within the margin of every other rank over seeds and examples: the smallest over the others.
 
-        None for the base, and where there is none (`no_probability`).
+        None where there is none (`no_probability`).
         """
-        if rank == 0 or self.no_probability:
+        if self.no_probability:
             return None
         return min(probability_within(*self._apart[rank, other], margin) for other in self.contenders if other != rank)
 
-    def margin_of(self, rank: int, probability: float) -> float:
-        """The margin from which the rank has the probability, which there must be."""
-        return max(margin_within(*self._apart[rank, other], probability) for other in self.contenders if other != rank)
+    def margin_of(self, rank: int, probability: float, seeds: int = 0, examples: int = 0) -> float:
+        """The margin from which the rank has the probability, which there must be; with so many seeds and examples, where they are given."""
+        others = [self._apart[rank, other] for other in self.contenders if other != rank]
+        seeds_now, examples_now = self.size
+        likeness = max(_noise_of(paired_cells(one, self.reference)).likeness for one in self.contenders.values())
+        now = NOISE.ratio(seeds_now, examples_now / likeness)
+        smaller = NOISE.ratio(seeds or seeds_now, (examples or examples_now) / likeness) / now
+        return max(margin_within(mean, variance * smaller, degrees, probability) for mean, variance, degrees in others)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The fewest seeds of a rank, and the examples of each."""
+        cells = [contender.cells for contender in self.contenders.values()]
+        return min(map(len, cells)), next(iter(cells[0].values())).examples
+
+    def alike(self, confidence: float) -> list[int]:
+        """The ranks that are not worse than the best with this probability, ascending; at least two where no rank is enough with it."""
+        best = self.reference.rank
+        return [
+            rank
+            for rank in sorted(self.contenders)
+            if rank == best or probability_within(*self._apart[rank, best], 0.0) > 1 - confidence
+        ]
+
+    def half_width(self, confidence: float) -> float:
+        """How far the differences of `alike` ranks from the best are known, either way; 0 where there is one."""
+        best, both = self.reference.rank, (1 + confidence) / 2
+        apart = [self._apart[rank, best] for rank in self.alike(confidence) if rank != best]
+        return max((margin_within(0.0, variance, degrees, both) for _, variance, degrees in apart), default=0.0)
 
     @cached_property
-    def _apart(self) -> dict[tuple[int, int], tuple[float, float]]:
-        """How much worse the first of two ranks is, and the variance of that between examples, less for a mean over several seeds.
-
-        The difference of one seed from that of another has twice the variance of either; from a mean of n seeds, 1 + 1/n times.
-        """
-        found = {}
-        for one, other in permutations(self.contenders.values(), 2):
+    def _apart(self) -> dict[tuple[int, int], tuple[float, float, float]]:
+        """How much worse the first of two ranks (0: the base) is, the variance of that about the true difference, and its degrees."""
+        found, place = {}, {one.rank: number for number, one in enumerate(self._ordered)}
+        for one, other in permutations([*self.contenders.values(), *([self.base] if self.base else [])], 2):
             pairs = paired_cells(one, other)
-            mean = estimate_of_pairs(pairs, shift=one.gap - other.gap).mean
-            noise = _noise_of(pairs)
-            found[one.rank, other.rank] = mean, noise.spread * noise.likeness * (1 + 1 / len(pairs)) / 2
+            seen, noise = estimate_of_pairs(pairs, shift=one.gap - other.gap), _noise_of(pairs)
+            worse = max((one.rank, other.rank), key=lambda rank: place.get(rank, -1))
+            examples = pairs[0][0].examples / noise.likeness
+            prior = self._expected(worse, NOISE_DEGREES, math.inf, examples=examples)
+            found[one.rank, other.rank] = seen.mean, *noise_of_mean(noise, prior, len(pairs), examples)
         return found
 
     def _stated(self, contender: Contender) -> float | None:
@@ -425,18 +461,25 @@ class Comparison:
         return sorted(self.evidence.contenders)
 
     def probability(self, rank: int) -> float | None:
-        """That the rank is enough on a further seed; None where the evidence gives none."""
+        """That the rank is enough; None where the evidence gives none."""
         return self.evidence.probability(rank, self.margin)
 
     def at_confidence(self, confidence: float) -> Comparison:
-        """With the smallest rank whose probability is at least `confidence`, else the largest.
+        """With the smallest rank whose probability is at least `confidence`, else the smallest that is not probably worse than the best.
 
-        As it is without probabilities, and with several seeds, whose bounds decide.
+        As it is without probabilities, where bounds decide.
         """
-        if self.evidence.no_probability or self.evidence.has_several_seeds:
+        if self.evidence.no_probability:
             return self
         likely = [rank for rank in self.ranks if (self.probability(rank) or 0.0) >= confidence]
-        return replace(self, chosen=min(likely, default=self.ranks[-1]), confidence=confidence)
+        chosen = min(likely or self.evidence.alike(confidence))
+        return replace(self, chosen=chosen, confidence=confidence)
+
+    @property
+    def base_is_enough(self) -> bool:
+        if 0 not in self.by_rank:
+            return False
+        return self.by_rank[0].within if self.confidence is None else (self.probability(0) or 0.0) >= self.confidence
 
     @property
     def is_indication(self) -> bool:
@@ -459,8 +502,10 @@ class Comparison:
         return max((rank for rank in self.ranks if rank < self.chosen), default=None)
 
     def is_worse(self, rank: int) -> bool:
-        """Whether the rank is shown to be worse than the margin allows, or read to be in a point reading."""
+        """Whether the rank is shown to be worse than the margin allows, or probably is, or is read to be in a point reading."""
         compared = self.by_rank[rank]
+        if self.confidence is not None and (self.probability(rank) or 0.0) <= 1 - self.confidence:
+            return True
         return not compared.within if self.evidence.is_point_reading else compared.non_inferior is False
 
 

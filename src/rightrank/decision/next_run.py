@@ -6,6 +6,7 @@ difference is itself uncertain, so the result is a plan and no guarantee. Of a r
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,10 +18,12 @@ from rightrank.decision.comparison import (
     MAX_SEEDS,
     Estimate,
     examples_needed,
+    is_within,
     seeds_needed,
     settles,
 )
 from rightrank.decision.evidence import Comparison, Evidence
+from rightrank.decision.sentences import names
 from rightrank.decision.verdicts import (
     inconclusive_rank,
     is_unlikely,
@@ -36,6 +39,7 @@ from rightrank.schema.settings import MAX_SEED
 MIN_SEEDS = 2  # with which the noise over seeds is measured
 CHEAP_EXAMPLE_GROWTH = 24  # scoring up to so many times the examples usually costs less than further trainings
 CONFIRM_SEEDS = 3
+SIZES = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)  # of held-out examples
 EDGE_FACTOR = 3  # the step beyond the best learning rate where no other learning rate gives one
 
 
@@ -45,7 +49,7 @@ def next_runs(found: Comparison, verdict: Verdict, flags: list[str]) -> list[Nex
     if verdict == "no_gain":
         runs.append(_after_no_gain(found.evidence))
     elif verdict == "undecided" and is_unlikely(found):
-        runs.append(_further_seeds(found))
+        runs.extend(_purchases(found))
     elif verdict == "undecided":
         rank, difference = _undecided_rank(found)
         runs.extend(_settle(found, rank, difference))
@@ -77,17 +81,17 @@ def _undecided_rank(found: Comparison) -> tuple[int, Estimate]:
 def _settle(found: Comparison, rank: int, difference: Estimate) -> list[NextRun]:
     """More examples or more seeds at `rank` and the reference, the cheaper first; another margin if neither can settle it."""
     ranks = sorted({rank, found.reference.rank} - {0})
-    names = _ranks(sorted({rank, found.reference.rank}))
+    compared = _ranks(sorted({rank, found.reference.rank}))
     runs = []
     examples = examples_needed(difference, found.margin)
     seeds = None if found.rests_on_examples else seeds_needed(difference, found.margin)
     if examples is not None:
         noun, size = _drawn(found)
-        sentence = f"Score about {examples:,} {noun} (now {difference.examples:,}) at {names} to settle it."
+        sentence = f"Score about {examples:,} {noun} (now {difference.examples:,}) at {compared} to settle it."
         runs.append(NextRun(action="items", ranks=ranks, items=round(examples * size), sentence=sentence))
     if seeds is not None:
         trials = len(ranks) * (seeds - difference.seeds)
-        sentence = f"Train {names} with {seeds} seeds (now {difference.seeds}) to settle it ({{cost}})."
+        sentence = f"Train {compared} with {seeds} seeds (now {difference.seeds}) to settle it ({{cost}})."
         runs.append(_train_seeds(ranks, seeds, trials, sentence))
     if examples is not None and seeds is not None and examples > CHEAP_EXAMPLE_GROWTH * difference.examples:
         runs.reverse()
@@ -96,6 +100,60 @@ def _settle(found: Comparison, rank: int, difference: Estimate) -> list[NextRun]
     elif not runs:
         runs.append(_more_of_both(found, rank, difference))
     return runs
+
+
+def _purchases(found: Comparison) -> list[NextRun]:
+    """What would give a rank the probability that was asked for: more examples, more seeds, or both; the cheaper first."""
+    evidence, asked, margin = found.evidence, found.confidence or 0.0, found.margin
+    (seeds, examples), ranks = evidence.size, evidence.alike(asked)
+    cells = [cell for rank in ranks for cell in evidence.contenders[rank].cells.values()]
+
+    def reach(more_seeds: int, more_examples: int) -> bool:
+        margins = (evidence.margin_of(rank, asked, more_seeds, more_examples) for rank in ranks)
+        return any(is_within(one, margin) for one in margins)
+
+    sizes = [size for size in SIZES if size > examples]
+    counts = range(seeds + 1, MAX_SEEDS + 1)
+    items = next((size for size in sizes if reach(seeds, size)), None)
+    trained = next((count for count in counts if reach(count, examples)), None)
+    runs: list[NextRun] = []
+    if items is not None:
+        minutes = _minutes(items * sum(cell.eval_seconds for cell in cells) / examples)
+        told = "" if trained is not None else "; further seeds alone would not do it"
+        sentence = f"To test the margin, score about {items:,} held-out examples (now {examples:,}) at {_ranks(ranks)}{_takes(minutes)}{told}."
+        runs.append(NextRun(action="items", ranks=ranks, items=items, minutes=minutes, sentence=sentence))
+    if trained is not None or items is None:
+        both = (
+            None if trained is not None else next(((n, size) for n in counts for size in sizes if reach(n, size)), None)
+        )
+        if trained is None and both is None:
+            sentence = f"Not even {MAX_SEEDS} seeds would settle it at this noise: take rank {found.chosen}, or choose another margin."
+            return [NextRun(action="none", ranks=[found.chosen], sentence=sentence)]
+        count, size = both or (trained or 0, None)
+        trials = sum(max(0, count - len(evidence.contenders[rank].cells)) for rank in ranks)
+        minutes = _minutes(trials * sum(cell.train_seconds + cell.eval_seconds for cell in cells) / len(cells))
+        scored = "" if size is None else f" and score about {size:,} held-out examples (now {examples:,})"
+        sentence = f"Train {_ranks(ranks)} with {count} seeds (now {seeds}){scored} to test it ({{cost}}{_takes(minutes, ', ')})."
+        runs.append(_train_seeds(ranks, count, trials, sentence, size).model_copy(update={"minutes": minutes}))
+    return sorted(runs, key=lambda run: math.inf if run.minutes is None else run.minutes)
+
+
+def _minutes(seconds: float) -> float | None:
+    return round(seconds / 60, 1) if seconds > 0 else None
+
+
+def _takes(minutes: float | None, before: str = " (") -> str:
+    """` (about 3 minutes)`; empty where it is not known."""
+    if minutes is None:
+        return ""
+    known = (
+        f"{60 * minutes:.0f} seconds"
+        if minutes < 1.5
+        else f"{minutes:,.0f} minutes"
+        if minutes < 90
+        else f"{minutes / 60:,.1f} hours"
+    )
+    return f"{before}about {known}{')' * before.endswith('(')}"
 
 
 def _more_of_both(found: Comparison, rank: int, difference: Estimate) -> NextRun:
@@ -248,11 +306,7 @@ def _name(rank: int) -> str:
 
 def _ranks(ranks: list[int]) -> str:
     """`ranks 4 and 64`, `the base and rank 4`."""
-    if 0 in ranks:
-        return " and ".join(_name(rank) for rank in ranks)
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    return f"ranks {', '.join(str(rank) for rank in ranks[:-1])} and {ranks[-1]}"
+    return " and ".join(_name(rank) for rank in ranks) if 0 in ranks else names(ranks)
 
 
 def next_commands(

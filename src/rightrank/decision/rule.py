@@ -7,10 +7,10 @@ of tests needs no correction for multiplicity.
 A table with one number per rank proves nothing. There the rule reads the differences themselves, as a careful reader of a
 published table does; the decision has the flag `underpowered`, and `non_inferior` is None.
 
-One seed gives an indication: the rank and the verdict follow from the bounds over examples, the decision has the flag
-`one_seed`, and its `confidence` is None, since the noise over seeds is unknown. Where there is a probability that a further seed finds
-a rank enough, the answer is the smallest rank at which it reaches `ONE_SEED_CONFIDENCE`, or another confidence that the caller asks
-for; elsewhere the bounds over examples pick it. Locked grids chose between the two (benchmarks/selection/locked).
+Where there are probabilities that a rank is enough (`Evidence.no_probability` says why there may be none), the answer is the smallest rank at which it
+reaches `ASKED_CONFIDENCE`, or another confidence that the caller asks for, with one seed and with several; whether the 95% bounds show it too is a
+grade beside it. Elsewhere the bounds pick the rank. One seed gives an indication: the decision has the flag `one_seed`, and its `confidence` is None,
+since bounds leave out the noise over seeds.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from rightrank.decision.comparison import CONFIDENCE, TWO_SIDED
 from rightrank.decision.evidence import Compared, Comparison, Evidence, Unit, compare, staircase
 from rightrank.decision.next_run import next_runs
 from rightrank.decision.sentences import basis_note, conflict_sentence, probability_note, sentence_of
 from rightrank.decision.table import ScoreTable, at_checkpoint
-from rightrank.decision.verdicts import alike_ranks, checkpoint_note, flags_of, shown_rank, verdict_of
+from rightrank.decision.verdicts import alike_ranks, checkpoint_note, flags_of, grade_of, shown_rank, verdict_of
 from rightrank.schema.decision import Decision, MetricAnswer, RankEvidence
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import Checkpoint, default_margin
 
-ONE_SEED_CONFIDENCE = 0.7
+ASKED_CONFIDENCE = 0.75  # two seeds of the twelve long grids answer 85% at it: `benchmarks/selection/noise_model.py`
 
 
 def decide(
@@ -39,7 +40,7 @@ def decide(
     horizon_steps: int | None = None,
     others: Sequence[ScoreTable] = (),
     smallest_if_alike: bool = False,
-    confidence: float | None = ONE_SEED_CONFIDENCE,
+    confidence: float | None = ASKED_CONFIDENCE,
     checkpoint: Checkpoint = "last",
 ) -> Decision:
     """The decision that a table supports.
@@ -50,8 +51,7 @@ def decide(
         others: the same trials by other metrics, each compared at its default margin.
         checkpoint: which evaluation of each training is compared, where a table has those during the training.
         smallest_if_alike: answer an undecided comparison with the smallest rank that is not shown to be worse (`no_difference`).
-        confidence: name the smallest rank that is enough with this probability, where one seed was trained and there is
-            one; None for the rule on the bounds over examples.
+        confidence: name the smallest rank that is enough with this probability, where there are any; None for the rule on bounds.
 
     Raises:
         ResultsError: fewer than two ranks have a finished trial, or the margin is not above 0.
@@ -71,7 +71,8 @@ def decide(
     flags = flags_of(found, verdict, horizon_steps, beside, checkpoints)
     runs = next_runs(found, verdict, flags)
     if smallest_if_alike and verdict == "undecided" and (alike := alike_ranks(found)):
-        verdict, chosen = "no_difference", alike[0]
+        verdict, chosen = "no_difference" if len(alike) > 1 else "saturated", alike[0]
+        found = replace(found, chosen=chosen)
     rank, fallback = None if verdict in ("no_gain", "undecided") else chosen, shown_rank(found)
     at_hand = next((one for one in (rank, fallback) if one is not None), found.reference.rank)
     return Decision(
@@ -93,11 +94,32 @@ def decide(
         basis=evidence.basis,
         basis_note=basis_note(evidence),
         probability_note=probability_note(evidence),
+        grade=grade_of(found, verdict),
+        **_by_probability(found, unit),
         next_runs=runs,
         winner_gap=unit.difference(max(one.contender.gap for one in found.by_rank.values())),
         checkpoint=checkpoints,
         other_metrics=beside,
     )
+
+
+def _by_probability(found: Comparison, unit: Unit) -> dict[str, Any]:
+    """The fields of a decision by probabilities; none where bounds decided."""
+    evidence, asked, take = found.evidence, found.confidence, found.chosen
+    if asked is None:
+        return {}
+    alike = evidence.alike(asked)
+    margins = {rank: max(0.0, unit.difference(evidence.margin_of(rank, asked))) for rank in found.ranks}
+    return {
+        "asked": asked,
+        "take": take,
+        "probability": found.probability(take),
+        "take_within": margins[take],
+        "resolves": min(margins.values()),
+        "alike": alike,
+        "alike_within": unit.difference(evidence.half_width(asked)),
+        "probably_worse": [rank for rank in found.ranks if rank not in alike],
+    }
 
 
 def _beside(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rightrank.decision.adapter import Criterion, compared_adapters, making_of
-from rightrank.decision.rule import ONE_SEED_CONFIDENCE, decide
+from rightrank.decision.rule import ASKED_CONFIDENCE, decide
 from rightrank.decision.table import ScoreTable, table_of, without_collapsing
 from rightrank.schema.decision import AdapterCandidate, Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
@@ -145,7 +145,7 @@ def decide_on(
         checkpoint=checkpoint or checkpoint_of(records.started),
         others=others if records.started.data.form != "own" else (),
         smallest_if_alike=is_rl,
-        confidence=wanted if isinstance(wanted, int | float) else None if is_rl else ONE_SEED_CONFIDENCE,
+        confidence=wanted if isinstance(wanted, int | float) else None if is_rl else ASKED_CONFIDENCE,
     )
 
 

@@ -4,10 +4,10 @@ Two or three seeds measure a variance badly. As in limma (Smyth 2004, "Linear mo
 the variance of a rank's difference is therefore a weighted mean of its own and of an expected one, by their degrees of
 freedom. The expected one is proportional to how much the difference varies between examples: two adapters that treat each
 example alike also differ little from seed to seed. The ratio of the two starts at that of earlier grids
-(`START`) and follows the other ranks that came out at least as good: how bad a worse rank is, and how noisy, changes no other bound.
+(`NOISE`) and follows the other ranks that came out at least as good: how bad a worse rank is, and how noisy, changes no other bound.
 
-With one seed nothing is measured, and no value takes the place of a measurement in an interval. What earlier grids say of a
-further seed is a probability beside it (`probability_within`).
+With one seed nothing is measured, and no value takes the place of a measurement in an interval. What earlier grids say of the noise (`NOISE`) gives
+every rank a probability beside it (`probability_within`), with one seed and with several.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from rightrank.decision.comparison import CONFIDENCE, MAX_DEGREES, NORMAL, POWER, by_group, t_quantile, t_tail
-from rightrank.schema.metrics import MetricKind
 from rightrank.schema.trials import Floats, Groups
 
 BOOTSTRAP_DRAWS = 2000  # from a fixed seed
@@ -77,53 +76,63 @@ class Prior:
         return (self.degrees * expected + pair.degrees * pair.variance) / degrees, degrees
 
 
-# The ratio of losses is of two grids of 400 steps (.02 to .09; trainings of 20 to 80 steps have up to .25) and of planted
-# teachers: `benchmarks/decide/seed_coverage.py` names these and judges on others. Its few degrees let the seeds at hand
-# decide: with half a degree, two seeds named a rank that is worse by the margin in up to 12% where seeds differ more than on those grids.
-# The ratio of accuracies is of one grid of three seeds.
-START = {"loss": Prior(0.1**2, 0.1), "score": Prior(0.08**2, 2.0)}
+@dataclass(frozen=True, slots=True)
+class NoiseParts:
+    """The variance of a paired difference about that of all seeds and examples, in units of its spread between examples."""
+
+    seeds: float  # of the trained models themselves: shrinks with seeds alone
+    crossed: float  # seeds × examples: shrinks with either
+    examples: float  # shrinks with examples alone
+
+    def over_seeds(self, examples: float) -> float:
+        """Of one seed, about the mean over seeds on the same examples."""
+        return self.seeds + self.crossed / examples
+
+    def ratio(self, seeds: int, examples: float) -> float:
+        return self.over_seeds(examples) / seeds + self.examples / examples
+
+
+# Of twelve grids of 400 and 1,500 steps, three seeds each: `benchmarks/selection/noise_model.py`. Trainings of 20 to 80 steps are noisier.
+NOISE = NoiseParts(seeds=0.0022, crossed=0.83, examples=0.17)
+NOISE_DEGREES = 8.0  # of that expectation for a probability; those grids alone would allow more, and seeds at hand then change it less
+BOUND_DEGREES = 0.1  # for a bound, where the seeds at hand are to decide: half a degree let two noisy seeds err in 12%
+MIN_EXAMPLES = 64  # for a probability: the grids have 133 or more
 WITHIN_DEGREES = 8.0  # how alike the ratios of one run's ranks are: the degrees of their scaled F distribution
 BARE_WITHIN_DEGREES = 3.0  # the same for variances that no spread between examples scales
 SHARED_REFERENCE = 0.5  # weight of a pair in the ratio at hand: all pairs share the reference's noise
+MIN_SPREAD = 1e-24  # below it two ranks have the same scores
 
 
-# A further seed's difference is the one seen plus RATIO times the spread between examples times a Student's t of so few degrees.
-# Fitted on eight sources of open grids, each predicted by the others: `benchmarks/selection/one_seed.py`.
-FURTHER_SEED_RATIO, FURTHER_SEED_DEGREES = 0.17, 2.0
-MIN_EXAMPLES = 64  # the grids that fit it have 96 or more
-
-
-def probability_within(difference: float, spread: float, margin: float) -> float:
-    """The probability that the difference of a further seed is at most `margin`, from that of one seed.
-
-    Args:
-        spread: the variance between examples of the paired difference; above 0.
-    """
-    deviations = (margin - difference) / (FURTHER_SEED_RATIO * math.sqrt(spread))
-    beyond, _ = t_tail(FURTHER_SEED_DEGREES, abs(deviations))
+def probability_within(difference: float, variance: float, degrees: float, margin: float) -> float:
+    """The probability that the true difference is at most `margin`, from a measured one; every difference is as likely before."""
+    deviations = (margin - difference) / math.sqrt(variance)
+    beyond, _ = t_tail(degrees, abs(deviations))
     return 1 - beyond if deviations > 0 else beyond
 
 
-def margin_within(difference: float, spread: float, probability: float) -> float:
+def margin_within(difference: float, variance: float, degrees: float, probability: float) -> float:
     """The margin at which `probability_within` is `probability`."""
-    return difference + FURTHER_SEED_RATIO * math.sqrt(spread) * t_quantile(FURTHER_SEED_DEGREES, probability)
+    return difference + math.sqrt(variance) * t_quantile(degrees, probability)
 
 
-def start_of(kind: MetricKind) -> Prior:
-    """The ratio of earlier grids, before any seed of the run is seen."""
-    return START["loss" if kind in ("token_loss", "loss", "perplexity") else "score"]
+def noise_of_mean(pair: PairNoise, prior: Prior, seeds: int, examples: float) -> tuple[float, float]:
+    """The variance of a mean difference about the true one, and its degrees of freedom."""
+    variance, degrees = prior.moderated(pair)
+    return variance / seeds + NOISE.examples * pair.spread / examples, degrees
 
 
-def prior_of(others: Sequence[PairNoise], kind: MetricKind, *, has_examples: bool) -> Prior:
-    """The expectation for a difference, from those of other ranks."""
-    start = start_of(kind) if has_examples else Prior(0.0, 0.0)
+def prior_of(others: Sequence[PairNoise], start: Prior, within: float) -> Prior:
+    """The expectation for a difference, from earlier grids (`start`) and from the differences of other ranks.
+
+    Args:
+        within: how alike the ratios of ranks are, as degrees of freedom; infinite where `start` counts it already.
+    """
     measured = [pair for pair in others if pair.degrees > 0 and pair.spread > 0]
     weights = [SHARED_REFERENCE * pair.degrees for pair in measured]
     degrees = start.degrees + sum(weights)
     if degrees == 0:
         return start
     known = sum(weight * pair.ratio for weight, pair in zip(weights, measured, strict=True))
-    within = WITHIN_DEGREES if has_examples else BARE_WITHIN_DEGREES
     return Prior((start.degrees * start.ratio + known) / degrees, 1 / (1 / within + 1 / degrees))
 
 

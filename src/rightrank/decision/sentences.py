@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from rightrank.decision.comparison import is_within
 from rightrank.decision.evidence import Comparison, Evidence, Unit
 from rightrank.decision.seeds import needed_seeds
-from rightrank.decision.verdicts import alike_ranks, inconclusive_rank, is_unlikely, possible_rival, shown_rank
+from rightrank.decision.verdicts import alike_ranks, grade_of, inconclusive_rank, possible_rival, shown_rank
 from rightrank.schema.decision import RankEvidence, Verdict
 
 
@@ -30,18 +30,24 @@ def amount(value: str, evidence: Evidence) -> str:
 
 
 def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) -> str:
-    """The answer in one sentence. `margin` is in the metric's unit."""
+    """The answer in a sentence or two. `margin` is in the metric's unit."""
+    answer = _answer(found, margin, verdict, unit)
+    return answer if verdict in ("undecided", "no_gain") else " ".join(filter(None, (answer, _base_too(found))))
+
+
+def _answer(found: Comparison, margin: float, verdict: Verdict, unit: Unit) -> str:
     evidence, chosen, reference = found.evidence, found.chosen, found.reference.rank
     within = amount(f"{margin:.4g}", evidence)
-    verb = "looks" if evidence.is_point_reading or found.is_indication else "is"
+    verb = "is" if grade_of(found, verdict) == "shown" else "looks"
     caution = "; one seed indicates this, and further seeds may change it" if found.is_indication else ""
     if evidence.is_point_reading:
         caution = "; one number per rank can suggest this, not show it"
     enough = f"Rank {chosen} {verb} enough{_likely(found)}"
+    probably = "probably " if found.confidence is not None and verb == "looks" else ""
     match verdict:
         case "no_gain":
             return (
-                f"No gain: the base itself is within {within} of the best adapter (rank {reference}), "
+                f"No gain: the base itself is {probably}within {within} of the best adapter (rank {reference}), "
                 f"so there is no rank to choose{caution}."
             )
         case "undecided":
@@ -66,7 +72,7 @@ def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) 
             )
         case "rising":
             return (
-                f"Still rising: rank {chosen}, the largest tried, is better than every smaller one by more than "
+                f"Still rising: rank {chosen}, the largest tried, is {probably}better than every smaller one by more than "
                 f"{within}{caution}."
             )
         case "saturated":
@@ -90,8 +96,8 @@ def _compared(found: Comparison, rank: int, unit: Unit) -> str:
 
 
 def _likely(found: Comparison) -> str:
-    """With one seed, the chosen rank's probability, and that of the likeliest larger one: ` (71% likely; rank 16: 96%)`."""
-    if found.evidence.has_several_seeds:
+    """The chosen rank's probability, and that of the likeliest larger one: ` (71% likely; rank 16: 96%)`."""
+    if found.confidence is None and found.evidence.has_several_seeds:
         return ""
     chances = {rank: likely for rank in found.ranks if (likely := found.probability(rank)) is not None}
     if found.chosen not in chances:
@@ -107,8 +113,8 @@ def probability_note(evidence: Evidence) -> str:
     if evidence.no_probability:
         return f"No probability: {evidence.no_probability}."
     return (
-        "The probability is that a further seed finds the rank within the margin of the best, on these held-out examples, by how "
-        "far seeds differed on earlier grids."
+        "The probability is that the rank is within the margin of the best, over seeds and over examples like these, by how far seeds and examples "
+        "varied on earlier grids and vary here."
     )
 
 
@@ -116,16 +122,18 @@ def _no_difference(found: Comparison, within: str, unit: Unit) -> str:
     """The smallest rank, what speaks for another one, and the seeds that a difference of the margin would take."""
     alike = alike_ranks(found)
     smallest, reference = alike[0], found.reference
-    named = list(map(str, alike))
-    listed = f"{', '.join(named[:-1])} and {named[-1]}" if len(named) > 1 else named[0]
     noise = found.evidence.noise(max(alike, key=lambda rank: found.by_rank[rank].difference.mean))
     deviation = math.sqrt(noise.common + noise.individual)
     measured = len(reference.cells) > 1 and deviation > 0
     at = f" (seed standard deviation {number(unit.difference(deviation))})" if measured else ""
     of_them = "" if smallest == found.ranks[0] else " of them"
-    start = f"No difference between ranks {listed} can be shown at this noise{at}: take rank {smallest}, the smallest{of_them}"
+    start = f"No difference between {names(alike)} can be shown at this noise{at}: take rank {smallest}, the smallest{of_them}"
     seeds = needed_seeds(math.sqrt(noise.individual), found.margin) if noise.individual > 0 else None
-    needed = f"; a difference of {within} would take about {seeds} seeds a rank" if measured and seeds else ""
+    needed = (
+        f"; a difference of {within} would take about {seeds} seed{'s' * (seeds != 1)} a rank"
+        if measured and seeds
+        else ""
+    )
     if reference.rank == smallest:
         return f"{start}. It is the best of them as measured{needed}."
     better = number(unit.difference(found.by_rank[smallest].difference.mean))
@@ -134,12 +142,8 @@ def _no_difference(found: Comparison, within: str, unit: Unit) -> str:
 
 def _undecided(found: Comparison, within: str, unit: Unit) -> str:
     compared, reference = found.by_rank, found.reference.rank
-    if found.confidence is not None and is_unlikely(found):
-        likeliest = max(found.ranks, key=lambda rank: found.probability(rank) or 0.0)
-        return (
-            f"Undecided: no rank is enough at {found.confidence:.0%}; rank {likeliest} is the likeliest to be within {within} of the "
-            f"best ({chance(found.probability(likeliest) or 0.0)})."
-        )
+    if found.confidence is not None:
+        return cannot_tell(found, found.confidence, within, unit)
     inconclusive = inconclusive_rank(found)
     if inconclusive is None:
         rival = possible_rival(found)
@@ -164,6 +168,43 @@ def _undecided(found: Comparison, within: str, unit: Unit) -> str:
     probability = found.probability(inconclusive)
     likely = "" if probability is None else f", {chance(probability)} likely enough"
     return f"Undecided: {shown}, and rank {inconclusive} is inconclusive at {worse} (bounds {low} to {high}{likely})."
+
+
+def cannot_tell(found: Comparison, asked: float, within: str, unit: Unit) -> str:
+    """Which ranks cannot be told apart and by how much, the rank to take and how likely it is enough, and what the evidence resolves."""
+    evidence, take = found.evidence, found.chosen
+    alike = evidence.alike(asked)
+    worse = [rank for rank in found.ranks if rank not in alike]
+    width, enough, least = (
+        number(unit.difference(value))
+        for value in (
+            evidence.half_width(asked),
+            evidence.margin_of(take, asked),
+            min(evidence.margin_of(rank, asked) for rank in found.ranks),
+        )
+    )
+    parts = [
+        f"{names(alike).capitalize()} cannot be told apart (±{width}; the margin is {within}).",
+        f"{names(worse).capitalize()} {'is' if len(worse) == 1 else 'are'} probably worse." if worse else "",
+        f"Take rank {take}: {asked:.0%} likely to be within {enough} of the best, {chance(found.probability(take) or 0.0)} within the margin.",
+        f"The smallest margin that these data resolve is {least}." if least != enough else "",
+        _base_too(found),
+    ]
+    return " ".join(filter(None, parts))
+
+
+def _base_too(found: Comparison) -> str:
+    """How likely it is that there is no gain, where that is not improbable."""
+    likely = found.probability(0) if 0 in found.by_rank else None
+    if likely is None or found.confidence is None or likely <= 1 - found.confidence:
+        return ""
+    return f"The base itself is {chance(likely)} likely to be within the margin."
+
+
+def names(ranks: Sequence[int]) -> str:
+    """`rank 4`, `ranks 4, 16 and 64`."""
+    *first, last = map(str, ranks)
+    return f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"
 
 
 def conflict_sentence(metric: str, against: Sequence[int], theirs: Mapping[int, RankEvidence], margin: float) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from rightrank.decision.comparison import INDEPENDENT, TIE, Estimate, bounds_of, estimate, span_of
 from rightrank.schema.decision import DifferenceSpread, Result, ResultsTable
-from rightrank.schema.metrics import Checkpoint, MetricKind, kind_of
+from rightrank.schema.metrics import Checkpoint, MetricKind, direction, kind_of
 from rightrank.schema.trials import (
     EvalPoint,
     Floats,
@@ -51,6 +51,8 @@ class Cell:
     points: tuple[EvalPoint, ...] = ()  # along the training, the metric's own direction
     others: Mapping[str, float] = field(default_factory=dict)  # other metrics of the trial, in their own direction
     groups: Groups | None = None  # [examples] which of them belong together; None: each stands for itself
+    train_seconds: float = 0.0  # 0: not known
+    eval_seconds: float = 0.0  # of one evaluation
 
     @property
     def examples(self) -> int:
@@ -192,6 +194,8 @@ def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Float
         groups=groups_of(trial.item_groups, len(weights)),
         train_value=trial.train_value,
         steps=trial.steps,
+        train_seconds=trial.train_seconds,
+        eval_seconds=trial.eval_seconds / max(1, len(trial.points)),
         kept_step=trial.kept_step,
         points=tuple(trial.points),
         others={name: value for name, value in trial.metrics.items() if name != metric},
@@ -210,6 +214,31 @@ def table_of_results(results: ResultsTable) -> ScoreTable:
                 result, result.value, kind, results.higher_is_better
             )
     return ScoreTable(results.metric, results.higher_is_better, cells, missing, kind)
+
+
+def other_tables(results: ResultsTable) -> list[ScoreTable]:
+    """The same trainings by each other metric of the table whose direction is known, one number a training."""
+    found = []
+    for name in dict.fromkeys(name for result in results.results for name in result.others):
+        if (higher := direction(name.lower().replace("/", "_"))) is None:
+            continue
+        rows = [
+            result.model_copy(
+                update={
+                    "value": result.others.get(name),
+                    "item_values": [],
+                    "item_weights": [],
+                    "std": None,
+                    "points": [],
+                    "others": {},
+                }
+            )
+            for result in results.results
+        ]
+        found.append(
+            table_of_results(results.model_copy(update={"metric": name, "higher_is_better": higher, "results": rows}))
+        )
+    return found
 
 
 def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_better: bool) -> Cell:
@@ -260,7 +289,7 @@ def _at(cell: Cell, checkpoint: Checkpoint, higher_is_better: bool) -> Cell:
     if sign * best.value >= sign * cell.value:
         return cell
     earlier = tuple(point for point in cell.points if point.step <= best.step)
-    return replace(cell, value=best.value, steps=best.step, points=earlier, train_value=None, deviation=None, others={})
+    return replace(cell, value=best.value, points=earlier, train_value=None, deviation=None, others={})
 
 
 @dataclass(frozen=True, slots=True)

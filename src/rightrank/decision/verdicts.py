@@ -14,8 +14,8 @@ The verdict is the first row that applies, from the most sobering to the plaines
 
 `no_difference` takes the place of `undecided` where the caller wants the smallest rank then (`alike_ranks`).
 
-Where a confidence chose the rank (`Comparison.at_confidence`), the answer is `undecided` if no rank is as probable or the base is
-inconclusive; the other rows are as they are.
+Where a confidence chose the rank (`Comparison.at_confidence`), the answer is `undecided` if no rank is as probable, and "shown" in the other rows
+is "as probable".
 
 In a point reading (`Evidence.is_point_reading`) nothing is inconclusive: ranks are compared by their values.
 """
@@ -30,13 +30,13 @@ import numpy as np
 from rightrank.decision.comparison import CONFIDENCE, is_within, walk_down
 from rightrank.decision.evidence import Comparison, Evidence
 from rightrank.decision.table import Contender, ScoreTable, at_checkpoint
-from rightrank.schema.decision import CheckpointNote, MetricAnswer, Verdict
+from rightrank.schema.decision import CheckpointNote, Grade, MetricAnswer, Verdict
 from rightrank.schema.metrics import Checkpoint, default_margin, direction, kind_of, published_deviation
 
 
 def verdict_of(found: Comparison) -> Verdict:
     """The first row of the table above that applies."""
-    if 0 in found.by_rank and found.by_rank[0].within:
+    if found.base_is_enough:
         return "no_gain"
     by_bounds = None if found.confidence is not None else possible_rival(found)
     if is_unlikely(found) or inconclusive_rank(found) is not None or by_bounds is not None:
@@ -53,7 +53,7 @@ def verdict_of(found: Comparison) -> Verdict:
 def inconclusive_rank(found: Comparison) -> int | None:
     """The rank (0: the base) that leaves the answer undecided; None where the answer is known within a factor of two.
 
-    The base does if it is inconclusive. Where a confidence chose the rank, no other one does. Otherwise, with "next" the next lower rank than the chosen one, and "far" the highest
+    None where a confidence chose the rank. The base does if it is inconclusive. Otherwise, with "next" the next lower rank than the chosen one, and "far" the highest
     rank below half of the chosen one:
 
         ================  ========================  ================  ========
@@ -69,13 +69,11 @@ def inconclusive_rank(found: Comparison) -> int | None:
     So a rank within a factor of two below the chosen one may stay inconclusive: too much rank costs memory, too little
     costs quality. Below the largest rank it may not, since then it is unknown whether the curve still rises.
     """
-    if found.evidence.is_point_reading:
+    if found.evidence.is_point_reading or found.confidence is not None:
         return None
     compared, below = found.by_rank, found.next_lower
     if 0 in compared and compared[0].non_inferior is None:
         return 0
-    if found.confidence is not None:
-        return None
     if below is None or compared[below].non_inferior is False:
         return None
     if found.chosen == found.ranks[-1]:
@@ -87,10 +85,22 @@ def inconclusive_rank(found: Comparison) -> int | None:
 
 
 def is_unlikely(found: Comparison) -> bool:
-    """Whether no rank has the probability that was asked for, where the base is not the question."""
-    if found.confidence is None or inconclusive_rank(found) is not None:
-        return False
-    return (found.probability(found.chosen) or 0.0) < found.confidence
+    """Whether no rank has the probability that was asked for."""
+    return found.confidence is not None and (found.probability(found.chosen) or 0.0) < found.confidence
+
+
+def grade_of(found: Comparison, verdict: Verdict) -> Grade | None:
+    """How far the answer is known: shown by its 95% bounds, likely, or not; None where one number a rank is all there is."""
+    if verdict in ("undecided", "no_difference"):
+        return "cannot tell"
+    if found.evidence.is_point_reading:
+        return None
+    smallest = found.reference.rank if shown_rank(found) is None else shown_rank(found)
+    if verdict == "no_gain":
+        is_shown = found.by_rank[0].non_inferior is True
+    else:
+        is_shown = smallest is not None and smallest <= found.chosen and _better_above(found) is None
+    return "shown" if is_shown and not found.is_indication else "likely"
 
 
 def alike_ranks(found: Comparison) -> list[int]:
@@ -168,7 +178,11 @@ def flags_of(
     trained = max((cell.steps or 0 for cell in found.reference.cells.values()), default=0)
     growth = _late_growth(found) or 0.0
     named = [set(cell.others) for one in evidence.contenders.values() for cell in one.cells.values()]
-    others = set.intersection(*named) - {answer.metric for answer in beside}
+    others = set.intersection(*named) - {
+        answer.metric
+        for answer in beside
+        if any(one.non_inferior is not None for one in answer.ranks if one.rank != answer.reference_rank)
+    }
     raised = {
         "underpowered": underpowered(found, verdict),
         "rising": verdict == "undecided"

@@ -60,7 +60,7 @@ BLANKS = ("", "-", "–", "—", "none", "null", "n/a")  # texts of cells that h
 _NAMED = {
     "rank": re.compile(r"(?:^|[^a-z])(?:lora[-_=]?)?(?:rank|r)[-_= ]?(\d+)(?![\d.])", re.IGNORECASE),
     "lr": re.compile(r"(?:^|[^a-z])(?:lr|learning[-_]?rate)[-_=]?(\d+(?:\.\d+)?(?:e-?\d+)?)", re.IGNORECASE),
-    "seed": re.compile(r"(?:^|[^a-z])seed[-_=]?(\d+)", re.IGNORECASE),
+    "seed": re.compile(r"(?:(?:^|[^a-z])seed[-_=]?|(?:^|[-_./ ])s)(\d+)", re.IGNORECASE),
 }
 
 
@@ -153,7 +153,8 @@ def _value_column(
     if "value" in mapping:
         return mapping["value"], metric or mapping["value"]
     if metric is not None:
-        column = metric if metric in names else by_plain.get(plain(metric))
+        asked = plain(metric)
+        column = metric if metric in names else _first((asked, *(f"{split}_{asked}" for split in _SPLITS)), by_plain)
         if column is not None:
             return column, metric
         if "value" in by_plain:
@@ -206,6 +207,10 @@ def import_rows(source: Path) -> list[Row] | None:
         )
     if not source.is_dir():
         return None
+    if any(source.glob("**/meta.yaml")):
+        raise ResultsError(
+            f"{source}: MLflow's folders are not read; give mlflow.search_runs(), as a CSV file or in Python"
+        )
     if states := sorted(source.rglob(STATE)):
         return _trainer_rows(source, [path.parent for path in states])
     if not any(path.suffix.lower() in FILE_TYPES for path in source.iterdir()):

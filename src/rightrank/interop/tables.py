@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from rightrank.schema.metrics import kind_of as kind_of_metric
 from rightrank.schema.metrics import unknown_direction
 
 FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "out of memory"}
+NO_NUMBERS = {"nan", "inf", "+inf", "-inf", "infinity", "-infinity"}  # of a training that diverged
 UNFINISHED = {"running", "unfinished", "in_progress", "scheduled", "pending", "waiting", "queued", "preempting"}
 PRUNED = {"pruned"}  # stopped by a tuner because others were better: neither a result nor a failure
 MAX_DEPTH = 8
@@ -36,7 +38,12 @@ MAX_DEPTH = 8
 KINDS = {
     "model", "base_model", "model_name", "model_name_or_path", "model_id", "base_model_name_or_path", "dataset",
     "dataset_name", "data", "task", "method", "peft_type", "optimizer", "optim", "metric", "metric_name",
+    "use_rslora", "use_dora", "target_modules", "layers_to_transform", "init_lora_weights", "modules_to_save", "lora_dropout",
+    "batch_size", "per_device_train_batch_size", "train_batch_size", "gradient_accumulation_steps", "train_samples",
+    "num_train_samples", "max_train_samples", "train_size", "num_train_epochs", "num_epochs", "epochs", "lr_scheduler_type",
+    "weight_decay", "max_seq_length", "max_length", "seq_len",
 }  # fmt: skip
+ALPHAS = {"lora_alpha", "alpha", "network_alpha"}
 DETAILS = ("std", "std_seeds", "train_value")  # fields of a result; later rows override earlier ones
 MAX_RANK = 2**20
 
@@ -144,7 +151,7 @@ def results_of_rows(
     named = _rows_of_names(flat, mapping)
     notes = ["rank from the names of the trainings"] if named is not flat else []
     columns = identify_columns(named, metric, mapping, where)
-    _require_one_kind(named, where)
+    _require_one_kind(named, where, columns.by_name["rank"])
     metric = columns.metric
     with_rank = [row for row in named if not is_blank(row.fields.get(columns.by_name["rank"]))]
     lines = [_line(row, columns, metric) for row in with_rank]
@@ -189,14 +196,26 @@ def _texts_of(rows: Iterable[Row], column: str) -> list[str]:
     return sorted({str(row.fields.get(column)) for row in rows if not is_blank(row.fields.get(column))})
 
 
-def _require_one_kind(rows: Sequence[Row], where: str) -> None:
-    """Refuse trainings of several models, data sets or methods.
+def _is_one_scale(rows: Sequence[Row], column: str, rank: str) -> bool:
+    """Whether alpha is constant, or in proportion to the rank or to its root; also where either is no number."""
+    pairs = [(_float(row.fields.get(column)), _float(row.fields.get(rank))) for row in rows]
+    known = [(alpha, r) for alpha, r in pairs if alpha is not None and r is not None and r > 0]
+    return any(len({round(alpha / r**power, 9) for alpha, r in known}) <= 1 for power in (0.0, 1.0, 0.5))
+
+
+def _require_one_kind(rows: Sequence[Row], where: str, rank: str) -> None:
+    """Refuse trainings of several models, data sets, methods or settings that change what a rank is worth.
 
     Raises:
         ResultsError: names the column and two of its texts.
     """
     for name in names_of(rows):
         texts = _texts_of(rows, name)
+        if plain(name) in ALPHAS and not _is_one_scale(rows, name, rank):
+            raise ResultsError(
+                f"{where}: column {name} is neither the same at every rank nor in proportion to it ({', '.join(texts[:4])}), so the scale of "
+                "the adapters differs beside their rank; keep the rows of one rule, or leave the column out if it does not matter"
+            )
         if plain(name) in KINDS and len(texts) > 1:
             one, other = [quoted(text, 40) for text in texts[:2]]
             raise ResultsError(
@@ -223,7 +242,7 @@ def _direction(metric: str, asked: bool | None, where: str) -> tuple[bool, str]:
 
 def _line(row: Row, columns: Columns, metric: str) -> _Line:
     status = str(_cell(row, columns, "status")).strip().lower()
-    failed = status in FAILED or str(row.fields.get(columns.value)).strip().lower() in FAILED
+    failed = status in FAILED or str(row.fields.get(columns.value)).strip().lower() in FAILED | NO_NUMBERS
     value = None if failed or status in UNFINISHED | PRUNED else _number(row, columns.value)
     if value is not None and value <= 0 and ("perplexity" in metric.lower() or metric.lower() == "ppl"):
         raise ResultsError(f"{row.where}: a perplexity of {value:g} is not possible; perplexities are above 0")
@@ -438,12 +457,21 @@ def _number(row: Row, column: str, strict: bool = True) -> float | None:
     if not strict and (number is None or not math.isfinite(number)):
         return None
     if number is None:
-        raise ResultsError(f"{row.where}: {column} is {quoted(value, 40)}, not a number")
+        raise ResultsError(f"{row.where}: {column} is {quoted(value, 40)}, not a number{_advice(str(value).strip())}")
     if not math.isfinite(number):
         raise ResultsError(
             f"{row.where}: {column} is {number}; leave the cell empty where a training ended without a result"
         )
     return number
+
+
+def _advice(text: str) -> str:
+    """How to write a number with a decimal comma or a percent sign."""
+    if re.fullmatch(r"[-+]?\d*,\d+", text):
+        return f"; write it with a decimal point ({text.replace(',', '.')})"
+    if re.fullmatch(r"[-+]?[\d.,]+\s*%", text):
+        return f"; write it without the percent sign ({text.rstrip('% ').replace(',', '.')}), in every row alike"
+    return ""
 
 
 def _integer(row: Row, column: str, name: str, allowed: str) -> int:

@@ -82,6 +82,8 @@ def answer_view(
 
 
 def _safe_choice(decision: Decision) -> str:
+    if decision.asked is not None:
+        return ""  # the sentence names the rank to take
     if decision.fallback_rank is None:
         return f"No rank is shown to be enough; rank {decision.best_so_far} came out best so far, without proof."
     if decision.confidence is None:

@@ -119,7 +119,7 @@ def _at_work(journal: Sequence[JournalRecord], records: Records) -> str | None:
 
 def status_lines(status: RunStatus, width: int) -> str:
     """The status as text."""
-    so_far = "" if status.state == "done" else " so far"
+    so_far = "" if status.state == "done" or "not known yet" in status.answer else " so far"
     verdict = f" ({status.verdict})" if status.rank is not None else ""
     rows: list[tuple[str, str | None]] = [
         ("cost", status.cost),

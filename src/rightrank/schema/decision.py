@@ -18,6 +18,9 @@ Basis: TypeAlias = Literal["items and seeds", "items", "seeds", "std", "values"]
 Verdict: TypeAlias = Literal["saturated", "rising", "overfitting", "flat", "no_difference", "undecided", "no_gain"]
 
 
+Grade: TypeAlias = Literal["shown", "likely", "cannot tell"]
+
+
 class Result(Record):
     """One training of a table from another tool; `value` is None if it ended without a result."""
 
@@ -60,7 +63,7 @@ class RankEvidence(Record):
     further_seed_low: float | None = None  # two-sided 95% interval of the difference that a further seed would show
     further_seed_high: float | None = None  # None: the seed noise was not measured
     non_inferior: bool | None = None  # within the margin; None: inconclusive
-    # that a further seed finds it within the margin of the best; None: `probability_note`
+    # that it is within the margin of the best, over seeds and examples; None: `probability_note`
     probability: float | None = None
     learning_rate: float | None = None
     seeds: Whole = 1
@@ -85,6 +88,7 @@ class NextRun(Record):
     items: Whole | None = None  # held-out examples in total
     steps: Whole | None = None
     trials: Whole = 0  # new trainings
+    minutes: float | None = None  # about what it takes, by the trainings and evaluations so far; None: not known
     sentence: str
 
 
@@ -113,8 +117,8 @@ class Decision(Record):
 
     @property
     def rank_at_hand(self) -> int:
-        """The rank to take if one must be taken now: the answer, else the one shown to be enough, else the best so far."""
-        named = (self.rank, self.fallback_rank, self.best_so_far)
+        """The rank to take if one must be taken now: the answer, else the one shown to be enough, else `take`, else the best so far."""
+        named = (self.rank, self.fallback_rank, self.take, self.best_so_far)
         return next((rank for rank in named if rank is not None), self.reference_rank)
 
     rank: Whole | None  # None: the evidence names no rank
@@ -136,6 +140,16 @@ class Decision(Record):
     basis: Basis = "items"  # the variation that the intervals rest on
     basis_note: str = ""  # what the intervals cover, and what they do not
     probability_note: str = ""  # what the ranks' probabilities say, or why there are none
+    grade: Grade | None = None  # how far the answer is known; None for one number a rank
+    # by probabilities, where there are any; differences and margins are in the metric's unit
+    asked: float | None = None  # the probability that was asked for; None: bounds decided
+    take: Whole | None = None  # the answer, or where no rank is as probable, the smallest of `alike`
+    probability: float | None = None  # of `take` at the margin
+    take_within: float | None = None  # the smallest margin at which `take` is as probable
+    resolves: float | None = None  # the smallest margin at which any rank is
+    alike: list[Whole] = Field(default_factory=list)  # ranks that can't be told apart from the best
+    alike_within: float | None = None  # how far their differences from it are known, either way
+    probably_worse: list[Whole] = Field(default_factory=list)  # the others
     # the first is the cheapest that is expected to settle the answer
     next_runs: list[NextRun] = Field(default_factory=list)
     winner_gap: float = 0.0  # the largest of the compared ranks, in the metric's unit

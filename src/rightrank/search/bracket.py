@@ -26,7 +26,7 @@ from rightrank.search.protocol import CostEstimate, Strategy
 DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)
 # Of the truncation that the walk starts at. By its mean alone the walk starts lower, for .2 trainings more on long real grids
 # (benchmarks/selection).
-START_PROBABILITY = 0.95
+START_PROBABILITY = 0.999
 STAGES = 5  # of one training at most: a look, two stages, the end, and an annealed copy
 
 

@@ -10,7 +10,7 @@ from itertools import islice, pairwise
 import numpy as np
 
 from rightrank.decision.comparison import Bounds, Estimate, bounds_of, estimate, is_within, span_of, walk_down
-from rightrank.decision.seeds import MIN_EXAMPLES, probability_within
+from rightrank.decision.seeds import MIN_EXAMPLES, NOISE, NOISE_DEGREES, probability_within
 from rightrank.decision.table import (
     adjusted_means,
     best_learning_rate,
@@ -246,7 +246,7 @@ def _excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Spac
 def is_likely_within(
     pair: tuple[TrialFinished, TrialFinished], space: Space, margin: float, probability: float
 ) -> bool:
-    """Whether a further seed finds the difference within `margin` with this probability.
+    """Whether the difference is within `margin` with this probability, over seeds and examples.
 
     Without enough examples there is no probability: then whether the difference itself is.
     """
@@ -254,7 +254,8 @@ def is_likely_within(
     if found is None or found.examples < MIN_EXAMPLES or not found.examples_variance:
         return is_within(mean, margin)
     examples = len((pair[0].items(space.metric) or [()])[0])
-    return probability_within(mean, found.examples_variance * examples, margin) >= probability
+    variance = NOISE.ratio(1, examples) * found.examples_variance * examples
+    return probability_within(mean, variance, NOISE_DEGREES, margin) >= probability
 
 
 def _difference(pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space) -> float:

@@ -114,7 +114,7 @@ class Upward(Strategy):
 def _noise_note(space: Space, rank: int, measured: int, deviation: float, margin: float, needed: int) -> str:
     start = (
         f"Seed noise at rank {rank}: a standard deviation of {deviation:.2g} over {measured} seeds. To show a difference of "
-        f"{margin:.2g} between two ranks takes about {needed} seeds a rank"
+        f"{margin:.2g} between two ranks takes about {needed} seed{'s' * (needed != 1)} a rank"
     )
     given = len(space.seeds)
     if needed <= given:

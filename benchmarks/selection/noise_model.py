@@ -1,0 +1,297 @@
+"""One model of the noise of a difference between two ranks, from the twelve long grids; and the confidence to ask for.
+
+    python -m benchmarks.selection.noise_model            # fits, writes noise_model.json
+    python -m benchmarks.selection.noise_model --picture  # draws trade_off.svg from it
+
+The mean difference of n seeds and N examples varies about that of all seeds and examples, in units of its variance between examples
+(`spread`, of one seed), by
+
+    seeds / n  +  crossed / (n·N)  +  examples / N
+
+The parts are the components of variance of three seeds × examples, of each rank against the largest, at the learning rates that are best over
+the seeds: means over ranks, then grids, then tasks. The degrees of freedom of Student's t maximize the likelihood of the differences that the other
+seeds show on the other half of the examples. Every task is also predicted by what the other tasks fit.
+
+The trade-off: each choice of 1, 2 or 3 seeds of a grid answers on half of the examples with the smallest rank that has the
+probability, by the constants of the other tasks. The truth is the mean of the other seeds (of three: of the same) on the other half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from scipy.stats import t as student
+
+from benchmarks.machine import machine
+from benchmarks.selection.tables import GridCurve, read_grids
+from rightrank.decision import evidence as evidence_module
+from rightrank.decision import seeds as seeds_module
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.seeds import NoiseParts
+from rightrank.decision.table import Cell, ScoreTable
+from rightrank.schema.metrics import kind_of
+from rightrank.schema.trials import Floats
+
+HERE = Path(__file__).parent
+FILES = ("seeded_grids.json", "grids/*.json", "locked/*.json")
+RESULT, PICTURE = HERE / "noise_model.json", HERE / "trade_off.svg"
+MARGINS = (0.005, 0.02, 0.05)
+CONFIDENCES = tuple(np.round(np.arange(0.5, 0.96, 0.05), 2).tolist())
+ANSWERED = 0.85  # of two-seed cases, by the confidence that is asked for: the largest that still does
+DEGREES = (2.0, 3.0, 4.0, 6.0, 8.0, 15.0, 30.0)
+
+
+def grids() -> list[GridCurve]:
+    """The long grids with three seeds and the losses of examples."""
+    files = [path for pattern in FILES for path in sorted(HERE.glob(pattern)) if path.name != "lock.json"]
+    return [curve for file in files for curve in read_grids(file) if curve.items and len(curve.seeds) > 2]
+
+
+def task_of(name: str) -> str:
+    return name.split("_")[0]
+
+
+def differences(curve: GridCurve) -> Iterator[Floats]:
+    """[seeds, examples] how much worse each rank is than the largest, over the mean weight, at the best rates over the seeds."""
+    best = {rank: min(curve.cells[rank], key=lambda lr: curve.loss(rank, lr)) for rank in curve.ranks}
+    weights = np.asarray(curve.item_tokens or 1.0, dtype=float)
+    sign = -1.0 if curve.higher_is_better else 1.0
+    top = curve.ranks[-1]
+    for rank in curve.ranks[:-1]:
+        pairs = [
+            (curve.items.get((rank, best[rank], seed)), curve.items.get((top, best[top], seed))) for seed in curve.seeds
+        ]
+        rows = [np.subtract(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
+        if len(rows) > 2:
+            yield sign * np.array(rows) / weights.mean()
+
+
+def parts_of(rows: Floats) -> NoiseParts:
+    """By the means of squares of two crossed factors."""
+    seeds, items = rows.shape
+    by_seed, by_item = rows.mean(axis=1), rows.mean(axis=0)
+    rest = rows - by_seed[:, None] - by_item + rows.mean()
+    crossed = float((rest**2).sum()) / ((seeds - 1) * (items - 1))
+    examples = float(by_item.var(ddof=1)) - crossed / seeds
+    spread = float(rows.var(axis=1, ddof=1).mean())
+    return NoiseParts((float(by_seed.var(ddof=1)) - crossed / items) / spread, crossed / spread, examples / spread)
+
+
+def mean_parts(found: Sequence[tuple[str, str, NoiseParts]]) -> NoiseParts:
+    """Ranks within grids, grids within tasks, then tasks, with equal weights."""
+
+    def mean(name: str) -> float:
+        tasks: dict[str, dict[str, list[float]]] = {}
+        for task, grid, parts in found:
+            tasks.setdefault(task, {}).setdefault(grid, []).append(getattr(parts, name))
+        return float(
+            np.mean([np.mean([np.mean(of_grid) for of_grid in of_task.values()]) for of_task in tasks.values()])
+        )
+
+    return NoiseParts(*(max(mean(name), 0.0) for name in ("seeds", "crossed", "examples")))
+
+
+def fits(curves: Sequence[GridCurve]) -> tuple[NoiseParts, dict[str, NoiseParts]]:
+    """What all grids fit, and by task what the other tasks do."""
+    found = [(task_of(one.name), one.name, parts_of(rows)) for one in curves for rows in differences(one)]
+    tasks = sorted({task for task, _, _ in found})
+    return mean_parts(found), {task: mean_parts([one for one in found if one[0] != task]) for task in tasks}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One choice of seeds on one half of the examples: what the decision gives each rank, and what the other half says."""
+
+    task: str
+    grid: str
+    seeds: int
+    examples: int
+    margin: float
+    probabilities: dict[int, float]
+    picks: dict[int, float]  # rank → its true difference from the best rank
+
+    @property
+    def right(self) -> int:
+        return min(rank for rank, worse in self.picks.items() if worse <= self.margin + 1e-9)
+
+    def answer(self, confidence: float) -> int | None:
+        return min((rank for rank, likely in self.probabilities.items() if likely >= confidence), default=None)
+
+
+def table_of(curve: GridCurve, seeds: Sequence[int], items: Floats) -> ScoreTable:
+    """Some seeds of a grid on some of its examples."""
+    weights = np.asarray(curve.item_tokens or np.ones(len(next(iter(curve.items.values())))), dtype=float)[items]
+    sign = -1.0 if curve.higher_is_better else 1.0
+    cells = {}
+    for (rank, lr, seed), scores in curve.items.items():
+        if seed in seeds:
+            sums = sign * np.asarray(scores, dtype=float)[items]
+            cells[rank, lr, seed] = Cell("", float(sums.sum() / weights.sum()), sums, weights)
+    return ScoreTable(curve.metric, curve.higher_is_better, cells, kind=kind_of(curve.metric, curve.higher_is_better))
+
+
+def cases(curve: GridCurve, splits: int = 2) -> Iterator[Case]:
+    """Every choice of one to three seeds, on random halves of the examples in both directions."""
+    count = len(next(iter(curve.items.values())))
+    generator = np.random.default_rng(len(curve.name))
+    for _ in range(splits):
+        order = generator.permutation(count)
+        for ours, theirs in ((order[: count // 2], order[count // 2 :]), (order[count // 2 :], order[: count // 2])):
+            for size in (1, 2, 3):
+                for seeds in combinations(curve.seeds[:3], size):
+                    rest = [seed for seed in curve.seeds if seed not in seeds] or curve.seeds
+                    evidence = Evidence(table_of(curve, seeds, ours))
+                    if evidence.no_probability:
+                        continue
+                    chosen, true = table_of(curve, rest, ours), table_of(curve, rest, theirs)
+                    losses = {}
+                    for rank in evidence.contenders:
+                        means = {
+                            lr: np.mean([c.loss for c in by.values()])
+                            for lr, by in chosen.by_learning_rate(rank).items()
+                        }
+                        best = min(means, key=lambda lr: means[lr])
+                        losses[rank] = float(np.mean([c.loss for c in true.by_learning_rate(rank)[best].values()]))
+                    picks = {rank: loss - min(losses.values()) for rank, loss in losses.items()}
+                    for margin in MARGINS:
+                        likely = {rank: evidence.probability(rank, margin) or 0.0 for rank in evidence.contenders}
+                        yield Case(task_of(curve.name), curve.name, size, len(ours), margin, likely, picks)
+
+
+def predicted(curves: Sequence[GridCurve], by_task: dict[str, NoiseParts]) -> list[Case]:
+    """The cases of every grid, by the constants that the other tasks fit."""
+    found: list[Case] = []
+    for curve in curves:
+        noise = by_task[task_of(curve.name)]
+        with patch.object(seeds_module, "NOISE", noise), patch.object(evidence_module, "NOISE", noise):
+            found += cases(curve)
+    return found
+
+
+def log_scores(curves: Sequence[GridCurve], by_task: dict[str, NoiseParts]) -> dict[str, float]:
+    """Degrees of freedom → mean log density of what the other seeds show on the other half, by one seed on one half."""
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for curve in curves:
+        parts = by_task[task_of(curve.name)]
+        for rows in differences(curve):
+            half = rows.shape[1] // 2
+            for seed in range(len(rows)):
+                rest = [other for other in range(len(rows)) if other != seed]
+                for ours, theirs in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
+                    a, b = rows[seed, ours], rows[rest][:, theirs]
+                    variance = a.var(ddof=1) * (parts.ratio(1, a.size) + parts.ratio(len(rest), b.shape[1]))
+                    errors.setdefault(task_of(curve.name), []).append(
+                        (float(b.mean() - a.mean()), float(variance**0.5))
+                    )
+
+    def score(of_task: Sequence[tuple[float, float]], degrees: float) -> float:
+        return float(np.mean([student.logpdf(error / scale, degrees) - np.log(scale) for error, scale in of_task]))
+
+    return {f"{degrees:g}": float(np.mean([score(one, degrees) for one in errors.values()])) for degrees in DEGREES}
+
+
+def summary(found: Sequence[Case]) -> dict[str, float]:
+    """Of each number of seeds and confidence: grids have equal weights."""
+    rows: dict[str, Any] = {}
+    for seeds in (1, 2, 3):
+        of_seeds = [case for case in found if case.seeds == seeds]
+        for confidence in CONFIDENCES:
+            by_grid: dict[str, list[tuple[float, float, float, float]]] = {}
+            for case in of_seeds:
+                answer = case.answer(confidence)
+                small, exact = (answer is not None and answer < case.right), answer == case.right
+                worse = 0.0 if answer is None else max(0.0, case.picks[answer] - case.margin)
+                by_grid.setdefault(case.grid, []).append((answer is not None, small, exact, worse))
+            means = np.mean([np.mean(rows_of, axis=0) for rows_of in by_grid.values()], axis=0)
+            rows[f"{seeds} seeds, {confidence:g}"] = dict(
+                zip(("answered", "too small", "exact", "regret"), np.round(means, 4).tolist(), strict=True)
+            )
+        for rank in (16, 64):
+            fixed = [
+                (rank < case.right, rank == case.right, max(0.0, case.picks[rank] - case.margin)) for case in of_seeds
+            ]
+            rows[f"{seeds} seeds, always {rank}"] = dict(
+                zip(("too small", "exact", "regret"), np.round(np.mean(fixed, axis=0), 4).tolist(), strict=True)
+            )
+    return rows
+
+
+def reliability(found: Sequence[Case]) -> list[dict[str, float]]:
+    """How often a rank is within the margin in truth, which has its own noise, by its probability."""
+    edges = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+    events = [(p, case.picks[rank] <= case.margin) for case in found for rank, p in case.probabilities.items()]
+    rows = []
+    for low, high in pairwise(edges):
+        inside = [(p, held) for p, held in events if low <= p < high or high == p == 1.0]
+        if inside:
+            forecast, held = np.round(np.mean(inside, axis=0), 3).tolist()
+            rows.append({"from": low, "to": high, "forecast": forecast, "held": held, "events": len(inside)})
+    return rows
+
+
+def draw(rows: dict[str, Any], chosen: float, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for seeds, marker in ((1, "o"), (2, "s"), (3, "^")):
+        points = [rows[f"{seeds} seeds, {confidence:g}"] for confidence in CONFIDENCES]
+        shares = [[100 * point[name] for point in points] for name in ("answered", "too small")]
+        (line,) = axes.plot(*shares, f"{marker}-", markersize=4, label=f"{seeds} seed{'s' * (seeds > 1)}")
+        at = CONFIDENCES.index(chosen)
+        axes.plot(
+            shares[0][at], shares[1][at], marker, markersize=10, color=line.get_color(), label=f"the same at {chosen:g}"
+        )
+    axes.set_xlabel("answered, %")
+    axes.set_ylabel("answered with too small a rank, %")
+    axes.set_title("confidence .5 (right) to .95 (left), twelve long grids", fontsize=10)
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--picture", action="store_true")
+    if parser.parse_args().picture:
+        stored = json.loads(RESULT.read_text())
+        draw(stored["trade_off"], stored["confidence"], PICTURE)
+        return
+    curves = grids()
+    parts, by_task = fits(curves)
+    scores = log_scores(curves, by_task)
+    trade_off = summary(found := predicted(curves, by_task))
+    allowed = [one for one in CONFIDENCES if trade_off[f"2 seeds, {one:g}"]["answered"] >= ANSWERED]
+    result = {
+        "machine": machine(),
+        "grids": [curve.name for curve in curves],
+        "parts": vars_of(parts),
+        "parts without a task": {task: vars_of(one) for task, one in by_task.items()},
+        "log score by degrees": {name: round(score, 4) for name, score in scores.items()},
+        "confidence": max(allowed),
+        "trade_off": trade_off,
+        "reliability": {
+            str(seeds): reliability([case for case in found if case.seeds == seeds]) for seeds in (1, 2, 3)
+        },
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        json.dumps(
+            {name: result[name] for name in ("parts", "log score by degrees", "trade_off", "reliability")}, indent=1
+        )
+    )
+
+
+def vars_of(parts: NoiseParts) -> dict[str, float]:
+    return {name: round(getattr(parts, name), 5) for name in ("seeds", "crossed", "examples")}
+
+
+if __name__ == "__main__":
+    main()
