@@ -50,7 +50,9 @@ def with_neighbour(close: float, changed: list[bool]) -> Finish:
                 arms = {}
                 for lr in (winner, lower):
                     arms[lr] = yield from learning_rates._bring_to(trials, rank, lr, step)
-                losses = {lr: loss for lr, arm in arms.items() if (loss := learning_rates._look_loss(trials, arm)) is not None}
+                losses = {
+                    lr: loss for lr, arm in arms.items() if (loss := learning_rates._look_loss(trials, arm)) is not None
+                }
                 best = min(losses, key=lambda lr: (losses[lr], lr), default=winner)
                 changed.append(best != winner)
                 winner = best

@@ -229,9 +229,10 @@ def test_a_run_is_decided_at_its_own_confidence(monkeypatch: pytest.MonkeyPatch)
 
 def test_its_constants_are_those_of_the_study_and_it_is_calibrated_there() -> None:
     study = json.loads(STUDY.read_text(encoding="utf-8"))
-    assert NoiseParts(
-        *(pytest.approx(study["parts"][name], rel=0.03) for name in ("seeds", "crossed", "examples"))
-    ) == NOISE
+    assert (
+        NoiseParts(*(pytest.approx(study["parts"][name], rel=0.03) for name in ("seeds", "crossed", "examples")))
+        == NOISE
+    )
     assert study["confidence"] == ASKED_CONFIDENCE
     assert study["trade_off"][f"2 seeds, {ASKED_CONFIDENCE:g}"]["answered"] >= 0.85
     for rows in study["reliability"].values():  # the truth has noise of its own, which draws what held to the middle

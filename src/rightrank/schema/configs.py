@@ -110,7 +110,7 @@ def _of_training(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
 
 def _defaults_of(args: Any) -> Any:
     """The arguments by default. Making them resets accelerate's state, which a running trainer still uses: it is put back."""
-    from accelerate.state import AcceleratorState, PartialState  # type: ignore[import-untyped]
+    from accelerate.state import AcceleratorState, PartialState
 
     kept = [(state, dict(state._shared_state)) for state in (AcceleratorState, PartialState)]
     with warnings.catch_warnings(action="ignore"):  # of its own defaults
