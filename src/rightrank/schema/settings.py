@@ -322,7 +322,7 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
     confidence: float | None = setting(
         None,
         DECIDE,
-        "name the smallest rank that is enough with this probability; 0.75 by default",
+        "the smallest rank that is enough with this probability; 0.75 by default",
         option=True,
         identity=False,
         continuable=True,
