@@ -10,19 +10,21 @@ from statistics import fmean
 from typing import TypeAlias
 
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
+from rightrank.decision.seeds import NOISE
 from rightrank.hooks.terminal import left_out
-from rightrank.report.format import quantity
+from rightrank.report.format import duration, quantity
 from rightrank.report.terminal import preflight_lines, time_line
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.prepare import prepare
 from rightrank.runs.values import Prepared, Request
 from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
-from rightrank.schema.metrics import TOKEN_LOSS_MARGIN
-from rightrank.schema.results import Preflight, PreflightCost, PreflightRank
+from rightrank.schema.metrics import TOKEN_LOSS_MARGIN, MetricKind
+from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, Resolution
+from rightrank.schema.settings import MAX_EVAL_ITEMS
 from rightrank.schema.trials import Arm, split_name
 from rightrank.search.history import MIN_RECOVERY_PART
 from rightrank.search.protocol import Strategy
-from rightrank.train.pace import Pace, measure_pace
+from rightrank.train.pace import RUN_EVALUATIONS, Pace, measure_pace
 
 _Seconds: TypeAlias = tuple[float, float]  # expected, and at most
 
@@ -37,9 +39,10 @@ def preflight(request: Request) -> Preflight:
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         prepared = prepare(request, Path(folder) / "cache", notes.append)
         strategy = prepared.strategy
-        seconds, time = _time_of(prepared, strategy, _pace_of(prepared))
-        found = _preflight_of(prepared, strategy, seconds)
-        notes += [*time, *_adapter_lines(prepared, strategy)]
+        pace = _pace_of(prepared)
+        seconds, time = _time_of(prepared, strategy, pace)
+        found = _preflight_of(prepared, strategy, seconds, pace)
+        notes += [*time, *_resolution_lines(found), *_adapter_lines(prepared, strategy)]
         return found.model_copy(update={"notes": notes})
 
 
@@ -70,7 +73,9 @@ def _time_of(prepared: Prepared, strategy: Strategy, pace: Pace | None) -> tuple
     return (expected, at_most), [time_line(expected, at_most, basis, prepared.settings.budget_hours)]
 
 
-def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: _Seconds | None) -> Preflight:
+def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: _Seconds | None, pace: Pace | None) -> Preflight:
+    scored = prepared.started.data.splits["selection"].items
+    evaluations = strategy.expected_arms() + RUN_EVALUATIONS
     settings, data, planned, space = prepared.settings, prepared.started.data, prepared.planned, strategy.space
     is_known = space.margin is not None or space.kind in ("token_loss", "accuracy")  # else it is a share of a value
     peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
@@ -97,6 +102,56 @@ def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: _Seconds | No
         memory_bytes=planned.memory_bytes if planned else None,
         cost=_cost(prepared, strategy, seconds),
         seeds=len(settings.seeds),
+        not_evaluated=data.not_evaluated,
+        resolutions=resolutions(space.kind, scored, pace and evaluations * pace.evaluation_seconds / scored),
+    )
+
+
+# Between examples, of the difference of two ranks: medians of the twelve long grids (benchmarks/selection/noise_model.py).
+SPREADS: dict[MetricKind, float] = {"token_loss": 0.08, "loss": 0.5, "accuracy": 0.4}
+RESOLVED = (200, 500, MAX_EVAL_ITEMS)  # examples
+
+
+def resolutions(kind: MetricKind, scored: int, seconds_per_example: float | None) -> list[Resolution]:
+    """What a selection is expected to resolve on 200, 500, 2,000 and the `scored` validation examples.
+
+    Args:
+        seconds_per_example: of all evaluations of the selection; None if not measured.
+    """
+    spread = SPREADS.get(kind)
+    if spread is None:
+        return []
+    reach = NORMAL.inv_cdf(CONFIDENCE) * spread
+    return [
+        Resolution(
+            examples=examples,
+            expected_half_width=reach * math.sqrt(NOISE.ratio(1, examples)),
+            expected_half_width_of_two_seeds=reach * math.sqrt(NOISE.ratio(2, examples)),
+            seconds=None if seconds_per_example is None else max(0.0, (examples - scored) * seconds_per_example),
+        )
+        for examples in sorted({*RESOLVED, scored})
+    ]
+
+
+def _resolution_lines(found: Preflight) -> Iterator[str]:
+    """The margin that the validation examples resolve, and what resolves more: examples or another seed."""
+    scored = found.splits["validation"].items
+    by_count = {row.examples: row for row in found.resolutions}
+    if scored not in by_count:
+        return
+    others = ", ".join(
+        f"{count:,}: ±{row.expected_half_width:.2g}" for count, row in by_count.items() if count != scored
+    )
+    here, most = by_count[scored], by_count[max(by_count)]
+    more, cost = "", found.cost
+    if most.examples > scored:
+        minutes = "" if most.seconds is None else f" (about {duration(most.seconds)} more)"
+        seed = "" if cost.seconds is None else f" (about {duration(cost.seconds / found.seeds)} more)"
+        more = f"; {most.examples:,} examples{minutes} make it ±{most.expected_half_width:.2g}, another seed{seed} ±{here.expected_half_width_of_two_seeds:.2g}"
+        if most.examples > scored + found.not_evaluated:
+            more += "; the data have fewer: give more rows or a larger validation_fraction"
+    yield (
+        f"{scored:,} validation examples are expected to tell ranks apart to ±{here.expected_half_width:.2g} with one seed ({others}){more}"
     )
 
 
@@ -182,8 +237,9 @@ class Outlook(Hook):
         seconds, time = _time_of(prepared, run.strategy, pace)
         if seconds is not None:
             run.on_event(TimeExpected(expected_seconds=seconds[0]))
-        found = _preflight_of(prepared, run.strategy, seconds)
-        for line in [*preflight_lines(found), *time, *_adapter_lines(prepared, run.strategy)]:
+        found = _preflight_of(prepared, run.strategy, seconds, pace)
+        lines = [*preflight_lines(found), *time, *_resolution_lines(found)]
+        for line in [*lines, *_adapter_lines(prepared, run.strategy)]:
             run.notice(line)
         if names := [spec.name for spec in prepared.settings.metric_specs if not spec.is_measured_along]:
             run.notice(

@@ -70,6 +70,17 @@ class PreflightCost(Record):
     seconds_at_most: float | None
 
 
+class Resolution(Record):
+    """What so many validation examples are expected to resolve, from earlier grids of small models."""
+
+    examples: Whole
+    expected_half_width: float  # of a difference between ranks, one seed, 95% on one side, in the metric's unit
+    expected_half_width_of_two_seeds: float
+    seconds: (
+        float | None
+    )  # further ones, for the whole selection, against the examples that it scores; None: not measured
+
+
 class Preflight(Record):
     """A selection before its first training."""
 
@@ -80,12 +91,14 @@ class Preflight(Record):
     splits: dict[str, SplitSummary]  # train, validation, test
     splits_given: bool
     left_out: list[str]  # what was left out or truncated, with its number and why
+    not_evaluated: Whole = 0  # held-out examples beyond `eval_items`
     longest: Whole  # tokens of the longest example
     seq_len: Whole
     ranks: list[PreflightRank]
     memory_bytes: Whole | None
     cost: PreflightCost
     seeds: Whole
+    resolutions: list[Resolution] = Field(default_factory=list)  # empty: a metric that no grid has
     notes: list[str] = Field(default_factory=list)
 
 
