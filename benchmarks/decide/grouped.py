@@ -1,20 +1,22 @@
 """Do bounds hold where rows belong together? With groups and without, on drawn and on real paired differences.
 
     python -m benchmarks.decide.grouped                                  # judges, and writes grouped.json
-    python -m benchmarks.decide.grouped --sotu FOLDER --model FOLDER     # before: trains, and writes sotu.json
+    python -m benchmarks.decide.grouped --sotu FOLDER                    # before: writes sotu.json, from the texts
 
 The true difference of two ranks equals the margin, so that "enough" is wrong; 5% are allowed. Drawn worlds have a number of
-documents, of rows in each, and an intraclass correlation. The real differences are losses of single sentences of State of the Union
-addresses, by the president's party, under adapters of ranks 1 and 16 of two seeds (texts: github.com/sunlightlabs/sotu, public domain).
-Addresses are drawn with replacement, with ten of their sentences each or with all; the truth is the value over all of them.
+documents, of rows in each, and an intraclass correlation. The real differences are of single sentences of State of the Union addresses
+(github.com/sunlightlabs/sotu, public domain): how much worse a model of characters that read two fifths of the training addresses is than
+one that read all of them. No adapter is trained: what matters is how sentences of one address go together. Addresses are drawn with
+replacement, with ten of their sentences each or with all; the truth is the value over all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,11 +31,13 @@ from rightrank.decision.table import Cell, ScoreTable
 
 HERE = Path(__file__).parent
 MARGIN = 0.02
+ORDER, SMOOTH, ROWS_OF_ADDRESS = 4, 5.0, 30  # of the models of characters; sentences of an address
 SIZES = ((40, 10), (100, 4), (12, 20))  # documents, rows of each
 LIKENESS = (0.8, 0.3)
 SKEWED = [120, 60, *[8] * 20]  # two documents hold half of the rows
 Floats: TypeAlias = NDArray[np.float64]
-Drawn: TypeAlias = tuple[Floats, Floats, NDArray[np.int64]]  # differences [seeds, rows], their true mean, groups
+# Differences [seeds, rows]; their true mean, over seeds and of the first one, whose two files are compared; groups.
+Drawn: TypeAlias = tuple[Floats, float, float, NDArray[np.int64]]
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
@@ -42,8 +46,9 @@ def drawn(generator: np.random.Generator, sizes: list[int], likeness: float, see
     groups = np.repeat(np.arange(len(sizes)), sizes)
     shared, own = generator.standard_normal(len(sizes))[groups], generator.standard_normal(len(groups))
     rows = np.sqrt(likeness) * shared + np.sqrt(1 - likeness) * own
-    noise = 0.02 * generator.standard_normal((seeds, len(groups))) + 0.002 * generator.standard_normal((seeds, 1))
-    return MARGIN + 0.05 * rows + noise, np.float64(MARGIN), groups  # type: ignore[return-value]
+    of_seeds = 0.002 * generator.standard_normal((seeds, 1))
+    noise = 0.02 * generator.standard_normal((seeds, len(groups)))
+    return MARGIN + 0.05 * rows + of_seeds + noise, MARGIN, MARGIN + float(of_seeds[0, 0]), groups
 
 
 def sampled(generator: np.random.Generator, documents: list[Floats], rows: int | None, count: int) -> Drawn:
@@ -54,8 +59,9 @@ def sampled(generator: np.random.Generator, documents: list[Floats], rows: int |
         whole = documents[place]
         parts.append(whole if rows is None else whole[:, generator.integers(whole.shape[1], size=rows)])
     groups = np.repeat(np.arange(count), [part.shape[1] for part in parts])
-    truth = np.concatenate(documents, axis=1).mean() if rows is None else np.mean([one.mean() for one in documents])
-    return np.concatenate(parts, axis=1), truth, groups
+    each = documents if rows else [np.concatenate(documents, axis=1)]
+    means = np.mean([one.mean(axis=1) for one in each], axis=0)  # of each seed
+    return np.concatenate(parts, axis=1), float(means.mean()), float(means[0]), groups
 
 
 def judge(draw: Callable[[], Drawn], tables: int) -> dict[str, dict[str, float]]:
@@ -63,19 +69,19 @@ def judge(draw: Callable[[], Drawn], tables: int) -> dict[str, dict[str, float]]
     that find it no worse, and of the latter's bounds that hold on both sides."""
     found = {way: dict.fromkeys(("named", "of files", "covers"), 0) for way in ("rows", "groups")}
     for _ in range(tables):
-        sums, truth, groups = draw()
-        ones, shift = np.ones(len(groups)), max(0.0, MARGIN - float(truth))
+        sums, truth, of_files, groups = draw()
+        ones, shift = np.ones(len(groups)), max(0.0, MARGIN - truth)
         for way, given in (("rows", None), ("groups", groups if len(groups) > groups[-1] + 1 else None)):
             cells = {
                 (rank, 1e-3, seed): Cell(f"{rank} {seed}", float(values.mean()), values, ones, groups=given)
                 for rank, scores in ((4, 2 + sums + shift), (16, 2 + 0 * sums))
                 for seed, values in enumerate(scores)
             }
-            decided = decide(ScoreTable("loss", False, cells), float(truth) + shift, confidence=None)
+            decided = decide(ScoreTable("loss", False, cells), truth + shift, confidence=None)
             files = bounds_of_files(sums[0], ones, 0.0, given)
             found[way]["named"] += decided.rank == 4
-            found[way]["of files"] += bool(files.high <= truth)
-            found[way]["covers"] += bool(files.low <= truth <= files.high)
+            found[way]["of files"] += bool(files.high <= of_files)
+            found[way]["covers"] += bool(files.low <= of_files <= files.high)
     return {way: {name: round(count / tables, 4) for name, count in each.items()} for way, each in found.items()}
 
 
@@ -102,42 +108,47 @@ def study(tables: int, seed: int = 1790) -> list[dict[str, Any]]:
     return found
 
 
-def rows_of(folder: Path) -> Iterator[dict[str, str]]:
-    """Sentences of the addresses, with the party of the president and the address."""
-    for file in sorted(folder.glob("*.txt")):
-        party = file.stem.rsplit("_", 1)[1]
-        for sentence in SENTENCE.split(" ".join(file.read_text(encoding="utf-8").split())):
-            if party in ("d", "r") and 40 <= len(sentence) <= 400:
-                yield {"text": sentence, "label": party, "address": file.stem}
+def addresses(folder: Path) -> dict[str, list[str]]:
+    """The sentences of each address."""
+    texts = {file.stem: " ".join(file.read_text(encoding="utf-8").split()) for file in sorted(folder.glob("*.txt"))}
+    return {name: [one for one in SENTENCE.split(text) if 40 <= len(one) <= 400] for name, text in texts.items()}
 
 
-def train(folder: Path, model: str) -> dict[str, Any]:
-    """Ranks 1 and 16 with two seeds; differences of the losses of the held-out sentences, by address."""
-    import rightrank
+def model_of(sentences: list[str]) -> Callable[[str], float]:
+    """Nats a character of a sentence, by characters after at most three others; a longer context counts by how often it was seen."""
+    counts: Counter[str] = Counter()
+    for sentence in sentences:
+        for size in range(ORDER + 1):
+            counts.update(sentence[at : at + size] for at in range(len(sentence) - size + 1))
 
-    with tempfile.TemporaryDirectory() as name:
-        data, out = Path(name) / "sotu.jsonl", Path(name) / "run"
-        data.write_text("\n".join(map(json.dumps, rows_of(folder))))
-        rightrank.select_rank(
-            model, str(data), out=out, group="address", ranks=[1, 16], seeds=[0, 1], strategy="grid", learning_rates=[3e-3],
-            max_steps=120, batch_size=16, seq_len=32, eval_items=2000, eval_points=1, validation_fraction=0.5,
-            test_fraction=0.0, eval_batch_size=64, device="cpu",
-        )  # fmt: skip
-        records = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
-    trials = {
-        (one["rank"], one["seed"]): one
-        for one in records
-        if one["type"] == "trial_finished" and not one["truncate_from"]
-    }
-    losses = {key: np.array(one["item_losses"]) for key, one in trials.items()}
-    groups = np.array(trials[1, 0]["item_groups"])
-    order = np.argsort(groups, kind="stable")
-    differences = np.stack([losses[1, seed] - losses[16, seed] for seed in (0, 1)])[:, order]
-    counts = np.bincount(groups)
+    def loss(sentence: str) -> float:
+        whole = 0.0
+        for at in range(len(sentence)):
+            chance = 1 / 256
+            for size in range(min(at, ORDER - 1) + 1):
+                context = sentence[at - size : at]
+                chance = (counts[context + sentence[at]] + SMOOTH * chance) / (counts[context] + SMOOTH)
+            whole -= math.log(chance)
+        return whole / len(sentence)
+
+    return loss
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """How much worse models of a part of the training addresses are than one of all of them, by held-out sentence."""
+    texts = addresses(folder)
+    names = sorted(texts)
+    generator = np.random.default_rng(1790)
+    held_out, known = names[::2], names[1::2]
+    chosen = [list(generator.permutation(texts[name])[:ROWS_OF_ADDRESS]) for name in held_out]
+    best = model_of([one for name in known for one in texts[name]])
+    parts = [generator.choice(known, len(known) * 2 // 5, replace=False) for _ in range(2)]
+    worse = [model_of([one for name in part for one in texts[name]]) for part in parts]
+    differences = [[loss(one) - best(one) for rows in chosen for one in rows] for loss in worse]
+    counts = np.array([len(rows) for rows in chosen])
     return {
-        "model": Path(model).name,
         "sentences": counts.tolist(),
-        "likeness": round(likeness_of(differences.mean(axis=0), counts), 3),
+        "likeness": round(likeness_of(np.mean(differences, axis=0), counts), 3),
         "differences": np.round(differences, 4).tolist(),
     }
 
@@ -156,10 +167,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tables", type=int, default=400)
     parser.add_argument("--sotu", type=Path)
-    parser.add_argument("--model")
     given = parser.parse_args()
     if given.sotu:
-        (HERE / "sotu.json").write_text(json.dumps(train(given.sotu, given.model), separators=(",", ":")) + "\n")
+        (HERE / "sotu.json").write_text(json.dumps(measure(given.sotu), separators=(",", ":")) + "\n")
         return
     found = study(given.tables)
     stored = {"machine": machine(), "tables": given.tables, "margin": MARGIN, "results": found}

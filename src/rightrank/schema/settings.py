@@ -455,7 +455,7 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
     group: str = setting(
         "",
         DATA,
-        "column that says which rows belong together: a document, conversation, prompt or user; by default `group`, else the prompt",
+        "column that groups rows, such as by document; by default `group`, else the prompt ([why](file-formats.md#rows-that-belong-together))",
         option=True,
         also=("groups", "group_by", "cluster"),
     )
