@@ -168,7 +168,7 @@ def test_the_rank_is_measured_at_the_cut(
         == strict.cut.from_rank
         == max(one.shape[0] for one in model.parameters() if one.requires_grad and one.shape[0] <= 16)
     )
-    assert "no truncation holds, so the training goes on at rank 16" in caplog.text
+    assert "no truncation holds, so the training continues at rank 16" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The end of a training as a run: the folder of a selection, whose executor scores truncations of the model as it is in memory.
 
 `begin_run` writes the journal's first record, the trained adapter, and in `cache/` what a fresh process needs. `finish_run` walks down over the
-truncations, here or in a fresh process; the hooks of a selection render it, and a run that was cut off goes on where it stopped.
+truncations, here or in a fresh process; the hooks of a selection render it, and a run that was cut off continues where it stopped.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class SmallestAdapter(Callback):
 
 
 class Squeeze(Callback):
-    """Cuts the adapter at a part of `fit`, which goes on at the lower rank: see `rightrank.Squeeze`.
+    """Cuts the adapter at a part of `fit`, which continues at the lower rank: see `rightrank.Squeeze`.
 
     `max_steps` or `max_epochs` say how long the training is. At the begin it raises `SettingsError` where they don't, and `ModelError` for
     several processes and for what cannot be truncated.

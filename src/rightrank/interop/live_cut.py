@@ -1,4 +1,4 @@
-"""A cut of an adapter that trains: its factors and its optimizer's state become those of a lower rank, and the training goes on.
+"""A cut of an adapter that trains: its factors and its optimizer's state become those of a lower rank, and the training continues.
 
 The parameters stay the same objects, so that optimizer, scheduler and trainer need not know. The state is projected as in the cut of a
 selection (`train/cut.py`).

@@ -37,7 +37,7 @@ LAYERWISE = ("layerwise", "lomo")  # in the names of optimizers that step inside
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class Squeeze(SmallestAdapter):
-    """Cuts the adapter to a lower rank at a part of the training, which goes on at that rank to its end.
+    """Cuts the adapter to a lower rank at a part of the training, which continues at that rank to its end.
 
     Args:
         eval_dataset, margin, ranks, metric, max_examples: of the measurement at the cut, as for `SmallestAdapter`.
@@ -121,7 +121,7 @@ def squeeze(
     margin: float | None = None,
     metric: str = "loss",
 ) -> LiveCut:
-    """Cut the adapter between two steps of a loop of your own, which then goes on with the same model and optimizer.
+    """Cut the adapter between two steps of a loop of your own, which then continues with the same model and optimizer.
 
     Args:
         model: PEFT's model, as it is in memory; of accelerate, `accelerator.unwrap_model(model)`.
@@ -164,7 +164,7 @@ def cut_step(at: float, steps: int) -> int:
 def cut_sentence(cut: LiveCut, step: int) -> str:
     """What was done at the cut, and what was measured there."""
     if cut.rank == cut.from_rank:
-        return f"step {step}: no truncation holds, so the training goes on at rank {cut.rank}"
+        return f"step {step}: no truncation holds, so the training continues at rank {cut.rank}"
     done = f"rank {cut.from_rank} to step {step}, then rank {cut.rank} ({cut.parameters:,} parameters)"
     if cut.measured is None:
         return f"{done}; the rank was given, and nothing was measured"

@@ -49,7 +49,7 @@ def content_hash(value: JsonValue | dict[str, Any]) -> str:
 
 
 class Cut(Record):
-    """A truncation inside a training, which goes on at the lower rank: the same batches, schedule and number of steps."""
+    """A truncation inside a training, which continues at the lower rank: the same batches, schedule and number of steps."""
 
     step: Whole = Field(gt=0)  # after which the adapter is truncated; `continue_from` stopped there
     rank: Whole = Field(gt=0)  # until then

@@ -1,4 +1,4 @@
-"""A cut inside a training: the checkpoint of a higher rank becomes one of a lower rank, from which the same steps go on.
+"""A cut inside a training: the checkpoint of a higher rank becomes one of a lower rank, from which the same steps continue.
 
 The adapter is truncated in the metric of its own last batches (`covariances.py`), or by its singular values alone. Progress,
 batches and schedule stay; the optimizer's state starts afresh, or is projected on the factors that are kept.
