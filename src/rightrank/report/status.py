@@ -39,7 +39,7 @@ class RunStatus(Record):
     trials_ended: int
     trials_without_result: int
     running: str | None  # the trial at work
-    resume: str | None  # the command that goes on; None: the call of an own trainer
+    resume: str | None  # the command that continues it; None: the call of an own trainer
     progress: str | None  # its step and the time left, as the process reports them
     cost: str
     answer: str
