@@ -95,7 +95,7 @@ def test_axolotls_plugin_measures_in_a_fresh_process(
     plugin.post_train(cfg, trainer.model)
     plugin.post_train(cfg, trainer.model)
     plugin.post_train_unload(cfg)
-    apart = decision_of(out)["answer"]
+    apart = decision_of(out)["adapter_answer"]
     here = SmallestAdapter(margin=0.1)
     trainer_of(model_folder, rows, tmp_path / "here", [here]).train()
     assert here.result is not None
@@ -142,7 +142,8 @@ def test_the_callback_of_run_exp_takes_the_trainers_held_out_rows(
     callback = SmallestAdapter(margin=0.1)
     trainer_of(model_folder, rows, tmp_path / "out", [callback]).train()
     assert callback.result is not None
-    assert decision_of(tmp_path / "out")["cost"]["examples"] == callback.result.examples == 60
+    assert decision_of(tmp_path / "out")["adapter_answer"]["rank"] == callback.result.answer.rank
+    assert callback.result.examples == 60
 
 
 @pytest.mark.trains

@@ -561,7 +561,7 @@ def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
     found = measure(LiveAdapter(model, batches[20:], batches[:20], margin=1.0), tmp_path)
     assert found.answer.notes[0] == (
         "3 of 21 modules truncated by singular values: the model computes their layers without calling PEFT's modules (fused kernels), "
-        "so that no second moments arrive",
+        "so that no second moments arrive"
     )
     assert found.answer.rank == 1
 

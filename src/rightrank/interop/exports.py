@@ -16,7 +16,7 @@ import yaml
 from rightrank.data.files import replacing_folder
 from rightrank.data.rows import split_of
 from rightrank.interop.recipe import Recipe
-from rightrank.models.adapter_files import open_adapter
+from rightrank.models.places import WEIGHTS_FILE, read_header
 from rightrank.models.ranks import SERVER_RANKS, SERVING, max_module_rank, rank_change_line, rate_warning, slot_bytes
 from rightrank.report.format import size
 from rightrank.report.html import loading_lines
@@ -347,7 +347,11 @@ def _vllm(recipe: Recipe) -> Written:
             f"vLLM serves ranks up to {SERVER_RANKS[-1]}, got {rank}: resize the adapter, or merge it into the base"
         )
     served = max_module_rank(rank)
-    shapes = [(module.rows, module.columns) for module in open_adapter(recipe.adapter).modules]
+    header = read_header(recipe.adapter / WEIGHTS_FILE)[0]  # only its shapes: no torch is loaded for them
+    factors = {name: shape for name, shape in header.items() if ".lora_" in name and len(shape) == 2}
+    shapes = [
+        (factors[name.replace("lora_A", "lora_B")][0], shape[1]) for name, shape in factors.items() if "lora_A" in name
+    ]
     slot = (
         f"a slot takes {size(slot_bytes(shapes, served))} at --max-lora-rank {served} (16 bits), whatever the rank of the adapter in it: this one "
         f"fills {recipe.r / served:.0%}, and the largest rank of all adapters of the server counts"

@@ -213,7 +213,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
         ModelError: no readable safetensors file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
             return shapes, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
