@@ -14,7 +14,7 @@ from tests.tiny import sentences, small_settings, write_jsonl
 def test_questions_and_answers_without_a_test_split(model_folder: Path, tmp_path: Path) -> None:
     rows = [{"question": text, "answer": text.upper()} for text in sentences(120)]
     data = write_jsonl(tmp_path / "data.jsonl", [*rows, rows[0]])
-    settings = small_settings(max_steps=2, ranks=(1, 2), test_fraction=0.0, goal="adapter", eval_items=8)
+    settings = small_settings(max_steps=2, ranks=(1, 2), test_fraction=0.0, goal="adapter", eval_items=4)
     selected = select_rank(str(model_folder), data, tmp_path / "run", settings=settings)
     assert selected.adapter.path.exists()
     records = Journal(tmp_path / "run" / "journal.jsonl").read()

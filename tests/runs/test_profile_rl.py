@@ -81,7 +81,10 @@ def test_the_smallest_rank_is_the_answer_where_no_difference_can_be_shown(tmp_pa
 def test_a_larger_rank_that_is_better_is_the_answer(tmp_path: Path) -> None:
     selected, _ = run(tmp_path / "run", lambda task: reinforce(task, gain=0.3))
     assert selected.decision is not None
-    assert (selected.decision.rank, selected.decision.verdict) == (4, "saturated")
+    assert (selected.decision.rank, selected.decision.verdict) == (
+        4,
+        "no_difference",
+    )  # from rank 16, which scores the same
     assert selected.adapter is not None
     assert (selected.adapter.path / "adapter.bin").read_text() == f"4 {LOW}"
 

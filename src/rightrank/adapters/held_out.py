@@ -232,8 +232,7 @@ def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, ru
         **{name: value for name, value in chosen.config.items() if name in vars(LoraConfig()) and value is not None}
     )
     config.rank_pattern, config.alpha_pattern = {}, {}
-    given = given_values(rule.settings)
-    stated, unsaid = stated_settings(config, **given, ranks=ranks)
+    stated, unsaid = stated_settings(config, **given_values(rule.settings) | {"ranks": ranks})
     search = reproduce_command({"model": runtime.loaded.name, "data": "TRAINING_DATA", **stated})
     notes += [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
     named = {"notes": [note.replace(SEARCH, f"({search})") for note in answer.notes]}
