@@ -35,7 +35,7 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--max-steps", "0"], r"max_steps: got 0"),
     (["--batch-size", "0"], r"batch_size: got 0"),
     (["--batch-size", "100000"], r"examples for the train split, at least 100000 needed"),
-    (["--lora-alpha", "-1"], r"lora_alpha: got -1\.0"),
+    (["--lora-alpha", "-1"], r"lora_alpha: got '-1'; input should be greater than 0"),
     (["--dtype", "int3"], r"dtype: got 'int3'; input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
     (["--device", "tpu9"], r"device 'tpu9' is not known"),
     (["--device", "cuda:7"], r"device 'cuda:7' does not exist; this machine has cpu"),
@@ -205,7 +205,7 @@ def test_out_of_memory_is_recorded_and_the_rest_goes_on(
     real = steps._make_optimizer
 
     def hungry(parameters: Any, rate: float, settings: Any) -> Any:
-        shapes = [parameter.shape for parameter in parameters.values()]
+        shapes = [parameter.shape for parameter in parameters]
         if max(shape[0] for shape in shapes if shape[1] > 8) >= 4 and shapes[0][0] == 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
         return real(parameters, rate, settings)

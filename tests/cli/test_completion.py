@@ -7,13 +7,13 @@ from click.testing import CliRunner
 
 from rightrank.cli import cli
 from rightrank.cli.runs import TARGETS as OFFERED
-from rightrank.interop.exports import TARGETS
+from rightrank.interop.exports import TARGETS, WHOLE
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 
 
 def test_every_target_is_offered() -> None:
-    assert set(OFFERED) == set(TARGETS)
+    assert set(OFFERED) == {*TARGETS, *WHOLE}
 
 
 def test_an_unknown_setting_is_answered_with_the_nearest_names() -> None:

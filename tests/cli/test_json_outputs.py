@@ -161,8 +161,8 @@ def one_object(text: str) -> dict[str, object]:
 
 @pytest.mark.parametrize("command", list(map(of_its_plug_in, FINE)))
 def test_an_answer_is_one_object(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run([*command.split(), "--json"], capsys)
-    assert status == 0
+    status, out, err = run([*command.split(), "--json"], capsys)
+    assert status == 0, err
     assert one_object(out)
 
 

@@ -55,13 +55,11 @@ def started() -> RunStarted:
     return made.model_copy(update={"data": data})
 
 
-def command(
-    wanted: dict[str, object], run: str = "out", margin: float | None = None, form: str | None = None
-) -> str | None:
+def command(wanted: dict[str, object], run: str = "out", margin: float | None = None, own: bool = False) -> str | None:
     """The command of one next run."""
     begun = started()
-    if form is not None:
-        begun = begun.model_copy(update={"data": begun.data.model_copy(update={"form": form})})
+    if own:
+        begun = begun.model_copy(update={"settings": begun.settings | {"trainer": "train"}})
     next_run = NextRun.model_validate({"sentence": "x"} | wanted)
     decision = decide_run(made_up_run()).model_copy(update={"next_runs": [next_run]})
     found = next_commands(begun, decision, run, margin)
@@ -105,7 +103,7 @@ def test_the_command_can_be_pasted_and_has_another_margin_where_one_is_given() -
 
 
 def test_a_custom_trainer_has_no_commands_and_without_a_decision_there_are_none() -> None:
-    assert command({"action": "seeds", "seeds": 3}, form="own") is None
+    assert command({"action": "seeds", "seeds": 3}, own=True) is None
     assert next_commands(started(), None, "out") == []
 
 

@@ -154,7 +154,8 @@ def _runtime(
     Its own tokens, with its own template, may then be others: the second value says so.
     """
     with torch_folder(model) as place:
-        loaded = replace(load_base(place, settings, splits.summary.classes), name=model)
+        loaded = load_base(place, settings, splits.summary.classes)
+        loaded = loaded if place == model else replace(loaded, name=model)
     if first is None or not _same_vocabulary(first.loaded.tokenizer, loaded.tokenizer):
         return Runtime(loaded, encode(splits, loaded, settings), settings, 1, cache), None
     try:

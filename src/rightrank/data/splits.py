@@ -34,7 +34,8 @@ from rightrank.schema.trials import SplitName, split_name
 
 MAX_SHOWN_CLASSES = 8
 MANY_GROUPS = 1000  # of which no split is too small
-FIRST_ROWS = 256  # which all have one prompt where the prompt is an instruction, and no question
+FIRST_ROWS = 256  # by which a prompt is taken for a question, or for one of a few instructions
+ROWS_OF_AN_INSTRUCTION = 16  # a prompt that so many of them share on average is one
 _NUMBER = re.compile(r"-?\d+", re.ASCII)
 HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
 SPLITS: tuple[SplitName, ...] = ("train", *HELD_OUT)
@@ -257,11 +258,12 @@ class _Reading:
 
 
 def _by_prompt(rows: RowsBySplit) -> tuple[bool, RowsBySplit]:
-    """Whether rows with the same prompt belong together, and all rows: not where the first ones all have the same."""
+    """Whether rows with the same prompt belong together, and all rows: not where the first ones share a few instructions."""
     for split, found in rows.items():
         if first := list(islice(found, FIRST_ROWS)):
             prompts = {json.dumps(_prompt_of(row.fields), sort_keys=True, default=json_value) for row in first}
-            return len(first) == 1 or len(prompts) > 1, {**rows, split: chain(first, found)}
+            least = max(2, len(first) // ROWS_OF_AN_INSTRUCTION)
+            return len(first) == 1 or len(prompts) >= least, {**rows, split: chain(first, found)}
     return True, rows
 
 
