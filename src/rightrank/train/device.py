@@ -67,17 +67,17 @@ def gradient_checkpointing_on(model: Any) -> Iterator[None]:
     transformers checkpoints only blocks in training mode. Only the blocks are put in training mode, so that the base's
     own dropout stays off. Blocks may be nested.
     """
-    if _checkpointed(model):
-        yield
-        return
+    is_nested = bool(_checkpointed(model))
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-    enable()
+    if not is_nested:
+        enable()
     try:
-        with training_is(True, _checkpointed(model)):
+        with training_is(True, _checkpointed(model)):  # inside another block too: a wrapper may have ended the training mode
             yield
     finally:
-        disable()
+        if not is_nested:
+            disable()
 
 
 @contextmanager
