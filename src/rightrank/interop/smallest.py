@@ -140,6 +140,10 @@ class SmallestAdapter(TrainerCallback):
         self._handler = _caller(CallbackHandler)
         if self._handler is not None:  # trackers end their runs at the training's end: this callback comes before them
             self._handler.callbacks.remove(self)
+            if any(isinstance(other, SmallestAdapter) for other in self._handler.callbacks):
+                raise SettingsError(
+                    f"SmallestAdapter: the trainer has two, and both write to {args.output_dir}/rightrank; add one"
+                )
             self._handler.callbacks.insert(0, self)
         settings, model = checked(self.margin, self.ranks, self.metric, self.checkpoint), kwargs["model"]
         self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None

@@ -73,7 +73,9 @@ def gradient_checkpointing_on(model: Any) -> Iterator[None]:
     if not is_nested:
         enable()
     try:
-        with training_is(True, _checkpointed(model)):  # inside another block too: a wrapper may have ended the training mode
+        with training_is(
+            True, _checkpointed(model)
+        ):  # inside another block too: a wrapper may have ended the training mode
             yield
     finally:
         if not is_nested:
