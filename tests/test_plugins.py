@@ -169,27 +169,36 @@ def test_only_its_own_tests_import_a_plug_in(name: str) -> None:
         assert f'{MARK}"{name}")' in text or "find_spec" in text, path
 
 
+def copy_without(names: Sequence[str], folder: Path) -> Path:
+    """The project without these plug-ins and their tests."""
+    source = source_without(names, folder)
+    for part in ("tests", "benchmarks", "examples", "docs"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    for file in filter(Path.is_file, ROOT.iterdir()):
+        shutil.copy(file, folder / file.name)
+    for name in names:
+        shutil.rmtree(folder / "tests" / "plugins" / name, ignore_errors=True)
+    return source
+
+
 @pytest.mark.trains
 @pytest.mark.parametrize("name", FOLDERS)
-def test_the_remaining_tests_pass_without_a_plug_in_and_its_tests(name: str, tmp_path: Path) -> None:
-    """All of them are collected; those that train nothing and ask for the plug-ins' commands are run."""
-    source = source_without([name], tmp_path)
-    for folder in ("tests", "benchmarks", "examples", "docs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
-    for file in filter(Path.is_file, ROOT.iterdir()):
-        shutil.copy(file, tmp_path / file.name)
-    shutil.rmtree(tmp_path / "tests" / "plugins" / name, ignore_errors=True)
-    collected = python(
-        source, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "tests", folder=tmp_path
-    )
-    assert collected.returncode == 0, collected.stdout[-2000:]
-    selected = (
+def test_the_remaining_tests_are_collected_without_a_plug_in(name: str, tmp_path: Path) -> None:
+    options = ("-q", "--collect-only", "-p", "no:cacheprovider")
+    done = python(copy_without([name], tmp_path), "-m", "pytest", *options, "tests", folder=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("names", [FOLDERS, ["cluster"], ["plan"]], ids=["all", "cluster", "plan"])
+def test_the_remaining_tests_pass_without_plug_ins(names: Sequence[str], tmp_path: Path) -> None:
+    """Those that train nothing and ask for the plug-ins' commands, pages and settings."""
+    asking = (
         "tests/cli",
         "tests/safety/test_threats.py",
         "tests/safety/test_refusals.py",
         "tests/report/test_views.py",
     )
-    done = python(
-        source, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *selected, "-m", "not trains", folder=tmp_path
-    )
+    options = ("-q", "-x", "-p", "no:cacheprovider", "-m", "not trains")
+    done = python(copy_without(names, tmp_path), "-m", "pytest", *options, *asking, folder=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:]
