@@ -102,6 +102,13 @@ def wait_for_trial(out: Path, started: Started) -> None:
 PLUG_INS = {"expect": "atlas", "plan": "plan", "judge": "judge", "fleet": "fleet", "allocate": "allocate"}
 
 
+def of_every_plug_in(test: Any) -> Any:
+    """A test of what the plug-ins say together; it is skipped where one was deleted."""
+    for name in {*PLUG_INS.values(), "cluster"}:
+        test = pytest.mark.plug_in(name)(test)
+    return test
+
+
 def of_its_plug_in(command: str, *further: object) -> Any:
     """The values of a test's parameters; it is skipped where the plug-in of the command was deleted."""
     name = PLUG_INS.get(command.split()[0])

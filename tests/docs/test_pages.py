@@ -14,7 +14,7 @@ from rightrank.cli import cli
 from rightrank.schema.decision import Basis, Decision, Verdict
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
-from tests.commands import COMMANDS
+from tests.commands import COMMANDS, of_every_plug_in
 from tests.docs.pages import FRONT, GUIDES, PAGES, ROOT, name_of, shell_commands, shown_commands
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -55,6 +55,7 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
+@of_every_plug_in
 @pytest.mark.parametrize("page", [page for page in PAGES if list(shown_commands(page))], ids=name_of)
 def test_shown_commands_parse(page: Path) -> None:
     """Each names a command, options and values that exist; nothing runs."""
@@ -67,6 +68,7 @@ def test_shown_commands_parse(page: Path) -> None:
             COMMANDS[name].make_context(name, rest, parent=parent)
 
 
+@of_every_plug_in
 @pytest.mark.parametrize("page", [*FRONT, *GUIDES], ids=name_of)
 def test_options_and_settings_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8").partition("<!-- made by")[0]

@@ -88,6 +88,7 @@ def test_a_value_comes_back_from_the_command(name: str, data: st.DataObject) -> 
     assert again == chosen
 
 
+@pytest.mark.plug_in("cluster")  # whose settings are in them
 @pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
 def test_what_is_made_from_the_table_is_up_to_date(path: Any) -> None:
     assert path.read_text(encoding="utf-8") == GENERATED[path](), "run `make generated`"

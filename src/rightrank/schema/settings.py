@@ -1,17 +1,19 @@
 """The settings of a selection, each stated once: type, default, meaning, option, and what a difference means for a run.
 
 Names are those of PEFT, transformers and TRL where they have one. `SelectSettings` has the settings of `rightrank` itself, and
-by inheritance those fields of other programs' own records that a selection passes on under their names: of `LoraConfig`, of
-`TrainingArguments`, and of whatever starts the workers.
+by inheritance those fields of other programs' own records that a selection passes on under their names, of `LoraConfig` and of
+`TrainingArguments`, and those that plug-ins bring.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from rightrank.schema.errors import MAX_WHOLE, SettingsError
 from rightrank.schema.metrics import Checkpoint, MetricSpec, direction, parse_metrics, unknown_direction
@@ -88,21 +90,6 @@ def _require_device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise ValueError(f"device {device!r} is not known; give auto, cpu, cuda, cuda:1 or mps")
     return device
-
-
-def _require_store(store: str) -> str:
-    """An address that all machines reach, without what must not be stored."""
-    scheme, colon, rest = store.partition("://")
-    if store and (not colon or not rest or scheme == "memory"):
-        raise ValueError(
-            f"{store!r} is not an address that several machines can reach: give one such as s3://bucket/runs or file:///mnt/share"
-        )
-    if re.match(r"[^/]*:[^/]*@", rest) or "?" in rest or "::" in store:
-        raise ValueError(
-            "an address with credentials, options or chained protocols is refused, because it would be stored: "
-            "give SCHEME://PLACE, and credentials through the environment",
-        )
-    return store
 
 
 # Fields of PEFT's LoraConfig that have no setting of their own: passed on as they are.
@@ -221,33 +208,22 @@ class _TrainerFields(Settings):
     adam_epsilon: float = setting(1e-8, TRAINING, "of AdamW", gt=0)
 
 
-class _WorkerFields(Settings):
-    """How worker processes are started and watched; where trainings run changes nothing that they find."""
-
-    ray_address: str | None = setting(
-        None,
-        MACHINE,
-        "`HOST:PORT` of a Ray cluster's head; by default one that runs on this machine, else a new one",
-        option=True,
-        identity=False,
-    )
-    store: str = setting(
-        "",
-        MACHINE,
-        "fsspec address for what workers leave, where machines share no disk, such as `s3://bucket/runs`",
-        identity=False,
-        check=_require_store,
-    )
-    hang_seconds: float = setting(
-        600.0,
-        MACHINE,
-        "a worker without a step for longer than this, and than 20 of its longest steps, is replaced",
-        identity=False,
-        gt=0,
-    )
+def _brought() -> Iterator[type[Settings]]:
+    """By plug-ins: `SelectionFields` of a folder's `settings.py`, which imports the table of settings alone."""
+    with suppress(ModuleNotFoundError):
+        plug_ins = import_module("rightrank.plugins")
+        for file in sorted(Path(plug_ins.__path__[0]).glob("*/settings.py")):
+            yield import_module(f"{plug_ins.__name__}.{file.parent.name}.settings").SelectionFields
 
 
-class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
+if TYPE_CHECKING:
+
+    class _PlugInFields(Settings): ...
+else:
+    _PlugInFields = type("_PlugInFields", (*_brought(), Settings), {})
+
+
+class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
     """All settings of a selection besides MODEL, DATA and --out."""
 
     goal: Goal = setting(
@@ -566,19 +542,10 @@ class SelectSettings(PeftFields, _TrainerFields, _WorkerFields):
                 "test_fraction + validation_fraction leave less than a tenth of the examples for training: "
                 f"got {self.test_fraction:g} + {self.validation_fraction:g}, give less than 0.9 together"
             )
-        self._require_workers()
+        if self.workers and self.executor == "local":
+            raise ValueError("workers was given and the executor is 'local': give executor processes or ray")
+        super()._require_consistent()
         self._require_directions()
-
-    def _require_workers(self) -> None:
-        for name, given, executors in (
-            ("workers", self.workers, ("processes", "ray")),
-            ("ray_address", self.ray_address, ("ray",)),
-            ("store", self.store, ("processes", "ray")),
-        ):
-            if given and self.executor not in executors:
-                raise ValueError(
-                    f"{name} was given and the executor is {self.executor!r}: give executor {' or '.join(executors)}"
-                )
 
     def _require_directions(self) -> None:
         names = [spec.name for spec in self.metric_specs]

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
+from rightrank.plugins.cluster.settings import fields_of
 from rightrank.runs.plugins import Plugin
 from rightrank.schema.errors import SettingsError
 
@@ -40,11 +41,12 @@ def _workers(request: Request, prepared: Prepared, run: Run) -> Iterator[Pool]:
     from rightrank.plugins.cluster.store import Store
     from rightrank.plugins.cluster.worker import Setup, versions
 
-    settings, on_cuda = request.settings, prepared.runtime.loaded.device.type == "cuda"
+    settings, fields = request.settings, fields_of(request.settings)
+    on_cuda = prepared.runtime.loaded.device.type == "cuda"
     plan = prepared.planned
     needed = None if plan is None else max(plan.needed_bytes[rank] for rank in plan.ranks)
-    if settings.store:  # one that refuses ends the run before it starts
-        store = Store(settings.store)
+    if fields.store:  # one that refuses ends the run before it starts
+        store = Store(fields.store)
         with NamedTemporaryFile(prefix="reachable-") as file:
             store.put(Path(file.name), "reachable")
         store.remove("reachable")
@@ -60,7 +62,7 @@ def _workers(request: Request, prepared: Prepared, run: Run) -> Iterator[Pool]:
         )
         crew, workers = _crew(settings, setup, needed, on_cuda)
         task_trials = settings.adapters_per_pass or (MAX_TASK_TRIALS if on_cuda else 1)
-        hang = settings.hang_seconds
+        hang = fields.hang_seconds
         pool = Pool(crew, workers, versions(), run, task_trials=task_trials, hang_seconds=hang)
         try:
             yield pool
@@ -92,7 +94,7 @@ def _crew(settings: SelectSettings, setup: Setup, needed: int | None, on_cuda: b
     if settings.executor == "ray":
         from rightrank.plugins.cluster.on_ray import RayCrew
 
-        crew = RayCrew(setup, settings.ray_address, needed, on_cuda)
+        crew = RayCrew(setup, fields_of(settings).ray_address, needed, on_cuda)
         return crew, settings.workers or crew.room()
     from rightrank.plugins.cluster.processes import ProcessCrew
 

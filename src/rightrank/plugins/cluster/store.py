@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rightrank.data.files import replacing
+from rightrank.plugins.cluster.settings import fields_of
 from rightrank.runs.hook import Hook, Run
 from rightrank.schema.errors import MissingExtraError, RunError
 
@@ -28,8 +29,8 @@ class StoreOfRun(Hook):
     _store: Store | None = None
 
     def on_prepared(self, run: Run) -> None:
-        if run.settings.store:
-            self._store = run_store(run.settings.store, run.started.fingerprint)
+        if address := fields_of(run.settings).store:
+            self._store = run_store(address, run.started.fingerprint)
             run.folder.store = self._store.address, self._store.get
 
     def on_end(self, run: Run, selected: Selected) -> None:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO, TypeAlias
 
 from pydantic import Field, JsonValue, TypeAdapter
 
+from rightrank.plugins.cluster.settings import fields_of
 from rightrank.runs.hook import Executor
 from rightrank.schema.errors import InterruptedRun, RightrankError, RunError
 from rightrank.schema.events import Evaluating, Event, Listener, Notice, StepDone
@@ -211,7 +212,7 @@ class Worker:
         from rightrank.runs.run import LocalExecutor
 
         prepared = _prepared(setup, self._scratch / "cache")
-        store = prepared.settings.store
+        store = fields_of(prepared.settings).store
         folder = RunFolder(self._scratch / "run" if store else setup.folder)
         reports = _Reports(self._send, self._stop.is_set)
         limit = prepared.planned.max_adapters_per_pass if prepared.planned else None
