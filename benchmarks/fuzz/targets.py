@@ -18,6 +18,7 @@ from rightrank.api.runs import decide, status
 from rightrank.cli.options import gather
 from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data
+from rightrank.decision.run import answers_of
 from rightrank.report.html import render_report
 from rightrank.report.terminal import decision_text
 from rightrank.runs.folder import RunFolder
@@ -146,7 +147,8 @@ def read_journal(data: bytes, folder: Path) -> None:
     journal = RunFolder.existing(folder).journal.read()
     records = records_of(journal, str(folder))
     decided = last_decided(journal)
-    render_report(records, decision_so_far(records) if decided is None else decided.decision).encode()
+    decision = decision_so_far(records) if decided is None else decided.decision
+    render_report(records, answers_of(records, decision)).encode()
 
 
 def _journal(data: bytes) -> bytes:

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from rightrank.data.splits import load_data
+from rightrank.decision.run import answers_of
 from rightrank.hooks.terminal import plan_line
 from rightrank.report.html import render_report
 from rightrank.schema.errors import DataError
@@ -114,7 +115,7 @@ def test_the_counts_are_shown(tmp_path: Path) -> None:
     started = made.started.model_copy(update={"data": data})
     assert "3 rows skipped: lone surrogates" in plan_line(started, 10)
     made.started = started
-    page = render_report(made, None)
+    page = render_report(made, answers_of(made, None))
     assert "3 rows skipped, lone surrogates" in page
 
 

@@ -11,6 +11,7 @@ from benchmarks.decide.simulated import MARGIN, RANKS, World, draw_table, truth
 from rightrank.decision.comparison import estimate
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import decide
+from rightrank.decision.run import Answers
 from rightrank.decision.table import Cell, ScoreTable, table_of
 from rightrank.report.answer import answer_view
 from rightrank.report.tables import evidence_table
@@ -229,7 +230,7 @@ def test_what_came_out_best_is_not_called_enough() -> None:
 @pytest.mark.parametrize("losses", [{1: 2.3, 4: 2.006, 64: 2.0}, {1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}])
 def test_every_page_says_whether_a_rank_is_shown(losses: dict[int, float]) -> None:
     found = decide(scored(losses, items=60 if len(losses) == 3 else 400, noise=0.03), 0.01, confidence=None)
-    page = " ".join(text for _, text in answer_view(found).rows())
+    page = " ".join(text for _, text in answer_view(Answers(found)).rows())
     rows = {row[0]: row[5] for row in evidence_table(found)}
     if found.fallback_rank is None:
         assert f"No rank is shown to be enough; rank {found.best_so_far} came out best so far" in page

@@ -8,14 +8,14 @@ import pytest
 from rightrank.decision.rule import ASKED_CONFIDENCE
 from rightrank.decision.run import (
     Records,
+    answers_of,
     best_trial,
     comparable,
     compared,
+    criterion_of,
     decide_on,
     decide_run,
     decision_so_far,
-    document,
-    question_of,
     records_of,
     run_table,
     trainings,
@@ -302,12 +302,12 @@ def test_the_checkpoint_is_that_of_the_run_unless_another_is_asked() -> None:
 
 def test_the_criterion_of_a_run_is_its_metric_at_its_margin() -> None:
     records = made_up_run()
-    found = question_of(records)
+    found = criterion_of(records)
     assert (found.metric, found.higher_is_better, found.margin, found.token_loss) == ("loss", False, 0.02, True)
     assert found.points_are_of_the_metric
     assert not found.trusts_values
-    assert question_of(with_settings(records, margin=None)).margin is None
-    assert question_of(with_settings(records, margin=1)).margin == 1.0
+    assert criterion_of(with_settings(records, margin=None)).margin is None
+    assert criterion_of(with_settings(records, margin=1)).margin == 1.0
     started = records.started.model_copy(
         update={
             "metric": "f1",
@@ -316,11 +316,11 @@ def test_the_criterion_of_a_run_is_its_metric_at_its_margin() -> None:
             "data": records.started.data.model_copy(update={"form": "preference"}),
         }
     )
-    other = question_of(Records.of(started, []))
+    other = criterion_of(Records.of(started, []))
     assert (other.metric, other.higher_is_better, other.token_loss) == ("f1", True, False)
     assert not other.points_are_of_the_metric
     same = records.started.model_copy(update={"points_metric": "loss"})
-    assert question_of(Records.of(same, [])).points_are_of_the_metric
+    assert criterion_of(Records.of(same, [])).points_are_of_the_metric
 
 
 def test_every_adapter_of_a_run_is_compared_with_the_reference_of_its_last_answer() -> None:
@@ -354,7 +354,7 @@ def test_the_cost_of_a_run_is_counted_in_whole_trainings() -> None:
 def test_both_answers_are_one_document() -> None:
     records = answered_run(direct=[1, 4, 16])
     decision, adapter = decide_run(records), records.adapters[-1]
-    found = document(records, decision, "training-rank")
+    found = answers_of(records, decision, "training-rank").document()
     assert {name: found[name] for name in ("metric", "higher_is_better", "goal")} == {
         "metric": "loss",
         "higher_is_better": False,
@@ -372,13 +372,13 @@ def test_both_answers_are_one_document() -> None:
 
 def test_a_question_that_was_not_asked_is_none_in_the_document() -> None:
     estimate = TrainingRankEstimate(low=8, high=16, trainings=3.0, sentence="Between 8 and 16.")
-    first = document(answered_run(), None, "adapter", estimate)
+    first = answers_of(answered_run(), None, "adapter", estimate).document()
     assert [first[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
     assert first["training_rank_estimate"] == estimate.model_dump(mode="json")
     assert "flags" not in first
     assert (first["metric"], first["higher_is_better"], first["goal"]) == ("loss", False, "adapter")
     records = made_up_run()
-    second = document(records, decide_run(records), "training-rank")
+    second = answers_of(records, decide_run(records), "training-rank").document()
     of_the_adapter = ("adapter_sentence", "adapter_making", "handed_over", "guard", "adapter_answer")
     assert {name: second[name] for name in of_the_adapter} == dict.fromkeys(of_the_adapter)
     assert second["cost"] == {"trainings": 8.0, "trainings_to_adapter": None}
@@ -392,10 +392,10 @@ def test_a_checkpoint_that_changes_the_adapter_is_flagged_once(matters: bool) ->
     records.adapters[-1] = last.model_copy(update={"answer": last.answer.model_copy(update={"checkpoint": noted})})
     decision = decide_run(records)
     told = decision.model_copy(update={"flags": [*decision.flags, "checkpoint_matters"]})
-    flags = document(records, decision, "training-rank").get("flags")
+    flags = answers_of(records, decision, "training-rank").document().get("flags")
     assert flags == [*decision.flags, *(["checkpoint_matters"] if matters else [])]
-    assert document(records, told, "training-rank")["flags"] == told.flags
-    assert document(records, None, "adapter").get("flags") == (["checkpoint_matters"] if matters else None)
+    assert answers_of(records, told, "training-rank").document()["flags"] == told.flags
+    assert answers_of(records, None, "adapter").document().get("flags") == (["checkpoint_matters"] if matters else None)
 
 
 def test_a_metric_that_is_only_reported_is_compared_where_it_was_asked_for() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from rightrank.decision.comparison import is_within
 from rightrank.decision.rule import decide
+from rightrank.decision.run import Answers
 from rightrank.decision.table import ScoreTable
 from rightrank.report.answer import answer_view
 from rightrank.report.figures import margin_steps
@@ -73,7 +74,7 @@ def _require_the_sentence_to_say_the_same(
 
 
 def _require_the_safe_choice_to_say_the_same(found: Decision, enough: Mapping[int, str]) -> None:
-    text = answer_view(found).safe_choice
+    text = answer_view(Answers(found)).safe_choice
     if text.startswith("No rank is shown"):
         assert "yes" not in enough.values()
     elif text:

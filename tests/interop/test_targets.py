@@ -42,7 +42,7 @@ def recipe(selected: Selected) -> Recipe:
     journal = RunFolder(selected.run).journal.read()
     started = next(record for record in journal if isinstance(record, RunStarted))
     finished = [record for record in journal if isinstance(record, TrialFinished)]
-    chosen = selected.answers["adapter_answer"]["trial_id"]
+    chosen = selected.answers.adapter.answer.trial_id
     trial = next(record for record in finished if record.trial_id == chosen)
     assert selected.adapter is not None
     return recipe_of(started, trial, selected.adapter.path, finished)

@@ -69,7 +69,7 @@ print(sum(name == row["label"] for name, row in zip(named, rows)) / len(rows))
 
 def _accuracy(selected: Selected) -> float:
     """As the journal has it, of the adapter that was handed over."""
-    name = Path(str(selected.answers["adapter_answer"]["trial_id"])).name
+    name = Path(selected.answers.adapter.answer.trial_id).name
     lines = map(json.loads, (selected.run / "journal.jsonl").read_text(encoding="utf-8").splitlines())
     found = next(line for line in lines if line["type"] == "trial_finished" and line["trial_id"] == name)
     return float(found["metrics"]["accuracy"])

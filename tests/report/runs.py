@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.decision.adapter import adapter_answer
-from rightrank.decision.run import Records, question_of
+from rightrank.decision.run import Records, criterion_of
 from rightrank.runs.journal import Journal
 from rightrank.schema.decision import HandedOver
 from rightrank.schema.events import (
@@ -120,7 +120,7 @@ def answered_run(*, direct: Sequence[int] = (), recovers: bool = True) -> Record
         records.outcomes.append(_truncated(top, rank, loss, 0, generator))
     if recovers:
         records.outcomes += [_truncated(top, rank, loss, 4, generator) for rank, loss in ((64, -0.001), (8, 0.002))]
-    answer = adapter_answer(records.outcomes, question_of(records))
+    answer = adapter_answer(records.outcomes, criterion_of(records))
     assert answer is not None
     handed_over = HandedOver(
         rank=answer.rank,

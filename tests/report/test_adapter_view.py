@@ -112,7 +112,7 @@ def test_a_recovery_step_costs_and_a_truncation_does_not() -> None:
 
 def test_between_the_answers_the_report_has_the_first() -> None:
     records = answered_run()
-    text = Elements(render_report(records, None)).text
+    text = Elements(render_report(records, answers(records, None, "training-rank"))).text
     assert "Adapter: rank 8 · Training rank: not known yet" in text
     assert f"Adapter: {records.adapters[-1].answer.sentence}" in text
     assert "Training rank: 1.2 trainings so far. A comparison needs two ranks with a result." in text
@@ -123,7 +123,7 @@ def test_between_the_answers_the_report_has_the_first() -> None:
 def test_both_answers_have_a_sentence_each() -> None:
     records = answered_run(direct=(4, 16))
     made = decide_run(records)
-    text = Elements(render_report(records, made)).text
+    text = Elements(render_report(records, answers(records, made, "training-rank"))).text
     assert f"Adapter: {records.adapters[-1].answer.sentence}" in text
     assert f"Training rank: {made.sentence}" in text
     assert f"Adapter: rank 8 · Training rank: {made.rank}" in text
@@ -132,15 +132,16 @@ def test_both_answers_have_a_sentence_each() -> None:
 def test_with_goal_adapter_the_training_rank_is_an_estimate_and_no_evidence() -> None:
     records = answered_run()
     found = answers(records, None, "adapter")
-    estimate = found["training_rank_estimate"]
-    assert (estimate["low"], estimate["high"]) == (8, 16)
-    assert estimate["trainings"] == 2.0  # two lower ranks, one seed
-    assert [found[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
-    assert estimate["sentence"].startswith("An estimate, not evidence: ")
-    text = Elements(render_report(records, None, found)).text
+    estimate = found.estimate
+    assert estimate is not None
+    assert (estimate.low, estimate.high) == (8, 16)
+    assert estimate.trainings == 2.0  # two lower ranks, one seed
+    assert [found.document()[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
+    assert estimate.sentence.startswith("An estimate, not evidence: ")
+    text = Elements(render_report(records, found)).text
     assert "Training rank: not asked (--goal adapter)." in text
-    assert estimate["sentence"] in text
-    assert answers(records, None, "training-rank")["training_rank_estimate"] is None
+    assert estimate.sentence in text
+    assert answers(records, None, "training-rank").estimate is None
 
 
 def test_the_report_of_the_folder_alone_knows_the_goal(tmp_path: Path) -> None:
@@ -177,14 +178,13 @@ def test_decide_adds_the_adapter_of_a_run(tmp_path: Path) -> None:
 def test_a_notebook_shows_both(tmp_path: Path) -> None:
     records = answered_run(direct=(4, 16))
     made = decision_so_far(records)
-    selected = Selected(
-        made, tmp_path, None, None, tmp_path, answers(records, made, "training-rank"), adapters=compared(records)
-    )
+    both = answers(records, made, "training-rank")
+    selected = Selected(tmp_path, None, None, tmp_path, both, adapters=compared(records))
     write_figures(tmp_path / "figures", figures_of(records, made))
     html = selected._repr_html_()
     assert "<strong>Adapter: rank 8</strong>" in html
     assert "<strong>Training rank: " in html
     assert html.count("<svg") == 2
-    alone = replace(selected, decided=None)._repr_html_()
+    alone = replace(selected, answers=replace(both, decision=None))._repr_html_()
     assert "Training rank" not in alone
     assert alone.count("<svg") == 1

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from benchmarks.report.screenshots import docs_screenshots
 
-from rightrank.decision.run import Records, decide_run, decision_so_far
+from rightrank.decision.run import Records, answers_of, decide_run, decision_so_far
 from rightrank.report.figures import margin_steps
 from rightrank.report.html import render_report
 from tests.report.chromium import CHROMIUM, FLAGS
@@ -56,7 +56,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         records = make()
         assert len(records.outcomes) == count
         found[count] = folder / f"{count}.html"
-        found[count].write_text(render_report(records, decision_so_far(records)), encoding="utf-8")
+        found[count].write_text(render_report(records, answers_of(records, decision_so_far(records))), encoding="utf-8")
     return found
 
 
@@ -204,7 +204,7 @@ def test_texts_from_data_run_nothing(browser: Any, tmp_path: Path) -> None:
     records = made_up_run(model=nasty)
     file = tmp_path / "nasty.html"
     made = decide_run(records).model_copy(update={"metric": nasty, "sentence": nasty})
-    file.write_text(render_report(records, made), encoding="utf-8")
+    file.write_text(render_report(records, answers_of(records, made)), encoding="utf-8")
     seen = opened(browser, file)
     seen.page.mouse.move(400, 500)
     assert seen.page.evaluate("window.pwned") is None

@@ -10,7 +10,7 @@ from html import unescape
 
 import pytest
 
-from rightrank.decision.run import Records, decide_run, decision_so_far
+from rightrank.decision.run import Records, answers_of, decide_run, decision_so_far
 from rightrank.report.figures import rank_figure
 from rightrank.report.html import render_report
 from rightrank.schema.command import reproduce_command
@@ -21,7 +21,7 @@ NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7
 
 
 def page_of(records: Records) -> str:
-    return render_report(records, decision_so_far(records))
+    return render_report(records, answers_of(records, decision_so_far(records)))
 
 
 def test_the_answer_its_confidence_and_its_cost_come_first() -> None:
@@ -93,11 +93,10 @@ def test_before_two_ranks_the_report_has_no_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("model", "in memory (LlamaForCausalLM)"), ("data", "in memory (Dataset)")]
+    ("model", "data"), [("in memory (LlamaForCausalLM)", "rows.jsonl"), ("base", "in memory (Dataset)"), (None, None)]
 )
-def test_objects_in_memory_have_no_command(name: str, value: str) -> None:
-    settings = made_up_run().started.settings | {name: value}
-    assert reproduce_command(settings) is None
+def test_objects_in_memory_have_no_command(model: str | None, data: str | None) -> None:
+    assert reproduce_command(model, data, made_up_run().settings) is None
 
 
 def test_the_header_names_model_and_data_and_a_box_says_how_to_use_the_adapter() -> None:
@@ -116,7 +115,7 @@ def test_the_header_names_model_and_data_and_a_box_says_how_to_use_the_adapter()
 
 def test_the_box_links_the_exports_and_has_their_command() -> None:
     records = answered_run()
-    found = Elements(render_report(records, None, run="my run", exports=["trl", "vllm"]))
+    found = Elements(render_report(records, answers_of(records, None), run="my run", exports=["trl", "vllm"]))
     assert "rightrank export 'my run' --to trl" in found.text
     links = [attributes.get("href") for tag, attributes in found.tags if tag == "a"]
     assert {"exports/trl/", "exports/vllm/"} <= set(links)
@@ -126,7 +125,7 @@ def test_the_box_is_code_whatever_the_model_s_name_is() -> None:
     records = answered_run()
     settings = records.started.settings | {"model": NASTY}
     records.started = records.started.model_copy(update={"settings": settings})
-    code = re.search(r'<pre class="code">(.*?)</pre>', render_report(records, None), re.DOTALL)
+    code = re.search(r'<pre class="code">(.*?)</pre>', render_report(records, answers_of(records, None)), re.DOTALL)
     assert code is not None
     compile(unescape(code[1]), "box", "exec")
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from rightrank.api.runs import status
 from rightrank.cli import cli
-from rightrank.decision.run import decide_run
+from rightrank.decision.run import Answers, decide_run
 from rightrank.hooks.process import JsonLog, ProgressFile
 from rightrank.hooks.terminal import LiveView, View, make_view, plan_line
 from rightrank.report.answer import answer_view, notebook_html
@@ -178,7 +178,7 @@ def test_every_link_of_a_report_is_a_file_beside_it(tmp_path: Path) -> None:
 
 def test_the_picture_of_a_notebook_fits_its_box() -> None:
     made = decide_run(made_up_run())
-    picture = notebook_html(answer_view(made), "", svg_file(rank_figure(made)))
+    picture = notebook_html(answer_view(Answers(made)), "", svg_file(rank_figure(made)))
     svg = picture[picture.index("<svg") : picture.index(">", picture.index("<svg"))]
     assert "viewBox=" in svg
     assert 'style="display: block; width: 100%; height: auto"' in svg

@@ -9,7 +9,7 @@ import pytest
 
 from rightrank.api.selecting import select_rank
 from rightrank.cli import main
-from rightrank.decision.run import records_of
+from rightrank.decision.run import Answers, records_of
 from rightrank.runs.journal import Journal
 from rightrank.runs.run import extended
 from rightrank.runs.values import Selected
@@ -21,7 +21,7 @@ from tests.watch import Watch
 
 def decided(verdict: str, flags: list[str], runs: list[NextRun]) -> Selected:
     decision = Decision.model_construct(verdict=verdict, flags=flags, next_runs=runs)
-    return Selected(decision, Path("run"), None, None, Path("report.html"), {})
+    return Selected(Path("run"), None, None, Path("report.html"), Answers(decision))
 
 
 UP = NextRun(action="rank", ranks=[32], learning_rates=[1e-3, 3e-4], sentence="Train rank 32.")
@@ -63,7 +63,8 @@ def test_a_larger_top_is_trained_where_the_adapter_keeps_the_top_rank(model_fold
     notices: list[str] = []
     watch = Watch(notice=notices.append)
     selected = select_rank(str(model_folder), data, tmp_path / "run", settings=settings, callbacks=[watch])
-    answer = AdapterAnswer.model_validate(selected.answers["adapter_answer"])
+    assert selected.answers.adapter is not None
+    answer = selected.answers.adapter.answer
     assert answer.trained_rank == 16
     assert answer.keeps_the_top
     assert any(notice.startswith("not extended: rank 32 is above the 16 that") for notice in notices)

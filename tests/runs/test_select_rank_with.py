@@ -356,12 +356,13 @@ def test_with_evaluate_the_adapter_is_truncated_and_handed_over(tmp_path: Path) 
         train, tmp_path / "run", evaluate=evaluate, goal="adapter", ranks=(1, 8), learning_rates=(1e-3,), margin=0.01,
         strategy="bracket",
     )  # fmt: skip
-    handed_over = selected.answers["handed_over"]
-    assert (handed_over["rank"], handed_over["how"], handed_over["trained_rank"]) == (4, "truncated", 8)
-    assert selected.answers["rank"] is None
+    handed_over = selected.handed_over
+    assert handed_over is not None
+    assert (handed_over.rank, handed_over.how, handed_over.trained_rank) == (4, "truncated", 8)
+    assert selected.decided is None
     assert selected.adapter is not None
     assert json.loads((selected.adapter.path / "adapter_config.json").read_text())["r"] == 4
-    assert (selected.run / handed_over["reference_adapter"] / "adapter_config.json").is_file()
+    assert (selected.run / handed_over.reference_adapter / "adapter_config.json").is_file()
     assert (selected.adapter.rank, selected.training) == (4, None)
 
 
@@ -375,7 +376,7 @@ def test_an_adapter_that_can_not_be_truncated_leaves_the_trained_one(tmp_path: P
         by_number, tmp_path / "run", evaluate=lambda _folder, _task: {"loss": 1.0}, ranks=(1, 4), learning_rates=(1e-3,)
     )
     assert selected.adapter is None
-    assert selected.answers["handed_over"] is None
+    assert selected.handed_over is None
     assert selected.decision.reference_rank == 4
 
 

@@ -83,7 +83,7 @@ def test_one_rank_is_enough_for_the_adapter_and_is_continued_with_others(
     alone = select_rank(str(model_folder), completion_file, run, settings=settings_for("adapter", ranks=(4,)))
     assert alone.handed_over is not None
     assert alone.handed_over.trained_rank == 4
-    sentence = alone.answers["training_rank_estimate"]["sentence"]
+    sentence = alone.answers.estimate.sentence
     assert re.search(r"--goal training-rank --ranks [\d,]*4\.$", sentence)
     with pytest.raises(SettingsError, match="ranks: got 4 alone; a comparison needs two or more"):
         select_rank(str(model_folder), completion_file, run, settings=settings_for("training-rank", ranks=(4,)))

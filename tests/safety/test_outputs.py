@@ -11,6 +11,7 @@ import pytest
 
 from rightrank.api.runs import export
 from rightrank.cli import main
+from rightrank.decision.run import answers_of
 from rightrank.interop.exports import LOOPBACK
 from rightrank.report.html import render_report
 from rightrank.schema.errors import MAX_MESSAGE_CHARACTERS, DataError, RightrankError, one_line
@@ -71,9 +72,9 @@ def test_a_server_s_script_listens_on_loopback(small_run: tuple[Path, dict[str, 
 
 def test_foreign_code_is_shown_in_the_report() -> None:
     records = made_up_run()
-    assert "The run executed code from the model's repository" not in render_report(records, None)
+    assert "The run executed code from the model's repository" not in render_report(records, answers_of(records, None))
     records.started.settings["trust_remote_code"] = True
-    assert "The run executed code from the model's repository" in render_report(records, None)
+    assert "The run executed code from the model's repository" in render_report(records, answers_of(records, None))
 
 
 # one line

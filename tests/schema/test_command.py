@@ -77,7 +77,7 @@ def _of(kind: Any, bounds: Any) -> st.SearchStrategy[Any]:
 @given(data=st.data())
 def test_a_value_comes_back_from_the_command(name: str, data: st.DataObject) -> None:
     chosen = SelectSettings(**TOGETHER.get(name, {}) | {name: data.draw(values_of(name))})
-    command = reproduce_command({"model": "./base", "data": "rows.jsonl", **chosen.model_dump(mode="json")})
+    command = reproduce_command("./base", "rows.jsonl", chosen)
     assert command is not None
     _, verb, *arguments = shlex.split(command)
     with click.Context(cli) as parent:

@@ -112,11 +112,10 @@ def _trained(
     parent = adapter.path.resolve().parent
     journal = next((place for at in (parent, parent.parent) if (place := at / "journal.jsonl").is_file()), None)
     started = None if journal is None else next(iter(Journal(journal).read_settled()), None)
-    source = started.settings.get("data") if isinstance(started, RunStarted) else None
-    if not isinstance(started, RunStarted) or not isinstance(source, str) or not Path(source).exists():
+    source = started.data_name if isinstance(started, RunStarted) else None
+    if not isinstance(started, RunStarted) or source is None or not Path(source).exists():
         return None, None
-    values = {name: started.settings[name] for name in OF_SPLITS if name in started.settings}
-    of_run = settings.model_copy(update=SelectSettings(**values).model_dump(include=set(values)))
+    of_run = settings.model_copy(update=started.select_settings.model_dump(include=OF_SPLITS))
     return load_data(Path(source), of_run, classes=classes), Path(source)
 
 
@@ -233,7 +232,7 @@ def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, ru
     )
     config.rank_pattern, config.alpha_pattern = {}, {}
     stated, unsaid = stated_settings(config, **given_values(rule.settings) | {"ranks": ranks})
-    search = reproduce_command({"model": runtime.loaded.name, "data": "TRAINING_DATA", **stated})
+    search = reproduce_command(runtime.loaded.name, "TRAINING_DATA", SelectSettings.stored(stated))
     notes += [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
     named = {"notes": [note.replace(SEARCH, f"({search})") for note in answer.notes]}
     return written.model_copy(

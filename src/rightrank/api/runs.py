@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
 from rightrank.decision import rule
 from rightrank.decision.next_run import next_commands
-from rightrank.decision.run import Records, comparable, decide_on, decision_so_far, metrics_of, records_of
+from rightrank.decision.run import Answers, Records, comparable, decide_on, decision_so_far, metrics_of, records_of
 from rightrank.decision.table import other_tables, table_of_results
 from rightrank.models.places import CONFIG_FILE
 from rightrank.report.answer import answer_view, labelled, notebook_html
@@ -22,7 +22,7 @@ from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
 from rightrank.schema.events import Evaluating, JournalRecord
 from rightrank.schema.metrics import Checkpoint
-from rightrank.schema.settings import Goal, SelectSettings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 
 if TYPE_CHECKING:  # what each verb alone needs is imported by it: `status` is to be quick
@@ -41,12 +41,11 @@ def write_report(run: str | Path) -> Path:
     from rightrank.runs.values import answers
 
     folder, journal, records = _opened(run, settled=False)
-    goal = _goal(records)
-    decision = None
+    decision, goal = None, records.settings.goal
     if goal == "training-rank":
         decision = decision_so_far(records) if (decided := last_decided(journal)) is None else decided.decision
     with report_disk_errors(folder.path):
-        further = write_views(folder, records, decision, answers(records, decision, goal))
+        further = write_views(folder, records, answers(records, decision, goal))
         write_figures(folder.figures, [*figures_of(records, decision), *further])
     return folder.report
 
@@ -59,9 +58,8 @@ def begun_as(run: str | Path) -> dict[str, object]:
     """
     folder, _, records = _opened(run, settled=True)
     started = records.started
-    for name in ("model", "data"):
-        value = started.settings.get(name)
-        if not isinstance(value, str) or value.startswith("in memory"):
+    for name, place in (("model", started.model_name), ("data", started.data_name)):
+        if place is None or place.startswith("in memory"):
             raise RunFolderError(
                 f"{folder.path}: its {name} was in memory; call select_rank with it to continue the run"
             )
@@ -73,11 +71,6 @@ def _opened(run: str | Path, *, settled: bool) -> tuple[RunFolder, list[JournalR
     folder = RunFolder.existing(run)
     journal = folder.journal.read_settled() if settled else folder.journal.read()
     return folder, journal, records_of(journal, str(folder.path))
-
-
-def _goal(records: Records) -> Goal:
-    """The goal of the last `select`; an own trainer's run without one asked for the training rank."""
-    return "adapter" if records.started.settings.get("goal") == "adapter" else "training-rank"
 
 
 def export(
@@ -207,7 +200,7 @@ def status(run: str | Path) -> RunStatus:
         found = read_json_object(folder.path / PROGRESS_FILE)
     except UnreadableError:
         found = {}  # no process runs, or it has just ended
-    return run_status(str(run), journal, records, _goal(records), folder.is_locked(), found)
+    return run_status(str(run), journal, records, records.settings.goal, folder.is_locked(), found)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -230,7 +223,7 @@ class Decided:
         return f"Decided(rank={found.rank}, verdict={found.verdict!r}, margin={found.margin:g})"
 
     def __str__(self) -> str:
-        view = answer_view(self.decision, commands=self.next_commands)
+        view = answer_view(Answers(self.decision), self.next_commands)
         rows = [("decision", view.training_rank), ("", view.safe_choice), *view.next_rows()]
         return "\n".join([*self.understood, *labelled(rows, 10)])
 
@@ -238,7 +231,7 @@ class Decided:
         from rightrank.report.figures import rank_figure
         from rightrank.report.svg import svg_file
 
-        return notebook_html(answer_view(self.decision), "", svg_file(rank_figure(self.decision)))
+        return notebook_html(answer_view(Answers(self.decision)), "", svg_file(rank_figure(self.decision)))
 
 
 def decide(
@@ -321,8 +314,7 @@ def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, fur
     outcomes = direct
     if metric == started.metric:
         outcomes = comparable(records)
-        own = started.settings.get("margin")
-        margin = own if margin is None and isinstance(own, int | float) else margin
+        margin = records.settings.margin if margin is None else margin
     decision = decide_on(records, outcomes, metric, margin, **further)
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
     commands = next_commands(started, decision, str(folder.path), asked) if metric == started.metric else []

@@ -150,7 +150,7 @@ def _watched(run: Callable[[list[Hook]], Selected], quiet: bool, out: Path, log_
 def _print_json(selected: Selected) -> None:
     click.echo(
         json.dumps(
-            dict(selected.answers)
+            selected.answers.document()
             | {
                 "next_command": selected.next_command,
                 "run": str(selected.run),

@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 from rightrank.decision.comparison import (
     MAX_EXAMPLE_GROWTH,
@@ -328,13 +327,12 @@ def next_commands(
 
 
 def _further_options(started: RunStarted, wanted: NextRun) -> list[str]:
-    settings: dict[str, Any] = started.settings
-    options: list[str] = []
+    settings, options = started.select_settings, list[str]()
     held_out = len(started.evaluation_items) + started.data.not_evaluated  # at most so many examples can be evaluated
     is_grouped = started.data.groups > 0  # further rows need not be of further groups
     if wanted.items is not None and not is_grouped and len(started.evaluation_items) < wanted.items <= held_out:
         options += ["--eval-items", str(wanted.items)]
-    ranks, rates, seeds = (settings[name] for name in ("ranks", "learning_rates", "seeds"))
+    ranks, rates, seeds = settings.ranks, settings.learning_rates, settings.seeds
     if wanted.action == "seeds" and wanted.seeds is not None:
         further = (seed for seed in range(MAX_SEED) if seed not in seeds)
         options += _with_added("--seeds", seeds, [*seeds, *islice(further, wanted.seeds - len(seeds))])

@@ -20,6 +20,7 @@ from rightrank.schema.events import (
     TestEvaluated,
 )
 from rightrank.schema.metrics import REPORTED_ONLY, Checkpoint, direction, unknown_direction
+from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import (
     OUTCOMES,
     EvalPoint,
@@ -72,6 +73,10 @@ class Records:
                 place = self._places.setdefault(record.trial_id, len(self.outcomes))
                 self.outcomes[place : place + 1] = [record]
 
+    @property
+    def settings(self) -> SelectSettings:
+        return self.started.select_settings
+
     def finished(self) -> list[TrialFinished]:
         return [outcome for outcome in self.outcomes if isinstance(outcome, TrialFinished)]
 
@@ -111,16 +116,15 @@ def decide_run(records: Records, outcomes: Sequence[TrialOutcome] | None = None)
     Raises:
         ResultsError: fewer than two ranks have a finished trial.
     """
-    started = records.started
-    margin = started.settings.get("margin")
-    return decide_on(records, comparable(records) if outcomes is None else outcomes, started.metric, margin)
+    outcomes = comparable(records) if outcomes is None else outcomes
+    return decide_on(records, outcomes, records.started.metric, records.settings.margin)
 
 
 def decide_on(
     records: Records,
     outcomes: Sequence[TrialOutcome],
     metric: str,
-    margin: object = None,
+    margin: float | None = None,
     *,
     higher: bool | None = None,
     horizon_steps: int | None = None,
@@ -132,26 +136,20 @@ def decide_on(
     Raises:
         ResultsError: fewer than two ranks have the metric, or its direction is not known.
     """
-    given = records.started.settings.get("metrics")
-    asked = [records.started.metric, *(given if isinstance(given, list) else [])]
+    started, settings = records.started, records.settings
+    asked = [started.metric, *settings.metrics]
     beside = [name for name in metrics_of(records) if name != metric and (name in asked or name not in REPORTED_ONLY)]
-    others = [run_table(records, outcomes, name) for name in beside if _direction_in(records.started, name) is not None]
-    is_rl = records.started.settings.get("profile") == "rl"
-    wanted = records.started.settings.get("confidence") if confidence is None else confidence
+    others = [run_table(records, outcomes, name) for name in beside if _direction_in(started, name) is not None]
+    wanted = settings.confidence if confidence is None else confidence
     return decide(
         run_table(records, outcomes, metric, higher),
-        float(margin) if isinstance(margin, int | float) else None,
+        margin,
         horizon_steps=horizon_steps,
-        checkpoint=checkpoint or checkpoint_of(records.started),
-        others=others if records.started.data.form != "own" else (),
-        smallest_if_alike=is_rl,
-        confidence=wanted if isinstance(wanted, int | float) else None if is_rl else ASKED_CONFIDENCE,
+        checkpoint=checkpoint or settings.checkpoint,
+        others=others if started.data.form != "own" else (),
+        smallest_if_alike=started.is_rl,
+        confidence=None if wanted is None and started.is_rl else wanted or ASKED_CONFIDENCE,
     )
-
-
-def checkpoint_of(started: RunStarted) -> Checkpoint:
-    """Which checkpoint of its trainings the run keeps."""
-    return "best" if started.settings.get("checkpoint") == "best" else "last"
 
 
 def metrics_of(records: Records) -> list[str]:
@@ -188,10 +186,9 @@ def _direction_in(started: RunStarted, metric: str) -> bool | None:
     """Whether higher is better by a metric of the run: from its settings, else from the metric's name; None: not known."""
     if metric == started.metric:
         return started.higher_is_better
-    for setting, higher in (("higher_is_better", True), ("lower_is_better", False)):
-        names = started.settings.get(setting)
-        if isinstance(names, list) and metric in names:
-            return higher
+    settings = started.select_settings
+    if metric in (*settings.higher_is_better, *settings.lower_is_better):
+        return metric in settings.higher_is_better
     return direction(metric)
 
 
@@ -216,14 +213,13 @@ def decision_so_far(records: Records, outcomes: Sequence[TrialOutcome] | None = 
         return None
 
 
-def question_of(records: Records) -> Criterion:
+def criterion_of(records: Records) -> Criterion:
     """The metric and the margin of the run."""
     started = records.started
-    margin = started.settings.get("margin")
     return Criterion(
         started.metric,
         started.higher_is_better,
-        float(margin) if isinstance(margin, int | float) else None,
+        records.settings.margin,
         started.data.is_token_loss,
         points_are_of_the_metric=(started.points_metric or started.metric) == started.metric,
     )
@@ -233,7 +229,7 @@ def compared(records: Records) -> list[AdapterCandidate]:
     """Every adapter of the run against the reference of its answer; empty before the first answer."""
     if not records.adapters:
         return []
-    return compared_adapters(records.adapters[-1].answer, records.outcomes, question_of(records))
+    return compared_adapters(records.adapters[-1].answer, records.outcomes, criterion_of(records))
 
 
 def trainings(records: Records) -> float:
@@ -245,31 +241,60 @@ def trainings(records: Records) -> float:
     return round(steps / whole, 3) if whole else float(len(finished))
 
 
-def document(
-    records: Records, decision: Decision | None, goal: str, estimate: TrainingRankEstimate | None = None
-) -> dict[str, Any]:
-    """Both answers as one JSON object. `estimate` is of the second question, where it was not asked."""
-    found: dict[str, Any] = dict.fromkeys(("rank", "verdict", "confidence", "sentence"))
-    found |= _json(decision) or {}
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Both answers. One that was not asked, or is not known yet, is None."""
+
+    decision: Decision | None  # of the training rank
+    goal: Goal = "training-rank"
+    adapter: AdapterRecorded | None = None
+    making: str | None = None  # of the adapter, in a sentence
+    trainings: float = 0.0  # so far
+    estimate: TrainingRankEstimate | None = None  # of the training rank, where it was not asked
+    started: RunStarted | None = None  # None: the results come from no run
+
+    @property
+    def cost(self) -> dict[str, float | None]:
+        first = None if self.adapter is None else self.adapter.trainings
+        return {"trainings": self.trainings, "trainings_to_adapter": first}
+
+    def document(self) -> dict[str, Any]:
+        """The object of `decision.json`, and of `select --json`."""
+        started, adapter, texts = (
+            self.started,
+            self.adapter,
+            dict.fromkeys(("rank", "verdict", "confidence", "sentence")),
+        )
+        found: dict[str, Any] = texts | (_json(self.decision) or {})
+        noted = adapter and adapter.answer.checkpoint
+        if noted and noted.matters:
+            found["flags"] = list(dict.fromkeys([*found.get("flags", ()), "checkpoint_matters"]))
+        of_run = {} if started is None else started.model_dump(include={"metric", "higher_is_better"})
+        return (
+            {**of_run, "goal": self.goal}
+            | found
+            | {
+                "adapter_sentence": adapter and adapter.answer.sentence,
+                "cost": self.cost,
+                "adapter_making": self.making,
+                "handed_over": _json(adapter and adapter.handed_over),
+                "guard": _json(adapter and adapter.guard),
+                "adapter_answer": _json(adapter and adapter.answer),
+                "training_rank_estimate": _json(self.estimate),
+            }
+        )
+
+
+def answers_of(
+    records: Records,
+    decision: Decision | None,
+    goal: Goal = "training-rank",
+    estimate: TrainingRankEstimate | None = None,
+) -> Answers:
     adapter = records.adapters[-1] if records.adapters else None
-    noted = adapter and adapter.answer.checkpoint
-    if noted and noted.matters:
-        found["flags"] = list(dict.fromkeys([*found.get("flags", ()), "checkpoint_matters"]))
     chosen = records.by_id.get(adapter.answer.trial_id) if adapter else None
-    started = records.started
-    return (
-        {"metric": started.metric, "higher_is_better": started.higher_is_better, "goal": goal}
-        | found
-        | {
-            "adapter_sentence": adapter and adapter.answer.sentence,
-            "cost": {"trainings": trainings(records), "trainings_to_adapter": adapter and adapter.trainings},
-            "adapter_making": chosen and making_of(chosen, records.finished()).sentence(),
-            "handed_over": _json(adapter and adapter.handed_over),
-            "guard": _json(adapter and adapter.guard),
-            "adapter_answer": _json(adapter and adapter.answer),
-            "training_rank_estimate": _json(estimate),
-        }
-    )
+    making = None if chosen is None else making_of(chosen, records.finished()).sentence()
+    return Answers(decision, goal, adapter, making, trainings(records), estimate, records.started)
 
 
 def _json(record: Record | None) -> Any:

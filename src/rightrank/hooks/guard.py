@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rightrank.data.splits import load_all
 from rightrank.decision.guard import GUARD_MARGIN, guarded
-from rightrank.decision.run import question_of
+from rightrank.decision.run import criterion_of
 from rightrank.models.base_models import LoadedModel
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.values import Prepared
@@ -50,7 +50,7 @@ class Guard(Hook):
         evaluated = [one for place, guard in enumerate(self._guards) for one in _measured(run, guard, place)]
         before = records.adapters[-1].guard if records.adapters else None
         margin = _margin(self._guards[0].settings, evaluated)
-        return guarded(answer, records.outcomes, question_of(records), evaluated, margin, before)
+        return guarded(answer, records.outcomes, criterion_of(records), evaluated, margin, before)
 
 
 def _prepared(run: Run) -> Prepared:

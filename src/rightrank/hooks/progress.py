@@ -77,14 +77,13 @@ class Progress:
 
         A run that was continued with a higher rank begins with a training at it, so what was expected is to come.
         """
-        ranks = planned.started.settings.get("ranks")
         self._whole_steps = planned.steps
         self._expected = planned.expected_trainings
         self._higher_is_better = planned.started.higher_is_better
         for outcome in planned.outcomes:
             self._end(outcome)
-        top = max((rank for rank in ranks if isinstance(rank, int)), default=0) if isinstance(ranks, list) else 0
-        if self._spent > 0 and top and not any(one.rank == top for one in planned.outcomes):
+        top = max(planned.started.select_settings.ranks)
+        if self._spent > 0 and not any(one.rank == top for one in planned.outcomes):
             self._expected += self._spent
 
     def curves(self) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:

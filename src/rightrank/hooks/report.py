@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from rightrank.data.files import replacing, write_text
-from rightrank.decision.run import Records, decision_so_far
+from rightrank.decision.run import Answers, Records, decision_so_far
 from rightrank.report.figure import Axis, Figure, Series, log_ticks
 from rightrank.report.figures import adapter_figure, figures_of
 from rightrank.report.html import CURVE, PICTURE, model_card, render_report
@@ -63,10 +61,10 @@ class Report(Hook):
 
 def _write_views(run: Run, decision: Decision | None) -> list[Figure]:
     """Write decision.json, once either question has an answer, and the report; see `write_report`."""
-    found = answers(run.records, decision, run.settings.goal)
+    known = answers(run.records, decision, run.settings.goal)
     if decision is not None or run.records.adapters:
-        write_text(run.folder.decision, json.dumps(found, indent=2, allow_nan=False) + "\n")
-    return write_report(run.folder, run.records, decision, found)
+        write_text(run.folder.decision, json.dumps(known.document(), indent=2, allow_nan=False) + "\n")
+    return write_report(run.folder, run.records, known)
 
 
 def _write_card(run: Run, decision: Decision | None) -> None:
@@ -81,16 +79,13 @@ def _write_card(run: Run, decision: Decision | None) -> None:
     write_text(folder.adapter / "README.md", model_card(records, decision))
 
 
-def write_report(
-    folder: RunFolder, records: Records, decision: Decision | None, found: Mapping[str, Any]
-) -> list[Figure]:
-    """Write the report of `found`, the answers; return its figures that are not those of the records."""
+def write_report(folder: RunFolder, records: Records, known: Answers) -> list[Figure]:
+    """Write the report of the answers; return its figures that are not those of the records."""
     further = _further_figures(folder.adapter)
     exports = folder.path / "exports"
     page = render_report(
         records,
-        decision,
-        found,
+        known,
         further,
         run=str(folder.path),
         exports=sorted(path.name for path in exports.iterdir() if path.is_dir()) if exports.is_dir() else (),

@@ -104,7 +104,7 @@ def plan_line(started: RunStarted, steps: int) -> str:
     if started.data.form == "own":
         better = "higher" if started.higher_is_better else "lower"
         length = f"trainings of {steps} steps" if steps else "trainings of the trainer's own length"
-        return f"trainer {started.settings.get('trainer')}, by {started.metric} ({better} is better); {length}"
+        return f"trainer {started.trainer}, by {started.metric} ({better} is better); {length}"
     splits = started.data.splits
     counts = ", ".join(f"{summary.items} {split_name(name)}" for name, summary in splits.items())
     notes = left_out(started.data)

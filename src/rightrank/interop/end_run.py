@@ -41,7 +41,7 @@ from rightrank.schema.command import reproduce_command
 from rightrank.schema.decision import AdapterAnswer, CheckpointNote
 from rightrank.schema.errors import ModelError, RunFolderError, first_line
 from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
-from rightrank.schema.settings import SelectSettings, stored_settings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import (
     Arm,
     Cut,
@@ -202,7 +202,7 @@ class _EndRequest:
         """As `rightrank.runs.values.Asked`."""
         started = records_of(journal, str(folder.path)).started
         strategy = _strategy(started, self.steps, self.places)
-        return Plan(started=started, settings=stored_settings(started.settings), steps=self.steps, strategy=strategy)
+        return Plan(started=started, settings=started.select_settings, steps=self.steps, strategy=strategy)
 
     def extended(self, settings: SelectSettings) -> _EndRequest:
         return self
@@ -241,9 +241,9 @@ def _branch(plain: Arm, parent: TrialFinished, step: int) -> Arm:
 
 
 def _strategy(started: RunStarted, steps: int, places: tuple[int, ...] = ()) -> Strategy:
-    settings = stored_settings(started.settings)
+    settings = started.select_settings
     space: Space = space_of(settings, steps, started.data.is_token_loss)
-    rates = settings.learning_rates if "learning_rates" in started.settings else (0.0,)  # not known
+    rates = settings.learning_rates if "learning_rates" in settings.model_fields_set else (0.0,)  # not known
     strategy = Downward(replace(space, evaluates_base=False, learning_rates=rates))
     strategy.places = places
     return strategy
@@ -392,8 +392,8 @@ def next_training(answer: AdapterAnswer, started: RunStarted) -> str:
     low, high = probable_ranks(answer)
     where = f"{low}" if low == high else f"{low} to {high}"
     ranks = sorted({max(1, low // 2), low, high, answer.trained_rank})
-    settings = {**started.settings, "goal": "training-rank", "ranks": ranks, "data": "data.jsonl"}
-    command = reproduce_command({**settings, "model": settings["model"] or "MODEL"})
+    settings = started.select_settings.model_copy(update={"goal": "training-rank", "ranks": tuple(ranks)})
+    command = reproduce_command(started.model_name or "MODEL", "data.jsonl", settings)
     return (
         f"An estimate, not evidence: the rank to train at next time probably is {where}. This would prove it: {command}"
     )
@@ -437,7 +437,7 @@ def measure_again(out: Path, hooks: Sequence[Hook] = ()) -> str:
     training = Training(**asked["training"] | pairs | {"peak_bytes": 0})
     started = records_of(folder.journal.read(), str(out)).started
     adapter = open_adapter(folder.trial_adapter(_top(started, training.steps)))
-    base = _base(str(started.settings.get("model") or ""), folder, asked, adapter)
+    base = _base(started.model_name or "", folder, asked, adapter)
     with without_peft_noise():
         model: Any = PeftModel.from_pretrained(base, str(adapter.path))
     batches = _read_batches(folder.cache / "batches.safetensors")

@@ -15,7 +15,7 @@ from rightrank.models.ranks import peft_scaling
 from rightrank.schema.command import set_arguments
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunStarted
-from rightrank.schema.settings import OF_SPLITS, SelectSettings, stored_settings
+from rightrank.schema.settings import OF_SPLITS, SelectSettings
 from rightrank.schema.trials import TrialFinished
 
 # Settings by which an adapter is measured and its second moments are gathered.
@@ -149,14 +149,16 @@ def recipe_of(
     config = _adapter_config(adapter)
     with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:  # its header names the modules
         names = {name.split(".lora_")[0] for name in file.keys() if ".lora_" in name}  # noqa: SIM118 - not a dict
-    # A trainer of one's own states neither of the first two, and of the last a truth value; no recipe has it.
-    stated = {"dtype": "float32", "warmup_ratio": 0.0, **started.settings, "higher_is_better": ()}
-    settings = stored_settings(stated)
+    settings = started.select_settings
+    unsaid = {"dtype": "float32", "warmup_ratio": 0.0}  # a trainer of one's own may state neither
+    settings = settings.model_copy(
+        update={name: value for name, value in unsaid.items() if name not in settings.model_fields_set}
+    )
     making = making_of(trial, finished)
     alpha, _ = peft_scaling(settings.scaling, trial.lora_alpha, making.trained_rank)
     return Recipe(
-        model=_named(started.settings.get("model"), UNKNOWN_MODEL),
-        data=_named(started.settings.get("data"), UNKNOWN_DATA),
+        model=_named(started.model_name, UNKNOWN_MODEL),
+        data=_named(started.data_name, UNKNOWN_DATA),
         form=started.data.form,
         shape=started.data.shape,
         columns=started.data.renamed,
@@ -176,7 +178,7 @@ def recipe_of(
 
 def _held_out(started: RunStarted) -> int:
     """Rows of the data in the splits that no training saw."""
-    if started.settings.get("validation"):
+    if started.select_settings.validation:
         return sum(split.items for name, split in started.data.splits.items() if name == "test")
     return sum(split.items for name, split in started.data.splits.items() if name != "train")
 
@@ -203,5 +205,5 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
     return config
 
 
-def _named(value: object, otherwise: str) -> str:
-    return value if isinstance(value, str) and "in memory" not in value else otherwise
+def _named(name: str | None, otherwise: str) -> str:
+    return otherwise if name is None or "in memory" in name else name

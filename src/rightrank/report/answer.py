@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
-from types import MappingProxyType
-from typing import Any
 
+from rightrank.decision.run import Answers
 from rightrank.decision.sentences import number
 from rightrank.report.format import quantity, visible
 from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver, MetricAnswer
-
-NO_ANSWERS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +47,21 @@ class AnswerView:
         return [row for run, command in self.next_runs for row in (("next", run), ("", command or ""))]
 
 
-def answer_view(
-    decision: Decision | None, answers: Mapping[str, Any] = NO_ANSWERS, commands: Sequence[str | None] = ()
-) -> AnswerView:
-    """The view of a decision and of `answers`, the object of `decision.json`; `commands` are those of the next runs.
-
-    Results that come from no run have a decision alone.
-    """
-    adapter, asked = answers.get("adapter_answer"), answers.get("goal") != "adapter"
+def answer_view(answers: Answers, commands: Sequence[str | None] = ()) -> AnswerView:
+    """The answers in words; `commands` are those of the next runs."""
+    decision, adapter, asked = answers.decision, answers.adapter, answers.goal != "adapter"
     rank = "not known yet" if decision is None else decision.rank or decision.verdict.replace("_", " ")
     missing = "not asked (--goal adapter)."
     if decision is None and asked:
-        so_far = quantity(answers["cost"]["trainings"], "training")
+        so_far = quantity(answers.trainings, "training")
         missing = f"{so_far} so far. A comparison needs two ranks with a result."
     return AnswerView(
-        adapter_headline=f"Adapter: rank {adapter['rank']}" if adapter else "",
+        adapter_headline=f"Adapter: rank {adapter.answer.rank}" if adapter else "",
         rank_headline="" if not asked or not (adapter or decision) else f"Training rank: {rank}",
-        adapter=answers.get("adapter_sentence") or "",
+        adapter=adapter.answer.sentence if adapter else "",
         adapter_notes=tuple(filter(None, _adapter_notes(answers))),
         training_rank=decision.sentence if decision is not None else missing,
-        estimate=(answers.get("training_rank_estimate") or {}).get("sentence", ""),
+        estimate=answers.estimate.sentence if answers.estimate else "",
         verdict=""
         if decision is None
         else decision.verdict + (f" ({', '.join(decision.flags)})" if decision.flags else ""),
@@ -98,23 +90,23 @@ def labelled(rows: Iterable[tuple[str, str | None]], width: int) -> list[str]:
     return [f"{f'{label}:' if label else '':<{width - 1}} {text}" for label, text in rows if text]
 
 
-def _adapter_notes(answers: Mapping[str, Any]) -> list[str]:
-    guard, handed_over, making = (answers.get(name) for name in ("guard", "handed_over", "adapter_making"))
+def _adapter_notes(answers: Answers) -> list[str]:
+    if answers.adapter is None:
+        return []
+    guard, answer = answers.adapter.guard, answers.adapter.answer
     return [
-        f"It was {making}." if making else "",
-        _top_text(answers.get("adapter_answer")),
-        guard["sentence"] if guard else "",
-        _test_text(HandedOver.model_validate(handed_over)) if handed_over else "",
+        f"It was {answers.making}." if answers.making else "",
+        _top_text(answer) if answer.keeps_the_top else "",
+        guard.sentence if guard else "",
+        _test_text(answers.adapter.handed_over),
     ]
 
 
-def _top_text(answer: Mapping[str, Any] | None) -> str:
+def _top_text(answer: AdapterAnswer) -> str:
     """What would show whether a larger top is better, where even its largest truncation loses more than the margin."""
-    if answer is None or not AdapterAnswer.model_validate(answer).keeps_the_top:
-        return ""
     return (
-        f"Rank {answer['rank']} is the largest that was trained, so a larger one may be better: --extend trains rank "
-        f"{2 * answer['rank']} too, for about the price of this answer."
+        f"Rank {answer.rank} is the largest that was trained, so a larger one may be better: --extend trains rank "
+        f"{2 * answer.rank} too, for about the price of this answer."
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.decision.adapter import making_of
-from rightrank.decision.run import Records, document
+from rightrank.decision.run import Answers, Records
 from rightrank.models.places import CLASSIFIER_FILE
 from rightrank.models.ranks import peft_scaling
 from rightrank.report.answer import answer_view
@@ -42,8 +42,7 @@ MAX_NUMBERS = 200  # rows of a figure's numbers; its CSV file has all of them
 
 def render_report(
     records: Records,
-    decision: Decision | None,
-    answers: Mapping[str, Any] | None = None,
+    answers: Answers,
     further_figures: Sequence[Figure] = (),
     *,
     run: str = "RUN",
@@ -52,14 +51,12 @@ def render_report(
     """The report as one HTML document.
 
     Args:
-        records: what the journal holds.
-        decision: the decision, or the one so far; None without one.
-        answers: the object of decision.json; None for that of a run which asks for both answers.
+        answers: those of the records, or those so far.
         further_figures: shown after those of the records and the decision.
         run: the run folder, as commands name it.
         exports: names of the folders below `exports/` beside the report.
     """
-    adapter = records.adapters[-1] if records.adapters else None
+    adapter, decision, started = answers.adapter, answers.decision, records.started
     plots = {figure.name: figure for figure in (*figures_of(records, decision), *further_figures)}
     slider = None if decision is None else margin_slider(decision)
     script = _asset("figures.js") + "\n" + _asset("page.js")
@@ -67,18 +64,17 @@ def render_report(
         templates()
         .get_template("report.html")
         .render(
-            started=records.started,
-            subject=_subject_text(records.started),
+            started=started,
+            chosen=records.settings,
+            subject=_subject_text(started),
             use_it=_use_it(adapter.handed_over, records) if adapter else None,
             export_command=shlex.join(["rightrank", "export", run, "--to", "trl"]),
             exports=exports,
-            settings=[
-                (name, json.dumps(value, ensure_ascii=False)) for name, value in records.started.settings.items()
-            ],
+            settings=[(name, json.dumps(value, ensure_ascii=False)) for name, value in started.settings.items()],
             decision=decision,
-            view=answer_view(decision, answers or document(records, decision, "training-rank")),
+            view=answer_view(answers),
             adapter=adapter,
-            candidates=candidate_table(adapter.answer, records.started.metric) if adapter else [],
+            candidates=candidate_table(adapter.answer, started.metric) if adapter else [],
             confidence=_confidence_text(records, decision) if decision else "",
             cost=cost_sentence(records),
             evidence=evidence_table(decision) if decision else [],
@@ -92,7 +88,7 @@ def render_report(
             fold_rows=len(records.outcomes) > MAX_VISIBLE_ROWS,
             tests=_test_rows(records),
             not_tested=_not_tested(records, decision),
-            command=reproduce_command(records.started.settings),
+            command=reproduce_command(started.model_name, started.data_name, records.settings),
             **page_script(script, {"answer": slider and slider["data"]}),
         )
     )
@@ -174,8 +170,7 @@ def model_card(records: Records, decision: Decision | None) -> str:
     started, recorded = records.started, records.adapters[-1]
     answer = recorded.answer
     trial = records.by_id[answer.trial_id]
-    model = started.settings.get("model")
-    loading = loading_lines("this/folder", model if isinstance(model, str) else None, started.data.classes is not None)
+    loading = loading_lines("this/folder", started.model_name, started.data.classes is not None)
     template = templates(escaped=False).get_template("model_card.md")
     return template.render(
         started=started,
@@ -195,11 +190,11 @@ def model_card(records: Records, decision: Decision | None) -> str:
 
 def _subject_text(started: RunStarted) -> str:
     """Model and data in one line, with the number of examples."""
-    names = [str(started.settings.get(name) or "a custom trainer") for name in ("model", "data")]
+    if started.model_name is None or started.data_name is None:
+        return started.model_name or "a custom trainer"
+    names = started.model_name, started.data_name
     model, data = (PurePath(name).name if name.startswith((".", "/", "~")) else name for name in names)
     counts = ", ".join(f"{split.items:,} {split_name(name)}" for name, split in started.data.splits.items())
-    if "data" not in started.settings:
-        return names[0]
     return f"{model} on {data}" + (f": {counts} examples" if counts else "")
 
 
@@ -208,14 +203,12 @@ def _use_it(handed_over: HandedOver, records: Records) -> dict[str, str] | None:
 
     None for an adapter whose folder this package did not write.
     """
-    settings, trials = records.started.settings, records.by_id
-    answer = records.adapters[-1].answer
+    answer, trials, model = records.adapters[-1].answer, records.by_id, records.started.model_name
     trial, trained = trials.get(answer.trial_id), trials.get(answer.trained_id)
-    model = settings.get("model")
-    if trial is None or trained is None or records.started.is_own or not isinstance(model, str):
+    if trial is None or trained is None or records.started.is_own or model is None:
         return None
-    scaling: Any = settings.get("scaling", "alpha/r")
-    alpha, _ = peft_scaling(scaling, trained.lora_alpha, trained.rank)  # a truncation keeps its parent's alpha
+    # a truncation keeps its parent's alpha
+    alpha, _ = peft_scaling(records.settings.scaling, trained.lora_alpha, trained.rank)
     loading = loading_lines("adapter", model, records.started.data.classes is not None)
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({_base_arguments(model)})"
     return {
@@ -252,7 +245,7 @@ def _test_rows(records: Records) -> list[tuple[str, TestEvaluated]]:
 
 def _not_tested(records: Records, decision: Decision | None) -> list[str]:
     """The limits of the evidence, one sentence each."""
-    settings = records.started.settings
+    settings = records.settings
     ranks = sorted({trial.rank for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct})
     limits: list[str] = []
     if ranks:
@@ -264,10 +257,10 @@ def _not_tested(records: Records, decision: Decision | None) -> list[str]:
         )
     others = [answer.metric for answer in decision.other_metrics] if decision else []
     limits.append(f"Metrics other than {', '.join([records.started.metric, *others])}; other data, prompts or models.")
-    if "target_modules" in settings:
+    if "target_modules" in settings.model_fields_set:
         limits.append(
-            f"Target modules other than {_plain(settings['target_modules'])}; scalings other than "
-            f"{_plain(settings.get('scaling'))} with alpha {_plain(settings.get('lora_alpha'))}."
+            f"Target modules other than {','.join(settings.target_modules)}; scalings other than "
+            f"{settings.scaling} with alpha {settings.lora_alpha:g}."
         )
     if decision is not None and _seeds(decision) < 2:
         limits.append("Seed noise: each rank has one seed.")
@@ -277,14 +270,6 @@ def _not_tested(records: Records, decision: Decision | None) -> list[str]:
     if not records.tests:
         limits.append("The test split, which is evaluated at the end of the run.")
     return limits
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(_plain(part) for part in value)
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)
 
 
 def loading_lines(folder: str, base: str | None, is_classifier: bool) -> list[str]:

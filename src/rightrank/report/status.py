@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pydantic import Field
 
 from rightrank.decision.next_run import next_commands
-from rightrank.decision.run import Records, decision_so_far, document, trainings
+from rightrank.decision.run import Records, answers_of, decision_so_far, trainings
 from rightrank.report.answer import answer_view, labelled
 from rightrank.report.format import duration, quantity
 from rightrank.report.terminal import terminal_curve
@@ -74,7 +74,7 @@ def run_status(
     if goal == "adapter":
         decision = None
     commands = next_commands(records.started, decision, run)
-    view = answer_view(decision, document(records, decision, goal), commands)
+    view = answer_view(answers_of(records, decision, goal), commands)
     is_done = decided is not None or (goal == "adapter" and adapter is not None)
     state = "running" if locked else "done" if is_done else "stopped"
     return RunStatus(
@@ -103,8 +103,7 @@ def _resume(started: RunStarted, run: str) -> str | None:
     """The command that resumes a run; the end of a training has one of its own, and a function is called again."""
     if not started.is_own:
         return shlex.join(["rightrank", "select", "--out", run])
-    is_end = "version" not in started.settings  # of `train`
-    return shlex.join(["python", "-m", "rightrank.interop.smallest", run]) if is_end else None
+    return shlex.join(["python", "-m", "rightrank.interop.smallest", run]) if started.is_end else None
 
 
 def _at_work(journal: Sequence[JournalRecord], records: Records) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import log2
 from typing import TYPE_CHECKING, TypeAlias
 
+from rightrank.decision.run import Answers
 from rightrank.report.answer import answer_view, brief, labelled
 from rightrank.report.format import duration, size, visible
 from rightrank.report.tables import certainty_rows, evidence_table, table_lines
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def decision_text(decision: Decision, understood: list[str], width: int, commands: Sequence[str | None] = ()) -> str:
     """The whole decision, ready to print; `commands` are those of its next runs."""
-    view = answer_view(decision, commands=commands)
+    view = answer_view(Answers(decision), commands)
     read = [visible(f"read:    {'; '.join(understood)}")] if understood else []
     trained = [(evidence.rank, evidence.value) for evidence in decision.ranks if evidence.rank > 0]
     curve = terminal_curve(trained, width)

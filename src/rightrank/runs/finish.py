@@ -15,7 +15,7 @@ from rightrank.data.files import UnreadableError, read_json_object, replacing_fo
 from rightrank.decision.adapter import Criterion, adapter_answer, improved_by_training, test_difference, trained_answer
 from rightrank.decision.comparison import is_within
 from rightrank.decision.next_run import next_commands
-from rightrank.decision.run import Records, best_trial, checkpoint_of, compared, question_of, trainings
+from rightrank.decision.run import Records, best_trial, compared, criterion_of, trainings
 from rightrank.decision.table import best_point
 from rightrank.models.places import BASE_FILE
 from rightrank.runs.hook import FailingAs, Run
@@ -73,7 +73,6 @@ def finish(run: Run, decision: Decision | None) -> Selected:
         run.on_event(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
     with FailingAs("the answer"):
         selected = Selected(
-            decision,
             folder.path,
             Answer(records.adapters[-1].handed_over.rank, answer.sentence, folder.adapter) if saved else None,
             _training(run, decision),
@@ -154,24 +153,24 @@ def _final_answer(records: Records, decision: Decision | None) -> AdapterAnswer:
     Raises:
         AllTrialsFailedError: no training ended.
     """
-    question, plain = question_of(records), records.outcomes
-    known = records.adapters[-1].answer if records.adapters else adapter_answer(plain, question)
+    criterion, plain = criterion_of(records), records.outcomes
+    known = records.adapters[-1].answer if records.adapters else adapter_answer(plain, criterion)
     if known is not None:
-        return improved_by_training(known, plain, question) or known
+        return improved_by_training(known, plain, criterion) or known
     if decision is not None:
         ranks = (decision.rank_at_hand, decision.reference_rank)
         chosen, reference = (best_trial(records, decision, rank) for rank in ranks)
-        return trained_answer(chosen, question, reference)
+        return trained_answer(chosen, criterion, reference)
     direct = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct]
     if not direct:
         raise AllTrialsFailedError("no training at the top rank ended: give a larger budget, or lower learning rates")
-    sign = -1 if question.higher_is_better else 1
-    return trained_answer(min(direct, key=lambda trial: (-trial.rank, sign * trial.value)), question)
+    sign = -1 if criterion.higher_is_better else 1
+    return trained_answer(min(direct, key=lambda trial: (-trial.rank, sign * trial.value)), criterion)
 
 
 def _handed_over(records: Records, answer: AdapterAnswer, saved: Path) -> HandedOver:
     tests = {test.trial_id: test for test in records.tests}
-    test = test_difference(tests.get(answer.trial_id), tests.get(answer.reference_id), question_of(records))
+    test = test_difference(tests.get(answer.trial_id), tests.get(answer.reference_id), criterion_of(records))
     try:
         pattern = read_json_object(saved / CONFIG).get("rank_pattern")
     except UnreadableError:  # a custom trainer may write none
@@ -192,15 +191,15 @@ def _with_other_checkpoint(run: Run, runtime: Runtime, answer: AdapterAnswer) ->
     Of both, plain truncations count.
     """
     trained, folder = run.records.by_id[answer.trained_id], run.folder.other_checkpoint(answer.trained_id)
-    question = replace(question_of(run.records), margin=answer.margin)
+    criterion = replace(criterion_of(run.records), margin=answer.margin)
     children = [one for one in run.records.finished() if one.truncate_from == trained.trial_id and one.steps == 0]
-    ours = adapter_answer([trained, *children], question)
+    ours = adapter_answer([trained, *children], criterion)
     if answer.checkpoint is not None or ours is None or not folder.is_dir() or not trained.points:
         return answer
-    fall = abs(best_point(trained.points, question.higher_is_better).value - trained.points[-1].value)
-    if question.points_are_of_the_metric and is_within(fall, answer.margin):
+    fall = abs(best_point(trained.points, criterion.higher_is_better).value - trained.points[-1].value)
+    if criterion.points_are_of_the_metric and is_within(fall, answer.margin):
         return answer
-    theirs, used = _smallest_of(runtime, trained, children, folder, question), checkpoint_of(run.started)
+    theirs, used = _smallest_of(runtime, trained, children, folder, criterion), run.records.settings.checkpoint
     last, best = (ours.rank, theirs) if used == "last" else (theirs, ours.rank)
     note = CheckpointNote(used=used, last=last, best=best)
     told = f"By the last checkpoint of rank {trained.rank} the smallest truncation that holds has rank {last}, by the best {best}."
@@ -211,11 +210,11 @@ def _with_other_checkpoint(run: Run, runtime: Runtime, answer: AdapterAnswer) ->
 
 
 def _smallest_of(
-    runtime: Runtime, trained: TrialFinished, children: list[TrialFinished], checkpoint: Path, question: Criterion
+    runtime: Runtime, trained: TrialFinished, children: list[TrialFinished], checkpoint: Path, criterion: Criterion
 ) -> int:
     """The smallest plain truncation of the checkpoint that holds, measured as the run's `children` are, and not kept."""
     with adapter_attached(runtime, checkpoint):
-        others = [_scored_again(runtime, trained, question.metric)]
+        others = [_scored_again(runtime, trained, criterion.metric)]
     smallest = trained.rank
     with TemporaryDirectory(dir=checkpoint.parent) as working:
         moments = Path(working) / "moments.safetensors"
@@ -224,7 +223,7 @@ def _smallest_of(
             folders = TrialFolders(place.with_suffix(".tmp"), place, truncate_from=checkpoint, moments=moments)
             outcome = run_trial(runtime, Trial(trial_id=child.trial_id, arm=child.arm), None, folders, Listener())
             others = [*others, outcome] if isinstance(outcome, TrialFinished) else others
-            found = adapter_answer(others, question)
+            found = adapter_answer(others, criterion)
             smallest = trained.rank if found is None else found.rank
             if found is None or found.trial_id != child.trial_id:
                 break

@@ -154,10 +154,10 @@ def _resuming(request: Request, journal: Sequence[JournalRecord]) -> Request:
     if not isinstance(first, RunStarted):
         return request
     settings = request.settings
-    if "dtype" not in request.settings.model_fields_set and "dtype" in first.settings:
-        settings = settings.model_copy(update={"dtype": first.settings["dtype"]})  # what auto meant
-    last = settled_start(journal).settings.get("eval_items")
-    if isinstance(last, int) and last > (settings.eval_items or 0):
+    if "dtype" not in request.settings.model_fields_set:
+        settings = settings.model_copy(update={"dtype": first.select_settings.dtype})  # what auto meant
+    last = settled_start(journal).select_settings.eval_items
+    if last is not None and last > (settings.eval_items or 0):
         settings = settings.model_copy(update={"eval_items": last})  # examples are added, and never taken away
     return replace(request, settings=settings, begun=first.settings)
 

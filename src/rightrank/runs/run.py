@@ -19,7 +19,7 @@ from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Executor, FailingAs, Hook, Hooks, Run
 from rightrank.runs.plugins import merged
 from rightrank.runs.values import Asked, Plan, Prepared, Selected
-from rightrank.schema.decision import AdapterAnswer, Decision
+from rightrank.schema.decision import Decision
 from rightrank.schema.errors import (
     AllTrialsFailedError,
     DeviceMemoryError,
@@ -107,7 +107,8 @@ def _extended(request: Asked, run: Run, selected: Selected) -> Run | None:
         return None
     if set(wider.settings.ranks) == set(settings.ranks) and further.ranks != settings.ranks:
         return None  # the next rank does not fit the memory
-    why = selected.answers["adapter_sentence"] if selected.decided is None else selected.decided.sentence
+    said = selected.decided or (selected.answers.adapter and selected.answers.adapter.answer)
+    why = said.sentence if said else None
     rank = next(iter(sorted(set(further.ranks) - set(settings.ranks))), None)
     rate = next(iter(sorted(set(further.learning_rates) - set(settings.learning_rates))), 0.0)
     what = f"rank {rank}" if rank is not None else f"learning rate {rate:.3g}"
@@ -118,8 +119,8 @@ def extended(settings: SelectSettings, selected: Selected) -> SelectSettings | N
     """The settings with the rank above, or the learning rate beyond the edge; None where nothing is to be extended."""
     if not (settings.budget_hours is not None if settings.extend is None else settings.extend):
         return None
-    answer = selected.answers.get("adapter_answer")
-    if answer is not None and AdapterAnswer.model_validate(answer).keeps_the_top:
+    adapter = selected.answers.adapter
+    if adapter is not None and adapter.answer.keeps_the_top:
         return settings.model_copy(update={"ranks": (*settings.ranks, 2 * max(settings.ranks))})
     decision = selected.decided
     if decision is None or not (decision.verdict == "rising" or "lr_edge" in decision.flags):

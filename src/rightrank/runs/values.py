@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rightrank.data.rows import require_rows
 from rightrank.decision.adapter import probable_ranks, smallest_holding_truncation
-from rightrank.decision.run import Records, document
+from rightrank.decision.run import Answers, Records, answers_of
 from rightrank.models.places import require_model
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import merged
 from rightrank.schema.decision import AdapterCandidate, Decision, HandedOver, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, SettingsError
-from rightrank.schema.settings import Goal, SelectSettings, stored_settings
+from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.table import require_no_secret
 from rightrank.search import make_strategy
 from rightrank.search.history import space_of
@@ -136,12 +136,11 @@ def _training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
         return None
     low, high = probable_ranks(answer)
     where = f"{low}" if low == high else f"{low} to {high}"
-    unlimited = dict.fromkeys(("budget_trainings", "budget_steps", "budget_hours"))
-    settings = stored_settings({**records.started.settings, **unlimited, "goal": "training-rank"})
-    ranks = settings.ranks
+    ranks = records.settings.ranks
     compared = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
     steps = max((trial.steps for trial in records.finished() if trial.arm.is_direct), default=1) or 1
-    settings = settings.model_copy(update={"ranks": compared})
+    unlimited = dict.fromkeys(("budget_trainings", "budget_steps", "budget_hours"))
+    settings = records.settings.model_copy(update={**unlimited, "goal": "training-rank", "ranks": compared})
     space = space_of(settings, steps, token_loss=records.started.data.is_token_loss)
     cost = make_strategy(settings.strategy, space).cost()
     trainings = round(cost.expected - cost.to_adapter, 2)
@@ -156,9 +155,9 @@ def _training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
     return TrainingRankEstimate(low=low, high=high, trainings=trainings, sentence=sentence)
 
 
-def answers(records: Records, decision: Decision | None, goal: Goal) -> dict[str, Any]:
-    """Both answers as one JSON object; with goal "adapter", an estimate in place of the second."""
-    return document(records, decision, goal, _training_rank_estimate(records) if goal == "adapter" else None)
+def answers(records: Records, decision: Decision | None, goal: Goal) -> Answers:
+    """Both answers; with goal "adapter", an estimate in place of the second."""
+    return answers_of(records, decision, goal, _training_rank_estimate(records) if goal == "adapter" else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +173,12 @@ class Answer:
 class Selected:
     """The result of a selection: both answers, and where run folder, adapter and report are."""
 
-    decided: Decision | None  # of the training rank; None with goal "adapter"
     run: Path
     # The smallest adapter within the margin, in `adapter/`; None if a custom trainer saved none.
     adapter: Answer | None
     training: Answer | None  # the rank to train at; None with goal "adapter"
     report: Path
-    answers: Mapping[str, Any]  # both answers, as in decision.json
+    answers: Answers  # both; its `document()` is the object of decision.json
     # Each next run as a command that can be pasted, where one continues this run.
     next_commands: Sequence[str | None] = ()
     adapters: list[AdapterCandidate] = field(default_factory=list)  # every adapter of the run against the reference
@@ -193,8 +191,12 @@ class Selected:
     @property
     def handed_over(self) -> HandedOver | None:
         """What the adapter's folder holds; None without one."""
-        found = self.answers["handed_over"]
-        return None if found is None else HandedOver.model_validate(found)
+        return None if self.answers.adapter is None else self.answers.adapter.handed_over
+
+    @property
+    def decided(self) -> Decision | None:
+        """The decision on the training rank; None with goal "adapter"."""
+        return self.answers.decision
 
     @property
     def decision(self) -> Decision:
@@ -213,8 +215,7 @@ class Selected:
     @property
     def cost(self) -> Mapping[str, float | None]:
         """`trainings`: optimizer steps of all trials over those of one training; `trainings_to_adapter`: up to the first answer."""
-        found: Mapping[str, float | None] = self.answers["cost"]
-        return found
+        return self.answers.cost
 
     def __repr__(self) -> str:
         """The ranks and where they are, on one line; `print` shows the answers."""
@@ -241,7 +242,7 @@ class Selected:
         """Both answers in words."""
         from rightrank.report.answer import answer_view
 
-        return answer_view(self.decided, self.answers, self.next_commands)
+        return answer_view(self.answers, self.next_commands)
 
     def _repr_html_(self) -> str:
         """The answers with their figures, as the run's folder has them."""

@@ -13,15 +13,13 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.table import Setting
 
 
-def reproduce_command(settings: Mapping[str, Any]) -> str | None:
-    """The command that repeats a run with these settings; None if the model or the data were objects in memory."""
-    model, data = settings.get("model"), settings.get("data")
-    if not isinstance(model, str) or not isinstance(data, str) or "in memory" in (model + data):
+def reproduce_command(model: str | None, data: str | None, settings: SelectSettings) -> str | None:
+    """The command that repeats a run; None if the model or the data were objects in memory, or an own trainer's."""
+    if model is None or data is None or "in memory" in (model + data):
         return None
     arguments: list[str] = []
     for name, row in SelectSettings.model_fields.items():
-        value = settings.get(name)
-        value = tuple(value) if isinstance(value, list) else value
+        value = getattr(settings, name)
         if value is not None and value != row.default:
             arguments += arguments_of(name, row, value)
     return shlex.join(["rightrank", "select", model, data, "--out", "run", *arguments])

@@ -8,6 +8,7 @@ from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
 from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
 from rightrank.schema.errors import MAX_WHOLE
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import (
     SCHEMA_VERSION,
     Record,
@@ -108,6 +109,40 @@ class RunStarted(Record):
     def is_own(self) -> bool:
         """Whether a trainer of one's own has model and data."""
         return "trainer" in self.settings
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it is the end of a training of one's own, and not a function that trains."""
+        return self.is_own and "version" not in self.settings
+
+    @property
+    def is_rl(self) -> bool:
+        return self.settings.get("profile") == "rl"
+
+    @property
+    def select_settings(self) -> SelectSettings:
+        """The settings by their names; one that an own trainer does not state is as by default."""
+        stated = self.settings | (
+            {"higher_is_better": []} if self.is_own else {}
+        )  # of its metric alone, as a truth value
+        return SelectSettings.stored(stated)
+
+    @property
+    def model_name(self) -> str | None:
+        """None: a trainer of one's own has the model."""
+        return self._name("model")
+
+    @property
+    def data_name(self) -> str | None:
+        return self._name("data")
+
+    @property
+    def trainer(self) -> str | None:
+        return self._name("trainer")
+
+    def _name(self, key: str) -> str | None:
+        value = self.settings.get(key)
+        return value if isinstance(value, str) else None
 
     type: Literal["run_started"] = "run_started"
     schema_version: Whole = SCHEMA_VERSION

@@ -628,11 +628,6 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
         return steps
 
 
-def stored_settings(values: Mapping[str, Any]) -> SelectSettings:
-    """The settings of a run from what its journal holds, which also has the model, the data and an own trainer."""
-    return SelectSettings(**{name: value for name, value in values.items() if name in SelectSettings.model_fields})
-
-
 # Settings that say which rows are in which split.
 OF_SPLITS = ("columns", "group", "validation", "test_fraction", "validation_fraction", "eval_items")
 # Settings that choose trials and judge them, and change no trial: a run folder may be continued with other values.

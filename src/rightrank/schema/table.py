@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
@@ -119,12 +119,25 @@ class Settings:
     def _require_consistent(self) -> None:
         """Refuse values that don't go together, with ValueError."""
 
+    @classmethod
+    def stored(cls, values: Mapping[str, Any]) -> Self:
+        """The settings among what a journal holds, which `model_dump` wrote in the mode `json`: they are not checked again."""
+        known = {name: value for name, value in values.items() if name in cls.model_fields}
+        return cls._of(
+            {name: row.default for name, row in cls.model_fields.items()}
+            | {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()},
+            known.keys(),
+        )
+
+    @classmethod
+    def _of(cls, values: Mapping[str, Any], given: Collection[str]) -> Self:
+        settings = object.__new__(cls)
+        settings.__dict__.update(values, model_fields_set=frozenset(given))
+        return settings
+
     def model_copy(self, *, update: Mapping[str, Any]) -> Self:
         """The same with some values changed, which are not checked."""
-        copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__ | dict(update))
-        copy.__dict__["model_fields_set"] = self.model_fields_set | update.keys()
-        return copy
+        return self._of(self.__dict__ | dict(update), self.model_fields_set | update.keys())
 
     def model_dump(self, *, mode: str = "python", include: Iterable[str] | None = None) -> dict[str, Any]:
         """The values by name; in the mode `json`, tuples as lists."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rightrank import decide
+from rightrank.decision.run import Answers
 from rightrank.plugins.judge.judgements import Judgement, clustered_mean, decide_judged
 from rightrank.report.answer import answer_view
 from rightrank.report.tables import evidence_table
@@ -65,7 +66,7 @@ def test_the_best_so_far_is_the_rank_that_wins_most_often() -> None:
     found = decide(rows({4: 0.55, 1: 0.5}, prompts=40), margin=0.05).decision
     assert (found.rank, found.fallback_rank, found.best_so_far) == (None, None, 4)
     assert evidence_table(found)[-1][3:] == ["reference", "", "reference", "1"]
-    assert "rank 4 came out best so far" in answer_view(found).safe_choice
+    assert "rank 4 came out best so far" in answer_view(Answers(found)).safe_choice
 
 
 def test_a_lower_rank_is_not_tested_beyond_one_that_fails() -> None:
