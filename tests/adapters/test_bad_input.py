@@ -170,7 +170,7 @@ def test_a_checkpoint_with_nan(capsys: pytest.CaptureFixture[str], base: Path, t
 
 
 def test_figures_and_plots(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
-    assert "ends in .svg" in complaint(capsys, "inspect", adapter, "--plot", tmp_path / "x.pdf")
+    assert "written as .svg, .pdf or .png" in complaint(capsys, "inspect", adapter, "--plot", tmp_path / "x.gif")
 
 
 @pytest.mark.plug_in("allocate")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from rightrank.cli import cli, main
+from rightrank.schema.errors import MissingExtraError
 
 
 @pytest.fixture
@@ -44,10 +46,18 @@ def test_the_table_says_what_was_understood_and_what_to_do(table: Path) -> None:
         assert part in answer.stdout
 
 
-def test_plot_writes_a_picture(table: Path) -> None:
-    target = table.with_name("curve.svg")
+@pytest.mark.parametrize(("ending", "begins"), [("svg", b"<svg xmlns="), ("pdf", b"%PDF-"), ("PNG", b"\x89PNG")])
+def test_plot_writes_a_picture(table: Path, ending: str, begins: bytes) -> None:
+    target = table.with_name(f"curve.{ending}")
     assert CliRunner().invoke(cli, ["decide", str(table), "--plot", str(target)]).exit_code == 0
-    assert target.read_text(encoding="utf-8").startswith("<svg xmlns=")
+    assert target.read_bytes().startswith(begins)
+
+
+def test_a_picture_without_its_extra_is_refused(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    done = CliRunner().invoke(cli, ["decide", str(table), "--plot", str(table.with_name("curve.pdf"))])
+    assert isinstance(done.exception, MissingExtraError)
+    assert "pip install 'rightrank[figures]'" in str(done.exception)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +67,7 @@ def test_plot_writes_a_picture(table: Path) -> None:
         (["--margin", "nan"], "margin nan is not allowed"),
         (["--metric", "nothing_like_it", "--columns", "value=x"], "has no column 'x'"),
         (["--columns", "rank"], "give NAME=COLUMN"),
-        (["--plot", "curve.pdf"], "ends in .svg"),
+        (["--plot", "curve.gif"], "written as .svg, .pdf or .png"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from rightrank.api.runs import write_report
 from rightrank.decision.run import Records, decide_run, decision_so_far
 from rightrank.report.figure import Figure, log_ticks
 from rightrank.report.figures import figures_of, margin_steps, rank_figure
 from rightrank.report.svg import inline_svg, svg_file, write_figures
 from rightrank.schema.decision import Decision
-from tests.report.runs import made_up_run
+from rightrank.schema.errors import SettingsError
+from tests.report.runs import answered_folder, made_up_run
 
 
 def decision() -> Decision:
@@ -135,6 +137,19 @@ def test_every_figure_is_written_as_svg_and_csv(tmp_path: Path) -> None:
         assert rows[0] == list(figure.columns)
         assert len(rows) == len(figure.rows) + 1
     assert svg_file(figures[0]) == svg_file(figures[0])
+
+
+def test_further_formats_of_every_figure(tmp_path: Path) -> None:
+    run = answered_folder(tmp_path / "run")
+    write_report(run, ["pdf", "png"])
+    names = {path.stem for path in (run / "figures").glob("*.svg")}
+    assert names
+    for ending, begins in (("pdf", b"%PDF-"), ("png", b"\x89PNG")):
+        files = list((run / "figures").glob(f"*.{ending}"))
+        assert {path.stem for path in files} == names
+        assert all(path.read_bytes().startswith(begins) for path in files)
+    with pytest.raises(SettingsError, match=r"written as .svg, .pdf or .png"):
+        write_report(run, ["gif"])
 
 
 def test_names_from_outside_can_not_break_a_drawing() -> None:

@@ -12,28 +12,35 @@ from rightrank.decision import rule
 from rightrank.decision.next_run import next_commands
 from rightrank.decision.run import Answers, Records, comparable, decide_on, decision_so_far, metrics_of, records_of
 from rightrank.decision.table import other_tables, table_of_results
-from rightrank.models.places import CONFIG_FILE
+from rightrank.models.places import CONFIG_FILE, hub_errors
 from rightrank.report.answer import answer_view, labelled, notebook_html
 from rightrank.report.status import RunStatus, last_decided, run_status
 from rightrank.runs import plugins
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.runs.journal import Repaired, collector_paused
 from rightrank.schema.decision import Decision
-from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
+from rightrank.schema.errors import ResultsError, RunError, RunFolderError, SettingsError, first_line
 from rightrank.schema.events import Evaluating, JournalRecord
 from rightrank.schema.metrics import Checkpoint
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 
 if TYPE_CHECKING:  # what each verb alone needs is imported by it: `status` is to be quick
+    from pandas import DataFrame
+
     from rightrank.interop.exports import Exported
 
 
-def write_report(run: str | Path) -> Path:
+def write_report(run: str | Path, figures: Sequence[str] = ()) -> Path:
     """Write `report.html` and the figures of a run again, from its journal alone.
+
+    Args:
+        figures: further formats of the figures beside SVG: pdf, png.
 
     Raises:
         RunFolderError: no run there.
+        SettingsError: another format.
+        MissingExtraError: a format that needs the extra `figures`.
     """
     from rightrank.hooks.report import write_report as write_views
     from rightrank.report.figures import figures_of
@@ -46,8 +53,59 @@ def write_report(run: str | Path) -> Path:
         decision = decision_so_far(records) if (decided := last_decided(journal)) is None else decided.decision
     with report_disk_errors(folder.path):
         further = write_views(folder, records, answers(records, decision, goal))
-        write_figures(folder.figures, [*figures_of(records, decision), *further])
+        write_figures(folder.figures, [*figures_of(records, decision), *further], figures)
     return folder.report
+
+
+def to_pandas(run: str | Path, *, examples: bool = False) -> DataFrame:
+    """Return the trials of a run as a table, or with `examples` the scores of their held-out examples.
+
+    Args:
+        examples: a row for each held-out example of each finished trial, in place of one for each trial.
+
+    Raises:
+        RunFolderError: no run there.
+    """
+    from rightrank.report.tables import trials_frame
+
+    _, _, records = _opened(run, settled=True)
+    return trials_frame(records.outcomes, examples)
+
+
+def push_to_hub(run: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+    """Upload a run's adapter with its card to the Hugging Face hub, and return its address.
+
+    Args:
+        repo_id: `OWNER/NAME`; made where it does not exist.
+        private: of a new repository.
+        token: None for that of `hf auth login`.
+
+    Raises:
+        RunFolderError: no run there, or one without an adapter.
+        SettingsError: the hub refuses the name or the token.
+        RunError: the hub can't be reached, or refuses the upload.
+    """
+    return upload(export(run, "peft").folder, repo_id, private=private, token=token)
+
+
+def upload(adapter: Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+    """Upload a folder with an adapter and its card; see `push_to_hub`."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+
+    hub = HfApi(token=token)
+    try:
+        made = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        hub.upload_folder(repo_id=made, folder_path=adapter, commit_message="Upload the LoRA adapter")
+    except (HFValidationError, LocalTokenNotFoundError) as error:
+        raise SettingsError(
+            f"{repo_id}: {first_line(error)}; give OWNER/NAME, and log in with: hf auth login"
+        ) from None
+    except hub_errors() as error:
+        raise RunError(
+            f"{repo_id}: not uploaded ({first_line(error)}); the files are in {adapter}: try again"
+        ) from None
+    return f"{hub.endpoint}/{made}"
 
 
 def begun_as(run: str | Path) -> dict[str, object]:

@@ -32,7 +32,9 @@ EXIT = {"not_worse": 0, "worse": 3, "broken": 3, "cannot_tell": 4}
 @click.option(
     "--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, compared with --base."
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the effective rank by layer to this .svg file.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw the effective rank by layer to this .svg, .pdf or .png file."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def _inspect(plot: Path | None, as_json: bool, **places: Path | None) -> None:
     """Show the singular spectrum of every module of a LoRA ADAPTER.

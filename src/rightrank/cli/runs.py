@@ -34,15 +34,16 @@ TARGETS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "vllm", "merged"
     "report", short_help="Write the report and figures of a run again.", epilog="Example: rightrank report run"
 )
 @click.argument("run", type=click.Path(path_type=Path))
+@click.option("--figures", callback=comma, help="Write the figures in these formats too: pdf, png.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report's path as one JSON object.")
-def _report(run: Path, as_json: bool) -> None:
+def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
     """Write report.html and the figures of RUN again, from its journal alone.
 
     While a selection runs, the report shows what is known so far.
     """
     from rightrank.api import runs as api
 
-    path = api.write_report(run)
+    path = api.write_report(run, figures or ())
     click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
 
 
@@ -54,6 +55,7 @@ def _report(run: Path, as_json: bool) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--to", required=True, help=f"{', '.join(TARGETS[:-1])}, or {TARGETS[-1]}.")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
+@click.option("--push-to-hub", metavar="OWNER/NAME", help="peft: upload it with its card; a new repository is private.")
 @click.option(
     "--check",
     multiple=True,
@@ -72,7 +74,14 @@ def _report(run: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")
 def _export(
-    run: Path, to: str, out: Path | None, assignments: tuple[str, ...], as_json: bool, quiet: bool, **whole: Any
+    run: Path,
+    to: str,
+    out: Path | None,
+    push_to_hub: str | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    **whole: Any,
 ) -> int:
     """Write what another program needs to train with RUN's rank or to serve its adapter.
 
@@ -81,17 +90,21 @@ def _export(
     """
     from rightrank.api import runs as api
     from rightrank.cli.adapters import EXIT, progress_view
+    from rightrank.schema.errors import SettingsError
     from rightrank.schema.settings import SelectSettings
 
+    if push_to_hub is not None and to != "peft":
+        raise SettingsError(f"--push-to-hub uploads an adapter with its card; it goes with --to peft, not {to}")
     settings = SelectSettings(**gather(None, assignments, {})) if assignments else None
     with progress_view(quiet, log_json=False) as view:
         exported = api.export(run, to, out, settings=settings, on_event=view.on_event, **whole)
+    address = None if push_to_hub is None else api.upload(exported.folder, push_to_hub)
     if as_json:
-        click.echo(json.dumps(asdict(exported) | {"folder": str(exported.folder)}))
+        click.echo(json.dumps(asdict(exported) | {"folder": str(exported.folder), "address": address}))
     else:
         for note in exported.notes:
             click.echo(f"note: {note}", err=True)
-        click.echo(f"cd {exported.folder} && {exported.command}")
+        click.echo(address or f"cd {exported.folder} && {exported.command}")
     return 0 if exported.check is None else EXIT[exported.check["verdict"]]
 
 
@@ -162,7 +175,9 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
     type=click.Choice(["last", "best"]),
     help="Which evaluation of each training counts, where there are several; by default that of the run, else the last.",
 )
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve to this .svg file.")
+@click.option(
+    "--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve to this .svg, .pdf or .png file."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 def _decide(results: Path, plot_file: Path | None, as_json: bool, **asked: Any) -> None:
     """Decide on finished trainings, whoever ran them.

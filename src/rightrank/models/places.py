@@ -89,10 +89,7 @@ def _require_on_hub(name: str, path: Path) -> None:
     """Refuse a name that is no model of the hub, at the first answer: loading would try again for a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # The errors of the client derive from those of an HTTP library that differs between versions.
-    unanswered: tuple[type[BaseException], ...] = (OSError, HFValidationError, *HfHubHTTPError.__bases__)
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
@@ -101,11 +98,18 @@ def _require_on_hub(name: str, path: Path) -> None:
                 f"{name}: no such folder{_nearest_folder(path)}, and the hub is switched off (HF_HUB_OFFLINE)"
             )
         HfApi().model_info(name, timeout=HUB_SECONDS)
-    except unanswered as error:
+    except hub_errors() as error:
         raise ModelError(
             f"{name}: no such folder{_nearest_folder(path)}, and no model that the hub answers for ({first_line(error)}); "
             "give a model folder, a GGUF file, or a hub name"
         ) from None
+
+
+def hub_errors() -> tuple[type[BaseException], ...]:
+    """What a call of the hub raises: the client's errors derive from those of an HTTP library that differs between versions."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    return (OSError, HFValidationError, *HfHubHTTPError.__bases__)
 
 
 def _nearest_folder(path: Path) -> str:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -174,6 +175,7 @@ def model_card(records: Records, decision: Decision | None) -> str:
     template = templates(escaped=False).get_template("model_card.md")
     return template.render(
         started=started,
+        base_model=name if (name := started.model_name) and _is_hub_name(name) else None,
         trial=trial,
         decision=decision,
         evidence=evidence_table(decision) if decision is not None else [],
@@ -186,6 +188,11 @@ def model_card(records: Records, decision: Decision | None) -> str:
         picture=PICTURE,
         curve=CURVE,
     )
+
+
+def _is_hub_name(model: str) -> bool:
+    """Whether the hub knows it, as far as the name says: it refuses a card whose base is a folder."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model) is not None and not Path(model).exists()
 
 
 def _subject_text(started: RunStarted) -> str:

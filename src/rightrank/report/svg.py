@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
@@ -17,14 +17,16 @@ from math import ceil, floor, log10
 from pathlib import Path
 from textwrap import wrap
 
-from rightrank.data.files import write_text
+from rightrank.data.files import replacing, write_text
 from rightrank.report.figure import MAX_LABELS, Axis, Figure, Part, Series, Tone, colour_name, parts_of
 from rightrank.report.format import visible
-from rightrank.schema.errors import SettingsError
+from rightrank.schema.errors import MissingExtraError, SettingsError
 
 WIDTH, HEIGHT = 460, 290  # of a drawing in its own units, which are pixels at its natural size
 LEFT, RIGHT, TOP, BOTTOM = 66, 12, 8, 46  # its margins
 FONT, LETTER, LINE = 12, 6.6, 17  # of texts: the size, the mean width of a letter, the height of a line
+FORMATS = ("svg", "pdf", "png")
+PIXELS = 3  # of a PNG file for each unit of the drawing
 SWATCH = 30  # the width of a legend's sign with the space behind it
 # Colours of a file; in the page, the variables of its style sheet take their place.
 COLOURS = {
@@ -214,24 +216,49 @@ def _text(value: str) -> str:
     return escape(visible(value))
 
 
-def write_figures(folder: Path, figures: Sequence[Figure]) -> None:
-    """`folder/<name>.svg` and `.csv` of each figure. Each file is replaced as a whole."""
+def write_figures(folder: Path, figures: Sequence[Figure], formats: Collection[str] = ()) -> None:
+    """`folder/<name>.svg`, `.csv` and further formats (pdf, png) of each figure. Each file is replaced as a whole.
+
+    Raises:
+        SettingsError: another format.
+        MissingExtraError: vl-convert, which makes them, is not installed.
+    """
     for figure in figures:
-        write_text(folder / f"{figure.name}.svg", svg_file(figure))
+        for ending in ("svg", *formats):
+            _write(folder / f"{figure.name}.{ending}", figure, ending)
         numbers = StringIO()
         csv.writer(numbers, lineterminator="\n").writerows([figure.columns, *figure.rows])
         write_text(folder / f"{figure.name}.csv", numbers.getvalue())
 
 
 def write_plot(figure: Figure, path: Path) -> None:
-    """Draw one figure to `path`.
+    """Draw one figure to a file that ends in `.svg`, `.pdf` or `.png`.
 
     Raises:
-        SettingsError: the file does not end in `.svg`, or it can't be written.
+        SettingsError: another ending, or a file that can't be written.
+        MissingExtraError: as `write_figures`.
     """
-    if path.suffix.lower() != ".svg":
-        raise SettingsError(f"--plot {path}: give a file that ends in .svg")
     try:
-        write_text(path, svg_file(figure))
+        _write(path, figure, path.suffix.lower().removeprefix("."))
     except OSError as error:
         raise SettingsError(f"--plot {path}: can't write there ({error.strerror or error})") from None
+
+
+def _write(path: Path, figure: Figure, ending: str) -> None:
+    if ending not in FORMATS:
+        raise SettingsError(f"{path}: figures are written as .svg, .pdf or .png; give a file that ends in one of them")
+    drawing = svg_file(figure)
+    made = drawing.encode() if ending == "svg" else _converted(drawing, ending)
+    with replacing(path) as temporary:
+        temporary.write_bytes(made)
+
+
+def _converted(drawing: str, ending: str) -> bytes:
+    try:
+        import vl_convert
+    except ModuleNotFoundError:
+        raise MissingExtraError(
+            f"a figure as .{ending} needs vl-convert; install it with: pip install 'rightrank[figures]'"
+        ) from None
+    made: bytes = vl_convert.svg_to_pdf(drawing) if ending == "pdf" else vl_convert.svg_to_png(drawing, scale=PIXELS)
+    return made

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rightrank.decision.comparison import is_within
 from rightrank.decision.sentences import chance
 from rightrank.report.answer import brief
 from rightrank.report.format import visible
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, RankEvidence
+from rightrank.schema.trials import TrialFinished, TrialOutcome
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 FLAGS = {
     "underpowered": "the data cannot show this",
@@ -142,3 +147,44 @@ def table_lines(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> li
         ).rstrip()
         for row in rows
     ]
+
+
+_OF_TRIAL = (
+    "train_value", "trainable_parameters", "train_seconds", "train_tokens", "eval_seconds", "peak_bytes", "reason",
+)  # fmt: skip
+
+
+def trials_frame(outcomes: Iterable[TrialOutcome], examples: bool) -> DataFrame:
+    """A row for each trial with its metrics, or for each held-out example of each finished one with its scores."""
+    from pandas import DataFrame, concat
+
+    parts = [DataFrame(_example_columns(trial) if examples else [_trial_row(trial)]) for trial in outcomes]
+    parts = [part for part in parts if len(part)]
+    return concat(parts, ignore_index=True) if parts else DataFrame()
+
+
+def _identity(trial: TrialOutcome) -> dict[str, Any]:
+    stage = "base" if trial.rank == 0 else trial.arm.stage() or "whole"
+    arm = {name: getattr(trial, name) for name in ("rank", "learning_rate", "lora_alpha", "seed", "steps")}
+    return {"trial_id": trial.trial_id, "stage": stage, **arm}
+
+
+def _trial_row(trial: TrialOutcome) -> dict[str, Any]:
+    measured = dict(trial.metrics) if isinstance(trial, TrialFinished) else {}
+    known = {name: getattr(trial, name) for name in _OF_TRIAL if hasattr(trial, name)}
+    return {**_identity(trial), "status": trial.type.removeprefix("trial_"), **measured, **known}
+
+
+def _example_columns(trial: TrialOutcome) -> dict[str, Any]:
+    """Columns of one length: a token's loss, as the metric has it, and its weight."""
+    if not isinstance(trial, TrialFinished):
+        return {}
+    scores = {metric: items for metric in trial.metrics if (items := trial.items(metric)) is not None}
+    if not scores:
+        return {}
+    columns: dict[str, Any] = {"item": range(len(next(iter(scores.values()))[0]))}
+    for metric, (sums, weights) in scores.items():
+        columns[metric] = [total / weight if weight else None for total, weight in zip(sums, weights, strict=True)]
+    if trial.item_groups is not None:
+        columns["group"] = trial.item_groups
+    return {**_identity(trial), **columns, "tokens": next(iter(scores.values()))[1]}

@@ -21,6 +21,7 @@ from rightrank.search import make_strategy
 from rightrank.search.history import space_of
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rightrank.report.answer import AnswerView
@@ -236,6 +237,18 @@ class Selected:
             rows.append(("folder", f"{self.adapter.path}  (rank {self.adapter.rank})"))
         rows.append(("report", str(self.report)))
         return "\n".join(labelled(rows, 15))
+
+    def to_pandas(self, *, examples: bool = False) -> DataFrame:
+        """The trials as a table, or the scores of their held-out examples; see `rightrank.to_pandas`."""
+        from rightrank.api.runs import to_pandas
+
+        return to_pandas(self.run, examples=examples)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload the adapter with its card; see `rightrank.push_to_hub`."""
+        from rightrank.api.runs import push_to_hub
+
+        return push_to_hub(self.run, repo_id, private=private, token=token)
 
     @property
     def view(self) -> AnswerView:
