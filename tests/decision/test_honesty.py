@@ -175,7 +175,7 @@ def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
     below = decide(table_of(whole, "loss", False, looks=[looked(top, 3e-4)]), 0.02)
     assert "lr_edge" in below.flags  # the best is the highest that was tried
     run = next(run for run in below.next_runs if run.action == "rates")
-    assert run.learning_rates == [pytest.approx(1e-3**2 / 3e-4)]
+    assert run.learning_rates == [pytest.approx(3e-3)]
     diverged = TrialDiverged(
         trial_id="x", **top.arm.model_copy(update={"learning_rate": 3e-3}).model_dump(), step=3, reason="NaN"
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -185,6 +186,32 @@ def test_a_best_learning_rate_at_the_edge_is_flagged_and_the_next_one_named() ->
     assert "lr_edge" in decision.flags
     run = next(run for run in decision.next_runs if run.action == "rates")
     assert run.learning_rates == [pytest.approx(9e-3)]
+
+
+@pytest.mark.parametrize(
+    ("rates", "slope", "suggested"),
+    [
+        ((1e-3, 3e-3, 1e-2), -1, 3e-2),  # and not 0.0333…
+        ((1e-3, 3e-3, 1e-2), 1, 3e-4),
+        ((2e-4, 4e-4), -1, 8e-4),
+        ((1e-4, 1.2e-4), -1, 1.44e-4),  # a round number would be no step
+    ],
+)
+def test_a_suggested_learning_rate_is_a_round_number(rates: Sequence[float], slope: int, suggested: float) -> None:
+    cells = {(rank, rate, 0): Cell("t", 0.0, *_one(2.0 + slope * rate)) for rank in (1, 4) for rate in rates}
+    run = next(run for run in decide(ScoreTable("loss", False, cells), 1e-6).next_runs if run.action == "rates")
+    assert run.learning_rates == [pytest.approx(suggested)]
+
+
+def test_a_suggested_learning_rate_is_one_that_another_rank_has() -> None:
+    rates = {1: (1e-3, 3e-3, 1e-2, 3.1e-2), 4: (1e-3, 3e-3, 1e-2)}
+    cells = {
+        (rank, rate, 0): Cell("t", 0.0, *_one(2.0 - rank * min(rate, 0.011)))
+        for rank, of_rank in rates.items()
+        for rate in of_rank
+    }
+    run = next(run for run in decide(ScoreTable("loss", False, cells), 1e-3).next_runs if run.action == "rates")
+    assert (run.ranks, run.learning_rates) == ([4], [3.1e-2])
 
 
 def test_a_diverged_training_is_a_missing_cell() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -225,7 +225,8 @@ def _equal_lengths(evidence: Evidence) -> NextRun:
 
 def _extend(evidence: Evidence) -> NextRun:
     top = evidence.reference
-    lrs = sorted({top.learning_rate, top.learning_rate / 3} - {0.0})
+    rate = top.learning_rate
+    lrs = [_beyond(rate, EDGE_FACTOR * rate, _known_rates(evidence)), rate] if rate > 0 else []
     trials = len(lrs) or 1
     at = f" at learning rates {' and '.join(f'{lr:.2g}' for lr in lrs)}" if lrs else ""
     sentence = f"Train rank {2 * top.rank}{at} ({_cost(trials)}), or accept a larger margin."
@@ -235,16 +236,30 @@ def _extend(evidence: Evidence) -> NextRun:
 def _beyond_the_edge(found: Comparison) -> NextRun:
     evidence, ranks = found.evidence, sorted({found.chosen, found.reference.rank})
     rank = next(rank for rank in ranks if evidence.is_at_edge(rank))
-    lrs = evidence.table.tried_learning_rates(rank)  # outward by the same factor as the last step inward
-    if evidence.contenders[rank].learning_rate == lrs[0]:
-        lr = lrs[0] ** 2 / lrs[1]
-    else:
-        lr = lrs[-1] ** 2 / lrs[-2] if lrs[-2] > 0 else EDGE_FACTOR * lrs[-1]
+    lrs = evidence.table.tried_learning_rates(rank)
+    edge, inner = (lrs[0], lrs[1]) if evidence.contenders[rank].learning_rate == lrs[0] else (lrs[-1], lrs[-2])
+    lr = _beyond(edge, inner, _known_rates(evidence))
     sentence = (
         f"The best learning rate of rank {rank} is at the edge of those tried: train {_ranks(ranks)} at {lr:.2g} too "
         f"({_cost(len(ranks))})."
     )
     return NextRun(action="rates", ranks=ranks, learning_rates=[lr], trials=len(ranks), sentence=sentence)
+
+
+def _known_rates(evidence: Evidence) -> set[float]:
+    return {rate for rank in evidence.table.ranks() for rate in evidence.table.tried_learning_rates(rank)}
+
+
+def _beyond(edge: float, inner: float, known: Iterable[float]) -> float:
+    """Outward by the last step inward: a rate of another rank where one is near, else a round number where that is a step too."""
+    if edge == 0 or inner == 0:
+        return edge * EDGE_FACTOR or inner / EDGE_FACTOR
+    factor = edge / inner
+    lr = edge * factor
+    for near in (*sorted(known), float(f"{lr:.0e}")):
+        if near and abs(math.log(near / lr)) < abs(math.log(factor)) / 4:
+            return near
+    return lr
 
 
 def _prove(found: Comparison) -> NextRun:
