@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rightrank.data.splits import SPLITS, load_data
+from rightrank.hooks.terminal import left_out
 from rightrank.schema.errors import DataError
 from tests.tiny import sentences, small_settings, write_jsonl
 
@@ -98,6 +99,26 @@ def test_content_of_text_parts_is_its_text(tmp_path: Path) -> None:
     assert load_data(write_jsonl(tmp_path / "d.jsonl", parts), small_settings()).fingerprint == plain.fingerprint
     with pytest.raises(DataError, match=r"row 1: `messages`: .* list of text parts"):
         load_data(rows(lambda text: [{"type": "image"}, {"type": "text", "text": text}]), small_settings())
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_held_out_rows_that_differ_in_space_or_case_from_training_rows_are_counted(tmp_path: Path, given: bool) -> None:
+    rows = [{"prompt": f"Frage {number}:\nÄpfel", "completion": f"yes {number}"} for number in range(200)]
+    alike = [
+        {"prompt": row["prompt"].upper().replace("\n", " \u00a0 "), "completion": row["completion"]} for row in rows
+    ]
+    if given:
+        write_jsonl(tmp_path / "train.jsonl", rows[:150])
+        write_jsonl(tmp_path / "validation.jsonl", [*alike[:7], *rows[7:10], *rows[150:180]])
+        write_jsonl(tmp_path / "test.jsonl", rows[180:])
+        summary = load_data(tmp_path, small_settings(eval_items=1000)).summary
+        assert (summary.duplicates_across_splits, summary.near_duplicates_across_splits) == (3, 7)
+        assert any(line.startswith("7 held-out examples differ") for line in left_out(summary))
+    else:
+        whole = load_data(write_jsonl(tmp_path / "d.jsonl", [*rows, *alike]), small_settings(eval_items=1000)).summary
+        assert whole.near_duplicates_across_splits > 0
+        alone = load_data(write_jsonl(tmp_path / "d.jsonl", rows), small_settings(eval_items=1000)).summary
+        assert alone.near_duplicates_across_splits == 0
 
 
 def test_given_splits_are_kept_and_duplicates_across_them_counted(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ MAX_SHOWN_CLASSES = 8
 MANY_GROUPS = 1000  # of which no split is too small
 FIRST_ROWS = 256  # by which a prompt is taken for a question, or for one of a few instructions
 ROWS_OF_AN_INSTRUCTION = 16  # a prompt that so many of them share on average is one
+_WHITE_SPACE = re.compile(r"\s|\\[nrtf]")  # in JSON
 _NUMBER = re.compile(r"-?\d+", re.ASCII)
 HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
 SPLITS: tuple[SplitName, ...] = ("train", *HELD_OUT)
@@ -56,6 +57,7 @@ class ExampleStore(Store[Example]):
         {
             "number": pyarrow.uint64(),
             "group": pyarrow.uint64(),
+            "alike": pyarrow.uint64(),
             "content": pyarrow.large_string(),
             "where": pyarrow.large_binary(),
         }
@@ -64,14 +66,15 @@ class ExampleStore(Store[Example]):
     def row(self, entry: Example) -> Mapping[str, Any]:
         content = json.dumps(dict(entry.content), default=json_value)
         where = os.fsencode(entry.where)
-        return {"number": int(entry.item_id, 16), "group": entry.group, "content": content, "where": where}
+        numbers = {"number": int(entry.item_id, 16), "group": entry.group, "alike": _alike(entry)}
+        return {**numbers, "content": content, "where": where}
 
     def entry(self, row: Mapping[str, Any]) -> Example:
         content = json.loads(row["content"])
         return Example(f"{row['number']:016x}", content, os.fsdecode(row["where"]), row["group"])
 
     def numbers(self, column: str = "number") -> Iterator[npt.NDArray[np.uint64]]:
-        """The identities, or the groups, of some of the examples at a time."""
+        """A column of numbers, of some of the examples at a time: the identities, the groups, or what is alike."""
         return (batch[column].to_numpy() for batch in self.batches())
 
 
@@ -129,6 +132,11 @@ def load_data(
     validation, test = (np.unique(np.frombuffer(read.held_out[split].ids, np.uint64)) for split in HELD_OUT)
     groups = np.unique(np.array([example.group for example in evaluated], np.uint64))
     distinct = len(validation) + len(test)
+    leaked = {int(number) for number in validation[_are_in(validation, stored.numbers())]}
+    leaked |= {int(number) for number in test[_are_in(test, stored.numbers())]}
+    alike = np.unique(
+        np.array([_alike(example) for example in evaluated if int(example.item_id, 16) not in leaked], np.uint64)
+    )
     summary = DataSummary(
         form=form,
         splits={},
@@ -137,6 +145,7 @@ def load_data(
         duplicates_across_splits=int(
             _are_in(validation, stored.numbers()).sum() + _are_in(test, chain([validation], stored.numbers())).sum()
         ),
+        near_duplicates_across_splits=int(_are_in(alike, stored.numbers("alike")).sum()),
         classes=_classes(read.labels, examples, name, classes) if form == "classification" else None,
         unreadable=read.unreadable,
         rows=count,
@@ -255,6 +264,13 @@ class _Reading:
                 f"{name}: {what} a value of {column!r}, which --group names; name a column with several values, each of several "
                 "rows, or leave --group out: rows are then taken as independent"
             )
+
+
+def _alike(example: Example) -> int:
+    """The same number for examples that differ in white space and case alone."""
+    text = json.dumps(dict(example.content), sort_keys=True, ensure_ascii=False, default=json_value).casefold()
+    text = _WHITE_SPACE.sub("", text)
+    return int(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16], 16)
 
 
 def _by_prompt(rows: RowsBySplit) -> tuple[bool, RowsBySplit]:

@@ -133,5 +133,9 @@ def left_out(data: DataSummary) -> list[str]:
             data.duplicates_across_splits,
             "held-out examples are in another split too (exact duplicates across splits), which favours high ranks",
         ),
+        (
+            data.near_duplicates_across_splits,
+            "held-out examples differ from a training example in white space or case alone, which favours high ranks",
+        ),
     )
     return [f"{count:,} {what}" for count, what in counts if count]

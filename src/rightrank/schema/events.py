@@ -81,6 +81,9 @@ class DataSummary(Record):
     splits: dict[str, SplitSummary]
     splits_given: bool
     duplicates_across_splits: Whole
+    near_duplicates_across_splits: Whole = (
+        0  # that are evaluated, and differ from a training example in white space or case alone
+    )
     classes: list[str] | None = None  # in the order of the logits
     unreadable: Whole = 0  # rows left out because of lone surrogates, which no tokenizer accepts
     rows: Whole = 0  # that were read
