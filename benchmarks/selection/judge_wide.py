@@ -26,7 +26,7 @@ from benchmarks.machine import machine
 from benchmarks.selection import compare
 from rightrank.decision.rule import decide
 from rightrank.decision.table import Cell, ScoreTable
-from rightrank.schema.metrics import MetricKind, kind_of
+from rightrank.schema.metrics import MetricKind, metric_kind
 from rightrank.schema.trials import Floats
 
 FOLDER = compare.HERE / "wide"
@@ -57,7 +57,7 @@ class WideGrid:
 
     @property
     def kind(self) -> MetricKind:
-        return kind_of(self.metric, self.metric != "loss", token_loss=bool((self.weights != 1).any()))
+        return metric_kind(self.metric, self.metric != "loss", "token_loss" if (self.weights != 1).any() else "loss")
 
     @cached_property
     def half_a(self) -> Any:

@@ -37,7 +37,7 @@ from rightrank.decision import seeds as seeds_module
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.seeds import NoiseParts
 from rightrank.decision.table import Cell, ScoreTable
-from rightrank.schema.metrics import kind_of
+from rightrank.schema.metrics import metric_kind
 from rightrank.schema.trials import Floats
 
 HERE = Path(__file__).parent
@@ -135,7 +135,9 @@ def table_of(curve: GridCurve, seeds: Sequence[int], items: Floats) -> ScoreTabl
         if seed in seeds:
             sums = sign * np.asarray(scores, dtype=float)[items]
             cells[rank, lr, seed] = Cell("", float(sums.sum() / weights.sum()), sums, weights)
-    return ScoreTable(curve.metric, curve.higher_is_better, cells, kind=kind_of(curve.metric, curve.higher_is_better))
+    return ScoreTable(
+        curve.metric, curve.higher_is_better, cells, kind=metric_kind(curve.metric, curve.higher_is_better)
+    )
 
 
 def cases(curve: GridCurve, splits: int = 2) -> Iterator[Case]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.metrics import kind_of
+from rightrank.schema.metrics import metric_kind
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, steps_of, trial_id
 from rightrank.search.history import Space, Trials
@@ -351,7 +351,7 @@ def space_of_grid(
         margin=margin,
         goal=goal,
         metric=curve.metric,
-        kind="loss" if curve.metric == "loss" else kind_of(curve.metric, curve.higher_is_better),
+        kind="loss" if curve.metric == "loss" else metric_kind(curve.metric, curve.higher_is_better),
         truncates=bool(curve.truncated),
         recovery_steps=round(curve.recovery_part * REPLAY_STEPS) if curve.recovered else 0,
         trusts_values=not curve.truncated_items,

@@ -10,7 +10,7 @@ from benchmarks.preference.pairs import pairs
 from benchmarks.selection.replay import replay_all, summary
 from benchmarks.selection.tables import read_grids
 
-from rightrank.schema.settings import PAIR_MARGIN
+from rightrank.schema.metrics import PAIR_MARGIN
 from rightrank.search import STRATEGIES
 
 GRIDS = Path(__file__).parents[2] / "benchmarks/preference/grids.json"

@@ -24,6 +24,7 @@ from rightrank.decision.comparison import INDEPENDENT, bounds_of, estimate
 from rightrank.decision.table import spread_sentence
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.events import TestEvaluated
+from rightrank.schema.metrics import LossKind
 from rightrank.schema.trials import EvalPoint, TrialDiverged, TrialFinished
 from tests.tiny import UNMEASURED
 
@@ -220,24 +221,25 @@ def test_adapters_scored_on_unequal_numbers_of_examples_are_compared_by_their_va
 
 
 @pytest.mark.parametrize(
-    ("metric", "higher", "token_loss", "values", "margin", "difference"),
+    ("metric", "higher", "loss", "values", "margin", "difference"),
     [
-        ("loss", False, True, (2.0, 2.1), 0.005, 0.1),
-        ("loss", False, False, (2.0, 2.1), 0.02, 0.1),
-        ("accuracy", True, True, (0.9, 0.8), 0.005, 0.1),
-        ("accuracy", True, True, (0.9, 80.0), 0.5, -79.1),  # the scale of all of them
-        ("perplexity", False, True, (8.0, 8.4), 0.04, 0.4),
+        ("loss", False, "token_loss", (2.0, 2.1), 0.005, 0.1),
+        ("loss", False, "loss", (1.0, 1.1), 0.01, 0.1),
+        ("loss", False, "pair_loss", (1.0, 1.1), 0.02, 0.1),
+        ("accuracy", True, "token_loss", (0.9, 0.8), 0.005, 0.1),
+        ("accuracy", True, "token_loss", (0.9, 80.0), 0.5, -79.1),  # the scale of all of them
+        ("perplexity", False, "token_loss", (8.0, 8.4), 0.04, 0.4),
     ],
 )
 def test_the_margin_and_the_unit_are_those_of_the_metric(
-    metric: str, higher: bool, token_loss: bool, values: tuple[float, float], margin: float, difference: float
+    metric: str, higher: bool, loss: LossKind, values: tuple[float, float], margin: float, difference: float
 ) -> None:
     nothing = {"item_losses": [], "item_tokens": []}
     top, other = (
         one.model_copy(update=nothing | {"value": value, "metrics": {metric: value}})
         for one, value in zip((TOP, trial("a", 32, 0.0, parent="top")), values, strict=True)
     )
-    found = answer(top, other, criterion=Criterion(metric, higher, None, token_loss))
+    found = answer(top, other, criterion=Criterion(metric, higher, None, loss))
     assert (found.reference_id, found.margin) == ("top", pytest.approx(margin))
     assert found.candidates[1].difference == pytest.approx(difference)
 

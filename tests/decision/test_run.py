@@ -303,7 +303,7 @@ def test_the_checkpoint_is_that_of_the_run_unless_another_is_asked() -> None:
 def test_the_criterion_of_a_run_is_its_metric_at_its_margin() -> None:
     records = made_up_run()
     found = criterion_of(records)
-    assert (found.metric, found.higher_is_better, found.margin, found.token_loss) == ("loss", False, 0.02, True)
+    assert (found.metric, found.higher_is_better, found.margin, found.loss) == ("loss", False, 0.02, "token_loss")
     assert found.points_are_of_the_metric
     assert not found.trusts_values
     assert criterion_of(with_settings(records, margin=None)).margin is None
@@ -317,7 +317,7 @@ def test_the_criterion_of_a_run_is_its_metric_at_its_margin() -> None:
         }
     )
     other = criterion_of(Records.of(started, []))
-    assert (other.metric, other.higher_is_better, other.token_loss) == ("f1", True, False)
+    assert (other.metric, other.higher_is_better, other.loss) == ("f1", True, "pair_loss")
     assert not other.points_are_of_the_metric
     same = records.started.model_copy(update={"points_metric": "loss"})
     assert criterion_of(Records.of(same, [])).points_are_of_the_metric

@@ -11,7 +11,7 @@ import numpy as np
 from rightrank.decision.rule import decide
 from rightrank.decision.table import ScoreTable, table_of_results
 from rightrank.schema.decision import Decision, Result, ResultsTable
-from rightrank.schema.metrics import kind_of
+from rightrank.schema.metrics import metric_kind
 
 Curve = Callable[[int], float]
 
@@ -81,7 +81,7 @@ def table_in(world: World) -> ScoreTable:
                 results.append(_result(world, rank, learning_rate, seed, scores, weights))
     results += [Result(trial_id=f"gone-{rank}", rank=rank, value=None) for rank in world.missing]
     table = table_of_results(ResultsTable(metric=world.metric, higher_is_better=higher, results=results, understood=[]))
-    return table if world.token_loss else replace(table, kind=kind_of(world.metric, higher, token_loss=False))
+    return table if world.token_loss else replace(table, kind=metric_kind(world.metric, higher, "loss"))
 
 
 def _result(world: World, rank: int, learning_rate: float, seed: int, scores: Any, weights: Any) -> Result:

@@ -72,9 +72,6 @@ def test_the_test_split_has_the_metrics_of_pairs(selected: Selected, records: li
 def test_the_margin_is_that_of_pairs(selected: Selected) -> None:
     assert selected.decision is not None
     assert selected.decision.margin == 0.02
-    assert small_settings(metric="reward_accuracy").of_form("preference").margin is None
-    assert small_settings(margin=0.1).of_form("preference").margin == 0.1
-    assert small_settings().of_form("text").margin is None
 
 
 def test_only_named_metrics_stand_beside_the_decision(selected: Selected) -> None:

@@ -20,7 +20,7 @@ from rightrank.schema.metrics import (
     default_margin,
     direction,
     is_percent,
-    kind_of,
+    metric_kind,
     parse_metrics,
     published_deviation,
 )
@@ -355,7 +355,7 @@ def test_no_name_is_in_both_lists() -> None:
     ],
 )
 def test_kind(name: str, higher: bool, kind: MetricKind) -> None:
-    assert kind_of(name, higher) == kind
+    assert metric_kind(name, higher) == kind
 
 
 def test_percent_begins_above_what_a_fraction_can_be() -> None:
@@ -368,6 +368,7 @@ def test_percent_begins_above_what_a_fraction_can_be() -> None:
     ("kind", "reference", "values", "margin", "deviation"),
     [
         ("token_loss", 2.0, [2.0], 0.005, 0.0003),
+        ("pair_loss", 0.5, [0.5], 0.02, 0.002),
         ("perplexity", 8.0, [8.0], 0.04, 0.0003),
         ("accuracy", 0.8, [0.8], 0.005, 0.007),
         ("accuracy", 80.0, [80.0], 0.5, 0.7),

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from rightrank.adapters.spectra import inspection_of, spectrum_of
-from rightrank.data.files import kind_of
+from rightrank.data.files import path_kind
 from rightrank.models.adapter_files import natural_order
 from rightrank.models.places import read_header, safe_shards
 from rightrank.schema.errors import ModelError
@@ -147,7 +147,7 @@ def open_weights(path: Path) -> _WeightFolder:
     Raises:
         ModelError: no such folder, no safetensors, pickled weights, or a shard that is missing or damaged.
     """
-    if kind_of(path) != "folder":
+    if path_kind(path) != "folder":
         raise ModelError(f"{path}: no such folder; give a model folder that save_pretrained wrote")
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}

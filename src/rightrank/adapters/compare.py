@@ -26,9 +26,9 @@ from rightrank.models.formats import torch_folder
 from rightrank.models.places import CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE, read_header
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.events import Evaluating
-from rightrank.schema.metrics import default_margin
+from rightrank.schema.metrics import LossKind, default_margin
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
-from rightrank.schema.settings import PAIR_MARGIN, SelectSettings
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter_runtime import report_evaluations, require_base
 from rightrank.train.checkpoints import Progress
@@ -189,7 +189,9 @@ def _compare(sides: tuple[Side, Side], metric: str, data: Path, settings: Select
             " (rows with `text` and `label` have accuracy, rows with prompts exact_match and f1)"
         )
     higher = settings.is_higher_better(metric)
-    tables = [table_of([trial], metric, higher, token_loss=trial.item_correct is None) for trial in (a, b)]
+    loss: LossKind = "token_loss" if a.item_correct is None else "loss"
+    loss = "pair_loss" if "reward_accuracy" in a.item_metrics else loss
+    tables = [table_of([trial], metric, higher, loss=loss) for trial in (a, b)]
     cells = [next(iter(table.cells.values())) for table in tables]
     if not all(cell.examples for cell in cells):
         raise SettingsError(
@@ -199,8 +201,6 @@ def _compare(sides: tuple[Side, Side], metric: str, data: Path, settings: Select
     difference = worse.sums, worse.weights, worse.span, worse.groups
     found = bounds_of_files(*difference)
     margin = settings.margin
-    if margin is None and metric == "loss" and "reward_accuracy" in a.item_metrics:
-        margin = PAIR_MARGIN
     if margin is None:
         margin = default_margin(tables[0].kind, cells[0].value, [cells[0].value])
     verdict = VERDICTS[found.is_enough(margin)]

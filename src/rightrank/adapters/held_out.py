@@ -306,8 +306,8 @@ def truncation_curve(
 
 def _criterion(runtime: Runtime) -> Criterion:
     settings = runtime.settings
-    higher, is_token_loss = settings.is_higher_better(settings.metric_name), runtime.data.summary.is_token_loss
-    return Criterion(settings.metric_name, higher, settings.margin, token_loss=is_token_loss)
+    higher = settings.is_higher_better(settings.metric_name)
+    return Criterion(settings.metric_name, higher, settings.margin, runtime.data.summary.loss_kind)
 
 
 def walk(

@@ -178,7 +178,7 @@ class UnreadableError(ValueError):
         self.line = line
 
 
-def kind_of(path: Path) -> Literal["file", "folder", "other", "missing"]:
+def path_kind(path: Path) -> Literal["file", "folder", "other", "missing"]:
     """What is at `path`. Devices, pipes and sockets are `other`; an invalid name is `missing`."""
     try:
         mode = path.stat().st_mode
@@ -195,7 +195,7 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     Raises:
         UnreadableError: not a regular file, above `max_bytes`, not UTF-8, or not readable.
     """
-    found = kind_of(path)
+    found = path_kind(path)
     if found in ("folder", "other"):
         raise UnreadableError("a folder" if found == "folder" else "not a regular file")
     try:

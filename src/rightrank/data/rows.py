@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rightrank.data.files import UnreadableError, kind_of, parse_json, read_json_object
+from rightrank.data.files import UnreadableError, parse_json, path_kind, read_json_object
 from rightrank.schema.errors import DataError, did_you_mean
 from rightrank.schema.trials import SplitName
 
@@ -58,7 +58,7 @@ def read_rows(source: Path | Any) -> RowsBySplit:
     """
     if not isinstance(source, Path):
         return _rows_in_memory(source)
-    found_kind = kind_of(source)
+    found_kind = path_kind(source)
     if found_kind == "missing":
         beside = source.parent.iterdir() if source.parent.is_dir() else ()
         near = did_you_mean(source.name, [found.name for found in beside])

@@ -33,7 +33,7 @@ from rightrank.decision.table import (
 )
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterOrigin
 from rightrank.schema.events import TestEvaluated
-from rightrank.schema.metrics import MetricKind, default_margin, kind_of
+from rightrank.schema.metrics import LossKind, MetricKind, default_margin, metric_kind
 from rightrank.schema.trials import Floats, TrialFinished, TrialOutcome
 
 SEARCH = "(--goal training-rank, the default)"  # what searches the training rank, in a note's words
@@ -55,7 +55,7 @@ class Criterion:
     metric: str
     higher_is_better: bool
     margin: float | None  # None: the metric's default
-    token_loss: bool = True
+    loss: LossKind = "token_loss"  # what a loss is of
     points_are_of_the_metric: bool = True  # False: values during training are losses, whatever the metric
     trusts_values: bool = False  # whether a difference without scores by example is taken as exact, as in a replay
 
@@ -196,7 +196,7 @@ def test_difference(
     if sides[0] is None or sides[1] is None:
         return sign * (chosen.value - reference.value), None
     (ours, weights), (theirs, _) = sides[0], sides[1]
-    span = span_of(kind_of(criterion.metric, criterion.higher_is_better), [ours, theirs], weights)
+    span = span_of(metric_kind(criterion.metric, criterion.higher_is_better), [ours, theirs], weights)
     groups = groups_of(chosen.item_groups, len(weights))
     found = estimate(sign * (ours - theirs)[None, :], weights, span, groups)
     return found.mean, bounds_of(found).high if found.examples else None
@@ -291,7 +291,7 @@ def files_of(outcomes: Sequence[TrialOutcome], criterion: Criterion) -> dict[str
     lengths = {len(items[0]) if (items := trial.items(criterion.metric)) else 0 for trial in trials}
     for trial in trials:
         bare = trial if len(lengths) == 1 else trial.model_copy(update={"item_losses": [], "item_tokens": []})
-        table = table_of([bare], criterion.metric, criterion.higher_is_better, token_loss=criterion.token_loss)
+        table = table_of([bare], criterion.metric, criterion.higher_is_better, loss=criterion.loss)
         files[trial.trial_id] = AdapterFile(trial, next(iter(table.cells.values())), table.kind)
     return files
 

@@ -44,7 +44,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rightrank.schema.metrics import MetricKind, is_percent
+from rightrank.schema.metrics import LOSS_KINDS, MetricKind, is_percent
 from rightrank.schema.trials import Floats, Groups
 
 CONFIDENCE = 0.95  # of each bound
@@ -324,7 +324,7 @@ def span_of(kind: MetricKind, sums: ArrayLike, weights: ArrayLike = 1.0) -> floa
         sums: [..., examples] scores times weights.
         weights: [examples]
     """
-    if kind in ("token_loss", "loss", "perplexity"):
+    if kind in LOSS_KINDS or kind == "perplexity":
         return 0.0
     scores = np.abs(np.divide(sums, weights))
     if kind != "accuracy":

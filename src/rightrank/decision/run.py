@@ -178,8 +178,8 @@ def run_table(
         higher = _direction_in(started, metric)
     if higher is None:
         raise ResultsError(f"{unknown_direction(metric)}; give --higher-is-better or --lower-is-better")
-    along, per_token = started.points_metric or started.metric, started.data.is_token_loss
-    return table_of(outcomes, metric, higher, along, looks=records.outcomes, token_loss=per_token)
+    along = started.points_metric or started.metric
+    return table_of(outcomes, metric, higher, along, looks=records.outcomes, loss=started.data.loss_kind)
 
 
 def _direction_in(started: RunStarted, metric: str) -> bool | None:
@@ -220,7 +220,7 @@ def criterion_of(records: Records) -> Criterion:
         started.metric,
         started.higher_is_better,
         records.settings.margin,
-        started.data.is_token_loss,
+        started.data.loss_kind,
         points_are_of_the_metric=(started.points_metric or started.metric) == started.metric,
     )
 

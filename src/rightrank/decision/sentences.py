@@ -10,6 +10,7 @@ from rightrank.decision.evidence import Comparison, Evidence, Unit
 from rightrank.decision.seeds import needed_seeds
 from rightrank.decision.verdicts import alike_ranks, grade_of, inconclusive_rank, possible_rival, shown_rank
 from rightrank.schema.decision import RankEvidence, Verdict
+from rightrank.schema.metrics import LOSS_KINDS
 
 
 def number(value: float) -> str:
@@ -24,7 +25,7 @@ def chance(probability: float) -> str:
 
 def amount(value: str, evidence: Evidence) -> str:
     """The value with its unit: `0.005 nats`, `0.5 in GSM8K`. A metric called `value` adds nothing."""
-    if evidence.table.kind in ("token_loss", "loss"):
+    if evidence.table.kind in LOSS_KINDS:
         return f"{value} nats"
     return value if evidence.table.metric == "value" else f"{value} in {evidence.table.metric}"
 

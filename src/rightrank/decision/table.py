@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from rightrank.decision.comparison import INDEPENDENT, TIE, Estimate, bounds_of, estimate, span_of
 from rightrank.schema.decision import DifferenceSpread, Result, ResultsTable
-from rightrank.schema.metrics import Checkpoint, MetricKind, direction, kind_of
+from rightrank.schema.metrics import Checkpoint, LossKind, MetricKind, direction, metric_kind
 from rightrank.schema.trials import (
     EvalPoint,
     Floats,
@@ -125,7 +125,7 @@ def table_of(
     higher_is_better: bool,
     points_metric: str | None = None,
     looks: Iterable[TrialOutcome] = (),
-    token_loss: bool = True,
+    loss: LossKind = "token_loss",
 ) -> ScoreTable:
     """The table of a run's outcomes.
 
@@ -133,10 +133,10 @@ def table_of(
         outcomes: an outcome without this metric counts as missing.
         points_metric: the metric of the evaluations during training; None for `metric`.
         looks: trainings that are not compared, such as those stopped early; their learning rates count as tried.
-        token_loss: whether a loss is per token (its default margin is then 0.005 nats).
+        loss: what a loss is of.
     """
     outcomes = list(outcomes)
-    kind = kind_of(metric, higher_is_better, token_loss)
+    kind = metric_kind(metric, higher_is_better, loss)
     scored = [o for o in outcomes if isinstance(o, TrialFinished) and metric in o.metrics]
     examples = [trial.items(metric) for trial in scored]
     sizes = {0 if found is None else len(found[0]) for found in examples}
@@ -203,7 +203,7 @@ def _cell(trial: TrialFinished, metric: MetricName, sums: Floats, weights: Float
 
 
 def table_of_results(results: ResultsTable) -> ScoreTable:
-    kind = kind_of(results.metric, results.higher_is_better)
+    kind = metric_kind(results.metric, results.higher_is_better)
     cells: dict[tuple[int, float, int], Cell] = {}
     missing: dict[int, int] = {}
     for result in results.results:

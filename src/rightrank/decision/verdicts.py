@@ -31,7 +31,7 @@ from rightrank.decision.comparison import CONFIDENCE, is_within, walk_down
 from rightrank.decision.evidence import Comparison, Evidence
 from rightrank.decision.table import Contender, ScoreTable, at_checkpoint
 from rightrank.schema.decision import CheckpointNote, Grade, MetricAnswer, Verdict
-from rightrank.schema.metrics import Checkpoint, default_margin, direction, kind_of, published_deviation
+from rightrank.schema.metrics import Checkpoint, default_margin, direction, metric_kind, published_deviation
 
 
 def verdict_of(found: Comparison) -> Verdict:
@@ -224,7 +224,7 @@ def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:
     higher = direction(name)
     if higher is None:
         return False
-    kind = kind_of(name, higher)
+    kind = metric_kind(name, higher)
     sign = -1.0 if higher else 1.0
     means = {
         rank: float(np.mean([cell.others[name] for cell in contender.cells.values()]))

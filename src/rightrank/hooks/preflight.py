@@ -77,7 +77,11 @@ def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: _Seconds | No
     scored = prepared.started.data.splits["selection"].items
     evaluations = strategy.expected_arms() + RUN_EVALUATIONS
     settings, data, planned, space = prepared.settings, prepared.started.data, prepared.planned, strategy.space
-    is_known = space.margin is not None or space.kind in ("token_loss", "accuracy")  # else it is a share of a value
+    is_known = space.margin is not None or space.kind in (
+        "token_loss",
+        "pair_loss",
+        "accuracy",
+    )  # else it is a share of a value
     peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
     ranks = [
         PreflightRank(
@@ -110,7 +114,7 @@ def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: _Seconds | No
 
 
 # Between examples, of the difference of two ranks: medians of the twelve long grids (benchmarks/selection/noise_model.py).
-SPREADS: dict[MetricKind, float] = {"token_loss": 0.08, "loss": 0.5, "accuracy": 0.4}
+SPREADS: dict[MetricKind, float] = {"token_loss": 0.08, "pair_loss": 0.5, "loss": 0.5, "accuracy": 0.4}
 RESOLVED = (200, 500, MAX_EVAL_ITEMS)  # examples
 
 
@@ -203,7 +207,7 @@ def _adapter_lines(prepared: Prepared, strategy: Strategy) -> Iterator[str]:
 def _margin_lines(prepared: Prepared) -> Iterator[str]:
     """Says so where the margin is below what the validation examples can show."""
     settings = prepared.settings
-    if settings.metric_name != "loss" or not prepared.started.data.is_token_loss:
+    if settings.metric_name != "loss" or prepared.started.data.loss_kind != "token_loss":
         return
     margin = TOKEN_LOSS_MARGIN if settings.margin is None else settings.margin
     examples = prepared.started.data.splits["selection"].items

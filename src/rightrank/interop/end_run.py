@@ -26,7 +26,7 @@ from rightrank.adapters.live import LiveAdapter, LiveScores, as_it_came, base_na
 from rightrank.adapters.live_scores import Batch, gathered, is_of_classes, together
 from rightrank.adapters.resize import candidate_ranks
 from rightrank.data.files import read_json_object, report_disk_errors, write_text
-from rightrank.decision.adapter import Criterion, adapter_answer, probable_ranks
+from rightrank.decision.adapter import adapter_answer, probable_ranks
 from rightrank.decision.comparison import is_within
 from rightrank.decision.run import records_of
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
@@ -221,14 +221,13 @@ class Downward(Strategy):
         space = self.space
         yield [space.arm(space.top, space.learning_rates[0])]
         parent = trials.whole(space.top, space.learning_rates[0])
-        criterion = Criterion(space.metric, space.higher_is_better, space.margin, space.kind == "token_loss")
         places: list[int | None] = [None, *self.places]
         for rank in reversed(space.ranks[:-1] if parent is not None else ()):
             assert parent is not None
             while places:
                 plain, step = truncation(space, parent, rank), places[0]
                 yield [plain if step is None else _branch(plain, parent, step)]
-                answer = adapter_answer(list(trials.outcomes.values()), criterion)
+                answer = adapter_answer(list(trials.outcomes.values()), space.criterion)
                 if answer is not None and answer.rank == rank:
                     break
                 places.pop(0)
@@ -242,7 +241,7 @@ def _branch(plain: Arm, parent: TrialFinished, step: int) -> Arm:
 
 def _strategy(started: RunStarted, steps: int, places: tuple[int, ...] = ()) -> Strategy:
     settings = started.select_settings
-    space: Space = space_of(settings, steps, started.data.is_token_loss)
+    space: Space = space_of(settings, steps, started.data.loss_kind)
     rates = settings.learning_rates if "learning_rates" in settings.model_fields_set else (0.0,)  # not known
     strategy = Downward(replace(space, evaluates_base=False, learning_rates=rates))
     strategy.places = places
@@ -263,8 +262,8 @@ def _started(live: LiveAdapter, training: Training, ranks: Sequence[int]) -> Run
         form, labels = "classification", base.config.id2label
     given: dict[str, Any] = {"goal": "adapter", "metric": live.metric, "ranks": ranks}
     given |= {} if live.margin is None else {"margin": live.margin}
-    settings = SelectSettings(**{**training.settings, **given}).of_form(form)
-    stated = {*training.settings, *given, "margin"}
+    settings = SelectSettings(**{**training.settings, **given})
+    stated = {*training.settings, *given}
     values = {"trainer": "its own trainer", **settings.model_dump(mode="json", include=stated)}
     values["model"] = base_name(live.model, live.name) or None
     is_classifier = live.model.peft_config[live.name].task_type == "SEQ_CLS"

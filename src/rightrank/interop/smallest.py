@@ -77,8 +77,8 @@ class SmallestAdapter(TrainerCallback):
 
     Args:
         eval_dataset: Held-out rows as the trainer has them, tokenized. None: the trainer's own `eval_dataset`.
-        margin: How much worse is still enough, in nats a token; None for the default: 0.005, half a point of accuracy, or 1% of the loss of
-            preference pairs.
+        margin: How much worse is still enough, in nats a token; None for the default: 0.005, half a point of accuracy, 0.02 for
+            preference pairs, or 1% of the loss of a classifier.
         ranks: Candidates; None for the powers of two below the adapter's rank.
         metric: `loss`, or `accuracy` of a classifier.
         max_examples: Held-out examples to score at most. None: as many as a tenth of the training's time allows, from 100 to 1000.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rightrank.data.files import UnreadableError, kind_of, parse_json
+from rightrank.data.files import UnreadableError, parse_json, path_kind
 from rightrank.data.rows import FILE_TYPES, Row, read_rows, records_of_frame
 from rightrank.interop.columns import (
     SYNONYMS,
@@ -26,8 +26,7 @@ from rightrank.interop.columns import (
 )
 from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.errors import MAX_WHOLE, DataError, ResultsError, quoted
-from rightrank.schema.metrics import kind_of as kind_of_metric
-from rightrank.schema.metrics import unknown_direction
+from rightrank.schema.metrics import metric_kind, unknown_direction
 
 FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "out of memory"}
 NO_NUMBERS = {"nan", "inf", "+inf", "-inf", "infinity", "-infinity"}  # of a training that diverged
@@ -74,7 +73,7 @@ def raw_rows(source: Path) -> list[Row]:
     """
     if (imported := import_rows(source)) is not None:
         return imported
-    if kind_of(source) not in ("file", "folder"):
+    if path_kind(source) not in ("file", "folder"):
         raise ResultsError(f"{source}: no such file or folder; give a CSV or JSONL file of results, or a run folder")
     inside = sorted(source.iterdir()) if source.is_dir() else []
     files = [path for path in inside if path.is_file() and path.suffix.lower() in FILE_TYPES] or [source]
@@ -162,7 +161,7 @@ def results_of_rows(
     if groups is None:
         columns = replace(columns, by_name={name: one for name, one in columns.by_name.items() if name != "group"})
     higher, why = _direction(metric, higher, where)
-    if margin is None and kind_of_metric(metric, higher) == "other":
+    if margin is None and metric_kind(metric, higher) == "other":
         notes.append(
             f"margin: 1% of the best, as the name {metric!r} says no unit (--metric NAME or --margin changes it)"
         )

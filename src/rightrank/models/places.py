@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from rightrank.data.files import UnreadableError, kind_of, read_json_object
+from rightrank.data.files import UnreadableError, path_kind, read_json_object
 from rightrank.schema.errors import MissingExtraError, ModelError, did_you_mean, first_line
 
 HUB_SECONDS = 10.0  # for the hub to answer
@@ -47,7 +47,7 @@ def find_model(reference: str) -> ModelSource:
         MissingExtraError: a GGUF file without the `gguf` package.
     """
     path = Path(reference).expanduser()
-    found = kind_of(path)
+    found = path_kind(path)
     if found == "file":
         if path.suffix.lower() != ".gguf":
             raise ModelError(
@@ -79,7 +79,7 @@ def require_model(reference: str) -> ModelSource:
         ModelError: as `find_model`, or no such model on the hub, or a hub that can't be reached.
     """
     source = find_model(reference)
-    if source.gguf_file is None and kind_of(Path(source.name)) == "missing":
+    if source.gguf_file is None and path_kind(Path(source.name)) == "missing":
         _require_on_hub(reference, Path(reference))
     return source
 
@@ -242,7 +242,7 @@ def safe_shards(path: Path) -> list[Path]:
                     f"{index}: names the shard {name!r}; shards are *.safetensors files of the folder itself"
                 )
         names = sorted(set(listed))
-        missing = [name for name in names if kind_of(path / name) != "file"]
+        missing = [name for name in names if path_kind(path / name) != "file"]
         if missing:
             raise ModelError(f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); copy it too")
         return [path / name for name in names]

@@ -75,9 +75,7 @@ def prepare(
     request = _with_dtype(request)
     sources = _load(request, loaded, cache.parent)
     held_out = request.settings.held_out_items(len(sources.splits.examples["train"]))
-    given = request.settings.of_form(sources.splits.form).model_copy(update={"eval_items": held_out})
-    if given.margin != request.settings.margin:
-        notice(f"margin: {given.margin:g} nats a pair, the default for preference pairs")
+    given = request.settings.model_copy(update={"eval_items": held_out})
     classes = len(sources.splits.summary.classes or ()) if sources.encoded.is_classification else None
     planned = first(lambda plugin: plugin.memory_plan(sources.loaded, sources.encoded, classes, given, notice))
     settings = given if planned is None else given.model_copy(update={"ranks": planned.ranks})  # those that fit
@@ -127,7 +125,7 @@ def _strategy(
         raise SettingsError(
             f"goal 'adapter' needs adapters that can be truncated ({reason}); give goal 'training-rank'"
         )
-    space = space_of(settings, steps, started.data.is_token_loss, unseen_steps)
+    space = space_of(settings, steps, started.data.loss_kind, unseen_steps)
     return make_strategy(settings.strategy, replace(space, truncates=reason is None))
 
 

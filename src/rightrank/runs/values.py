@@ -142,7 +142,7 @@ def _training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
     steps = max((trial.steps for trial in records.finished() if trial.arm.is_direct), default=1) or 1
     unlimited = dict.fromkeys(("budget_trainings", "budget_steps", "budget_hours"))
     settings = records.settings.model_copy(update={**unlimited, "goal": "training-rank", "ranks": compared})
-    space = space_of(settings, steps, token_loss=records.started.data.is_token_loss)
+    space = space_of(settings, steps, records.started.data.loss_kind)
     cost = make_strategy(settings.strategy, space).cost()
     trainings = round(cost.expected - cost.to_adapter, 2)
     noun = "training" if trainings == 1 else "trainings"

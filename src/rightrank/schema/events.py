@@ -8,6 +8,7 @@ from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
 from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
 from rightrank.schema.errors import MAX_WHOLE
+from rightrank.schema.metrics import LossKind
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import (
     SCHEMA_VERSION,
@@ -100,9 +101,9 @@ class DataSummary(Record):
     groups_across_splits: Whole = 0  # held-out groups of which train has rows too
 
     @property
-    def is_token_loss(self) -> bool:
-        """Whether the loss is a mean over label tokens, for which a default margin is known."""
-        return self.form not in ("classification", "preference")
+    def loss_kind(self) -> LossKind:
+        """What the loss is a mean over."""
+        return "pair_loss" if self.form == "preference" else "loss" if self.form == "classification" else "token_loss"
 
 
 class RunStarted(Record):

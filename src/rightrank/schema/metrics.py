@@ -165,9 +165,12 @@ def parse_metrics(*texts: str) -> tuple[MetricSpec, ...]:
     return specs
 
 
-MetricKind: TypeAlias = Literal["token_loss", "loss", "perplexity", "accuracy", "other"]
+LossKind: TypeAlias = Literal["token_loss", "pair_loss", "loss"]  # per label token, per preference pair, per example
+MetricKind: TypeAlias = LossKind | Literal["perplexity", "accuracy", "other"]
 
+LOSS_KINDS: tuple[LossKind, ...] = ("token_loss", "pair_loss", "loss")
 TOKEN_LOSS_MARGIN = 0.005  # nats per token
+PAIR_MARGIN = 0.02  # nats per preference pair: about the noise over seeds between ranks (benchmarks/preference)
 ACCURACY_MARGIN = 0.005  # half a point, as a fraction
 PERCENT_MARGIN = 0.5  # half a point, as a percentage
 RELATIVE_MARGIN = 0.01  # of the reference, for every other metric
@@ -188,14 +191,13 @@ _ACCURACY = re.compile(
 )
 
 
-def kind_of(name: str, higher_is_better: bool, token_loss: bool = True) -> MetricKind:
-    """The kind of metric that the name denotes; `token_loss`: whether a loss is per token."""
+def metric_kind(name: str, higher_is_better: bool, loss: LossKind = "token_loss") -> MetricKind:
+    """The kind of metric that the name denotes; `loss`: what a loss is of."""
     words = re.sub(r"[_/\-.]+", " ", name.lower())
     if not higher_is_better:
         if _PERPLEXITY.search(words):
             return "perplexity"
-        is_loss = re.search(r"loss|nll|nats", words)
-        return "other" if not is_loss else "token_loss" if token_loss else "loss"
+        return loss if re.search(r"loss|nll|nats", words) else "other"
     return "accuracy" if _ACCURACY.search(words) else "other"
 
 
@@ -205,13 +207,17 @@ def is_percent(values: list[float]) -> bool:
 
 
 def default_margin(kind: MetricKind, reference: float, values: list[float]) -> float:
-    """The default margin in the metric's unit: 0.005 nats per token, half a point of accuracy, else 1% of the reference.
+    """The default margin in the metric's unit: 0.005 nats per token, 0.02 per pair, half a point of accuracy, else 1% of the reference.
+
+    All verbs take it from here.
 
     For a perplexity, 0.005 nats are half a percent of the reference. For a reference of 0, the margin is 1% of the largest
     value, or 0.01.
     """
     if kind == "token_loss":
         return TOKEN_LOSS_MARGIN
+    if kind == "pair_loss":
+        return PAIR_MARGIN
     if kind == "accuracy":
         return PERCENT_MARGIN if is_percent(values) else ACCURACY_MARGIN
     if kind == "perplexity":

@@ -36,7 +36,6 @@ LOOK_ITEMS = 200  # held-out examples that a look during a training scores, of t
 MAX_EVAL_ITEMS = 2000  # of a held-out split by default
 EVALUATION_SHARE = 0.1  # of a training's time that one evaluation at its end takes at most by default
 TRAINED_PER_SCORED = 3  # examples that are scored in the time in which one is trained on
-PAIR_MARGIN = 0.02  # nats a preference pair: about the noise over seeds between ranks (benchmarks/preference)
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 UNITS = {
     **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
@@ -577,12 +576,6 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
                 "higher_is_better and lower_is_better)"
             )
         return found
-
-    def of_form(self, form: str) -> SelectSettings:
-        """These settings with the margin that the loss of preference pairs has by default; unchanged for other data."""
-        if form != "preference" or self.margin is not None or self.metric_name != "loss":
-            return self
-        return self.model_copy(update={"margin": PAIR_MARGIN})
 
     @property
     def metric_specs(self) -> tuple[MetricSpec, ...]:

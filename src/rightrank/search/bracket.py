@@ -15,7 +15,7 @@ import math
 from collections.abc import Generator, Sequence
 from itertools import product
 
-from rightrank.decision.adapter import Criterion, adapter_answer
+from rightrank.decision.adapter import adapter_answer
 from rightrank.decision.comparison import is_within, walk_down
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm, TrialFinished
@@ -166,17 +166,8 @@ def _answer_adapter_question(trials: Trials, learning_rate: float) -> Requests:
 
 def _current_answer(trials: Trials, parent: TrialFinished) -> AdapterAnswer | None:
     """What the candidates of `parent` that have run so far say; None before the first."""
-    space = trials.space
-    criterion = Criterion(
-        space.metric,
-        space.higher_is_better,
-        space.margin,
-        space.kind == "token_loss",
-        not space.points_are_losses,
-        space.trusts_values,
-    )
     own = [outcome for arm, outcome in trials.outcomes.items() if arm.truncate_from == parent.trial_id]
-    return adapter_answer([parent, *own], criterion, parent.trial_id)
+    return adapter_answer([parent, *own], trials.space.criterion, parent.trial_id)
 
 
 def truncation(space: Space, parent: TrialFinished, rank: int, *, recovers: bool = False) -> Arm:

@@ -9,6 +9,7 @@ from itertools import islice, pairwise
 
 import numpy as np
 
+from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import Bounds, Estimate, bounds_of, estimate, is_within, span_of, walk_down
 from rightrank.decision.seeds import MIN_EXAMPLES, NOISE, NOISE_DEGREES, probability_within
 from rightrank.decision.table import (
@@ -20,7 +21,7 @@ from rightrank.decision.table import (
 )
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.metrics import MetricKind, default_margin, kind_of
+from rightrank.schema.metrics import LossKind, MetricKind, default_margin, metric_kind
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome
 
@@ -52,6 +53,13 @@ class Space:
     budget_steps: float | None = None  # optimizer steps over all arms
     budget_seconds: float | None = None  # of training and evaluation, over all arms
     start_rank: int = 0  # a climb from below starts at the smallest rank of at least this
+
+    @property
+    def criterion(self) -> Criterion:
+        """What the candidates of the first question are compared by."""
+        loss = self.kind if self.kind == "token_loss" or self.kind == "pair_loss" else "loss"
+        along = not self.points_are_losses
+        return Criterion(self.metric, self.higher_is_better, self.margin, loss, along, self.trusts_values)
 
     @property
     def top(self) -> int:
@@ -92,7 +100,7 @@ def base_arm(lora_alpha: float) -> Arm:
     return Arm(rank=0, learning_rate=0.0, lora_alpha=lora_alpha, seed=0, steps=0)
 
 
-def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unseen_steps: int = 0) -> Space:
+def space_of(settings: SelectSettings, steps: int, loss: LossKind = "token_loss", unseen_steps: int = 0) -> Space:
     """The space of a selection with trainings of `steps` steps.
 
     `unseen_steps` is how many more steps the training examples last that no training sees.
@@ -121,7 +129,7 @@ def space_of(settings: SelectSettings, steps: int, token_loss: bool = True, unse
         recovery_steps=recovery if recovery >= MIN_RECOVERY_PART * steps else 0,  # less recovers nothing
         margin=settings.margin,
         metric=name,
-        kind=kind_of(name, higher, token_loss),
+        kind=metric_kind(name, higher, loss),
         higher_is_better=higher,
         points_are_losses=settings.points_metric != name,
         budget_steps=min(budgets, default=None),

@@ -52,7 +52,6 @@ def make_runtime(base: str, modules: tuple[str, ...] | None, use: DataUse, adapt
     loaded = use.loaded or load_base(base, settings, splits.summary.classes)
     if adapter is not None and use.loaded is None:
         require_base(adapter, loaded)
-    settings = settings.of_form(splits.form)
     encoded = encode(splits, loaded, settings)
     return Runtime(loaded, encoded, settings, max(1, use.steps), use.cache)
 

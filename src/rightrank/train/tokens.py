@@ -262,7 +262,7 @@ class EncodedData:
 
     def loss_weight(self, example: EncodedExample) -> int:
         """What an example counts in a mean loss: its labels, or 1 where the loss is one of the whole example."""
-        return _label_count(example) if self.summary.is_token_loss else 1
+        return _label_count(example) if self.summary.loss_kind == "token_loss" else 1
 
 
 def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folder: Path | None = None) -> EncodedData:

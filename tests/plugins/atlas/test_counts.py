@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import rightrank
 from rightrank.cli import cli
 from rightrank.models.ranks import rank_change_line, rate_warning
-from rightrank.plugins.atlas.counts import RANKS, kind_of, size_of
+from rightrank.plugins.atlas.counts import RANKS, group_of_metric, size_of
 from rightrank.plugins.atlas.rows import load
 from rightrank.schema.errors import SettingsError
 
@@ -129,7 +129,7 @@ def test_sizes_and_kinds_by_name() -> None:
     assert [size_of(name) for name in ("Qwen/Qwen2.5-1.5B", "SmolLM2-135M", "distilbert-base-uncased", "gpt2-xl", "x")] == [
         1.5e9, 135e6, 67e6, 1.56e9, None,
     ]  # fmt: skip
-    assert [kind_of(name) for name in ("loss", "macro_f1", "bleu", None)] == ["loss", "accuracy", "other", None]
+    assert [group_of_metric(name) for name in ("loss", "macro_f1", "bleu", None)] == ["loss", "accuracy", "other", None]
 
 
 def test_the_rate_when_the_rank_changes() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from rightrank.cli.options import comma, whole_numbers
-from rightrank.plugins.atlas.counts import Expectation, Question, ask, counted, kind_of
+from rightrank.plugins.atlas.counts import Expectation, Question, ask, counted, group_of_metric
 from rightrank.plugins.atlas.rows import FAMILIES
 from rightrank.runs.plugins import Plugin
 
@@ -48,7 +48,7 @@ def expect(
     Raises:
         SettingsError: a number or rank that can't be, a family that is not there, or data that can't be read.
     """
-    question, notes = ask(model, data, Question(task, kind_of(metric), parameters, rows, margin))
+    question, notes = ask(model, data, Question(task, group_of_metric(metric), parameters, rows, margin))
     return counted(question, ranks, notes)
 
 

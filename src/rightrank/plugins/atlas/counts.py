@@ -134,7 +134,7 @@ def ask(model: str | None, data: str | Path | None, given: Question) -> tuple[Qu
     return replace(question, **{name: value for name, value in asdict(given).items() if value is not None}), notes
 
 
-def kind_of(metric: str | None) -> str | None:
+def group_of_metric(metric: str | None) -> str | None:
     """The atlas's kind of a metric: loss, accuracy (shares of answers that are right), or other."""
     if metric is None or "loss" in metric or metric == "nll":
         return metric and "loss"
