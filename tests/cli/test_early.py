@@ -57,7 +57,7 @@ def test_what_does_not_exist_is_named_before_torch_is_imported(files: Path, argu
 def test_a_plan_names_what_does_not_exist_too(files: Path) -> None:
     for arguments, message in (
         (["plan", "./modle"], "no such folder (did you mean 'model'?);"),
-        (["plan", "model", "--optim", "adam8"], "optim: got 'adam8'"),
+        (["plan", "model", "--set", "optim=adam8"], "optim: got 'adam8'"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", CODE, json.dumps(arguments)], capture_output=True, text=True, cwd=files

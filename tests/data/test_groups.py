@@ -46,7 +46,7 @@ def test_a_column_says_which_rows_belong_together(kind: str) -> None:
         "array": lambda doc: np.arange(4000) == int(doc[1:]),
     }
     rows = [row | {"doc": cell[kind](row["doc"])} for row in rows_of(40)]
-    splits = load_data(rows, small_settings(group="doc", **LARGE))
+    splits = load_data(rows, small_settings(columns=["group=doc"], **LARGE))
     require_whole(splits, 40)
     assert splits.summary.grouped_by == "doc"
     assert load_data(rows, small_settings(**LARGE)).summary.grouped_by is None
@@ -80,10 +80,10 @@ def test_groups_that_are_in_given_splits_too_are_counted() -> None:
     rows = rows_of(40)
     splits = load_data(
         {"train": rows[:80], "validation": rows[80:100], "test": rows[100:]},
-        small_settings(group="doc", **LARGE),
+        small_settings(columns=["group=doc"], **LARGE),
     )
     assert splits.summary.groups_across_splits == 40
-    whole = load_data(rows, small_settings(group="doc", **LARGE))
+    whole = load_data(rows, small_settings(columns=["group=doc"], **LARGE))
     assert whole.summary.groups_across_splits == 0
 
 
@@ -92,23 +92,23 @@ def test_groups_that_are_in_given_splits_too_are_counted() -> None:
     [
         (
             rows_of(40, doc=None),
-            r"row 1: no value in a column 'doc', which --group names; there are text, doc: name one",
+            r"row 1: no value in a column 'doc', which columns names for `group`; there are text, doc: name one",
         ),
         ([{"text": text} for text in TEXTS], r"row 1: no value in a column 'doc'.* there are text: name one"),
         ([*rows_of(40)[:50], {"text": "x", "doc": float("nan")}], r"row 51: no value in a column 'doc'"),
-        (rows_of(1), r"all rows share a value of 'doc', which --group names; name a column with several"),
-        (rows_of(160), r"no two rows share a value of 'doc', which --group names"),
+        (rows_of(1), r"all rows share a value of 'doc', which columns names for `group`; name a column with several"),
+        (rows_of(160), r"no two rows share a value of 'doc', which columns names for `group`"),
     ],
 )
 def test_a_column_that_groups_nothing_gets_one_line(rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(DataError, match=message) as refused:
-        load_data(rows, small_settings(group="doc"))
+        load_data(rows, small_settings(columns=["group=doc"]))
     assert "\n" not in str(refused.value)
 
 
 def test_too_few_groups_for_the_splits_are_named() -> None:
     with pytest.raises(DataError, match=r"0 distinct examples for the .* split.* from 160 rows in 3 groups; give more"):
-        load_data(rows_of(3), small_settings(group="doc"))
+        load_data(rows_of(3), small_settings(columns=["group=doc"]))
 
 
 def table(documents: int) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def table(documents: int) -> list[dict[str, Any]]:
 
 
 def read(rows: list[dict[str, Any]], group: str | None = None) -> Decided:
-    return decide(rows, metric="loss", margin=0.02, group=group)
+    return decide(rows, metric="loss", margin=0.02, columns={"group": group} if group else None)
 
 
 def test_decide_reads_the_groups_of_a_table() -> None:

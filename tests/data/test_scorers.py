@@ -135,4 +135,4 @@ def test_what_is_no_function_is_told_before_the_start() -> None:
         ("nowhere_at_all:f", "No module named"),
     ):
         with pytest.raises(SettingsError, match=said):
-            require_scorers(SelectSettings(metrics=(asked,), higher_is_better=(asked.rpartition(":")[2],)))
+            require_scorers(SelectSettings(metrics=(f"max:{asked}",)))

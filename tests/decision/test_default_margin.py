@@ -46,6 +46,8 @@ def test_every_verb_has_the_margin_of_the_kind_of_loss(form: str, margin: float 
     further: dict[str, Any] = {"preference": {"item_metrics": {"reward_accuracy": [1.0] * len(top.item_losses)}}}
     further["classification"] = {"item_correct": [1] * len(top.item_losses)}
     file = top.model_copy(update=further.get(form, {}))
-    side: Any = SimpleNamespace(scores=file, runtime=SimpleNamespace(data=SimpleNamespace(summary=started.data)))
+    read = SimpleNamespace(splits={"selection": SimpleNamespace(dropped=0)})
+    runtime = SimpleNamespace(data=SimpleNamespace(summary=read))
+    side: Any = SimpleNamespace(scores=file, runtime=runtime)
     compared = _compare((side, side), "loss", Path("rows.jsonl"), settings)
     assert compared.margin == of_files.margin

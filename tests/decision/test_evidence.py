@@ -217,12 +217,3 @@ def test_late_growth_is_read_at_three_shared_steps_or_more_as_the_mean_of_the_se
     assert "may_be_capacity_limited" not in two.flags
     slow = [[(10, 2.0), (20, 2.0), (40, 2.002)]] * 2
     assert "may_be_capacity_limited" not in decide(with_points(slow, [LEVEL, LEVEL], False), 0.005).flags
-
-
-@pytest.mark.parametrize(("steps", "flagged"), [(None, False), (1, True), (4, True), (5, False)])
-def test_an_answer_for_a_longer_training_is_extrapolated_where_the_length_is_known(
-    steps: int | None, flagged: bool
-) -> None:
-    results = [Result(trial_id=str(rank), rank=rank, value=1 / rank, steps=steps) for rank in (4, 16)]
-    made = ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[])
-    assert ("extrapolated" in decide(table_of_results(made), 0.02, horizon_steps=5).flags) is flagged

@@ -14,7 +14,7 @@ from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import LossKind, metric_kind
 from rightrank.schema.trials import TrialFailed
 from tests.decision.tables import bare
-from tests.report.runs import ITEMS, STEPS, made_up_run
+from tests.report.runs import ITEMS, made_up_run
 
 COLOURS = {0: 1.0, 1: 1.0, 4: 5.0, 16: 9.0}  # a number whose name does not say which way is better
 
@@ -37,7 +37,7 @@ def measured(form: str = "prompt_completion", **started: object) -> Records:
         for trial in records.finished()
     ]
     data = records.started.data.model_copy(update={"form": form})
-    settings = records.started.settings | {"higher_is_better": ["colour"]}
+    settings = records.started.settings | {"metrics": ["max:colour=mine:colour"]}
     return Records.of(records.started.model_copy(update={"data": data, "settings": settings, **started}), outcomes)
 
 
@@ -79,7 +79,7 @@ def test_another_metric_may_decide_and_the_loss_stands_beside_it() -> None:
 def test_the_direction_of_a_metric_can_be_given() -> None:
     higher = run_table(measured(), metric="colour")
     assert (higher.higher_is_better, higher.cells[16, 1e-3, 0].loss) == (True, -9.0)
-    told = with_settings(measured(), higher_is_better=[], lower_is_better=["colour"])
+    told = with_settings(measured(), metrics=["min:colour=mine:colour"])
     lower = run_table(told, metric="colour")
     assert (lower.higher_is_better, lower.cells[16, 1e-3, 0].loss) == (False, 9.0)
     assert decide_on(told, comparable(told), "colour", 1.0).reference_rank == 1
@@ -87,11 +87,10 @@ def test_the_direction_of_a_metric_can_be_given() -> None:
 
 
 def test_a_metric_without_a_known_direction_decides_nothing_and_is_not_judged_beside() -> None:
-    silent = with_settings(measured(), higher_is_better=[], margin=0.05)
+    silent = with_settings(measured(), metrics=[], margin=0.05)
     assert [other.metric for other in decide_run(silent).other_metrics] == ["exact_match"]
-    for settings in ({}, {"lower_is_better": "colour"}):
-        with pytest.raises(ResultsError, match="--higher-is-better or --lower-is-better"):
-            decide_on(with_settings(silent, **settings), comparable(silent), "colour")
+    with pytest.raises(ResultsError, match="--higher-is-better or --lower-is-better"):
+        decide_on(silent, comparable(silent), "colour")
     assert decide_on(silent, comparable(silent), "colour", 1.0, higher=False).reference_rank == 1
 
 
@@ -104,13 +103,6 @@ def test_evaluations_along_a_training_belong_to_one_metric() -> None:
     table = run_table(by_answers, metric="exact_match")
     assert len(table.cells[4, 1e-3, 0].points) == 3
     assert table.cells[4, 1e-3, 0].others == {"loss": pytest.approx(3.05, abs=0.2), "colour": 5.0}
-
-
-@pytest.mark.parametrize(("horizon", "beyond"), [(None, False), (STEPS, False), (STEPS + 1, True)])
-def test_an_answer_for_a_longer_training_is_flagged(horizon: int | None, beyond: bool) -> None:
-    records = made_up_run((4, 64), (1e-3,))
-    decision = decide_on(records, comparable(records), "loss", 0.02, horizon_steps=horizon)
-    assert ("extrapolated" in decision.flags) is beyond
 
 
 def test_other_numbers_of_a_custom_trainer_are_no_metrics_with_examples() -> None:

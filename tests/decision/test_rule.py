@@ -241,7 +241,6 @@ def test_order_still_changing_is_flagged() -> None:
     steady = {(4, 0.0, 0): cell(4, (0.004, 0.002, 0.002, 0.002)), (64, 0.0, 0): cell(64, (0.0, 0.0, 0.0, 0.0))}
     assert "may_be_capacity_limited" in decide(ScoreTable("loss", False, parting), 0.005).flags
     assert "may_be_capacity_limited" not in decide(ScoreTable("loss", False, steady), 0.005).flags
-    assert "extrapolated" in decide(ScoreTable("loss", False, steady), 0.005, horizon_steps=1000).flags
 
 
 def test_another_metric_that_wants_another_rank_is_flagged() -> None:

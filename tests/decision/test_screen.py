@@ -85,7 +85,7 @@ def _require_the_safe_choice_to_say_the_same(found: Decision, enough: Mapping[in
 @pytest.mark.parametrize("part", range(4))
 def test_no_two_lines_of_a_screen_contradict_each_other(part: int) -> None:
     for name, world in list(random_worlds().items())[part::4]:
-        found = decide(table_in(world), world.margin, horizon_steps=world.horizon)
+        found = decide(table_in(world), world.margin)
         try:
             require_one_story(found)
         except AssertionError as error:

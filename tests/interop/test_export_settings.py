@@ -54,9 +54,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "warmup_ratio": SHARES,
     "weight_decay": SHARES,
     "max_grad_norm": SHARES,
-    "adam_beta1": SHARES,
     "adam_beta2": SHARES,
-    "adam_epsilon": SHARES,
     "lora_alpha": st.one_of(st.integers(1, 99).map(float), SHARES),
     "scaling": st.sampled_from(["alpha/sqrt(r)", "constant"]),
     "init_lora_weights": st.just("gaussian"),
@@ -170,10 +168,9 @@ def wanted_of(recipe: Recipe) -> dict[str, Any]:
         "lr_scheduler_type",
         "weight_decay",
         "max_grad_norm",
-        "adam_beta1",
         "adam_beta2",
     )
-    same += ("adam_epsilon", "load_in_4bit", "load_in_8bit", "trust_remote_code", "lora_dropout", "use_dora")
+    same += ("load_in_4bit", "load_in_8bit", "trust_remote_code", "lora_dropout", "use_dora")
     return {name: getattr(settings, name) for name in same} | {
         "r": 8, "lora_alpha": recipe.lora_alpha, "use_rslora": recipe.use_rslora, "learning_rate": 0.003, "seed": 7,
         "max_steps": recipe.max_steps, "warmup_steps": recipe.warmup_steps, "max_length": settings.seq_len,
@@ -256,7 +253,6 @@ def test_the_command_that_proves_an_estimate_has_the_settings_of_the_training(
         "lr_scheduler_type",
         "weight_decay",
         "max_grad_norm",
-        "adam_beta1",
         "adam_beta2",
     )
     arguments = TrainingArguments(

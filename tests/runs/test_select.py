@@ -84,7 +84,7 @@ def test_groups_of_rows_are_in_the_journal_the_answers_and_the_report(
     rows = [json.loads(line) | {"doc": at % 50} for at, line in enumerate(completion_file.read_text().splitlines())]
     data, folder = write_jsonl(tmp_path / "grouped.jsonl", rows), tmp_path / "run"
     held_out = ("--set", "validation_fraction=0.3", "--set", "test_fraction=0.2")
-    status, _, _ = run(select_arguments(model_folder, data, folder, "--group", "doc", *held_out), capsys)
+    status, _, _ = run(select_arguments(model_folder, data, folder, "--columns", "group=doc", *held_out), capsys)
     assert status == 0
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     groups = lines[0]["data"]["groups"]
@@ -100,9 +100,9 @@ def test_groups_of_rows_are_in_the_journal_the_answers_and_the_report(
     answer = json.loads((folder / "decision.json").read_text())["adapter_answer"]
     assert f"Bounds are over {groups} groups of {examples} examples." in answer["notes"]
     assert f"paired over {examples} held-out examples in {groups} groups" in (folder / "report.html").read_text()
-    status, _, err = run(["decide", str(folder), "--group", "doc"], capsys)
+    status, _, err = run(["decide", str(folder), "--columns", "group=doc"], capsys)
     assert status == 2
-    assert "the groups of a run folder's examples are in its journal" in err
+    assert "a run folder has its own columns and groups in its journal" in err
 
 
 def test_the_adapter_loads_as_it_is_and_its_card_holds_the_evidence(finished_run: Path) -> None:

@@ -54,9 +54,15 @@ def test_one_metric_decides_and_the_others_are_kept(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(SHARE_OF_E)
     (tmp_path / "count.py").write_text(COUNT)
-    asked = ["f1", "exact_match", "rouge2", "mine:share", "mine.py:total", "length=command:python count.py {file}"]
+    asked = [
+        "f1",
+        "exact_match",
+        "rouge2",
+        "max:mine:share",
+        "max:mine.py:total",
+        "min:length=command:python count.py {file}",
+    ]
     more = [word for name in asked for word in ("--metrics", name)]
-    more += ["--higher-is-better", "share", "--higher-is-better", "total", "--lower-is-better", "length"]
     status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, "--metric", "rougeL", *more)
     assert status == 0, err
     answer = json.loads(out)
@@ -93,8 +99,8 @@ def test_one_metric_decides_and_the_others_are_kept(
         ("wer=command:no-such-program", "no program 'no-such-program'"),
         ("wer=command:'unclosed", "can't be read as a command"),
         ("loss=command:wc", "a built-in metric"),
-        ("mine:share", "give --higher-is-better share or --lower-is-better share"),
-        ("toxicity_score=mine:share", "give --higher-is-better toxicity_score"),
+        ("mine:share", "give max:mine:share or min:mine:share"),
+        ("toxicity_score=mine:share", "give max:toxicity_score=mine:share or"),
     ],
 )
 def test_a_metric_that_is_not_there_is_told_before_anything_starts(
@@ -127,7 +133,7 @@ def test_a_program_that_fails_later_loses_nothing(
         "import pathlib, sys\nseen = pathlib.Path('seen')\n"
         "if seen.exists():\n    sys.exit('the licence server is away')\nseen.touch()\n" + COUNT
     )
-    asked = ["--metric", "length=command:python count.py", "--lower-is-better", "length"]
+    asked = ["--metric", "min:length=command:python count.py"]
     status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, *asked)
     assert (status, out, err.count("\n")) == (1, "", 1), err
     assert "the licence server is away" in err

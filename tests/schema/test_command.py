@@ -24,8 +24,6 @@ TOGETHER: dict[str, dict[str, Any]] = {  # that a setting needs beside it
     "workers": {"executor": "processes"},
     "store": {"executor": "processes"},
     "ray_address": {"executor": "ray"},
-    "higher_is_better": {"metrics": ("wins=command:score 1,2 {file}",)},
-    "lower_is_better": {"metrics": ("losses=command:score {file}",)},
 }
 VALUES: dict[str, st.SearchStrategy[Any]] = {  # of settings that allow less than their type
     "columns": st.lists(st.tuples(PLAIN_TEXT, TEXT).map("=".join), min_size=1, max_size=3).filter(
@@ -36,12 +34,14 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {  # of settings that allow less tha
     "peft_options": st.fixed_dictionaries(
         {}, optional={"lora_bias": st.booleans(), "layers_pattern": TEXT, "qalora_group_size": st.integers(1, 64)}
     ),
-    "metric": st.sampled_from(["accuracy", "reward=command:score --at 1,2 {file}"]),
-    "metrics": st.lists(
-        st.sampled_from(["accuracy", "f1", "reward=command:score --at 1,2 {file}"]), min_size=1, unique=True
+    "metric": st.sampled_from(
+        ["accuracy", "max:wins=command:score 1,2 {file}", "reward=command:score --at 1,2 {file}"]
     ),
-    "higher_is_better": st.just(["wins"]),
-    "lower_is_better": st.just(["losses"]),
+    "metrics": st.lists(
+        st.sampled_from(["accuracy", "f1", "min:losses=command:score {file}", "reward=command:score --at 1,2 {file}"]),
+        min_size=1,
+        unique=True,
+    ),
     "budget_hours": st.floats(1e-6, 1e6),
     "test_fraction": st.floats(0, 0.7),
     "validation_fraction": st.floats(0.001, 0.7),

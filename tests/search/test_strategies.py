@@ -307,7 +307,6 @@ def test_outside_in() -> None:
         ({"strategy": "x"}, "there are: bracket, grid"),
         ({"ranks": (8,)}, "8 alone"),
         ({"budget_trainings": 1.5}, "give budget_trainings"),
-        ({"budget_steps": 150, "max_steps": 100}, "budget_steps"),
         ({"budget_hours": -1}, "budget_hours"),
     ],
 )

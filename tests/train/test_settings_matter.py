@@ -58,9 +58,7 @@ TRAINING: dict[str, Any] = {
     "warmup_ratio": 0.7,
     "weight_decay": 0.5,
     "max_grad_norm": 1e-6,
-    "adam_beta1": 0.5,
     "adam_beta2": 0.9,
-    "adam_epsilon": 1e-2,
     "test_fraction": 0.2,
     "validation_fraction": 0.2,
     "eval_items": 3,
@@ -71,7 +69,6 @@ OTHER_MODELS = {  # that need another base, data or machine; the test that shows
     "peft_options": "below",
     "beta": "preference pairs: test_preference.py",
     "columns": "data of other names: tests/data",
-    "group": "data with such a column: tests/data",
     "validation": "a second file: tests/data",
     "load_in_4bit": "bitsandbytes: test_quantised.py",
     "load_in_8bit": "bitsandbytes: test_quantised.py",
@@ -79,11 +76,11 @@ OTHER_MODELS = {  # that need another base, data or machine; the test that shows
     "device": "another device",
 }
 PLANS_TRAININGS = {  # they choose which trainings there are, and change none of a given arm
-    "goal", "strategy", "ranks", "learning_rates", "seeds", "budget_trainings", "budget_steps", "budget_hours", "extend",
+    "goal", "strategy", "ranks", "learning_rates", "seeds", "budget_trainings", "budget_hours", "extend",
     "max_steps", "num_train_epochs",
 }  # fmt: skip
 JUDGES = {  # they measure and judge what was trained
-    "metric", "margin", "confidence", "metrics", "lower_is_better", "higher_is_better", "max_new_tokens", "guard",
+    "metric", "margin", "confidence", "metrics", "max_new_tokens", "guard",
     "guard_margin", "eval_points", "eval_batch_size", "report_to", "checkpoint",
 }  # fmt: skip
 CHANGES_NO_LOSS = {  # they say where and how trainings run; tests of each show equal losses

@@ -300,8 +300,6 @@ def decide(
     margin: float | None = None,
     confidence: float | None = None,
     columns: Mapping[str, str] | None = None,
-    group: str | None = None,
-    horizon_steps: int | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Decided:
     """Decide on trainings that have finished, whoever ran them.
@@ -314,9 +312,7 @@ def decide(
         margin: how much worse than the best is still enough, in the metric's unit; None for the metric's default.
         confidence: name the smallest rank that is enough with this probability, where scores by example give one; None for
             that of a run folder, else 0.75.
-        columns: canonical name → column, where a column has an unusual name.
-        group: the column that says which examples belong together; None for `group`, if there is one. A run folder has its own.
-        horizon_steps: the length of training to answer for.
+        columns: canonical name → column, where a column has an unusual name; `group` says which examples belong together.
         checkpoint: which evaluation of each training is compared, where there are several: `last` or `best`; None
             for that of a run folder, else the last.
 
@@ -325,15 +321,13 @@ def decide(
     """
     from rightrank.interop.tables import raw_rows, results_of_rows, rows_of_mappings
 
-    further: dict[str, Any] = {"horizon_steps": horizon_steps}
-    if confidence is not None:
-        further["confidence"] = confidence
+    further: dict[str, Any] = {} if confidence is None else {"confidence": confidence}
     if isinstance(results, str | Path):
         folder = RunFolder(Path(results))
         if folder.journal.path.is_file():
-            if group is not None:
+            if columns:
                 raise ResultsError(
-                    f"--group {group}: the groups of a run folder's examples are in its journal; give --group to select, or leave it out"
+                    "--columns: a run folder has its own columns and groups in its journal; leave it out"
                 )
             return _decide_run(folder, metric, margin, further | {"higher": higher_is_better, "checkpoint": checkpoint})
         where, rows = str(results), raw_rows(Path(results))
@@ -346,9 +340,7 @@ def decide(
         where, rows = "results", rows_of_mappings(given)
     if (decided := plugins.first(lambda plugin: plugin.decide_rows(rows, margin))) is not None:
         return Decided(*decided)
-    read = results_of_rows(
-        rows, where, metric, higher_is_better, margin, {**(columns or {}), **({"group": group} if group else {})}
-    )
+    read = results_of_rows(rows, where, metric, higher_is_better, margin, columns or {})
     others = other_tables(read)
     decision = rule.decide(table_of_results(read), margin, checkpoint=checkpoint or "last", others=others, **further)
     return Decided(decision, read.understood)

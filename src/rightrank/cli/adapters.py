@@ -78,23 +78,19 @@ def _inspect(plot: Path | None, as_json: bool, **places: Path | None) -> None:
     "--bits", callback=comma, help="With --data: 16,8 measures these bits of a value too; the smallest file that holds."
 )
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
-@click.option("--group", help="With --data: the column that says which rows belong together, such as a document.")
 @click.option("--uniform", is_flag=True, help="With --energy: one rank for all modules, the largest needed.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")
-@click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
 def _resize(
     adapter: Path,
     out: Path,
     margin: float | None,
     ranks: list[str] | None,
-    group: str | None,
     bits: list[str] | None,
     assignments: tuple[str, ...],
     as_json: bool,
     quiet: bool,
-    log_json: bool,
     **rule: Any,
 ) -> None:
     """Write ADAPTER to OUT at another rank and report the truncation error."""
@@ -103,7 +99,6 @@ def _resize(
     needing = {
         "--margin": margin,
         "--ranks": ranks,
-        "--group": group,
         "--bits": bits,
         "--set": assignments,
         "--train": rule["train"],
@@ -112,20 +107,20 @@ def _resize(
     alone = next((option for option, value in needing.items() if value), None)
     if alone is not None and rule["data"] is None:
         raise SettingsError(f"{alone} goes with --data FILE, which was not given; give both, or leave it out")
-    with progress_view(quiet, log_json) as view:
+    with progress_view(quiet) as view:
         resized = api.resize(
             adapter,
             out,
             ranks=whole_numbers(ranks, "--ranks"),
             bits=whole_numbers(bits, "--bits") or (),
-            settings=SelectSettings(**gather(None, assignments, {"margin": margin, "group": group})),
+            settings=SelectSettings(**gather(None, assignments, {"margin": margin})),
             on_event=view.on_event,
             **rule,
         )
     click.echo(resized.model_dump_json() if as_json else _resized_text(resized))
 
 
-def progress_view(quiet: bool, log_json: bool) -> AbstractContextManager[View | JsonLog]:
+def progress_view(quiet: bool, log_json: bool = False) -> AbstractContextManager[View | JsonLog]:
     """What shows the progress of evaluations on stderr."""
     from rightrank.hooks.process import JsonLog
     from rightrank.hooks.terminal import make_view
@@ -155,10 +150,7 @@ def progress_view(quiet: bool, log_json: bool) -> AbstractContextManager[View | 
     "margin",
     "metric",
     "metrics",
-    "higher_is_better",
-    "lower_is_better",
     "columns",
-    "group",
     "seq_len",
     "dtype",
     "device",

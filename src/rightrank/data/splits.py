@@ -231,8 +231,8 @@ class _Reading:
         is_missing |= isinstance(value, float) and math.isnan(value)
         if is_missing and column:
             raise DataError(
-                f"{row.where}: no value in a column {column!r}, which --group names; there are {', '.join(row.fields)}: name one that "
-                "every row has, or leave --group out"
+                f"{row.where}: no value in a column {column!r}, which columns names for `group`; there are {', '.join(row.fields)}: name one that "
+                "every row has, or leave it out"
             )
         prompt = _prompt_of(example.content) if self._by_prompt and is_missing else None
         if is_missing:
@@ -261,8 +261,8 @@ class _Reading:
         if column and (len(self._first_of) == 1 or (self._first_of and not self._is_shared)):
             what = "all rows share" if self._is_shared else "no two rows share"
             raise DataError(
-                f"{name}: {what} a value of {column!r}, which --group names; name a column with several values, each of several "
-                "rows, or leave --group out: rows are then taken as independent"
+                f"{name}: {what} a value of {column!r}, which columns names for `group`; name a column with several values, each of several "
+                "rows, or leave it out: rows are then taken as independent"
             )
 
 
@@ -373,7 +373,7 @@ def _detect_form(
     if first is None:
         raise DataError(f"{name}: no rows; give at least one row of text")
     known = {column for _, columns in FORMS for column in columns} | {"group"}
-    shape = shape_of(first, named, known)
+    shape = shape_of(first, [entry for entry in named if not entry.startswith("group=")], known)
     changed = first if shape is None else shape(first)
     if shape is not None:
         begun = {split: map(shape, found) for split, found in begun.items()}

@@ -37,7 +37,6 @@ def decide(
     table: ScoreTable,
     margin: float | None = None,
     *,
-    horizon_steps: int | None = None,
     others: Sequence[ScoreTable] = (),
     smallest_if_alike: bool = False,
     confidence: float | None = ASKED_CONFIDENCE,
@@ -47,7 +46,6 @@ def decide(
 
     Args:
         margin: how much worse than the best is still enough, in the metric's unit; None for the default of the metric.
-        horizon_steps: the length of the training that the answer is for, if longer than the trials.
         others: the same trials by other metrics, each compared at its default margin.
         checkpoint: which evaluation of each training is compared, where a table has those during the training.
         smallest_if_alike: answer an undecided comparison with the smallest rank that is not shown to be worse (`no_difference`).
@@ -68,7 +66,7 @@ def decide(
     verdict = verdict_of(found)
     comparable = [other for other in others if len(other.ranks()) > 1]
     beside = [_beside(found.by_rank, other, confidence, checkpoint) for other in comparable]
-    flags = flags_of(found, verdict, horizon_steps, beside, checkpoints)
+    flags = flags_of(found, verdict, beside, checkpoints)
     runs = next_runs(found, verdict, flags)
     if smallest_if_alike and verdict == "undecided" and (alike := alike_ranks(found)):
         verdict, chosen = "no_difference" if len(alike) > 1 else "saturated", alike[0]

@@ -19,7 +19,7 @@ from rightrank.schema.events import (
     RunStarted,
     TestEvaluated,
 )
-from rightrank.schema.metrics import REPORTED_ONLY, Checkpoint, direction, unknown_direction
+from rightrank.schema.metrics import REPORTED_ONLY, Checkpoint, unknown_direction
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import (
     OUTCOMES,
@@ -127,7 +127,6 @@ def decide_on(
     margin: float | None = None,
     *,
     higher: bool | None = None,
-    horizon_steps: int | None = None,
     confidence: float | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Decision:
@@ -138,15 +137,15 @@ def decide_on(
     """
     started, settings = records.started, records.settings
     asked = [started.metric, *settings.metrics]
-    beside = [name for name in metrics_of(records) if name != metric and (name in asked or name not in REPORTED_ONLY)]
+    known = metrics_of(records) if started.data.form != "own" else ()
+    beside = [name for name in known if name != metric and (name in asked or name not in REPORTED_ONLY)]
     others = [run_table(records, outcomes, name) for name in beside if _direction_in(started, name) is not None]
     wanted = settings.confidence if confidence is None else confidence
     return decide(
         run_table(records, outcomes, metric, higher),
         margin,
-        horizon_steps=horizon_steps,
         checkpoint=checkpoint or settings.checkpoint,
-        others=others if started.data.form != "own" else (),
+        others=others,
         smallest_if_alike=started.is_rl,
         confidence=None if wanted is None and started.is_rl else wanted or ASKED_CONFIDENCE,
     )
@@ -186,10 +185,7 @@ def _direction_in(started: RunStarted, metric: str) -> bool | None:
     """Whether higher is better by a metric of the run: from its settings, else from the metric's name; None: not known."""
     if metric == started.metric:
         return started.higher_is_better
-    settings = started.select_settings
-    if metric in (*settings.higher_is_better, *settings.lower_is_better):
-        return metric in settings.higher_is_better
-    return direction(metric)
+    return started.select_settings.direction_of(metric)
 
 
 def comparable(records: Records) -> list[TrialOutcome]:

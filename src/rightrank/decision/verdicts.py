@@ -164,7 +164,6 @@ def _train_value(contender: Contender) -> float | None:
 def flags_of(
     found: Comparison,
     verdict: Verdict,
-    horizon_steps: int | None,
     beside: Sequence[MetricAnswer] = (),
     checkpoints: CheckpointNote | None = None,
 ) -> list[str]:
@@ -175,7 +174,6 @@ def flags_of(
     """
     evidence, top = found.evidence, found.ranks[-1]
     answer = {found.chosen, found.reference.rank}
-    trained = max((cell.steps or 0 for cell in found.reference.cells.values()), default=0)
     growth = _late_growth(found) or 0.0
     named = [set(cell.others) for one in evidence.contenders.values() for cell in one.cells.values()]
     others = set.intersection(*named) - {
@@ -200,7 +198,6 @@ def flags_of(
         "may_be_capacity_limited": growth > 0
         and not is_within(found.by_rank[found.chosen].difference.mean + growth, found.margin),
         "checkpoint_matters": checkpoints is not None and checkpoints.matters,
-        "extrapolated": horizon_steps is not None and 0 < trained < horizon_steps,
     }
     return [flag for flag, raise_it in raised.items() if raise_it]
 

@@ -61,7 +61,7 @@ def _prepared(run: Run) -> Prepared:
 def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Sequence[str] | None) -> _GuardData:
     # Scored by its loss, each file whole and under its own columns.
     by_loss = settings.model_copy(update={"metric": "loss", "metrics": ()})
-    own = by_loss.model_copy(update={"columns": (), "group": "", "validation": ""})
+    own = by_loss.model_copy(update={"columns": (), "validation": ""})
     try:
         splits, own = load_all(Path(file), own, classes, least=MIN_ROWS, at_most=own.eval_items)
     except InputError as error:

@@ -20,7 +20,7 @@ from rightrank.schema.trials import TrialFinished
 
 # Settings by which an adapter is measured and its second moments are gathered.
 OF_MEASURING = (
-    *("margin", "metric", "higher_is_better", "lower_is_better", *OF_SPLITS, "seeds", "max_steps", "num_train_epochs"),
+    *("margin", "metric", *OF_SPLITS, "seeds", "max_steps", "num_train_epochs"),
     *(
         "batch_size",
         "gradient_accumulation_steps",

@@ -383,7 +383,7 @@ def _groups(lines: Iterable[_Line], asked: str | None, where: str) -> list[int] 
         )  # fmt: skip
         raise ResultsError(
             f"{where}: column {asked} gives the examples no groups: {what}; name one with several values, each of several "
-            "examples, or leave --group out: examples are then taken as independent"
+            "examples, or leave it out: examples are then taken as independent"
         )
     return None
 

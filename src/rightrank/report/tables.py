@@ -27,7 +27,6 @@ FLAGS = {
     "metric_conflict": "another metric of the same trainings contradicts the answer for a rank",
     "may_be_capacity_limited": "the differences between ranks were still growing when training ended",
     "checkpoint_matters": "at the other checkpoint of each training, the best or the last, the values pick another rank",
-    "extrapolated": "the answer is for a longer training than was measured",
 }
 ENOUGH = {True: "yes", False: "no", None: "inconclusive"}  # by `RankEvidence.non_inferior`
 

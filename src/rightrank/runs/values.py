@@ -140,7 +140,7 @@ def _training_rank_estimate(records: Records) -> TrainingRankEstimate | None:
     ranks = records.settings.ranks
     compared = ranks if len(ranks) > 1 else tuple(sorted({low, high, answer.trained_rank} | {max(1, low // 2)}))
     steps = max((trial.steps for trial in records.finished() if trial.arm.is_direct), default=1) or 1
-    unlimited = dict.fromkeys(("budget_trainings", "budget_steps", "budget_hours"))
+    unlimited = dict.fromkeys(("budget_trainings", "budget_hours"))
     settings = records.settings.model_copy(update={**unlimited, "goal": "training-rank", "ranks": compared})
     space = space_of(settings, steps, records.started.data.loss_kind)
     cost = make_strategy(settings.strategy, space).cost()

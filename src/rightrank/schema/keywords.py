@@ -20,14 +20,11 @@ class SelectKeywords(TypedDict, total=False):
     confidence: float
     checkpoint: Literal["last", "best"]
     metrics: Sequence[str] | str
-    higher_is_better: Sequence[str] | str
-    lower_is_better: Sequence[str] | str
     guard: Sequence[str] | str
     guard_margin: float
     budget_hours: float
     target_modules: Sequence[str] | str
     layers_to_transform: Sequence[int] | int
-    modules_to_save: Sequence[str] | str
     use_dora: bool
     lora_alpha: float
     max_steps: int
@@ -35,7 +32,6 @@ class SelectKeywords(TypedDict, total=False):
     batch_size: int
     seq_len: int
     columns: Mapping[str, str] | Sequence[str]
-    group: str
     validation: str
     eval_items: int
     ray_address: str
@@ -55,16 +51,10 @@ class PlanKeywords(TypedDict, total=False):
     ranks: Sequence[int] | int
     target_modules: Sequence[str] | str
     layers_to_transform: Sequence[int] | int
-    modules_to_save: Sequence[str] | str
     use_dora: bool
     batch_size: int
     seq_len: int
-    optim: Literal["adamw", "adamw_fused", "adamw_8bit"]
-    loss: Literal["full", "chunked"]
-    adapters_per_pass: int
     dtype: Literal["float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
-    device: Literal["cuda", "cpu"]
     memory_bytes: int | str
     gradient_checkpointing: bool
     load_in_4bit: bool
-    load_in_8bit: bool

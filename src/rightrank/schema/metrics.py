@@ -8,6 +8,8 @@ reward_accuracy, reward_margin  for preference pairs
 exact_match, f1, rouge1, rouge2, rougeL    of the text that the model generates for a prompt
 MODULE:FUNCTION                 a Python function; MODULE may be a file
 NAME=command:PROGRAM {file}     a program that reads the answers as JSONL and prints scores
+
+The last two may begin with `max:` or `min:`, which says whether higher or lower is better where the name does not.
 """
 
 from __future__ import annotations
@@ -104,7 +106,7 @@ BUILT_IN: dict[str, SpecKind] = {
 }
 _NAMED = re.compile(r"([A-Za-z_][\w-]*)=(.+)", re.DOTALL)
 _FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
-FORMS = f"{', '.join(BUILT_IN)}, MODULE:FUNCTION or NAME=command:PROGRAM"
+FORMS = f"{', '.join(BUILT_IN)}, MODULE:FUNCTION or NAME=command:PROGRAM (after max: or min: where its name has no direction)"
 
 
 class MetricSpec(NamedTuple):
@@ -113,6 +115,7 @@ class MetricSpec(NamedTuple):
     name: str  # its name in every record
     kind: SpecKind
     target: str = ""  # the function or command line
+    higher_is_better: bool | None = None  # as stated; None: as its name says
 
     @property
     def is_measured_along(self) -> bool:
@@ -126,6 +129,9 @@ def _parse_metric(text: str) -> MetricSpec:
     Raises:
         ValueError: an unknown metric; the message lists the known forms.
     """
+    sign, _, stated = text.partition(":")
+    if sign in ("max", "min") and ":" in stated:
+        return _parse_metric(stated)._replace(higher_is_better=sign == "max")
     named = _NAMED.fullmatch(text)
     name, rest = (named[1], named[2]) if named else (None, text)
     if rest in BUILT_IN and (name is None or name == rest):

@@ -47,7 +47,6 @@ class PlanSettings(PeftFields):
         "adamw",
         TRAINING,
         "`adamw`, `adamw_fused` or `adamw_8bit`",
-        option=True,
         also=("optimizer",),
         aliases=TRANSFORMERS_NAMES,
     )
@@ -55,10 +54,9 @@ class PlanSettings(PeftFields):
         "full",
         TRAINING,
         "`full`, as Trainer, or `chunked`, as `rightrank select`",
-        option=True,
     )
     adapters_per_pass: int = setting(
-        1, TRAINING, "adapters trained in one pass over the frozen base", option=True, also=("arms",), gt=0
+        1, TRAINING, "adapters trained in one pass over the frozen base", also=("arms",), gt=0
     )
     padding: bool = setting(False, TRAINING, "rows of unequal length, so that attention is given a mask")
     attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", TRAINING, "as in transformers")
@@ -79,11 +77,11 @@ class PlanSettings(PeftFields):
         also=("bf16", "fp16", "torch_dtype"),
         aliases=DTYPE_ALIASES,
     )
-    device: Literal["cuda", "cpu"] = setting("cuda", MACHINE, "kernels and allocator of `cuda` or `cpu`", option=True)
+    device: Literal["cuda", "cpu"] = setting("cuda", MACHINE, "kernels and allocator of `cuda` or `cpu`")
     memory_bytes: int | None = _as_select("memory_bytes")
     gradient_checkpointing: bool = setting(False, MACHINE, "recompute blocks in the backward pass", option=True)
     load_in_4bit: bool = _as_select("load_in_4bit")
-    load_in_8bit: bool = setting(False, MACHINE, "the base's matrices in 8 bits", option=True)
+    load_in_8bit: bool = setting(False, MACHINE, "the base's matrices in 8 bits")
     trust_remote_code: bool = _as_select("trust_remote_code")
 
     def _require_consistent(self) -> None:

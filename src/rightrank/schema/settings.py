@@ -152,7 +152,7 @@ class PeftFields(Settings):
     )
     exclude_modules: tuple[str, ...] = setting((), ADAPTER, "module names to leave out", split=True)
     modules_to_save: tuple[str, ...] = setting(
-        (), ADAPTER, "modules trained whole and saved with the adapter", option=True, split=True
+        (), ADAPTER, "modules trained whole and saved with the adapter", split=True
     )
     use_dora: bool = setting(
         False,
@@ -202,9 +202,7 @@ class _TrainerFields(Settings):
     warmup_ratio: float = setting(0.05, TRAINING, "share of the steps that warm up", ge=0, lt=1)
     weight_decay: float = setting(0.0, TRAINING, "of AdamW", ge=0)
     max_grad_norm: float = setting(1.0, TRAINING, "gradient clipping; 0 turns it off", ge=0)
-    adam_beta1: float = setting(0.9, TRAINING, "of AdamW", ge=0, lt=1)
     adam_beta2: float = setting(0.999, TRAINING, "of AdamW", ge=0, lt=1)
-    adam_epsilon: float = setting(1e-8, TRAINING, "of AdamW", gt=0)
 
 
 def _brought() -> Iterator[type[Settings]]:
@@ -282,8 +280,8 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
     metric: str = setting(
         "loss",
         DECIDE,
-        "`loss`, `accuracy`, `f1`, `rougeL`, …; what decides, also a function or a program "
-        "([metrics](../how-to/metrics.md))",
+        "`loss`, `accuracy`, `f1`, `rougeL`, …; what decides, also a function or a program, after `max:` or `min:` where its name says no "
+        "direction ([metrics](../how-to/metrics.md))",
         option=True,
     )
     margin: float | None = setting(
@@ -317,13 +315,6 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
         "a further metric to measure; may be repeated",
         option=True,
     )
-    higher_is_better: tuple[str, ...] = setting(
-        (),
-        DECIDE,
-        "a metric of yours by which higher is better; a metric whose name is no common one needs a direction",
-        option=True,
-    )
-    lower_is_better: tuple[str, ...] = setting((), DECIDE, "a metric of yours by which lower is better", option=True)
     max_new_tokens: int = setting(64, DECIDE, "maximum length of an answer, in tokens", gt=0)
     guard: tuple[str, ...] = setting(
         (),
@@ -347,9 +338,6 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
         "maximum number of whole trainings; one that stops early counts for its part",
         continuable=True,
         gt=0,
-    )
-    budget_steps: int | None = setting(
-        None, BUDGET, "maximum number of optimizer steps over all trainings", continuable=True, gt=0
     )
     budget_hours: float | None = setting(
         None,
@@ -421,18 +409,12 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
     columns: tuple[str, ...] = setting(
         (),
         DATA,
-        "columns of other names, such as prompt=question",
+        "columns of other names, such as prompt=question; `group=document` names the one by which rows [belong together]"
+        "(file-formats.md#rows-that-belong-together), by default `group`, else the prompt",
         option=True,
         split=True,
         parse=lambda value: [f"{name}={of}" for name, of in value.items()] if isinstance(value, Mapping) else value,
         check=_require_columns,
-    )
-    group: str = setting(
-        "",
-        DATA,
-        "column that groups rows, such as by document; by default `group`, else the prompt ([why](file-formats.md#rows-that-belong-together))",
-        option=True,
-        also=("groups", "group_by", "cluster"),
     )
     validation: str = setting(
         "", DATA, "file or folder for the validation split; by default a tenth of the data", option=True
@@ -544,22 +526,8 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
         if self.workers and self.executor == "local":
             raise ValueError("workers was given and the executor is 'local': give executor processes or ray")
         super()._require_consistent()
-        self._require_directions()
-
-    def _require_directions(self) -> None:
-        names = [spec.name for spec in self.metric_specs]
-        for setting_name, given in (
-            ("higher_is_better", self.higher_is_better),
-            ("lower_is_better", self.lower_is_better),
-        ):
-            unknown = next((name for name in given if name not in names), None)
-            if unknown is not None:
-                raise ValueError(f"{setting_name}: {unknown!r} is not one of the metrics ({', '.join(names)})")
-        both = next((name for name in self.higher_is_better if name in self.lower_is_better), None)
-        if both is not None:
-            raise ValueError(f"{both!r} is in higher_is_better and in lower_is_better: give it once")
-        for name in names:
-            self.is_higher_better(name)
+        for spec in self.metric_specs:
+            self.is_higher_better(spec.name)
 
     def is_higher_better(self, name: str) -> bool:
         """The direction of one of the metrics: as given, else as its name says.
@@ -567,15 +535,22 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
         Raises:
             ValueError: it is not known; the message says what to give.
         """
-        if name in self.higher_is_better or name in self.lower_is_better:
-            return name in self.higher_is_better
-        found = direction(name)
-        if found is None:
-            raise ValueError(
-                f"{unknown_direction(name)}; give --higher-is-better {name} or --lower-is-better {name} (settings "
-                "higher_is_better and lower_is_better)"
-            )
-        return found
+        higher = self.direction_of(name)
+        if higher is None:
+            specs = zip(self.metric_specs, (self.metric, *self.metrics), strict=True)
+            text = next((text for spec, text in specs if spec.name == name), name)
+            raise ValueError(f"{unknown_direction(name)}; give max:{text} or min:{text}")
+        return higher
+
+    def direction_of(self, name: str) -> bool | None:
+        """The same; None where it is not known."""
+        stated = next((spec.higher_is_better for spec in self.metric_specs if spec.name == name), None)
+        return direction(name) if stated is None else stated
+
+    @property
+    def group(self) -> str:
+        """The column by which rows belong together; empty where `columns` names none."""
+        return dict(entry.split("=", 1) for entry in self.columns).get("group", "")
 
     @property
     def metric_specs(self) -> tuple[MetricSpec, ...]:
@@ -622,7 +597,7 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
 
 
 # Settings that say which rows are in which split.
-OF_SPLITS = ("columns", "group", "validation", "test_fraction", "validation_fraction", "eval_items")
+OF_SPLITS = ("columns", "validation", "test_fraction", "validation_fraction", "eval_items")
 # Settings that choose trials and judge them, and change no trial: a run folder may be continued with other values.
 CONTINUABLE = tuple(name for name, row in SelectSettings.model_fields.items() if row.continuable)
 

@@ -5,7 +5,6 @@ To add one, write it in a file of this folder and name it in `STRATEGIES`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from rightrank.schema.errors import SettingsError, did_you_mean
@@ -32,7 +31,7 @@ def make_strategy(name: str, space: Space) -> Strategy:
     if space.budget_steps is not None and space.budget_steps < least * space.steps:
         raise SettingsError(
             f"a budget of {space.budget_steps / space.steps:.3g} trainings is too small: {name!r} with "
-            f"{len(space.learning_rates)} learning rates needs {least:g} to compare two ranks; give budget_trainings {least:g} "
-            f"(budget_steps {math.ceil(least * space.steps)}), fewer learning rates, or a smaller max_steps"
+            f"{len(space.learning_rates)} learning rates needs {least:g} to compare two ranks; give budget_trainings {least:g}, "
+            "fewer learning rates, or a smaller max_steps"
         )
     return strategy

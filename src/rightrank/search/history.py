@@ -115,9 +115,6 @@ def space_of(settings: SelectSettings, steps: int, loss: LossKind = "token_loss"
         )
     name = settings.metric_name
     higher = settings.is_higher_better(name)
-    trainings, optimizer_steps = settings.budget_trainings, settings.budget_steps
-    budgets = [] if trainings is None else [trainings * steps]
-    budgets += [] if optimizer_steps is None else [float(optimizer_steps)]  # the tighter one counts
     recovery = min(round(RECOVERY_PART * steps), unseen_steps)
     return Space(
         ranks=settings.ranks,
@@ -132,7 +129,7 @@ def space_of(settings: SelectSettings, steps: int, loss: LossKind = "token_loss"
         kind=metric_kind(name, higher, loss),
         higher_is_better=higher,
         points_are_losses=settings.points_metric != name,
-        budget_steps=min(budgets, default=None),
+        budget_steps=None if settings.budget_trainings is None else settings.budget_trainings * steps,
         budget_seconds=None if settings.budget_hours is None else settings.budget_hours * 3600,
     )
 

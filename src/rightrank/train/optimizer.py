@@ -178,8 +178,7 @@ def _make_optimizer(
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
+        betas=(0.9, settings.adam_beta2),
         fused=fused,
     )
     for parameter in parameters:

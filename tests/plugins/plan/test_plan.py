@@ -119,11 +119,11 @@ def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys
         (("--target-modules", "q_proj,nothing"), "no module is named 'nothing'"),
         (("--seq-len", "257"), "above the model's 256 positions"),
         (("--dtype", "int3"), "dtype"),
-        (("--load-in-4bit", "--load-in-8bit"), "give one of them"),
+        (("--load-in-4bit", "--set", "load_in_8bit=true"), "give one of them"),
         (("--set", "paddin=true"), "did you mean 'padding'"),
         (("--layers-to-transform", "9"), "layers_to_transform: got 9"),
-        (("--adapters-per-pass", "2", "--use-dora"), "leave out use_dora"),
-        (("--set", "num_labels=3", "--loss", "chunked"), "give loss 'full'"),
+        (("--set", "adapters_per_pass=2", "--use-dora"), "leave out use_dora"),
+        (("--set", "num_labels=3", "--set", "loss=chunked"), "give loss 'full'"),
     ],
 )
 def test_bad_input_is_one_line(
