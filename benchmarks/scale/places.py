@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +27,10 @@ from rightrank.plugins.cluster.pool import Crew, Pool
 from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.worker import versions
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Hooks, Run
-from rightrank.runs.run import decide, loop
+from rightrank.runs.hook import Finished, Hooks
+from rightrank.runs.run import begin, decide, loop, opened
 from rightrank.runs.values import Plan, Selected
-from rightrank.schema.events import DataSummary, Event, RunStarted
+from rightrank.schema.events import DataSummary, Event, JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search import make_strategy
@@ -171,6 +171,19 @@ def _crew_at(place: Place) -> Crew:
     return ProcessCrew(setup, place.folder / "workers", command=STUB)
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """A request whose plan is known."""
+
+    planned: Plan
+
+    def plan(self, _folder: RunFolder, _journal: Sequence[JournalRecord], _before: Plan | None) -> Plan:
+        return self.planned
+
+    def extended(self, _settings: SelectSettings) -> _Planned:
+        return self
+
+
 def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: float = 600.0) -> None:
     """One selection over sleeping workers; the fault within a trial's time after so many outcomes of this drive."""
     folder = place.folder
@@ -200,18 +213,18 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
         report, strategy = Report(), make_strategy(settings.strategy, space_of(settings, STEPS))
         hooks = Hooks([observer, report])
         plan = Plan(started=started, settings=settings, steps=STEPS, strategy=strategy)
-        run = Run(run_folder, hooks, plan, run_folder.journal.read())
-        hooks.on_prepared(run)
+        run = opened(_Planned(plan), run_folder, hooks)
         crew = _crew_at(place)
         pool = Pool(crew, WORKERS, versions(), run, hang_seconds=hang_seconds)
         if isinstance(crew, ProcessCrew):
             place.busy = lambda: [crew._running[name].popen.pid for name in pool.busy()]
         try:
-            run.begin()
+            begin(run)
             loop(run, pool)
         finally:
             pool.close()
-        report.on_end(run, Selected(decide(run), folder, None, None, run_folder.report, {}))
+        selected = Selected(decide(run), folder, None, None, run_folder.report, {})
+        report.on_end(Finished(selected, run_folder, run.records))
 
 
 def killed_and_resumed(place: Place, after: int) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from benchmarks.scale.simulated import result_of, step_of
 from rightrank.plugins.cluster.on_ray import RayWorker
 from rightrank.plugins.cluster.worker import Setup, Step, Worker, WorkerMessage, main
-from rightrank.runs.hook import Executor
+from rightrank.runs.executor import Executor
 from rightrank.schema.trials import Trial, TrialOutcome, TrialStarted
 
 SIGN_SECONDS = 0.2  # between two signs of progress

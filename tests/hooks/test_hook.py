@@ -10,9 +10,8 @@ import pytest
 
 from rightrank import Selected, TrialTask, select_rank_with
 from rightrank.hooks import Hook
-from rightrank.runs.hook import Run
+from rightrank.runs.hook import Answered, Finished, Started
 from rightrank.runs.journal import Journal
-from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, InterruptedRun, RunError
 from rightrank.schema.events import Event, SelectionPlanned
 from rightrank.schema.trials import TrialFinished
@@ -36,19 +35,19 @@ class Seen(Hook):
         self.calls: list[str] = []
         self.events: list[Event] = []
 
-    def on_prepared(self, run: Run) -> None:
-        assert not run.folder.journal.path.exists()
-        self.calls.append("prepared")
+    def on_start(self, started: Started) -> None:
+        assert not started.folder.journal.path.exists()
+        self.calls.append("start")
 
     def on_event(self, event: Event) -> None:
         self.calls.append(type(event).__name__)
         self.events.append(event)
 
-    def on_adapter(self, answer: AdapterAnswer, run: Run) -> None:
+    def on_adapter(self, answered: Answered) -> None:
         self.calls.append("adapter")
 
-    def on_end(self, run: Run, selected: Selected) -> None:
-        assert (run.folder.adapter / "weights.txt").exists()
+    def on_end(self, finished: Finished) -> None:
+        assert (finished.folder.adapter / "weights.txt").exists()
         self.calls.append("end")
 
 
@@ -72,7 +71,7 @@ def test_events_come_in_the_order_of_the_run(tmp_path: Path) -> None:
     select(tmp_path / "run", seen)
     trials = ["TrialStarted", "TrialFinished"] * len(RANKS)
     end = ["adapter", "AdapterRecorded", "DecisionRecorded", "end"]
-    assert seen.calls == ["prepared", "RunStarted", "SelectionPlanned", *trials, *end]
+    assert seen.calls == ["start", "RunStarted", "SelectionPlanned", *trials, *end]
     journal = Journal(tmp_path / "run" / "journal.jsonl").read()
     assert journal == [event for event in seen.events if not isinstance(event, SelectionPlanned)]
 
@@ -101,7 +100,7 @@ def test_a_hook_that_a_run_can_do_without_is_left_out_until_the_end(tmp_path: Pa
 
 def test_an_error_of_input_passes_as_it_is(tmp_path: Path) -> None:
     class Refusing(Hook):
-        def on_prepared(self, run: Run) -> None:
+        def on_start(self, started: Started) -> None:
             raise DataError("not this one")
 
     with pytest.raises(DataError, match=r"^not this one$"):
@@ -129,3 +128,24 @@ def test_it_stops_the_run_which_then_resumes_with_what_has_ended(tmp_path: Path)
     resumed: Any = select(run, Resumed())
     assert found == ended
     assert resumed.decision == select(tmp_path / "whole").decision
+
+
+def test_a_hook_gets_nothing_that_it_could_change(tmp_path: Path) -> None:
+    """The records are frozen, and what they hold of the journal is a copy."""
+
+    class Clearing(Hook):
+        def on_start(self, started: Started) -> None:
+            self.started = started
+            with pytest.raises(AttributeError):
+                started.plan = None  # type: ignore[misc,assignment]
+
+        def on_event(self, event: Event) -> None:
+            self.started.records().outcomes.clear()
+
+        def on_adapter(self, answered: Answered) -> None:
+            answered.records.outcomes.clear()
+
+        def on_end(self, finished: Finished) -> None:
+            finished.records.outcomes.clear()
+
+    assert select(tmp_path / "run", Clearing()).decision == select(tmp_path / "plain").decision

@@ -16,6 +16,8 @@ from rightrank.decision.run import Records, decide_run, records_of
 from rightrank.hooks import trackers as registry
 from rightrank.hooks.trackers import Trackers, require_trackers
 from rightrank.runs.calls import TrialResult, TrialTask
+from rightrank.runs.folder import RunFolder
+from rightrank.runs.hook import Started
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import MissingExtraError, SettingsError
 from rightrank.schema.events import DecisionRecorded
@@ -38,7 +40,8 @@ def log_all(records: Records, name: str) -> list[str]:
     """Tell one tracker of all; what it complained about."""
     notices: list[str] = []
     trackers = Trackers([name], Path("run"))
-    trackers.on_prepared(SimpleNamespace(started=records.started, notice=notices.append))  # type: ignore[arg-type]
+    plan: Any = SimpleNamespace(started=records.started)
+    trackers.on_start(Started(plan, RunFolder(Path("run")), records.copy, lambda event: notices.append(event.text)))  # type: ignore[union-attr]
     for outcome in records.outcomes:
         trackers.on_event(outcome)
     trackers.on_event(DecisionRecorded(decision=decide_run(records), adapter_trial_id=None))

@@ -13,8 +13,7 @@ import pytest
 from rightrank import select_rank_with
 from rightrank.hooks import trackers
 from rightrank.report.html import page_script
-from rightrank.runs.hook import described
-from rightrank.schema.errors import RunError, SettingsError, first_line, one_line, without_secrets
+from rightrank.schema.errors import RunError, SettingsError, described, first_line, one_line, without_secrets
 from rightrank.schema.settings import SelectSettings
 from tests.commands import COMMANDS, run
 

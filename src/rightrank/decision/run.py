@@ -77,6 +77,11 @@ class Records:
     def settings(self) -> SelectSettings:
         return self.started.select_settings
 
+    def copy(self) -> Records:
+        """The same records, for a reader whose own changes are nobody else's."""
+        outcomes, tests, adapters, guards = [*self.outcomes], [*self.tests], [*self.adapters], [*self.guards]
+        return Records(self.started, outcomes, tests, adapters, guards, {**self.looks}, {**self._places})
+
     def finished(self) -> list[TrialFinished]:
         return [outcome for outcome in self.outcomes if isinstance(outcome, TrialFinished)]
 

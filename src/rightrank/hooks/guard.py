@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rightrank.data.splits import load_all
 from rightrank.decision.guard import GUARD_MARGIN, guarded
-from rightrank.decision.run import criterion_of
+from rightrank.decision.run import Records, criterion_of
 from rightrank.models.base_models import LoadedModel
-from rightrank.runs.hook import Hook, Run
+from rightrank.runs.hook import Answered, Hook, Started
 from rightrank.runs.values import Prepared
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, InputError
@@ -34,28 +34,57 @@ class _GuardData:
 class Guard(Hook):
     """Lets an adapter be handed over that is no worse than the base on every guard file; at most `eval_items` examples of each count."""
 
-    def __init__(self) -> None:
-        self._guards: list[_GuardData] = []
+    _started: Started
+    _guards: Sequence[_GuardData] = ()
 
-    def on_prepared(self, run: Run) -> None:
-        prepared = _prepared(run)
-        loaded, classes = prepared.runtime.loaded, run.started.data.classes
-        self._guards = [_load(file, run.settings, loaded, classes) for file in run.settings.guard]
+    def on_start(self, started: Started) -> None:
+        plan = started.plan
+        assert isinstance(plan, Prepared)
+        classes = plan.started.data.classes
+        self._started = started
+        self._guards = [_load(file, plan.settings, plan.runtime.loaded, classes) for file in plan.settings.guard]
 
-    def on_adapter(self, answer: AdapterAnswer, run: Run) -> tuple[AdapterAnswer, GuardAnswer] | None:
+    def on_adapter(self, answered: Answered) -> tuple[AdapterAnswer, GuardAnswer] | None:
         """The answer among the adapters that keep the guard."""
         if not self._guards:
             return None
-        records = run.records
-        evaluated = [one for place, guard in enumerate(self._guards) for one in _measured(run, guard, place)]
+        records = answered.records
+        evaluated = [
+            losses
+            for number, guard in enumerate(self._guards)
+            for losses in self._measured(guard, records, self._started.folder.cache / f"guard{number}")
+        ]
         before = records.adapters[-1].guard if records.adapters else None
         margin = _margin(self._guards[0].settings, evaluated)
-        return guarded(answer, records.outcomes, criterion_of(records), evaluated, margin, before)
+        return guarded(answered.answer, records.outcomes, criterion_of(records), evaluated, margin, before)
 
-
-def _prepared(run: Run) -> Prepared:
-    assert run.prepared is not None
-    return run.prepared
+    def _measured(self, guard: _GuardData, records: Records, cache: Path) -> list[GuardEvaluated]:
+        """The losses of the base and of every finished adapter on a guard file; what the journal has is not computed again."""
+        plan, folder = self._started.plan, self._started.folder
+        assert isinstance(plan, Prepared)
+        known = {
+            losses.trial_id: losses
+            for losses in records.guards
+            if (losses.file, losses.fingerprint) == (guard.file, guard.fingerprint)
+        }
+        missing = [trial for trial in records.finished() if trial.stop_at is None and trial.trial_id not in known]
+        if missing:
+            cache.mkdir(parents=True, exist_ok=True)
+            runtime = Runtime(plan.runtime.loaded, guard.encoded, guard.settings, 1, cache)
+        for trial in missing:
+            with adapter_attached(runtime, folder.adapter_of(trial)):
+                scores = runtime.evaluate("selection")
+            known[trial.trial_id] = GuardEvaluated(
+                file=guard.file,
+                fingerprint=guard.fingerprint,
+                trial_id=trial.trial_id,
+                rank=trial.rank,
+                item_losses=scores.losses,
+                item_tokens=scores.tokens,
+                item_groups=scores.groups,
+            )
+            self._started.tell(known[trial.trial_id])
+        return list(known.values())
 
 
 def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Sequence[str] | None) -> _GuardData:
@@ -75,43 +104,11 @@ def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Seq
     return _GuardData(file, splits.fingerprint, encode(splits, loaded, own), own)
 
 
-def _measured(run: Run, guard: _GuardData, place: int) -> list[GuardEvaluated]:
-    """The losses of the base and of every finished adapter on a guard file; what the journal has is not computed again."""
-    runtime = _prepared(run).runtime
-    known = _current(run, guard)
-    whole = [trial for trial in run.records.finished() if trial.stop_at is None and trial.trial_id not in known]
-    if whole:
-        cache = run.folder.cache / f"guard{place}"
-        cache.mkdir(parents=True, exist_ok=True)
-        own = Runtime(runtime.loaded, guard.encoded, guard.settings, 1, cache)
-    for trial in whole:
-        with adapter_attached(own, run.folder.adapter_of(trial)):
-            scores = own.evaluate("selection")
-        run.on_event(
-            GuardEvaluated(
-                file=guard.file,
-                fingerprint=guard.fingerprint,
-                trial_id=trial.trial_id,
-                rank=trial.rank,
-                item_losses=scores.losses,
-                item_tokens=scores.tokens,
-                item_groups=scores.groups,
-            )
-        )
-    return list(_current(run, guard).values())
-
-
-def _current(run: Run, guard: _GuardData) -> dict[str, GuardEvaluated]:
-    """By trial, what the journal has on the guard's examples as they are now."""
-    found = [one for one in run.records.guards if (one.file, one.fingerprint) == (guard.file, guard.fingerprint)]
-    return {one.trial_id: one for one in found}
-
-
 def _margin(settings: SelectSettings, evaluated: Sequence[GuardEvaluated]) -> float:
     """The margin given; else .02 nats a token, or 1% of the base's loss for classes."""
     if settings.guard_margin is not None:
         return settings.guard_margin
-    base = next(one for one in evaluated if one.rank == 0)
+    base = next(losses for losses in evaluated if losses.rank == 0)
     if all(tokens == 1 for tokens in base.item_tokens):
         value = sum(base.item_losses) / sum(base.item_tokens)
         return default_margin("loss", value, [value])

@@ -14,14 +14,14 @@ from rightrank.decision.seeds import NOISE
 from rightrank.hooks.terminal import left_out
 from rightrank.report.format import duration, quantity
 from rightrank.report.terminal import preflight_lines, time_line
-from rightrank.runs.hook import Hook, Run
+from rightrank.runs.hook import Hook, Started
 from rightrank.runs.prepare import prepare
 from rightrank.runs.values import Prepared, Request
-from rightrank.schema.events import Event, SelectionPlanned, TimeExpected
+from rightrank.schema.events import Event, Notice, SelectionPlanned, TimeExpected
 from rightrank.schema.metrics import TOKEN_LOSS_MARGIN, MetricKind
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, Resolution
 from rightrank.schema.settings import MAX_EVAL_ITEMS
-from rightrank.schema.trials import Arm, split_name
+from rightrank.schema.trials import Arm, TrialFinished, split_name
 from rightrank.search.history import MIN_RECOVERY_PART
 from rightrank.search.protocol import Strategy
 from rightrank.train.pace import RUN_EVALUATIONS, Pace, measure_pace
@@ -227,29 +227,30 @@ class Outlook(Hook):
     """Tells what the selection will cost; where trainings are long, by a few steps that are measured."""
 
     ends_run = False
-    _run: Run | None = None
+    _started: Started
 
-    def on_prepared(self, run: Run) -> None:
-        self._run = run
+    def on_start(self, started: Started) -> None:
+        self._started = started
 
     def on_event(self, event: Event) -> None:
-        if isinstance(event, SelectionPlanned) and self._run is not None and self._run.prepared is not None:
-            self._announce(self._run, self._run.prepared)
-
-    def _announce(self, run: Run, prepared: Prepared) -> None:
+        if not isinstance(event, SelectionPlanned):
+            return
+        prepared, tell = self._started.plan, self._started.tell
+        assert isinstance(prepared, Prepared)
         # A trial that has ended gives its time.
-        ended = any(trial.rank > 0 for trial in run.records.finished())
+        ended = any(isinstance(outcome, TrialFinished) and outcome.rank > 0 for outcome in event.outcomes)
         pace = _pace_of(prepared) if prepared.steps >= MIN_STEPS and not ended else None
-        seconds, time = _time_of(prepared, run.strategy, pace)
+        seconds, time = _time_of(prepared, prepared.strategy, pace)
         if seconds is not None:
-            run.on_event(TimeExpected(expected_seconds=seconds[0]))
-        found = _preflight_of(prepared, run.strategy, seconds, pace)
+            tell(TimeExpected(expected_seconds=seconds[0]))
+        found = _preflight_of(prepared, prepared.strategy, seconds, pace)
         lines = [*preflight_lines(found), *time, *_resolution_lines(found)]
-        for line in [*lines, *_adapter_lines(prepared, run.strategy)]:
-            run.notice(line)
+        lines += _adapter_lines(prepared, prepared.strategy)
         if names := [spec.name for spec in prepared.settings.metric_specs if not spec.is_measured_along]:
-            run.notice(
+            lines.append(
                 f"{', '.join(names)}: measured on the base, at the end of each training, and on the test split: "
                 f"{prepared.started.data.splits['selection'].items} examples, at most {prepared.settings.max_new_tokens} new tokens "
                 "each where the model writes; the time is reported after the base"
             )
+        for line in lines:
+            tell(Notice(text=line))

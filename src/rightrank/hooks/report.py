@@ -15,8 +15,8 @@ from rightrank.report.figures import adapter_figure, figures_of
 from rightrank.report.html import CURVE, PICTURE, model_card, render_report
 from rightrank.report.svg import write_figures
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Hook, Run
-from rightrank.runs.values import Selected, answers
+from rightrank.runs.hook import Finished, Hook, Started
+from rightrank.runs.values import answers
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import InputError
 from rightrank.schema.events import AdapterRecorded, Event, RunStopped
@@ -31,45 +31,41 @@ class Report(Hook):
     """Keeps the report, the figures, decision.json and the adapter's card up to date."""
 
     ends_run = False
-    _run: Run | None = None
+    _started: Started
     _next = 0.0  # when it is written again, by the monotonic clock
 
-    def on_prepared(self, run: Run) -> None:
-        self._run = run
+    def on_start(self, started: Started) -> None:
+        self._started = started
 
     def on_event(self, event: Event) -> None:
-        run = self._run
-        if run is None:
-            return
         if isinstance(event, AdapterRecorded):
-            _write_card(run, None)
-            _write_views(run, None)
+            records = self._started.records()
+            _write_card(self._started.folder, records, None)
+            self._write_views(records, None)
         if isinstance(event, RunStopped) or (isinstance(event, OUTCOMES) and time.monotonic() >= self._next):
-            started = time.monotonic()
-            asked = run.settings.goal == "training-rank"
-            decision = decision_so_far(run.records) if asked else None
-            _write_views(run, decision)
+            begun, records = time.monotonic(), self._started.records()
+            asked = self._started.plan.settings.goal == "training-rank"
+            self._write_views(records, decision_so_far(records) if asked else None)
             ended = time.monotonic()  # with many trials it takes longer, so the next one waits in proportion
-            self._next = ended + (ended - started) / MAX_SHARE
+            self._next = ended + (ended - begun) / MAX_SHARE
 
-    def on_end(self, run: Run, selected: Selected) -> None:
-        write_figures(run.folder.figures, figures_of(run.records, selected.decided))
+    def on_end(self, finished: Finished) -> None:
+        folder, records, selected = finished.folder, finished.records, finished.selected
+        write_figures(folder.figures, figures_of(records, selected.decided))
         if selected.adapter is not None:
-            _write_card(run, selected.decided)
-        write_figures(run.folder.figures, _write_views(run, selected.decided))
+            _write_card(folder, records, selected.decided)
+        write_figures(folder.figures, self._write_views(records, selected.decided))
+
+    def _write_views(self, records: Records, decision: Decision | None) -> list[Figure]:
+        """Write decision.json, once either question has an answer, and the report; see `write_report`."""
+        folder, known = self._started.folder, answers(records, decision, self._started.plan.settings.goal)
+        if decision is not None or records.adapters:
+            write_text(folder.decision, json.dumps(known.document(), indent=2, allow_nan=False) + "\n")
+        return write_report(folder, records, known)
 
 
-def _write_views(run: Run, decision: Decision | None) -> list[Figure]:
-    """Write decision.json, once either question has an answer, and the report; see `write_report`."""
-    known = answers(run.records, decision, run.settings.goal)
-    if decision is not None or run.records.adapters:
-        write_text(run.folder.decision, json.dumps(known.document(), indent=2, allow_nan=False) + "\n")
-    return write_report(run.folder, run.records, known)
-
-
-def _write_card(run: Run, decision: Decision | None) -> None:
+def _write_card(folder: RunFolder, records: Records, decision: Decision | None) -> None:
     """Write the adapter's card, with its figures, into `adapter/`."""
-    records, folder = run.records, run.folder
     figure = adapter_figure(records)
     write_figures(folder.figures, [] if figure is None else [figure])
     for name in (PICTURE, CURVE):

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rightrank.data.files import write_text
-from rightrank.runs.hook import Hook, Run
+from rightrank.runs.hook import Hook, Started
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, SettingsError, did_you_mean, one_line
-from rightrank.schema.events import DecisionRecorded, Event, RunStarted, SelectionPlanned
+from rightrank.schema.events import DecisionRecorded, Event, Notice, RunStarted, SelectionPlanned
 from rightrank.schema.trials import OUTCOMES, TrialFinished, TrialOutcome
 
 Plain: TypeAlias = str | int | float | bool | None
@@ -66,16 +66,16 @@ class Trackers(Hook):
         self._folder = folder
         self._names = list(require_trackers(names))
         self._logged: dict[str, list[str]] = {}
-        self._run: Run | None = None
+        self._started: Started
 
-    def on_prepared(self, run: Run) -> None:
-        self._run = run
+    def on_start(self, started: Started) -> None:
+        self._started = started
         self._logged = self._read()
 
     def on_event(self, event: Event) -> None:
-        if self._run is None or not self._names:
+        if not self._names:
             return
-        started = self._run.started
+        started = self._started.plan.started
         group = f"{self._folder.resolve().name}-{started.fingerprint[:6]}"
         if isinstance(event, SelectionPlanned):  # what an interrupted run did not log
             for outcome in event.outcomes:
@@ -86,7 +86,6 @@ class Trackers(Hook):
             self._log(_tracked_decision(started, event.decision, group))
 
     def _log(self, run: _TrackedRun) -> None:
-        assert self._run is not None
         for name in list(self._names):
             logged = self._logged.setdefault(name, [])
             if run.key in logged:
@@ -96,9 +95,10 @@ class Trackers(Hook):
                     _WRITERS[name](run, self._folder)
             except Exception as error:  # noqa: BLE001 - an unreachable tracker must not end the selection
                 reason = one_line(str(error))[:200]
-                self._run.notice(
+                text = (
                     f"{name}: logging stopped ({type(error).__name__}: {reason}); run again to log the missing trials"
                 )
+                self._started.tell(Notice(text=text))
                 self._names.remove(name)
                 continue
             logged.append(run.key)

@@ -33,9 +33,9 @@ from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.base_models import base_identity
 from rightrank.models.places import BASE_FILE
 from rightrank.runs.folder import SQUEEZED, RunFolder
-from rightrank.runs.hook import Hook, Run
+from rightrank.runs.hook import Answered, Hook, Started
 from rightrank.runs.prepare import environment_of
-from rightrank.runs.run import select
+from rightrank.runs.run import Run, select
 from rightrank.runs.values import Plan
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.decision import AdapterAnswer, CheckpointNote
@@ -159,7 +159,7 @@ def finish_run(
     places = () if branches is None else branches.places
     with together(), folder.locked(), report_disk_errors(folder.path):
         select(_EndRequest(training.steps, places), folder, [notes, *hooks], notes.workplace)
-    records = notes.run.records
+    records = notes.started.records()
     answer = records.adapters[-1].answer
     trained, chosen = (records.by_id[name] for name in (answer.trained_id, answer.trial_id))
     return Ending(
@@ -303,19 +303,19 @@ class _Notes(Hook):
         self._started = time.monotonic()
         self.scores = LiveScores(live)
         self.cost = ""
-        self.run: Run
+        self.started: Started
 
-    def on_prepared(self, run: Run) -> None:
-        self.run = run
+    def on_start(self, started: Started) -> None:
+        self.started = started
 
     @contextmanager
     def workplace(self, run: Run) -> Iterator[_LiveExecutor]:
         with as_it_came(self._live.model, self._live.name):
             yield _LiveExecutor(self._live, self.scores, self._training, run, self._branches)
 
-    def on_adapter(self, answer: AdapterAnswer, run: Run) -> tuple[AdapterAnswer, None]:
+    def on_adapter(self, answered: Answered) -> tuple[AdapterAnswer, None]:
         """With the ranks that hold at both checkpoints, and the cost."""
-        training = self._training
+        training, answer, records = self._training, answered.answer, answered.records
         notes = [*training.notes, *answer.notes, *self.scores.notes]
         if training.curve:
             notes.append(
@@ -331,8 +331,8 @@ class _Notes(Hook):
             told = f"rank {answer.rank} holds at the checkpoint that is used, {training.checkpoint}, and rank {theirs} at the "
             told += "last one" if is_best else "best one"
             notes.append(f"checkpoint_matters: {told}" if checkpoint.matters else told)
-        notes.append(next_training(answer, run.started))
-        count = len(run.records.by_id[answer.trained_id].item_losses)
+        notes.append(next_training(answer, records.started))
+        count = len(records.by_id[answer.trained_id].item_losses)
         self.cost = self._cost(count)
         return answer.model_copy(update={"notes": [*notes, self.cost], "checkpoint": checkpoint}), None
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from rightrank.data.files import UnreadableError, read_json_object, replacing_folder
 from rightrank.decision.adapter import Criterion, adapter_answer, improved_by_training, test_difference, trained_answer
@@ -18,7 +19,7 @@ from rightrank.decision.next_run import next_commands
 from rightrank.decision.run import Records, best_trial, compared, criterion_of, trainings
 from rightrank.decision.table import best_point
 from rightrank.models.places import BASE_FILE
-from rightrank.runs.hook import FailingAs, Run
+from rightrank.runs.hook import FailingAs, Finished
 from rightrank.runs.values import Answer, Selected, answers
 from rightrank.schema.decision import AdapterAnswer, CheckpointNote, Decision, HandedOver
 from rightrank.schema.errors import AllTrialsFailedError
@@ -30,20 +31,23 @@ from rightrank.train.metrics import measure
 from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.trial import TrialFolders
 
+if TYPE_CHECKING:
+    from rightrank.runs.run import Run
+
 CONFIG = "adapter_config.json"
 
 
 def answer_early(run: Run) -> None:
     """Hand over the answer to the first question while the second is open, where the trials so far give one that is new."""
-    answer = run.strategy.trials(run.records.outcomes).adapter
+    answer = run.plan.strategy.trials(run.records.outcomes).adapter
     last = run.records.adapters[-1].answer if run.records.adapters else None
     if answer is None or (last and (last.margin, last.trained_id) == (answer.margin, answer.trained_id)):
         return  # not known yet, or recorded: a continued run may ask at another margin or top rank
     if run.prepared is None:
         return  # a custom trainer's adapter is handed over at the end
     guard = None
-    if run.settings.executor == "local":  # while workers have the base, nothing is evaluated here
-        answer, guard = run.hooks.guarded(_with_other_checkpoint(run, run.prepared.runtime, answer), run)
+    if run.plan.settings.executor == "local":  # while workers have the base, nothing is evaluated here
+        answer, guard = run.hooks.guarded(_with_other_checkpoint(run, run.prepared.runtime, answer), run.records.copy)
         _read_test_split(run, run.prepared.runtime, [answer.trial_id, answer.reference_id])
     hand_over(run, answer, guard)
     run.notice(f"adapter: {answer.sentence} It is in {run.folder.adapter}.")
@@ -60,7 +64,7 @@ def finish(run: Run, decision: Decision | None) -> Selected:
     answer = _final_answer(records, decision)
     if run.prepared is not None:
         answer = _with_other_checkpoint(run, run.prepared.runtime, answer)
-    answer, guard = run.hooks.guarded(answer, run)
+    answer, guard = run.hooks.guarded(answer, run.records.copy)
     if run.prepared is not None:
         shown = [next(trial.trial_id for trial in records.finished() if trial.rank == 0)]
         shown += [answer.trial_id, answer.reference_id]
@@ -77,11 +81,11 @@ def finish(run: Run, decision: Decision | None) -> Selected:
             Answer(records.adapters[-1].handed_over.rank, answer.sentence, folder.adapter) if saved else None,
             _training(run, decision),
             folder.report,
-            answers(records, decision, run.settings.goal),
+            answers(records, decision, run.plan.settings.goal),
             next_commands(records.started, decision, str(folder.path)),
             compared(records),
         )
-    run.hooks.on_end(run, selected)
+    run.hooks.on_end(Finished(selected, folder, records.copy()))
     for working in (folder.cache, folder.path / "checkpoints"):
         shutil.rmtree(working, ignore_errors=True)
     return selected
@@ -99,7 +103,7 @@ def _read_test_split(run: Run, runtime: Runtime, trial_ids: Iterable[str]) -> No
     """Evaluate trials on the test split, each once in a run; without a test split, none."""
     if not runtime.data.splits["test"]:
         return
-    metric = run.started.metric
+    metric = run.plan.started.metric
     for trial_id in trial_ids:
         if any(test.trial_id == trial_id for test in run.records.tests):
             continue

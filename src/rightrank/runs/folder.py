@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 from filelock import FileLock, Timeout
 
@@ -18,9 +19,18 @@ PROGRESS_FILE = "progress.json"  # in the run folder while a process works
 SQUEEZED = "squeeze.json"  # what cut an adapter on its way, beside the run of the training's end
 
 
+Download: TypeAlias = Callable[[str, Path], bool]  # a file or a folder, to a path; False where there is none
+
+
 class RunFolder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    """The paths of a run's files.
+
+    Args:
+        store: Where workers that do not see this folder leave their files: an address, and a function that downloads.
+    """
+
+    def __init__(self, path: Path, store: tuple[str, Download] | None = None) -> None:
+        self.path, self.store = path, store
         self.journal = Journal(path / "journal.jsonl")
         self.config = path / "config.yaml"
         self.decision = path / "decision.json"
@@ -28,8 +38,6 @@ class RunFolder:
         self.figures = path / "figures"
         self.adapter = path / "adapter"
         self.cache = path / "cache"
-        # Where workers that do not see this folder leave their files: an address, and a function that downloads a file or a folder.
-        self.store: tuple[str, Callable[[str, Path], bool]] | None = None
 
     @classmethod
     def existing(cls, path: str | Path) -> RunFolder:

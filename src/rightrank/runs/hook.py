@@ -1,39 +1,50 @@
-"""The ends of a selection's door: `Run`, through which whatever happens is kept and told, `Hook`, which watches or takes part, and
-`Executor`, which runs trials.
-
-The core knows no hook by name.
-"""
+"""Hooks: what watches a selection or takes part in it. The core knows none by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-import yaml
-
-from rightrank.data.files import write_text
-from rightrank.decision.run import Records, settled_start
-from rightrank.runs.folder import RunFolder
-from rightrank.runs.values import Plan, Prepared
-from rightrank.schema.errors import RightrankError, RunError, RunFolderError, first_line
-from rightrank.schema.events import (
-    Event,
-    GuardAnswer,
-    Journaled,
-    JournalRecord,
-    Listener,
-    RunContinued,
-    RunStarted,
-    SelectionPlanned,
-)
-from rightrank.schema.settings import CONTINUABLE, settings_of_identity
-from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome
+from rightrank.schema.errors import RightrankError, RunError, described
+from rightrank.schema.events import Event, Listener
 
 if TYPE_CHECKING:
-    from rightrank.runs.values import Selected
+    from rightrank.decision.run import Records
+    from rightrank.runs.folder import RunFolder
+    from rightrank.runs.values import Plan, Selected
     from rightrank.schema.decision import AdapterAnswer
+    from rightrank.schema.events import GuardAnswer
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Data and base are loaded, and nothing is written yet."""
+
+    plan: Plan
+    folder: RunFolder
+    records: Callable[[], Records]  # what the journal says by now: a copy
+    tell: Callable[
+        [Event], None
+    ]  # what the hook has to say: to the other hooks, and to the journal if it is a record of it
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An adapter is about to be handed over."""
+
+    answer: AdapterAnswer
+    records: Records  # a copy
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The adapter is in place, and the decision in the journal."""
+
+    selected: Selected
+    folder: RunFolder
+    records: Records  # a copy
 
 
 class Hook(Listener):
@@ -54,14 +65,14 @@ class Hook(Listener):
     ends_run = True
     """Whether a fault ends the selection at once. Else it continues without the hook, and ends with the line once all else is done."""
 
-    def on_prepared(self, run: Run) -> None:
-        """Called once, with data and base loaded and nothing written; an `InputError` refuses the selection."""
+    def on_start(self, started: Started) -> None:
+        """Called first; an `InputError` refuses the selection. Called again where a selection is extended."""
 
-    def on_adapter(self, answer: AdapterAnswer, run: Run) -> tuple[AdapterAnswer, GuardAnswer | None] | None:
+    def on_adapter(self, answered: Answered) -> tuple[AdapterAnswer, GuardAnswer | None] | None:
         """Called before an adapter is handed over. May return another one in its place, with the evidence."""
 
-    def on_end(self, run: Run, selected: Selected) -> None:
-        """Called last, with the adapter in place and the decision in the journal."""
+    def on_end(self, finished: Finished) -> None:
+        """Called last."""
 
 
 class Hooks(Hook):
@@ -71,8 +82,8 @@ class Hooks(Hook):
         self._hooks = list(hooks)
         self._faults: dict[Hook, HookError] = {}
 
-    def on_prepared(self, run: Run) -> None:
-        self._each(lambda hook: hook.on_prepared(run))
+    def on_start(self, started: Started) -> None:
+        self._each(lambda hook: hook.on_start(started))
 
     def on_event(self, event: Event) -> None:
         self._each(lambda hook: hook.on_event(event))
@@ -82,19 +93,21 @@ class Hooks(Hook):
         self._each(lambda hook: asked.append(hook.should_stop()))
         return any(asked)
 
-    def guarded(self, answer: AdapterAnswer, run: Run) -> tuple[AdapterAnswer, GuardAnswer | None]:
+    def guarded(
+        self, answer: AdapterAnswer, records: Callable[[], Records]
+    ) -> tuple[AdapterAnswer, GuardAnswer | None]:
         """The answer that the hooks agree to, with the evidence of the last one that changed it or vouched for it."""
-        found: list[tuple[AdapterAnswer, GuardAnswer | None]] = [(answer, None)]
-        self._each(lambda hook: found.append(hook.on_adapter(found[-1][0], run) or found[-1]))
-        return found[-1]
+        answers: list[tuple[AdapterAnswer, GuardAnswer | None]] = [(answer, None)]
+        self._each(lambda hook: answers.append(hook.on_adapter(Answered(answers[-1][0], records())) or answers[-1]))
+        return answers[-1]
 
-    def on_end(self, run: Run, selected: Selected) -> None:
+    def on_end(self, finished: Finished) -> None:
         """Tell every hook.
 
         Raises:
             HookError: a hook that does not end a run by itself had a fault.
         """
-        self._each(lambda hook: hook.on_end(run, selected))
+        self._each(lambda hook: hook.on_end(finished))
         for fault in self._faults.values():
             raise fault
 
@@ -109,41 +122,6 @@ class Hooks(Hook):
                 if hook.ends_run:
                     raise
                 self._faults[hook] = fault
-
-
-class Executor(Protocol):
-    """Runs trials and yields how each of them ended. The driver keeps the strategy and the journal.
-
-    An implementation must keep these rules:
-
-    - Each trial gets exactly one outcome, with the trial's `trial_id` and arm. The order is free.
-    - A trial that can't be trained is an outcome (`TrialDiverged`, `TrialFailed`), not an exception. Exceptions mean
-      that no trial can run.
-    - Training depends on the trial alone: the same trial gives the same values on any worker, beside any other trial.
-    - Before a `TrialFinished` is yielded, its adapter is in `RunFolder.trial_adapter` or in the run's store.
-    - The caller may close the iterator early; the executor then stops what it started and can be used again.
-    - It writes neither to the journal nor to the decision.
-
-    For example, an executor that evaluates a formula:
-
-        class FormulaExecutor:
-            def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-                for trial in trials:
-                    result = TrialResult(metrics={"loss": 1.0 + 1.0 / (1 + trial.arm.rank)})
-                    yield outcome_of(trial, result, metric="loss", seconds=0.0)
-    """
-
-    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-        """Yield one outcome per trial as the trials end.
-
-        Args:
-            trials: what to train; rank 0 is the evaluation of the base.
-            base_loss: the base's held-out loss in nats; None until the base has been evaluated.
-
-        Raises:
-            InterruptedRun: the user asked to stop; finished trials have been yielded, others have checkpoints.
-        """
-        ...
 
 
 class HookError(RunError):
@@ -170,103 +148,3 @@ class FailingAs:  # no `contextmanager`, which lets a StopIteration pass that a 
             return
         kept = "what has finished is kept, and the same call resumes"
         raise HookError(f"{self._name} failed ({described(error)}); {kept}") from error
-
-
-def described(error: BaseException) -> str:
-    """`KeyError: 'x'`, or the type alone where the error has no message."""
-    kind, text = type(error).__name__, first_line(error)
-    return kind if text == kind else f"{kind}: {text}"
-
-
-@dataclass(eq=False)
-class Run(Listener):
-    """A selection in its folder.
-
-    A folder with a journal is resumed: trials that have ended are not run again, except those that failed for another
-    reason than memory.
-
-    Raises:
-        RunFolderError: the folder was made with another model, other data or other settings.
-    """
-
-    folder: RunFolder
-    hooks: Hooks
-    plan: Plan
-    journal: Sequence[JournalRecord] = ()  # as it was before
-    records: Records = field(init=False)  # of the journal, as it is now
-
-    def __post_init__(self) -> None:
-        self.started, self.settings, self.strategy = self.plan.started, self.plan.settings, self.plan.strategy
-        if self.journal:
-            _require_same_run(self.folder, self.journal[0], self.started)
-        # The cause of a failure may have been removed since; a device's memory does not grow.
-        kept = [one for one in self.journal if not isinstance(one, TrialFailed) or one.error == "out_of_memory"]
-        self.records = Records.of(self.started, kept)
-
-    @property
-    def prepared(self) -> Prepared | None:
-        """The plan, with base and data loaded; None: a custom trainer has them."""
-        return self.plan if isinstance(self.plan, Prepared) else None
-
-    def begin(self) -> None:
-        """Journal the start, or the settings with which the run continues, and tell what is to come."""
-        for line in self.plan.notes:
-            self.notice(line)
-        record = _continued(self.journal, self.started) if self.journal else self.started
-        if record is not None:
-            self.on_event(record)
-        write_text(self.folder.config, yaml.safe_dump(self.started.settings, sort_keys=False, allow_unicode=True))
-        cost = self.strategy.cost()
-        self.on_event(
-            SelectionPlanned(
-                started=self.started,
-                expected_trials=self.strategy.expected_arms(),
-                steps=self.plan.steps,
-                expected_trainings=cost.expected,
-                trainings_at_most=cost.maximum,
-                outcomes=list(self.records.outcomes),
-            )
-        )
-
-    def on_event(self, event: Event) -> None:
-        """Keep the event in the journal, if it is a record, and pass it on to the hooks."""
-        if isinstance(event, Journaled):
-            self.record(event)
-        self.hooks.on_event(event)
-
-    def record(self, record: JournalRecord) -> None:
-        """Keep a record in the journal."""
-        self.folder.journal.append(record)
-        self.records.keep(record)
-
-    def should_stop(self) -> bool:
-        return self.hooks.should_stop()
-
-
-def _continued(journal: Sequence[JournalRecord], started: RunStarted) -> RunContinued | None:
-    """The settings with which a run is continued, where they are not those that it had last."""
-    before = settled_start(journal).settings
-    names = [name for name in (*CONTINUABLE, "goal") if name in started.settings and name in before]
-    changed = {name: started.settings[name] for name in names if started.settings[name] != before[name]}
-    if "eval_items" in changed:
-        return RunContinued(settings=changed, evaluation_items=started.evaluation_items, data=started.data)
-    return RunContinued(settings=changed) if changed else None
-
-
-def _require_same_run(folder: RunFolder, first: JournalRecord, started: RunStarted) -> None:
-    """Refuse a folder that was made with another model, other data or other settings, and name them."""
-    if not isinstance(first, RunStarted):
-        raise RunFolderError(f"{folder.journal.path}: the first line is not the start of a run; give another --out")
-    if first.fingerprint == started.fingerprint:
-        return
-    before = settings_of_identity(first.settings, {})
-    after = settings_of_identity(started.settings, first.settings)
-    names = sorted(before.keys() | after.keys())
-    changed = [
-        f"{name}: {before.get(name)!r} → {after.get(name)!r}" for name in names if before.get(name) != after.get(name)
-    ]
-    if not changed:
-        changed = ["the data, the model's files or the trainer have changed since"]
-    raise RunFolderError(
-        f"{folder.path}: made with other settings ({'; '.join(changed)}); give the same settings to resume, or another --out"
-    )

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from rightrank.decision.collapse import DROP_IN_MARGINS, collapse_of
 from rightrank.runs.calls import (
@@ -28,7 +28,6 @@ from rightrank.runs.calls import (
     parse_result,
 )
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Executor, Run
 from rightrank.runs.plugins import merged
 from rightrank.runs.values import Plan
 from rightrank.schema.errors import (
@@ -59,6 +58,10 @@ from rightrank.search import make_strategy
 from rightrank.search.history import space_of
 from rightrank.search.upward import Upward
 from rightrank.version import __version__
+
+if TYPE_CHECKING:
+    from rightrank.runs.executor import Executor
+    from rightrank.runs.run import Run
 
 
 class TrainerSettings(TypedDict, total=False):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from rightrank.data.rows import Row
     from rightrank.models.base_models import LoadedModel
+    from rightrank.runs.folder import Download
+    from rightrank.runs.values import Plan
     from rightrank.schema.decision import Decision
     from rightrank.schema.settings import SelectSettings
     from rightrank.train.tokens import EncodedData
@@ -52,10 +54,12 @@ class Plugin:
     hooks: Callable[[], Sequence[Any]] = tuple
     """New hooks for one selection; see `rightrank.hooks.Hook`."""
     executors: Mapping[str, Callable[..., AbstractContextManager[Any]]] = field(default_factory=dict)
-    """By a value of the setting `executor`: a function of request, prepared selection and selection.
+    """By a value of the setting `executor`: a function of the prepared selection, its folder, and what is told.
 
-    It gives a context, within which workers run, whose value is a `rightrank.runs.hook.Executor`.
+    It gives a context, within which workers run, whose value is a `rightrank.runs.executor.Executor`.
     """
+    store: Callable[[Plan], tuple[str, Download] | None] = lambda plan: None
+    """Where the workers of a selection leave adapters, if they don't see its folder: an address, and a function that downloads."""
     calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """By a value of `executor` of `select_rank_with`: turns a training function into one that runs elsewhere."""
     memory_plan: Callable[

@@ -1,7 +1,7 @@
 """The whole job on one page: prepare, loop, finish. Every selection ends in `select`: of the command, of Python, of an own trainer, and the end
 of a training.
 
-A strategy requests arms, an executor runs them, and whatever happens goes through `Run.on_event` to the journal and the hooks.
+A strategy requests arms, an executor runs them, and whatever happens goes through `Run` to the journal and the hooks.
 The journal is the only state, so a run that was killed resumes where it stopped.
 """
 
@@ -12,12 +12,16 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from rightrank.decision.run import decide_run
+import yaml
+
+from rightrank.data.files import write_text
+from rightrank.decision.run import Records, decide_run, settled_start
 from rightrank.report.format import size
+from rightrank.runs.executor import Executor, LocalExecutor
 from rightrank.runs.finish import answer_early, finish, rescore
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Executor, FailingAs, Hook, Hooks, Run
-from rightrank.runs.plugins import merged
+from rightrank.runs.hook import FailingAs, Hook, Hooks, Started
+from rightrank.runs.plugins import first, merged
 from rightrank.runs.values import Asked, Plan, Prepared, Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import (
@@ -26,23 +30,60 @@ from rightrank.schema.errors import (
     InterruptedRun,
     ModelError,
     ResultsError,
+    RunFolderError,
     SettingsError,
 )
-from rightrank.schema.events import Listener, RunStopped
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.events import (
+    Event,
+    Journaled,
+    JournalRecord,
+    Listener,
+    RunContinued,
+    RunStarted,
+    RunStopped,
+    SelectionPlanned,
+)
+from rightrank.schema.settings import CONTINUABLE, SelectSettings, settings_of_identity
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, trial_id
-from rightrank.train.loop import train_trials
-from rightrank.train.pace import adapters_per_pass_for
-from rightrank.train.runtime import Runtime
-from rightrank.train.trial import TrialFolders
 
 MAX_EXTENSIONS = 3
 MAX_FAILED_AT_START = 3  # trials that fail before any finishes: then the cause is no single arm
 
 
-Workplace: TypeAlias = Callable[
-    [Run], AbstractContextManager[Executor]
-]  # an executor, within whose context workers run
+@dataclass(frozen=True, eq=False)
+class Run(Listener):
+    """What is to be done, where, and what the journal says by now. What happens is kept there, and the hooks are told."""
+
+    plan: Plan
+    folder: RunFolder
+    hooks: Hooks
+    records: Records
+    opening: (
+        RunStarted | RunContinued | None
+    )  # its first record, or other settings with which it goes on; None: as it was
+
+    @property
+    def prepared(self) -> Prepared | None:
+        """The plan, with base and data loaded; None: a custom trainer has them."""
+        return self.plan if isinstance(self.plan, Prepared) else None
+
+    def on_event(self, event: Event) -> None:
+        """Keep the event in the journal, if it is a record, and pass it on to the hooks."""
+        if isinstance(event, Journaled):
+            self.record(event)
+        self.hooks.on_event(event)
+
+    def record(self, record: JournalRecord) -> None:
+        """Keep a record in the journal."""
+        self.folder.journal.append(record)
+        self.records.keep(record)
+
+    def should_stop(self) -> bool:
+        return self.hooks.should_stop()
+
+
+# An executor, within whose context workers run.
+Workplace: TypeAlias = Callable[[Run], AbstractContextManager[Executor]]
 
 
 def select(request: Asked, folder: RunFolder, hooks: Sequence[Hook], workplace: Workplace | None = None) -> Selected:
@@ -60,52 +101,84 @@ def select(request: Asked, folder: RunFolder, hooks: Sequence[Hook], workplace: 
         InterruptedRun: a hook asked to stop; the journal holds what has finished.
         HookError: a hook has a fault.
     """
-    told, place = Hooks(hooks), workplace or _executor_of
-    run = _opened(request, folder, told)
-    selected = _complete(run, place)
-    for _ in range(MAX_EXTENSIONS):
-        spent, further = selected.cost["trainings"], _extended(request, run, selected)
+    run, spent = opened(request, folder, Hooks(hooks)), None
+    for extensions in range(MAX_EXTENSIONS + 1):
+        begin(run)
+        rescore(run)
+        try:
+            with (workplace or _workplace_of)(run) as executor:
+                loop(run, executor)
+            decision = decide(run) if run.plan.settings.goal == "training-rank" else None
+        except (AllTrialsFailedError, DeviceMemoryError, InterruptedRun) as stopped:
+            run.on_event(RunStopped(reason=str(stopped)))
+            raise
+        selected = finish(run, decision)
+        if selected.cost["trainings"] == spent or extensions == MAX_EXTENSIONS:
+            break  # the budget is spent
+        further, spent = _extended(request, run, selected), selected.cost["trainings"]
         if further is None:
             break
         run = further
-        selected = _complete(run, place)
-        if selected.cost["trainings"] == spent:
-            break  # the budget is spent
     return selected
 
 
-def _opened(request: Asked, folder: RunFolder, hooks: Hooks, before: Plan | None = None) -> Run:
-    """The journal is read, data and base are loaded; nothing is written."""
+def opened(request: Asked, folder: RunFolder, hooks: Hooks, before: Plan | None = None) -> Run:
+    """A run that begins or resumes: the journal is read, data and base are loaded, and nothing is written.
+
+    Trials that have ended are not run again, except those that failed for another reason than memory.
+
+    Raises:
+        RunFolderError: the folder was made with another model, other data or other settings.
+    """
     journal = folder.journal.read(hooks.notice)
-    return Run(folder, hooks, request.plan(folder, journal, before), journal)
+    plan = request.plan(folder, journal, before)
+    if journal:
+        _require_same_run(folder, journal[0], plan.started)
+    # The cause of a failure may have been removed since; a device's memory does not grow.
+    kept = (one for one in journal if not isinstance(one, TrialFailed) or one.error == "out_of_memory")
+    return Run(
+        plan,
+        RunFolder(folder.path, first(lambda plugin: plugin.store(plan))),
+        hooks,
+        Records.of(plan.started, kept),
+        _continued(journal, plan.started) if journal else plan.started,
+    )
 
 
-def _complete(run: Run, workplace: Workplace) -> Selected:
-    """Train what the strategy requests, decide, and hand over."""
-    run.hooks.on_prepared(run)
-    run.begin()
-    rescore(run)
-    try:
-        with workplace(run) as executor:
-            loop(run, executor)
-        decision = decide(run) if run.settings.goal == "training-rank" else None
-    except (AllTrialsFailedError, DeviceMemoryError, InterruptedRun) as stopped:
-        run.on_event(RunStopped(reason=str(stopped)))
-        raise
-    return finish(run, decision)
+def begin(run: Run) -> None:
+    """Tell the hooks, journal the start, or the settings with which the run continues, and say what is to come."""
+    plan = run.plan
+    run.hooks.on_start(Started(plan, run.folder, run.records.copy, run.on_event))
+    for line in plan.notes:
+        run.notice(line)
+    if run.opening is not None:
+        run.on_event(run.opening)
+    settings = yaml.safe_dump(plan.started.settings, sort_keys=False, allow_unicode=True)
+    write_text(run.folder.config, settings)
+    cost = plan.strategy.cost()
+    run.on_event(
+        SelectionPlanned(
+            started=plan.started,
+            expected_trials=plan.strategy.expected_arms(),
+            steps=plan.steps,
+            expected_trainings=cost.expected,
+            trainings_at_most=cost.maximum,
+            outcomes=list(run.records.outcomes),
+        )
+    )
 
 
 def _extended(request: Asked, run: Run, selected: Selected) -> Run | None:
     """The run with a larger top or the next learning rate; None where the answer asks for neither, or no memory has it."""
-    settings, further = run.settings, extended(run.settings, selected)
+    settings, further = run.plan.settings, extended(run.plan.settings, selected)
     if further is None:
         return None
     try:
-        wider = _opened(request.extended(further), run.folder, run.hooks, run.plan)
+        wider = opened(request.extended(further), run.folder, run.hooks, run.plan)
     except (ModelError, SettingsError) as error:  # no matrix has that rank, or it fits no memory
         run.hooks.notice(f"not extended: {error}")
         return None
-    if set(wider.settings.ranks) == set(settings.ranks) and further.ranks != settings.ranks:
+    if set(wider.plan.settings.ranks) == set(settings.ranks) and further.ranks != settings.ranks:
         return None  # the next rank does not fit the memory
     said = selected.decided or (selected.answers.adapter and selected.answers.adapter.answer)
     why = said.sentence if said else None
@@ -139,9 +212,11 @@ def loop(run: Run, executor: Executor) -> None:
     told = 0
     while True:
         answer_early(run)
-        fingerprint = run.started.fingerprint
-        trials = [Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in run.strategy.ask(run.records.outcomes)]
-        notes = run.strategy.trials(run.records.outcomes).notes
+        fingerprint = run.plan.started.fingerprint
+        trials = [
+            Trial(trial_id=trial_id(fingerprint, arm), arm=arm) for arm in run.plan.strategy.ask(run.records.outcomes)
+        ]
+        notes = run.plan.strategy.trials(run.records.outcomes).notes
         for line in notes[told:]:
             run.notice(line)
         told = max(told, len(notes))
@@ -192,56 +267,47 @@ def _with_plan(run: Run, outcome: TrialOutcome) -> TrialOutcome:
 
 
 @contextmanager
-def _executor_of(run: Run) -> Iterator[Executor]:
+def _workplace_of(run: Run) -> Iterator[Executor]:
     """The executor that the settings name; workers run as long as the block.
 
     Raises:
         InputError: the settings don't fit the executor.
         RunError: no worker could start.
     """
-    prepared = run.plan
-    assert isinstance(prepared, Prepared)
+    prepared = run.prepared
+    assert prepared is not None
     if prepared.settings.executor == "local":
-        largest = prepared.planned.max_adapters_per_pass if prepared.planned else None
-        yield LocalExecutor(prepared.runtime, run.folder, run, largest)
+        yield LocalExecutor(prepared.runtime, run.folder, run, prepared.planned)
         return
     executors = merged(lambda plugin: plugin.executors)
-    with executors[prepared.settings.executor](prepared.request, prepared, run) as executor:
+    with executors[prepared.settings.executor](prepared, run.folder, run) as executor:
         yield executor
 
 
-@dataclass(slots=True)
-class LocalExecutor:
-    """The executor of a single process. Errors other than running out of memory propagate with their traceback."""
+def _continued(journal: Sequence[JournalRecord], started: RunStarted) -> RunContinued | None:
+    """The settings with which a run is continued, where they are not those that it had last."""
+    before = settled_start(journal).settings
+    names = [name for name in (*CONTINUABLE, "goal") if name in started.settings and name in before]
+    changed = {name: started.settings[name] for name in names if started.settings[name] != before[name]}
+    if "eval_items" in changed:
+        return RunContinued(settings=changed, evaluation_items=started.evaluation_items, data=started.data)
+    return RunContinued(settings=changed) if changed else None
 
-    _runtime: Runtime
-    _folder: RunFolder
-    _listener: Listener
-    _max_adapters_per_pass: int | None = None  # that fit by the plan; None: not planned
-    _is_prepared: bool = False
 
-    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-        base = [trial for trial in trials if trial.arm.rank == 0]
-        trained = [trial for trial in trials if trial.arm.rank > 0]
-        yield from train_trials(self._runtime, base, base_loss, self._folders, self._listener)
-        if not trained:
-            return
-        if not self._is_prepared:
-            self._runtime.prepare(self._listener.on_event, self._listener.should_stop)
-            self._is_prepared = True
-        arms = [trial.arm for trial in trained]
-        size = adapters_per_pass_for(self._runtime, arms, self._listener.notice, self._max_adapters_per_pass)
-        yield from train_trials(self._runtime, trained, base_loss, self._folders, self._listener, size)
-
-    def _folders(self, trial: Trial) -> TrialFolders:
-        arm, folder = trial.arm, self._folder
-        parent = arm.truncate_from or (arm.continue_from if arm.cut is not None else None)
-        return TrialFolders(
-            folder.checkpoint(trial.trial_id),
-            folder.trial_adapter(trial.trial_id),
-            None if arm.continue_from is None else folder.checkpoint(arm.continue_from),
-            None if arm.truncate_from is None else folder.trial_adapter(arm.truncate_from),
-            None if parent is None else folder.checkpoint(parent).with_suffix(".moments.safetensors"),
-            folder.other_checkpoint(trial.trial_id),
-            folder.answers(trial.trial_id),
-        )
+def _require_same_run(folder: RunFolder, first: JournalRecord, started: RunStarted) -> None:
+    """Refuse a folder that was made with another model, other data or other settings, and name them."""
+    if not isinstance(first, RunStarted):
+        raise RunFolderError(f"{folder.journal.path}: the first line is not the start of a run; give another --out")
+    if first.fingerprint == started.fingerprint:
+        return
+    before = settings_of_identity(first.settings, {})
+    after = settings_of_identity(started.settings, first.settings)
+    names = sorted(before.keys() | after.keys())
+    changed = [
+        f"{name}: {before.get(name)!r} → {after.get(name)!r}" for name in names if before.get(name) != after.get(name)
+    ]
+    if not changed:
+        changed = ["the data, the model's files or the trainer have changed since"]
+    raise RunFolderError(
+        f"{folder.path}: made with other settings ({'; '.join(changed)}); give the same settings to resume, or another --out"
+    )

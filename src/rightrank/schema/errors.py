@@ -136,6 +136,12 @@ def first_line(error: BaseException) -> str:
     return next(lines, type(error).__name__)
 
 
+def described(error: BaseException) -> str:
+    """`KeyError: 'x'`, or the type alone where the error has no message."""
+    kind, text = type(error).__name__, first_line(error)
+    return kind if text == kind else f"{kind}: {text}"
+
+
 def quoted(value: object, limit: int = 60) -> str:
     """The value as Python writes it, without the end of a long one."""
     text = repr(value)

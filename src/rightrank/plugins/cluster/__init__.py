@@ -20,8 +20,9 @@ from rightrank.schema.errors import SettingsError
 if TYPE_CHECKING:
     from rightrank.plugins.cluster.pool import Crew, Pool
     from rightrank.plugins.cluster.worker import Setup
-    from rightrank.runs.hook import Run
-    from rightrank.runs.values import Prepared, Request
+    from rightrank.runs.folder import Download, RunFolder
+    from rightrank.runs.values import Plan, Prepared
+    from rightrank.schema.events import Listener
     from rightrank.schema.settings import SelectSettings
     from rightrank.train.runtime import Runtime
 
@@ -29,7 +30,7 @@ MAX_TASK_TRIALS = 16  # the worker measures how many of them to train in one pas
 
 
 @contextmanager
-def _workers(request: Request, prepared: Prepared, run: Run) -> Iterator[Pool]:
+def _workers(prepared: Prepared, folder: RunFolder, listener: Listener) -> Iterator[Pool]:
     """The executor of workers in processes or on Ray. They start on demand and run as long as the block.
 
     Raises:
@@ -38,12 +39,11 @@ def _workers(request: Request, prepared: Prepared, run: Run) -> Iterator[Pool]:
         RunError: the cluster or the store does not answer.
     """
     from rightrank.plugins.cluster.pool import Pool
-    from rightrank.plugins.cluster.store import Store
+    from rightrank.plugins.cluster.store import Store, run_store
     from rightrank.plugins.cluster.worker import Setup, versions
 
-    settings, fields = request.settings, fields_of(request.settings)
-    on_cuda = prepared.runtime.loaded.device.type == "cuda"
-    plan = prepared.planned
+    request, on_cuda = prepared.request, prepared.runtime.loaded.device.type == "cuda"
+    fields, plan = fields_of(request.settings), prepared.planned
     needed = None if plan is None else max(plan.needed_bytes[rank] for rank in plan.ranks)
     if fields.store:  # one that refuses ends the run before it starts
         store = Store(fields.store)
@@ -57,17 +57,28 @@ def _workers(request: Request, prepared: Prepared, run: Run) -> Iterator[Pool]:
             settings=prepared.settings.model_dump(mode="json"),
             begun=None if request.begun is None else dict(request.begun),
             fingerprint=prepared.started.fingerprint,
-            folder=run.folder.path.absolute(),
+            folder=folder.path.absolute(),
             working_folder=Path.cwd(),
         )
-        crew, workers = _crew(settings, setup, needed, on_cuda)
-        task_trials = settings.adapters_per_pass or (MAX_TASK_TRIALS if on_cuda else 1)
-        hang = fields.hang_seconds
-        pool = Pool(crew, workers, versions(), run, task_trials=task_trials, hang_seconds=hang)
+        crew, workers = _crew(request.settings, setup, needed, on_cuda)
+        task_trials = request.settings.adapters_per_pass or (MAX_TASK_TRIALS if on_cuda else 1)
+        pool = Pool(crew, workers, versions(), listener, task_trials=task_trials, hang_seconds=fields.hang_seconds)
         try:
             yield pool
         finally:
             pool.close()
+        if fields.store:  # every trial has ended
+            run_store(fields.store, setup.fingerprint).remove("checkpoints")
+
+
+def _store_of(plan: Plan) -> tuple[str, Download] | None:
+    address = fields_of(plan.settings).store
+    if not address:
+        return None
+    from rightrank.plugins.cluster.store import run_store
+
+    store = run_store(address, plan.started.fingerprint)
+    return store.address, store.get
 
 
 @contextmanager
@@ -107,7 +118,7 @@ def _crew(settings: SelectSettings, setup: Setup, needed: int | None, on_cuda: b
 
 PLUGIN = Plugin(
     name="cluster",
-    hooks=lambda: [import_module("rightrank.plugins.cluster.store").StoreOfRun()],
     executors={"processes": _workers, "ray": _workers},
+    store=_store_of,
     calls={"ray": lambda train: import_module("rightrank.plugins.cluster.on_ray").call_on_ray(train)},
 )

@@ -20,8 +20,7 @@ from typing import Any
 
 from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Setup, Stop, Task, Worker, WorkerLost, WorkerMessage
 from rightrank.runs.calls import CALL_ERRORS, NO_RESULT, Call, TrainerError, TrainFunction, TrialTask, call_inline
-from rightrank.runs.hook import described
-from rightrank.schema.errors import InputError, MissingExtraError, RunError
+from rightrank.schema.errors import InputError, MissingExtraError, RunError, described
 
 # Variables of the environment that workers inherit from this process.
 INHERITED = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")

@@ -8,34 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from rightrank.data.files import replacing
-from rightrank.plugins.cluster.settings import fields_of
-from rightrank.runs.hook import Hook, Run
 from rightrank.schema.errors import MissingExtraError, RunError
-
-if TYPE_CHECKING:
-    from rightrank.runs.values import Selected
 
 STORE_SECONDS = 180.0  # for which a run waits for a store that fails
 LASTING = (PermissionError, FileNotFoundError, ValueError)  # errors of a store that do not pass
 Result = TypeVar("Result")
-
-
-class StoreOfRun(Hook):
-    """Gives a run's folder its store, before anything of it is read, and drops what only a running selection needs."""
-
-    _store: Store | None = None
-
-    def on_prepared(self, run: Run) -> None:
-        if address := fields_of(run.settings).store:
-            self._store = run_store(address, run.started.fingerprint)
-            run.folder.store = self._store.address, self._store.get
-
-    def on_end(self, run: Run, selected: Selected) -> None:
-        if self._store is not None:
-            self._store.remove("checkpoints")
 
 
 def run_store(address: str, fingerprint: str) -> Store:

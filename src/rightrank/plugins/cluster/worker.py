@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO, TypeAlias
 from pydantic import Field, JsonValue, TypeAdapter
 
 from rightrank.plugins.cluster.settings import fields_of
-from rightrank.runs.hook import Executor
 from rightrank.schema.errors import InterruptedRun, RightrankError, RunError
 from rightrank.schema.events import Evaluating, Event, Listener, Notice, StepDone
 from rightrank.schema.trials import Record, Trial, TrialFailed, TrialOutcome, TrialStarted
@@ -34,6 +33,7 @@ from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.plugins.cluster.store import Store
+    from rightrank.runs.executor import Executor
     from rightrank.runs.folder import RunFolder
     from rightrank.runs.values import Prepared
 
@@ -208,15 +208,14 @@ class Worker:
     def make_executor(self, setup: Setup) -> Executor:
         """The executor of this process, at the first task."""
         from rightrank.plugins.cluster.store import run_store
+        from rightrank.runs.executor import LocalExecutor
         from rightrank.runs.folder import RunFolder
-        from rightrank.runs.run import LocalExecutor
 
         prepared = _prepared(setup, self._scratch / "cache")
         store = fields_of(prepared.settings).store
         folder = RunFolder(self._scratch / "run" if store else setup.folder)
         reports = _Reports(self._send, self._stop.is_set)
-        limit = prepared.planned.max_adapters_per_pass if prepared.planned else None
-        executor = LocalExecutor(prepared.runtime, folder, reports, limit)
+        executor = LocalExecutor(prepared.runtime, folder, reports, prepared.planned)
         if store:
             reports.stored = _StoredExecutor(executor, folder, run_store(store, setup.fingerprint))
         return reports.stored or executor
