@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from rightrank import decide
 from rightrank.cli import cli, main
-from rightrank.schema.errors import MissingExtraError
+from rightrank.schema.errors import MissingExtraError, ResultsError
+from tests.report.runs import answered_folder
 
 
 @pytest.fixture
@@ -51,6 +53,30 @@ def test_plot_writes_a_picture(table: Path, ending: str, begins: bytes) -> None:
     target = table.with_name(f"curve.{ending}")
     assert CliRunner().invoke(cli, ["decide", str(table), "--plot", str(target)]).exit_code == 0
     assert target.read_bytes().startswith(begins)
+
+
+def test_a_table_has_a_report(table: Path) -> None:
+    page = table.with_name("page.html")
+    table.write_text(
+        "rank,eval_loss,lr,seed\n1,2.3,1e-3,0\n4,2.05,1e-3,0\n16,2.001,1e-3,0\n64,2.0,1e-3,0\n128,,1e-3,0\n"
+    )
+    command = ["decide", str(table), "--margin", "0.01", "--report", str(page), "--lower-is-better"]
+    assert CliRunner().invoke(cli, command).exit_code == 0
+    text = page.read_text(encoding="utf-8")
+    for part in ("Rank 16", "runs.csv", "2.0500", "the table has no result", "Ranks other than 1, 4, 16, 64"):
+        assert part in text, part
+    assert f"rightrank decide {table} --margin 0.01 --lower-is-better" in text
+    assert 'href="figures' not in text  # nothing is beside it
+    assert "test split" not in text.lower().split("what was not tested")[1].split("</section>")[0]
+
+
+def test_scores_by_example_have_a_report_and_a_run_folder_its_own(tmp_path: Path) -> None:
+    rows = [{"rank": rank, "item": n, "value": 2 + n % 7 + 1 / rank} for rank in (1, 4, 16) for n in range(40)]
+    decided = decide(rows, metric="eval_loss", margin=0.1)
+    assert "40 examples" in decided.write_report(tmp_path / "page.html").read_text(encoding="utf-8")
+    of_run = decide(answered_folder(tmp_path / "run", direct=(1, 4)))
+    with pytest.raises(ResultsError, match="rightrank report RUN"):
+        of_run.write_report(tmp_path / "other.html")
 
 
 def test_a_picture_without_its_extra_is_refused(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
+from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent, write_text
 from rightrank.decision import rule
 from rightrank.decision.next_run import next_commands
 from rightrank.decision.run import Answers, Records, comparable, decide_on, decision_so_far, metrics_of, records_of
@@ -18,7 +18,7 @@ from rightrank.report.status import RunStatus, last_decided, run_status
 from rightrank.runs import plugins
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.runs.journal import Repaired, collector_paused
-from rightrank.schema.decision import Decision
+from rightrank.schema.decision import Decision, ResultsTable
 from rightrank.schema.errors import ResultsError, RunError, RunFolderError, SettingsError, first_line
 from rightrank.schema.events import Evaluating, JournalRecord
 from rightrank.schema.metrics import Checkpoint
@@ -269,6 +269,27 @@ class Decided:
     understood: list[str]
     adapter_sentence: str | None = None  # the answer to the first question, of a run folder that has one
     next_commands: Sequence[str | None] = ()  # each next run as a command that can be pasted, of a run folder
+    table: ResultsTable | None = None  # the trainings; None: a run folder has them, or they are judgements
+
+    def write_report(self, path: str | Path, source: str = "a table of results", command: str = "") -> Path:
+        """Write the report of a table: the answer, the curve, the evidence by rank and all trainings, in one HTML file.
+
+        Args:
+            source: the table's name, as the page gives it.
+            command: that decides on it; by default none.
+
+        Raises:
+            ResultsError: a run folder, which has its own report, or judgements.
+        """
+        from rightrank.report.html import results_report
+
+        if self.table is None:
+            raise ResultsError(
+                "a report is written of a table of trainings; that of a run folder is written by: rightrank report RUN"
+            )
+        with report_disk_errors(Path(path)):
+            write_text(Path(path), results_report(self.table, self.decision, source, command))
+        return Path(path)
 
     @property
     def next_command(self) -> str | None:
@@ -343,7 +364,7 @@ def decide(
     read = results_of_rows(rows, where, metric, higher_is_better, margin, columns or {})
     others = other_tables(read)
     decision = rule.decide(table_of_results(read), margin, checkpoint=checkpoint or "last", others=others, **further)
-    return Decided(decision, read.understood)
+    return Decided(decision, read.understood, table=read)
 
 
 def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, further: Mapping[str, Any]) -> Decided:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import shlex
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -176,8 +178,11 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
 @click.option(
     "--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve to this .svg, .pdf or .png file."
 )
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Of a table: write the whole report to this .html file."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
-def _decide(results: Path, plot_file: Path | None, as_json: bool, **asked: Any) -> None:
+def _decide(results: Path, plot_file: Path | None, report: Path | None, as_json: bool, **asked: Any) -> None:
     """Decide on finished trainings, whoever ran them.
 
     RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
@@ -191,6 +196,8 @@ def _decide(results: Path, plot_file: Path | None, as_json: bool, **asked: Any) 
         from rightrank.report.svg import write_plot
 
         write_plot(rank_figure(decided.decision), plot_file)
+    if report is not None:
+        decided.write_report(report, results.name, _command_of(results, asked))
     if as_json:
         further = {
             "understood": decided.understood,
@@ -206,6 +213,18 @@ def _decide(results: Path, plot_file: Path | None, as_json: bool, **asked: Any) 
     click.echo(decision_text(decided.decision, decided.understood, width, decided.next_commands))
     if decided.adapter_sentence is not None:
         click.echo(f"adapter: {visible(decided.adapter_sentence)}")
+
+
+def _command_of(results: Path, asked: Mapping[str, Any]) -> str:
+    """The command that decides so again."""
+    options: list[str] = []
+    for name, value in asked.items():
+        if name == "higher_is_better" and value is not None:
+            options.append("--higher-is-better" if value else "--lower-is-better")
+        elif value:
+            text = ",".join(f"{key}={column}" for key, column in value.items()) if name == "columns" else str(value)
+            options += [f"--{name.removesuffix('_steps')}", text]
+    return shlex.join(["rightrank", "decide", str(results), *options])
 
 
 COMMANDS = (_status, _report, _export, _repair, _decide)

@@ -217,7 +217,7 @@ def _memory_figure(records: Records) -> Figure | None:
 def _time_figure(records: Records) -> Figure | None:
     """Mean seconds of training and of evaluation by rank."""
     groups = _by_rank([trial for trial in records.finished() if trial.rank > 0 and trial.arm.is_direct])
-    if not groups:
+    if not any(trial.seconds for trials in groups.values() for trial in trials):  # a table may not say
         return None
     train = {rank: fmean(trial.train_seconds for trial in trials) for rank, trials in groups.items()}
     evaluation = {rank: fmean(trial.eval_seconds for trial in trials) for rank, trials in groups.items()}

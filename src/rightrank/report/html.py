@@ -13,7 +13,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import Any
@@ -32,9 +32,10 @@ from rightrank.report.status import cost_sentence, end_text
 from rightrank.report.svg import inline_svg, swatch
 from rightrank.report.tables import candidate_table, certainty_rows, evidence_table, metric_unit
 from rightrank.schema.command import reproduce_command
-from rightrank.schema.decision import Decision, HandedOver
-from rightrank.schema.events import RunStarted, TestEvaluated
-from rightrank.schema.trials import TrialFinished, TrialOutcome, split_name
+from rightrank.schema.decision import Decision, HandedOver, Result, ResultsTable
+from rightrank.schema.events import DataSummary, RunStarted, TestEvaluated
+from rightrank.schema.trials import Arm, EvalPoint, TrialFailed, TrialFinished, TrialOutcome, split_name
+from rightrank.version import __version__
 
 MAX_VISIBLE_ROWS, MAX_ROWS = 24, 1000  # of the trial table: a longer one is folded, and its newest are shown
 IN_THEIR_SECTIONS = ("adapters", "rank_curve", "staircase")
@@ -48,6 +49,7 @@ def render_report(
     *,
     run: str = "RUN",
     exports: Sequence[str] = (),
+    command: str | None = None,
 ) -> str:
     """The report as one HTML document.
 
@@ -56,6 +58,7 @@ def render_report(
         further_figures: shown after those of the records and the decision.
         run: the run folder, as commands name it.
         exports: names of the folders below `exports/` beside the report.
+        command: that repeats it; None for that of the settings.
     """
     adapter, decision, started = answers.adapter, answers.decision, records.started
     plots = {figure.name: figure for figure in (*figures_of(records, decision), *further_figures)}
@@ -89,9 +92,61 @@ def render_report(
             fold_rows=len(records.outcomes) > MAX_VISIBLE_ROWS,
             tests=_test_rows(records),
             not_tested=_not_tested(records, decision),
-            command=reproduce_command(started.model_name, started.data_name, records.settings),
+            is_alone=command is not None,  # without files beside it
+            command=command or reproduce_command(started.model_name, started.data_name, records.settings),
             **page_script(script, {"answer": slider and slider["data"]}),
         )
+    )
+
+
+def results_report(results: ResultsTable, decision: Decision, source: str, command: str) -> str:
+    """The report of a table of finished trainings, of which it knows neither model nor data.
+
+    Args:
+        source: the table's name.
+        command: that decides on it; empty for none.
+    """
+    stated = {"metric": results.metric, "higher_is_better": results.higher_is_better, "margin": decision.margin}
+    started = RunStarted(
+        rightrank_version=__version__,
+        fingerprint="",
+        settings={"trainer": source, "version": "", **stated},
+        environment={f"read {number}": note for number, note in enumerate(results.understood, 1)},
+        data=DataSummary(form="own", splits={}, splits_given=False, duplicates_across_splits=0),
+        evaluation_items=[],
+        metric=results.metric,
+        higher_is_better=results.higher_is_better,
+        started_at="",
+    )
+    records = Records.of(started, [])
+    records.outcomes.extend(map(partial(_outcome_of, metric=results.metric), results.results))
+    return render_report(records, Answers(decision), command=command)
+
+
+def _outcome_of(result: Result, metric: str) -> TrialOutcome:
+    arm = Arm(
+        rank=result.rank, learning_rate=result.learning_rate, lora_alpha=1, seed=result.seed, steps=result.steps or 0
+    )
+    if result.value is None:
+        reason = "the table has no result"
+        return TrialFailed(trial_id=result.trial_id, **arm.model_dump(), error="error", reason=reason)
+    return TrialFinished(
+        trial_id=result.trial_id,
+        **arm.model_dump(),
+        value=result.value,
+        metrics={metric: result.value, **result.others},
+        item_losses=[],
+        item_tokens=[],
+        item_scores=result.item_values or None,
+        item_weights=result.item_weights or None,
+        item_groups=result.item_groups,
+        train_value=result.train_value,
+        points=[EvalPoint(step=step, value=value) for step, value in result.points],
+        trainable_parameters=0,
+        train_seconds=0.0,
+        train_tokens=0,
+        eval_seconds=0.0,
+        peak_bytes=0,
     )
 
 
@@ -157,7 +212,7 @@ def _row(outcome: TrialOutcome) -> dict[str, Any]:
     row["value"] = f"{outcome.value:.4f}" + (f" ({outcome.value_metric})" if outcome.value_metric else "")
     row["note"] = "; ".join(filter(None, [row["note"], *outcome.failed_metrics.values()]))
     row["train"] = "" if outcome.train_value is None else f"{outcome.train_value:.4f}"
-    row["seconds"] = f"{outcome.seconds:.0f}"
+    row["seconds"] = f"{outcome.seconds:.0f}" if outcome.seconds else ""
     row["parameters"] = f"{outcome.trainable_parameters:,}" if outcome.trainable_parameters else ""
     row["memory"] = size(outcome.peak_bytes) if outcome.peak_bytes else ""
     return row
@@ -198,7 +253,7 @@ def _is_hub_name(model: str) -> bool:
 def _subject_text(started: RunStarted) -> str:
     """Model and data in one line, with the number of examples."""
     if started.model_name is None or started.data_name is None:
-        return started.model_name or "a custom trainer"
+        return started.model_name or (started.trainer if not started.fingerprint else None) or "a custom trainer"
     names = started.model_name, started.data_name
     model, data = (PurePath(name).name if name.startswith((".", "/", "~")) else name for name in names)
     counts = ", ".join(f"{split.items:,} {split_name(name)}" for name, split in started.data.splits.items())
@@ -274,7 +329,7 @@ def _not_tested(records: Records, decision: Decision | None) -> list[str]:
     missing = sum(one.rank > 0 and not isinstance(one, TrialFinished) for one in records.outcomes)
     if missing:
         limits.append(f"{quantity(missing, 'training')} without a result: they count neither for nor against a rank.")
-    if not records.tests:
+    if not records.tests and records.started.fingerprint:  # of a table nothing is known
         limits.append("The test split, which is evaluated at the end of the run.")
     return limits
 

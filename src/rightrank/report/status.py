@@ -158,7 +158,8 @@ def cost_sentence(records: Records) -> str:
     parts = [quantity(trainings(records), "training")]
     parts += [quantity(truncations, "truncation")] if truncations else []
     parts += [f"{quantity(lost, 'trial')} without a result"] if lost else []
-    return ", ".join([*parts, duration(sum(seconds_of(trial, by_id) for trial in finished))])
+    seconds = sum(seconds_of(trial, by_id) for trial in finished)
+    return ", ".join([*parts, *([duration(seconds)] if seconds else [])])
 
 
 def end_text(outcome: TrialCollapsed | TrialDiverged | TrialFailed) -> str:
