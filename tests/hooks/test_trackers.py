@@ -208,7 +208,7 @@ def test_a_trainer_of_ones_own_reports_too(tmp_path: Path) -> None:
 
     out = tmp_path / "own"
     settings = {"ranks": (1, 4, 16), "learning_rates": (1e-3,), "metric": "reward", "margin": 0.01}
-    selected = select_rank_with(train, out, **settings, report_to=["tensorboard"])  # type: ignore[arg-type]
+    selected = select_rank_with(train, out, **settings, callbacks=[Trackers(["tensorboard"], out)])  # type: ignore[arg-type]
     assert len(selected.decision.ranks) == 3
     rewards = [tensorboard_scalars(folder)["eval/reward"] for folder in (out / "tensorboard").glob("r*")]
     assert len(rewards) >= 3

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +88,6 @@ def test_a_larger_rank_that_is_better_is_the_answer(tmp_path: Path) -> None:
     assert (selected.adapter.path / "adapter.bin").read_text() == f"4 {LOW}"
 
 
-@pytest.mark.parametrize(("start", "ranks"), [(8, [8, 32, 4, 1]), (0, [1, 4])])
-def test_the_climb_starts_where_it_is_asked_to(tmp_path: Path, start: int, ranks: list[int]) -> None:
-    """Ranks alike: from 8 one rank up, which gains nothing, then down while the lower one holds."""
-    selected, notices = run(tmp_path / "run", partial(reinforce, noise=0.001), ranks=(1, 4, 8, 32), start_rank=start)
-    assert list(dict.fromkeys(one.rank for one in outcomes(tmp_path / "run"))) == ranks
-    assert selected.training.rank == 1
-    assert any("The climb starts at rank 8, as asked" in line for line in notices) is (start == 8)
-
-
 def test_the_profile_is_a_set_of_defaults(tmp_path: Path) -> None:
     run(tmp_path / "run", seeds=(5, 6), margin=0.1, strategy="grid", learning_rates=(LOW,), ranks=(1, 4))
     first = json.loads((tmp_path / "run" / "journal.jsonl").read_text().splitlines()[0])
@@ -116,7 +106,7 @@ def test_an_end_below_the_base_is_a_collapse_too(tmp_path: Path) -> None:
         level = 0.3 if task.rank == 0 else 0.05 if task.learning_rate == HIGH else 0.6
         return TrialResult(metrics={"reward": level}, item_scores=[float(ease < level) for ease in EASE])
 
-    selected, _ = run(tmp_path / "run", train, with_base=True)
+    selected, _ = run(tmp_path / "run", train, ranks=(0, 1, 4, 16))
     collapsed = [one for one in outcomes(tmp_path / "run") if isinstance(one, TrialCollapsed)]
     assert {one.learning_rate for one in collapsed} == {HIGH}
     assert selected.decision is not None

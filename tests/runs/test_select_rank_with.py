@@ -50,19 +50,17 @@ def test_the_name_of_a_metric_says_whether_higher_is_better(tmp_path: Path, metr
     assert decision.reference_rank == (16 if higher else 1)
 
 
-def test_a_metric_without_a_known_direction_needs_higher_is_better(tmp_path: Path) -> None:
+def test_a_metric_without_a_known_direction_states_it(tmp_path: Path) -> None:
     def train(task: TrialTask) -> Mapping[str, float]:
         return {"colour": 1 / task.rank}
 
-    def select(**more: Any) -> bool:
-        found = select_rank_with(
-            train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric="colour", **more
-        )  # fmt: skip
+    def select(metric: str) -> bool:
+        found = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric=metric)
         return found.decision.higher_is_better
 
-    with pytest.raises(SettingsError, match=r"metric 'colour': whether .* pass higher_is_better=True or False"):
-        select()
-    assert select(higher_is_better=False) is False
+    with pytest.raises(SettingsError, match=r"metric 'colour': whether .* give metric='max:colour' or 'min:colour'"):
+        select("colour")
+    assert select("min:colour") is False
 
 
 def test_one_number_a_trial_is_enough_to_begin_with(tmp_path: Path) -> None:
@@ -123,7 +121,7 @@ def test_the_base_is_asked_for_when_wanted(tmp_path: Path) -> None:
     def train(task: TrialTask) -> Mapping[str, float]:
         return {"loss": 3.0} if task.rank == 0 else by_number(task)
 
-    decision = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), with_base=True).decision
+    decision = select_rank_with(train, tmp_path / "run", ranks=(0, *RANKS), learning_rates=(1e-3,)).decision
     assert decision.ranks[0].rank == 0
 
 
@@ -320,8 +318,8 @@ def test_bad_arguments_start_nothing(tmp_path: Path, changes: dict[str, Any], me
 
 def test_another_run_s_folder_is_refused(tmp_path: Path) -> None:
     select_rank_with(by_number, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,))
-    with pytest.raises(RunFolderError, match="version: '' → '2'"):
-        select_rank_with(by_number, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), version="2")
+    with pytest.raises(RunFolderError, match=r"trainer: .*by_number' → .*paired'"):
+        select_rank_with(paired, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric="loss")
     assert issubclass(RunFolderError, RightrankError)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from pathlib import Path
 
 import pytest
 from benchmarks.selection.tables import recommend
@@ -12,8 +11,6 @@ from benchmarks.selection.tables import recommend
 from rightrank.decision.collapse import collapse_of, should_stop_early
 from rightrank.decision.seeds import detectable_difference, needed_seeds
 from rightrank.decision.table import without_collapsing
-from rightrank.runs.folder import RunFolder
-from rightrank.runs.own_trainer import own_request
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 from rightrank.search.history import Space
 from rightrank.search.upward import Upward
@@ -61,25 +58,6 @@ def test_it_climbs_while_a_rank_gains_more_than_the_margin(gain: float, ranks: s
     assert set(ranks_of(known)) == ranks
     assert ranks_of(known) == sorted(ranks_of(known))
     assert all(outcome.stop_at is None and outcome.truncate_from is None for outcome in known)
-
-
-@pytest.mark.parametrize(
-    ("gain", "ranks", "chosen"),
-    [(0.0, [16, 64, 4, 1], 1), (0.025, [16, 64, 4, 1], 4), (0.06, [16, 64, 4], 16), (1.0, [16, 64], 64)],
-)
-def test_a_climb_from_a_given_rank_goes_down_while_it_holds(gain: float, ranks: list[int], chosen: int) -> None:
-    strategy = Upward(space(start_rank=8))
-    known = run_all(strategy, World(gain=gain))
-    assert list(dict.fromkeys(ranks_of(known))) == ranks
-    assert recommend(strategy, known).rank == chosen
-    assert strategy.trials(known).notes[0] == ("The climb starts at rank 16, as asked, and goes down from there.")
-
-
-def test_a_start_that_is_given_reaches_the_climb(tmp_path: Path) -> None:
-    compared = {"ranks": (1, 4, 16), "learning_rates": (1e-5,), "seeds": None, "margin": None}
-    for given, start in (({}, 0), ({"start_rank": 8}, 8)):
-        request = own_request(lambda task: {"reward": 0.0}, None, "local", None, compared, {"profile": "rl", **given})  # type: ignore[typeddict-item]
-        assert request.plan(RunFolder(tmp_path / "run"), []).strategy.space.start_rank == start
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(0.0, 1), (1.0, 64)])

@@ -152,13 +152,14 @@ def select_rank_with(
     """Find the rank with your own training function: DPO, RL, diffusion, vision, any script.
 
     Args:
-        train: called with a `TrialTask`; returns a mapping of held-out metrics or a `TrialResult`. With
+        train: called with a `TrialTask`, also for the base where rank 0 is among `ranks`; returns a mapping of held-out metrics or a `TrialResult`. With
             `item_scores` in it (the same examples in every trial) ranks are compared example by example, which
             resolves far smaller differences. `task.report(step, value, item_scores)` reports values along the way. All
             randomness must come from `task.seed`, so that ranks differ in nothing else.
         out: the run folder. A second call with the same arguments resumes; trials that failed run again.
         seeds: None for seed 0, or those of the profile.
-        metric: the name of the metric that decides; None for "loss", or that of the profile.
+        metric: the name of the metric that decides, after `max:` or `min:` where its direction is not known from it (`accuracy`,
+            `reward`, `loss`, … are); None for "loss", or that of the profile.
         margin: how much worse than the best is still enough; None for the metric's default, or that of the profile.
         evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it the adapter that
             `train` saved for the largest rank is truncated to every lower rank, and the smallest within the margin is
@@ -166,9 +167,8 @@ def select_rank_with(
         executor: "local"; "threads" of this process, for functions that wait for a service; or each call in a new process,
             on this machine ("processes") or on a Ray cluster ("ray": the one that RAY_ADDRESS names, or one on this machine;
             `out` must be on a disk that its nodes share).
-        callbacks: what watches the selection or takes part in it; see `rightrank.hooks.Hook`.
-        settings: see `TrainerSettings`: goal, profile, strategy, lora_alpha, max_steps, higher_is_better, with_base, workers,
-            timeout_seconds, version, report_to, progress.
+        callbacks: what watches the selection or takes part in it, such as `rightrank.hooks.trackers.Trackers`.
+        settings: see `TrainerSettings`: goal, profile, strategy, max_steps, workers, timeout_seconds, progress.
 
     Raises:
         SettingsError: an argument that is not allowed, a metric without a known direction, or a function that
@@ -180,15 +180,14 @@ def select_rank_with(
     """
     from rightrank.data.files import report_disk_errors
     from rightrank.hooks.report import Report
-    from rightrank.hooks.trackers import Trackers
     from rightrank.runs.folder import RunFolder
     from rightrank.runs.own_trainer import own_request
     from rightrank.runs.run import select
 
     compared = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds}
     request = own_request(train, evaluate, executor, metric, compared | {"margin": margin}, settings)
-    trackers, folder = Trackers(settings.get("report_to", ()), Path(out)), RunFolder(Path(out))
+    folder = RunFolder(Path(out))
     with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
         views = _views(settings.get("progress", False), opened)
         added = plugins.listed(lambda plugin: plugin.hooks())
-        return select(request, folder, [*views, trackers, Report(), *added, *callbacks], request.workplace)
+        return select(request, folder, [*views, Report(), *added, *callbacks], request.workplace)

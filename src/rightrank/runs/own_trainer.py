@@ -75,23 +75,12 @@ class TrainerSettings(TypedDict, total=False):
     where no difference between ranks can be shown."""
     strategy: str | None
     """None for "grid", or that of the profile."""
-    start_rank: int
-    """Strategy "upward" starts at the smallest rank of at least this; 8 for a base that is a distilled reasoner."""
-    lora_alpha: float
     max_steps: int
     """Passed to `train` in the task, as `steps`; 0 leaves the length to it."""
-    higher_is_better: bool | None
-    """None for that of a metric with a known name (`accuracy`, `f1`, `reward`, `loss`, …); any other metric needs it."""
-    with_base: bool
-    """Also call `train` with rank 0, to evaluate the base without training."""
     workers: int
     """Concurrent calls; above 1 only with executor "threads", "processes" or "ray"."""
     timeout_seconds: float | None
     """End a training that takes longer; needs executor "processes"."""
-    version: str
-    """Change this when `train` changes, so that old trials are not reused."""
-    report_to: Sequence[str]
-    """Trackers that log every trial: trackio, wandb, mlflow, tensorboard."""
     progress: bool
     """Show the progress on stderr."""
 
@@ -106,6 +95,7 @@ class OwnRequest:
     name: str  # of the function
     train: Call
     evaluate: Call | None  # of an adapter in a task's folder; None: the first question is not asked
+    evaluates_base: bool
     given: TrainerSettings
 
     @property
@@ -120,10 +110,9 @@ class OwnRequest:
         space = replace(
             space_of(settings, steps),
             stages=False,
-            evaluates_base=self.given.get("with_base", False),
+            evaluates_base=self.evaluates_base,
             truncates=self.evaluate is not None,
             higher_is_better=self.higher_is_better,
-            start_rank=self.given.get("start_rank", 0),
         )
         return Plan(
             started=self._started(journal, steps),
@@ -140,7 +129,7 @@ class OwnRequest:
         return nullcontext(_Executor(self, run))
 
     def _started(self, journal: Sequence[JournalRecord], steps: int) -> RunStarted:
-        stated = {"trainer": self.name, "version": self.given.get("version", ""), "steps": steps}
+        stated = {"trainer": self.name, "steps": steps}
         stated |= {"metric": self.metric, "higher_is_better": self.higher_is_better}
         values = {"model": None, "data": None, **stated}
         values |= self.settings.model_dump(mode="json", include=self.settings.model_fields_set - {"goal"})
@@ -183,7 +172,12 @@ def own_request(
         raise SettingsError(f"{wrong} is no setting{did_you_mean(wrong, allowed)}; there are: {', '.join(allowed)}")
     if given.get("profile") not in PROFILES:
         raise SettingsError(f"unknown profile {given.get('profile')!r}; there is: rl")
-    profile = PROFILES[given.get("profile")]
+    profile, ranks, with_base = PROFILES[given.get("profile")], compared["ranks"], False
+    if isinstance(ranks, Sequence) and len(ranks) > 1 and 0 in ranks:
+        compared, with_base = {**compared, "ranks": [rank for rank in ranks if rank]}, True
+    sign, colon, name = (metric or "").partition(":")
+    stated = sign == "max" if colon and sign in ("max", "min") else None
+    metric = metric if stated is None else name
     settings = _settings(profile, compared, given)
     named, own = getattr(train, "metric", None), getattr(train, "higher_is_better", None)
     if isinstance(named, str) and metric not in (None, named):  # its scores by example are those of its own
@@ -191,15 +185,15 @@ def own_request(
             f"metric {metric!r}: {type(train).__name__} scores the examples by {named!r}; leave metric out, or give another train"
         )
     metric = metric or (named if isinstance(named, str) else profile["metric"])
-    known = (given.get("higher_is_better"), own if isinstance(own, bool) else None, direction(metric))
+    known = (stated, own if isinstance(own, bool) else None, direction(metric))
     higher = next((one for one in known if one is not None), None)
     if higher is None:
-        raise SettingsError(f"{unknown_direction(metric)}; pass higher_is_better=True or False")
+        raise SettingsError(f"{unknown_direction(metric)}; give metric='max:{metric}' or 'min:{metric}'")
     _require_functions(train, evaluate, settings.goal)
     call_of = _caller(executor, given.get("workers", 1), given.get("timeout_seconds"))
     evaluation = None if evaluate is None else call_of(partial(_of_folder, evaluate))
     name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
-    return OwnRequest(settings, metric, higher, name, call_of(train), evaluation, given)
+    return OwnRequest(settings, metric, higher, name, call_of(train), evaluation, with_base, given)
 
 
 def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, float] | TrialResult:
@@ -210,8 +204,7 @@ def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, floa
 def _settings(profile: Mapping[str, object], compared: Mapping[str, object], given: TrainerSettings) -> SelectSettings:
     values = {**compared, "strategy": given.get("strategy") or None}
     values |= {name: profile[name] for name in ("seeds", "margin", "strategy") if values[name] is None}
-    goal, alpha = given.get("goal", "training-rank"), given.get("lora_alpha", 32.0)
-    settings = SelectSettings(**values | {"goal": goal, "lora_alpha": alpha})
+    settings = SelectSettings(**values | {"goal": given.get("goal", "training-rank")})
     make_strategy(settings.strategy, space_of(settings, 1))  # refuses an unknown name first
     if settings.goal == "adapter" and settings.strategy == Upward.name:
         raise SettingsError(

@@ -117,7 +117,7 @@ class RunStarted(Record):
     @property
     def is_end(self) -> bool:
         """Whether it is the end of a training of one's own, and not a function that trains."""
-        return self.is_own and "version" not in self.settings
+        return self.is_own and "steps" not in self.settings
 
     @property
     def is_rl(self) -> bool:

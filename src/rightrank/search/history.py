@@ -52,7 +52,6 @@ class Space:
     trusts_values: bool = False  # whether values without scores by example can show that a truncation holds (tables)
     budget_steps: float | None = None  # optimizer steps over all arms
     budget_seconds: float | None = None  # of training and evaluation, over all arms
-    start_rank: int = 0  # a climb from below starts at the smallest rank of at least this
 
     @property
     def criterion(self) -> Criterion:

@@ -20,8 +20,6 @@ NEIGHBOURS = 1  # learning rates to either side of the previous rank's best one
 class Upward(Strategy):
     """All learning rates at the smallest rank; the seed noise there; then higher ranks until one gains less than the margin.
 
-    The climb may start higher (`Space.start_rank`). Where no higher rank gains from there, lower ones follow while they hold.
-
     In reinforcement learning the values of the first fifth of a run say little about its end, and the fastest runs collapse.
     So every training is whole: no learning rate is dropped for being behind early, and none is kept for being ahead early.
     A learning rate at which a seed collapses counts only where all of its rank do.
@@ -30,34 +28,18 @@ class Upward(Strategy):
     name = "upward"
 
     def script(self, trials: Trials) -> Requests:
-        start = next((rank for rank in self.space.ranks if rank >= self.space.start_rank), self.space.top)
-        if start > self.space.ranks[0]:
-            trials.notes.append(f"The climb starts at rank {start}, as asked, and goes down from there.")
+        start, *higher = self.space.ranks
         yield [self.space.arm(start, learning_rate) for learning_rate in self.space.learning_rates]
         learning_rate = yield from self._train_seeds(trials, start, self.space.seeds[:MEASURING_SEEDS])
         seeds = self._seeds_to_use(trials, start, learning_rate)
-        learning_rate = yield from self._train_seeds(trials, start, seeds)
-        known = learning_rate
-        for rank in (rank for rank in self.space.ranks if rank > start):
-            found = yield from self._train_near(trials, rank, known, seeds)
-            known = known if found is None else found
+        known = yield from self._train_seeds(trials, start, seeds)
+        for rank in higher:
+            yield [self.space.arm(rank, near) for near in self._near(known)]
+            best = yield from self._train_seeds(trials, rank, seeds)
+            known = known if best is None else best
             below = [other for other in trials.ranks() if other < rank]
-            if found is not None and below and not self.gains(trials, rank, below):
-                break
-            if found is not None and below:
-                learning_rate = None  # a higher rank gains: the start is not the answer, and no lower one is
-        lower = [rank for rank in reversed(self.space.ranks) if rank < start]
-        for rank in lower if learning_rate is not None else ():
-            found = yield from self._train_near(trials, rank, learning_rate, seeds)
-            if found is None or self.gains(trials, start, [rank]):
+            if best is not None and below and not self.gains(trials, rank, below):
                 return
-
-    def _train_near(
-        self, trials: Trials, rank: int, learning_rate: float | None, seeds: Sequence[int]
-    ) -> Generator[Sequence[Arm], None, float | None]:
-        """Train the rank near the best learning rate of another one; see `_train_seeds`."""
-        yield [self.space.arm(rank, near) for near in self._near(learning_rate)]
-        return (yield from self._train_seeds(trials, rank, seeds))
 
     def unbounded_cost(self) -> CostEstimate:
         seeds, learning_rates = len(self.space.seeds), len(self.space.learning_rates)
