@@ -149,11 +149,7 @@ def compare(
 
 
 def _require_side(side: str) -> None:
-    """Refuse what `compare` can't read: neither an adapter folder, nor a model folder, nor a GGUF file, nor `base`.
-
-    Raises:
-        ModelError: the message names the adapter of a run folder.
-    """
+    """Refuse what `compare` can't read: neither an adapter folder, nor a model folder, nor a GGUF file, nor `base`."""
     folder = Path(side)
     if side == BASE or (folder.suffix == ".gguf" and folder.is_file()):
         return

@@ -247,9 +247,6 @@ def _pair_of(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`{"prompt", "chosen", "rejected"}` of a row whose cells are strings or lists of messages.
 
     A `prompt` of text beside two whole conversations repeats their beginning, and is not used.
-
-    Raises:
-        DataError: the columns have different types, there is no prompt, or an answer of messages has no assistant turn.
     """
     chosen, rejected, prompt = fields["chosen"], fields["rejected"], fields.get("prompt")
     is_chat = isinstance(chosen, list)

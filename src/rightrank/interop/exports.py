@@ -336,11 +336,7 @@ model = FastLanguageModel.get_peft_model(
 
 
 def _vllm(recipe: Recipe) -> Written:
-    """`vllm serve` with the adapter; vLLM pads adapters below the maximum itself.
-
-    Raises:
-        ResultsError: a rank above the largest that vLLM supports.
-    """
+    """`vllm serve` with the adapter; vLLM pads adapters below the maximum itself."""
     rank = max([recipe.r, *recipe.rank_pattern.values()])
     if rank > SERVER_RANKS[-1]:
         raise ResultsError(

@@ -203,11 +203,7 @@ def _is_one_scale(rows: Sequence[Row], column: str, rank: str) -> bool:
 
 
 def _require_one_kind(rows: Sequence[Row], where: str, rank: str) -> None:
-    """Refuse trainings of several models, data sets, methods or settings that change what a rank is worth.
-
-    Raises:
-        ResultsError: names the column and two of its texts.
-    """
+    """Refuse trainings of several models, data sets, methods or settings that change what a rank is worth."""
     for name in names_of(rows):
         texts = _texts_of(rows, name)
         if plain(name) in ALPHAS and not _is_one_scale(rows, name, rank):
@@ -224,11 +220,7 @@ def _require_one_kind(rows: Sequence[Row], where: str, rank: str) -> None:
 
 
 def _direction(metric: str, asked: bool | None, where: str) -> tuple[bool, str]:
-    """`(higher is better, why)`.
-
-    Raises:
-        ResultsError: the user does not say it, and the metric's name is not a known one.
-    """
+    """`(higher is better, why)`."""
     if asked is not None:
         return asked, "as given"
     known = direction_of(metric)
@@ -287,11 +279,7 @@ def _details(row: Row, columns: Columns) -> dict[str, float]:
 
 
 def _results(lines: Sequence[_Line], columns: Columns) -> tuple[list[Result], list[str]]:
-    """`(one result for each training, notes on what was left out)`.
-
-    Raises:
-        ResultsError: a training with two values at one place, or trainings that were scored on different examples.
-    """
+    """`(one result for each training, notes on what was left out)`."""
     trainings: dict[Key, dict[tuple[str, int], _Line]] = {}
     left: dict[str, dict[Key, _Line]] = {"failed": {}, "unfinished": {}, "pruned": {}}
     repeated = 0
@@ -362,11 +350,7 @@ def _result(lines: Sequence[_Line], columns: Columns) -> Result:
 
 
 def _groups(lines: Iterable[_Line], asked: str | None, where: str) -> list[int] | None:
-    """The groups of the examples, numbered in their order; None where the table has none.
-
-    Raises:
-        ResultsError: a column of groups that was asked for groups nothing, or has two groups of one example.
-    """
+    """The groups of the examples, numbered in their order; None where the table has none."""
     by_item: dict[str, set[str]] = {}
     for line in lines:
         if line.item:

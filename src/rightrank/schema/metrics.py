@@ -124,11 +124,7 @@ class MetricSpec(NamedTuple):
 
 
 def _parse_metric(text: str) -> MetricSpec:
-    """The metric that `text` names.
-
-    Raises:
-        ValueError: an unknown metric; the message lists the known forms.
-    """
+    """The metric that `text` names."""
     sign, _, stated = text.partition(":")
     if sign in ("max", "min") and ":" in stated:
         return _parse_metric(stated)._replace(higher_is_better=sign == "max")

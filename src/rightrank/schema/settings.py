@@ -47,11 +47,7 @@ UNITS = {
 
 
 def _to_bytes(text: object) -> object:
-    """`24GiB` as bytes; any value but a text as it is.
-
-    Raises:
-        SettingsError: no number above 0 with a unit.
-    """
+    """`24GiB` as bytes; any value but a text as it is."""
     if not isinstance(text, str):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
