@@ -255,10 +255,10 @@ def status(run: str | Path) -> RunStatus:
     """
     folder, journal, records = _opened(run, settled=True)
     try:
-        found = read_json_object(folder.path / PROGRESS_FILE)
+        progress = read_json_object(folder.path / PROGRESS_FILE)
     except UnreadableError:
-        found = {}  # no process runs, or it has just ended
-    return run_status(str(run), journal, records, records.settings.goal, folder.is_locked(), found)
+        progress = {}  # no process runs, or it has just ended
+    return run_status(str(run), journal, records, records.settings.goal, folder.is_locked(), progress)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -298,8 +298,8 @@ class Decided:
 
     def __repr__(self) -> str:
         """The answer on one line; `print` shows it in full."""
-        found = self.decision
-        return f"Decided(rank={found.rank}, verdict={found.verdict!r}, margin={found.margin:g})"
+        decision = self.decision
+        return f"Decided(rank={decision.rank}, verdict={decision.verdict!r}, margin={decision.margin:g})"
 
     def __str__(self) -> str:
         view = answer_view(Answers(self.decision), self.next_commands)

@@ -45,10 +45,10 @@ def _inspect(plot: Path | None, as_json: bool, **places: Path | None) -> None:
     from rightrank.report.figures import layer_figure
     from rightrank.report.svg import write_plot
 
-    found = api.inspect(**places)
+    inspection = api.inspect(**places)
     if plot is not None:
-        write_plot(layer_figure(found.modules), plot)
-    click.echo(found.model_dump_json() if as_json else _inspection_text(found))
+        write_plot(layer_figure(inspection.modules), plot)
+    click.echo(inspection.model_dump_json() if as_json else _inspection_text(inspection))
 
 
 @click.command(
@@ -182,11 +182,11 @@ def _compare(
     if not quiet and not log_json:
         announce("loading model and data")
     with progress_view(quiet, log_json) as view:
-        found = api.compare(
+        comparison = api.compare(
             a, b, model=model, data=list(data), settings=settings, base_b=base_b, on_event=view.on_event
         )
-    click.echo(found.model_dump_json() if as_json else found.sentence)
-    return EXIT[found.verdict]
+    click.echo(comparison.model_dump_json() if as_json else comparison.sentence)
+    return EXIT[comparison.verdict]
 
 
 def _inspection_text(inspection: Inspection) -> str:
@@ -209,7 +209,7 @@ def _inspection_text(inspection: Inspection) -> str:
         ("modules", f"{summary.modules}, {summary.parameters:,} parameters"),
         ("base", summary.base_model or ""),
         ("rank by energy", f"{energy} (largest of all modules)"),
-        *((name, ", ".join(found)) for name, found in names.items()),
+        *((name, ", ".join(named)) for name, named in names.items()),
         ("unchanged tensors", str(summary.unchanged or "")),
         ("changed, not a matrix", ", ".join(summary.not_matrices)),
         *(("note", note) for note in summary.notes),
@@ -248,9 +248,9 @@ def _resized_text(resized: Resized) -> str:
         lines += [*table_lines(candidate_table(resized.answer, "held-out")), resized.answer.sentence]
         lines += resized.answer.notes
     lines += [
-        f"rank {one.rank} in {one.bits} bits, {one.bytes:,} bytes: worse by {one.difference:+.4f} (95% bound {one.difference_high:+.4f}), "
-        f"{'holds' if one.holds else 'not shown to hold'}"
-        for one in resized.stored
+        f"rank {candidate.rank} in {candidate.bits} bits, {candidate.bytes:,} bytes: worse by {candidate.difference:+.4f} (95% bound {candidate.difference_high:+.4f}), "
+        f"{'holds' if candidate.holds else 'not shown to hold'}"
+        for candidate in resized.stored
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in resized.notes)])
 

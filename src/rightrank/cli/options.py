@@ -31,10 +31,10 @@ def hours(_context: click.Context, _parameter: click.Parameter, value: str | Non
         return None
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-z]+)", value.lower())
     whole = "".join(number + unit for number, unit in parts)
-    found = sum(float(number) * _UNITS.get(unit, 0.0) for number, unit in parts)
-    if whole != value.lower().replace(" ", "") or any(unit not in _UNITS for _, unit in parts) or found <= 0:
+    total = sum(float(number) * _UNITS.get(unit, 0.0) for number, unit in parts)
+    if whole != value.lower().replace(" ", "") or any(unit not in _UNITS for _, unit in parts) or total <= 0:
         raise SettingsError(f"--time {value!r} is no time: give a number and a unit, such as 3h, 90min or 1h30m")
-    return found
+    return total
 
 
 def setting_options(kind: type[Settings], *settings: str) -> Callable[[Command], Command]:

@@ -24,8 +24,8 @@ def _status(run: Path, as_json: bool) -> None:
     from rightrank.api import runs as api
     from rightrank.report.status import status_lines
 
-    found = api.status(run)
-    click.echo(found.model_dump_json() if as_json else status_lines(found, shutil.get_terminal_size().columns))
+    status = api.status(run)
+    click.echo(status.model_dump_json() if as_json else status_lines(status, shutil.get_terminal_size().columns))
     gc.freeze()  # the process ends, and the collector need not visit every imported object for it
 
 

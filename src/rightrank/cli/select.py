@@ -99,8 +99,8 @@ def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> N
     from rightrank.report.terminal import preflight_text
     from rightrank.schema.settings import SelectSettings
 
-    found = preflight(model, data, settings=SelectSettings(**values))
-    click.echo(found.model_dump_json() if as_json else preflight_text(found))
+    outlook = preflight(model, data, settings=SelectSettings(**values))
+    click.echo(outlook.model_dump_json() if as_json else preflight_text(outlook))
 
 
 @click.command(

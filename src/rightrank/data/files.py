@@ -104,11 +104,11 @@ def sweep_leftovers(folder: Path) -> None:
     The caller must hold the folder's lock: the half-written files of a running process look the same.
     """
     for path in sorted(folder.rglob(".*")):
-        found = _LEFTOVER.fullmatch(path.name)
-        if found is None:
+        leftover = _LEFTOVER.fullmatch(path.name)
+        if leftover is None:
             continue
-        whole = path.with_name(found["name"])
-        if found["kind"] == "old" and not whole.exists():
+        whole = path.with_name(leftover["name"])
+        if leftover["kind"] == "old" and not whole.exists():
             path.rename(whole)
         elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -195,9 +195,9 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     Raises:
         UnreadableError: not a regular file, above `max_bytes`, not UTF-8, or not readable.
     """
-    found = path_kind(path)
-    if found in ("folder", "other"):
-        raise UnreadableError("a folder" if found == "folder" else "not a regular file")
+    kind = path_kind(path)
+    if kind in ("folder", "other"):
+        raise UnreadableError("a folder" if kind == "folder" else "not a regular file")
     try:
         size = path.stat().st_size
         if size > max_bytes:

@@ -71,8 +71,8 @@ def _renaming(first: Row, columns: Sequence[str], known: Collection[str]) -> Sha
                 f"columns: {name!r} is no column of a form{near or '; allowed: ' + ', '.join(sorted(known))}"
             )
         if column not in first.fields:
-            found = ", ".join(f"`{one}`" for one in first.fields)
-            raise DataError(f"{first.where}: no column {column!r}, which columns names for `{name}`; found {found}")
+            given = ", ".join(f"`{own}`" for own in first.fields)
+            raise DataError(f"{first.where}: no column {column!r}, which columns names for `{name}`; found {given}")
     return _shape_renamed(names)
 
 

@@ -61,7 +61,7 @@ def read_rows(source: Path | Any) -> RowsBySplit:
     found_kind = path_kind(source)
     if found_kind == "missing":
         beside = source.parent.iterdir() if source.parent.is_dir() else ()
-        near = did_you_mean(source.name, [found.name for found in beside])
+        near = did_you_mean(source.name, [file.name for file in beside])
         raise DataError(f"{source}: no such file or folder{near}; give {_types_allowed()}")
     if found_kind == "other":
         raise DataError(f"{source}: neither a regular file nor a folder; give {_types_allowed()}")
@@ -78,13 +78,13 @@ def read_rows(source: Path | Any) -> RowsBySplit:
     by_split: dict[SplitName | None, list[Path]] = {}
     for path in files:
         by_split.setdefault(split_of(path.stem), []).append(path)
-    found: RowsBySplit = {split: chain.from_iterable(map(_file_rows, paths)) for split, paths in by_split.items()}
-    if None in found and len(found) > 1:
+    chained: RowsBySplit = {split: chain.from_iterable(map(_file_rows, paths)) for split, paths in by_split.items()}
+    if None in chained and len(chained) > 1:
         unnamed = next(path.name for path in files if split_of(path.stem) is None)
         raise DataError(
             f"{source}: {unnamed} belongs to no split but other files do; name every file train*, validation* or test*, or none"
         )
-    return found
+    return chained
 
 
 def require_rows(source: Path) -> None:
@@ -107,13 +107,13 @@ def held_out_fields(source: Path) -> list[Mapping[str, Any]]:
 def _rows_in_memory(source: Any) -> RowsBySplit:
     if not isinstance(source, Mapping):
         return {None: _memory_rows(records_of_frame(source), "row")}
-    found: RowsBySplit = {}
+    by_split: RowsBySplit = {}
     for name, rows in source.items():
         split = SPLIT_NAMES.get(str(name))
         if split is None:
             raise DataError(f"split {name!r} is not known; allowed: {', '.join(SPLIT_NAMES)}")
-        found[split] = chain(found.get(split, ()), _memory_rows(records_of_frame(rows), f"{name} row"))
-    return found
+        by_split[split] = chain(by_split.get(split, ()), _memory_rows(records_of_frame(rows), f"{name} row"))
+    return by_split
 
 
 def records_of_frame(rows: Any) -> Any:

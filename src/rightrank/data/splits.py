@@ -120,7 +120,7 @@ def load_data(
     examples: dict[SplitName, Sequence[Example]] = {"train": stored}
     limit = settings.held_out_items(len(stored))
     examples |= {split: held.examples()[:limit] for split, held in read.held_out.items()}
-    begun = {split: found[:begun_items] if split in HELD_OUT else found for split, found in examples.items()}
+    begun = {split: kept[:begun_items] if split in HELD_OUT else kept for split, kept in examples.items()}
     examples["test"] = begun["test"]
     is_given = None not in rows
     held_out = sum(len(held.ids) for held in read.held_out.values())
@@ -275,11 +275,11 @@ def _alike(example: Example) -> int:
 
 def _by_prompt(rows: RowsBySplit) -> tuple[bool, RowsBySplit]:
     """Whether rows with the same prompt belong together, and all rows: not where the first ones share a few instructions."""
-    for split, found in rows.items():
-        if first := list(islice(found, FIRST_ROWS)):
+    for split, in_split in rows.items():
+        if first := list(islice(in_split, FIRST_ROWS)):
             prompts = {json.dumps(_prompt_of(row.fields), sort_keys=True, default=json_value) for row in first}
             least = max(2, len(first) // ROWS_OF_AN_INSTRUCTION)
-            return len(first) == 1 or len(prompts) >= least, {**rows, split: chain(first, found)}
+            return len(first) == 1 or len(prompts) >= least, {**rows, split: chain(first, in_split)}
     return True, rows
 
 
@@ -332,11 +332,11 @@ class _SmallestHashes:
 
 def _are_in(numbers: npt.NDArray[np.uint64], parts: Iterable[npt.NDArray[np.uint64]]) -> npt.NDArray[np.bool_]:
     """Whether each of `numbers`, which are sorted, is in one of the parts; no array as long as all parts is made."""
-    found = np.zeros(len(numbers), np.bool_)
+    are_in = np.zeros(len(numbers), np.bool_)
     for part in parts if len(numbers) else ():
         places = np.searchsorted(numbers[:-1], part)
-        found[places[numbers[places] == part]] = True
-    return found
+        are_in[places[numbers[places] == part]] = True
+    return are_in
 
 
 def _fingerprint(train: ExampleStore, examples: Mapping[SplitName, Sequence[Example]]) -> str:
@@ -354,8 +354,8 @@ def _with_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
     """`rows` with the rows of `file` as the validation split; what was not split yet is the train split."""
     if "selection" in rows:
         raise DataError(f"{name}: has a validation split, and validation names {file}; give one of them")
-    found = read_rows(file)
-    chosen = found["selection"] if "selection" in found else chain.from_iterable(found.values())
+    given = read_rows(file)
+    chosen = given["selection"] if "selection" in given else chain.from_iterable(given.values())
     others: RowsBySplit = {"train" if split is None else split: read for split, read in rows.items()}
     return {**others, "selection": chosen}
 
@@ -366,9 +366,9 @@ def _detect_form(
     """The form of the first row with its columns, how rows get them, and all rows with these columns."""
     first: Row | None = None
     begun: RowsBySplit = {}
-    for split, found in rows.items():
-        row = next(found, None) if first is None else None
-        begun[split] = found if row is None else chain([row], found)
+    for split, in_split in rows.items():
+        row = next(in_split, None) if first is None else None
+        begun[split] = in_split if row is None else chain([row], in_split)
         first = first or row
     if first is None:
         raise DataError(f"{name}: no rows; give at least one row of text")
@@ -376,7 +376,7 @@ def _detect_form(
     shape = shape_of(first, [entry for entry in named if not entry.startswith("group=")], known)
     changed = first if shape is None else shape(first)
     if shape is not None:
-        begun = {split: map(shape, found) for split, found in begun.items()}
+        begun = {split: map(shape, in_split) for split, in_split in begun.items()}
     for form, columns in FORMS:
         if all(column in changed.fields for column in columns):
             return form, columns, shape, begun
@@ -425,7 +425,7 @@ def _check_sizes(
 
 
 def _classes(
-    found: Mapping[str, int],
+    labels: Mapping[str, int],
     examples: Mapping[SplitName, Sequence[Example]],
     name: str,
     given: Sequence[str] | None = None,
@@ -434,15 +434,15 @@ def _classes(
     if given is not None:
         _require_known(examples, given)
         return list(given)
-    if len(found) < 2:
-        raise DataError(f"{name}: one class only ({next(iter(found))!r}); give two or more labels in train")
+    if len(labels) < 2:
+        raise DataError(f"{name}: one class only ({next(iter(labels))!r}); give two or more labels in train")
     for split in HELD_OUT:
         for example in examples[split]:
-            if str(example.content["label"]) not in found:
+            if str(example.content["label"]) not in labels:
                 raise DataError(
                     f"{example.where}: label {example.content['label']!r} of the {split_name(split)} split does not occur in train; add examples of it to train"
                 )
-    return sorted(found, key=int) if all(map(_NUMBER.fullmatch, found)) else sorted(found)
+    return sorted(labels, key=int) if all(map(_NUMBER.fullmatch, labels)) else sorted(labels)
 
 
 def _require_known(examples: Mapping[SplitName, Sequence[Example]], classes: Sequence[str]) -> None:

@@ -138,8 +138,8 @@ class TokenStore(Store[EncodedExample]):
 
     def _numbers(self, column: Callable[[Any], Any]) -> npt.NDArray[np.int64]:
         """[examples], a whole number of each."""
-        found = np.empty(len(self), np.int64)
+        numbers = np.empty(len(self), np.int64)
         for number, batch in enumerate(self.batches()):
-            found[number * ROWS :][: batch.num_rows] = column(batch).to_numpy()
+            numbers[number * ROWS :][: batch.num_rows] = column(batch).to_numpy()
         self._give_back()
-        return found
+        return numbers

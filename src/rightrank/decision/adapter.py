@@ -145,7 +145,7 @@ def improved_by_training(
             better.append(candidate)
     if not better:
         return None
-    best = min(better, key=lambda one: (one.rank, one.difference, one.trial_id))
+    best = min(better, key=lambda candidate: (candidate.rank, candidate.difference, candidate.trial_id))
     return with_adapter(
         answer,
         best,
@@ -155,7 +155,7 @@ def improved_by_training(
 
 def with_adapter(answer: AdapterAnswer, candidate: AdapterCandidate, sentence: str) -> AdapterAnswer:
     """The answer with another adapter handed over."""
-    is_listed = any(one.trial_id == candidate.trial_id for one in answer.candidates)
+    is_listed = any(listed.trial_id == candidate.trial_id for listed in answer.candidates)
     return answer.model_copy(
         update={name: getattr(candidate, name) for name in NAMED}
         | {"candidates": answer.candidates if is_listed else [*answer.candidates, candidate], "sentence": sentence}
@@ -191,15 +191,15 @@ def test_difference(
     """`(difference from the reference, its 95% upper bound)` on the test split; None where either was not read there."""
     if chosen is None or reference is None:
         return None
-    sides = [_test_scores(one, criterion.metric) for one in (chosen, reference)]
+    sides = [_test_scores(test, criterion.metric) for test in (chosen, reference)]
     sign = -1.0 if criterion.higher_is_better else 1.0
     if sides[0] is None or sides[1] is None:
         return sign * (chosen.value - reference.value), None
     (ours, weights), (theirs, _) = sides[0], sides[1]
     span = span_of(metric_kind(criterion.metric, criterion.higher_is_better), [ours, theirs], weights)
     groups = groups_of(chosen.item_groups, len(weights))
-    found = estimate(sign * (ours - theirs)[None, :], weights, span, groups)
-    return found.mean, bounds_of(found).high if found.examples else None
+    paired = estimate(sign * (ours - theirs)[None, :], weights, span, groups)
+    return paired.mean, bounds_of(paired).high if paired.examples else None
 
 
 def _test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] | None:
@@ -252,11 +252,11 @@ class Against:
         low = high = 0.0 if file is self.reference else None  # 0 is exact
         spread = None
         if file.trial.trial_id != self.reference.trial.trial_id:
-            found = bounds_of(self.difference(file.cell))
+            bounds = bounds_of(self.difference(file.cell))
             unit = Unit(self.reference.kind, self.criterion.higher_is_better, self.reference.cell.value)
-            difference = unit.difference(found.mean)
+            difference = unit.difference(bounds.mean)
             if file.cell.examples:
-                low, high = unit.difference(found.low), unit.difference(found.high)
+                low, high = unit.difference(bounds.low), unit.difference(bounds.high)
                 spread = spread_of(minus(file.cell, self.reference.cell), self.margin, unit.difference)
         decides = high if high is not None else difference if self.criterion.trusts_values else math.inf
         return AdapterCandidate(
@@ -344,17 +344,17 @@ def _notes(
     answer: AdapterCandidate, candidates: Sequence[AdapterCandidate], top: AdapterFile, against: Against
 ) -> list[str]:
     notes, criterion = [], against.criterion
-    failing = [one.rank for one in candidates if one.rank < answer.rank and not one.holds]
+    failing = [cut.rank for cut in candidates if cut.rank < answer.rank and not cut.holds]
     if failing and max(failing) <= MAX_DIRECT_RANK:
         notes.append(
             f"At rank {max(failing)} a direct training can beat a truncation; the search for the training rank "
             f"{SEARCH} tries it."
         )
-    better = [one for one in candidates if (one.difference_high or 0.0) < 0 and -one.difference > against.margin]
-    if quarter := [one for one in better if one.rank <= top.trial.rank / 4]:
+    better = [cut for cut in candidates if (cut.difference_high or 0.0) < 0 and -cut.difference > against.margin]
+    if quarter := [cut for cut in better if cut.rank <= top.trial.rank / 4]:
         notes.append(
             f"Rank {quarter[0].rank} is better than rank {top.trial.rank} by {-quarter[0].difference:.2g}: the top rank "
-            f"overfits; train again with --ranks up to {max(one.rank for one in quarter)}, or fewer steps."
+            f"overfits; train again with --ranks up to {max(cut.rank for cut in quarter)}, or fewer steps."
         )
     measures_the_metric = criterion.points_are_of_the_metric and top.trial.value_metric is None
     points = top.trial.points if measures_the_metric else []
@@ -378,14 +378,14 @@ def probable_ranks(answer: AdapterAnswer) -> tuple[int, int]:
 
 def smallest_holding_truncation(answer: AdapterAnswer) -> int:
     """The smallest plain truncation within the margin of the top as trained, from the top downward; else the top's rank."""
-    top = next((one for one in answer.candidates if one.trial_id == answer.trained_id), None)
-    found = answer.trained_rank
-    truncated = [one for one in answer.candidates if one.how == "truncated"]
-    for one in sorted(truncated, key=lambda one: -one.rank):
-        if not is_within(one.difference - (0.0 if top is None else top.difference), answer.margin):
+    top = next((candidate for candidate in answer.candidates if candidate.trial_id == answer.trained_id), None)
+    smallest = answer.trained_rank
+    truncated = [candidate for candidate in answer.candidates if candidate.how == "truncated"]
+    for candidate in sorted(truncated, key=lambda candidate: -candidate.rank):
+        if not is_within(candidate.difference - (0.0 if top is None else top.difference), answer.margin):
             break
-        found = one.rank
-    return found
+        smallest = candidate.rank
+    return smallest
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,7 +423,7 @@ METHODS = {"kfac": "K-FAC", "svd": "SVD"}
 
 
 def making_of(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Making:
-    parent = next((one for one in finished if one.trial_id == trial.truncate_from), trial)
+    parent = next((other for other in finished if other.trial_id == trial.truncate_from), trial)
     is_truncated = trial.rank < parent.rank
     recovery = trial.steps if trial.truncate_from is not None and trial.cut is None else 0
     return Making(

@@ -49,4 +49,4 @@ def should_stop_early(points: Sequence[EvalPoint], drop: float, higher_is_better
     middle = (ordered[0].value + best_point(ordered, higher_is_better).value) / 2
     below = [(middle - point.value) * (1.0 if higher_is_better else -1.0) > 0 for point in ordered[-2:]]
     both = (ordered, ordered[:-1])
-    return all(below) and all(collapse_of(found, drop, higher_is_better) is not None for found in both)
+    return all(below) and all(collapse_of(looks, drop, higher_is_better) is not None for looks in both)

@@ -274,7 +274,9 @@ def estimate(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | 
         return Estimate(mean, 0.0, seeds_variance, 0.0, 0, seeds, float(seeds - 1), 0.0)
     differing = (sums != np.median(sums)).any(axis=0) if span else np.zeros(0)
     if groups is not None:
-        sums, weights, differing = (by_group(one, groups) for one in (sums, weights, differing if span else weights))
+        sums, weights, differing = (
+            by_group(values, groups) for values in (sums, weights, differing if span else weights)
+        )
         examples = len(weights)
     influence = (sums.mean(axis=0) - weights * mean) / weights.mean()
     spread = float(np.mean(influence**2))
@@ -346,10 +348,10 @@ def _is_rare(differing: int, influence: Floats) -> bool:
 
 def estimate_of_files(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Estimate:
     """The estimate of one paired difference of two files, [examples]; see `estimate`."""
-    found = estimate(sums[None, :], weights, span, groups)
-    influence = by_group(sums - weights * found.mean, groups)
+    plain = estimate(sums[None, :], weights, span, groups)
+    influence = by_group(sums - weights * plain.mean, groups)
     spread = float(np.mean(influence**2))
-    return replace(found, kurtosis=float(np.mean(influence**4)) / spread**2) if spread > 0 else found
+    return replace(plain, kurtosis=float(np.mean(influence**4)) / spread**2) if spread > 0 else plain
 
 
 def binary_bound(worse: int, better: int, examples: int, confidence: float) -> float:
@@ -398,6 +400,6 @@ def t_quantile(degrees: float, probability: float) -> float:
     normal = NORMAL.inv_cdf(probability)
     x = normal * (1 + (normal**2 + 1) / (4 * degrees))
     for _ in range(NEWTON_STEPS if probability > 0.5 else 0):
-        found, density = t_tail(degrees, x)
-        x *= math.exp(math.log(found / (1 - probability)) * found / (density * x))
+        tail, density = t_tail(degrees, x)
+        x *= math.exp(math.log(tail / (1 - probability)) * tail / (density * x))
     return x

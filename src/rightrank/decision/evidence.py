@@ -99,7 +99,7 @@ class Evidence:
     def __init__(self, table: ScoreTable) -> None:
         self.table = table
         self._bare = on_common_seeds([contender_of(table, rank) for rank in table.ranks()])
-        self.contenders = {rank: replace(found, gap=self._gap(found)) for rank, found in self._bare.items()}
+        self.contenders = {rank: replace(bare, gap=self._gap(bare)) for rank, bare in self._bare.items()}
         self.base = contender_of(table, 0) if table.by_learning_rate(0) else None
         self.reference = min(self.contenders.values(), key=lambda contender: (contender.fair_loss, contender.rank))
 
@@ -130,7 +130,7 @@ class Evidence:
     def noise(self, rank: int) -> _SeedNoise:
         """Of the rank's own mean, and of its difference from the base, which has no seed: from the ranks at least as good as it."""
         if self.basis in ("items and seeds", "seeds"):
-            return measured_noise(self._at_least_as_good(rank, lambda one: len(one.cells) > 1))
+            return measured_noise(self._at_least_as_good(rank, lambda contender: len(contender.cells) > 1))
         return _SeedNoise(0.0, 0.0, self.scatter, 0.0)
 
     @cached_property
@@ -141,14 +141,14 @@ class Evidence:
     def _at_least_as_good(self, rank: int, measures: Callable[[Contender], bool]) -> list[Contender]:
         """The ranks up to this one, the best first; where none of them `measures` the noise over seeds, up to the first that does."""
         place = self._ordered.index(self._bare[rank]) + 1
-        up_to_first = next((number for number, one in enumerate(self._ordered, 1) if measures(one)), place)
+        up_to_first = next((number for number, contender in enumerate(self._ordered, 1) if measures(contender)), place)
         return self._ordered[: max(place, up_to_first)]
 
     @cached_property
     def _pairs(self) -> dict[int, PairNoise]:
         """The noise of each rank's difference from the best."""
         best = self._ordered[0]
-        return {one.rank: _noise_of(paired_cells(one, best)) for one in self._ordered[1:]}
+        return {contender.rank: _noise_of(paired_cells(contender, best)) for contender in self._ordered[1:]}
 
     @cached_property
     def measures_seeds(self) -> bool:
@@ -167,8 +167,8 @@ class Evidence:
         self, rank: int, degrees: float, within: float, *, own: bool = False, examples: float | None = None
     ) -> Prior:
         pairs = self._pairs
-        known = self._at_least_as_good(rank, lambda one: one.rank in pairs and pairs[one.rank].degrees > 0)
-        others = [pairs[one.rank] for one in known if one.rank in pairs and (own or one.rank != rank)]
+        known = self._at_least_as_good(rank, lambda rival: rival.rank in pairs and pairs[rival.rank].degrees > 0)
+        others = [pairs[rival.rank] for rival in known if rival.rank in pairs and (own or rival.rank != rank)]
         count = examples or next(iter(self._ordered[0].cells.values())).units
         start = Prior(NOISE.over_seeds(count), degrees) if self.has_examples else Prior(0.0, 0.0)
         return prior_of(others, start, within)
@@ -184,14 +184,14 @@ class Evidence:
         benchmarks/decide/printed.py measures what this leaves of the error.
         """
         error, rivals, degrees = math.inf, [0.0], [MAX_DEGREES]
-        for contender in sorted(self.contenders.values(), key=lambda one: (one.fair_loss, one.rank)):
+        for contender in sorted(self.contenders.values(), key=lambda other: (other.fair_loss, other.rank)):
             if not differences(paired_cells(contender, self.reference)).any():
                 continue  # itself, or one with the same scores
-            found = self.difference(contender)
-            error = min(error, found.standard_error)
+            difference = self.difference(contender)
+            error = min(error, difference.standard_error)
             if contender.fair_loss - self.reference.fair_loss <= ALIKE * error:
                 rivals.append(error**2)
-                degrees.append(found.degrees)
+                degrees.append(difference.degrees)
         return winners_gap(np.zeros(len(rivals)), about_the_best(rivals), float(np.median(degrees[1:] or degrees)))
 
     def is_at_edge(self, rank: int) -> bool:
@@ -203,37 +203,37 @@ class Evidence:
         """The contender's own mean."""
         cells = list(contender.cells.values())
         sums, span = np.stack([cell.sums for cell in cells]), max(cell.span for cell in cells)
-        found = estimate(sums, cells[0].weights, span, cells[0].groups)
+        mean = estimate(sums, cells[0].weights, span, cells[0].groups)
         if contender.rank == 0:
-            return found
+            return mean
         stated = self._stated(contender)
         if stated is not None:
-            return found.with_seeds(stated, 0.0)
+            return mean.with_seeds(stated, 0.0)
         variance, degrees = self.noise(contender.rank).of_mean(len(contender.cells))
-        return found.with_seeds(max(variance, found.interaction_variance), degrees)
+        return mean.with_seeds(max(variance, mean.interaction_variance), degrees)
 
     def difference(self, contender: Contender, reference: Contender | None = None) -> Estimate:
         """How much worse the contender is than the reference, paired over examples, and over seeds that both have."""
         against = reference or self.reference
         pairs = paired_cells(contender, against)
-        found = estimate_of_pairs(pairs, shift=contender.gap - against.gap)
+        paired = estimate_of_pairs(pairs, shift=contender.gap - against.gap)
         stated = [self._stated(contender), self._stated(against)]
         if all(variance is not None for variance in stated):
-            return found.with_seeds(sum(variance for variance in stated if variance is not None), 0.0)
+            return paired.with_seeds(sum(variance for variance in stated if variance is not None), 0.0)
         if contender.rank == 0 or against.rank == 0:
             variance, degrees = self.noise(max(contender.rank, against.rank)).of_mean(len(pairs))
         elif self.is_point_reading:
             variance, degrees = 2 * self.scatter, 0.0
         else:
             variance, degrees = _seeds_part(pairs, self.prior(contender.rank))
-        return found.with_seeds(max(variance, found.interaction_variance), degrees)
+        return paired.with_seeds(max(variance, paired.interaction_variance), degrees)
 
     def expected(self, contender: Contender, seeds: int) -> Estimate:
         """The difference that `seeds` seeds are expected to show, at the seed noise of earlier grids: for plans alone."""
         pairs = paired_cells(contender, self.reference)
-        found = estimate_of_pairs(pairs, shift=contender.gap - self.reference.gap)
-        variance = NOISE.over_seeds(found.examples) * _noise_of(pairs).spread / seeds
-        return replace(found, seeds=seeds).with_seeds(variance, BOUND_DEGREES + seeds - 1)
+        paired = estimate_of_pairs(pairs, shift=contender.gap - self.reference.gap)
+        variance = NOISE.over_seeds(paired.examples) * _noise_of(pairs).spread / seeds
+        return replace(paired, seeds=seeds).with_seeds(variance, BOUND_DEGREES + seeds - 1)
 
     @property
     def has_several_seeds(self) -> bool:
@@ -272,7 +272,7 @@ class Evidence:
         """The margin from which the rank has the probability, which there must be; with so many seeds and examples, where they are given."""
         others = [self._apart[rank, other] for other in self.contenders if other != rank]
         seeds_now, examples_now = self.size
-        likeness = max(_noise_of(paired_cells(one, self.reference)).likeness for one in self.contenders.values())
+        likeness = max(_noise_of(paired_cells(rival, self.reference)).likeness for rival in self.contenders.values())
         now = NOISE.ratio(seeds_now, examples_now / likeness)
         smaller = NOISE.ratio(seeds or seeds_now, (examples or examples_now) / likeness) / now
         return max(margin_within(mean, variance * smaller, degrees, probability) for mean, variance, degrees in others)
@@ -301,15 +301,15 @@ class Evidence:
     @cached_property
     def _apart(self) -> dict[tuple[int, int], tuple[float, float, float]]:
         """How much worse the first of two ranks (0: the base) is, the variance of that about the true difference, and its degrees."""
-        found, place = {}, {one.rank: number for number, one in enumerate(self._ordered)}
-        for one, other in permutations([*self.contenders.values(), *([self.base] if self.base else [])], 2):
-            pairs = paired_cells(one, other)
-            seen, noise = estimate_of_pairs(pairs, shift=one.gap - other.gap), _noise_of(pairs)
-            worse = max((one.rank, other.rank), key=lambda rank: place.get(rank, -1))
+        apart, place = {}, {contender.rank: number for number, contender in enumerate(self._ordered)}
+        for first, other in permutations([*self.contenders.values(), *([self.base] if self.base else [])], 2):
+            pairs = paired_cells(first, other)
+            seen, noise = estimate_of_pairs(pairs, shift=first.gap - other.gap), _noise_of(pairs)
+            worse = max((first.rank, other.rank), key=lambda rank: place.get(rank, -1))
             examples = pairs[0][0].examples / noise.likeness
             prior = self._expected(worse, NOISE_DEGREES, math.inf, examples=examples)
-            found[one.rank, other.rank] = seen.mean, *noise_of_mean(noise, prior, len(pairs), examples)
-        return found
+            apart[first.rank, other.rank] = seen.mean, *noise_of_mean(noise, prior, len(pairs), examples)
+        return apart
 
     def _stated(self, contender: Contender) -> float | None:
         """The variance of the contender's mean that the table states, if the evidence rests on stated deviations."""
@@ -538,11 +538,11 @@ def _compared(contender: Contender, evidence: Evidence, margin: float) -> Compar
     )
 
 
-def staircase(found: Comparison, unit: Unit) -> list[StaircaseStep]:
+def staircase(tested: Comparison, unit: Unit) -> list[StaircaseStep]:
     """The chosen rank as a step function of the margin: a step at each margin from which a smaller rank is enough."""
-    by_bounds = found.confidence is None
-    steps = [StaircaseStep(margin=0.0, rank=found.reference.rank if by_bounds else found.ranks[-1])]
-    for threshold, rank in _walked(found) if by_bounds else _likely(found):
+    by_bounds = tested.confidence is None
+    steps = [StaircaseStep(margin=0.0, rank=tested.reference.rank if by_bounds else tested.ranks[-1])]
+    for threshold, rank in _walked(tested) if by_bounds else _likely(tested):
         margin = unit.difference(threshold)
         if rank >= steps[-1].rank:
             continue
@@ -552,16 +552,16 @@ def staircase(found: Comparison, unit: Unit) -> list[StaircaseStep]:
     return steps
 
 
-def _walked(found: Comparison) -> Iterator[tuple[float, int]]:
+def _walked(tested: Comparison) -> Iterator[tuple[float, int]]:
     """Margin and rank: where the walk down reaches it."""
     threshold = 0.0
-    for rank in descending(found.by_rank, found.reference.rank):
-        threshold = max(threshold, found.by_rank[rank].threshold)
+    for rank in descending(tested.by_rank, tested.reference.rank):
+        threshold = max(threshold, tested.by_rank[rank].threshold)
         yield threshold, rank
 
 
-def _likely(found: Comparison) -> list[tuple[float, int]]:
+def _likely(tested: Comparison) -> list[tuple[float, int]]:
     """Margin and rank by ascending margin: where it has the confidence. The base is no rank to answer with."""
-    assert found.confidence is not None
-    margins = {rank: max(0.0, found.evidence.margin_of(rank, found.confidence)) for rank in found.ranks}
+    assert tested.confidence is not None
+    margins = {rank: max(0.0, tested.evidence.margin_of(rank, tested.confidence)) for rank in tested.ranks}
     return sorted((margin, rank) for rank, margin in margins.items())

@@ -37,7 +37,7 @@ class _Measured:
 
     def worst(self, confidence: float) -> Estimate:
         """The difference with the highest upper bound of any file."""
-        return max(self.guards.values(), key=lambda found: found.bound(confidence))
+        return max(self.guards.values(), key=lambda estimated: estimated.bound(confidence))
 
 
 def guarded(
@@ -59,25 +59,25 @@ def guarded(
     task_rank, task_id = answer.rank, answer.trial_id
     if before is not None and before.task_rank <= answer.rank:
         task_rank, task_id = before.task_rank, before.task_trial_id
-    enough = [one for one in measured if one.task.holds and one.task.rank >= task_rank]
+    enough = [adapter for adapter in measured if adapter.task.holds and adapter.task.rank >= task_rank]
     confidence = 1 - (1 - CONFIDENCE) / max(1, len(enough))
-    both = [one for one in enough if is_within(one.high(confidence), margin)]
+    both = [adapter for adapter in enough if is_within(adapter.high(confidence), margin)]
     chosen_id = task_id
-    if both and task_id not in {one.task.trial_id for one in both}:
-        chosen_id = min(both, key=lambda one: (one.task.rank, one.file.cell.loss, one.task.trial_id)).task.trial_id
-    by_id = {one.task.trial_id: one for one in measured}
+    if both and task_id not in {adapter.task.trial_id for adapter in both}:
+        chosen_id = min(both, key=lambda kept: (kept.task.rank, kept.file.cell.loss, kept.task.trial_id)).task.trial_id
+    by_id = {adapter.task.trial_id: adapter for adapter in measured}
     chosen = by_id[chosen_id]
     files = [
         GuardFile(
             file=name,
-            difference=found.mean,
-            difference_high=(high := found.bound(confidence)),
+            difference=estimated.mean,
+            difference_high=(high := estimated.bound(confidence)),
             holds=is_within(high, margin),
-            examples=found.examples,
+            examples=estimated.examples,
         )
-        for name, found in chosen.guards.items()
+        for name, estimated in chosen.guards.items()
     ]
-    worst = max(files, key=lambda one: one.difference_high)
+    worst = max(files, key=lambda guard_file: guard_file.difference_high)
     guard = GuardAnswer(
         difference=worst.difference,
         difference_high=worst.difference_high,
@@ -105,8 +105,8 @@ def _measured(
     answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], criterion: Criterion, evaluated: Iterable[GuardEvaluated]
 ) -> list[_Measured]:
     """Every adapter that was measured on all guard files, against the base there and the reference on the task."""
-    losses = {(one.trial_id, one.file): one for one in evaluated}
-    bases = {one.file: one for one in losses.values() if one.rank == 0}
+    losses = {(losses_of.trial_id, losses_of.file): losses_of for losses_of in evaluated}
+    bases = {base.file: base for base in losses.values() if base.rank == 0}
     files = files_of(outcomes, criterion)
     against = against_reference(answer, files, criterion)
     return [
@@ -141,14 +141,14 @@ def _sentence(chosen: _Measured, worst: GuardFile, task: _Measured, margin: floa
             f"alone the answer would be rank {task.task.rank} at learning rate {task.file.trial.learning_rate:g}, which is not "
             f"shown to keep it (upper bound {task.high(confidence):+.3g})."
         )
-    if any(bounds_of(found).is_enough(margin) is False for found in chosen.guards.values()):
+    if any(bounds_of(estimated).is_enough(margin) is False for estimated in chosen.guards.values()):
         return f"Guard: broken, and no adapter of the run is both enough on the task and within it; {figures}."
-    found = chosen.worst(confidence)
-    needed = examples_needed(found, margin, confidence)
+    worst_loss = chosen.worst(confidence)
+    needed = examples_needed(worst_loss, margin, confidence)
     cure = "more" if needed is None else f"about {needed:,}"
     return (
         f"Guard: not shown to hold, and no adapter of the run is shown to be both; {figures}; {cure} guard examples in place of "
-        f"{found.examples:,} would show whether it is worse."
+        f"{worst_loss.examples:,} would show whether it is worse."
     )
 
 

@@ -42,50 +42,50 @@ SIZES = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)  # of held-out examples
 EDGE_FACTOR = 3  # the step beyond the best learning rate where no other learning rate gives one
 
 
-def next_runs(found: Comparison, verdict: Verdict, flags: list[str]) -> list[NextRun]:
+def next_runs(tested: Comparison, verdict: Verdict, flags: list[str]) -> list[NextRun]:
     """What to run next, the most useful first. Never empty."""
     runs: list[NextRun] = []
     if verdict == "no_gain":
-        runs.append(_after_no_gain(found.evidence))
-    elif verdict == "undecided" and is_unlikely(found):
-        runs.extend(_purchases(found))
+        runs.append(_after_no_gain(tested.evidence))
+    elif verdict == "undecided" and is_unlikely(tested):
+        runs.extend(_purchases(tested))
     elif verdict == "undecided":
-        rank, difference = _undecided_rank(found)
-        runs.extend(_settle(found, rank, difference))
-    elif found.chosen == found.ranks[-1] and (verdict == "rising" or not found.evidence.is_point_reading):
-        runs.append(_extend(found.evidence))
+        rank, difference = _undecided_rank(tested)
+        runs.extend(_settle(tested, rank, difference))
+    elif tested.chosen == tested.ranks[-1] and (verdict == "rising" or not tested.evidence.is_point_reading):
+        runs.append(_extend(tested.evidence))
     if "lr_edge" in flags:
-        runs.insert(1 if verdict in ("rising", "undecided") else 0, _beyond_the_edge(found))
+        runs.insert(1 if verdict in ("rising", "undecided") else 0, _beyond_the_edge(tested))
     if "unequal_length" in flags:
-        runs.append(_equal_lengths(found.evidence))
+        runs.append(_equal_lengths(tested.evidence))
     if verdict not in ("no_gain", "undecided"):
-        if found.evidence.is_point_reading and underpowered(found, verdict):
-            runs.append(_prove(found))
+        if tested.evidence.is_point_reading and underpowered(tested, verdict):
+            runs.append(_prove(tested))
         else:
-            runs.append(_further_seeds(found) if found.rests_on_examples else _confirm(found))
+            runs.append(_further_seeds(tested) if tested.rests_on_examples else _confirm(tested))
     return runs
 
 
-def _undecided_rank(found: Comparison) -> tuple[int, Estimate]:
+def _undecided_rank(tested: Comparison) -> tuple[int, Estimate]:
     """The rank that leaves the answer undecided, and the difference to compare with the margin."""
-    rank = inconclusive_rank(found)
+    rank = inconclusive_rank(tested)
     if rank is not None:
-        return rank, found.by_rank[rank].difference
-    rival = possible_rival(found)
+        return rank, tested.by_rank[rank].difference
+    rival = possible_rival(tested)
     assert rival is not None
-    better = found.by_rank[rival].difference
+    better = tested.by_rank[rival].difference
     return rival, replace(better, mean=-better.mean, skewness=-better.skewness)  # how much worse the reference is
 
 
-def _settle(found: Comparison, rank: int, difference: Estimate) -> list[NextRun]:
+def _settle(tested: Comparison, rank: int, difference: Estimate) -> list[NextRun]:
     """More examples or more seeds at `rank` and the reference, the cheaper first; another margin if neither can settle it."""
-    ranks = sorted({rank, found.reference.rank} - {0})
-    compared = _ranks(sorted({rank, found.reference.rank}))
+    ranks = sorted({rank, tested.reference.rank} - {0})
+    compared = _ranks(sorted({rank, tested.reference.rank}))
     runs = []
-    examples = examples_needed(difference, found.margin)
-    seeds = None if found.rests_on_examples else seeds_needed(difference, found.margin)
+    examples = examples_needed(difference, tested.margin)
+    seeds = None if tested.rests_on_examples else seeds_needed(difference, tested.margin)
     if examples is not None:
-        noun, size = _drawn(found)
+        noun, size = _drawn(tested)
         sentence = f"Score about {examples:,} {noun} (now {difference.examples:,}) at {compared} to settle it."
         runs.append(NextRun(action="items", ranks=ranks, items=round(examples * size), sentence=sentence))
     if seeds is not None:
@@ -94,22 +94,22 @@ def _settle(found: Comparison, rank: int, difference: Estimate) -> list[NextRun]
         runs.append(_train_seeds(ranks, seeds, trials, sentence))
     if examples is not None and seeds is not None and examples > CHEAP_EXAMPLE_GROWTH * difference.examples:
         runs.reverse()
-    if found.rests_on_examples:
-        runs.append(_further_seeds(found, rank))
+    if tested.rests_on_examples:
+        runs.append(_further_seeds(tested, rank))
     elif not runs:
-        runs.append(_more_of_both(found, rank, difference))
+        runs.append(_more_of_both(tested, rank, difference))
     return runs
 
 
-def _purchases(found: Comparison) -> list[NextRun]:
+def _purchases(tested: Comparison) -> list[NextRun]:
     """What would give a rank the probability that was asked for: more examples, more seeds, or both; the cheaper first."""
-    evidence, asked, margin = found.evidence, found.confidence or 0.0, found.margin
+    evidence, asked, margin = tested.evidence, tested.confidence or 0.0, tested.margin
     (seeds, examples), ranks = evidence.size, evidence.alike(asked)
     cells = [cell for rank in ranks for cell in evidence.contenders[rank].cells.values()]
 
     def reach(more_seeds: int, more_examples: int) -> bool:
         margins = (evidence.margin_of(rank, asked, more_seeds, more_examples) for rank in ranks)
-        return any(is_within(one, margin) for one in margins)
+        return any(is_within(needed, margin) for needed in margins)
 
     sizes = [size for size in SIZES if size > examples]
     counts = range(seeds + 1, MAX_SEEDS + 1)
@@ -126,8 +126,8 @@ def _purchases(found: Comparison) -> list[NextRun]:
             None if trained is not None else next(((n, size) for n in counts for size in sizes if reach(n, size)), None)
         )
         if trained is None and both is None:
-            sentence = f"Not even {MAX_SEEDS} seeds would settle it at this noise: take rank {found.chosen}, or choose another margin."
-            return [NextRun(action="none", ranks=[found.chosen], sentence=sentence)]
+            sentence = f"Not even {MAX_SEEDS} seeds would settle it at this noise: take rank {tested.chosen}, or choose another margin."
+            return [NextRun(action="none", ranks=[tested.chosen], sentence=sentence)]
         count, size = both or (trained or 0, None)
         trials = sum(max(0, count - len(evidence.contenders[rank].cells)) for rank in ranks)
         minutes = _minutes(trials * sum(cell.train_seconds + cell.eval_seconds for cell in cells) / len(cells))
@@ -155,43 +155,43 @@ def _takes(minutes: float | None, before: str = " (") -> str:
     return f"{before}about {known}{')' * before.endswith('(')}"
 
 
-def _more_of_both(found: Comparison, rank: int, difference: Estimate) -> NextRun:
+def _more_of_both(tested: Comparison, rank: int, difference: Estimate) -> NextRun:
     """The fewest further seeds with which more examples settle it; another margin if not even they do."""
-    ranks = sorted({rank, found.reference.rank} - {0})
+    ranks = sorted({rank, tested.reference.rank} - {0})
     for seeds in range(difference.seeds + 1, MAX_SEEDS + 1):
-        examples = examples_needed(difference.at(difference.examples, seeds), found.margin)
+        examples = examples_needed(difference.at(difference.examples, seeds), tested.margin)
         if examples is not None:
             trials = len(ranks) * (seeds - difference.seeds)
-            noun, size = _drawn(found)
+            noun, size = _drawn(tested)
             sentence = (
                 f"Train {_ranks(ranks)} with {seeds} seeds (now {difference.seeds}) and score about {examples:,} {noun} "
                 f"(now {difference.examples:,}) to settle it ({{cost}})."
             )
             return _train_seeds(ranks, seeds, trials, sentence, round(examples * size))
-    at_hand = shown_rank(found) or found.reference.rank
+    at_hand = shown_rank(tested) or tested.reference.rank
     examples_too = f" with {MAX_EXAMPLE_GROWTH} times the examples" if difference.examples else ""
     sentence = f"Not even {MAX_SEEDS} seeds{examples_too} would settle {_name(rank)} at this noise: take rank {at_hand}, or choose another margin."
     return NextRun(action="none", ranks=[at_hand], sentence=sentence)
 
 
-def _drawn(found: Comparison) -> tuple[str, float]:
+def _drawn(tested: Comparison) -> tuple[str, float]:
     """What a bound is over, and the examples of each."""
-    cell = next(iter(found.reference.cells.values()))
+    cell = next(iter(tested.reference.cells.values()))
     return f"{'' if cell.groups is None else 'groups of '}held-out examples", cell.examples / max(1, cell.units)
 
 
-def _further_seeds(found: Comparison, undecided: int | None = None) -> NextRun:
+def _further_seeds(tested: Comparison, undecided: int | None = None) -> NextRun:
     """The seeds that are expected to make a decision of an indication, at the seed noise of earlier grids."""
-    evidence, reference = found.evidence, found.reference.rank
-    compared = {found.chosen, found.next_lower or found.chosen, undecided or found.chosen} - {reference}
+    evidence, reference = tested.evidence, tested.reference.rank
+    compared = {tested.chosen, tested.next_lower or tested.chosen, undecided or tested.chosen} - {reference}
     known = [
         rank
         for rank in sorted(compared)
-        if rank in (found.chosen, undecided) or found.by_rank[rank].non_inferior is False
+        if rank in (tested.chosen, undecided) or tested.by_rank[rank].non_inferior is False
     ]
     sizes = range(MIN_SEEDS, MAX_SEEDS + 1)
     needed = [
-        next((n for n in sizes if settles(evidence.expected(evidence.contenders[rank], n), found.margin)), None)
+        next((n for n in sizes if settles(evidence.expected(evidence.contenders[rank], n), tested.margin)), None)
         for rank in known
     ]
     enough = [seeds for seeds in needed if seeds is not None]
@@ -213,8 +213,8 @@ def _equal_lengths(evidence: Evidence) -> NextRun:
     """All trainings at the length of the longest."""
     steps = max(lengths(evidence))
     short = {
-        rank: sum(cell.steps not in (None, steps) for cell in found.cells.values())
-        for rank, found in sorted(evidence.contenders.items())
+        rank: sum(cell.steps not in (None, steps) for cell in contender.cells.values())
+        for rank, contender in sorted(evidence.contenders.items())
     }
     ranks, trials = [rank for rank in short if short[rank]], sum(short.values())
     sentence = (
@@ -233,8 +233,8 @@ def _extend(evidence: Evidence) -> NextRun:
     return NextRun(action="rank", ranks=[2 * top.rank], learning_rates=lrs, trials=trials, sentence=sentence)
 
 
-def _beyond_the_edge(found: Comparison) -> NextRun:
-    evidence, ranks = found.evidence, sorted({found.chosen, found.reference.rank})
+def _beyond_the_edge(tested: Comparison) -> NextRun:
+    evidence, ranks = tested.evidence, sorted({tested.chosen, tested.reference.rank})
     rank = next(rank for rank in ranks if evidence.is_at_edge(rank))
     lrs = evidence.table.tried_learning_rates(rank)
     edge, inner = (lrs[0], lrs[1]) if evidence.contenders[rank].learning_rate == lrs[0] else (lrs[-1], lrs[-2])
@@ -262,12 +262,12 @@ def _beyond(edge: float, inner: float, known: Iterable[float]) -> float:
     return lr
 
 
-def _prove(found: Comparison) -> NextRun:
+def _prove(tested: Comparison) -> NextRun:
     """The seeds that are expected to show what a point reading suggests."""
-    reference = found.reference.rank
-    rank = found.chosen if found.chosen != reference else found.next_lower or reference
-    difference = found.by_rank[rank].difference
-    needed = seeds_needed(difference, found.margin) if difference.variance > 0 else None
+    reference = tested.reference.rank
+    rank = tested.chosen if tested.chosen != reference else tested.next_lower or reference
+    difference = tested.by_rank[rank].difference
+    needed = seeds_needed(difference, tested.margin) if difference.variance > 0 else None
     ranks = sorted({rank, reference})
     if needed is None:
         sentence = (
@@ -278,10 +278,10 @@ def _prove(found: Comparison) -> NextRun:
     return _train_seeds(ranks, needed, len(ranks) * (needed - 1), sentence)
 
 
-def _confirm(found: Comparison) -> NextRun:
+def _confirm(tested: Comparison) -> NextRun:
     """`CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference."""
-    evidence = found.evidence
-    ranks = sorted({found.chosen, found.reference.rank, found.next_lower or found.chosen})
+    evidence = tested.evidence
+    ranks = sorted({tested.chosen, tested.reference.rank, tested.next_lower or tested.chosen})
     missing = sum(max(0, CONFIRM_SEEDS - len(evidence.contenders[rank].cells)) for rank in ranks)
     if missing == 0:
         sentence = f"No further training is needed: evaluate {_ranks(ranks)} once on held-out data that no choice was based on."

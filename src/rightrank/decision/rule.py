@@ -57,66 +57,66 @@ def decide(
     given, table = table, at_checkpoint(table, checkpoint)
     evidence, unit, margin = _prepared(table, margin)
     checkpoints = checkpoint_note(given, evidence, checkpoint, unit.oriented_margin(margin))
-    found = compare(evidence, unit.oriented_margin(margin))
+    tested = compare(evidence, unit.oriented_margin(margin))
     if confidence is not None:
         if not 0.5 <= confidence < 1:
             raise ResultsError(f"confidence {confidence:g} is not allowed: give a probability from 0.5 to below 1")
-        found = found.at_confidence(confidence)
-    chosen = found.chosen
-    verdict = verdict_of(found)
+        tested = tested.at_confidence(confidence)
+    chosen = tested.chosen
+    verdict = verdict_of(tested)
     comparable = [other for other in others if len(other.ranks()) > 1]
-    beside = [_beside(found.by_rank, other, confidence, checkpoint) for other in comparable]
-    flags = flags_of(found, verdict, beside, checkpoints)
-    runs = next_runs(found, verdict, flags)
-    if smallest_if_alike and verdict == "undecided" and (alike := alike_ranks(found)):
+    beside = [_beside(tested.by_rank, other, confidence, checkpoint) for other in comparable]
+    flags = flags_of(tested, verdict, beside, checkpoints)
+    runs = next_runs(tested, verdict, flags)
+    if smallest_if_alike and verdict == "undecided" and (alike := alike_ranks(tested)):
         verdict, chosen = "no_difference" if len(alike) > 1 else "saturated", alike[0]
-        found = replace(found, chosen=chosen)
-    rank, fallback = None if verdict in ("no_gain", "undecided") else chosen, shown_rank(found)
-    at_hand = next((one for one in (rank, fallback) if one is not None), found.reference.rank)
+        tested = replace(tested, chosen=chosen)
+    rank, fallback = None if verdict in ("no_gain", "undecided") else chosen, shown_rank(tested)
+    at_hand = next((named for named in (rank, fallback) if named is not None), tested.reference.rank)
     return Decision(
         rank=rank,
         fallback_rank=fallback,
-        best_so_far=found.reference.rank if fallback is None else None,
+        best_so_far=tested.reference.rank if fallback is None else None,
         verdict=verdict,
         flags=flags,
-        sentence=sentence_of(found, margin, verdict, unit),
+        sentence=sentence_of(tested, margin, verdict, unit),
         next_run=runs[0].sentence,
         metric=table.metric,
         higher_is_better=table.higher_is_better,
         margin=margin,
         reference_rank=evidence.reference.rank,
-        confidence=None if found.is_indication or evidence.basis == "values" else CONFIDENCE,
+        confidence=None if tested.is_indication or evidence.basis == "values" else CONFIDENCE,
         learning_rate=evidence.contenders[at_hand].learning_rate or None,
-        staircase=staircase(found, unit),
-        ranks=[_record(found, found.by_rank[rank], unit) for rank in sorted(found.by_rank)],
+        staircase=staircase(tested, unit),
+        ranks=[_record(tested, tested.by_rank[rank], unit) for rank in sorted(tested.by_rank)],
         basis=evidence.basis,
         basis_note=basis_note(evidence),
         probability_note=probability_note(evidence),
-        grade=grade_of(found, verdict),
-        **_by_probability(found, unit),
+        grade=grade_of(tested, verdict),
+        **_by_probability(tested, unit),
         next_runs=runs,
-        winner_gap=unit.difference(max(one.contender.gap for one in found.by_rank.values())),
+        winner_gap=unit.difference(max(compared.contender.gap for compared in tested.by_rank.values())),
         checkpoint=checkpoints,
         other_metrics=beside,
     )
 
 
-def _by_probability(found: Comparison, unit: Unit) -> dict[str, Any]:
+def _by_probability(tested: Comparison, unit: Unit) -> dict[str, Any]:
     """The fields of a decision by probabilities; none where bounds decided."""
-    evidence, asked, take = found.evidence, found.confidence, found.chosen
+    evidence, asked, take = tested.evidence, tested.confidence, tested.chosen
     if asked is None:
         return {}
     alike = evidence.alike(asked)
-    margins = {rank: max(0.0, unit.difference(evidence.margin_of(rank, asked))) for rank in found.ranks}
+    margins = {rank: max(0.0, unit.difference(evidence.margin_of(rank, asked))) for rank in tested.ranks}
     return {
         "asked": asked,
         "take": take,
-        "probability": found.probability(take),
+        "probability": tested.probability(take),
         "take_within": margins[take],
         "resolves": min(margins.values()),
         "alike": alike,
         "alike_within": unit.difference(evidence.half_width(asked)),
-        "probably_worse": [rank for rank in found.ranks if rank not in alike],
+        "probably_worse": [rank for rank in tested.ranks if rank not in alike],
     }
 
 
@@ -125,7 +125,7 @@ def _beside(
 ) -> MetricAnswer:
     """The answer by another metric, and whether the two disagree."""
     answer = decide(other, confidence=confidence, checkpoint=checkpoint)
-    ours = {rank: one.non_inferior for rank, one in by_rank.items() if rank > 0}
+    ours = {rank: compared.non_inferior for rank, compared in by_rank.items() if rank > 0}
     theirs = {evidence.rank: evidence for evidence in answer.ranks if evidence.rank > 0}
     against = [rank for rank in ours if rank in theirs and {ours[rank], theirs[rank].non_inferior} == {True, False}]
     return MetricAnswer(
@@ -157,10 +157,10 @@ def _prepared(table: ScoreTable, margin: float | None) -> tuple[Evidence, Unit, 
     return evidence, unit, margin
 
 
-def _record(found: Comparison, compared: Compared, unit: Unit) -> RankEvidence:
+def _record(tested: Comparison, compared: Compared, unit: Unit) -> RankEvidence:
     contender = compared.contender
-    is_reference = contender.rank == found.reference.rank
-    unknown = found.evidence.basis == "values" and compared.difference.variance == 0 and not is_reference
+    is_reference = contender.rank == tested.reference.rank
+    unknown = tested.evidence.basis == "values" and compared.difference.variance == 0 and not is_reference
     further: dict[str, float] = {}
     if compared.further is not None:
         further_ends = (unit.difference(compared.further.bound(level)) for level in TWO_SIDED)
@@ -176,7 +176,7 @@ def _record(found: Comparison, compared: Compared, unit: Unit) -> RankEvidence:
         difference_high=None if unknown else unit.difference(compared.high),
         **further,
         non_inferior=compared.non_inferior,
-        probability=found.probability(contender.rank),
+        probability=tested.probability(contender.rank),
         learning_rate=contender.learning_rate or None,
         seeds=len(contender.cells),
         trial_ids=[cell.trial_id for cell in contender.cells.values()],

@@ -47,10 +47,10 @@ class Records:
 
     @classmethod
     def of(cls, started: RunStarted, records: Iterable[JournalRecord]) -> Records:
-        found = cls(started)
+        kept = cls(started)
         for record in records:
-            found.keep(record)
-        return found
+            kept.keep(record)
+        return kept
 
     def keep(self, record: JournalRecord) -> None:
         """Add the next record of the journal.
@@ -106,12 +106,12 @@ def settled_start(journal: Sequence[JournalRecord]) -> RunStarted:
     """The start of the run, with the settings that it was last continued with."""
     started = journal[0]
     assert isinstance(started, RunStarted)
-    continued = [one for one in journal if isinstance(one, RunContinued)]
-    changed = {name: value for one in continued for name, value in one.settings.items()}
+    continued = [record for record in journal if isinstance(record, RunContinued)]
+    changed = {name: value for further in continued for name, value in further.settings.items()}
     update: dict[str, object] = {"settings": started.settings | changed} if changed else {}
-    for one in continued:
-        if one.evaluation_items is not None:
-            update |= {"evaluation_items": one.evaluation_items, "data": one.data or started.data}
+    for further in continued:
+        if further.evaluation_items is not None:
+            update |= {"evaluation_items": further.evaluation_items, "data": further.data or started.data}
     return started.model_copy(update=update) if update else started
 
 
@@ -236,9 +236,9 @@ def compared(records: Records) -> list[AdapterCandidate]:
 def trainings(records: Records) -> float:
     """Optimizer steps of all outcomes over those of a whole training; an arm that resumes pays for the rest."""
     by_id = records.by_id
-    finished = [one for one in by_id.values() if one.rank > 0]
-    whole = max((one.steps for one in finished if one.truncate_from is None), default=0)
-    steps = sum(steps_of(one, by_id) for one in finished)
+    finished = [trial for trial in by_id.values() if trial.rank > 0]
+    whole = max((trial.steps for trial in finished if trial.truncate_from is None), default=0)
+    steps = sum(steps_of(trial, by_id) for trial in finished)
     return round(steps / whole, 3) if whole else float(len(finished))
 
 
@@ -261,19 +261,16 @@ class Answers:
 
     def document(self) -> dict[str, Any]:
         """The object of `decision.json`, and of `select --json`."""
-        started, adapter, texts = (
-            self.started,
-            self.adapter,
-            dict.fromkeys(("rank", "verdict", "confidence", "sentence")),
-        )
-        found: dict[str, Any] = texts | (_json(self.decision) or {})
+        started, adapter = self.started, self.adapter
+        fields: dict[str, Any] = dict.fromkeys(("rank", "verdict", "confidence", "sentence"))
+        fields |= _json(self.decision) or {}
         noted = adapter and adapter.answer.checkpoint
         if noted and noted.matters:
-            found["flags"] = list(dict.fromkeys([*found.get("flags", ()), "checkpoint_matters"]))
+            fields["flags"] = list(dict.fromkeys([*fields.get("flags", ()), "checkpoint_matters"]))
         of_run = {} if started is None else started.model_dump(include={"metric", "higher_is_better"})
         return (
             {**of_run, "goal": self.goal}
-            | found
+            | fields
             | {
                 "adapter_sentence": adapter and adapter.answer.sentence,
                 "cost": self.cost,

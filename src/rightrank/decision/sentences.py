@@ -30,21 +30,21 @@ def amount(value: str, evidence: Evidence) -> str:
     return value if evidence.table.metric == "value" else f"{value} in {evidence.table.metric}"
 
 
-def sentence_of(found: Comparison, margin: float, verdict: Verdict, unit: Unit) -> str:
+def sentence_of(tested: Comparison, margin: float, verdict: Verdict, unit: Unit) -> str:
     """The answer in a sentence or two. `margin` is in the metric's unit."""
-    answer = _answer(found, margin, verdict, unit)
-    return answer if verdict in ("undecided", "no_gain") else " ".join(filter(None, (answer, _base_too(found))))
+    answer = _answer(tested, margin, verdict, unit)
+    return answer if verdict in ("undecided", "no_gain") else " ".join(filter(None, (answer, _base_too(tested))))
 
 
-def _answer(found: Comparison, margin: float, verdict: Verdict, unit: Unit) -> str:
-    evidence, chosen, reference = found.evidence, found.chosen, found.reference.rank
+def _answer(tested: Comparison, margin: float, verdict: Verdict, unit: Unit) -> str:
+    evidence, chosen, reference = tested.evidence, tested.chosen, tested.reference.rank
     within = amount(f"{margin:.4g}", evidence)
-    verb = "is" if grade_of(found, verdict) == "shown" else "looks"
-    caution = "; one seed indicates this, and further seeds may change it" if found.is_indication else ""
+    verb = "is" if grade_of(tested, verdict) == "shown" else "looks"
+    caution = "; one seed indicates this, and further seeds may change it" if tested.is_indication else ""
     if evidence.is_point_reading:
         caution = "; one number per rank can suggest this, not show it"
-    enough = f"Rank {chosen} {verb} enough{_likely(found)}"
-    probably = "probably " if found.confidence is not None and verb == "looks" else ""
+    enough = f"Rank {chosen} {verb} enough{_likely(tested)}"
+    probably = "probably " if tested.confidence is not None and verb == "looks" else ""
     match verdict:
         case "no_gain":
             return (
@@ -52,23 +52,23 @@ def _answer(found: Comparison, margin: float, verdict: Verdict, unit: Unit) -> s
                 f"so there is no rank to choose{caution}."
             )
         case "undecided":
-            return _undecided(found, within, unit)
+            return _undecided(tested, within, unit)
         case "no_difference":
-            return _no_difference(found, within, unit)
+            return _no_difference(tested, within, unit)
         case "overfitting":
             return (
                 f"{enough}: above rank {reference} held-out results get worse while training results still "
                 f"improve{caution}."
             )
         case "flat":
-            apart = max(found.ranks, key=lambda rank: abs(found.by_rank[rank].difference.mean))
-            if not is_within(abs(found.by_rank[apart].difference.mean), found.margin):
+            apart = max(tested.ranks, key=lambda rank: abs(tested.by_rank[rank].difference.mean))
+            if not is_within(abs(tested.by_rank[apart].difference.mean), tested.margin):
                 return (
                     f"{enough}: the smallest tried, it is within {within} of the best ({reference}); rank {apart} "
-                    f"looks {_compared(found, apart, unit)}, and is not shown to be{caution}."
+                    f"looks {_compared(tested, apart, unit)}, and is not shown to be{caution}."
                 )
             return (
-                f"Rank hardly matters here: rank {chosen}, the smallest tried{_likely(found)}, is within {within} of the best "
+                f"Rank hardly matters here: rank {chosen}, the smallest tried{_likely(tested)}, is within {within} of the best "
                 f"({reference}){caution}."
             )
         case "rising":
@@ -80,33 +80,33 @@ def _answer(found: Comparison, margin: float, verdict: Verdict, unit: Unit) -> s
             is_best = chosen == reference
             best = "the best of the ranks tried" if is_best else f"within {within} of the best (rank {reference})"
             start = f"{enough}: it is {best}"
-            if found.next_lower is None:
+            if tested.next_lower is None:
                 return f"{start}, and the smallest tried{caution}."
-            next_lower = f"{start}, and the next lower rank ({found.next_lower}) is"
-            if found.confidence is not None and not found.is_worse(found.next_lower):
-                return f"{next_lower} {chance(found.probability(found.next_lower) or 0.0)} likely{caution}."
-            if not found.is_worse(found.next_lower):
-                return f"{next_lower} inconclusive at {_compared(found, found.next_lower, unit)}{caution}."
-            return f"{next_lower} {_compared(found, found.next_lower, unit)}{caution}."
+            next_lower = f"{start}, and the next lower rank ({tested.next_lower}) is"
+            if tested.confidence is not None and not tested.is_worse(tested.next_lower):
+                return f"{next_lower} {chance(tested.probability(tested.next_lower) or 0.0)} likely{caution}."
+            if not tested.is_worse(tested.next_lower):
+                return f"{next_lower} inconclusive at {_compared(tested, tested.next_lower, unit)}{caution}."
+            return f"{next_lower} {_compared(tested, tested.next_lower, unit)}{caution}."
 
 
-def _compared(found: Comparison, rank: int, unit: Unit) -> str:
+def _compared(tested: Comparison, rank: int, unit: Unit) -> str:
     """`0.014 worse`, `0.002 better`: the rank's mean beside the reference's."""
-    difference = unit.difference(found.by_rank[rank].difference.mean)
+    difference = unit.difference(tested.by_rank[rank].difference.mean)
     return f"{number(abs(difference))} {'better' if difference < 0 else 'worse'}"
 
 
-def _likely(found: Comparison) -> str:
+def _likely(tested: Comparison) -> str:
     """The chosen rank's probability, and that of the likeliest larger one: ` (71% likely; rank 16: 96%)`."""
-    if found.confidence is None and found.evidence.has_several_seeds:
+    if tested.confidence is None and tested.evidence.has_several_seeds:
         return ""
-    chances = {rank: likely for rank in found.ranks if (likely := found.probability(rank)) is not None}
-    if found.chosen not in chances:
+    chances = {rank: likely for rank in tested.ranks if (likely := tested.probability(rank)) is not None}
+    if tested.chosen not in chances:
         return ""
-    larger = [rank for rank in chances if rank > found.chosen and chances[rank] > chances[found.chosen]]
+    larger = [rank for rank in chances if rank > tested.chosen and chances[rank] > chances[tested.chosen]]
     likeliest = max(larger, key=lambda rank: (chances[rank], -rank), default=None)
     beside = "" if likeliest is None else f"; rank {likeliest}: {chance(chances[likeliest])}"
-    return f" ({chance(chances[found.chosen])} likely{beside})"
+    return f" ({chance(chances[tested.chosen])} likely{beside})"
 
 
 def probability_note(evidence: Evidence) -> str:
@@ -119,17 +119,17 @@ def probability_note(evidence: Evidence) -> str:
     )
 
 
-def _no_difference(found: Comparison, within: str, unit: Unit) -> str:
+def _no_difference(tested: Comparison, within: str, unit: Unit) -> str:
     """The smallest rank, what speaks for another one, and the seeds that a difference of the margin would take."""
-    alike = alike_ranks(found)
-    smallest, reference = alike[0], found.reference
-    noise = found.evidence.noise(max(alike, key=lambda rank: found.by_rank[rank].difference.mean))
+    alike = alike_ranks(tested)
+    smallest, reference = alike[0], tested.reference
+    noise = tested.evidence.noise(max(alike, key=lambda rank: tested.by_rank[rank].difference.mean))
     deviation = math.sqrt(noise.common + noise.individual)
     measured = len(reference.cells) > 1 and deviation > 0
     at = f" (seed standard deviation {number(unit.difference(deviation))})" if measured else ""
-    of_them = "" if smallest == found.ranks[0] else " of them"
+    of_them = "" if smallest == tested.ranks[0] else " of them"
     start = f"No difference between {names(alike)} can be shown at this noise{at}: take rank {smallest}, the smallest{of_them}"
-    seeds = needed_seeds(math.sqrt(noise.individual), found.margin) if noise.individual > 0 else None
+    seeds = needed_seeds(math.sqrt(noise.individual), tested.margin) if noise.individual > 0 else None
     needed = (
         f"; a difference of {within} would take about {seeds} seed{'s' * (seeds != 1)} a rank"
         if measured and seeds
@@ -137,17 +137,17 @@ def _no_difference(found: Comparison, within: str, unit: Unit) -> str:
     )
     if reference.rank == smallest:
         return f"{start}. It is the best of them as measured{needed}."
-    better = number(unit.difference(found.by_rank[smallest].difference.mean))
+    better = number(unit.difference(tested.by_rank[smallest].difference.mean))
     return f"{start}. Rank {reference.rank} looks {better} better{needed}."
 
 
-def _undecided(found: Comparison, within: str, unit: Unit) -> str:
-    compared, reference = found.by_rank, found.reference.rank
-    if found.confidence is not None:
-        return cannot_tell(found, found.confidence, within, unit)
-    inconclusive = inconclusive_rank(found)
+def _undecided(tested: Comparison, within: str, unit: Unit) -> str:
+    compared, reference = tested.by_rank, tested.reference.rank
+    if tested.confidence is not None:
+        return cannot_tell(tested, tested.confidence, within, unit)
+    inconclusive = inconclusive_rank(tested)
     if inconclusive is None:
-        rival = possible_rival(found)
+        rival = possible_rival(tested)
         assert rival is not None
         better = number(unit.difference(-compared[rival].low))
         return (
@@ -155,49 +155,49 @@ def _undecided(found: Comparison, within: str, unit: Unit) -> str:
             f"more than the margin of {within}."
         )
     low, high = (number(unit.difference(value)) for value in (compared[inconclusive].low, compared[inconclusive].high))
-    worse = _compared(found, inconclusive, unit)
+    worse = _compared(tested, inconclusive, unit)
     if inconclusive == 0:
         return (
             f"Undecided whether there is any gain: the base is {worse} than the best adapter (bounds {low} to {high}), "
             f"and the margin is {within}."
         )
-    smallest = shown_rank(found)
+    smallest = shown_rank(tested)
     if smallest is None:
         shown = f"rank {reference} is the best so far"
     else:
         shown = f"rank {smallest} is within {within} of the best (rank {reference})"
-    probability = found.probability(inconclusive)
+    probability = tested.probability(inconclusive)
     likely = "" if probability is None else f", {chance(probability)} likely enough"
     return f"Undecided: {shown}, and rank {inconclusive} is inconclusive at {worse} (bounds {low} to {high}{likely})."
 
 
-def cannot_tell(found: Comparison, asked: float, within: str, unit: Unit) -> str:
+def cannot_tell(tested: Comparison, asked: float, within: str, unit: Unit) -> str:
     """Which ranks cannot be told apart and by how much, the rank to take and how likely it is enough, and what the evidence resolves."""
-    evidence, take = found.evidence, found.chosen
+    evidence, take = tested.evidence, tested.chosen
     alike = evidence.alike(asked)
-    worse = [rank for rank in found.ranks if rank not in alike]
+    worse = [rank for rank in tested.ranks if rank not in alike]
     width, enough, least = (
         number(unit.difference(value))
         for value in (
             evidence.half_width(asked),
             evidence.margin_of(take, asked),
-            min(evidence.margin_of(rank, asked) for rank in found.ranks),
+            min(evidence.margin_of(rank, asked) for rank in tested.ranks),
         )
     )
     parts = [
         f"{names(alike).capitalize()} cannot be told apart (±{width}; the margin is {within}).",
         f"{names(worse).capitalize()} {'is' if len(worse) == 1 else 'are'} probably worse." if worse else "",
-        f"Take rank {take}: {asked:.0%} likely to be within {enough} of the best, {chance(found.probability(take) or 0.0)} within the margin.",
+        f"Take rank {take}: {asked:.0%} likely to be within {enough} of the best, {chance(tested.probability(take) or 0.0)} within the margin.",
         f"The smallest margin that these data resolve is {least}." if least != enough else "",
-        _base_too(found),
+        _base_too(tested),
     ]
     return " ".join(filter(None, parts))
 
 
-def _base_too(found: Comparison) -> str:
+def _base_too(tested: Comparison) -> str:
     """How likely it is that there is no gain, where that is not improbable."""
-    likely = found.probability(0) if 0 in found.by_rank else None
-    if likely is None or found.confidence is None or likely <= 1 - found.confidence:
+    likely = tested.probability(0) if 0 in tested.by_rank else None
+    if likely is None or tested.confidence is None or likely <= 1 - tested.confidence:
         return ""
     return f"The base itself is {chance(likely)} likely to be within the margin."
 
@@ -248,8 +248,8 @@ def _noise_note(evidence: Evidence) -> str:
     """What the noise over seeds was measured on."""
     if not evidence.measures_seeds:
         return " No two ranks share two seeds, so the noise over seeds is known of single ranks alone."
-    others = (one for one in evidence.contenders.values() if one is not evidence.reference)
-    seeds = sorted({evidence.difference(one).seeds for one in others})
+    others = (contender for contender in evidence.contenders.values() if contender is not evidence.reference)
+    seeds = sorted({evidence.difference(contender).seeds for contender in others})
     counts = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     by = "what its variation between examples leads to expect" if evidence.has_examples else "the other ranks'"
     return f" The noise over seeds is that of each rank's paired difference over {counts} seeds, moderated by {by}."

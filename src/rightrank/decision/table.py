@@ -139,7 +139,7 @@ def table_of(
     kind = metric_kind(metric, higher_is_better, loss)
     scored = [o for o in outcomes if isinstance(o, TrialFinished) and metric in o.metrics]
     examples = [trial.items(metric) for trial in scored]
-    sizes = {0 if found is None else len(found[0]) for found in examples}
+    sizes = {0 if items is None else len(items[0]) for items in examples}
     if len(sizes) > 1 or 0 in sizes:  # trials with other examples, or none, can't be paired
         examples = [([trial.metrics[metric]], [1.0]) for trial in scored]
     if kind == "perplexity" and not all(trial.metrics[metric] > 0 for trial in scored):
@@ -173,7 +173,7 @@ def groups_of(numbers: Sequence[int] | None, examples: int) -> Groups | None:
 
 def _rows(lists: Sequence[Sequence[float]]) -> Floats:
     """Lists of one length as a matrix; those that are all equal, such as the tokens of the examples, share a row."""
-    if all(one == lists[0] for one in lists):
+    if all(values == lists[0] for values in lists):
         return np.broadcast_to(np.asarray(lists[0], dtype=np.float64), (len(lists), len(lists[0])))
     return np.fromiter(chain.from_iterable(lists), dtype=np.float64).reshape(len(lists), -1)
 
@@ -218,7 +218,7 @@ def table_of_results(results: ResultsTable) -> ScoreTable:
 
 def other_tables(results: ResultsTable) -> list[ScoreTable]:
     """The same trainings by each other metric of the table whose direction is known, one number a training."""
-    found = []
+    tables = []
     for name in dict.fromkeys(name for result in results.results for name in result.others):
         if (higher := direction(name.lower().replace("/", "_"))) is None:
             continue
@@ -235,10 +235,10 @@ def other_tables(results: ResultsTable) -> list[ScoreTable]:
             )
             for result in results.results
         ]
-        found.append(
+        tables.append(
             table_of_results(results.model_copy(update={"metric": name, "higher_is_better": higher, "results": rows}))
         )
-    return found
+    return tables
 
 
 def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_better: bool) -> Cell:
@@ -316,9 +316,9 @@ def losses_by_seed(cells: Mapping[int, Cell]) -> dict[int, float]:
 def contender_of(table: ScoreTable, rank: int) -> Contender:
     columns = table.by_learning_rate(rank)
 
-    def is_surely_lower(one: float, other: float) -> bool:
+    def is_surely_lower(rate: float, other: float) -> bool:
         """On the seeds that both have. One number a training shows no noise: there the means decide."""
-        return bounds_of(estimate_of_pairs(of_shared_seeds(columns[one], columns[other]))).high < 0
+        return bounds_of(estimate_of_pairs(of_shared_seeds(columns[rate], columns[other]))).high < 0
 
     best = best_learning_rate({lr: losses_by_seed(cells) for lr, cells in columns.items()}, is_surely_lower)
     cells = columns[best]
@@ -379,15 +379,15 @@ OfSeed = TypeVar("OfSeed")
 def estimate_of_pairs(pairs: list[Pair], shift: float = 0.0) -> Estimate:
     """How much worse the first of each pair is than the second."""
     span = max(cell.span for pair in pairs for cell in pair)
-    found = estimate(differences(pairs), pairs[0][0].weights, span, pairs[0][0].groups)
-    return replace(found, mean=found.mean + shift)
+    paired = estimate(differences(pairs), pairs[0][0].weights, span, pairs[0][0].groups)
+    return replace(paired, mean=paired.mean + shift)
 
 
 def differences(pairs: list[Pair]) -> Floats:
     """[pairs, examples] how much worse the first of each pair is on each example, times the example's weight."""
     firsts, seconds = zip(*pairs, strict=True)
-    found: Floats = np.stack([cell.sums for cell in firsts]) - np.stack([cell.sums for cell in seconds])
-    return found
+    worse: Floats = np.stack([cell.sums for cell in firsts]) - np.stack([cell.sums for cell in seconds])
+    return worse
 
 
 def paired_cells(contender: Contender, against: Contender) -> list[Pair]:
@@ -405,15 +405,15 @@ def of_shared_seeds(left: Mapping[int, OfSeed], right: Mapping[int, OfSeed]) -> 
     return [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
 
 
-def minus(one: Cell, other: Cell) -> Cell:
+def minus(cell: Cell, other: Cell) -> Cell:
     """How much worse one cell is than the other, on each example."""
-    span, sums = max(one.span, other.span), one.sums - other.sums
-    return Cell(one.trial_id, one.value - other.value, sums, one.weights, span, groups=one.groups)
+    span, sums = max(cell.span, other.span), cell.sums - other.sums
+    return Cell(cell.trial_id, cell.value - other.value, sums, cell.weights, span, groups=cell.groups)
 
 
 def spread_of(worse: Cell, margin: float, in_unit: Callable[[float], float] = float) -> DifferenceSpread:
     """How a difference (`minus`) spreads over the examples; `in_unit` turns it into the metric's unit."""
-    each = np.sort([in_unit(one) for one in (worse.sums / worse.weights).tolist()])
+    each = np.sort([in_unit(worse_by) for worse_by in (worse.sums / worse.weights).tolist()])
     amount = SPREAD_MARGINS * margin
     share = float(np.mean(each > amount * (1 + TIE)))
     return DifferenceSpread(amount=amount, worse=share, worst_tenth=float(each[-math.ceil(len(each) / 10) :].mean()))
@@ -438,11 +438,11 @@ def collapsing_cells(outcomes: Collection[TrialOutcome]) -> set[tuple[int, float
 
     A learning rate that some seeds do not survive is no learning rate to recommend, however well the others did.
     """
-    if not any(isinstance(one, TrialCollapsed) for one in outcomes):
+    if not any(isinstance(outcome, TrialCollapsed) for outcome in outcomes):
         return set()
     outcomes = [outcome for outcome in outcomes if outcome.rank > 0 and outcome.is_direct]
-    collapsed = {(one.rank, one.learning_rate) for one in outcomes if isinstance(one, TrialCollapsed)}
-    stable = {(one.rank, one.learning_rate) for one in outcomes if isinstance(one, TrialFinished)} - collapsed
+    collapsed = {(trial.rank, trial.learning_rate) for trial in outcomes if isinstance(trial, TrialCollapsed)}
+    stable = {(trial.rank, trial.learning_rate) for trial in outcomes if isinstance(trial, TrialFinished)} - collapsed
     return {cell for cell in collapsed if any(rank == cell[0] for rank, _ in stable)}
 
 
@@ -451,7 +451,7 @@ def without_collapsing(outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:
     if not (cells := collapsing_cells(outcomes)):
         return list(outcomes)
     return [
-        one
-        for one in outcomes
-        if not (isinstance(one, TrialFinished) and one.is_direct and (one.rank, one.learning_rate) in cells)
+        trial
+        for trial in outcomes
+        if not (isinstance(trial, TrialFinished) and trial.is_direct and (trial.rank, trial.learning_rate) in cells)
     ]

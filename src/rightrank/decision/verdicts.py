@@ -34,23 +34,23 @@ from rightrank.schema.decision import CheckpointNote, Grade, MetricAnswer, Verdi
 from rightrank.schema.metrics import Checkpoint, default_margin, direction, metric_kind, published_deviation
 
 
-def verdict_of(found: Comparison) -> Verdict:
+def verdict_of(tested: Comparison) -> Verdict:
     """The first row of the table above that applies."""
-    if found.base_is_enough:
+    if tested.base_is_enough:
         return "no_gain"
-    by_bounds = None if found.confidence is not None else possible_rival(found)
-    if is_unlikely(found) or inconclusive_rank(found) is not None or by_bounds is not None:
+    by_bounds = None if tested.confidence is not None else possible_rival(tested)
+    if is_unlikely(tested) or inconclusive_rank(tested) is not None or by_bounds is not None:
         return "undecided"
-    if overfits(found):
+    if overfits(tested):
         return "overfitting"
-    if found.chosen == found.ranks[0] and not any(found.is_worse(rank) for rank in found.ranks):
+    if tested.chosen == tested.ranks[0] and not any(tested.is_worse(rank) for rank in tested.ranks):
         return "flat"
-    if rises(found) and all(found.is_worse(rank) for rank in found.ranks[:-1]):
+    if rises(tested) and all(tested.is_worse(rank) for rank in tested.ranks[:-1]):
         return "rising"
     return "saturated"
 
 
-def inconclusive_rank(found: Comparison) -> int | None:
+def inconclusive_rank(tested: Comparison) -> int | None:
     """The rank (0: the base) that leaves the answer undecided; None where the answer is known within a factor of two.
 
     None where a confidence chose the rank. The base does if it is inconclusive. Otherwise, with "next" the next lower rank than the chosen one, and "far" the highest
@@ -69,89 +69,89 @@ def inconclusive_rank(found: Comparison) -> int | None:
     So a rank within a factor of two below the chosen one may stay inconclusive: too much rank costs memory, too little
     costs quality. Below the largest rank it may not, since then it is unknown whether the curve still rises.
     """
-    if found.evidence.is_point_reading or found.confidence is not None:
+    if tested.evidence.is_point_reading or tested.confidence is not None:
         return None
-    compared, below = found.by_rank, found.next_lower
+    compared, below = tested.by_rank, tested.next_lower
     if 0 in compared and compared[0].non_inferior is None:
         return 0
     if below is None or compared[below].non_inferior is False:
         return None
-    if found.chosen == found.ranks[-1]:
+    if tested.chosen == tested.ranks[-1]:
         return below
-    far = max((rank for rank in found.ranks if 2 * rank < found.chosen), default=None)
+    far = max((rank for rank in tested.ranks if 2 * rank < tested.chosen), default=None)
     if far is None or compared[far].non_inferior is False:
         return None
     return far if compared[far].non_inferior is None else below
 
 
-def is_unlikely(found: Comparison) -> bool:
+def is_unlikely(tested: Comparison) -> bool:
     """Whether no rank has the probability that was asked for."""
-    return found.confidence is not None and (found.probability(found.chosen) or 0.0) < found.confidence
+    return tested.confidence is not None and (tested.probability(tested.chosen) or 0.0) < tested.confidence
 
 
-def grade_of(found: Comparison, verdict: Verdict) -> Grade | None:
+def grade_of(tested: Comparison, verdict: Verdict) -> Grade | None:
     """How far the answer is known: shown by its 95% bounds, likely, or not; None where one number a rank is all there is."""
     if verdict in ("undecided", "no_difference"):
         return "cannot tell"
-    if found.evidence.is_point_reading:
+    if tested.evidence.is_point_reading:
         return None
-    smallest = found.reference.rank if shown_rank(found) is None else shown_rank(found)
+    smallest = tested.reference.rank if shown_rank(tested) is None else shown_rank(tested)
     if verdict == "no_gain":
-        is_shown = found.by_rank[0].non_inferior is True
+        is_shown = tested.by_rank[0].non_inferior is True
     else:
-        is_shown = smallest is not None and smallest <= found.chosen and _better_above(found) is None
-    return "shown" if is_shown and not found.is_indication else "likely"
+        is_shown = smallest is not None and smallest <= tested.chosen and _better_above(tested) is None
+    return "shown" if is_shown and not tested.is_indication else "likely"
 
 
-def alike_ranks(found: Comparison) -> list[int]:
+def alike_ranks(tested: Comparison) -> list[int]:
     """The ranks that their own difference from the best does not show to be worse, ascending; none where the base may be as good.
 
     The bound is the plain one, which says "worse" a little too soon after the choice of the best: an answer that takes the smallest of
     these ranks errs upward.
     """
-    if 0 in found.by_rank and found.by_rank[0].non_inferior is not False:
+    if 0 in tested.by_rank and tested.by_rank[0].non_inferior is not False:
         return []
-    return [rank for rank in found.ranks if found.by_rank[rank].difference.bound(1 - CONFIDENCE) <= 0]
+    return [rank for rank in tested.ranks if tested.by_rank[rank].difference.bound(1 - CONFIDENCE) <= 0]
 
 
-def possible_rival(found: Comparison) -> int | None:
+def possible_rival(tested: Comparison) -> int | None:
     """The rank that leaves the answer undecided since it may be better (`_better_above`); None in a point reading."""
-    return None if found.evidence.is_point_reading else _better_above(found)
+    return None if tested.evidence.is_point_reading else _better_above(tested)
 
 
-def shown_rank(found: Comparison) -> int | None:
+def shown_rank(tested: Comparison) -> int | None:
     """The smallest rank whose comparison with the reference passed; None without one, or if a higher rank may be better."""
-    reference = found.reference.rank
-    smallest = walk_down(found.by_rank, reference, lambda rank: found.by_rank[rank].non_inferior is True)
-    return None if smallest == reference or _better_above(found) is not None else smallest
+    reference = tested.reference.rank
+    smallest = walk_down(tested.by_rank, reference, lambda rank: tested.by_rank[rank].non_inferior is True)
+    return None if smallest == reference or _better_above(tested) is not None else smallest
 
 
-def _better_above(found: Comparison) -> int | None:
+def _better_above(tested: Comparison) -> int | None:
     """The rank above the reference that may be better than it by more than the margin; None if there is none.
 
     It guards against a low rank that came out best by luck.
     """
-    lows = {rank: found.by_rank[rank].low for rank in found.ranks if rank > found.reference.rank}
-    better = [rank for rank in lows if not is_within(-lows[rank], found.margin)]
+    lows = {rank: tested.by_rank[rank].low for rank in tested.ranks if rank > tested.reference.rank}
+    better = [rank for rank in lows if not is_within(-lows[rank], tested.margin)]
     return min(better, key=lambda rank: lows[rank], default=None)
 
 
-def rises(found: Comparison) -> bool:
+def rises(tested: Comparison) -> bool:
     """Whether the top rank's mean is better than every smaller one's by more than the margin and its stated deviation."""
-    *smaller, top = found.ranks
-    if found.reference.rank != top:
+    *smaller, top = tested.ranks
+    if tested.reference.rank != top:
         return False
-    stated = [cell.deviation or 0.0 for cell in found.reference.cells.values()]
-    threshold = max(found.margin, *stated) if found.evidence.basis == "std" else found.margin
-    return all(not is_within(found.by_rank[rank].difference.mean, threshold) for rank in smaller)
+    stated = [cell.deviation or 0.0 for cell in tested.reference.cells.values()]
+    threshold = max(tested.margin, *stated) if tested.evidence.basis == "std" else tested.margin
+    return all(not is_within(tested.by_rank[rank].difference.mean, threshold) for rank in smaller)
 
 
-def overfits(found: Comparison) -> bool:
+def overfits(tested: Comparison) -> bool:
     """Whether the largest rank is worse than the margin allows on held-out data, and better than the reference in training."""
-    top = found.evidence.contenders[found.ranks[-1]]
-    if top.rank == found.reference.rank or not found.is_worse(top.rank):
+    top = tested.evidence.contenders[tested.ranks[-1]]
+    if top.rank == tested.reference.rank or not tested.is_worse(top.rank):
         return False
-    ours, theirs = _train_value(top), _train_value(found.reference)
+    ours, theirs = _train_value(top), _train_value(tested.reference)
     return ours is not None and theirs is not None and ours < theirs
 
 
@@ -162,7 +162,7 @@ def _train_value(contender: Contender) -> float | None:
 
 
 def flags_of(
-    found: Comparison,
+    tested: Comparison,
     verdict: Verdict,
     beside: Sequence[MetricAnswer] = (),
     checkpoints: CheckpointNote | None = None,
@@ -172,48 +172,48 @@ def flags_of(
     Args:
         beside: the answers by other metrics, which need no comparison of bare values here.
     """
-    evidence, top = found.evidence, found.ranks[-1]
-    answer = {found.chosen, found.reference.rank}
-    growth = _late_growth(found) or 0.0
-    named = [set(cell.others) for one in evidence.contenders.values() for cell in one.cells.values()]
+    evidence, top = tested.evidence, tested.ranks[-1]
+    answer = {tested.chosen, tested.reference.rank}
+    growth = _late_growth(tested) or 0.0
+    named = [set(cell.others) for contender in evidence.contenders.values() for cell in contender.cells.values()]
     others = set.intersection(*named) - {
         answer.metric
         for answer in beside
-        if any(one.non_inferior is not None for one in answer.ranks if one.rank != answer.reference_rank)
+        if any(row.non_inferior is not None for row in answer.ranks if row.rank != answer.reference_rank)
     }
     raised = {
-        "underpowered": underpowered(found, verdict),
+        "underpowered": underpowered(tested, verdict),
         "rising": verdict == "undecided"
-        and rises(found)
-        and all(found.by_rank[rank].low > 0 for rank in found.ranks if rank < top),
+        and rises(tested)
+        and all(tested.by_rank[rank].low > 0 for rank in tested.ranks if rank < top),
         "lr_edge": any(evidence.is_at_edge(rank) for rank in answer),
         "unstable": any(evidence.table.missing.values()),
         "unequal_length": len(lengths(evidence)) > 1,
         "collapsed": evidence.table.collapsed > 0,
-        "one_seed": found.is_indication,
-        "winner_gap": max(evidence.contenders[rank].gap for rank in answer) > found.margin / 2,
+        "one_seed": tested.is_indication,
+        "winner_gap": max(evidence.contenders[rank].gap for rank in answer) > tested.margin / 2,
         "metric_conflict": any(answer.conflict for answer in beside)
-        or any(_conflicts_in(evidence, found.chosen, name) for name in sorted(others)),
+        or any(_conflicts_in(evidence, tested.chosen, name) for name in sorted(others)),
         # the chosen rank's gap exceeds the margin if it grows by as much again
         "may_be_capacity_limited": growth > 0
-        and not is_within(found.by_rank[found.chosen].difference.mean + growth, found.margin),
+        and not is_within(tested.by_rank[tested.chosen].difference.mean + growth, tested.margin),
         "checkpoint_matters": checkpoints is not None and checkpoints.matters,
     }
     return [flag for flag, raise_it in raised.items() if raise_it]
 
 
-def underpowered(found: Comparison, verdict: Verdict) -> bool:
+def underpowered(tested: Comparison, verdict: Verdict) -> bool:
     """Whether the data can't show the answer at 95% confidence."""
-    if not found.evidence.is_point_reading:
+    if not tested.evidence.is_point_reading:
         return verdict == "undecided"
-    compared, below = found.by_rank, found.next_lower
-    settled = compared[found.chosen].non_inferior is True and (below is None or compared[below].non_inferior is False)
-    return found.evidence.basis == "values" or not settled
+    compared, below = tested.by_rank, tested.next_lower
+    settled = compared[tested.chosen].non_inferior is True and (below is None or compared[below].non_inferior is False)
+    return tested.evidence.basis == "values" or not settled
 
 
 def lengths(evidence: Evidence) -> set[int]:
     """The different numbers of steps of the trainings that are compared, where the table states them."""
-    return {cell.steps for found in evidence.contenders.values() for cell in found.cells.values() if cell.steps}
+    return {cell.steps for contender in evidence.contenders.values() for cell in contender.cells.values() if cell.steps}
 
 
 def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:
@@ -239,18 +239,18 @@ MIN_POINTS = 3
 CHECKPOINTS: tuple[Checkpoint, Checkpoint] = ("last", "best")
 
 
-def _late_growth(found: Comparison) -> float | None:
+def _late_growth(tested: Comparison) -> float | None:
     """The change of the chosen rank's gap to the reference over the second half of its training, in the metric's unit.
 
     None for the reference, and where the two share fewer than `MIN_POINTS` evaluations.
     """
-    if found.chosen >= found.reference.rank:
+    if tested.chosen >= tested.reference.rank:
         return None
-    curves = [_curve(contender) for contender in (found.evidence.contenders[found.chosen], found.reference)]
+    curves = [_curve(contender) for contender in (tested.evidence.contenders[tested.chosen], tested.reference)]
     steps = sorted(curves[0].keys() & curves[1].keys())
     if len(steps) < MIN_POINTS:
         return None
-    sign = -1.0 if found.evidence.table.higher_is_better else 1.0
+    sign = -1.0 if tested.evidence.table.higher_is_better else 1.0
     gaps = [sign * (curves[0][step] - curves[1][step]) for step in steps]
     return gaps[-1] - gaps[len(gaps) // 2 - 1]
 
@@ -271,7 +271,7 @@ def checkpoint_note(table: ScoreTable, evidence: Evidence, used: Checkpoint, mar
 
 def _pick(evidence: Evidence, margin: float) -> int:
     """The rule on bare values."""
-    losses = {rank: found.fair_loss for rank, found in evidence.contenders.items()}
+    losses = {rank: contender.fair_loss for rank, contender in evidence.contenders.items()}
     reference = min(losses, key=lambda rank: (losses[rank], rank))
     return walk_down(losses, reference, lambda rank: is_within(losses[rank] - losses[reference], margin))
 

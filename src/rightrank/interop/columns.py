@@ -233,8 +233,8 @@ def settings_from_path(folder: Path, root: Path) -> dict[str, Any]:
         settings = settings_of_name(place.name) | settings
     for place in places:
         paths = [place / "adapter_config.json", *sorted(place.glob("*/adapter_config.json"))]
-        found = [_object(path).get("r") for path in paths if path.is_file()]
-        ranks = {rank for rank in found if isinstance(rank, int)}
+        ranks_named = [_object(path).get("r") for path in paths if path.is_file()]
+        ranks = {rank for rank in ranks_named if isinstance(rank, int)}
         if ranks:
             return settings | {"rank": ranks.pop()} if len(ranks) == 1 else settings
     return settings
@@ -255,15 +255,15 @@ def _trainer_rows(source: Path, folders: Sequence[Path]) -> list[Row]:
         state = _object(folder / STATE)
         step = state.get("global_step")
         place = (step if isinstance(step, int) else 0, folder, state)
-        last[training] = max(last.get(training, place), place, key=lambda one: one[:2])
-    found = [
+        last[training] = max(last.get(training, place), place, key=lambda seen: seen[:2])
+    rows = [
         row
         for training, (_, folder, state) in last.items()
         for row in _evaluations(folder / STATE, state, settings_from_path(folder, source), training.name)
     ]
-    if not found:
+    if not rows:
         raise ResultsError(f"{source}: the {STATE} files hold no evaluation (eval_loss); train with eval_strategy set")
-    return found
+    return rows
 
 
 def _evaluations(path: Path, state: dict[str, Any], settings: dict[str, Any], training: str) -> Iterator[Row]:

@@ -156,10 +156,10 @@ def results_of_rows(
     lines = [_line(row, columns, metric) for row in with_rank]
     results, counts = _results(lines, columns)
     groups = _groups(lines, mapping.get("group"), where)
-    results = [one.model_copy(update={"item_groups": groups}) if one.item_values else one for one in results]
+    results = [run.model_copy(update={"item_groups": groups}) if run.item_values else run for run in results]
     _require_comparable(results, where)
     if groups is None:
-        columns = replace(columns, by_name={name: one for name, one in columns.by_name.items() if name != "group"})
+        columns = replace(columns, by_name={name: title for name, title in columns.by_name.items() if name != "group"})
     higher, why = _direction(metric, higher, where)
     if margin is None and metric_kind(metric, higher) == "other":
         notes.append(
@@ -212,9 +212,9 @@ def _require_one_kind(rows: Sequence[Row], where: str, rank: str) -> None:
                 "the adapters differs beside their rank; keep the rows of one rule, or leave the column out if it does not matter"
             )
         if plain(name) in KINDS and len(texts) > 1:
-            one, other = [quoted(text, 40) for text in texts[:2]]
+            first, other = [quoted(text, 40) for text in texts[:2]]
             raise ResultsError(
-                f"{where}: the trainings differ in column {name} ({one}, {other}), which is not used; keep the rows of one, "
+                f"{where}: the trainings differ in column {name} ({first}, {other}), which is not used; keep the rows of one, "
                 "or leave the column out if it does not matter"
             )
 
@@ -262,20 +262,20 @@ def _cell(row: Row, columns: Columns, role: str) -> Any:
 
 def _details(row: Row, columns: Columns) -> dict[str, float]:
     """The row's further numbers: those of a result by role, those of other metrics by column."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name in (*DETAILS, *columns.others):
         column = columns.by_name.get(name) if name in SYNONYMS else name
         number = None if column is None else _number(row, column, strict=name in ("std", "std_seeds"))
         if number is not None:
-            found[name] = number
-    std, seeds = found.get("std", 0.0), found.get("std_seeds", 1.0)
+            numbers[name] = number
+    std, seeds = numbers.get("std", 0.0), numbers.get("std_seeds", 1.0)
     if std < 0:
         raise ResultsError(f"{row.where}: std {std:g} is not allowed: a standard deviation is 0 or above")
     if seeds < 1 or not seeds.is_integer():
         raise ResultsError(
             f"{row.where}: {columns.by_name.get('std_seeds')} {seeds:g} is not allowed: give a whole number from 1"
         )
-    return found
+    return numbers
 
 
 def _results(lines: Sequence[_Line], columns: Columns) -> tuple[list[Result], list[str]]:
@@ -292,7 +292,7 @@ def _results(lines: Sequence[_Line], columns: Columns) -> tuple[list[Result], li
         if first.value != line.value:
             raise _two_values(line, first, columns)
         repeated += first is not line
-    results = [_result(list(found.values()), columns) for found in trainings.values()]
+    results = [_result(list(training.values()), columns) for training in trainings.values()]
     _require_same_examples(list(trainings.values()))
     failed = [line for key, line in left["failed"].items() if key not in trainings]
     for line in failed:

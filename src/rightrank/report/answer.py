@@ -110,13 +110,13 @@ def _top_text(answer: AdapterAnswer) -> str:
     )
 
 
-def _test_text(found: HandedOver) -> str:
+def _test_text(handed_over: HandedOver) -> str:
     """The reading on the test split; empty without one, and where the adapter is the reference itself."""
-    high = found.test_difference_high
-    if found.test_difference is None or (found.test_difference == 0 and not high):
+    high = handed_over.test_difference_high
+    if handed_over.test_difference is None or (handed_over.test_difference == 0 and not high):
         return ""
     bound = "" if high is None else f" (95% upper bound {high:+.2g})"
-    return f"On the test split, read once, it differs from the reference by {found.test_difference:+.2g}{bound}."
+    return f"On the test split, read once, it differs from the reference by {handed_over.test_difference:+.2g}{bound}."
 
 
 def _metric_text(other: MetricAnswer) -> str:

@@ -45,11 +45,11 @@ def axis_from_zero(label: str, values: Sequence[float]) -> Axis:
 def log_ticks(low: float, high: float) -> tuple[float, ...]:
     """Powers of ten within the limits, with 2 and 5 times them where there are fewer than three."""
     exponents = range(floor(log10(low)), ceil(log10(high)) + 1)
-    found: list[tuple[float, ...]] = [
+    ticks: list[tuple[float, ...]] = [
         tuple(tick for power in exponents for factor in factors if low <= (tick := float(f"{factor}e{power}")) <= high)
         for factors in ((1,), (1, 2, 5))
     ]
-    return found[0] if len(found[0]) >= 3 else found[1]
+    return ticks[0] if len(ticks[0]) >= 3 else ticks[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +126,11 @@ class Part:
 def parts_of(figure: Figure) -> list[Part]:
     """The entries of the legend; none where the title says enough: one series without intervals."""
     series = {s.label: Part(s.label, s.kind, colour_name(s.tone), s.dashed) for s in reversed(figure.series)}
-    found = list(reversed(series.values()))[:MAX_LABELS]
-    found += [Part(mark.label, "ring", colour_name(mark.tone)) for mark in figure.marks]
-    found += [Part(band.label, "band", "band") for band in figure.bands]
-    found += [Part(level.label, "level", "faint") for level in figure.levels if level.label]
-    return found if len(found) > 1 or any(s.high for s in figure.series) else []
+    parts = list(reversed(series.values()))[:MAX_LABELS]
+    parts += [Part(mark.label, "ring", colour_name(mark.tone)) for mark in figure.marks]
+    parts += [Part(band.label, "band", "band") for band in figure.bands]
+    parts += [Part(level.label, "level", "faint") for level in figure.levels if level.label]
+    return parts if len(parts) > 1 or any(s.high for s in figure.series) else []
 
 
 def colour_name(tone: Tone) -> str:

@@ -94,13 +94,13 @@ def _diminishing_rank(decision: Decision) -> int | None:
     """
     ranks = [e for e in decision.ranks if e.rank > 0]
     sign = -1 if decision.higher_is_better else 1
-    found = None
+    smallest = None
     for lower, upper in reversed(list(pairwise(ranks))):
         gain = sign * (lower.value - upper.value) / log2(upper.rank / lower.rank)
         if gain > decision.margin:
             break
-        found = lower.rank
-    return found
+        smallest = lower.rank
+    return smallest
 
 
 def _marks(decision: Decision, trained: list[RankEvidence]) -> list[Mark]:
@@ -299,8 +299,8 @@ def _learning_figure(records: Records, decision: Decision | None) -> Figure | No
             series.append(Series(f"rank {rank}", x, y, kind="line", dashed=True, tone=place))
     if not series:
         return None
-    begin = FIRST_SHOWN * max(one.x[-1] for one in series)
-    late = [value for one in series for step, value in zip(one.x, one.y, strict=True) if step >= begin]
+    begin = FIRST_SHOWN * max(curve.x[-1] for curve in series)
+    late = [value for curve in series for step, value in zip(curve.x, curve.y, strict=True) if step >= begin]
     room = 0.06 * ((max(late) - min(late)) or abs(late[0]) or 1.0)
     means = {rank: fmean(t.metrics.get(metric, t.value) for t in trials) for rank, trials in best.items()}
     ends = ", ".join(f"rank {rank} {mean:.4g}" for rank, mean in means.items())
@@ -318,13 +318,13 @@ def _learning_figure(records: Records, decision: Decision | None) -> Figure | No
 
 def _held_out(trial: TrialFinished, finished: Mapping[str, TrialFinished], metric: str) -> dict[int, float]:
     """Step → held-out value of the training, with those at which it had been stopped before it was resumed."""
-    found = {point.step: point.value for point in trial.points}
+    values = {point.step: point.value for point in trial.points}
     stage = finished.get(trial.continue_from or "")
     while stage is not None:
         if stage.stop_at is not None and metric in stage.metrics:
-            found.setdefault(stage.stop_at, stage.metrics[metric])
+            values.setdefault(stage.stop_at, stage.metrics[metric])
         stage = finished.get(stage.continue_from or "")
-    return found
+    return values
 
 
 SERIES: dict[str, tuple[str, Tone]] = {
@@ -354,21 +354,21 @@ def figure_of(
     inside the band.
     """
     sign = -1 if higher_is_better else 1
-    reference = next(one.value - sign * one.difference for one in adapters)
+    reference = next(adapter.value - sign * adapter.difference for adapter in adapters)
     edge = reference + sign * answer.margin
-    shown = [one for one in adapters if one.difference <= MAX_MARGINS * answer.margin]
-    ends = [reference + sign * end for one in shown for end in _ends(one)] + [edge, reference]
+    shown = [adapter for adapter in adapters if adapter.difference <= MAX_MARGINS * answer.margin]
+    ends = [reference + sign * end for adapter in shown for end in _ends(adapter)] + [edge, reference]
     room = 0.06 * (max(ends) - min(ends) or 1.0)
-    chosen = next(one for one in adapters if one.trial_id == answer.trial_id)
-    off = sorted({one.rank for one in adapters} - {one.rank for one in shown})
+    chosen = next(adapter for adapter in adapters if adapter.trial_id == answer.trial_id)
+    off = sorted({adapter.rank for adapter in adapters} - {adapter.rank for adapter in shown})
     off_text = f" (off the scale: rank {', '.join(map(str, off))})" if off else ""
     return Figure(
         name="adapters",
         title=f"Trained and truncated adapters by rank{off_text}",
         alt=f"Held-out {metric} by LoRA rank. "
-        + " ".join(f"Rank {one.rank}, {one.how}: worse by {one.difference:.2g}." for one in adapters)
+        + " ".join(f"Rank {adapter.rank}, {adapter.how}: worse by {adapter.difference:.2g}." for adapter in adapters)
         + f" {answer.sentence}",
-        x=rank_axis([one.rank for one in adapters]),
+        x=rank_axis([adapter.rank for adapter in adapters]),
         y=metric_axis(metric, (min(ends) - room, max(ends) + room)),
         series=tuple(
             _adapter_series(how, adapters, reference, sign) for how in SERIES if any(a.how == how for a in adapters)
@@ -377,31 +377,39 @@ def figure_of(
         marks=(Mark(f"handed over: rank {chosen.rank}, {chosen.how}", chosen.rank, chosen.value),),
         columns=("rank", "how", "value", "difference", "lower bound", "upper bound", "holds"),
         rows=tuple(
-            (one.rank, one.how, one.value, one.difference, one.difference_low, one.difference_high, ENOUGH[one.holds])
-            for one in adapters
+            (
+                file.rank,
+                file.how,
+                file.value,
+                file.difference,
+                file.difference_low,
+                file.difference_high,
+                ENOUGH[file.holds],
+            )
+            for file in adapters
         ),
     )
 
 
 def _adapter_series(how: str, adapters: Sequence[AdapterCandidate], reference: float, sign: int) -> Series:
-    own = sorted((one for one in adapters if one.how == how), key=lambda one: one.rank)
-    ends = [sorted(reference + sign * end for end in _ends(one)) for one in own]
+    own = sorted((adapter for adapter in adapters if adapter.how == how), key=lambda adapter: adapter.rank)
+    ends = [sorted(reference + sign * end for end in _ends(adapter)) for adapter in own]
     label, tone = SERIES[how]
     return Series(
         label,
-        tuple(one.rank for one in own),
-        tuple(one.value for one in own),
-        tuple(min(one.value, low) for one, (low, _) in zip(own, ends, strict=True)),
-        tuple(max(one.value, high) for one, (_, high) in zip(own, ends, strict=True)),
+        tuple(adapter.rank for adapter in own),
+        tuple(adapter.value for adapter in own),
+        tuple(min(adapter.value, low) for adapter, (low, _) in zip(own, ends, strict=True)),
+        tuple(max(adapter.value, high) for adapter, (_, high) in zip(own, ends, strict=True)),
         dashed=how != "trained",
         tone=tone,
     )
 
 
-def _ends(one: AdapterCandidate) -> tuple[float, float]:
+def _ends(adapter: AdapterCandidate) -> tuple[float, float]:
     """The bounds of the difference; the difference itself where there are none."""
-    low = one.difference if one.difference_low is None else one.difference_low
-    return low, one.difference if one.difference_high is None else one.difference_high
+    low = adapter.difference if adapter.difference_low is None else adapter.difference_low
+    return low, adapter.difference if adapter.difference_high is None else adapter.difference_high
 
 
 def layer_figure(modules: Sequence[ModuleSpectrum]) -> Figure:

@@ -185,10 +185,10 @@ def page_script(script: str, data: Any) -> dict[str, str]:
 
     The data are JSON that is safe inside a script element, whatever its strings contain.
     """
-    found = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = json.dumps(_visible_in(data), ensure_ascii=True, allow_nan=False)
     safe = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return {"script": script, "script_hash": f"sha256-{found}", "page_data": safe}
+    return {"script": script, "script_hash": f"sha256-{digest}", "page_data": safe}
 
 
 def _visible_in(value: Any) -> Any:
@@ -326,7 +326,7 @@ def _not_tested(records: Records, decision: Decision | None) -> list[str]:
         )
     if decision is not None and _seeds(decision) < 2:
         limits.append("Seed noise: each rank has one seed.")
-    missing = sum(one.rank > 0 and not isinstance(one, TrialFinished) for one in records.outcomes)
+    missing = sum(outcome.rank > 0 and not isinstance(outcome, TrialFinished) for outcome in records.outcomes)
     if missing:
         limits.append(f"{quantity(missing, 'training')} without a result: they count neither for nor against a rank.")
     if not records.tests and records.started.fingerprint:  # of a table nothing is known

@@ -64,7 +64,7 @@ def svg_file(figure: Figure) -> str:
         *legend,
         "</svg>",
     ]
-    return re.sub(r"var\(--(\w+)\)", lambda found: COLOURS[found[1]], "\n".join(lines)) + "\n"
+    return re.sub(r"var\(--(\w+)\)", lambda variable: COLOURS[variable[1]], "\n".join(lines)) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def _ticks(axis: Axis, scale: _Scale) -> list[tuple[float, str]]:
         return [(tick, f"{tick:g}") for tick in shown if scale.low <= tick <= scale.high]
     rough = (scale.high - scale.low) / 5
     power = 10.0 ** floor(log10(rough))
-    step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda one: abs(one - rough))
+    step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda width: abs(width - rough))
     digits = max(0, -floor(log10(step) + 1e-9))
     count = range(ceil(scale.low / step - 1e-9), floor(scale.high / step + 1e-9) + 1)
     return [(n * step, f"{n * step:,.{digits}f}" if step < 1e5 else f"{n * step:g}") for n in count]

@@ -34,19 +34,19 @@ ENOUGH = {True: "yes", False: "no", None: "inconclusive"}  # by `RankEvidence.no
 def candidate_table(answer: AdapterAnswer, metric: str) -> list[list[str]]:
     """The candidates as text, a heading first: rank, how, value, difference from the reference, its bound, whether it holds."""
     heading = ["rank", "how", metric, "worse by", "95% bound", "holds"]
-    return [heading, *(_candidate_row(one, answer) for one in answer.candidates)]
+    return [heading, *(_candidate_row(candidate, answer) for candidate in answer.candidates)]
 
 
-def _candidate_row(one: AdapterCandidate, answer: AdapterAnswer) -> list[str]:
-    is_reference = one.trial_id == answer.reference_id
-    bound = "–" if one.difference_high is None else f"{one.difference_high:+.4f}"
+def _candidate_row(candidate: AdapterCandidate, answer: AdapterAnswer) -> list[str]:
+    is_reference = candidate.trial_id == answer.reference_id
+    bound = "–" if candidate.difference_high is None else f"{candidate.difference_high:+.4f}"
     return [
-        str(one.rank),
-        one.how,
-        f"{one.value:.4f}",
-        "reference" if is_reference else f"{one.difference:+.4f}",
+        str(candidate.rank),
+        candidate.how,
+        f"{candidate.value:.4f}",
+        "reference" if is_reference else f"{candidate.difference:+.4f}",
         "" if is_reference else bound,
-        ENOUGH[one.holds],
+        ENOUGH[candidate.holds],
     ]
 
 
@@ -110,10 +110,10 @@ def certainty_rows(decision: Decision) -> list[tuple[str, str]]:
         "it is; the comparison corrects for that."
     )
     compared = ""
-    if (found := decision.checkpoint) is not None:
-        picks = f". By values alone, the last evaluations pick rank {found.last}, the best ones rank {found.best}."
-        picks = "; by values alone, its last and its best pick the same rank." if found.last == found.best else picks
-        compared = f"Each training counts at its {found.used} evaluation{picks}"
+    if (note := decision.checkpoint) is not None:
+        picks = f". By values alone, the last evaluations pick rank {note.last}, the best ones rank {note.best}."
+        picks = "; by values alone, its last and its best pick the same rank." if note.last == note.best else picks
+        compared = f"Each training counts at its {note.used} evaluation{picks}"
     rows = [
         ("checkpoint", compared),
         ("basis", decision.basis_note or ""),

@@ -36,19 +36,19 @@ def decision_text(decision: Decision, understood: list[str], width: int, command
     return "\n".join([*read, "", *([curve] if curve else []), *evidence, "", *map(visible, labelled(rows, 9))])
 
 
-def preflight_text(found: Preflight) -> str:
+def preflight_text(asked: Preflight) -> str:
     """Everything, for a person."""
-    splits = ", ".join(f"{split.items:,} {name}" for name, split in found.splits.items())
-    given = "given splits" if found.splits_given else "split by content"
-    data = [f"data ({found.form}, {given}): {splits} examples", *(f"  {line}" for line in found.left_out)]
-    return "\n".join([*data, *preflight_lines(found), *found.notes, "nothing was written: this was a dry run"])
+    splits = ", ".join(f"{split.items:,} {name}" for name, split in asked.splits.items())
+    given = "given splits" if asked.splits_given else "split by content"
+    data = [f"data ({asked.form}, {given}): {splits} examples", *(f"  {line}" for line in asked.left_out)]
+    return "\n".join([*data, *preflight_lines(asked), *asked.notes, "nothing was written: this was a dry run"])
 
 
-def preflight_lines(found: Preflight) -> list[str]:
+def preflight_lines(asked: Preflight) -> list[str]:
     """Label tokens, memory and trainings, which a selection prints beside its plan."""
-    labels = ", ".join(f"{split.label_tokens:,} {name}" for name, split in found.splits.items())
-    longest = f"longest example: {found.longest} tokens of at most {found.seq_len}"
-    return [f"label tokens: {labels}; {longest}", _memory_line(found), _cost_line(found.cost)]
+    labels = ", ".join(f"{split.label_tokens:,} {name}" for name, split in asked.splits.items())
+    longest = f"longest example: {asked.longest} tokens of at most {asked.seq_len}"
+    return [f"label tokens: {labels}; {longest}", _memory_line(asked), _cost_line(asked.cost)]
 
 
 def _cost_line(cost: PreflightCost) -> str:
@@ -63,15 +63,15 @@ def _cost_line(cost: PreflightCost) -> str:
     )
 
 
-def _memory_line(found: Preflight) -> str:
+def _memory_line(asked: Preflight) -> str:
     """Ranks with their memory, and the budget."""
-    known = [(one, one.needed_bytes) for one in found.ranks if one.needed_bytes is not None]
+    known = [(row, row.needed_bytes) for row in asked.ranks if row.needed_bytes is not None]
     if not known:
-        return f"ranks: {', '.join(str(one.rank) for one in found.ranks)} (memory not planned for this architecture)"
+        return f"ranks: {', '.join(str(row.rank) for row in asked.ranks)} (memory not planned for this architecture)"
     shown = ", ".join(
-        f"{one.rank} ({size(needed)}{'' if one.fits is not False else ', does not fit'})" for one, needed in known
+        f"{row.rank} ({size(needed)}{'' if row.fits is not False else ', does not fit'})" for row, needed in known
     )
-    budget = "no budget given" if found.memory_bytes is None else f"{size(found.memory_bytes)} available"
+    budget = "no budget given" if asked.memory_bytes is None else f"{size(asked.memory_bytes)} available"
     return f"ranks and memory: {shown}; {budget}"
 
 

@@ -44,7 +44,7 @@ def arguments_of(name: str, row: Setting, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [row.option if value else row.option.replace("--", "--no-", 1)]
     if isinstance(value, tuple) and not row.split:
-        return [part for one in value for part in _pair(row.option, one)]
+        return [part for entry in value for part in _pair(row.option, entry)]
     if name == "budget_hours":
         return _pair(row.option, f"{Decimal(repr(value)):f}h")
     if name == "memory_bytes":

@@ -40,16 +40,16 @@ def settings_of_configs(peft_config: Any = None, args: Any = None) -> dict[str, 
     Raises:
         SettingsError: a value that a selection cannot honour; the message names it.
     """
-    found, unsaid = _stated(peft_config, args)
+    settings, unsaid = _stated(peft_config, args)
     if unsaid:
         raise SettingsError(unsaid[0].message)
-    return found
+    return settings
 
 
 def stated_settings(peft_config: Any, args: Any = None, **further: Any) -> tuple[dict[str, Any], list[str]]:
     """`(the settings that the two state, what no setting says)`, as JSON; `further` settings override theirs."""
-    found, refusals = _stated(peft_config, args)
-    values, unsaid = found | further, [refusal.value for refusal in refusals]
+    settings, refusals = _stated(peft_config, args)
+    values, unsaid = settings | further, [refusal.value for refusal in refusals]
     for name, value in list(values.items()):
         try:
             SelectSettings(**{name: value})
@@ -61,8 +61,8 @@ def stated_settings(peft_config: Any, args: Any = None, **further: Any) -> tuple
 def _stated(peft_config: Any, args: Any) -> tuple[dict[str, Any], list[_Refusal]]:
     stated = [] if peft_config is None else [*_of_adapter(peft_config)]
     stated += [] if args is None else [*_of_training(args)]
-    found = dict(one for one in stated if not isinstance(one, _Refusal))
-    return found, [one for one in stated if isinstance(one, _Refusal)]
+    settings = dict(statement for statement in stated if not isinstance(statement, _Refusal))
+    return settings, [statement for statement in stated if isinstance(statement, _Refusal)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -222,8 +222,8 @@ class AdapterAnswer(Record):
     @property
     def keeps_the_top(self) -> bool:
         """Whether even the largest truncation loses more than the margin, so that the top itself may be too small."""
-        lower = [one for one in self.candidates if one.how == "truncated" and one.rank < self.trained_rank]
-        largest = max(lower, key=lambda one: one.rank, default=None)
+        lower = [cut for cut in self.candidates if cut.how == "truncated" and cut.rank < self.trained_rank]
+        largest = max(lower, key=lambda cut: cut.rank, default=None)
         return self.rank == self.trained_rank and largest is not None and largest.difference > self.margin
 
 

@@ -127,7 +127,7 @@ _SECRET = re.compile(
 
 def without_secrets(text: str) -> str:
     """The text with `…` in place of what looks like a password, a key or a token."""
-    return _SECRET.sub(lambda found: f"{next(filter(None, found.groups()))}…", text)
+    return _SECRET.sub(lambda secret: f"{next(filter(None, secret.groups()))}…", text)
 
 
 def first_line(error: BaseException) -> str:

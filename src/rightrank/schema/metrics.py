@@ -78,8 +78,8 @@ def direction(name: str) -> bool | None:
     endings (`val_loss_epoch`) and lm-evaluation-harness' filter (`exact_match,strict-match`).
     """
     plain = re.sub(r"[\s_/\-.]+", "_", name.lower().partition(",")[0]).strip("_")
-    found = _NAME.fullmatch(plain)
-    known = found[1] if found else plain
+    matched = _NAME.fullmatch(plain)
+    known = matched[1] if matched else plain
     if known in LOWER_IS_BETTER:
         return False
     return True if known in HIGHER_IS_BETTER else None

@@ -71,13 +71,13 @@ def _require_columns(entries: tuple[str, ...]) -> tuple[str, ...]:
     return entries
 
 
-def _distinct(fits: Callable[[Any], bool], one: str, allowed: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _distinct(fits: Callable[[Any], bool], noun: str, allowed: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The list in order: at least one value, each allowed and given once."""
     wrong = next((value for value in values if not fits(value)), None)
     if wrong is not None:
-        raise ValueError(f"{one} {wrong:g} is not allowed: {one}s are {allowed}")
+        raise ValueError(f"{noun} {wrong:g} is not allowed: {noun}s are {allowed}")
     if not values or len(set(values)) != len(values):
-        raise ValueError(f"{one.replace(' ', '_')}s: got {list(values)}; give at least one, and each once")
+        raise ValueError(f"{noun.replace(' ', '_')}s: got {list(values)}; give at least one, and each once")
     return tuple(sorted(values))
 
 
@@ -607,9 +607,9 @@ def settings_of_identity(values: Mapping[str, Any], begun: Mapping[str, Any]) ->
     rows = SelectSettings.model_fields
     kept = {name: begun[name] for name in CONTINUABLE if name in begun}
     for name in ("model", "data", "validation"):
-        one, other = values.get(name), begun.get(name)
-        if isinstance(one, str) and isinstance(other, str) and Path(one).exists():
-            kept[name] = other if Path(one).resolve() == Path(other).resolve() else one
+        path, other = values.get(name), begun.get(name)
+        if isinstance(path, str) and isinstance(other, str) and Path(path).exists():
+            kept[name] = other if Path(path).resolve() == Path(other).resolve() else path
     return {name: value for name, value in {**values, **kept}.items() if name not in rows or rows[name].identity}
 
 

@@ -174,15 +174,15 @@ def _validated(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any
     try:
         written = {name: _read(kind, name, value) for name, value in values.items()}
         model = _model(kind).model_validate(written)
-        found = {name: getattr(model, name) for name in values}
-        for name, value in found.items():
+        checked = {name: getattr(model, name) for name in values}
+        for name, value in checked.items():
             for inner in value if isinstance(value, tuple) else (value,):
                 if isinstance(inner, int) and abs(inner) > MAX_WHOLE:
                     raise ValueError(
                         f"{name}: got {_QUOTED.repr(inner)}; whole numbers are at most 2**53 ({MAX_WHOLE})"
                     )
             check = kind.model_fields[name].check
-            found[name] = value if check is None else check(value)
+            checked[name] = value if check is None else check(value)
             require_no_secret(name, value)
     except ValidationError as error:
         first = error.errors()[0]
@@ -192,7 +192,7 @@ def _validated(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any
         raise SettingsError(f"{got}; {message[0].lower()}{message[1:]}") from None
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    return found
+    return checked
 
 
 def _read(kind: type[Settings], name: str, value: Any) -> Any:

@@ -13,7 +13,7 @@ from rightrank.search.history import Space
 from rightrank.search.protocol import Strategy
 from rightrank.search.upward import Upward
 
-STRATEGIES: dict[str, Callable[[Space], Strategy]] = {one.name: one for one in (Bracket, Grid, Upward)}
+STRATEGIES: dict[str, Callable[[Space], Strategy]] = {strategy.name: strategy for strategy in (Bracket, Grid, Upward)}
 
 
 def make_strategy(name: str, space: Space) -> Strategy:

@@ -200,7 +200,7 @@ def _recover(trials: Trials, parent: TrialFinished, plain: AdapterAnswer) -> Req
 def _holds(trials: Trials, parent: TrialFinished, rank: int) -> bool:
     """Whether any candidate of the rank holds against the reference."""
     answer = _current_answer(trials, parent)
-    return answer is not None and any(one.holds for one in answer.candidates if one.rank == rank)
+    return answer is not None and any(candidate.holds for candidate in answer.candidates if candidate.rank == rank)
 
 
 def _adapter_cost(space: Space) -> tuple[float, float, int]:
@@ -240,8 +240,8 @@ def _nearest_learning_rate(trials: Trials, rank: int, otherwise: float) -> float
     """The best learning rate of the nearest other rank that has one."""
     tried = [other for other in trials.ranks() if other != rank]
     nearest = min(tried, key=lambda other: max(other / rank, rank / other), default=None)
-    found = None if nearest is None else trials.best_learning_rate(nearest)
-    return otherwise if found is None else found
+    best = None if nearest is None else trials.best_learning_rate(nearest)
+    return otherwise if best is None else best
 
 
 def settle(trials: Trials) -> Requests:

@@ -187,10 +187,10 @@ class Trials:
         if not trials:
             return None
 
-        def is_surely_lower(one: float, other: float) -> bool:
-            return _excess_of(of_shared_seeds(trials[one], trials[other]), self.space).high < 0
+        def is_surely_lower(rate: float, other: float) -> bool:
+            return _excess_of(of_shared_seeds(trials[rate], trials[other]), self.space).high < 0
 
-        losses = {lr: {seed: oriented(t, self.space) for seed, t in found.items()} for lr, found in trials.items()}
+        losses = {lr: {seed: oriented(t, self.space) for seed, t in by_seed.items()} for lr, by_seed in trials.items()}
         return best_learning_rate(losses, is_surely_lower)
 
     def by_seed(self, rank: int, learning_rate: float) -> dict[int, TrialFinished]:
@@ -215,8 +215,8 @@ class Trials:
 
     def excess(self, rank: int, reference: int) -> Bounds:
         """How much worse `rank` is than `reference`, each at its best learning rate, over the seeds that both have."""
-        rates = [(one, self.best_learning_rate(one)) for one in (rank, reference)]
-        left, right = ({} if lr is None else self.by_seed(one, lr) for one, lr in rates)
+        rates = [(other, self.best_learning_rate(other)) for other in (rank, reference)]
+        left, right = ({} if lr is None else self.by_seed(other, lr) for other, lr in rates)
         pairs = of_shared_seeds(left, right)
         return _excess_of(pairs, self.space) if pairs else Bounds(math.inf, math.inf, math.inf)
 
@@ -243,8 +243,8 @@ def oriented(outcome: TrialFinished, space: Space) -> float:
 def _excess_of(pairs: Iterable[tuple[TrialFinished, TrialFinished]], space: Space) -> Bounds:
     """The mean difference of paired outcomes and its bounds over examples and pairs; the mean alone without scores by example."""
     pairs = list(pairs)
-    mean, found = _difference(pairs, space), _over_examples(pairs, space)
-    return Bounds(mean, mean, mean) if found is None else bounds_of(replace(found, mean=mean))
+    mean, spread = _difference(pairs, space), _over_examples(pairs, space)
+    return Bounds(mean, mean, mean) if spread is None else bounds_of(replace(spread, mean=mean))
 
 
 def is_likely_within(
@@ -254,11 +254,11 @@ def is_likely_within(
 
     Without enough examples there is no probability: then whether the difference itself is.
     """
-    mean, found = _difference([pair], space), _over_examples([pair], space)
-    if found is None or found.examples < MIN_EXAMPLES or not found.examples_variance:
+    mean, spread = _difference([pair], space), _over_examples([pair], space)
+    if spread is None or spread.examples < MIN_EXAMPLES or not spread.examples_variance:
         return is_within(mean, margin)
     examples = len((pair[0].items(space.metric) or [()])[0])
-    variance = NOISE.ratio(1, examples) * found.examples_variance * examples
+    variance = NOISE.ratio(1, examples) * spread.examples_variance * examples
     return probability_within(mean, variance, NOISE_DEGREES, margin) >= probability
 
 

@@ -68,9 +68,9 @@ class Upward(Strategy):
             values = [oriented(trial, space) for trial in trials.by_seed(rank, learning_rate).values()]
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         if deviation == 0:
-            found = "with the same result" if len(values) > 1 else "with a result"
+            ended = "with the same result" if len(values) > 1 else "with a result"
             trials.notes.append(
-                f"Seed noise: not measured at rank {rank} ({len(values)} seed{'s' * (len(values) != 1)} {found}); "
+                f"Seed noise: not measured at rank {rank} ({len(values)} seed{'s' * (len(values) != 1)} {ended}); "
                 "seeds=(0, 1, 2) or more measure it."
             )
             return space.seeds
