@@ -44,7 +44,7 @@ def search(curve: GridCurve, seed: int) -> Searched:
         rank: {lr: {seed: by_seed[seed]} for lr, by_seed in by_lr.items() if seed in by_seed}
         for rank, by_lr in curve.cells.items()
     }
-    alone = replace(curve, cells=cells, truncated={}, recovered={})
+    alone = replace(curve, cells=cells, truncated={})
     strategy = STRATEGIES["bracket"](space_of_grid(alone, margin=0.005, goal="adapter"))
     runner, outcomes, steps = TableRunner(alone), list[TrialOutcome](), 0
     finished: dict[str, TrialFinished] = {}

@@ -27,7 +27,6 @@ from benchmarks.selection.real_training import (
     cuts_of,
     open_workshop,
     place,
-    recoveries_of,
     stages,
     store,
     test_grids,
@@ -64,7 +63,7 @@ GRIDS: dict[str, dict[str, object]] = {
 
 
 def train_seed(shop: Workshop, seed: int) -> None:
-    """Every rank and learning rate, stage by stage; then truncations and recovered ones of the top rank."""
+    """Every rank and learning rate, stage by stage; then truncations of the top rank."""
     settings, steps = shop.settings, shop.settings.max_steps
     assert steps is not None
     latest = {
@@ -91,7 +90,6 @@ def train_seed(shop: Workshop, seed: int) -> None:
             run_all(shop, [annealed(outcome, steps) for outcome in done])
     tops = [outcome for outcome in done if outcome.rank == max(settings.ranks)]
     run_all(shop, [arm for parent in tops for arm in cuts_of(shop, parent)])
-    run_all(shop, [arm for parent in tops for arm in recoveries_of(shop, parent)])
 
 
 def annealed(look: TrialFinished, steps: int) -> Arm:

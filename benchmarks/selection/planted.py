@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rightrank.search.history import RECOVERY_LR_FACTOR, RECOVERY_PART
 from rightrank.search.learning_rates import ANNEAL, LOOK
 
 Tensor = torch.Tensor
@@ -318,14 +317,6 @@ def annealed_values(copy: Training, first: int, steps: int, factor: float) -> li
     return copy.values()
 
 
-def recovered(data: Data, students: Students, start: Adapters, first: int, steps: int) -> Adapters:
-    """Truncated students after further steps on batches that no training saw."""
-    training = Training(data, students, start)
-    for step in range(steps):
-        training.step(first + step, min(1.0, (step + 1) / (0.05 * steps)) * (1 - step / steps))
-    return training.detached()
-
-
 def scale_of(students: Students) -> Tensor:
     """alpha/r of each student, [M, 1, 1]."""
     return torch.tensor([ALPHA / rank for rank in students.ranks])[:, None, None]
@@ -392,18 +383,12 @@ def mean_over_seeds(grid: dict[str, Any]) -> dict[str, Any]:
 
 
 def curve(teacher: Teacher) -> dict[str, Any]:
-    """The whole grid of a teacher, with what cheaper methods would see of it.
-
-    A teacher of few sequences has no unseen ones, so its truncations are not recovered.
-    """
+    """The whole grid of a teacher, with what cheaper methods would see of it."""
     begun = time.perf_counter()
     data, students = Data(teacher), all_students()
     adapters, looks = train(data, students, initial(students), teacher.steps)
     cut, pairs, energies = truncations(adapters, students)
     kinds = {"trained": (students, adapters), "truncated": (cut, pairs)}
-    if teacher.labels != "few":
-        gentle = Students(cut.ranks, [rate * RECOVERY_LR_FACTOR for rate in cut.rates], cut.seeds)
-        kinds["recovered"] = cut, recovered(data, gentle, pairs, teacher.steps, round(RECOVERY_PART * teacher.steps))
     grids = {
         split: {
             kind: nested(who, data.evaluate(deltas(them, scale_of(who)), split)) for kind, (who, them) in kinds.items()
@@ -427,8 +412,6 @@ def curve(teacher: Teacher) -> dict[str, Any]:
         "averaged": {f"{LOOK:g}": nested(students, looks.averaged)},
         "annealed": {f"{LOOK:g}": nested(students, looks.annealed)},
         "truncation_grid": validation["truncated"],
-        "recovery_grid": validation.get("recovered", {}),
-        "recovery_part": RECOVERY_PART,
         "test_grids": grids["test"],
         "energy": {
             f"{students.rates[top]:g}": {

@@ -7,7 +7,7 @@ NAME is one of `GRIDS`. Its horizon and seeds can be changed, and new seeds join
 constant from the first step, a training stopped at half is a whole training of half the steps, so that one grid gives two
 curves, one for each horizon. A curve has values at an eighth, a quarter and half, example losses, and the truncations of the
 top rank's adapters. Where the horizon is the whole training, it also has what the search for the learning rate measures at an
-eighth (running means and annealed copies), recovered truncations of low rank, and values on the test split, which chose nothing.
+eighth (running means and annealed copies), and values on the test split, which chose nothing.
 FOLDER keeps finished trainings and readings, and the same command resumes. Incomplete seeds are left out.
 """
 
@@ -41,7 +41,7 @@ from rightrank.schema.trials import (
     content_hash,
     trial_id,
 )
-from rightrank.search.bracket import MAX_RECOVERED_RANK, outside_in, truncation
+from rightrank.search.bracket import outside_in
 from rightrank.search.history import Space, base_arm, space_of
 from rightrank.search.learning_rates import ANNEAL, LOOK
 from rightrank.train.checkpoints import load_checkpoint
@@ -59,8 +59,6 @@ SEEDED = (  # parts of a curve that have a value for every seed
     "annealed",
     "truncation_grid",
     "truncation_items",
-    "recovery_grid",
-    "recovery_items",
     "item_losses",
     "test_grids",
     "test_items",
@@ -169,7 +167,7 @@ def train_grid(shop: Workshop) -> None:
                 staged = train_in_stages(shop, rank, rate, seed)
                 if rank == max(settings.ranks):
                     for parent in staged.values():
-                        for cut in [*cuts_of(shop, parent), *recoveries_of(shop, parent)]:
+                        for cut in cuts_of(shop, parent):
                             shop.run(cut)
 
 
@@ -220,14 +218,6 @@ def cuts_of(shop: Workshop, parent: TrialFinished) -> Iterator[Arm]:
             )
 
 
-def recoveries_of(shop: Workshop, parent: TrialFinished) -> list[Arm]:
-    """The adapter of a whole training, as it is and truncated to low ranks, with the extra steps that a selection takes."""
-    if not parent.arm.is_direct or not shop.space.recovery_steps:
-        return []
-    low = [rank for rank in shop.settings.ranks if rank <= MAX_RECOVERED_RANK and rank < parent.rank]
-    return [truncation(shop.space, parent, rank, recovers=True) for rank in (parent.rank, *low)]
-
-
 def test_grids(shop: Workshop, seeds: set[int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of every trained and truncated adapter of a whole training: values on the test split, and those of its examples.
 
@@ -236,7 +226,7 @@ def test_grids(shop: Workshop, seeds: set[int]) -> tuple[dict[str, Any], dict[st
     kept = shop.folder.path / "tests.json"
     known: dict[str, list[Any]] = json.loads(kept.read_text()) if kept.exists() else {}
     learning_rates = {o.trial_id: o.learning_rate for o in shop.outcomes.values() if isinstance(o, TrialFinished)}
-    values: dict[str, Any] = {"trained": {}, "truncated": {}, "recovered": {}}
+    values: dict[str, Any] = {"trained": {}, "truncated": {}}
     items: dict[str, Any] = {kind: {} for kind in values}
     for outcome in shop.outcomes.values():
         if not isinstance(outcome, TrialFinished) or outcome.rank == 0 or outcome.stop_at is not None:
@@ -251,7 +241,7 @@ def test_grids(shop: Workshop, seeds: set[int]) -> tuple[dict[str, Any], dict[st
             scores = found.by_example.get(name, found.losses)
             known[identity] = [round(found.metrics[name], DIGITS), [round(score, 3) for score in scores]]
             kept.write_text(json.dumps(known))
-        kind = "trained" if parent is None else "recovered" if outcome.steps else "truncated"
+        kind = "trained" if parent is None else "truncated"
         learning_rate = outcome.learning_rate if parent is None else learning_rates[parent]
         value, scores = known[identity]
         place(values[kind], outcome.rank, learning_rate, outcome.seed, value)
@@ -289,10 +279,7 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
         (o for o in trained if (o.stop_at or o.steps) == wanted), key=lambda o: (o.rank, o.learning_rate, o.seed)
     )
     parents = {o.trial_id: o for o in whole}
-    cuts = {
-        kind: [o for o in finished if o.truncate_from in parents and bool(o.steps) == recovers]
-        for kind, recovers in (("truncation", False), ("recovery", True))
-    }
+    cuts = [o for o in finished if o.truncate_from in parents]
     tops = [o for o in whole if o.rank == max(shop.settings.ranks)]
 
     def at(part: float) -> list[TrialFinished]:
@@ -345,11 +332,8 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
         else {f"{part:g}": grid_of(at(part), loss_of) for part in (*shop.checkpoints, 1.0)},
         "averaged": {f"{LOOK:g}": averaged} if averaged else {},
         "annealed": {f"{LOOK:g}": annealed} if annealed else {},
-        "truncation_grid": grid_of([*cuts["truncation"], *tops], value_of),
-        "truncation_items": grid_of(cuts["truncation"], scores_of),
-        "recovery_grid": grid_of(cuts["recovery"], value_of),
-        "recovery_items": grid_of(cuts["recovery"], scores_of),
-        "recovery_part": round(shop.space.recovery_steps / steps, 3),
+        "truncation_grid": grid_of([*cuts, *tops], value_of),
+        "truncation_items": grid_of(cuts, scores_of),
         "item_losses": grid_of(whole, scores_of),
         "seconds": round(sum(o.train_seconds + o.eval_seconds for o in whole), 1),
     }

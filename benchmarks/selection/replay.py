@@ -72,14 +72,14 @@ def judge(curve: GridCurve, margin: float, pick: int | None, learning_rate: floa
 
 
 def judge_adapter(curve: GridCurve, margin: float, done: Replayed) -> Judged:
-    """Compare the adapter handed over with all adapters of the same seed: trained, truncated and recovered.
+    """Compare the adapter handed over with all adapters of the same seed: trained and truncated.
 
     Truth is the smallest rank at which any of them is within the margin of the best. Values are those of the test split
     where the grid has them, which chose nothing.
     """
     assert done.adapter is not None
     seed, sign = curve.seeds[0], -1 if curve.higher_is_better else 1
-    grids = curve.tests or {"trained": curve.cells, "truncated": curve.truncated, "recovered": curve.recovered}
+    grids = curve.tests or {"trained": curve.cells, "truncated": curve.truncated}
     known = {
         (kind, rank, learning_rate): sign * by_seed[seed]
         for kind, grid in grids.items()
@@ -92,7 +92,7 @@ def judge_adapter(curve: GridCurve, margin: float, done: Replayed) -> Judged:
     pick = done.adapter.rank
     ranks = sorted({rank for _, rank, _ in known})
     found = known.get((done.adapter.how, pick, done.parent_learning_rate))
-    reference = known.get((done.adapter.reference_how, done.adapter.trained_rank, done.parent_learning_rate))
+    reference = known.get(("trained", done.adapter.trained_rank, done.parent_learning_rate))
     regret = 0.0 if found is None else max(0.0, found - best - margin)
     worse = 0.0 if found is None or reference is None else found - reference
     return Judged(

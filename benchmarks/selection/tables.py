@@ -40,18 +40,13 @@ class GridCurve:
     metric: str = "loss"
     base: float | None = None
     base_loss: float | None = None  # where the metric is another
-    truncated: SeedGrid = field(default_factory=dict)  # rank → the top's learning rate → seed, without recovery
-    recovered: SeedGrid = field(default_factory=dict)  # the same with recovery steps
-    recovery_part: float = 0.0  # of a training
+    truncated: SeedGrid = field(default_factory=dict)  # rank → the top's learning rate → seed
     averaged: Mapping[float, SeedGrid] = field(default_factory=dict)  # part of a training → losses of the running mean
     annealed: Mapping[float, SeedGrid] = field(default_factory=dict)  # part → losses of copies annealed from there
     truncated_items: Items = field(
         default_factory=dict
     )  # summed example losses of truncations, by rank, top's learning rate, seed
-    recovered_items: Items = field(default_factory=dict)
-    tests: Mapping[str, SeedGrid] = field(
-        default_factory=dict
-    )  # trained, truncated, recovered → values on the test split
+    tests: Mapping[str, SeedGrid] = field(default_factory=dict)  # trained, truncated → values on the test split
     checkpoints: Mapping[float, SeedGrid] = field(default_factory=dict)  # part of a training → values then
     losses: Mapping[float, SeedGrid] = field(default_factory=dict)  # the same, losses where the metric is another
     items: Items = field(default_factory=dict)  # summed example losses, or example scores of another metric
@@ -114,7 +109,6 @@ def each_seed_first(curve: GridCurve) -> list[GridCurve]:
             name=f"{curve.name}, seed {curve.seeds[by]} first",
             cells=grid(curve.cells),
             truncated=grid(curve.truncated),
-            recovered=grid(curve.recovered),
             averaged=grids(curve.averaged),
             annealed=grids(curve.annealed),
             checkpoints=grids(curve.checkpoints),
@@ -122,7 +116,6 @@ def each_seed_first(curve: GridCurve) -> list[GridCurve]:
             tests={kind: grid(cells) for kind, cells in curve.tests.items()},
             items=items(curve.items),
             truncated_items=items(curve.truncated_items),
-            recovered_items=items(curve.recovered_items),
         )
 
     return [turned(by) for by in range(count)]
@@ -163,14 +156,11 @@ def _curve(entry: Mapping[str, Any]) -> GridCurve:
         base_loss=entry.get("base_loss"),
         base=entry.get("base") if isinstance(entry.get("base"), int | float) else None,
         truncated=_seed_grid(entry.get("truncation_grid", {})),
-        recovered=_seed_grid(entry.get("recovery_grid", {})),
-        recovery_part=float(entry.get("recovery_part", 0.0)),
         checkpoints={float(part): _seed_grid(grid) for part, grid in entry.get("checkpoints", {}).items()},
         losses={float(part): _seed_grid(grid) for part, grid in entry.get("losses", {}).items()},
         averaged={float(part): _seed_grid(grid) for part, grid in entry.get("averaged", {}).items()},
         annealed={float(part): _seed_grid(grid) for part, grid in entry.get("annealed", {}).items()},
         truncated_items=_items(entry.get("truncation_items", {})),
-        recovered_items=_items(entry.get("recovery_items", {})),
         tests={kind: _seed_grid(grid) for kind, grid in entry.get("test_grids", {}).items()},
         items=_items(entry.get("item_losses", {})),
         item_tokens=list(entry.get("item_tokens", [])),
@@ -298,7 +288,7 @@ class TableRunner:
             return curve.base
         key = self._key(arm)
         if arm.truncate_from is not None:
-            return _cell(curve.truncated if arm.steps == 0 else curve.recovered, key)
+            return _cell(curve.truncated, key)
         if arm.anneal_from is not None:
             return _cell(curve.annealed.get(arm.anneal_from / arm.steps, {}), key)
         if arm.stop_at is not None:
@@ -306,15 +296,15 @@ class TableRunner:
         return _cell(curve.cells, key)
 
     def _key(self, arm: Arm) -> tuple[int, float, int]:
-        """The cell of an arm. A recovered truncation has a learning rate of its own, and the cell of its parent's."""
+        """The cell of an arm."""
         parent = None if arm.truncate_from is None else self._arms[arm.truncate_from]
         return arm.rank, (parent or arm).learning_rate, arm.seed
 
     def _items(self, arm: Arm) -> list[float]:
         if arm.stop_at is not None:
             return []
-        grids = {None: self._curve.items, False: self._curve.truncated_items, True: self._curve.recovered_items}
-        return grids[None if arm.truncate_from is None else arm.steps > 0].get(self._key(arm), [])
+        grid = self._curve.items if arm.truncate_from is None else self._curve.truncated_items
+        return grid.get(self._key(arm), [])
 
     def _loss(self, arm: Arm) -> float | None:
         """The loss of a training where the metric is another."""
@@ -353,7 +343,6 @@ def space_of_grid(
         metric=curve.metric,
         kind="loss" if curve.metric == "loss" else metric_kind(curve.metric, curve.higher_is_better),
         truncates=bool(curve.truncated),
-        recovery_steps=round(curve.recovery_part * REPLAY_STEPS) if curve.recovered else 0,
         trusts_values=not curve.truncated_items,
         higher_is_better=curve.higher_is_better,
         budget_steps=None if budget is None else budget * REPLAY_STEPS,

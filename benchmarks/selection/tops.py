@@ -60,7 +60,7 @@ def train(shop: Workshop) -> list[TrialFinished]:
 
 def cut(shop: Workshop, parent: TrialFinished) -> list[TrialFinished]:
     """The parent's truncations to every power of two below."""
-    arms = [truncation(shop.space, parent, rank) for rank in shop.space.truncated_ranks if rank < parent.rank]
+    arms = [truncation(parent, rank) for rank in shop.space.truncated_ranks if rank < parent.rank]
     run_all(shop, arms)
     return [outcome for arm in arms if isinstance(outcome := shop.outcomes[arm], TrialFinished)]
 

@@ -4,7 +4,8 @@
 
 Three tasks choose a way of cutting to each rank among `VARIANTS`; the others are trained afterwards with it alone and judge it once.
 Every task has two or three seeds, and for each: direct trainings at ranks 1, 4 and 16 and learning rates `RATES`, the top at the same rates,
-the top at its best rate cut inside the training and at its end, and the cut at the end with recovery. The best rate of a rank is that of the mean
+the top at its best rate cut inside the training and at its end. Stored results also have the cut at the end
+with recovery (`recovered`: a tenth of the steps more, on unseen examples), which the engine no longer offers. The best rate of a rank is that of the mean
 over seeds on `CHOOSING` validation examples; the others (2,000 where there are so many) are what is reported, and their losses stand in
 an `.npz` beside the task's JSON file, in thousandths ([rows, examples], int16). All arms of a stage share passes over the base. FOLDER keeps finished
 trainings, and the same command resumes. `choice.json` is written when the first half is whole, before the second begins.
@@ -30,13 +31,11 @@ from benchmarks.selection.wide_grids import speed_up
 from benchmarks.squeeze.table import Row, best_rates, choose
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Cut, TrialFinished, trial_id
-from rightrank.search.bracket import RECOVERY_LR_FACTOR
 from rightrank.search.history import base_arm
 
 TOP, RANKS, SEEDS = 64, (1, 4, 16), (0, 1, 2)
 CHOOSING = 500  # of the validation examples
 
-RECOVERY = 0.1  # of the steps
 COMMON: dict[str, Any] = {"ranks": (*RANKS, TOP), "seeds": SEEDS, "eval_points": 1, "device": "cpu", "eval_batch_size": 64, "max_steps": 300,
                           "seq_len": 24, "adapters_per_pass": 12, "test_fraction": 0.01, "eval_items": 2500}  # fmt: skip
 OF_12000, OF_8000 = {"validation_fraction": 0.21}, {"validation_fraction": 0.315}
@@ -204,12 +203,9 @@ class Study:
         return found
 
     def ends(self, top: Arm) -> list[tuple[str, Arm]]:
-        """The whole top cut at its end, and recovered on examples that follow."""
-        fields = {"truncate_from": self.identity(top)}
-        steps, rate = round(RECOVERY * self.steps), top.learning_rate * RECOVERY_LR_FACTOR
-        cuts = [("end", self.arm(rank, top.learning_rate, top.seed, steps=0, **fields)) for rank in RANKS]
-        recovered = [("recovered", self.arm(rank, rate, top.seed, steps=steps, **fields)) for rank in (*RANKS, TOP)]
-        return [*cuts, *recovered]
+        """The whole top cut at its end."""
+        fields = {"truncate_from": self.identity(top), "steps": 0}
+        return [("end", self.arm(rank, top.learning_rate, top.seed, **fields)) for rank in RANKS]
 
     def store(self, out: Path, seconds: float) -> None:
         out.mkdir(parents=True, exist_ok=True)

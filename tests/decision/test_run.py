@@ -327,8 +327,7 @@ def test_every_adapter_of_a_run_is_compared_with_the_reference_of_its_last_answe
     records = answered_run(direct=[4])
     found = compared(records)
     assert [(one.rank, one.how) for one in found] == [
-        (64, "recovered"), (64, "trained"), (32, "truncated"), (16, "truncated"), (8, "recovered"), (8, "truncated"),
-        (4, "trained"), (4, "truncated"),
+        (64, "trained"), (32, "truncated"), (16, "truncated"), (8, "truncated"), (4, "trained"), (4, "truncated"),
     ]  # fmt: skip
     assert [one.difference for one in found if one.trial_id == records.adapters[-1].answer.reference_id] == [0.0]
     assert compared(made_up_run()) == []
@@ -340,9 +339,9 @@ def test_the_cost_of_a_run_is_counted_in_whole_trainings() -> None:
     one, four = records.finished()[1:]
     stopped = altered(one, trial_id="stopped", stop_at=10)
     resumed = altered(one, trial_id="resumed", stop_at=30, continue_from="stopped")
-    recovered = altered(four, trial_id="recovered", truncate_from=four.trial_id, steps=400)
-    records.outcomes += [stopped, resumed, recovered]
-    assert trainings(records) == pytest.approx(2 + 0.25 + 0.5 + 10)
+    truncated = altered(four, trial_id="truncated", truncate_from=four.trial_id, steps=0)
+    records.outcomes += [stopped, resumed, truncated]
+    assert trainings(records) == pytest.approx(2 + 0.25 + 0.5)
     third = altered(one, trial_id="third", stop_at=None, steps=13)
     assert trainings(Records.of(records.started, [altered(four, steps=30), third])) == 1.433
     # A custom trainer may not tell its steps; then each training counts as one.

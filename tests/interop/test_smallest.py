@@ -626,8 +626,8 @@ def test_the_training_says_that_the_top_is_too_small_or_overfits() -> None:
 
     def answer(high: float) -> AdapterAnswer:
         return AdapterAnswer(
-            rank=16, how="trained", trial_id="r16", trained_rank=16, trained_id="r16", reference_id="r16", reference_how="trained",
-            extra_steps_difference=None, difference=0.0, difference_high=0.0, margin=0.005, sentence="",
+            rank=16, how="trained", trial_id="r16", trained_rank=16, trained_id="r16", reference_id="r16",
+            difference=0.0, difference_high=0.0, margin=0.005, sentence="",
             candidates=[candidate(16, 0.0), candidate(8, high)],
         )  # fmt: skip
 

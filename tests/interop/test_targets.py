@@ -18,9 +18,11 @@ import yaml
 from huggingface_hub import ModelCard
 
 from rightrank import Selected, export, inspect, select_rank, write_report
+from rightrank.decision.run import records_of
 from rightrank.interop.exports import TARGETS, write_export
 from rightrank.interop.recipe import Recipe, recipe_of
 from rightrank.models.ranks import SERVER_RANKS, max_module_rank
+from rightrank.report.html import model_card
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
 from rightrank.schema.events import RunStarted
@@ -192,7 +194,7 @@ def test_with_goal_adapter_servers_get_the_small_adapter(truncated: Selected) ->
 def test_trainers_get_the_training_that_a_smaller_adapter_comes_from(truncated: Selected) -> None:
     values = yaml.safe_load((written(truncated, "axolotl") / "axolotl.yaml").read_text())
     assert (values["lora_r"], values["lora_alpha"], values["max_steps"]) == (4, 32, 20)
-    assert values["learning_rate"] == 1e-2  # of the training, not of its recovery
+    assert values["learning_rate"] == 1e-2
     values = yaml.safe_load((written(truncated, "trl") / "trl_sft.yaml").read_text())
     assert (values["lora_r"], values["use_rslora"], values["max_steps"]) == (4, True, 20)
 
@@ -216,16 +218,8 @@ def test_files_say_how_to_make_a_smaller_adapter_again(truncated: Selected, comp
     assert files
 
 
-def test_recovery_is_part_of_how_it_is_made(recipe: Recipe) -> None:
-    making = replace(
-        recipe.making, rank=2, trained_rank=4, truncation="K-FAC", recovery_steps=6, recovery_learning_rate=1e-3
-    )
-    (made,) = replace(recipe, making=making).comments()
-    assert made.endswith("truncated to rank 2 by K-FAC, 6 steps of recovery on unseen examples (learning rate 0.001).")
-
-
 def test_a_trained_adapter_has_no_such_line(recipe: Recipe, tmp_path: Path) -> None:
-    making = replace(recipe.making, rank=recipe.r, trained_rank=recipe.r, truncation=None, recovery_steps=0)
+    making = replace(recipe.making, rank=recipe.r, trained_rank=recipe.r, truncation=None)
     trained = replace(recipe, making=making)
     assert trained.comments() == []
     assert trained.training() == trained
@@ -298,12 +292,17 @@ def test_a_new_folder_is_made_with_its_parents(selected: Selected, tmp_path: Pat
     assert (exported.folder / "adapter_config.json").exists()
 
 
-def test_the_card_names_the_base(selected: Selected, model_folder: Path) -> None:
+def test_the_card_names_a_base_of_the_hub(selected: Selected) -> None:
+    """The hub refuses a card whose base is a folder."""
     assert selected.adapter is not None
-    card = ModelCard.load(selected.adapter.path / "README.md")  # the hub's own reader
-    values = card.data.to_dict()
-    assert values["library_name"] == "peft"
-    assert values["base_model"] == str(model_folder)
+    file = selected.adapter.path / "README.md"
+    values = ModelCard.load(file).data.to_dict()  # the hub's own reader
+    assert (values["library_name"], "base_model" in values) == ("peft", False)
+    records = records_of(RunFolder(selected.run).journal.read(), "the run")
+    settings = records.started.settings | {"model": "someone/a-model"}
+    records.started = records.started.model_copy(update={"settings": settings})
+    card = ModelCard(model_card(records, selected.decided))
+    assert card.data.to_dict()["base_model"] == "someone/a-model"
 
 
 def test_the_plot_goes_where_the_card_goes(selected: Selected) -> None:

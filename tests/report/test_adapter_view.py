@@ -33,16 +33,15 @@ def figure(records: Records) -> Figure:
     return found
 
 
-def test_the_figure_has_trained_truncated_and_recovered_adapters_by_rank() -> None:
+def test_the_figure_has_trained_and_truncated_adapters_by_rank() -> None:
     found = figure(answered_run(direct=(4, 16)))
     assert {series.label: series.x for series in found.series} == {
         "trained at that rank": (4, 16, 64),
         "truncated from the top rank": (4, 8, 16, 32),
-        "with steps of recovery": (8, 64),
     }
-    assert [(row[0], row[1]) for row in found.rows[:2]] == [(64, "recovered"), (64, "trained")]
+    assert [(row[0], row[1]) for row in found.rows[:2]] == [(64, "trained"), (32, "truncated")]
     (mark,) = found.marks
-    assert (mark.x, mark.label) == (8, "handed over: rank 8, recovered")
+    assert (mark.x, mark.label) == (8, "handed over: rank 8, truncated")
 
 
 def test_an_adapter_holds_where_its_whisker_ends_inside_the_band() -> None:
@@ -54,7 +53,7 @@ def test_an_adapter_holds_where_its_whisker_ends_inside_the_band() -> None:
         for series in found.series
         for rank, end in zip(series.x, series.high, strict=True)
     }
-    holds = {(one.rank, "with" if one.how == "recovered" else one.how): one.holds for one in compared(records)}
+    holds = {(one.rank, one.how): one.holds for one in compared(records)}
     assert inside == holds
     assert set(inside.values()) == {True, False}
 
@@ -62,7 +61,7 @@ def test_an_adapter_holds_where_its_whisker_ends_inside_the_band() -> None:
 def test_whiskers_are_the_paired_bounds_of_the_difference() -> None:
     records = answered_run()
     values = {(one.rank, one.how): one for one in compared(records)}
-    one, reference = values[16, "truncated"], values[64, "recovered"]
+    one, reference = values[16, "truncated"], values[64, "trained"]
     assert one.difference_low is not None
     assert one.difference_high is not None
     assert one.difference_low < one.difference < one.difference_high
@@ -98,16 +97,14 @@ def test_how_the_adapter_was_made() -> None:
     records = answered_run()
     trial = next(t for t in records.finished() if t.trial_id == records.adapters[-1].answer.trial_id)
     assert making_of(trial, records.finished()).sentence() == (
-        "trained at rank 64 (learning rate 0.003, 40 steps), truncated to rank 8 by K-FAC, "
-        "4 steps of recovery on unseen examples (learning rate 0.0003)"
+        "trained at rank 64 (learning rate 0.003, 40 steps), truncated to rank 8 by K-FAC"
     )
     top = next(t for t in records.finished() if t.rank == 64)
     assert making_of(top, records.finished()).sentence() == "trained at rank 64 (learning rate 0.003, 40 steps)"
 
 
-def test_a_recovery_step_costs_and_a_truncation_does_not() -> None:
-    # 40 steps, and twice 4 of recovery
-    assert cost_sentence(answered_run()).startswith("1.2 trainings, 4 truncations, ")
+def test_a_truncation_costs_no_training() -> None:
+    assert cost_sentence(answered_run()).startswith("1 training, 4 truncations, ")
 
 
 def test_between_the_answers_the_report_has_the_first() -> None:
@@ -115,7 +112,7 @@ def test_between_the_answers_the_report_has_the_first() -> None:
     text = Elements(render_report(records, answers(records, None, "training-rank"))).text
     assert "Adapter: rank 8 · Training rank: not known yet" in text
     assert f"Adapter: {records.adapters[-1].answer.sentence}" in text
-    assert "Training rank: 1.2 trainings so far. A comparison needs two ranks with a result." in text
+    assert "Training rank: 1 training so far. A comparison needs two ranks with a result." in text
     assert "It was trained at rank 64" in text
     assert "On the test split, read once, it differs from the reference by +0.0012 (95% upper bound +0.0031)." in text
 
@@ -154,13 +151,13 @@ def test_the_report_of_the_folder_alone_knows_the_goal(tmp_path: Path) -> None:
 
 def test_status_has_both_answers(tmp_path: Path) -> None:
     found = status(answered_folder(tmp_path / "first"))
-    assert (found.state, found.rank, found.trainings) == ("stopped", None, 1.2)
+    assert (found.state, found.rank, found.trainings) == ("stopped", None, 1.0)
     assert found.answer == "Adapter: rank 8 · Training rank: not known yet"
     assert found.truncated_curve == sorted(found.truncated_curve)
     assert [rank for rank, _ in found.curve] == [64]
     assert status(answered_folder(tmp_path / "adapter", "adapter")).state == "done"
     shown = CliRunner().invoke(cli, ["status", str(tmp_path / "adapter")])
-    assert "done, 1.2 trainings\n" in shown.output
+    assert "done, 1 training\n" in shown.output
     assert "answer: Adapter: rank 8\n" in shown.output
     assert "● trained, ○ truncated" in shown.output
 

@@ -32,8 +32,7 @@ SPACES = {
     "powers of two": {"ranks": (1, 2, 4, 8, 16, 32, 64)},
     "relative margin": {"margin": None},
     "no base": {"evaluates_base": False},
-    "recovery": {"recovery_steps": 10, "trusts_values": True},
-    "the adapter alone": {"goal": "adapter", "recovery_steps": 10, "trusts_values": True},
+    "the adapter alone": {"goal": "adapter", "trusts_values": True},
 }
 
 

@@ -366,7 +366,7 @@ def test_the_example_in_the_protocol_keeps_the_rules() -> None:
 
 
 def test_the_first_question_is_answered_before_the_second() -> None:
-    space = make_space(recovery_steps=10, trusts_values=True)
+    space = make_space(trusts_values=True)
     strategy, world = STRATEGIES["bracket"](space), World(gain=0.02)
     known: list[Any] = []
     answered_after = None
@@ -378,18 +378,13 @@ def test_the_first_question_is_answered_before_the_second() -> None:
     assert answered_after is not None
     assert answered_after.truncate_from is not None
     # The truncated rank r loses .02·1.3·r^-.57 - .02·64^-.57 (1.05 for 1.3 with recovery): rank 4 is the smallest within .01.
-    assert (answer.rank, answer.how, answer.trained_rank) == (4, "recovered", 64)
-    alone = STRATEGIES["bracket"](make_space(recovery_steps=10, trusts_values=True, goal="adapter"))
+    assert (answer.rank, answer.how, answer.trained_rank) == (4, "truncated", 64)
+    alone = STRATEGIES["bracket"](make_space(trusts_values=True, goal="adapter"))
     first = run_all(alone, world)
     assert [outcome.arm for outcome in first] == [outcome.arm for outcome in known][: len(first)]
     assert alone.trials(first).adapter == answer
 
 
-def test_without_unseen_examples_nothing_is_recovered() -> None:
-    known = run_all(STRATEGIES["bracket"](make_space(trusts_values=True)), World(gain=0.02))
-    assert not [outcome for outcome in known if outcome.truncate_from is not None and outcome.steps > 0]
-
-
 def test_the_cost_to_the_adapter_is_a_part_of_the_whole() -> None:
-    cost = STRATEGIES["bracket"](make_space(recovery_steps=10)).cost()
+    cost = STRATEGIES["bracket"](make_space()).cost()
     assert 1.0 < cost.to_adapter < 2.0 < cost.expected <= cost.maximum

@@ -1,13 +1,9 @@
 """The first criterion: the smallest adapter that can be taken from one training at the top rank.
 
-Every candidate is a file: the top as trained, its truncations, and those with recovery steps. Two files are compared on the
+Every candidate is a file: the top as trained, its truncations, and what was cut inside the training. Two files are compared on the
 same examples, so the claim holds no seed: the only noise is which examples were drawn. Ranks are tested in a fixed
-sequence from the top downward, each by the 95% upper bound of its paired difference from the reference; the first
+sequence from the top downward, each by the 95% upper bound of its paired difference from the top; the first
 that fails ends the search, so no correction for multiplicity is needed.
-
-The reference is the better of the top as trained and the top with the extra steps that recovery gives. Where extra steps
-improve the top, only candidates that got them too can end the search: a plain truncation is then behind by what the
-steps gain, which says nothing of its rank.
 """
 
 from __future__ import annotations
@@ -76,10 +72,9 @@ def adapter_answer(
         return None
     top = min(tops, key=lambda file: (-file.trial.rank, file.cell.loss, file.trial.trial_id))
     children = [file for file in files.values() if file.trial.truncate_from == top.trial.trial_id]
-    extra = next((file for file in children if file.trial.rank == top.trial.rank and file.how == "recovered"), None)
-    against = Against(extra if extra is not None and extra.cell.loss < top.cell.loss else top, files, criterion)
-    chosen, tested = _walk(children, against, top.trial.rank)
-    descending = sorted(children, key=lambda file: (-file.trial.rank, file.trial.steps))
+    against = Against(top, files, criterion)
+    chosen = _walk(children, against, top.trial.rank)
+    descending = sorted(children, key=lambda file: -file.trial.rank)
     candidates = [against.candidate(file) for file in descending]
     handed = against.candidate(chosen)
     return _answer(
@@ -87,8 +82,7 @@ def adapter_answer(
         top,
         against,
         [against.candidate(top), *candidates],
-        _sentence(handed, top, against, tested),
-        extra_steps_difference=None if extra is None else against.difference(extra.cell, top.cell).mean,
+        _sentence(handed, top, against, children),
         notes=_notes(handed, candidates, top, against),
     )
 
@@ -115,7 +109,6 @@ def _answer(
         trained_rank=top.trial.rank,
         trained_id=top.trial.trial_id,
         reference_id=against.reference.trial.trial_id,
-        reference_how=against.reference.how,
         margin=against.margin,
         candidates=candidates,
         sentence=sentence,
@@ -224,7 +217,7 @@ class AdapterFile:
             return "branched"
         if self.trial.truncate_from is None:
             return "trained"
-        return "recovered" if self.trial.steps > 0 else "truncated"
+        return "truncated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,30 +304,26 @@ def claim(candidate: AdapterCandidate, other: str, against: Against) -> str:
     )
 
 
-def _walk(children: Sequence[AdapterFile], against: Against, top_rank: int) -> tuple[AdapterFile, list[int]]:
-    """`(the smallest file that holds, the ranks that could have failed)`, from the top downward."""
-    chosen, tested = against.reference, []
-    needs_steps = against.reference.how == "recovered"
+def _walk(children: Sequence[AdapterFile], against: Against, top_rank: int) -> AdapterFile:
+    """The smallest file that holds, from the top downward."""
+    chosen = against.reference
     for rank in sorted({file.trial.rank for file in children if file.trial.rank < top_rank}, reverse=True):
-        at_rank = [file for file in children if file.trial.rank == rank]
-        holding = [file for file in at_rank if against.candidate(file).holds]
-        if holding:
-            chosen = min(holding, key=lambda file: file.cell.loss)
-        if not needs_steps or any(file.how == "recovered" for file in at_rank):
-            tested.append(rank)
-            if not holding:
-                break
-    return chosen, tested
+        holding = [file for file in children if file.trial.rank == rank and against.candidate(file).holds]
+        if not holding:
+            break
+        chosen = min(holding, key=lambda file: file.cell.loss)
+    return chosen
 
 
-def _sentence(answer: AdapterCandidate, top: AdapterFile, against: Against, tested: Sequence[int]) -> str:
+def _sentence(answer: AdapterCandidate, top: AdapterFile, against: Against, children: Sequence[AdapterFile]) -> str:
     margin = against.margin
     if answer.rank < top.trial.rank:
         return (
             f"The smallest adapter of this training within the margin has rank {answer.rank}: "
             f"{claim(answer, f'the rank {top.trial.rank} adapter', against)}"
         )
-    why = f"rank {tested[0]} is not shown" if tested else "no lower rank is measured"
+    lower = max((file.trial.rank for file in children if file.trial.rank < top.trial.rank), default=None)
+    why = "no lower rank is measured" if lower is None else f"rank {lower} is not shown"
     if not top.cell.examples:
         why = "without scores by example no truncation can be shown"
     return f"The adapter keeps rank {top.trial.rank}: {why} to be within the margin of {margin:.4g}."
@@ -377,12 +366,11 @@ def probable_ranks(answer: AdapterAnswer) -> tuple[int, int]:
 
 
 def smallest_holding_truncation(answer: AdapterAnswer) -> int:
-    """The smallest plain truncation within the margin of the top as trained, from the top downward; else the top's rank."""
-    top = next((candidate for candidate in answer.candidates if candidate.trial_id == answer.trained_id), None)
+    """The smallest truncation within the margin of the top, from the top downward; else the top's rank."""
     smallest = answer.trained_rank
     truncated = [candidate for candidate in answer.candidates if candidate.how == "truncated"]
     for candidate in sorted(truncated, key=lambda candidate: -candidate.rank):
-        if not is_within(candidate.difference - (0.0 if top is None else top.difference), answer.margin):
+        if not is_within(candidate.difference, answer.margin):
             break
         smallest = candidate.rank
     return smallest
@@ -398,8 +386,6 @@ class Making:
     steps: int  # of the training; 0: a custom trainer's own number
     kept_step: int | None  # of the best checkpoint; None: the last
     truncation: str | None  # the method; None: it was not truncated
-    recovery_steps: int
-    recovery_learning_rate: float
     cut_step: int | None = None  # where the training was cut, and went on at the lower rank
 
     def sentence(self) -> str:
@@ -413,9 +399,6 @@ class Making:
             parts.append(f"cut to rank {self.rank} by {self.truncation} at step {self.cut_step}")
         elif self.truncation is not None:
             parts.append(f"truncated to rank {self.rank} by {self.truncation}")
-        if self.recovery_steps:
-            steps = "1 step" if self.recovery_steps == 1 else f"{self.recovery_steps} steps"
-            parts.append(f"{steps} of recovery on unseen examples (learning rate {self.recovery_learning_rate:g})")
         return ", ".join(parts)
 
 
@@ -425,7 +408,6 @@ METHODS = {"kfac": "K-FAC", "svd": "SVD"}
 def making_of(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Making:
     parent = next((other for other in finished if other.trial_id == trial.truncate_from), trial)
     is_truncated = trial.rank < parent.rank
-    recovery = trial.steps if trial.truncate_from is not None and trial.cut is None else 0
     return Making(
         rank=trial.rank,
         trained_rank=parent.rank,
@@ -433,7 +415,5 @@ def making_of(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Making
         steps=parent.steps,
         kept_step=parent.kept_step,
         truncation=METHODS[trial.truncation or "svd"] if is_truncated else None,
-        recovery_steps=recovery,
-        recovery_learning_rate=trial.learning_rate if recovery else 0.0,
         cut_step=None if trial.cut is None else trial.cut.step,
     )

@@ -22,7 +22,6 @@ from rightrank.schema.metrics import TOKEN_LOSS_MARGIN, MetricKind
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, Resolution
 from rightrank.schema.settings import MAX_EVAL_ITEMS
 from rightrank.schema.trials import Arm, TrialFinished, split_name
-from rightrank.search.history import MIN_RECOVERY_PART
 from rightrank.search.protocol import Strategy
 from rightrank.train.pace import RUN_EVALUATIONS, Pace, measure_pace
 
@@ -194,13 +193,6 @@ def _adapter_lines(prepared: Prepared, strategy: Strategy) -> Iterator[str]:
         return
     top = max(prepared.settings.ranks)
     yield f"top rank {top} ({prepared.top_origin}): trained once, then truncated to lower ranks for the adapter"
-    steps, unseen = prepared.steps, prepared.unseen_steps
-    if not strategy.space.recovery_steps:
-        yield (
-            f"no recovery after truncation: it takes training examples that no training sees, for {math.ceil(MIN_RECOVERY_PART * steps)} "
-            f"steps or more, and there are {unseen} steps of them; the adapter is sought among plain truncations (a lower --max-steps "
-            "leaves more)"
-        )
     yield from _margin_lines(prepared)
 
 

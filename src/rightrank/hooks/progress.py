@@ -87,7 +87,7 @@ class Progress:
             self._expected += self._spent
 
     def curves(self) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-        """The best trained value of each rank so far, and the best truncation, recovered or not."""
+        """The best trained value of each rank so far, and the best truncation."""
         return sorted(self._best.items()), sorted(self._truncated.items())
 
     def progress_line(self) -> str:

@@ -225,7 +225,7 @@ class Downward(Strategy):
         for rank in reversed(space.ranks[:-1] if parent is not None else ()):
             assert parent is not None
             while places:
-                plain, step = truncation(space, parent, rank), places[0]
+                plain, step = truncation(parent, rank), places[0]
                 yield [plain if step is None else _branch(plain, parent, step)]
                 answer = adapter_answer(list(trials.outcomes.values()), space.criterion)
                 if answer is not None and answer.rank == rank:

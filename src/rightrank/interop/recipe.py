@@ -99,8 +99,8 @@ class Recipe:
 
     @property
     def _is_made_smaller(self) -> bool:
-        """Whether training alone does not give this adapter: it was truncated, or got steps of recovery."""
-        return self.making.truncation is not None or self.making.recovery_steps > 0
+        """Whether training alone does not give this adapter."""
+        return self.making.truncation is not None
 
     def training(self) -> Recipe:
         """The recipe of the training that the adapter comes from; itself for an adapter that is as trained."""
@@ -116,8 +116,6 @@ class Recipe:
         if not self._is_made_smaller:
             return guard
         made = [*guard, f"The adapter of rank {self.making.rank} was {self.making.sentence()}."]
-        if self.making.recovery_steps:  # which `select` alone trains
-            return made
         rank, data = str(self.making.rank), self.data
         rule = ["--data", data, "--train", data, "--ranks", rank, "--base", self.model]
         given = {name: value for name in OF_MEASURING if (value := getattr(self.settings, name)) is not None}

@@ -330,14 +330,13 @@ def _held_out(trial: TrialFinished, finished: Mapping[str, TrialFinished], metri
 SERIES: dict[str, tuple[str, Tone]] = {
     "trained": ("trained at that rank", "main"),
     "truncated": ("truncated from the top rank", "second"),
-    "recovered": ("with steps of recovery", 2),
-    "branched": ("cut inside the training", 3),
+    "branched": ("cut inside the training", 2),
 }
 MAX_MARGINS = 6.0  # worse than the reference by more: off the scale, so that the margin stays readable
 
 
 def adapter_figure(records: Records) -> Figure | None:
-    """Held-out value by rank of trained, truncated and recovered adapters; None before the first answer."""
+    """Held-out value by rank of trained and truncated adapters; None before the first answer."""
     if not records.adapters:
         return None
     answer = records.adapters[-1].answer

@@ -49,7 +49,7 @@ class RunStatus(Record):
     next_runs: list[str] = Field(default_factory=list)  # every next run, the most useful first
     next_commands: list[str | None] = Field(default_factory=list)  # each of them as a command that can be pasted
     curve: list[tuple[int, float]]  # of the trained ranks
-    truncated_curve: list[tuple[int, float]]  # of the truncations, recovered or not: the best of each rank
+    truncated_curve: list[tuple[int, float]]  # of the truncations: the best of each rank
 
 
 def run_status(
@@ -140,7 +140,7 @@ def status_lines(status: RunStatus, width: int) -> str:
 
 
 def _best_by_rank(records: Records, trained: bool) -> list[tuple[int, float]]:
-    """The best value of each rank: of whole trainings, or of truncations, recovered or not."""
+    """The best value of each rank: of whole trainings, or of truncations."""
     best: dict[int, float] = {}
     better = max if records.started.higher_is_better else min
     for trial in records.finished():
@@ -153,7 +153,7 @@ def cost_sentence(records: Records) -> str:
     """The cost of all trials so far: trainings, truncations, trials without a result, and the time with the base's evaluation."""
     by_id = records.by_id
     finished = by_id.values()
-    truncations = sum(trial.truncate_from is not None and trial.steps == 0 for trial in finished)
+    truncations = sum(trial.truncate_from is not None for trial in finished)
     lost = len(records.outcomes) - len(finished)
     parts = [quantity(trainings(records), "training")]
     parts += [quantity(truncations, "truncation")] if truncations else []

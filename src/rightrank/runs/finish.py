@@ -196,7 +196,7 @@ def _with_other_checkpoint(run: Run, runtime: Runtime, answer: AdapterAnswer) ->
     """
     trained, folder = run.records.by_id[answer.trained_id], run.folder.other_checkpoint(answer.trained_id)
     criterion = replace(criterion_of(run.records), margin=answer.margin)
-    children = [one for one in run.records.finished() if one.truncate_from == trained.trial_id and one.steps == 0]
+    children = [one for one in run.records.finished() if one.truncate_from == trained.trial_id]
     ours = adapter_answer([trained, *children], criterion)
     if answer.checkpoint is not None or ours is None or not folder.is_dir() or not trained.points:
         return answer

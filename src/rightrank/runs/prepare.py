@@ -81,7 +81,6 @@ def prepare(
     settings = given if planned is None else given.model_copy(update={"ranks": planned.ranks})  # those that fit
     examples = len(sources.encoded.splits["train"])
     steps = settings.training_steps(examples)
-    unseen = max(0, examples // settings.items_per_step - steps)
     targets = None if planned is None else sources.targets  # without a plan the ranks are checked on the model
     runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache, targets)
     started = _started(request, sources, settings, steps)
@@ -94,11 +93,10 @@ def prepare(
         runtime=runtime,
         settings=settings,
         steps=steps,
-        unseen_steps=unseen,
         started=started,
         planned=planned,
         top_origin=_top_origin(given, planned),
-        strategy=_strategy(runtime, settings, steps, unseen, started),
+        strategy=_strategy(runtime, settings, steps, started),
     )
 
 
@@ -112,9 +110,7 @@ def _top_origin(given: SelectSettings, planned: MemoryPlan | None) -> str:
     return "the largest default that every matrix can have" if limited else "the default for every data set"
 
 
-def _strategy(
-    runtime: Runtime, settings: SelectSettings, steps: int, unseen_steps: int, started: RunStarted
-) -> Strategy:
+def _strategy(runtime: Runtime, settings: SelectSettings, steps: int, started: RunStarted) -> Strategy:
     """The strategy of the settings, for this selection's steps and data.
 
     Raises:
@@ -125,7 +121,7 @@ def _strategy(
         raise SettingsError(
             f"goal 'adapter' needs adapters that can be truncated ({reason}); give goal 'training-rank'"
         )
-    space = space_of(settings, steps, started.data.loss_kind, unseen_steps)
+    space = space_of(settings, steps, started.data.loss_kind)
     return make_strategy(settings.strategy, replace(space, truncates=reason is None))
 
 

@@ -72,7 +72,6 @@ class Prepared(Plan):
 
     request: Request  # as it is resumed
     runtime: Runtime
-    unseen_steps: int  # that the training examples last beyond those of one training; 0 if it sees every example
     planned: MemoryPlan | None  # None: an architecture that can't be planned
     top_origin: str  # where the highest rank comes from, in words
 

@@ -165,7 +165,7 @@ class DifferenceSpread(Record):
     worst_tenth: float  # the mean difference of the tenth of the examples that gets worst
 
 
-AdapterOrigin: TypeAlias = Literal["trained", "truncated", "recovered", "branched"]
+AdapterOrigin: TypeAlias = Literal["trained", "truncated", "branched"]
 
 
 class AdapterCandidate(Record):
@@ -195,10 +195,7 @@ class CheckpointNote(Record):
 
 
 class AdapterAnswer(Record):
-    """The smallest adapter of one training at the top rank that is not worse than the reference by more than the margin.
-
-    The reference is the better of the top as trained and the top with the extra steps that recovered candidates got.
-    """
+    """The smallest adapter of one training at the top rank that is not worse than the reference, the top, by more than the margin."""
 
     rank: Whole
     how: AdapterOrigin
@@ -206,9 +203,6 @@ class AdapterAnswer(Record):
     trained_rank: Whole
     trained_id: str  # the training at the top rank that every candidate comes from
     reference_id: str
-    reference_how: AdapterOrigin
-    # the top with the extra steps minus the top as trained; None: not measured
-    extra_steps_difference: float | None = None
     difference: float  # of the chosen adapter from the reference; 0 where it is the reference
     difference_high: float | None
     spread: DifferenceSpread | None = None  # of that difference

@@ -62,8 +62,7 @@ class ArmFields(Record):
     """Everything that may differ between the trainings of a selection.
 
     A training may be stopped early (`stop_at`), and another arm may resume it (`continue_from`), at a lower rank where
-    it has a `cut`. An adapter may be truncated to a lower rank (`truncate_from`); `steps` are then the recovery steps
-    after the truncation, 0 for none.
+    it has a `cut`. An adapter may be truncated to a lower rank (`truncate_from`); `steps` are then 0.
     """
 
     rank: Whole = Field(ge=0)  # 0: the base model, which is evaluated and not trained
@@ -121,8 +120,7 @@ class Arm(ArmFields):
     def stage(self) -> str:
         """How the arm differs from a complete training; empty if it does not."""
         if self.truncate_from is not None and self.cut is None:
-            steps = "step" if self.steps == 1 else "steps"
-            return f"truncated, {self.steps} recovery {steps}" if self.steps else "truncated"
+            return "truncated"
         if self.anneal_from is not None:
             return f"annealed to step {self.stop_at}"
         cut = "" if self.cut is None else f"cut from rank {self.cut.rank} at step {self.cut.step}"

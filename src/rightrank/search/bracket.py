@@ -2,11 +2,8 @@
 
 The first question as moves: the smallest adapter that one training at the top rank gives.
 
-The top adapter is truncated to every lower rank, which costs evaluations only. Extra steps after truncation gain nothing at
-ranks of 8 and above (benchmarks/truncation), where a truncation loses little. So recovery is tried only where the next rank to be won is
-4 or less, and only on training examples that no training has seen: on examples that were trained on it makes adapters
-worse. The top adapter then gets the same extra steps, and ranks are recovered from the one that the plain truncations name: downward
-while they hold, or upward until one holds. `decision.adapter` judges the candidates.
+The top adapter is truncated to every lower rank, which costs evaluations only; `decision.adapter` judges the candidates. Neither further
+steps after a truncation nor a cut inside the training gives a smaller adapter within the margin (benchmarks/squeeze).
 """
 
 from __future__ import annotations
@@ -17,9 +14,8 @@ from itertools import product
 
 from rightrank.decision.adapter import adapter_answer
 from rightrank.decision.comparison import is_within, walk_down
-from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search.history import RECOVERY_LR_FACTOR, Space, Trials, is_likely_within
+from rightrank.search.history import Space, Trials, is_likely_within
 from rightrank.search.learning_rates import ANNEAL, Requests, find_learning_rate, find_learning_rate_cost, try_rank
 from rightrank.search.protocol import CostEstimate, Strategy
 
@@ -68,17 +64,15 @@ class Bracket(Strategy):
     def unbounded_cost(self) -> CostEstimate:
         space = self.space
         search, search_at_most, least = find_learning_rate_cost(space)
-        adapter, adapter_at_most, adapter_arms = _adapter_cost(space)
-        to_adapter = search + adapter
         # All learning rates at the top, three at every other rank, and every further seed.
         tried = min(len(space.learning_rates), 3)
         others = tried * (1 + 2 * ANNEAL) * (len(space.ranks) - 1)
         trainings = search_at_most + others + (len(space.seeds) - 1) * tried * len(space.ranks)
-        arms = 1 + STAGES * math.ceil(trainings) + adapter_arms
+        arms = 1 + STAGES * math.ceil(trainings) + _truncations(space)
         if space.goal == "adapter":
-            return CostEstimate(to_adapter, search_at_most + adapter_at_most, to_adapter, least - 1.0, arms)
-        expected = to_adapter + min(2.0, len(space.ranks) - 1.0) + 3.0 * (len(space.seeds) - 1)
-        return CostEstimate(expected, trainings + adapter_at_most, to_adapter, least, arms)
+            return CostEstimate(search, search_at_most, search, least - 1.0, arms)
+        expected = search + min(2.0, len(space.ranks) - 1.0) + 3.0 * (len(space.seeds) - 1)
+        return CostEstimate(expected, trainings, search, least, arms)
 
 
 def _smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | None:
@@ -93,7 +87,7 @@ def _smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | N
     known = {
         arm.rank: outcome
         for arm in trials.outcomes
-        if arm.truncate_from == parent.trial_id and arm.steps == 0 and arm.rank in space.ranks
+        if arm.truncate_from == parent.trial_id and arm.rank in space.ranks
         if (outcome := trials.finished(arm)) is not None
     }
     if not known:
@@ -132,9 +126,8 @@ class Grid(Strategy):
         yield from _answer_adapter_question(trials, learning_rate)
 
     def unbounded_cost(self) -> CostEstimate:
-        _, adapter_at_most, adapter_arms = _adapter_cost(self.space)
-        maximum = self._cells() + adapter_at_most
-        return CostEstimate(maximum, maximum, maximum, 2.0, 1 + self._cells() + adapter_arms)
+        cells = self._cells()
+        return CostEstimate(cells, cells, cells, 2.0, 1 + cells + _truncations(self.space))
 
 
 def outside_in(ranks: Sequence[int]) -> list[int]:
@@ -146,72 +139,25 @@ def outside_in(ranks: Sequence[int]) -> list[int]:
     return order
 
 
-MAX_RECOVERED_RANK = 4
-
-
 def _answer_adapter_question(trials: Trials, learning_rate: float) -> Requests:
     """Ask for the candidates of the first question and keep its answer in `trials.adapter`."""
     space = trials.space
     parent = trials.whole(space.top, learning_rate)
     if parent is None or not space.truncates:
         return
-    yield [truncation(space, parent, rank) for rank in space.truncated_ranks]
-    plain = _current_answer(trials, parent)
-    lower = [] if plain is None else [rank for rank in space.truncated_ranks if rank < plain.rank]
-    if plain is not None and space.recovery_steps and lower and lower[0] <= MAX_RECOVERED_RANK:
-        yield [truncation(space, parent, space.top, recovers=True)]
-        yield from _recover(trials, parent, plain)
-    trials.adapter = _current_answer(trials, parent)
-
-
-def _current_answer(trials: Trials, parent: TrialFinished) -> AdapterAnswer | None:
-    """What the candidates of `parent` that have run so far say; None before the first."""
+    yield [truncation(parent, rank) for rank in space.truncated_ranks]
     own = [outcome for arm, outcome in trials.outcomes.items() if arm.truncate_from == parent.trial_id]
-    return adapter_answer([parent, *own], trials.space.criterion, parent.trial_id)
+    trials.adapter = adapter_answer([parent, *own], space.criterion, parent.trial_id)
 
 
-def truncation(space: Space, parent: TrialFinished, rank: int, *, recovers: bool = False) -> Arm:
-    """The adapter of `parent` truncated to `rank` (its own included); then trained on unseen examples, if it recovers."""
+def _truncations(space: Space) -> int:
+    return len(space.truncated_ranks) if space.truncates else 0
+
+
+def truncation(parent: TrialFinished, rank: int) -> Arm:
+    """The adapter of `parent` truncated to `rank`."""
     changed = {"rank": rank, "steps": 0, "truncate_from": parent.trial_id, "continue_from": None}
-    if recovers:
-        changed |= {"steps": space.recovery_steps, "learning_rate": parent.learning_rate * RECOVERY_LR_FACTOR}
     return parent.arm.model_copy(update=changed)
-
-
-def _recover(trials: Trials, parent: TrialFinished, plain: AdapterAnswer) -> Requests:
-    """Recover from the rank that the plain truncations name: downward while ranks hold, or upward until one does."""
-    space = trials.space
-    ranks = space.truncated_ranks
-    start = ranks.index(plain.rank) if plain.rank in ranks else 0
-    for place in range(start, len(ranks)):
-        yield [truncation(space, parent, ranks[place], recovers=True)]
-        if not _holds(trials, parent, ranks[place]):
-            break
-    if place > start:
-        return
-    for rank in reversed(ranks[:start]):
-        if _holds(trials, parent, ranks[start]):
-            return
-        yield [truncation(space, parent, rank, recovers=True)]
-        if _holds(trials, parent, rank):
-            return
-
-
-def _holds(trials: Trials, parent: TrialFinished, rank: int) -> bool:
-    """Whether any candidate of the rank holds against the reference."""
-    answer = _current_answer(trials, parent)
-    return answer is not None and any(candidate.holds for candidate in answer.candidates if candidate.rank == rank)
-
-
-def _adapter_cost(space: Space) -> tuple[float, float, int]:
-    """Trainings for the first question, expected and at most, and an upper bound of its arms.
-
-    The arms are a truncation and a recovery of every rank, and the extra steps of the top. Expected are the extra steps of the top
-    and of two or three truncations.
-    """
-    part = space.recovery_steps / space.steps if space.truncates and space.recovery_steps else 0.0
-    arms = 2 * len(space.truncated_ranks) + 1 if space.truncates else 0
-    return 3.5 * part, arms * part, arms
 
 
 # The moves: walk to the lowest rank that holds, confirm the result.

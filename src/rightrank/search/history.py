@@ -25,10 +25,6 @@ from rightrank.schema.metrics import LossKind, MetricKind, default_margin, metri
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome
 
-RECOVERY_PART = 0.2  # of a training
-MIN_RECOVERY_PART = 0.05
-RECOVERY_LR_FACTOR = 0.1  # of the learning rate that the adapter was trained at: .3 made the adapter worse
-
 
 @dataclass(frozen=True, slots=True)
 class Space:
@@ -48,7 +44,6 @@ class Space:
     goal: Goal = "training-rank"
     stages: bool = True  # whether trainings can stop early and resume; False for custom trainers
     truncates: bool = True  # whether adapters can be truncated and evaluated
-    recovery_steps: int = 0  # of training after truncation, on examples that were not trained on; 0: none are left
     trusts_values: bool = False  # whether values without scores by example can show that a truncation holds (tables)
     budget_steps: float | None = None  # optimizer steps over all arms
     budget_seconds: float | None = None  # of training and evaluation, over all arms
@@ -99,10 +94,8 @@ def base_arm(lora_alpha: float) -> Arm:
     return Arm(rank=0, learning_rate=0.0, lora_alpha=lora_alpha, seed=0, steps=0)
 
 
-def space_of(settings: SelectSettings, steps: int, loss: LossKind = "token_loss", unseen_steps: int = 0) -> Space:
+def space_of(settings: SelectSettings, steps: int, loss: LossKind = "token_loss") -> Space:
     """The space of a selection with trainings of `steps` steps.
-
-    `unseen_steps` is how many more steps the training examples last that no training sees.
 
     Raises:
         SettingsError: one rank alone where ranks are to be compared.
@@ -114,7 +107,6 @@ def space_of(settings: SelectSettings, steps: int, loss: LossKind = "token_loss"
         )
     name = settings.metric_name
     higher = settings.is_higher_better(name)
-    recovery = min(round(RECOVERY_PART * steps), unseen_steps)
     return Space(
         ranks=settings.ranks,
         learning_rates=settings.learning_rates,
@@ -122,7 +114,6 @@ def space_of(settings: SelectSettings, steps: int, loss: LossKind = "token_loss"
         lora_alpha=settings.lora_alpha,
         steps=steps,
         goal=settings.goal,
-        recovery_steps=recovery if recovery >= MIN_RECOVERY_PART * steps else 0,  # less recovers nothing
         margin=settings.margin,
         metric=name,
         kind=metric_kind(name, higher, loss),

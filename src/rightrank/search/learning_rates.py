@@ -291,7 +291,7 @@ def _is_undertrained(trials: Trials, rank: int, learning_rate: float) -> bool:
     """
     space = trials.space
     top = trials.best_loss(space.top)
-    truncated = [arm for arm in trials.outcomes if arm.rank == rank and arm.truncate_from and arm.steps == 0]
+    truncated = [arm for arm in trials.outcomes if arm.rank == rank and arm.truncate_from]
     known = [loss for loss in map(trials.loss, truncated) if loss is not None]
     half = _loss_after(trials, rank, learning_rate, _early_step(space, HALF))
     end = _loss_after(trials, rank, learning_rate, space.steps)

@@ -44,7 +44,7 @@ from rightrank.train.prefix import FrozenPrefix, frozen_blocks
 from rightrank.train.targets import Targets, find_targets, lora_config, without_peft_noise
 from rightrank.train.tokens import EXAMPLE_METRICS, EncodedData
 
-FURTHER_SHARE = 0.1  # of a training's steps: the examples that follow it, for moments and recovery after a truncation
+FURTHER_SHARE = 0.1  # of a training's steps: the examples that follow it, for the moments of a truncation
 
 
 class Runtime:

@@ -75,8 +75,7 @@ class ArmTraining:
         begun = time.perf_counter()
         checkpoint = self._checkpoint(config)
         seconds = time.perf_counter() - begun
-        first = 0 if arm.truncate_from is None else runtime.steps  # recovery continues where a whole training ends
-        plan = runtime.batch_plan(arm.seed, first + arm.steps)[first:]
+        plan = runtime.batch_plan(arm.seed, arm.steps) if arm.steps else []  # a truncation is not trained
         named = multi_lora.add(self.adapter, arm, config)
         schedule = schedule_of(runtime.settings, arm)
         self._last_step = arm.end
