@@ -22,7 +22,7 @@ from benchmarks.decide.simulated import RANKS, World, draw_table, noisier, quiet
 from benchmarks.machine import machine
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.table import Cell, ScoreTable
 
 HERE = Path(__file__).parent
@@ -78,7 +78,7 @@ def study(world: World, tables: int, seed: int) -> Found:
                 true = losses[place] - losses[-1]
                 covers.append(found.bound(0.025) <= true <= found.bound(0.975))
                 bounds.append(true <= found.bound(CONFIDENCE))
-        decision = decide(table, world.margin, confidence=None)
+        decision = decision_of(table, world.margin, confidence=None)
         bad = {rank: bool(losses[place] - losses.min() >= world.margin) for place, rank in enumerate(RANKS)}
         shown.append(decision.fallback_rank is not None and bad[decision.fallback_rank])
         handed.append(bad[decision.rank_at_hand])
@@ -171,7 +171,7 @@ def at_the_margin(tables: int, seed: int) -> dict[str, float]:
                 for number in range(seeds):
                     sums = own + generator.normal(0, margin, 300) + generator.normal(0, deviation)
                     cells[rank, 1e-3, number] = Cell(f"{rank} {number}", float(sums.mean()), sums, np.ones(300))
-            named += decide(ScoreTable("loss", False, cells, kind="loss"), margin, confidence=None).rank == 4
+            named += decision_of(ScoreTable("loss", False, cells, kind="loss"), margin, confidence=None).rank == 4
         shares[f"{seeds} seeds, deviation {deviation:g}"] = named / tables
     return shares
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from benchmarks.machine import machine
 from rightrank.decision.comparison import bounds_of_files
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.table import Cell, ScoreTable
 
 HERE = Path(__file__).parent
@@ -77,7 +77,7 @@ def judge(draw: Callable[[], Drawn], tables: int) -> dict[str, dict[str, float]]
                 for rank, scores in ((4, 2 + sums + shift), (16, 2 + 0 * sums))
                 for seed, values in enumerate(scores)
             }
-            decided = decide(ScoreTable("loss", False, cells), truth + shift, confidence=None)
+            decided = decision_of(ScoreTable("loss", False, cells), truth + shift, confidence=None)
             files = bounds_of_files(sums[0], ones, 0.0, given)
             found[way]["named"] += decided.rank == 4
             found[way]["of files"] += bool(files.high <= of_files)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.decide.simulated import RANKS, World, draw_table
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.report.figures import rank_figure
 from rightrank.report.svg import svg_file
 
@@ -25,7 +25,7 @@ def main() -> None:
         "undecided_curve": (2.0 + 0.03 * ranks**-0.6, World("power", 1, 100, "heavy", item_rank=0.03, both=0.03)),
     }
     for name, (losses, world) in cases.items():
-        decision = decide(draw_table(world, losses, np.random.default_rng(11)), world.margin)
+        decision = decision_of(draw_table(world, losses, np.random.default_rng(11)), world.margin)
         (HERE / f"{name}.svg").write_text(svg_file(rank_figure(decision)), encoding="utf-8")
         print(f"{name}: {decision.verdict}. {decision.sentence} Next: {decision.next_run}")
 

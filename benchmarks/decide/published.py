@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.table import table_of_results
 from rightrank.schema.decision import Decision, Result, ResultsTable
 from rightrank.schema.metrics import metric_kind, published_deviation
@@ -56,7 +56,7 @@ def ours_on_grid(curve: Curve) -> Decision:
 
 def _decide(curve: Curve, results: list[Result]) -> Decision:
     named = {"metric": curve["metric"], "higher_is_better": curve["higher_is_better"]}
-    return decide(table_of_results(ResultsTable(**named, results=results, understood=[])), curve["margin"])
+    return decision_of(table_of_results(ResultsTable(**named, results=results, understood=[])), curve["margin"])
 
 
 def losses(curve: Curve) -> dict[int, float]:

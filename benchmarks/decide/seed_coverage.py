@@ -37,7 +37,7 @@ from scipy.special import stdtrit
 from benchmarks.machine import machine
 from rightrank.decision.comparison import Estimate, estimate
 from rightrank.decision.evidence import Evidence, measured_noise
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.seeds import BOUND_DEGREES, NOISE, PairNoise, pair_noise
 from rightrank.decision.table import Cell, Contender, ScoreTable
 from rightrank.runs.journal import Journal
@@ -361,7 +361,7 @@ def answers(sources: list[Source], sizes: Sequence[int] = (1, 2, 3)) -> dict[str
                 if not rest:
                     continue
                 choices += 1
-                decision = decide(source.table(chosen), confidence=None)
+                decision = decision_of(source.table(chosen), confidence=None)
                 if decision.rank is not None:
                     others = Evidence(source.table(rest))
                     loss = others.contenders[decision.rank].fair_loss

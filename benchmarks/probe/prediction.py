@@ -26,7 +26,7 @@ from tests.tiny import UNMEASURED
 
 from benchmarks.probe.common import store
 from rightrank.adapters import spectra
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.table import table_of
 from rightrank.models.truncation import resized_factors
 from rightrank.schema.decision import Decision
@@ -116,7 +116,7 @@ def run_tasks(runs: list[Path]) -> list[dict[str, Any]]:
     for run in runs:
         lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
         trials = [TrialFinished.model_validate(line) for line in lines if line["type"] == "trial_finished"]
-        decision = decide(table_of(trials, "loss", False), lines[0]["settings"].get("margin"))
+        decision = decision_of(table_of(trials, "loss", False), lines[0]["settings"].get("margin"))
         top = max(trials, key=lambda one: (one.rank, -one.value))
         modules = inspect(run / "trials" / top.trial_id).modules
         rows.append(
@@ -161,8 +161,8 @@ def main() -> None:
         row: dict[str, Any] = {"task": number, **figures(b, a)}
         for share in SHARES:
             margin = max(share * gain, 1e-9)
-            row[f"decided {share:g}"] = walked(decide(table_of(trials, "loss", False), margin))
-            row[f"truncation {share:g}"] = walked(decide(table_of(truncations, "loss", False), margin))
+            row[f"decided {share:g}"] = walked(decision_of(table_of(trials, "loss", False), margin))
+            row[f"truncation {share:g}"] = walked(decision_of(table_of(truncations, "loss", False), margin))
         rows.append(row)
     result: dict[str, Any] = {}
     for share in SHARES:

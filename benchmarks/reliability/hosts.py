@@ -346,7 +346,7 @@ TOLD = re.compile(r"was lost|no message|can.t |no Ray|resuming|stopped|refused|l
 
 def options_of(place: Field, name: str) -> list[str]:
     more = ["--executor", place.executor, "--workers", str(place.workers_wanted), "--set", f"store=s3://bucket/{name}"]
-    return more + (["--ray-address", f"{place.hosts[0].address}:{PORT}"] if place.executor == "ray" else [])
+    return more + (["--set", f"ray_address={place.hosts[0].address}:{PORT}"] if place.executor == "ray" else [])
 
 
 def kill_worker(run: Run, _host: Host, _seconds: float) -> None:

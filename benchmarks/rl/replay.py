@@ -26,7 +26,7 @@ from typing import Any
 from tests.tiny import UNMEASURED
 
 from rightrank.decision.collapse import DROP_IN_MARGINS, collapse_of
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.table import best_point, table_of, without_collapsing
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError
@@ -139,7 +139,7 @@ def replay(grid: Grid, learning_rates: Sequence[float], seeds: Sequence[int], ma
     collapsed = sum(isinstance(one, TrialCollapsed) for one in outcomes)
     try:
         table = table_of(without_collapsing(outcomes), "reward", True)
-        decision = decide(table, margin, smallest_if_alike=True)
+        decision = decision_of(table, margin, smallest_if_alike=True)
     except ResultsError:
         return Replayed(None, len(outcomes), collapsed, None)
     chosen = next(one for one in decision.ranks if one.rank == decision.rank_at_hand)

@@ -118,7 +118,7 @@ class Work:
             driver.kill()
 
     def _command(self, place: Place, fault: Fault) -> subprocess.Popen[bytes]:
-        options = [] if place.address is None else ["--ray-address", place.address]
+        options = [] if place.address is None else ["--set", f"ray_address={place.address}"]
         if place.executor != "local":
             options += ["--executor", place.executor, "--workers", "2"]
         options += ["--set", f"hang_seconds={HANG_SECONDS}"] if fault is hung_worker else []

@@ -21,6 +21,7 @@ from tests.watch import Watch
 
 from benchmarks.scale.measure import STUB, setup_in
 from benchmarks.scale.stub_worker import StubRayWorker
+from rightrank.decision.run import Answers
 from rightrank.hooks.report import Report
 from rightrank.plugins.cluster.on_ray import RayCrew
 from rightrank.plugins.cluster.pool import Crew, Pool
@@ -28,7 +29,7 @@ from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.worker import versions
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Finished, Hooks
-from rightrank.runs.run import begin, decide, loop, opened
+from rightrank.runs.run import begin, final_decision, loop, opened
 from rightrank.runs.values import Plan, Selected
 from rightrank.schema.events import DataSummary, Event, JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings
@@ -223,7 +224,7 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
             loop(run, pool)
         finally:
             pool.close()
-        selected = Selected(decide(run), folder, None, None, run_folder.report, {})
+        selected = Selected(folder, None, None, run_folder.report, Answers(final_decision(run)))
         report.on_end(Finished(selected, run_folder, run.records))
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.machine import machine
 from benchmarks.selection import compare
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.schema.metrics import MetricKind, metric_kind
 from rightrank.schema.trials import Floats
@@ -196,7 +196,7 @@ def by_decision(confidence: float | None = None) -> Pick:
 
     def pick(grid: WideGrid, seeds: Sequence[int], examples: Any, margin: float) -> tuple[CellKey, bool]:
         options = {} if confidence is None else {"confidence": confidence}
-        decision = decide(grid.table(seeds, examples), margin, **options)
+        decision = decision_of(grid.table(seeds, examples), margin, **options)
         rank = decision.rank_at_hand
         rates = {evidence.rank: evidence.learning_rate for evidence in decision.ranks}
         rate = rates.get(rank) or best_by_rank(grid.means(seeds, examples))[rank][1]
@@ -252,7 +252,7 @@ def calibration(grids: Sequence[WideGrid], seeds: int) -> dict[str, Any]:
         for chosen in combinations(SEEN, seeds):
             for margin in MARGINS:
                 least = min(grid.truth.values())
-                for evidence in decide(grid.table(chosen, grid.half_a), margin).ranks:
+                for evidence in decision_of(grid.table(chosen, grid.half_a), margin).ranks:
                     if evidence.rank > 0 and evidence.probability is not None and evidence.learning_rate is not None:
                         true = grid.truth[evidence.rank, evidence.learning_rate] - least <= margin
                         stated.append((grid.name, evidence.probability, true))

@@ -45,7 +45,7 @@ from benchmarks.selection import locks
 from benchmarks.selection.compare import FAMILIES, curves_of
 from benchmarks.selection.tables import replay, space_of_grid
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.seeds import pair_noise
 from rightrank.decision.table import Contender, ScoreTable, table_of
 from rightrank.schema.trials import Floats
@@ -194,7 +194,7 @@ def every_seed(rows: Iterable[Row]) -> list[Seen]:
 
 def at_hand(table: ScoreTable, margin: float) -> int:
     """The rank of the rule: the answer, else what was shown to be enough, else the best so far."""
-    decision = decide(table, margin, confidence=None)
+    decision = decision_of(table, margin, confidence=None)
     named = (decision.rank, decision.fallback_rank, decision.best_so_far)
     return next(rank for rank in named if rank is not None)
 
@@ -351,7 +351,7 @@ def of_two_seeds(rows: Iterable[Row]) -> list[Event]:
     for source, family, grid, _ in rows:
         table = source_of(grid["name"], grid)
         for seen, margin in product(combinations(table.seeds, 2), MARGINS[family]):
-            decided = [rank for rank in decide(table.table(seen), margin).ranks if rank.probability is not None]
+            decided = [rank for rank in decision_of(table.table(seen), margin).ranks if rank.probability is not None]
             for seed in set(table.seeds) - set(seen):
                 cells = {rank.rank: table.cells.get((rank.rank, rank.learning_rate or 0.0, seed)) for rank in decided}
                 losses = {rank: cell.loss for rank, cell in cells.items() if cell is not None}
@@ -461,7 +461,7 @@ def picks_after_bracket(families: Sequence[str]) -> dict[str, Any]:
             table = table_of(direct, curve.metric, curve.higher_is_better)
             best, truth = min(map(curve.best, curve.ranks)), curve.ranks.index(curve.truth(margin))
             for confidence in (None, *CONFIDENCES) if seeds == 1 else (None,):
-                decision = decide(table, margin, confidence=confidence)
+                decision = decision_of(table, margin, confidence=confidence)
                 largest = None if confidence is None else table.ranks()[-1]
                 named = (decision.rank, largest, decision.fallback_rank, decision.best_so_far)
                 chosen = next(rank for rank in named if rank is not None)

@@ -79,7 +79,7 @@ def rows_of(task: str, shop: Workshop, parent: TrialFinished) -> list[dict[str, 
     for margin in MARGINS[metric]:
         answer = adapter_answer(
             list(files.values()),
-            Criterion(metric, metric == "accuracy", margin, shop.space.kind == "token_loss"),
+            Criterion(metric, metric == "accuracy", margin, shop.space.criterion.loss),
             parent.trial_id,
         )
         assert answer is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.table import Cell, ScoreTable, at_checkpoint, table_of_results
 from rightrank.report.tables import certainty_rows
 from rightrank.schema.decision import Result, ResultsTable
@@ -40,7 +40,7 @@ def imdb(higher: bool = False) -> ScoreTable:
 
 @pytest.mark.parametrize("higher", [False, True])
 def test_the_answer_of_a_public_table_depends_on_the_checkpoint(higher: bool) -> None:
-    last, best = decide(imdb(higher), 0.005), decide(imdb(higher), 0.005, checkpoint="best")
+    last, best = decision_of(imdb(higher), 0.005), decision_of(imdb(higher), 0.005, checkpoint="best")
     assert (last.rank, best.rank) == (4, 64)
     for found, used in ((last, "last"), (best, "best")):
         assert found.checkpoint is not None
@@ -55,12 +55,12 @@ def test_the_answer_of_a_public_table_depends_on_the_checkpoint(higher: bool) ->
 def test_trainings_that_end_at_their_best_are_left_as_they_are() -> None:
     settled = ScoreTable("eval_loss", False, at_checkpoint(imdb(), "best").cells)
     assert at_checkpoint(settled, "best") is settled
-    found = decide(settled, 0.005)
+    found = decision_of(settled, 0.005)
     assert found.checkpoint is not None
     assert (found.checkpoint.last, found.checkpoint.best) == (64, 64)
     assert "checkpoint_matters" not in found.flags
     bare = {key: replace(cell, points=()) for key, cell in settled.cells.items()}
-    assert decide(ScoreTable("eval_loss", False, bare), 0.005).checkpoint is None
+    assert decision_of(ScoreTable("eval_loss", False, bare), 0.005).checkpoint is None
 
 
 @pytest.mark.parametrize("higher", [False, True])
@@ -80,7 +80,7 @@ def test_a_run_that_kept_the_best_checkpoint_is_read_at_its_last_by_values_alone
         assert (cell.value, cell.loss, cell.examples) == (sign * LAST[rank], LAST[rank], 0)
         assert (cell.kept_step, cell.train_value, cell.others) == (None, None, {})
         assert cell.points == table.cells[rank, 0.0, 0].points
-    assert decide(table, 0.005, checkpoint="last").rank == 4
+    assert decision_of(table, 0.005, checkpoint="last").rank == 4
 
 
 def test_scores_of_the_last_evaluation_are_not_those_of_the_best() -> None:
@@ -96,8 +96,8 @@ def test_scores_of_the_last_evaluation_are_not_those_of_the_best() -> None:
         for rank in (1, 4)
     ]
     table = table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[]))
-    assert decide(table).basis == "items"
-    best = decide(table, checkpoint="best")
+    assert decision_of(table).basis == "items"
+    best = decision_of(table, checkpoint="best")
     assert (best.basis, best.rank) == ("values", 4)
     assert {one.rank: one.value for one in best.ranks} == {1: 2.0, 4: 1.9}
 

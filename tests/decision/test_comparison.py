@@ -22,7 +22,7 @@ from rightrank.decision.comparison import (
     t_quantile,
     t_tail,
 )
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.seeds import seed_parts, winners_gap
 from rightrank.decision.table import Cell, minus, table_of
 from rightrank.report.tables import evidence_table
@@ -43,12 +43,12 @@ def test_a_bound_at_the_margin_is_within_it(low: float, high: float, expected: b
 def test_the_tolerance_is_of_the_margin_and_not_of_one() -> None:
     assert is_within(0.1 + 0.2 - 0.3 + 0.05, 0.05)  # rounding
     assert not is_within(0.9e-12, 1e-14)
-    decision = decide(bare({4: 1.9e-12, 16: 1.0e-12}, metric="mse"), 1e-14)
+    decision = decision_of(bare({4: 1.9e-12, 16: 1.0e-12}, metric="mse"), 1e-14)
     assert decision.rank == 16
 
 
 def test_a_difference_at_the_margin_has_one_word_on_a_page() -> None:
-    decision = decide(bare({4: 0.745, 8: 0.75, 16: 0.75}, metric="accuracy", higher=True), 0.005)
+    decision = decision_of(bare({4: 0.745, 8: 0.75, 16: 0.75}, metric="accuracy", higher=True), 0.005)
     assert decision.rank == 4
     (row,) = [row for row in evidence_table(decision) if row[0] == "4"]
     assert "perhaps" in row
@@ -112,7 +112,7 @@ def test_select_by_a_score_of_thirty_zeros_shows_nothing() -> None:
         )
         for rank in (4, 16)
     ]  # fmt: skip
-    decision = decide(table_of(trials, "f1", True))
+    decision = decision_of(table_of(trials, "f1", True))
     assert decision.ranks[1].difference_high == pytest.approx(0.1, rel=0.1)
     assert decision.verdict == "undecided"
 

@@ -7,7 +7,7 @@ import pytest
 
 from rightrank.decision import table
 from rightrank.decision.evidence import measured_noise
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.table import (
     Cell,
     Contender,
@@ -120,7 +120,7 @@ def test_another_metric_conflicts_beyond_its_own_margin_and_noise(
         return Cell("t", loss, np.array([loss]), np.ones(1), others={metric: value})
 
     table = ScoreTable("loss", False, {(4, 0.0, 0): cell(2.001, chosen), (64, 0.0, 0): cell(2.0, best)})
-    assert ("metric_conflict" in decide(table, 0.005).flags) is conflict
+    assert ("metric_conflict" in decision_of(table, 0.005).flags) is conflict
 
 
 @pytest.mark.parametrize(("lower", "noise", "taken"), [(0.02, 0.05, True), (0.02, 0.3, False), (0.0, 0.0, False)])
@@ -204,7 +204,7 @@ LEVEL = [(10, 2.0), (20, 2.0), (30, 2.0), (40, 2.0)]
 )
 def test_a_gap_that_grows_late_may_be_a_want_of_capacity(gaps: list[float], limited: bool, higher: bool) -> None:
     chosen = [(step, value + gap) for (step, value), gap in zip(LEVEL, gaps, strict=True)]
-    found = decide(with_points([chosen], [LEVEL], higher), 0.005, confidence=None)
+    found = decision_of(with_points([chosen], [LEVEL], higher), 0.005, confidence=None)
     assert (found.rank, found.reference_rank) == (4, 16)
     assert ("may_be_capacity_limited" in found.flags) is limited
 
@@ -212,8 +212,8 @@ def test_a_gap_that_grows_late_may_be_a_want_of_capacity(gaps: list[float], limi
 def test_late_growth_is_read_at_three_shared_steps_or_more_as_the_mean_of_the_seeds() -> None:
     grows = [(10, 2.0), (20, 2.0), (25, 9.0), (40, 2.003)]
     others = [(10, 2.0), (20, 2.0), (30, 9.0), (40, 2.0)]
-    assert "may_be_capacity_limited" in decide(with_points([grows], [others], False), 0.005).flags
-    two = decide(with_points([[(20, 2.0), (40, 2.003)]], [others], False), 0.005)
+    assert "may_be_capacity_limited" in decision_of(with_points([grows], [others], False), 0.005).flags
+    two = decision_of(with_points([[(20, 2.0), (40, 2.003)]], [others], False), 0.005)
     assert "may_be_capacity_limited" not in two.flags
     slow = [[(10, 2.0), (20, 2.0), (40, 2.002)]] * 2
-    assert "may_be_capacity_limited" not in decide(with_points(slow, [LEVEL, LEVEL], False), 0.005).flags
+    assert "may_be_capacity_limited" not in decision_of(with_points(slow, [LEVEL, LEVEL], False), 0.005).flags

@@ -16,7 +16,7 @@ from rightrank.decision.comparison import (
     estimate_of_files,
 )
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.seeds import pair_noise
 from rightrank.decision.table import Cell, ScoreTable, groups_of
 from rightrank.schema.trials import Floats, Groups
@@ -111,12 +111,12 @@ def test_every_bound_and_probability_of_a_decision_follows_the_groups() -> None:
     )
     assert wide.reference_gap > narrow.reference_gap
     assert abs(wide.probability(worse, 0.0) - 0.5) < abs(narrow.probability(worse, 0.0) - 0.5)  # type: ignore[operator]
-    decided, plain = decide(grouped, 0.005), decide(alone, 0.005)
+    decided, plain = decision_of(grouped, 0.005), decision_of(alone, 0.005)
     assert [one.value for one in decided.ranks] == [one.value for one in plain.ranks]
 
 
 def test_the_next_run_asks_for_groups() -> None:
-    (run,) = [one for one in decide(table_of_groups(0.9), 0.003, confidence=None).next_runs if one.items]
+    (run,) = [one for one in decision_of(table_of_groups(0.9), 0.003, confidence=None).next_runs if one.items]
     assert re.search(r"(Score|and score) about [\d,]+ groups of held-out examples \(now 80\)", run.sentence)
     needed = int(re.findall(r"about ([\d,]+) groups", run.sentence)[0].replace(",", ""))
     assert run.items == 10 * needed

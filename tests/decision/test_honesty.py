@@ -10,7 +10,7 @@ from benchmarks.decide.simulated import MARGIN, RANKS, World, draw_table, truth
 
 from rightrank.decision.comparison import estimate
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.run import Answers
 from rightrank.decision.table import Cell, ScoreTable, table_of
 from rightrank.report.answer import answer_view
@@ -30,7 +30,7 @@ OTHERS = {
 
 
 def decided(losses: dict[int, float], seeds: Sequence[int] = (0,), **options: object) -> Decision:
-    return decide(scored(losses, seeds=seeds, **options), 0.01)  # type: ignore[arg-type]
+    return decision_of(scored(losses, seeds=seeds, **options), 0.01)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("verdict", OTHERS)
@@ -51,7 +51,7 @@ def test_one_seed_gives_an_indication(verdict: str) -> None:
 
 def test_the_rank_of_one_seed_rests_on_the_bounds_over_examples() -> None:
     table = scored(SATURATED, seeds=(0,))
-    decision = decide(table, 0.01)
+    decision = decision_of(table, 0.01)
     cells = [table.cells[rank, 1e-3, 0] for rank in (4, decision.reference_rank)]
     over_examples = estimate((cells[0].sums - cells[1].sums)[None, :], cells[0].weights)
     evidence = next(evidence for evidence in decision.ranks if evidence.rank == 4)
@@ -87,21 +87,21 @@ def without(table: ScoreTable, *cells: tuple[int, int]) -> ScoreTable:
 
 def test_ranks_that_the_answer_does_not_rest_on_may_have_one_seed() -> None:
     table = scored(SATURATED, seeds=(0, 1), noise=0.001)
-    assert decide(without(table, (1, 1)), 0.01).confidence == 0.95
+    assert decision_of(without(table, (1, 1)), 0.01).confidence == 0.95
     for rank in (4, 16, 64):  # the next lower rank, the answer, the reference
-        decision = decide(without(table, (rank, 1)), 0.01)
+        decision = decision_of(without(table, (rank, 1)), 0.01)
         assert (decision.rank, decision.confidence) == (16, None)
         assert "one_seed" in decision.flags
 
 
 def test_one_number_a_rank_claims_no_level() -> None:
-    decision = decide(bare(SATURATED), 0.005)
+    decision = decision_of(bare(SATURATED), 0.005)
     assert (decision.rank, decision.confidence) == (16, None)
     assert "underpowered" in decision.flags
     assert {evidence.non_inferior for evidence in decision.ranks if evidence.rank < 64} == {None}
     assert "95%" not in decision.sentence + decision.basis_note
-    assert decide(bare(SATURATED, std=0.0003), 0.005).confidence == 0.95
-    two = decide(bare({4: 2.1, 16: 2.0}), 0.005)
+    assert decision_of(bare(SATURATED, std=0.0003), 0.005).confidence == 0.95
+    two = decision_of(bare({4: 2.1, 16: 2.0}), 0.005)
     assert "noise of a training is unknown" in two.basis_note
     assert two.ranks[0].difference_high is None
 
@@ -122,7 +122,7 @@ def measured(differences: dict[int, list[float]], spread: dict[int, float], exam
 def test_a_noisy_rank_does_not_widen_the_bound_of_a_quiet_one() -> None:
     """A difference of .0006 ± .0011 got a bound of .012 and a request for 28 seeds."""
     noisy = {1: [0.7166, 0.1066, 0.2276], 16: [0.0006, 0.0017, -0.0005]}
-    decision = decide(measured(noisy, {1: 0.75, 16: 0.019}), 0.01)
+    decision = decision_of(measured(noisy, {1: 0.75, 16: 0.019}), 0.01)
     quiet = next(evidence for evidence in decision.ranks if evidence.rank == 16)
     assert quiet.difference_high is not None
     assert quiet.difference_high < 0.006
@@ -146,7 +146,7 @@ def test_a_best_learning_rate_is_chosen_on_shared_seeds() -> None:
     evidence = Evidence(ScoreTable("loss", False, cells))
     assert evidence.contenders[16].learning_rate == 1e-3
     assert len(evidence.contenders[16].cells) == 3
-    decision = decide(ScoreTable("loss", False, cells), 0.02)
+    decision = decision_of(ScoreTable("loss", False, cells), 0.02)
     assert (decision.rank, decision.confidence) == (16, 0.95)
 
 
@@ -171,28 +171,30 @@ def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
     whole = [outcome for outcome in records.finished() if outcome.rank]
     top = whole[-1]
     around = [looked(top, 3e-4), looked(top, 3e-3)]
-    assert "lr_edge" not in decide(table_of(whole, "loss", False, looks=around), 0.02).flags
-    below = decide(table_of(whole, "loss", False, looks=[looked(top, 3e-4)]), 0.02)
+    assert "lr_edge" not in decision_of(table_of(whole, "loss", False, looks=around), 0.02).flags
+    below = decision_of(table_of(whole, "loss", False, looks=[looked(top, 3e-4)]), 0.02)
     assert "lr_edge" in below.flags  # the best is the highest that was tried
     run = next(run for run in below.next_runs if run.action == "rates")
     assert run.learning_rates == [pytest.approx(3e-3)]
     diverged = TrialDiverged(
         trial_id="x", **top.arm.model_copy(update={"learning_rate": 3e-3}).model_dump(), step=3, reason="NaN"
     )
-    assert "lr_edge" not in decide(table_of([*whole, diverged], "loss", False, looks=[looked(top, 3e-4)]), 0.02).flags
+    assert (
+        "lr_edge" not in decision_of(table_of([*whole, diverged], "loss", False, looks=[looked(top, 3e-4)]), 0.02).flags
+    )
 
 
 def test_still_rising_is_not_said_of_means() -> None:
     """Rank 1 is worse by .07 in the mean, with bounds from below 0 to .15: it is not shown to be worse by more than .02."""
     table = measured({1: [0.03, 0.11], 4: [0.2, 0.21], 16: [0.1, 0.11]}, {1: 0.3, 4: 0.02, 16: 0.02})
-    decision = decide(table, 0.02, confidence=None)
+    decision = decision_of(table, 0.02, confidence=None)
     wide = next(evidence for evidence in decision.ranks if evidence.rank == 1)
     assert wide.non_inferior is None
     assert (wide.difference or 0.0) > 0.02
     assert decision.verdict != "rising"
     assert "every smaller" not in decision.sentence
     assert decision.next_runs[0].ranks == [128]  # a larger rank is worth a training all the same
-    steady = decide(measured({1: [0.3, 0.31], 16: [0.1, 0.11]}, {1: 0.02, 16: 0.02}), 0.02)
+    steady = decision_of(measured({1: [0.3, 0.31], 16: [0.1, 0.11]}, {1: 0.02, 16: 0.02}), 0.02)
     assert steady.verdict == "rising"
 
 
@@ -204,32 +206,32 @@ def test_trainings_of_unequal_length_are_flagged() -> None:
         }
         return ScoreTable("loss", False, cells)
 
-    assert "unequal_length" not in decide(table({4: 400, 16: 400, 64: 400}), 0.005).flags
-    decision = decide(table({4: 400, 16: 250, 64: 400}), 0.005)
+    assert "unequal_length" not in decision_of(table({4: 400, 16: 400, 64: 400}), 0.005).flags
+    decision = decision_of(table({4: 400, 16: 250, 64: 400}), 0.005)
     assert "unequal_length" in decision.flags
     run = next(run for run in decision.next_runs if run.action == "steps")
     assert (run.ranks, run.steps, run.trials) == ([16], 400, 1)
-    assert "unequal_length" not in decide(bare({1: 3.0, 4: 2.25, 16: 2.06})).flags  # no length is stated
+    assert "unequal_length" not in decision_of(bare({1: 3.0, 4: 2.25, 16: 2.06})).flags  # no length is stated
 
 
 def test_what_came_out_best_is_not_called_enough() -> None:
     """Nothing passed, or a higher rank may be better: `fallback_rank` is None, and `best_so_far` stands beside it."""
-    open_below = decide(scored({1: 2.3, 4: 2.006, 64: 2.0}, items=60, noise=0.03), 0.01)
-    lucky = decide(scored({1: 2.0, 4: 2.002, 16: 2.001}, items=30, noise=0.1, seeds=(0, 1)), 0.005)
-    rising = decide(scored({1: 2.4, 4: 2.2, 16: 2.0}), 0.01)
+    open_below = decision_of(scored({1: 2.3, 4: 2.006, 64: 2.0}, items=60, noise=0.03), 0.01)
+    lucky = decision_of(scored({1: 2.0, 4: 2.002, 16: 2.001}, items=30, noise=0.1, seeds=(0, 1)), 0.005)
+    rising = decision_of(scored({1: 2.4, 4: 2.2, 16: 2.0}), 0.01)
     for found in (open_below, lucky, rising):
         assert (found.fallback_rank, found.best_so_far) == (None, found.reference_rank)
     assert (rising.rank, rising.rank_at_hand) == (16, 16)
-    passed = decide(scored({1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}, noise=0.03), 0.01, confidence=None)
+    passed = decision_of(scored({1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}, noise=0.03), 0.01, confidence=None)
     assert (passed.rank, passed.fallback_rank, passed.best_so_far) == (None, 16, None)
-    stated = decide(bare(SATURATED, std=0.0003), 0.005)
+    stated = decision_of(bare(SATURATED, std=0.0003), 0.005)
     assert (stated.rank, stated.fallback_rank) == (16, 16)
-    assert decide(bare(SATURATED), 0.005).fallback_rank is None  # a reading shows nothing
+    assert decision_of(bare(SATURATED), 0.005).fallback_rank is None  # a reading shows nothing
 
 
 @pytest.mark.parametrize("losses", [{1: 2.3, 4: 2.006, 64: 2.0}, {1: 2.3, 4: 2.01, 16: 2.0, 64: 2.0}])
 def test_every_page_says_whether_a_rank_is_shown(losses: dict[int, float]) -> None:
-    found = decide(scored(losses, items=60 if len(losses) == 3 else 400, noise=0.03), 0.01, confidence=None)
+    found = decision_of(scored(losses, items=60 if len(losses) == 3 else 400, noise=0.03), 0.01, confidence=None)
     page = " ".join(text for _, text in answer_view(Answers(found)).rows())
     rows = {row[0]: row[5] for row in evidence_table(found)}
     if found.fallback_rank is None:
@@ -251,7 +253,7 @@ def test_a_rank_that_is_called_enough_is_seldom_worse_than_the_margin(seeds: int
         world = World(shape, seeds, 200, "heavy", seed_rank=2 * MARGIN)  # type: ignore[arg-type]
         for _ in range(tables):
             losses = truth(world, generator)
-            decision = decide(draw_table(world, losses, generator), MARGIN)
+            decision = decision_of(draw_table(world, losses, generator), MARGIN)
             worse = {rank: bool(loss - losses.min() > MARGIN) for rank, loss in zip(RANKS, losses, strict=True)}
             shown += decision.fallback_rank is not None and worse[decision.fallback_rank]
             best += worse[decision.rank_at_hand]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rightrank.decision.evidence import Evidence, compare
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.table import Cell, ScoreTable
 
 MARGIN, ROWS = 0.02, 100
@@ -37,7 +37,7 @@ def drawn(seed: int) -> ScoreTable:
 def test_a_hopeless_rank_changes_no_bound_and_no_answer(seed: int) -> None:
     table = drawn(seed)
     without = replace(table, cells={key: cell for key, cell in table.cells.items() if key[0] != 1})
-    ours, theirs = decide(table, MARGIN), decide(without, MARGIN)
+    ours, theirs = decision_of(table, MARGIN), decision_of(without, MARGIN)
     assert (ours.rank, ours.fallback_rank, ours.reference_rank) == (
         theirs.rank,
         theirs.fallback_rank,

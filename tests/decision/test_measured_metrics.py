@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.run import Records, comparable, decide_on, decide_run, metrics_of, run_table
 from rightrank.decision.table import Cell, ScoreTable, table_of
 from rightrank.schema.errors import ResultsError
@@ -163,13 +163,13 @@ def scores(losses: dict[int, float], metric: str = "loss", std: float | None = 1
 def test_metrics_conflict_on_ranks_that_both_judge(
     decides: dict[int, float], beside: dict[int, float], conflict: bool
 ) -> None:
-    decision = decide(scores(decides), 0.005, others=[scores(beside, "nll")])
+    decision = decision_of(scores(decides), 0.005, others=[scores(beside, "nll")])
     assert [other.conflict for other in decision.other_metrics] == [conflict]
     assert ("metric_conflict" in decision.flags) is conflict
 
 
 def test_a_metric_with_one_rank_is_left_out() -> None:
-    decision = decide(
+    decision = decision_of(
         scores({1: 2.1, 4: 2.0}), 0.005, others=[scores({4: 2.0}, "nll"), scores({0: 3.0, 4: 2.0}, "nll")]
     )
     assert decision.other_metrics == []
@@ -179,18 +179,18 @@ def test_a_metric_with_one_rank_is_left_out() -> None:
 def test_another_loss_is_of_the_same_kind(loss: LossKind, margin: float) -> None:
     """Nats a token have a margin of their own; of a loss that is none, it is 1% of the best."""
     tables = [replace(scores({1: 2.1, 4: 2.0}, name), kind=metric_kind(name, False, loss)) for name in ("loss", "nll")]
-    decision = decide(tables[0], others=tables[1:])
+    decision = decision_of(tables[0], others=tables[1:])
     assert decision.margin == pytest.approx(margin)
     assert decision.other_metrics[0].margin == pytest.approx(margin)
 
 
 def test_no_gain_names_the_higher_learning_rate_if_one_is_known() -> None:
     losses = {0: 2.0001, 1: 2.0, 4: 2.0}
-    bare_run = decide(bare(losses), 0.01).next_runs[0]
+    bare_run = decision_of(bare(losses), 0.01).next_runs[0]
     assert bare_run.learning_rates == []
     assert "at a higher learning rate" in bare_run.sentence
     cells = {(rank, 1e-4 if rank else 0.0, 0): cell(loss) for rank, loss in losses.items()}
-    run = decide(ScoreTable("loss", False, cells), 0.01).next_runs[0]
+    run = decision_of(ScoreTable("loss", False, cells), 0.01).next_runs[0]
     assert run.learning_rates == [pytest.approx(3e-4)]
     assert "at learning rate 0.0003" in run.sentence
 

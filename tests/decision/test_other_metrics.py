@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.table import table_of
 from rightrank.schema.trials import EvalPoint, TrialFinished
 from tests.tiny import UNMEASURED
@@ -35,7 +35,7 @@ def trial(rank: int, seed: int, loss: float, right: float) -> TrialFinished:
 def decided(losses: dict[int, float], right: dict[int, float]):  # type: ignore[no-untyped-def]
     trials = [trial(rank, seed, losses[rank], right[rank]) for rank in losses for seed in (0, 1, 2)]
     others = [table_of(trials, "exact_match", True), table_of(trials, "bleu", True)]
-    return decide(table_of(trials, "loss", False), 0.005, others=others)
+    return decision_of(table_of(trials, "loss", False), 0.005, others=others)
 
 
 def test_a_rank_that_the_other_metric_shows_to_be_too_small() -> None:
@@ -79,7 +79,7 @@ def test_a_metric_that_is_nothing_everywhere_still_has_a_margin() -> None:
     none = [
         t.model_copy(update={"metrics": {"rougeL": 0.0}, "item_metrics": {"rougeL": [0.0] * ITEMS}}) for t in trials
     ]
-    decision = decide(table_of(none, "rougeL", True))
+    decision = decision_of(table_of(none, "rougeL", True))
     assert (decision.margin, decision.verdict) == (0.01, "flat")
 
 
@@ -90,8 +90,8 @@ def test_the_other_metric_is_judged_as_the_one_that_decides() -> None:
     other = table_of(trials, "exact_match", True)
     answers = set()
     for confidence, checkpoint in ((None, "last"), (0.5, "last"), (0.7, "last"), (0.7, "best")):
-        alone = decide(other, confidence=confidence, checkpoint=checkpoint)
-        (beside,) = decide(
+        alone = decision_of(other, confidence=confidence, checkpoint=checkpoint)
+        (beside,) = decision_of(
             table_of(trials, "loss", False), 0.005, others=[other], confidence=confidence, checkpoint=checkpoint
         ).other_metrics
         assert (beside.rank, beside.verdict, beside.ranks) == (alone.rank, alone.verdict, alone.ranks)

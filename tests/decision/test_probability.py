@@ -14,7 +14,7 @@ from scipy.stats import t as student
 
 import benchmarks
 from rightrank.cli import cli
-from rightrank.decision.rule import ASKED_CONFIDENCE, decide
+from rightrank.decision.rule import ASKED_CONFIDENCE, decision_of
 from rightrank.decision.run import decide_run
 from rightrank.decision.seeds import NOISE, NOISE_DEGREES, NoiseParts
 from rightrank.decision.sentences import chance
@@ -38,7 +38,7 @@ def chances(decision: Decision) -> dict[int, float | None]:
 
 def test_it_is_the_smallest_over_the_other_ranks() -> None:
     table, margin = one_seed(), 0.01
-    found = chances(decide(table, margin))
+    found = chances(decision_of(table, margin))
     cells = {rank: table.cells[rank, 1e-3, 0] for rank in LOSSES}
     for rank, cell in cells.items():
         differences = [cell.sums - other.sums for one, other in cells.items() if one != rank]
@@ -50,13 +50,13 @@ def test_it_is_the_smallest_over_the_other_ranks() -> None:
 
 
 def test_a_wider_margin_makes_every_rank_likelier_and_the_best_is_not_certain() -> None:
-    narrow, wide = (chances(decide(one_seed(), margin)) for margin in (0.002, 0.02))
+    narrow, wide = (chances(decision_of(one_seed(), margin)) for margin in (0.002, 0.02))
     assert all((narrow[rank] or 0) < (wide[rank] or 0) < 1 for rank in LOSSES)
     assert (wide[1] or 0) < 0.01 < (wide[4] or 0)
 
 
 def test_the_sentence_says_it_beside_a_larger_rank() -> None:
-    decision = decide(one_seed(noise=0.005), 0.02)
+    decision = decision_of(one_seed(noise=0.005), 0.02)
     found = {rank: chance(likely) for rank, likely in chances(decision).items() if likely is not None}
     assert decision.rank == 4
     assert f"Rank 4 looks enough ({found[4]} likely" in decision.sentence
@@ -66,23 +66,23 @@ def test_the_sentence_says_it_beside_a_larger_rank() -> None:
 
 def test_several_seeds_answer_as_one_does_and_the_bounds_are_a_grade_beside_it() -> None:
     table = scored(LOSSES, seeds=(0, 1), items=100, noise=0.03)
-    decision = decide(table, 0.02)
+    decision = decision_of(table, 0.02)
     assert (decision.rank, decision.take, decision.grade, decision.asked) == (4, 4, "likely", ASKED_CONFIDENCE)
     assert decision.probability == chances(decision)[4]
     assert f"Rank 4 looks enough ({chance(decision.probability or 0)} likely" in decision.sentence
-    assert (decide(table, 0.02, confidence=None).verdict, decide(table, 0.02, confidence=None).grade) == (
+    assert (decision_of(table, 0.02, confidence=None).verdict, decision_of(table, 0.02, confidence=None).grade) == (
         "undecided",
         "cannot tell",
     )
-    shown = decide(scored(LOSSES, seeds=(0, 1, 2), noise=0.005), 0.02)
+    shown = decision_of(scored(LOSSES, seeds=(0, 1, 2), noise=0.005), 0.02)
     assert (shown.rank, shown.grade, shown.confidence) == (4, "shown", 0.95)
     assert shown.sentence.startswith("Rank 4 is enough (")
-    assert decide(one_seed(noise=0.005), 0.02).grade == "likely"  # one seed shows nothing
-    assert decide(bare(LOSSES), 0.02).grade is None
+    assert decision_of(one_seed(noise=0.005), 0.02).grade == "likely"  # one seed shows nothing
+    assert decision_of(bare(LOSSES), 0.02).grade is None
 
 
 def test_where_no_rank_is_as_likely_the_words_say_what_to_do() -> None:
-    decision = decide(scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=100, noise=0.03), 0.002)
+    decision = decision_of(scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=100, noise=0.03), 0.002)
     assert (decision.rank, decision.verdict, decision.grade) == (None, "undecided", "cannot tell")
     assert (decision.alike, decision.probably_worse, decision.take) == ([16, 64], [1, 4], 16)
     assert decision.sentence.startswith("Ranks 16 and 64 cannot be told apart (±0.00")
@@ -94,19 +94,19 @@ def test_where_no_rank_is_as_likely_the_words_say_what_to_do() -> None:
         assert words in decision.sentence
     assert decision.rank_at_hand == 16
     assert 0 < (decision.resolves or 0) <= (decision.take_within or 0)
-    wider = decide(scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=100, noise=0.03), decision.take_within)
+    wider = decision_of(scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=100, noise=0.03), decision.take_within)
     assert wider.rank == 16
     items, seeds = decision.next_runs
     assert (items.action, items.items, seeds.action, seeds.minutes) == ("items", 500, "seeds", None)
     enough = scored({0: 2.4, **LOSSES}, seeds=(0, 1), items=20_000, noise=0.03)
-    assert decide(enough, 0.002).verdict != "undecided"
+    assert decision_of(enough, 0.002).verdict != "undecided"
 
 
 def test_purchases_are_priced_by_the_trainings_and_evaluations_so_far() -> None:
     table = scored({4: 2.002, 64: 2.0}, seeds=(0, 1), items=100, noise=0.03)
     for train, evaluation, first in ((600.0, 1.0, "items"), (1.0, 600.0, "seeds")):
         cells = {key: replace(cell, train_seconds=train, eval_seconds=evaluation) for key, cell in table.cells.items()}
-        runs = decide(replace(table, cells=cells), 0.002).next_runs
+        runs = decision_of(replace(table, cells=cells), 0.002).next_runs
         assert runs[0].action == first
         assert runs[0].minutes is not None
         assert runs[0].minutes < (runs[1].minutes or 0)
@@ -122,7 +122,9 @@ def test_noisy_seeds_at_hand_make_a_rank_less_likely_than_earlier_grids_do() -> 
         key: replace(cell, sums=cell.sums + (0.06 if key[0] == 4 else 0.0) * (1 if key[2] else -1))
         for key, cell in noisy.cells.items()
     }
-    assert (chances(decide(quiet, 0.02))[4] or 0) > (chances(decide(replace(noisy, cells=moved), 0.02))[4] or 0) + 0.02
+    assert (chances(decision_of(quiet, 0.02))[4] or 0) > (
+        chances(decision_of(replace(noisy, cells=moved), 0.02))[4] or 0
+    ) + 0.02
 
 
 def test_there_is_none_where_its_assumptions_fail() -> None:
@@ -139,28 +141,28 @@ def test_there_is_none_where_its_assumptions_fail() -> None:
         "apart": (replace(table, cells=apart), "the ranks have no seed in common"),
         "own": (replace(table, metric="reward", kind="other"), "how reward varies between seeds is not known"),
     }.values():
-        decision = decide(given, 0.01, confidence=0.9)
+        decision = decision_of(given, 0.01, confidence=0.9)
         assert decision.probability_note == f"No probability: {reason}."
         assert set(chances(decision).values()) == {None}
-        assert decision.rank == decide(given, 0.01, confidence=None).rank == decide(given, 0.01).rank
+        assert decision.rank == decision_of(given, 0.01, confidence=None).rank == decision_of(given, 0.01).rank
 
 
 def test_a_confidence_picks_the_smallest_rank_that_has_it() -> None:
     table = one_seed(noise=0.005)
-    found = chances(decide(table, 0.02))
+    found = chances(decision_of(table, 0.02))
     for confidence in (0.5, 0.8, 0.9):
-        decision = decide(table, 0.02, confidence=confidence)
+        decision = decision_of(table, 0.02, confidence=confidence)
         assert decision.rank == min(rank for rank in LOSSES if (found[rank] or 0) >= confidence)
         assert decision.verdict == "saturated"
 
 
 def test_the_staircase_is_that_of_the_probabilities() -> None:
     for table in (one_seed(items=100, noise=0.03), scored({0: 2.4, **LOSSES}, items=100, seeds=(0,), noise=0.03)):
-        steps = decide(table, 0.02).staircase
+        steps = decision_of(table, 0.02).staircase
         assert len({step.rank for step in steps}) > 2
         assert all(step.rank > 0 for step in steps)  # the base is no answer, and has no place on an axis of ranks
         for step in steps[1:]:
-            just, before = (decide(table, step.margin * factor) for factor in (1.0001, 0.9999))
+            just, before = (decision_of(table, step.margin * factor) for factor in (1.0001, 0.9999))
             assert just.rank == step.rank
             assert before.rank is None or before.rank > step.rank
 
@@ -168,23 +170,23 @@ def test_the_staircase_is_that_of_the_probabilities() -> None:
 def test_the_other_rows_of_the_verdict_stay() -> None:
     rising = scored({1: 2.3, 4: 2.2, 16: 2.1, 64: 2.0}, items=400, seeds=(0,), noise=0.02)
     flat = scored({1: 2.001, 4: 2.0005, 16: 2.0, 64: 2.0002}, items=400, seeds=(0,), noise=0.01)
-    assert [(one.rank, one.verdict) for one in (decide(rising, 0.01), decide(flat, 0.01))] == [
+    assert [(one.rank, one.verdict) for one in (decision_of(rising, 0.01), decision_of(flat, 0.01))] == [
         (64, "rising"),
         (1, "flat"),
     ]
 
 
 def test_an_open_base_is_said_beside_the_answer() -> None:
-    decision = decide(scored({0: 2.022, **LOSSES}, items=100, seeds=(0,), noise=0.06), 0.02)
+    decision = decision_of(scored({0: 2.022, **LOSSES}, items=100, seeds=(0,), noise=0.06), 0.02)
     likely = chances(decision)[0]
     assert likely is not None
     assert decision.sentence.endswith(f"The base itself is {chance(likely)} likely to be within the margin.")
-    surely = decide(scored({0: 2.001, 4: 2.0, 64: 2.0}, items=400, seeds=(0, 1), noise=0.01), 0.02)
+    surely = decision_of(scored({0: 2.001, 4: 2.0, 64: 2.0}, items=400, seeds=(0, 1), noise=0.01), 0.02)
     assert (surely.verdict, surely.rank, surely.grade) == ("no_gain", None, "shown")
 
 
 def test_no_rank_at_the_confidence_is_undecided() -> None:
-    decision = decide(one_seed(noise=0.1), 0.005, confidence=0.99)
+    decision = decision_of(one_seed(noise=0.1), 0.005, confidence=0.99)
     assert (decision.rank, decision.verdict, decision.asked) == (None, "undecided", 0.99)
     assert "99% likely to be within" in decision.sentence
 
@@ -192,7 +194,7 @@ def test_no_rank_at_the_confidence_is_undecided() -> None:
 @pytest.mark.parametrize("confidence", [0.4, 1.0, float("nan")])
 def test_a_confidence_that_is_none_is_refused(confidence: float) -> None:
     with pytest.raises(ResultsError, match=r"give a probability from 0\.5 to below 1"):
-        decide(one_seed(), 0.01, confidence=confidence)
+        decision_of(one_seed(), 0.01, confidence=confidence)
 
 
 def test_the_command_prints_it(tmp_path: Path) -> None:

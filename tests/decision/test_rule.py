@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from rightrank.decision.comparison import walk_down
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.trials import EvalPoint
@@ -17,7 +17,7 @@ SATURATED = {1: 2.3, 4: 2.05, 16: 2.001, 64: 2.0}
 
 
 def test_the_smallest_rank_within_the_margin_is_named_with_its_evidence() -> None:
-    decision = decide(scored(SATURATED), 0.01)
+    decision = decision_of(scored(SATURATED), 0.01)
     assert (decision.rank, decision.verdict, decision.reference_rank) == (16, "saturated", 64)
     assert {e.rank: e.non_inferior for e in decision.ranks} == {1: False, 4: False, 16: True, 64: True}
     assert decision.flags == []
@@ -26,7 +26,7 @@ def test_the_smallest_rank_within_the_margin_is_named_with_its_evidence() -> Non
 
 
 def test_a_single_number_a_rank_is_read_and_never_called_shown() -> None:
-    decision = decide(bare(SATURATED), 0.005)
+    decision = decision_of(bare(SATURATED), 0.005)
     assert decision.rank == 16
     assert "underpowered" in decision.flags
     assert decision.basis == "values"
@@ -35,7 +35,7 @@ def test_a_single_number_a_rank_is_read_and_never_called_shown() -> None:
 
 
 def test_a_stated_deviation_can_settle_what_bare_numbers_cannot() -> None:
-    decision = decide(bare(SATURATED, std=0.0003), 0.005)
+    decision = decision_of(bare(SATURATED, std=0.0003), 0.005)
     assert decision.rank == 16
     assert "underpowered" not in decision.flags
     assert decision.basis == "std"
@@ -43,20 +43,20 @@ def test_a_stated_deviation_can_settle_what_bare_numbers_cannot() -> None:
 
 def test_rising_where_the_top_beats_all_others() -> None:
     for table in (bare(RISING), scored(RISING)):
-        decision = decide(table, 0.01)
+        decision = decision_of(table, 0.01)
         assert (decision.rank, decision.verdict) == (8, "rising")
         run = decision.next_runs[0]
         assert (run.action, run.ranks) == ("rank", [16])
 
 
 def test_flat_takes_the_smallest() -> None:
-    decision = decide(scored({1: 2.0, 4: 2.0005, 16: 2.0}), 0.01)
+    decision = decision_of(scored({1: 2.0, 4: 2.0005, 16: 2.0}), 0.01)
     assert (decision.rank, decision.verdict) == (1, "flat")
 
 
 def test_noise_as_wide_as_the_margin_is_undecided_and_names_a_run_that_would_settle_it() -> None:
     table = scored({1: 2.3, 4: 2.006, 16: 2.001, 64: 2.0}, items=60, noise=0.03)
-    decision = decide(table, 0.01)
+    decision = decision_of(table, 0.01)
     assert (decision.rank, decision.verdict) == (None, "undecided")
     assert "underpowered" in decision.flags
     assert (decision.fallback_rank, decision.best_so_far) in ((16, None), (None, 64))
@@ -66,18 +66,18 @@ def test_noise_as_wide_as_the_margin_is_undecided_and_names_a_run_that_would_set
 
 
 def test_a_low_rank_that_came_out_best_by_luck_is_not_taken() -> None:
-    decision = decide(scored({1: 2.0, 4: 2.002, 16: 2.001}, items=30, noise=0.1, seeds=(0, 1)), 0.005)
+    decision = decision_of(scored({1: 2.0, 4: 2.002, 16: 2.001}, items=30, noise=0.1, seeds=(0, 1)), 0.005)
     assert (decision.rank, decision.verdict) == (None, "undecided")
 
 
 def test_no_gain_where_the_base_is_within_the_margin() -> None:
-    decision = decide(scored({0: 2.001, 1: 2.0, 4: 2.0}), 0.01)
+    decision = decision_of(scored({0: 2.001, 1: 2.0, 4: 2.0}), 0.01)
     assert (decision.rank, decision.verdict) == (None, "no_gain")
-    assert decide(bare({0: 2.001, 1: 2.0, 4: 2.0}), 0.01).verdict == "no_gain"
+    assert decision_of(bare({0: 2.001, 1: 2.0, 4: 2.0}), 0.01).verdict == "no_gain"
 
 
 def test_an_inconclusive_gain_is_undecided() -> None:
-    decision = decide(scored({0: 2.008, 1: 2.0, 4: 2.0}, items=40, noise=0.05), 0.01)
+    decision = decision_of(scored({0: 2.008, 1: 2.0, 4: 2.0}, items=40, noise=0.05), 0.01)
     assert (decision.rank, decision.verdict) == (None, "undecided")
     assert "base" in decision.sentence
 
@@ -86,13 +86,13 @@ def test_overfitting_takes_both_halves() -> None:
     losses = {1: 2.1, 4: 2.0, 16: 2.1, 64: 2.2}
     better = {1: 1.9, 4: 1.8, 16: 1.5, 64: 1.2}
     worse = {1: 1.9, 4: 1.8, 16: 1.9, 64: 2.1}
-    assert decide(scored(losses, train=better), 0.01).verdict == "overfitting"
-    assert decide(scored(losses, train=worse), 0.01).verdict == "saturated"
-    assert decide(scored(losses), 0.01).verdict == "saturated"
+    assert decision_of(scored(losses, train=better), 0.01).verdict == "overfitting"
+    assert decision_of(scored(losses, train=worse), 0.01).verdict == "saturated"
+    assert decision_of(scored(losses), 0.01).verdict == "saturated"
 
 
 def test_the_sequence_stops_at_the_first_failure() -> None:
-    decision = decide(bare({1: 2.0, 4: 2.1, 16: 2.0, 64: 1.999}), 0.005)
+    decision = decision_of(bare({1: 2.0, 4: 2.1, 16: 2.0, 64: 1.999}), 0.005)
     assert decision.rank == 16  # rank 1 is within the margin, but 4 is not
 
 
@@ -113,27 +113,27 @@ def test_the_walk_down_ends_above_the_first_rank_that_fails(
 
 
 def test_ties_go_to_the_lower_rank() -> None:
-    assert decide(bare({1: 2.5, 4: 2.0, 16: 2.0}), 0.005).reference_rank == 4
+    assert decision_of(bare({1: 2.5, 4: 2.0, 16: 2.0}), 0.005).reference_rank == 4
 
 
 @pytest.mark.parametrize("margin", [0.0005, 0.003, 0.04, 0.2, 0.5])
 def test_the_staircase_says_what_the_rule_says_at_every_margin(margin: float) -> None:
     table = bare(SATURATED)
-    stairs = decide(table, 0.005).staircase
+    stairs = decision_of(table, 0.005).staircase
     assert stairs[0].margin == 0
     assert [step.rank for step in stairs] == sorted((step.rank for step in stairs), reverse=True)
     reached = [step.rank for step in stairs if step.margin <= margin][-1]
-    assert decide(table, margin).rank == reached
+    assert decision_of(table, margin).rank == reached
 
 
 def test_higher_is_better_mirrors_lower() -> None:
-    mirrored = decide(bare({rank: -value for rank, value in SATURATED.items()}, "reward", higher=True), 0.005)
-    assert mirrored.rank == decide(bare(SATURATED), 0.005).rank
+    mirrored = decision_of(bare({rank: -value for rank, value in SATURATED.items()}, "reward", higher=True), 0.005)
+    assert mirrored.rank == decision_of(bare(SATURATED), 0.005).rank
     assert all(e.low <= e.value <= e.high for e in mirrored.ranks)
 
 
 def test_perplexity_is_judged_through_its_logarithm() -> None:
-    decision = decide(bare({1: 8.0, 4: 7.42, 16: 7.40, 64: 7.39}, "eval_perplexity"))
+    decision = decision_of(bare({1: 8.0, 4: 7.42, 16: 7.40, 64: 7.39}, "eval_perplexity"))
     assert decision.margin == pytest.approx(7.39 * 0.005)
     assert decision.rank == 4
     evidence = next(e for e in decision.ranks if e.rank == 4)
@@ -147,7 +147,7 @@ def test_perplexity_is_judged_through_its_logarithm() -> None:
 )  # fmt: skip
 def test_default_margins(metric: str, higher: bool, best: float, margin: float) -> None:
     worse = best * (0.9 if higher else 1.1)
-    assert decide(bare({1: worse, 4: best}, metric, higher)).margin == pytest.approx(margin)
+    assert decision_of(bare({1: worse, 4: best}, metric, higher)).margin == pytest.approx(margin)
 
 
 def test_the_best_of_several_learning_rates_is_corrected_for_the_winner_s_curse() -> None:
@@ -159,7 +159,7 @@ def test_the_best_of_several_learning_rates_is_corrected_for_the_winner_s_curse(
         for learning_rate, contrast in contrasts.items()
         for seed, noise in enumerate(contrast)
     }
-    decision = decide(ScoreTable("loss", False, cells), 0.005)
+    decision = decision_of(ScoreTable("loss", False, cells), 0.005)
     # the difference of two learning rates has variance 8·.02²/3 over seeds, moderated toward the ranks' 16·.02²/3: between
     # a training's own deviation of .023 and 1.4 times that; of a mean of four half; E[min of 3 normals] = -0.846
     assert 0.846 * 0.023 / 2 < decision.winner_gap < 1.4 * 0.846 * 0.023 / 2
@@ -173,7 +173,7 @@ def test_learning_rates_that_move_together_from_seed_to_seed_leave_little_to_luc
         for learning_rate in (1e-4, 3e-4, 1e-3)
         for seed, noise in enumerate((-0.02, 0.02, 0.0))
     }
-    assert decide(ScoreTable("loss", False, cells), 0.005).winner_gap == 0
+    assert decision_of(ScoreTable("loss", False, cells), 0.005).winner_gap == 0
 
 
 def test_a_best_learning_rate_at_the_edge_is_flagged_and_the_next_one_named() -> None:
@@ -182,7 +182,7 @@ def test_a_best_learning_rate_at_the_edge_is_flagged_and_the_next_one_named() ->
         for rank in (1, 4)
         for learning_rate in (1e-3, 3e-3)
     }
-    decision = decide(ScoreTable("loss", False, cells), 0.005)
+    decision = decision_of(ScoreTable("loss", False, cells), 0.005)
     assert "lr_edge" in decision.flags
     run = next(run for run in decision.next_runs if run.action == "rates")
     assert run.learning_rates == [pytest.approx(9e-3)]
@@ -199,7 +199,7 @@ def test_a_best_learning_rate_at_the_edge_is_flagged_and_the_next_one_named() ->
 )
 def test_a_suggested_learning_rate_is_a_round_number(rates: Sequence[float], slope: int, suggested: float) -> None:
     cells = {(rank, rate, 0): Cell("t", 0.0, *_one(2.0 + slope * rate)) for rank in (1, 4) for rate in rates}
-    run = next(run for run in decide(ScoreTable("loss", False, cells), 1e-6).next_runs if run.action == "rates")
+    run = next(run for run in decision_of(ScoreTable("loss", False, cells), 1e-6).next_runs if run.action == "rates")
     assert run.learning_rates == [pytest.approx(suggested)]
 
 
@@ -210,13 +210,13 @@ def test_a_suggested_learning_rate_is_one_that_another_rank_has() -> None:
         for rank, of_rank in rates.items()
         for rate in of_rank
     }
-    run = next(run for run in decide(ScoreTable("loss", False, cells), 1e-3).next_runs if run.action == "rates")
+    run = next(run for run in decision_of(ScoreTable("loss", False, cells), 1e-3).next_runs if run.action == "rates")
     assert (run.ranks, run.learning_rates) == ([4], [3.1e-2])
 
 
 def test_a_diverged_training_is_a_missing_cell() -> None:
     table = bare(SATURATED)
-    decision = decide(ScoreTable(table.metric, False, table.cells, {64: 1}, table.kind), 0.005)
+    decision = decision_of(ScoreTable(table.metric, False, table.cells, {64: 1}, table.kind), 0.005)
     assert "unstable" in decision.flags
     assert decision.rank == 16
 
@@ -227,9 +227,9 @@ def test_trainings_of_unequal_length_and_collapsed_ones_are_flagged() -> None:
         cells = {
             key: replace(cell, steps=steps["short" if key[0] < 64 else "long"]) for key, cell in table.cells.items()
         }
-        assert ("unequal_length" in decide(replace(table, cells=cells), 0.005).flags) is unequal
-    assert "collapsed" in decide(replace(table, collapsed=1), 0.005).flags
-    assert "collapsed" not in decide(table, 0.005).flags
+        assert ("unequal_length" in decision_of(replace(table, cells=cells), 0.005).flags) is unequal
+    assert "collapsed" in decision_of(replace(table, collapsed=1), 0.005).flags
+    assert "collapsed" not in decision_of(table, 0.005).flags
 
 
 def test_order_still_changing_is_flagged() -> None:
@@ -239,8 +239,8 @@ def test_order_still_changing_is_flagged() -> None:
 
     parting = {(4, 0.0, 0): cell(4, (0.0, 0.001, 0.002, 0.004)), (64, 0.0, 0): cell(64, (0.0, 0.0, 0.0, 0.0))}
     steady = {(4, 0.0, 0): cell(4, (0.004, 0.002, 0.002, 0.002)), (64, 0.0, 0): cell(64, (0.0, 0.0, 0.0, 0.0))}
-    assert "may_be_capacity_limited" in decide(ScoreTable("loss", False, parting), 0.005).flags
-    assert "may_be_capacity_limited" not in decide(ScoreTable("loss", False, steady), 0.005).flags
+    assert "may_be_capacity_limited" in decision_of(ScoreTable("loss", False, parting), 0.005).flags
+    assert "may_be_capacity_limited" not in decision_of(ScoreTable("loss", False, steady), 0.005).flags
 
 
 def test_another_metric_that_wants_another_rank_is_flagged() -> None:
@@ -248,14 +248,14 @@ def test_another_metric_that_wants_another_rank_is_flagged() -> None:
         return Cell("t", loss, *_one(loss), others={"accuracy": accuracy})
 
     table = ScoreTable("loss", False, {(4, 0.0, 0): cell(2.001, 0.70), (64, 0.0, 0): cell(2.0, 0.80)})
-    assert "metric_conflict" in decide(table, 0.005).flags
+    assert "metric_conflict" in decision_of(table, 0.005).flags
 
 
 def test_one_rank_or_a_margin_of_nothing_is_refused() -> None:
     with pytest.raises(ResultsError, match="two or more"):
-        decide(bare({4: 2.0}))
+        decision_of(bare({4: 2.0}))
     with pytest.raises(ResultsError, match="margin 0 is not allowed"):
-        decide(bare(SATURATED), 0.0)
+        decision_of(bare(SATURATED), 0.0)
 
 
 def _one(loss: float) -> tuple[object, object]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rightrank.decision.comparison import is_within
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.run import Answers
 from rightrank.decision.table import ScoreTable
 from rightrank.report.answer import answer_view
@@ -85,7 +85,7 @@ def _require_the_safe_choice_to_say_the_same(found: Decision, enough: Mapping[in
 @pytest.mark.parametrize("part", range(4))
 def test_no_two_lines_of_a_screen_contradict_each_other(part: int) -> None:
     for name, world in list(random_worlds().items())[part::4]:
-        found = decide(table_in(world), world.margin)
+        found = decision_of(table_in(world), world.margin)
         try:
             require_one_story(found)
         except AssertionError as error:
@@ -104,7 +104,7 @@ TABLES: dict[str, ScoreTable] = {
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("margin", [0.002, 0.01, 0.05])
 def test_a_table_made_to_contradict_itself_does_not(name: str, margin: float) -> None:
-    require_one_story(decide(TABLES[name], margin))
+    require_one_story(decision_of(TABLES[name], margin))
 
 
 def test_a_lower_bound_above_the_margin_refutes_with_its_skewness() -> None:
@@ -117,7 +117,7 @@ def test_a_lower_bound_above_the_margin_refutes_with_its_skewness() -> None:
         for seed in (0, 1):
             cell = cells[4, 1e-3, seed]
             cells[4, 1e-3, seed] = type(cell)(cell.trial_id, cell.value, cell.sums + worse, cell.weights)
-        found = decide(ScoreTable("eval_loss", False, cells), 0.02)
+        found = decision_of(ScoreTable("eval_loss", False, cells), 0.02)
         one = next(one for one in found.ranks if one.rank != found.reference_rank)
         assert one.difference_low is not None
         assert (one.non_inferior is False) == (one.difference_low > 0.02)

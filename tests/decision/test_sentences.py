@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from rightrank.decision.comparison import INDEPENDENT
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.sentences import chance, number
 from rightrank.schema.decision import Decision
 from tests.decision.tables import bare, scored
 
 
 def answer(losses: dict[int, float], margin: float, confidence: float | None = 0.7, **table: Any) -> Decision:
-    return decide(scored(losses, **table), margin, confidence=confidence)
+    return decision_of(scored(losses, **table), margin, confidence=confidence)
 
 
 def test_a_flat_curve_names_the_rank_that_looks_worst() -> None:
@@ -71,7 +71,7 @@ def test_what_the_noise_over_seeds_was_measured_on() -> None:
         cells = {
             (rank, lr, seed): cell for (rank, lr, seed), cell in table.cells.items() if (rank, seed) not in dropped
         }
-        said = decide(type(table)(table.metric, False, cells, {}, table.kind), 0.02).basis_note
+        said = decision_of(type(table)(table.metric, False, cells, {}, table.kind), 0.02).basis_note
         assert said.endswith(f" {INDEPENDENT}")
         return said.removesuffix(f" {INDEPENDENT}")
 
@@ -92,7 +92,7 @@ def test_counts_of_seeds_are_a_range() -> None:
     table = scored({4: 2.01, 8: 2.02, 16: 2.0, 64: 2.03}, seeds=(0, 1, 2, 3))
     dropped = {(4, 2), (4, 3), (8, 3)}
     cells = {(rank, lr, seed): cell for (rank, lr, seed), cell in table.cells.items() if (rank, seed) not in dropped}
-    note = decide(type(table)(table.metric, False, cells, {}, table.kind), 0.02).basis_note
+    note = decision_of(type(table)(table.metric, False, cells, {}, table.kind), 0.02).basis_note
     assert " over 2 to 4 seeds, moderated" in note
 
 
@@ -117,7 +117,7 @@ def test_numbers_have_two_digits_and_large_ones_none_behind_the_point() -> None:
 
 def test_one_number_a_rank_may_rise_and_a_stated_deviation_is_part_of_the_threshold() -> None:
     losses = {1: 2.0, 4: 1.9, 16: 1.8}
-    assert decide(bare(losses), 0.02).verdict == "rising"
-    assert decide(bare(losses, std=0.05), 0.02).verdict == "rising"
-    assert decide(bare(losses, std=0.11), 0.02).verdict != "rising"
-    assert decide(bare(losses), 0.11).verdict != "rising"
+    assert decision_of(bare(losses), 0.02).verdict == "rising"
+    assert decision_of(bare(losses, std=0.05), 0.02).verdict == "rising"
+    assert decision_of(bare(losses, std=0.11), 0.02).verdict != "rising"
+    assert decision_of(bare(losses), 0.11).verdict != "rising"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rightrank.decision.rule import decide
+from rightrank.decision.rule import decision_of
 from rightrank.decision.table import ScoreTable, table_of_results
 from rightrank.schema.decision import Decision, Result, ResultsTable
 from rightrank.schema.metrics import metric_kind
@@ -59,7 +59,7 @@ class World:
 
 
 def decide_in(world: World) -> Decision:
-    return decide(table_in(world), world.margin)
+    return decision_of(table_in(world), world.margin)
 
 
 def table_in(world: World) -> ScoreTable:

@@ -89,12 +89,12 @@ def test_a_tighter_guard_on_a_finished_run_trains_nothing(
         *SMALL,
         "--quiet",
     ]
-    status, out, err = run([*given, "--guard", str(guard_file), "--guard-margin", "1e-9", "--json"], capsys)
+    status, out, err = run([*given, "--guard", str(guard_file), "--set", "guard_margin=1e-9", "--json"], capsys)
     assert status == 0, err
     found = json.loads(out)["guard"]
     assert found["margin"] == 1e-9
     assert (found["holds"], found["difference_high"] > 1e-9) == (False, True)
-    status, text, _ = run([*given, "--guard", str(guard_file), "--guard-margin", "1e-9"], capsys)
+    status, text, _ = run([*given, "--guard", str(guard_file), "--set", "guard_margin=1e-9"], capsys)
     assert status == 0
     assert found["sentence"] in text
     assert sum(isinstance(one, TrialFinished) for one in Journal(again / "journal.jsonl").read()) == before

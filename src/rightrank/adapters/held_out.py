@@ -19,7 +19,7 @@ from rightrank.adapters.compare import finished_trial, labels_of_side
 from rightrank.adapters.resize import candidate_ranks, write_like, write_resized, write_truncated
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
-from rightrank.data.splits import OF_ANY_NUMBER, DataSplits, load_all, load_data
+from rightrank.data.splits import DataSplits, load_all, load_data
 from rightrank.decision.adapter import SEARCH, Criterion, adapter_answer, trained_answer
 from rightrank.decision.comparison import bounds_of_files
 from rightrank.decision.table import minus, table_of
@@ -34,7 +34,7 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.events import Evaluating, Notice, RunStarted
 from rightrank.schema.results import HeldOut, Resized, StoredCandidate
-from rightrank.schema.settings import OF_SPLITS, SelectSettings
+from rightrank.schema.settings import OF_ANY_NUMBER, OF_SPLITS, SelectSettings
 from rightrank.schema.table import given_values
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import DataUse, adapter_runtime, report_evaluations

@@ -363,7 +363,9 @@ def decide(
         return Decided(*decided)
     read = results_of_rows(rows, where, metric, higher_is_better, margin, columns or {})
     others = other_tables(read)
-    decision = rule.decide(table_of_results(read), margin, checkpoint=checkpoint or "last", others=others, **further)
+    decision = rule.decision_of(
+        table_of_results(read), margin, checkpoint=checkpoint or "last", others=others, **further
+    )
     return Decided(decision, read.understood, table=read)
 
 

@@ -152,9 +152,9 @@ def select_rank_with(
     """Find the rank with your own training function: DPO, RL, diffusion, vision, any script.
 
     Args:
-        train: called with a `TrialTask`, also for the base where rank 0 is among `ranks`; returns a mapping of held-out metrics or a `TrialResult`. With
-            `item_scores` in it (the same examples in every trial) ranks are compared example by example, which
-            resolves far smaller differences. `task.report(step, value, item_scores)` reports values along the way. All
+        train: called with a `TrialTask`, also for the base where 0 is among the ranks; returns a mapping of held-out metrics
+            or a `TrialResult`. With `item_scores` in it (the same examples in every trial) ranks are compared example by
+            example, which resolves far smaller differences. `task.report(step, value, item_scores)` reports values along the way. All
             randomness must come from `task.seed`, so that ranks differ in nothing else.
         out: the run folder. A second call with the same arguments resumes; trials that failed run again.
         seeds: None for seed 0, or those of the profile.
@@ -171,10 +171,8 @@ def select_rank_with(
         settings: see `TrainerSettings`: goal, profile, strategy, max_steps, workers, timeout_seconds, progress.
 
     Raises:
-        SettingsError: an argument that is not allowed, a metric without a known direction, or a function that
-            can't be sent to a process.
-        MissingExtraError: a tracker that is not installed.
-        RunFolderError: a folder made with other settings.
+        InputError: an argument that is not allowed, a metric without a known direction, a function that can't be sent to a
+            process, or a folder made with other settings.
         AllTrialsFailedError: fewer than two ranks ended with a result.
         InterruptedRun: `should_stop` of a callback returned True.
     """

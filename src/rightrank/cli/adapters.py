@@ -152,7 +152,6 @@ def progress_view(quiet: bool, log_json: bool = False) -> AbstractContextManager
     "metrics",
     "columns",
     "seq_len",
-    "dtype",
     "device",
 )
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting of select.")

@@ -29,7 +29,7 @@ from rightrank.data.rows import Row, RowsBySplit, held_out_fields, read_rows
 from rightrank.data.token_store import Store
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import DataSummary
-from rightrank.schema.settings import MAX_EVAL_ITEMS, SelectSettings
+from rightrank.schema.settings import MAX_EVAL_ITEMS, OF_ANY_NUMBER, SelectSettings
 from rightrank.schema.trials import SplitName, split_name
 
 MAX_SHOWN_CLASSES = 8
@@ -158,10 +158,6 @@ def load_data(
         groups_across_splits=int(_are_in(groups, stored.numbers("group")).sum()) if any(grouped.values()) else 0,
     )
     return DataSplits(summary, examples, _fingerprint(stored, begun))
-
-
-# Settings under which rows need not fill a step of training, and none are taken from given splits.
-OF_ANY_NUMBER = {"batch_size": 1, "gradient_accumulation_steps": 1, "test_fraction": 0.0, "validation": ""}
 
 
 def load_all(

@@ -33,7 +33,7 @@ from rightrank.schema.metrics import Checkpoint, default_margin
 ASKED_CONFIDENCE = 0.75  # two seeds of the twelve long grids answer 85% at it: `benchmarks/selection/noise_model.py`
 
 
-def decide(
+def decision_of(
     table: ScoreTable,
     margin: float | None = None,
     *,
@@ -124,7 +124,7 @@ def _beside(
     by_rank: Mapping[int, Compared], other: ScoreTable, confidence: float | None, checkpoint: Checkpoint
 ) -> MetricAnswer:
     """The answer by another metric, and whether the two disagree."""
-    answer = decide(other, confidence=confidence, checkpoint=checkpoint)
+    answer = decision_of(other, confidence=confidence, checkpoint=checkpoint)
     ours = {rank: compared.non_inferior for rank, compared in by_rank.items() if rank > 0}
     theirs = {evidence.rank: evidence for evidence in answer.ranks if evidence.rank > 0}
     against = [rank for rank in ours if rank in theirs and {ours[rank], theirs[rank].non_inferior} == {True, False}]

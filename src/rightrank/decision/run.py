@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rightrank.decision.adapter import Criterion, compared_adapters, making_of
-from rightrank.decision.rule import ASKED_CONFIDENCE, decide
+from rightrank.decision.rule import ASKED_CONFIDENCE, decision_of
 from rightrank.decision.table import ScoreTable, table_of, without_collapsing
 from rightrank.schema.decision import AdapterCandidate, Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
@@ -146,7 +146,7 @@ def decide_on(
     beside = [name for name in known if name != metric and (name in asked or name not in REPORTED_ONLY)]
     others = [run_table(records, outcomes, name) for name in beside if _direction_in(started, name) is not None]
     wanted = settings.confidence if confidence is None else confidence
-    return decide(
+    return decision_of(
         run_table(records, outcomes, metric, higher),
         margin,
         checkpoint=checkpoint or settings.checkpoint,

@@ -21,6 +21,7 @@ from rightrank.models.ranks import SERVER_RANKS, SERVING, max_module_rank, rank_
 from rightrank.report.format import size
 from rightrank.report.html import loading_lines
 from rightrank.schema.errors import ResultsError, SettingsError, did_you_mean
+from rightrank.schema.settings import TRAINER_FIELDS
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 EXPLICIT = ("layers_to_transform", "exclude_modules", "layers_pattern")  # said by the full names of the modules
@@ -29,6 +30,13 @@ WHOLE = ("merged", "gguf", "mlx")  # models without an adapter: `interop.whole`
 AROUND = 4  # folders around an adapter: trials, the run, and two around the run
 LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one
 SERVED_NAME = "rightrank"
+# A trainer's words for what is not as by default; for what is not here it has none.
+TRL_NAMES = {name: f"lora_{name}" for name in ("modules_to_save", "use_dora", "target_parameters")}
+TRL_NAMES |= {name: name for name in ("use_dora", "load_in_4bit", "load_in_8bit")}
+AXOLOTL_NAMES = {"layers_to_transform": "peft_layers_to_transform"}
+AXOLOTL_NAMES |= {name: f"lora_{name}" for name in ("modules_to_save", *PATTERNS)}
+AXOLOTL_NAMES |= {name: f"peft_{name}" for name in ("use_dora", "init_lora_weights")}
+AXOLOTL_NAMES |= {"target_parameters": "lora_target_parameters", **{name: name for name in OF_LOADING}}
 STRINGS = "the file is for a `prompt`, `chosen` and `rejected` of text"
 PREFERENCE = ("prompt", "chosen", "rejected")
 # The entry of the data set by the shape of its rows, where a trainer knows it, else by their form.
@@ -146,20 +154,14 @@ def _commented(file: str, text: str, comments: Sequence[str]) -> str:
 
 def _peft(recipe: Recipe) -> Written:
     """The adapter folder, and the `LoraConfig` that creates an adapter like it."""
-    arguments: dict[str, Any] = {
-        "task_type": recipe.task_type,
-        "r": recipe.r,
-        "lora_alpha": recipe.alpha,
-        "lora_dropout": recipe.lora_dropout,
-        "use_rslora": recipe.use_rslora,
-        "target_modules": list(recipe.target_modules),
-    }
-    machine = ("load_in_4bit", "load_in_8bit", "trust_remote_code")
-    arguments |= {name: _plain(value) for name, value in recipe.unusual.items() if name not in machine}
+    arguments: dict[str, Any] = {"task_type": recipe.task_type, **_lora(recipe, "r")}
+    arguments |= {"use_rslora": recipe.use_rslora, "target_modules": list(recipe.target_modules)}
+    own = {name: _plain(value) for name, value in recipe.unusual.items() if name not in OF_LOADING}
+    arguments |= own
     lines = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
     code = f"from peft import LoraConfig\n\nlora_config = LoraConfig(\n{lines})\n{_arguments_as_code(recipe)}"
     command = f'python -c "{"; ".join(loading_lines(".", recipe.model, recipe.task_type == "SEQ_CLS"))}"'
-    notes = _lacking(recipe, "LoraConfig", [name for name in recipe.unusual if name not in machine])
+    notes = _lacking(recipe, "LoraConfig", [*own])
     return Written({"lora_config.py": code}, command, notes, with_adapter=True)
 
 
@@ -171,9 +173,7 @@ def _trl(recipe: Recipe) -> Written:
         "datasets": [{"path": _loader(recipe.data), "data_files": recipe.data}],
         "output_dir": "trl-output",
         "use_peft": True,
-        "lora_r": recipe.r,
-        "lora_alpha": recipe.alpha,
-        "lora_dropout": recipe.lora_dropout,
+        **_lora(recipe, "lora_r"),
         "use_rslora": recipe.use_rslora,
         "lora_target_modules": recipe.explicit_targets,
         "lora_task_type": recipe.task_type,
@@ -182,19 +182,13 @@ def _trl(recipe: Recipe) -> Written:
         "gradient_checkpointing": recipe.settings.gradient_checkpointing,
         **_training_arguments(recipe),
     }
-    values |= _given(
-        lora_modules_to_save=list(recipe.modules_to_save),
-        use_dora=recipe.use_dora,
-        lora_target_parameters=list(recipe.target_parameters),
-        load_in_4bit=recipe.settings.load_in_4bit,
-        load_in_8bit=recipe.settings.load_in_8bit,
-        completion_only_loss=recipe.form == "prompt_completion",
-        assistant_only_loss=recipe.form == "messages",
+    values |= _unusual(recipe, TRL_NAMES)
+    values |= {"prompt_completion": {"completion_only_loss": True}, "messages": {"assistant_only_loss": True}}.get(
+        recipe.form, {}
     )
     if recipe.form == "preference":
         values |= {"beta": recipe.settings.beta, "loss_type": ["sigmoid"]}
-    has = (*EXPLICIT, "modules_to_save", "use_dora", "target_parameters", "load_in_4bit", "load_in_8bit")
-    notes = _lacking(recipe, "TRL's command line", has, reader="TRL")
+    notes = _lacking(recipe, "TRL's command line", (*EXPLICIT, *TRL_NAMES), reader="TRL")
     if recipe.form == "messages":
         notes.append("TRL: assistant_only_loss needs a chat template with `{% generation %}`, or one that TRL knows")
     return Written({f"trl_{job}.yaml": _yaml(values)}, f"trl {job} --config trl_{job}.yaml", notes)
@@ -217,9 +211,7 @@ def _axolotl(recipe: Recipe) -> Written:
         ],
         "output_dir": "axolotl-output",
         "adapter": "qlora" if recipe.settings.load_in_4bit else "lora",
-        "lora_r": recipe.r,
-        "lora_alpha": recipe.alpha,
-        "lora_dropout": recipe.lora_dropout,
+        **_lora(recipe, "lora_r"),
         "lora_target_modules": recipe.explicit_targets if recipe.exclude_modules else list(recipe.target_modules),
         "peft_use_rslora": recipe.use_rslora,
         "sequence_len": recipe.settings.seq_len,
@@ -228,30 +220,14 @@ def _axolotl(recipe: Recipe) -> Written:
         "gradient_checkpointing": recipe.settings.gradient_checkpointing,
         **_training_arguments(recipe, batch_size="micro_batch_size", scheduler="lr_scheduler"),
     }
-    layers = () if recipe.exclude_modules else recipe.layers_to_transform
     whole = all(float(alpha).is_integer() for alpha in recipe.alpha_pattern.values())
-    values |= _given(
-        peft_layers_to_transform=layers and list(layers),
-        lora_modules_to_save=list(recipe.modules_to_save),
-        lora_rank_pattern=dict(recipe.rank_pattern),
-        lora_alpha_pattern={name: int(alpha) for name, alpha in recipe.alpha_pattern.items() if whole},
-        peft_use_dora=recipe.use_dora,
-        peft_init_lora_weights=recipe.unusual.get("init_lora_weights"),
-        lora_target_parameters=list(recipe.target_parameters),
-        load_in_4bit=recipe.settings.load_in_4bit,
-        load_in_8bit=recipe.settings.load_in_8bit,
-        trust_remote_code=recipe.settings.trust_remote_code,
-    )
-    has = [
-        *EXPLICIT,
-        "modules_to_save",
-        "use_dora",
-        "target_parameters",
-        "rank_pattern",
-        "init_lora_weights",
-        *OF_LOADING,
-    ]
-    notes = _lacking(recipe, "axolotl", [*has, *(["alpha_pattern"] if whole else [])]) + _whole_alpha(recipe, "axolotl")
+    names = {name: word for name, word in AXOLOTL_NAMES.items() if whole or name != "alpha_pattern"}
+    notes = _lacking(recipe, "axolotl", (*EXPLICIT, *names)) + _whole_alpha(recipe, "axolotl")
+    values |= _unusual(recipe, names)
+    if "lora_alpha_pattern" in values:
+        values["lora_alpha_pattern"] = {name: int(alpha) for name, alpha in recipe.alpha_pattern.items()}
+    if recipe.exclude_modules:  # the names of the modules say it
+        values.pop("peft_layers_to_transform", None)
     if recipe.form == "preference":
         values |= {"rl": "dpo", "rl_beta": recipe.settings.beta}
         notes.append(f"axolotl: {STRINGS}; for messages, set the data set's type to `chat_template.default`")
@@ -265,9 +241,7 @@ def _llamafactory(recipe: Recipe) -> Written:
         "stage": {"text": "pt", "preference": "dpo"}.get(recipe.form, "sft"),
         "do_train": True,
         "finetuning_type": "lora",
-        "lora_rank": recipe.r,
-        "lora_alpha": recipe.alpha,
-        "lora_dropout": recipe.lora_dropout,
+        **_lora(recipe, "lora_rank"),
         "use_rslora": recipe.use_rslora,
         "lora_target": ",".join(recipe.explicit_targets),
         "dataset": "rightrank_data",
@@ -277,13 +251,10 @@ def _llamafactory(recipe: Recipe) -> Written:
         "output_dir": "llamafactory-output",
         **_training_arguments(recipe),
     }
-    bits = recipe.settings.weight_bits
-    values |= _given(
-        additional_target=",".join(recipe.modules_to_save),
-        use_dora=recipe.use_dora,
-        quantization_bit=bits,
-        trust_remote_code=recipe.settings.trust_remote_code,
-    )
+    values |= {"additional_target": ",".join(recipe.modules_to_save)} if recipe.modules_to_save else {}
+    values |= _unusual(recipe, {"use_dora": "use_dora"})
+    values |= {"quantization_bit": recipe.settings.weight_bits} if recipe.settings.weight_bits else {}
+    values |= _unusual(recipe, {"trust_remote_code": "trust_remote_code"})
     notes = _lacking(recipe, "LLaMA-Factory", [*EXPLICIT, "modules_to_save", "use_dora", *OF_LOADING])
     notes += _whole_alpha(recipe, "LLaMA-Factory")
     if recipe.form == "preference":
@@ -372,9 +343,14 @@ TARGETS: dict[str, Callable[[Recipe], Written]] = {
 }
 
 
-def _given(**values: Any) -> dict[str, Any]:
-    """The values that are not empty."""
-    return {name: value for name, value in values.items() if value}
+def _lora(recipe: Recipe, rank: str) -> dict[str, Any]:
+    """What every trainer asks, by names that differ in that of the rank alone."""
+    return {rank: recipe.r, "lora_alpha": recipe.alpha, "lora_dropout": recipe.lora_dropout}
+
+
+def _unusual(recipe: Recipe, names: Mapping[str, str]) -> dict[str, Any]:
+    """What is not as by default, in a trainer's words."""
+    return {word: _plain(recipe.unusual[name]) for name, word in names.items() if name in recipe.unusual}
 
 
 def _loader(path: str) -> str:
@@ -415,17 +391,13 @@ def _training_arguments(
     recipe: Recipe, batch_size: str = "per_device_train_batch_size", scheduler: str = "lr_scheduler_type"
 ) -> dict[str, Any]:
     """The arguments of the training, in the names of transformers' TrainingArguments but for two."""
-    settings = recipe.settings
+    settings, words = recipe.settings, {"lr_scheduler_type": scheduler, "warmup_ratio": "warmup_steps"}
+    passed_on = settings.model_dump(include=TRAINER_FIELDS) | {"warmup_ratio": recipe.warmup_steps}
     return {
         "learning_rate": recipe.learning_rate,
         "max_steps": recipe.max_steps,
         batch_size: settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        scheduler: settings.lr_scheduler_type,
-        "warmup_steps": recipe.warmup_steps,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        "adam_beta2": settings.adam_beta2,
+        **{words.get(name, name): value for name, value in passed_on.items()},
         "bf16": settings.dtype == "bfloat16",
         "fp16": settings.dtype == "float16",
         "seed": recipe.seed,

@@ -15,24 +15,9 @@ from rightrank.models.ranks import peft_scaling
 from rightrank.schema.command import set_arguments
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunStarted
-from rightrank.schema.settings import OF_SPLITS, SelectSettings
+from rightrank.schema.settings import OF_MEASURING, SelectSettings
 from rightrank.schema.trials import TrialFinished
 
-# Settings by which an adapter is measured and its second moments are gathered.
-OF_MEASURING = (
-    *("margin", "metric", *OF_SPLITS, "seeds", "max_steps", "num_train_epochs"),
-    *(
-        "batch_size",
-        "gradient_accumulation_steps",
-        "eval_batch_size",
-        "seq_len",
-        "beta",
-        "dtype",
-        "load_in_4bit",
-        "load_in_8bit",
-    ),
-    *("trust_remote_code",),
-)
 UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
 
 

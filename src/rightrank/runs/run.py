@@ -108,7 +108,7 @@ def select(request: Asked, folder: RunFolder, hooks: Sequence[Hook], workplace: 
         try:
             with (workplace or _workplace_of)(run) as executor:
                 loop(run, executor)
-            decision = decide(run) if run.plan.settings.goal == "training-rank" else None
+            decision = final_decision(run) if run.plan.settings.goal == "training-rank" else None
         except (AllTrialsFailedError, DeviceMemoryError, InterruptedRun) as stopped:
             run.on_event(RunStopped(reason=str(stopped)))
             raise
@@ -232,7 +232,7 @@ def loop(run: Run, executor: Executor) -> None:
                 break  # trials are judged against the base's loss, which is known now
 
 
-def decide(run: Run) -> Decision:
+def final_decision(run: Run) -> Decision:
     """The decision on every whole training of the folder, also those from before the run was continued."""
     trained = [outcome for outcome in run.records.outcomes if outcome.rank > 0]
     reasons = [outcome.reason for outcome in trained if not isinstance(outcome, TrialFinished)]

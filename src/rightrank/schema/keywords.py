@@ -21,7 +21,6 @@ class SelectKeywords(TypedDict, total=False):
     checkpoint: Literal["last", "best"]
     metrics: Sequence[str] | str
     guard: Sequence[str] | str
-    guard_margin: float
     budget_hours: float
     target_modules: Sequence[str] | str
     layers_to_transform: Sequence[int] | int
@@ -34,7 +33,6 @@ class SelectKeywords(TypedDict, total=False):
     columns: Mapping[str, str] | Sequence[str]
     validation: str
     eval_items: int
-    ray_address: str
     dtype: Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
     device: str
     memory_bytes: int | str

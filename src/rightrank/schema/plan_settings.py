@@ -14,7 +14,7 @@ from rightrank.schema.settings import (
     PeftFields,
     SelectSettings,
 )
-from rightrank.schema.table import setting
+from rightrank.schema.table import option, setting
 
 OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit"]
 TRANSFORMERS_NAMES = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw_fused", "adamw_bnb_8bit": "adamw_8bit"}
@@ -30,11 +30,10 @@ def _as_select(name: str) -> Any:
 class PlanSettings(PeftFields):
     """All settings of `plan` besides MODEL."""
 
-    ranks: tuple[int, ...] = setting(
+    ranks: tuple[int, ...] = option(
         DEFAULT_PLAN_RANKS,
         COMPARE,
         "ranks, such as 8,16; by default powers of two, 1 to 512",
-        option=True,
         also=("rank", "r", "lora_r", "lora_rank"),
         split=True,
         check=SelectSettings.model_fields["ranks"].check,
@@ -69,17 +68,16 @@ class PlanSettings(PeftFields):
     eval_batch_size: int | None = setting(None, DATA, "examples in a forward pass of an evaluation", gt=0)
 
     # the device and the budget
-    dtype: DtypeName = setting(
+    dtype: DtypeName = option(
         "bfloat16",
         MACHINE,
         "the frozen weights' type: `bf16`, `fp16` or `fp32`",
-        option=True,
         also=("bf16", "fp16", "torch_dtype"),
         aliases=DTYPE_ALIASES,
     )
     device: Literal["cuda", "cpu"] = setting("cuda", MACHINE, "kernels and allocator of `cuda` or `cpu`")
     memory_bytes: int | None = _as_select("memory_bytes")
-    gradient_checkpointing: bool = setting(False, MACHINE, "recompute blocks in the backward pass", option=True)
+    gradient_checkpointing: bool = option(False, MACHINE, "recompute blocks in the backward pass")
     load_in_4bit: bool = _as_select("load_in_4bit")
     load_in_8bit: bool = setting(False, MACHINE, "the base's matrices in 8 bits")
     trust_remote_code: bool = _as_select("trust_remote_code")

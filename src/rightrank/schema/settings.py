@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from rightrank.schema.errors import MAX_WHOLE, SettingsError
 from rightrank.schema.metrics import Checkpoint, MetricSpec, direction, parse_metrics, unknown_direction
-from rightrank.schema.table import Group, Settings, parsed_json, setting
+from rightrank.schema.table import Group, Settings, option, parsed_json, setting
 
 COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
 
@@ -135,26 +135,24 @@ class PeftFields(Settings):
     """Fields of PEFT's LoraConfig that the adapters of all ranks get as they are."""
 
     lora_dropout: float = setting(0.0, ADAPTER, "dropout before A", also=("dropout",), ge=0, lt=1)
-    target_modules: tuple[str, ...] = setting(
+    target_modules: tuple[str, ...] = option(
         ("all-linear",),
         ADAPTER,
         "module names as PEFT matches them, or `all-linear`",
-        option=True,
         also=("targets", "lora_target_modules"),
         split=True,
     )
-    layers_to_transform: tuple[int, ...] | None = setting(
-        None, ADAPTER, "layer numbers, such as 26,27; by default all", option=True, also=("layers",), split=True
+    layers_to_transform: tuple[int, ...] | None = option(
+        None, ADAPTER, "layer numbers, such as 26,27; by default all", also=("layers",), split=True
     )
     exclude_modules: tuple[str, ...] = setting((), ADAPTER, "module names to leave out", split=True)
     modules_to_save: tuple[str, ...] = setting(
         (), ADAPTER, "modules trained whole and saved with the adapter", split=True
     )
-    use_dora: bool = setting(
+    use_dora: bool = option(
         False,
         ADAPTER,
         "DoRA, a trained magnitude for each row of a weight ([kinds of adapters](../how-to/adapter-kinds.md))",
-        option=True,
     )
     target_parameters: tuple[str, ...] = setting(
         (), ADAPTER, "names of bare parameters as PEFT matches them, such as `mlp.experts.down_proj`", split=True
@@ -219,25 +217,22 @@ else:
 class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
     """All settings of a selection besides MODEL, DATA and --out."""
 
-    goal: Goal = setting(
+    goal: Goal = option(
         "training-rank",
         COMPARE,
         "`adapter` or `training-rank`; the first stops at the smallest adapter within the margin",
-        option=True,
         identity=False,
     )
-    strategy: str = setting(
+    strategy: str = option(
         "bracket",
         COMPARE,
         "`bracket`, `grid` or `upward`; what to train next ([guide](../how-to/strategies.md))",
-        option=True,
         continuable=True,
     )
-    ranks: tuple[int, ...] = setting(
+    ranks: tuple[int, ...] = option(
         (1, 4, 16, 64),
         COMPARE,
         "ranks to compare beside the base, rank 0; the top one is trained first",
-        option=True,
         continuable=True,
         also=("rank", "r", "lora_r", "lora_rank"),
         split=True,
@@ -245,85 +240,75 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
             _distinct, lambda rank: rank >= 1, "rank", "integers from 1 (the base, rank 0, is always measured)"
         ),
     )
-    learning_rates: tuple[float, ...] = setting(
+    learning_rates: tuple[float, ...] = option(
         (3e-4, 1e-3, 3e-3),
         COMPARE,
         "learning rates to try at each rank",
-        option=True,
         continuable=True,
         also=("lr", "learning_rate"),
         split=True,
         check=partial(_distinct, lambda rate: rate > 0, "learning rate", "numbers above 0, such as 1e-4"),
     )
-    seeds: tuple[int, ...] = setting(
+    seeds: tuple[int, ...] = option(
         (0,),
         COMPARE,
         "seeds of batch order, first A and dropout",
-        option=True,
         continuable=True,
         also=("seed",),
         split=True,
         check=partial(_distinct, lambda seed: 0 <= seed <= MAX_SEED, "seed", f"integers from 0 to {MAX_SEED}"),
     )
-    extend: bool | None = setting(
+    extend: bool | None = option(
         None,
         COMPARE,
         "add a larger rank while the adapter keeps the top one or the answer rises, and the next learning rate at an edge, up to three times, "
         "within memory and budget; by default with a time budget",
-        option=True,
         identity=False,
     )
-    metric: str = setting(
+    metric: str = option(
         "loss",
         DECIDE,
         "`loss`, `accuracy`, `f1`, `rougeL`, …; what decides, also a function or a program, after `max:` or `min:` where its name says no "
         "direction ([metrics](../how-to/metrics.md))",
-        option=True,
     )
-    margin: float | None = setting(
+    margin: float | None = option(
         None,
         DECIDE,
         "how much worse than the best is still enough; by default from the kind of metric, 0.005 nats a token",
-        option=True,
         continuable=True,
         gt=0,
     )
-    confidence: float | None = setting(
+    confidence: float | None = option(
         None,
         DECIDE,
         "the smallest rank that is enough with this probability; 0.75 by default",
-        option=True,
         identity=False,
         continuable=True,
         ge=0.5,
         lt=1,
     )
-    checkpoint: Checkpoint = setting(
+    checkpoint: Checkpoint = option(
         "last",
         DECIDE,
         "`last` or `best`: which evaluation of each training counts and is kept; the best on the validation split",
-        option=True,
         also=("load_best_model_at_end",),
     )
-    metrics: tuple[str, ...] = setting(
+    metrics: tuple[str, ...] = option(
         (),
         DECIDE,
         "a further metric to measure; may be repeated",
-        option=True,
     )
     max_new_tokens: int = setting(64, DECIDE, "maximum length of an answer, in tokens", gt=0)
-    guard: tuple[str, ...] = setting(
+    guard: tuple[str, ...] = option(
         (),
         DECIDE,
         "files or folders, of any form, whose loss must not get worse than the base's ([guard](../how-to/guard.md))",
-        option=True,
         identity=False,
     )
     guard_margin: float | None = setting(
         None,
         DECIDE,
         "how much worse it may get, in nats; by default 0.02 per token, for classes 1% of the base's loss",
-        option=True,
         identity=False,
         gt=0,
     )
@@ -345,11 +330,10 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
         gt=0,
     )
 
-    lora_alpha: float = setting(
+    lora_alpha: float = option(
         32.0,
         ADAPTER,
         "alpha, the same at every rank; `2r` for alpha = 2r",
-        option=True,
         also=("alpha",),
         parse=lambda value: value,  # its option takes a text too
         gt=0,
@@ -363,35 +347,31 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
     init_lora_weights: Literal["default", "gaussian"] = setting(
         "default", ADAPTER, "`default` (PEFT's: uniform A, zero B) or `gaussian`"
     )
-    max_steps: int | None = setting(
+    max_steps: int | None = option(
         None,
         TRAINING,
         "optimizer steps of each training; by default one epoch",
-        option=True,
         also=("steps", "max_iters"),
         gt=0,
     )
-    num_train_epochs: float | None = setting(
+    num_train_epochs: float | None = option(
         None,
         TRAINING,
         "passes over the data of each training; in place of `max_steps`",
-        option=True,
         also=("epochs", "num_epochs"),
         gt=0,
     )
-    batch_size: int = setting(
+    batch_size: int = option(
         8,
         TRAINING,
         "examples in a forward pass",
-        option=True,
         also=("per_device_train_batch_size", "train_batch_size"),
         gt=0,
     )
-    seq_len: int = setting(
+    seq_len: int = option(
         512,
         TRAINING,
         "maximum length of an example in tokens",
-        option=True,
         also=("max_length", "max_seq_length", "cutoff_len"),
         gt=1,
     )
@@ -402,27 +382,25 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
         gt=0,
     )
 
-    columns: tuple[str, ...] = setting(
+    columns: tuple[str, ...] = option(
         (),
         DATA,
         "columns of other names, such as prompt=question; `group=document` names the one by which rows [belong together]"
         "(file-formats.md#rows-that-belong-together), by default `group`, else the prompt",
-        option=True,
         split=True,
         parse=lambda value: [f"{name}={of}" for name, of in value.items()] if isinstance(value, Mapping) else value,
         check=_require_columns,
     )
-    validation: str = setting(
-        "", DATA, "file or folder for the validation split; by default a tenth of the data", option=True
+    validation: str = option(
+        "", DATA, "file or folder for the validation split; by default a tenth of the data"
     )  # fmt: skip
     test_fraction: float = setting(0.1, DATA, "share of the examples in the test split; 0 for none", ge=0, lt=1)
     validation_fraction: float = setting(0.1, DATA, "share of the examples in the validation split", gt=0, lt=1)
-    eval_items: int | None = setting(
+    eval_items: int | None = option(
         None,
         DATA,
         "held-out examples at most, in either split; by default 200 to 2,000: as many as one evaluation scores in about a tenth of "
         "a training, and 200 where the model writes answers. Looks during a training score the first 200",
-        option=True,
         continuable=True,
         gt=1,
     )
@@ -431,20 +409,18 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
         16, DATA, "examples in a forward pass of an evaluation", also=("per_device_eval_batch_size",), gt=0
     )
 
-    dtype: AutoDtype = setting(
+    dtype: AutoDtype = option(
         "auto",
         MACHINE,
         "type of the frozen base, `auto`, `bf16`, `fp16` or `fp32`; `auto` is bfloat16 on a CUDA device that "
         "computes in it, else float32; adapters train in float32",
-        option=True,
         also=("bf16", "fp16", "torch_dtype"),
         aliases=DTYPE_ALIASES,
     )
-    device: str = setting(
+    device: str = option(
         "auto",
         MACHINE,
         "`auto`, `cpu`, `cuda`, `cuda:1` or `mps`",
-        option=True,
         check=_require_device,
     )
     memory_bytes: int | None = setting(
@@ -457,23 +433,21 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
         parse=_to_bytes,
         gt=0,
     )
-    load_in_4bit: bool = setting(
+    load_in_4bit: bool = option(
         False,
         MACHINE,
         "the base's matrices in 4 bits; through bitsandbytes (extra `bnb`), on CUDA or a CPU",
-        option=True,
     )
     load_in_8bit: bool = setting(False, MACHINE, "the same in 8 bits")
     gradient_checkpointing: bool = setting(
         False, MACHINE, "recompute activations block by block", also=("activation_checkpointing",)
     )
     cache_prefix: bool = setting(True, MACHINE, "compute the frozen layers below the adapters once")
-    adapters_per_pass: int | None = setting(
+    adapters_per_pass: int | None = option(
         None,
         MACHINE,
         "adapters trained in one pass over the base; multi-LoRA ([engine](../explanation/engine.md)); by default "
         "as many as pay and fit, 1 on a CPU",
-        option=True,
         identity=False,
         also=("arms",),
         gt=0,
@@ -481,30 +455,27 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
     checkpoint_seconds: float = setting(
         60.0, MACHINE, "seconds between checkpoints of a running trial", identity=False, gt=0
     )
-    executor: Literal["local", "processes", "ray"] = setting(
+    executor: Literal["local", "processes", "ray"] = option(
         "local",
         MACHINE,
         "`local`, `processes` or `ray`; in this process, or in workers with a base of their own "
         "([clusters](../how-to/clusters.md))",
-        option=True,
         identity=False,
     )
-    workers: int | None = setting(
+    workers: int | None = option(
         None,
         MACHINE,
         "workers at most; by default one for each CUDA device, on Ray as many as there is room for",
-        option=True,
         identity=False,
         also=("gpus", "num_workers"),
         gt=0,
     )
     trust_remote_code: bool = setting(False, MACHINE, "run code that comes with a model")
-    report_to: tuple[str, ...] = setting(
+    report_to: tuple[str, ...] = option(
         (),
         MACHINE,
         "trackers, such as trackio, wandb, mlflow, tensorboard; every trial is reported to them "
         "([trackers](../how-to/tracking.md))",
-        option=True,
         identity=False,
         split=True,
     )
@@ -592,8 +563,27 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
         return steps
 
 
+TRAINER_FIELDS = tuple(_TrainerFields.model_fields)
 # Settings that say which rows are in which split.
 OF_SPLITS = ("columns", "validation", "test_fraction", "validation_fraction", "eval_items")
+# Settings by which an adapter is measured and its second moments are gathered.
+OF_MEASURING = (
+    *(
+        "margin",
+        "metric",
+        *OF_SPLITS,
+        "seeds",
+        "max_steps",
+        "num_train_epochs",
+        "batch_size",
+        "seq_len",
+        "beta",
+        "dtype",
+    ),
+    *("gradient_accumulation_steps", "eval_batch_size", "load_in_4bit", "load_in_8bit", "trust_remote_code"),
+)
+# Settings under which rows need not fill a step of training, and none are taken from given splits.
+OF_ANY_NUMBER = {"batch_size": 1, "gradient_accumulation_steps": 1, "test_fraction": 0.0, "validation": ""}
 # Settings that choose trials and judge them, and change no trial: a run folder may be continued with other values.
 CONTINUABLE = tuple(name for name, row in SelectSettings.model_fields.items() if row.continuable)
 

@@ -1,7 +1,7 @@
 """What a table of settings is: rows that state a setting once, and records whose values are checked by their rows.
 
     class Some(Settings):
-        batch_size: int = setting(8, Group.TRAINING, "Examples in a forward pass.", option=True, gt=0)
+        batch_size: int = option(8, Group.TRAINING, "Examples in a forward pass.", gt=0)
 
 The rows are plain values, so that the command line lists its options without importing pydantic; that checks the types once
 there are values. The options, the keywords of the API, the page of the settings and the command that repeats a run come from the
@@ -67,9 +67,13 @@ class Setting:
             object.__setattr__(self, "option", f"--{name.replace('_', '-')}")
 
 
+def option(default: Any, group: Group, help: str, **further: Any) -> Any:
+    """A row with the option `--name-of-the-setting`."""
+    return setting(default, group, help, option="--", **further)
+
+
 def setting(default: Any, group: Group, help: str, **further: Any) -> Any:
-    """A row; the bounds are given by name, and `option=True` is `--name-of-the-setting`."""
-    further["option"] = "--" if further.get("option") is True else further.get("option", "")
+    """A row; the bounds are given by name."""
     bounds: dict[str, Any] = {name: further.pop(name) for name in ("gt", "ge", "lt", "le") if name in further}
     return Setting(default, group, help, **further, bounds=bounds)
 

@@ -34,7 +34,6 @@ class SelectionFields(Settings):
         None,
         Group.MACHINE,
         "`HOST:PORT` of a Ray cluster's head; by default one that runs on this machine, else a new one",
-        option=True,
         identity=False,
     )
     store: str = setting(
