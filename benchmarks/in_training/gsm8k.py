@@ -70,7 +70,7 @@ def _walk(model: Any, tokenizer: Any, given: argparse.Namespace, tests: Sequence
     top = f"r{adapter.rank}"
     trials: list[TrialFinished] = []
     with as_it_came(model, "default"), tempfile.TemporaryDirectory() as working:
-        moments = gather(live)[0]
+        moments = gather(live).moments
         for rank in (adapter.rank, *map(int, given.ranks.split(","))):
             folder = Path(working) / f"r{rank}"
             if rank < adapter.rank:

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -65,25 +63,12 @@ GRIDS: dict[str, dict[str, object]] = {
 }
 
 
-@contextmanager
-def first_token_only(block: Any, batch: Batch, routing: Any) -> Iterator[None]:
+def first_token_only(block: Any, batch: Batch, routing: Any) -> AbstractContextManager[None]:
     """Within the block, what is position-wise in the encoder's last layer runs at the first token of each row."""
     keep = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
     keep[:, 0] = True
-    rows = keep.reshape(-1).nonzero()[:, 0]
     modules = [block.attention.self.query, block.attention.output.dense, block.intermediate, block.output.dense]
-    before = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.forward = partial(fast_paths._on_rows, module.forward, rows, keep.shape)
-    try:
-        with nullcontext() if routing is None else routing.only_rows(keep.reshape(-1)):
-            yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+    return fast_paths.at_rows(modules, keep, routing)
 
 
 def speed_up(shop: Workshop) -> None:
@@ -93,7 +78,7 @@ def speed_up(shop: Workshop) -> None:
     runtime = shop.runtime
     indices = list(range(16))
     before = runtime.losses("selection", runtime.batch("selection", indices), 1.0).example_losses
-    fast_paths._label_rows_only = first_token_only
+    runtime.fast_paths.rows_only = first_token_only
     runtime.fast_paths.last_block = runtime.model.bert.encoder.layer[-1]
     after = runtime.losses("selection", runtime.batch("selection", indices), 1.0).example_losses
     assert torch.allclose(before, after, rtol=1e-5), (before, after)

@@ -13,8 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from rightrank import SmallestAdapter, Squeeze
-from rightrank.adapters.live import LiveScores
-from rightrank.interop import branches
+from rightrank.interop import branches, end_run
 from rightrank.schema.trials import TrialFinished
 from tests.interop.trainings import Listed, Rows, peft_model
 
@@ -75,13 +74,13 @@ def test_what_is_handed_over_is_the_branch(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no truncation holds and a branch does: its file, its card and the document say so."""
-    wrong = LiveScores.truncated
+    wrong = end_run._End.truncated
 
-    def worse(self: LiveScores, *given: Any) -> Any:
+    def worse(self: end_run._End, *given: Any) -> Any:
         found = wrong(self, *given)
         return replace(found, losses=[loss + 100 for loss in found.losses])
 
-    monkeypatch.setattr(LiveScores, "truncated", worse)
+    monkeypatch.setattr(end_run._End, "truncated", worse)
     callback = SmallestAdapter(margin=10.0, ranks=[1, 2], branch=True)
     trained(model_folder, rows, tmp_path, callback)
     assert callback.result is not None

@@ -33,7 +33,7 @@ from transformers import (
 from rightrank import SelectSettings, SmallestAdapter, compare, export, write_report
 from rightrank.adapters.held_out import truncation_curve
 from rightrank.adapters.live import LiveAdapter, trained_adapter
-from rightrank.adapters.live_scores import HeldOutBatches, batch_scores
+from rightrank.adapters.live_scores import HeldOutBatches, batch_loss
 from rightrank.adapters.resize import candidate_ranks
 from rightrank.api.runs import status
 from rightrank.decision.comparison import INDEPENDENT
@@ -182,7 +182,7 @@ def test_the_model_is_given_back_as_it_came(model_folder: Path, rows: Rows, tmp_
     model.train()
     model.base_model.model.model.layers[0].eval()
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
-    batch_scores(model, batches[0]).losses.sum().backward()
+    torch.autograd.backward(batch_loss(model, batches[0]).total)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
     modes = [module.training for module in model.modules()]
@@ -569,9 +569,9 @@ def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
 
 
 def test_the_head_sees_few_positions_at_a_time(model_folder: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels never reach the model, and no tensor of logits has more than CHUNK positions; the losses are the model's own."""
-    monkeypatch.setattr("rightrank.adapters.live_scores.CHUNK", 8)
+    """Labels never reach the model, and no tensor of logits has more than a chunk's positions; the losses are the model's own."""
     model = peft_model(model_folder).eval()
+    monkeypatch.setattr("rightrank.train.loss.CHUNK_LOGITS", 8 * model.config.vocab_size)
     head = model.get_base_model().get_output_embeddings()
     seen: list[int] = []
     head.forward = lambda hidden: (
@@ -703,11 +703,11 @@ def test_the_end_of_a_preference_training(changes: dict[str, Any], model_folder:
     assert callback.result.answer.rank < 16
     live, found = trainer.model, tmp_path / "out" / "rightrank" / "adapter"
     batches = [trainer.data_collator([row]) for row in held_out]
-    before = [float(one.losses) for one in (batch_scores(live.eval(), b, trainer.args.beta) for b in batches)]
+    before = [float(one.example_losses) for one in (batch_loss(live.eval(), b, trainer.args.beta) for b in batches)]
     other = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), found
     ).eval()
-    after = [float(one.losses) for one in (batch_scores(other, b, trainer.args.beta) for b in batches)]
+    after = [float(one.example_losses) for one in (batch_loss(other, b, trainer.args.beta) for b in batches)]
     assert (sum(after) - sum(before)) / len(before) == pytest.approx(callback.result.answer.difference, abs=1e-4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ from peft import LoraConfig, get_peft_model
 
 from rightrank.models.truncation import load_moments, save_moments
 from rightrank.schema.trials import Arm
-from rightrank.train.batches import Batch
+from rightrank.train import prefix
 from rightrank.train.covariances import gather_moments, gather_unseen_moments
 from rightrank.train.multi_lora import MultiLora
-from rightrank.train.prefix import FrozenPrefix
 from rightrank.train.runtime import Runtime
 from tests.helpers import fresh_adapter, make_runtime
 from tests.tiny import small_settings
@@ -88,13 +88,13 @@ def test_frozen_layers_are_computed_in_groups_and_change_nothing(
 ) -> None:
     """Of examples that no training asks for too."""
     sizes: list[int] = []
-    lower_blocks = FrozenPrefix._lower_blocks
+    output_of = prefix.output_of
 
-    def counted(prefix: FrozenPrefix, model: Any, batch: Batch) -> torch.Tensor:
-        sizes.append(len(batch.indices))
-        return lower_blocks(prefix, model, batch)
+    def counted(model: Any, blocks: Sequence[Any], inputs: Mapping[str, torch.Tensor]) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        return output_of(model, blocks, inputs)
 
-    monkeypatch.setattr(FrozenPrefix, "_lower_blocks", counted)
+    monkeypatch.setattr(prefix, "output_of", counted)
     found = []
     for caching in (True, False):
         settings = small_settings(

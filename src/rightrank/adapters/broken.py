@@ -72,8 +72,8 @@ def _losses(trial: TrialFinished) -> Floats:
     return np.array(trial.item_losses)
 
 
-def _distance(one: Floats, other: Floats) -> float:
-    return float(np.abs(one - other).mean())
+def _distance(left: Floats, right: Floats) -> float:
+    return float(np.abs(left - right).mean())
 
 
 def _faults(adapter: Path, folder: Path) -> Iterator[tuple[str, Path]]:

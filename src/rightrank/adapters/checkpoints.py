@@ -152,7 +152,7 @@ def open_weights(path: Path) -> _WeightFolder:
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in safe_shards(path):
-        found, _ = read_header(shard)
-        files |= dict.fromkeys(found, shard)
-        shapes |= found
+        tensors, _ = read_header(shard)
+        files |= dict.fromkeys(tensors, shard)
+        shapes |= tensors
     return _WeightFolder(path, files, shapes)

@@ -67,7 +67,7 @@ def compare_adapters(
             read = _read_sides(sides, model, place, settings, Path(name), on_event, base_b, of_run)
             comparisons += [_compare(read, spec.name, place, settings) for spec in settings.metric_specs]
             cause = cause or cause_of(read, scored)
-    worst = max(comparisons, key=lambda one: list(VERDICTS.values()).index(one.verdict))
+    worst = max(comparisons, key=lambda comparison: list(VERDICTS.values()).index(comparison.verdict))
     kept = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
     sentence = _sentence(*sides, worst, len(comparisons), cause)
     return AdapterComparison(sentence=sentence, comparisons=comparisons, cause=cause, **kept)
@@ -156,19 +156,14 @@ def _runtime(
     with torch_folder(model) as place:
         loaded = load_base(place, settings, splits.summary.classes)
         loaded = loaded if place == model else replace(loaded, name=model)
-    if first is None or not _same_vocabulary(first.loaded.tokenizer, loaded.tokenizer):
+    numbers = loaded.tokenizer.get_vocab().items()  # of tokens
+    if first is None or not first.loaded.tokenizer.get_vocab().items() <= numbers:
         return Runtime(loaded, encode(splits, loaded, settings), settings, 1, cache), None
     try:
         other_tokens = difference_of_tokens(first, loaded.tokenizer, encode(splits, loaded, settings))
     except DataError as error:
         other_tokens = f"its tokenizer or chat template was changed: {error}"
     return Runtime(loaded, first.data, settings, 1, cache), other_tokens
-
-
-def _same_vocabulary(first: Any, own: Any) -> bool:
-    """Whether every token of the first tokenizer has its number in the other."""
-    numbers = own.get_vocab()
-    return all(numbers.get(token) == number for token, number in first.get_vocab().items())
 
 
 def scored(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
@@ -199,20 +194,20 @@ def _compare(sides: tuple[Side, Side], metric: str, data: Path, settings: Select
         )
     worse = minus(cells[1], cells[0])
     difference = worse.sums, worse.weights, worse.span, worse.groups
-    found = bounds_of_files(*difference)
+    bounds = bounds_of_files(*difference)
     margin = settings.margin
     if margin is None:
         margin = default_margin(tables[0].kind, cells[0].value, [cells[0].value])
-    verdict = VERDICTS[found.is_enough(margin)]
+    verdict = VERDICTS[bounds.is_enough(margin)]
     return MetricComparison(
         data=str(data),
         metric=metric,
         verdict=verdict,
         value_a=cells[0].value,
         value_b=cells[1].value,
-        difference=found.mean,
-        difference_low=found.low,
-        difference_high=found.high,
+        difference=bounds.mean,
+        difference_low=bounds.low,
+        difference_high=bounds.high,
         spread=spread_of(worse, margin),
         margin=margin,
         examples=cells[0].examples,
@@ -253,7 +248,7 @@ def _shared_labels(sides: Sequence[str]) -> list[str] | None:
     Raises:
         ModelError: two classifiers of other labels, or of another order.
     """
-    known = [(side, found) for side in sides if (found := labels_of_side(side)) is not None]
+    known = [(side, labels) for side in sides if (labels := labels_of_side(side)) is not None]
     if not known:
         return None
     (first, labels), *others = known
@@ -305,8 +300,8 @@ def _rows_of_head(folder: Path) -> int | None:
     if task != "SEQ_CLS" or not weights.is_file():
         return None
     head = re.compile(r"\.(score|classifier)\.(?!.*\.?lora_).*weight$")  # what PEFT saves of a classifier
-    found = [shape[0] for name, shape in read_header(weights)[0].items() if head.search(name)]
-    return found[-1] if found else None
+    rows = [shape[0] for name, shape in read_header(weights)[0].items() if head.search(name)]
+    return rows[-1] if rows else None
 
 
 def _labels_of_model(file: Path) -> list[str] | None:

@@ -7,7 +7,7 @@ and measured on the same examples.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -177,7 +177,7 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
         resized = _resized(curve, chosen, runtime, rule)
     further = {"out": str(out), "notes": [*resized.notes, scored.note], "scored_examples": count, "stored": stored}
     if smaller is not None:
-        taken = next(one for one in stored if one.holds)
+        taken = next(candidate for candidate in stored if candidate.holds)
         further |= {"rank": taken.rank, "chosen_by": f"{resized.chosen_by}, {taken.bits} bits"}
     return resized.model_copy(update=further)
 
@@ -202,14 +202,19 @@ def _in_fewer_bits(
             scores = runtime.evaluate("selection")
         trial = finished_trial(folder.name, rank, scores, runtime.settings.metric, truncate_from=top)
         against = smallest_of([*curve.trials, trial], _criterion(runtime)).candidates
-        found = next(candidate for candidate in against if candidate.trial_id == trial.trial_id)
-        high = found.difference if found.difference_high is None else found.difference_high
+        candidate = next(candidate for candidate in against if candidate.trial_id == trial.trial_id)
+        high = candidate.difference if candidate.difference_high is None else candidate.difference_high
         measured.append(
             StoredCandidate(
-                rank=rank, bits=bits, bytes=size, difference=found.difference, difference_high=high, holds=found.holds
+                rank=rank,
+                bits=bits,
+                bytes=size,
+                difference=candidate.difference,
+                difference_high=high,
+                holds=candidate.holds,
             )
         )
-        if found.holds:
+        if candidate.holds:
             return measured, open_adapter(folder)
     return measured, None
 
@@ -226,7 +231,7 @@ def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, ru
             f"modules, which have ranks up to {chosen.rank} (rank_pattern)"
         )
     gain = _gain(curve.trials, answer, runtime)
-    ranks = tuple(sorted({one.rank for one in answer.candidates}))
+    ranks = tuple(sorted({candidate.rank for candidate in answer.candidates}))
     config = LoraConfig(
         **{name: value for name, value in chosen.config.items() if name in vars(LoraConfig()) and value is not None}
     )
@@ -288,19 +293,19 @@ def truncation_curve(
     report_evaluations(runtime, "the base", on_event)
     trials = [finished_trial("base", 0, runtime.evaluate("selection"), metric)]
     written: dict[int, Resized] = {}
-
-    def score(rank: int, folder: Path) -> Scores:
-        chosen = capped(adapter, rank, gathered.moments)
-        written[rank] = write_resized(adapter, folder, chosen, gathered.moments)
+    top = f"r{max(ranks)}"
+    for rank in sorted(ranks, reverse=True):
+        folder = working / f"r{rank}"
+        written[rank] = write_resized(adapter, folder, capped(adapter, rank, gathered.moments), gathered.moments)
         report_evaluations(runtime, f"rank {rank}", on_event)
         if halves:
-            return _by_halves(adapter, runtime, halves, rank, working)
-        with adapter_attached(runtime, folder):
-            return runtime.evaluate("selection")
-
-    for trial in walk(ranks, working, score, metric):
-        trials.append(trial)
-        on_event(Notice(text=f"rank {trial.rank}: held-out {trial.value:.4f}"))
+            scores = _by_halves(adapter, runtime, halves, rank, working)
+        else:
+            with adapter_attached(runtime, folder):
+                scores = runtime.evaluate("selection")
+        parent = None if folder.name == top else top
+        trials.append(finished_trial(folder.name, rank, scores, metric, truncate_from=parent))
+        on_event(Notice(text=f"rank {rank}: held-out {trials[-1].value:.4f}"))
     return TruncationCurve(trials, written, gathered, smallest_of(trials, _criterion(runtime)))
 
 
@@ -310,19 +315,8 @@ def _criterion(runtime: Runtime) -> Criterion:
     return Criterion(settings.metric_name, higher, settings.margin, runtime.data.summary.loss_kind)
 
 
-def walk(
-    ranks: Sequence[int], working: Path, score: Callable[[int, Path], Scores], metric: str
-) -> Iterator[TrialFinished]:
-    """An adapter and its truncations from the highest rank down: `score` writes each to `working` as r8, r4, … and scores it."""
-    top = f"r{max(ranks)}"
-    for rank in sorted(ranks, reverse=True):
-        folder = working / f"r{rank}"
-        parent = None if folder.name == top else top
-        yield finished_trial(folder.name, rank, score(rank, folder), metric, truncate_from=parent)
-
-
 def smallest_of(trials: Sequence[TrialFinished], criterion: Criterion) -> AdapterAnswer:
-    """The answer of a walk: the smallest adapter that holds."""
+    """The smallest adapter that holds."""
     return adapter_answer(trials, criterion) or trained_answer(max(trials, key=lambda trial: trial.rank), criterion)
 
 
@@ -347,13 +341,13 @@ def _halves(adapter: AdapterFolder, runtime: Runtime) -> list[_Half]:
 
 def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half], rank: int, working: Path) -> Scores:
     """The scores of every example under the truncation whose moments come from the half without it."""
-    found = []
+    halved = []
     for number, (scored, moments) in enumerate(halves):
         folder = working / f"r{rank}-half{number}"
         write_truncated(adapter, folder, capped(adapter, rank, moments), moments)
         with adapter_attached(runtime, folder):
-            found.append(runtime.evaluate("selection", scored))
-    return found[0].with_others(found[1])
+            halved.append(runtime.evaluate("selection", scored))
+    return halved[0].with_others(halved[1])
 
 
 def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> dict[str, int]:

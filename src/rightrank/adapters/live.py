@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,28 +23,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rightrank.adapters.held_out import capped
 from rightrank.adapters.live_scores import (
     BETA,
     Batch,
-    HeldOutBatches,
-    active_adapter,
-    batch_scores,
+    batch_loss,
     is_partitioned,
     positions,
     together,
 )
-from rightrank.adapters.resize import candidate_ranks, require_plain_update, write_truncated
+from rightrank.adapters.resize import candidate_ranks, require_plain_update
 from rightrank.data.files import write_text
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter
 from rightrank.models.base_models import base_identity
 from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.places import BASE_FILE
-from rightrank.models.truncation import Moments
-from rightrank.schema.errors import DataError, ModelError, NotFiniteError
-from rightrank.train.covariances import MOMENT_TOKENS, MomentSums, rank_space
-from rightrank.train.evaluation import Scores
+from rightrank.schema.errors import ModelError
+from rightrank.train.covariances import MOMENT_TOKENS, Gathered, gather_passes
+from rightrank.train.loss import with_adapter
 from rightrank.train.multi_lora import lora_modules
 
 HELD_DEPTH, HELD_PARTS = 5, 64  # how far generators are looked for: steps from a data set, entries of a list
@@ -127,7 +123,7 @@ def _require_truncatable(model: Any, name: str) -> None:
             f"the model has no PEFT adapter {name!r}; give a model that PEFT has wrapped, or the adapter's name"
         )
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    active = {one for layer in layers for one in layer.active_adapters if name in layer.active_adapters}
+    active = {adapter for layer in layers for adapter in layer.active_adapters if name in layer.active_adapters}
     if others := sorted(active - {name}):
         raise ModelError(
             f"the adapter {', '.join(others)} is active beside {name!r}, so that {name!r} alone is another model than the trained one; "
@@ -160,8 +156,10 @@ def trained_adapter(model: Any) -> str:
     names = [active] if isinstance(active, str) else list(active if isinstance(active, list) else ["default"])
     training = names
     if len(names) > 1:
-        factors = [one.lora_A for one in lora_modules(model).values()]
-        training = [name for name in names if any(name in one and one[name].weight.requires_grad for one in factors)]
+        factors = [layer.lora_A for layer in lora_modules(model).values()]
+        training = [
+            name for name in names if any(name in factor and factor[name].weight.requires_grad for factor in factors)
+        ]
     if len(training) != 1:
         raise ModelError(
             f"the adapters {', '.join(training or names)} train together; one adapter is truncated at a time"
@@ -170,47 +168,17 @@ def trained_adapter(model: Any) -> str:
     return training[0]
 
 
-class LiveScores:
-    """Scores of a live adapter and of its truncations, within `as_it_came`."""
+def require_scorable(model: Any, name: str) -> None:
+    """Refuse an adapter whose truncations can't be put in its place.
 
-    def __init__(self, live: LiveAdapter) -> None:
-        _require_truncatable(live.model, live.name)
-        if is_partitioned(live.model):
-            raise ModelError(
-                "ZeRO-3 holds parts of each parameter, which no truncation can be written into; measure in a fresh process"
-            )
-        self._live = live
-        self._held_out = HeldOutBatches(live.model, live.held_out, live.beta)
-        self._moments: Mapping[str, Moments] | None = None  # before the first truncation
-        self.notes: tuple[str, ...] = ()
-
-    @property
-    def method(self) -> Literal["kfac", "svd"]:
-        return "kfac" if self._moments else "svd"
-
-    def trained(self) -> Scores:
-        """As the adapter is in memory, which no truncation has replaced yet."""
-        if self._moments is None:
-            self._moments, self.notes = gather(self._live)
-        return self.scores("as trained")
-
-    def truncated(self, adapter: AdapterFolder, rank: int, folder: Path) -> Scores:
-        """Of the truncation to `rank`, which is written to `folder`."""
-        if self._moments is None:
-            self._moments, self.notes = gather(self._live)
-        with together():
-            write_truncated(adapter, folder, capped(adapter, rank, self._moments), self._moments)
-        put_in_place(self._live.model, self._live.name, open_adapter(folder))
-        return self.scores(f"rank {rank}")
-
-    def scores(self, what: str) -> Scores:
-        """Of the model as it now is."""
-        scores = self._held_out.scores()
-        if not np.isfinite(scores.losses).all():
-            raise NotFiniteError(f"{what}: a held-out loss is NaN or infinite; the training may have diverged")
-        if len(scores.losses) < 2:
-            raise DataError("fewer than two held-out examples have a label; give more")
-        return scores
+    Raises:
+        ModelError: no truncation can be made of it, or DeepSpeed holds the parameters.
+    """
+    _require_truncatable(model, name)
+    if is_partitioned(model):
+        raise ModelError(
+            "ZeRO-3 holds parts of each parameter, which no truncation can be written into; measure in a fresh process"
+        )
 
 
 def put_in_place(model: Any, name: str, adapter: AdapterFolder) -> None:
@@ -235,18 +203,18 @@ def put_in_place(model: Any, name: str, adapter: AdapterFolder) -> None:
 @contextmanager
 def random_states(*sources: Any) -> Iterator[None]:
     """After the block every random state is as before: the global ones, and those of generators that the sources hold."""
-    held = {id(one): one for source in sources for one in _generators(source)}.values()
+    held = {id(generator): generator for source in sources for generator in _generators(source)}.values()
     with ExitStack() as restored:
         restored.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         restored.callback(np.random.set_state, np.random.get_state())
         restored.callback(random.setstate, random.getstate())
-        for one in held:
-            if isinstance(one, np.random.Generator):
-                restored.callback(setattr, one.bit_generator, "state", one.bit_generator.state)
-            elif isinstance(one, random.Random):
-                restored.callback(one.setstate, one.getstate())
+        for generator in held:
+            if isinstance(generator, np.random.Generator):
+                restored.callback(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+            elif isinstance(generator, random.Random):
+                restored.callback(generator.setstate, generator.getstate())
             else:
-                restored.callback(one.set_state, one.get_state())
+                restored.callback(generator.set_state, generator.get_state())
         yield
 
 
@@ -269,19 +237,28 @@ def _generators(source: Any, depth: int = HELD_DEPTH) -> Iterator[Any]:
         yield from _generators(part, depth - 1)
 
 
+def trained_parameters(model: Any) -> dict[str, torch.Tensor]:
+    """A copy outside the device of all that trains, by name."""
+    return {
+        name: parameter.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
 @contextmanager
 def as_it_came(model: Any, name: str, *sources: Any) -> Iterator[None]:
     """In the block the model evaluates with the adapter `name`; afterwards it and random states are as before, to the bit."""
     layers = lora_modules(model).values()
     factors = [part[name].weight for layer in layers for part in (layer.lora_A, layer.lora_B) if name in part]
-    weights = {id(one): (one, one.detach().clone()) for one in factors}
+    weights = {id(factor): (factor, factor.detach().clone()) for factor in factors}
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _, _ in parameters:
             parameter.grad = None
         model.eval()
-        with active_adapter(model, name), random_states(*sources):
+        with with_adapter(model, name), random_states(*sources):
             yield
     finally:
         with torch.no_grad():
@@ -294,26 +271,21 @@ def as_it_came(model: Any, name: str, *sources: Any) -> Iterator[None]:
             module.training = training
 
 
-def gather(live: LiveAdapter) -> tuple[dict[str, Moments], tuple[str, ...]]:
-    """`(second moments by module, notes)` of about `moment_tokens` tokens of training examples."""
+def gather(live: LiveAdapter) -> Gathered:
+    """Second moments of about `moment_tokens` tokens of training examples."""
     if not live.train:
-        return {}, ("truncated by singular values: no training examples were given for second moments",)
-    sums, read, labels = MomentSums(), 0, 0
+        return Gathered({}, 0, 0, ("truncated by singular values: no training examples were given for second moments",))
     names = [name for name, layer in lora_modules(live.model).items() if live.name in layer.lora_A]
-    with rank_space(live.model, names, sums.add, live.name):
-        for batch in live.train:
-            if read >= live.moment_tokens:
-                break
-            found = batch_scores(live.model, batch, live.beta)
-            torch.autograd.backward(found.losses.sum())
-            read += positions(batch)
-            labels += int(found.tokens.sum())
-    if not labels:
-        return {}, ("truncated by singular values: the training examples that were read have no labels",)
-    missing = len(names) - len(sums.pairs)
-    if missing:
-        return (sums.moments(labels) if sums.pairs else {}), (
-            f"{missing} of {len(names)} modules truncated by singular values: the model computes their layers without calling PEFT's "
-            "modules (fused kernels), so that no second moments arrive",
-        )
-    return sums.moments(labels), ()
+    return gather_passes(live.model, names, _passes(live), live.name)
+
+
+def _passes(live: LiveAdapter) -> Iterator[tuple[int, int, int]]:
+    """Forward and backward over training batches; yields the rows, the positions and the labels of each."""
+    read = 0
+    for batch in live.train:
+        if read >= live.moment_tokens:
+            return
+        loss = batch_loss(live.model, batch, live.beta)
+        torch.autograd.backward(loss.total)
+        read += positions(batch)
+        yield len(loss.example_losses), positions(batch), int(loss.example_tokens.sum())

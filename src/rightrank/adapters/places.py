@@ -35,17 +35,19 @@ def find_adapter(path: Path) -> tuple[Path, str]:
     files = [] if (path / "config.json").exists() else list(path.glob("*.safetensors"))
     # PEFT's, whose configuration is missing
     files = [file for file in files if file.name != "adapter_model.safetensors"]
-    found = sorted(folders or files, key=lambda one: (_steps(one.relative_to(path)), -len(one.parts), one.name))
-    if not found:
+    adapters = sorted(
+        folders or files, key=lambda place: (_steps(place.relative_to(path)), -len(place.parts), place.name)
+    )
+    if not adapters:
         return path, ""
-    newest = found[-1]
-    if len(found) == 1:
+    newest = adapters[-1]
+    if len(adapters) == 1:
         return newest, f"{newest}: the only adapter in {path}"
     best, by = _best_of(path, newest)
-    chosen = next((one for one in found if best is not None and best in (one, *one.parents)), None)
+    chosen = next((place for place in adapters if best is not None and best in (place, *place.parents)), None)
     if chosen is None:
-        return newest, f"{newest}: the newest of {len(found)} adapters in {path}, where nothing names the best"
-    return chosen, f"{chosen}: the best of {len(found)} adapters in {path} by {by}"
+        return newest, f"{newest}: the newest of {len(adapters)} adapters in {path}, where nothing names the best"
+    return chosen, f"{chosen}: the best of {len(adapters)} adapters in {path} by {by}"
 
 
 def _steps(place: Path) -> list[float]:

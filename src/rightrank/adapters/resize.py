@@ -49,15 +49,15 @@ def write_resized(
     require_absent(out)
     require_plain_update(adapter)
     tensors = write_truncated(adapter, out, chosen, moments)
-    found = [one for pair in adapter.pairs for one in _distances(adapter, pair, _common(pair, chosen), tensors)]
+    errors = [error for pair in adapter.pairs for error in _distances(adapter, pair, _common(pair, chosen), tensors)]
     records = [
         ModuleResize(
             name=module.name, from_rank=module.rank, rank=rank, relative_delta_error=error / norm if norm > 0 else 0.0
         )
-        for module, rank, error, norm in found
+        for module, rank, error, norm in errors
     ]
     ranks = {record.name: record.rank for record in records}
-    total, whole = math.hypot(*(one[2] for one in found)), math.hypot(*(one[3] for one in found))
+    total, whole = math.hypot(*(error[2] for error in errors)), math.hypot(*(error[3] for error in errors))
     return Resized(
         rank=ranks[records[0].name] if len(set(ranks.values())) == 1 else None,
         relative_delta_error=total / whole if whole > 0 else 0.0,

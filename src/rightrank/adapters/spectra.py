@@ -141,11 +141,11 @@ def _spectra(adapter: AdapterFolder, pair: Sequence[AdapterModule]) -> list[Modu
     A token gives every direction of B a gradient, and Adam a step of about the learning rate. So an expert whose B is zero
     beside others that moved was never chosen, whereas one that learned nothing has an update that is small.
     """
-    found = [_spectrum(adapter, module) for module in pair]
-    if len(found) > 1 and any("untrained" not in one.flags for one in found):
-        flags = [["no_token" if flag == "untrained" else flag for flag in one.flags] for one in found]
-        found = [one.model_copy(update={"flags": own}) for one, own in zip(found, flags, strict=True)]
-    return found
+    spectra = [_spectrum(adapter, module) for module in pair]
+    if len(spectra) > 1 and any("untrained" not in spectrum.flags for spectrum in spectra):
+        flags = [["no_token" if flag == "untrained" else flag for flag in spectrum.flags] for spectrum in spectra]
+        spectra = [spectrum.model_copy(update={"flags": own}) for spectrum, own in zip(spectra, flags, strict=True)]
+    return spectra
 
 
 def _spectrum(adapter: AdapterFolder, module: AdapterModule) -> ModuleSpectrum:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from rightrank.adapters.live import LiveAdapter
+from rightrank.adapters.live import LiveAdapter, trained_parameters
 from rightrank.interop.live_cut import cut_live, top_restored
 from rightrank.schema.trials import Arm
 
@@ -85,10 +85,8 @@ class Branches:
         """Keep the state after a step from which branches leave."""
         self._seconds = (time.monotonic() - self._began) / max(1, step - self._first)
         if step in self._places:
-            parameters = {
-                name: one.detach().cpu().clone() for name, one in model.named_parameters() if one.requires_grad
-            }
-            self._states[step] = _State(parameters, _on_cpu(copy.deepcopy(self._trainer.optimizer.state_dict())))
+            state = _on_cpu(copy.deepcopy(self._trainer.optimizer.state_dict()))
+            self._states[step] = _State(trained_parameters(model), state)
 
     def close(self) -> None:
         """Give the trainer its own step back."""

@@ -15,16 +15,26 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from rightrank.adapters.live import LiveAdapter, LiveScores, as_it_came, base_name, save_trained
-from rightrank.adapters.live_scores import Batch, gathered, is_of_classes, together
-from rightrank.adapters.resize import candidate_ranks
+from rightrank.adapters.held_out import capped
+from rightrank.adapters.live import (
+    LiveAdapter,
+    as_it_came,
+    base_name,
+    gather,
+    put_in_place,
+    require_scorable,
+    save_trained,
+)
+from rightrank.adapters.live_scores import Batch, HeldOutBatches, gathered, is_of_classes, together
+from rightrank.adapters.resize import candidate_ranks, write_truncated
 from rightrank.data.files import read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import adapter_answer, probable_ranks
 from rightrank.decision.comparison import is_within
@@ -33,13 +43,13 @@ from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.base_models import base_identity
 from rightrank.models.places import BASE_FILE
 from rightrank.runs.folder import SQUEEZED, RunFolder
-from rightrank.runs.hook import Answered, Hook, Started
+from rightrank.runs.hook import Answered, Hook
 from rightrank.runs.prepare import environment_of
 from rightrank.runs.run import Run, select
 from rightrank.runs.values import Plan
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.decision import AdapterAnswer, CheckpointNote
-from rightrank.schema.errors import ModelError, RunFolderError, first_line
+from rightrank.schema.errors import DataError, ModelError, NotFiniteError, RunFolderError, first_line
 from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import (
@@ -59,11 +69,15 @@ from rightrank.search.learning_rates import Requests
 from rightrank.search.protocol import Strategy
 from rightrank.train.adapter_runtime import read_identity
 from rightrank.train.checkpoints import Progress
+from rightrank.train.covariances import Gathered
 from rightrank.train.device import peak_bytes
 from rightrank.train.evaluation import Measured, Scores
 from rightrank.train.targets import without_peft_noise
 from rightrank.train.trial import finished
 from rightrank.version import __version__
+
+if TYPE_CHECKING:
+    from rightrank.interop.branches import Branches
 
 DataForm = Literal["preference", "classification", "own"]
 KEPT = "measure.json"  # in the run's cache
@@ -102,13 +116,19 @@ class Ending:
     """The answer, and what it took."""
 
     answer: AdapterAnswer
-    value: float  # of the adapter as it was trained, on the held-out examples
-    examples: int
-    truncation: str | None  # how the adapter that the answer names was truncated; None: it was not
+    top: TrialFinished  # the adapter as it was trained
     cost: str  # in a sentence
     folder: RunFolder
-    trained: Path  # the adapter as it was trained
     notes: tuple[str, ...]  # on how truncations were made
+
+    @property
+    def value(self) -> float:
+        """Of the adapter as it was trained, on the held-out examples."""
+        return self.top.value
+
+    @property
+    def examples(self) -> int:
+        return len(self.top.item_losses)
 
 
 def peak_so_far() -> int:
@@ -143,7 +163,7 @@ def finish_run(
     training: Training,
     hooks: Sequence[Hook] = (),
     other: AbstractContextManager[None] | None = None,
-    branches: Branching | None = None,
+    branches: Branches | None = None,
 ) -> Ending:
     """Walk down over the truncations of a live adapter until one loses more than the margin, and hand over.
 
@@ -155,57 +175,18 @@ def finish_run(
         ModelError: the adapter cannot be truncated.
         NotFiniteError: a held-out loss is NaN or infinite.
     """
-    notes = _Notes(live, training, other, branches)
-    places = () if branches is None else branches.places
+    end = _End(live, training, other, branches)
     with together(), folder.locked(), report_disk_errors(folder.path):
-        select(_EndRequest(training.steps, places), folder, [notes, *hooks], notes.workplace)
-    records = notes.started.records()
+        select(end, folder, [end, *hooks], end.workplace)
+    records = end.begun.records
     answer = records.adapters[-1].answer
-    trained, chosen = (records.by_id[name] for name in (answer.trained_id, answer.trial_id))
-    return Ending(
-        answer,
-        trained.metrics[live.metric],
-        len(trained.item_losses),
-        chosen.truncation,
-        notes.cost,
-        folder,
-        folder.trial_adapter(answer.trained_id),
-        notes.scores.notes,
-    )
+    return Ending(answer, records.by_id[answer.trained_id], end.cost, folder, end.moments.notices)
 
 
 def measure(live: LiveAdapter, out: Path, training: Training | None = None) -> Ending:
     """Begin a run and finish it at once, without views."""
     training = training or Training({})
     return finish_run(live, begin_run(live, out, training), training)
-
-
-class Branching(Protocol):
-    """What finishes a training from where its adapter was cut."""
-
-    @property
-    def places(self) -> tuple[int, ...]:
-        """Steps from which it can, the latest first."""
-
-    def branched(self, live: LiveAdapter, arm: Arm) -> AbstractContextManager[None]:
-        """Within the block the model is the end of the branch; afterwards it is as before, to the bit."""
-
-
-@dataclass(frozen=True, slots=True)
-class _EndRequest:
-    """The run that `begin_run` has begun."""
-
-    steps: int
-    places: tuple[int, ...] = ()  # from which branches leave
-
-    def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None = None) -> Plan:
-        """As `rightrank.runs.values.Asked`."""
-        started = records_of(journal, str(folder.path)).started
-        strategy = _strategy(started, self.steps, self.places)
-        return Plan(started=started, settings=started.select_settings, steps=self.steps, strategy=strategy)
-
-    def extended(self, settings: SelectSettings) -> _EndRequest:
-        return self
 
 
 class Downward(Strategy):
@@ -225,18 +206,15 @@ class Downward(Strategy):
         for rank in reversed(space.ranks[:-1] if parent is not None else ()):
             assert parent is not None
             while places:
-                plain, step = truncation(parent, rank), places[0]
-                yield [plain if step is None else _branch(plain, parent, step)]
+                arm, step = truncation(parent, rank), places[0]
+                if step is not None:  # the training cut to this rank there, and finished
+                    branch = {"steps": parent.steps, "continue_from": parent.trial_id}
+                    arm = arm.model_copy(update=branch | {"cut": Cut(step=step, rank=parent.rank)})
+                yield [arm]
                 answer = adapter_answer(list(trials.outcomes.values()), space.criterion)
                 if answer is not None and answer.rank == rank:
                     break
                 places.pop(0)
-
-
-def _branch(plain: Arm, parent: TrialFinished, step: int) -> Arm:
-    """The training cut to the rank of a plain truncation at a step, and finished."""
-    fields = {"steps": parent.steps, "continue_from": parent.trial_id, "cut": Cut(step=step, rank=parent.rank)}
-    return plain.model_copy(update=fields)
 
 
 def _strategy(started: RunStarted, steps: int, places: tuple[int, ...] = ()) -> Strategy:
@@ -289,34 +267,87 @@ def _started(live: LiveAdapter, training: Training, ranks: Sequence[int]) -> Run
     )
 
 
-class _Notes(Hook):
-    """The executor of an end, and what a person should know of it, as notes of the answer."""
+class _End(Hook):
+    """The end of a training: the request for the run that `begin_run` has begun, its executor, which puts the truncations in the place of the
+    trained adapter, and what a person should know of it, as notes of the answer."""
 
     def __init__(
         self,
         live: LiveAdapter,
         training: Training,
         other: AbstractContextManager[None] | None,
-        branches: Branching | None,
+        branches: Branches | None,
     ) -> None:
+        require_scorable(live.model, live.name)
         self._live, self._training, self._other, self._branches = live, training, other, branches
-        self._started = time.monotonic()
-        self.scores = LiveScores(live)
+        self._began = time.monotonic()
+        self._held_out = HeldOutBatches(live.model, live.held_out, live.beta)
+        self.moments = Gathered({}, 0, 0)  # before the first truncation
         self.cost = ""
-        self.started: Started
+        self.begun: Run
 
-    def on_start(self, started: Started) -> None:
-        self.started = started
+    def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None = None) -> Plan:
+        """As `rightrank.runs.values.Asked`."""
+        started, steps = records_of(journal, str(folder.path)).started, self._training.steps
+        strategy = _strategy(started, steps, () if self._branches is None else self._branches.places)
+        return Plan(started=started, settings=started.select_settings, steps=steps, strategy=strategy)
+
+    def extended(self, settings: SelectSettings) -> _End:
+        return self
 
     @contextmanager
-    def workplace(self, run: Run) -> Iterator[_LiveExecutor]:
+    def workplace(self, run: Run) -> Iterator[_End]:
+        self.begun = run
         with as_it_came(self._live.model, self._live.name):
-            yield _LiveExecutor(self._live, self.scores, self._training, run, self._branches)
+            self.moments = gather(self._live)  # of the adapter as it is in memory, which no truncation has replaced yet
+            yield self
+
+    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
+        for trial in trials:
+            self.begun.on_event(TrialStarted(**trial.fields))
+            yield self._outcome(trial, trial.arm, self.begun.folder.trial_adapter(trial.trial_id))
+
+    def _outcome(self, trial: Trial, arm: Arm, target: Path) -> TrialFinished:
+        training, begun, progress = self._training, time.monotonic(), Progress()
+        changes: dict[str, Any]
+        if arm.cut is not None and self._branches is not None:
+            with self._branches.branched(self._live, arm):
+                scores, size = self._scores(arm.label()), save_trained(self._live, target).trained
+            progress, changes = Progress(step=arm.steps), {"truncation": arm.cut.by, "trainable_parameters": size}
+        elif arm.truncate_from is not None:
+            trained = open_adapter(self.begun.folder.trial_adapter(arm.truncate_from))
+            scores, method = self.truncated(trained, arm.rank, target), "kfac" if self.moments.moments else "svd"
+            changes = {"truncation": method}
+        else:
+            points = [EvalPoint(step=step, value=value) for step, value in training.points]
+            progress = Progress(step=training.steps, points=points, train_seconds=training.seconds or 0.0)
+            size = sum(module.parameters for module in open_adapter(target).modules)
+            changes = {"kept_step": training.kept_step, "trainable_parameters": size, "peak_bytes": training.peak_bytes}
+            scores = self._scores("as trained")
+        outcome = finished(trial, self._live.metric, scores, Measured(), progress)
+        return outcome.model_copy(update={"eval_seconds": time.monotonic() - begun, **changes})
+
+    def truncated(self, adapter: AdapterFolder, rank: int, folder: Path) -> Scores:
+        """Of the truncation to `rank`, which is written to `folder`."""
+        moments = self.moments.moments
+        with together():
+            write_truncated(adapter, folder, capped(adapter, rank, moments), moments)
+        put_in_place(self._live.model, self._live.name, open_adapter(folder))
+        return self._scores(f"rank {rank}")
+
+    def _scores(self, what: str) -> Scores:
+        """Of the model as it now is."""
+        scores = self._held_out.scores()
+        if not np.isfinite(scores.losses).all():
+            raise NotFiniteError(f"{what}: a held-out loss is NaN or infinite; the training may have diverged")
+        if len(scores.losses) < 2:
+            raise DataError("fewer than two held-out examples have a label; give more")
+        return scores
 
     def on_adapter(self, answered: Answered) -> tuple[AdapterAnswer, None]:
         """With the ranks that hold at both checkpoints, and the cost."""
         training, answer, records = self._training, answered.answer, answered.records
-        notes = [*training.notes, *answer.notes, *self.scores.notes]
+        notes = [*training.notes, *answer.notes, *self.moments.notices]
         if training.curve:
             notes.append(
                 "smallest rank that holds: " + ", ".join(f"{rank} at step {step}" for step, rank in training.curve)
@@ -332,58 +363,17 @@ class _Notes(Hook):
             told += "last one" if is_best else "best one"
             notes.append(f"checkpoint_matters: {told}" if checkpoint.matters else told)
         notes.append(next_training(answer, records.started))
-        count = len(records.by_id[answer.trained_id].item_losses)
-        self.cost = self._cost(count)
+        self.cost = self._cost(len(records.by_id[answer.trained_id].item_losses))
         return answer.model_copy(update={"notes": [*notes, self.cost], "checkpoint": checkpoint}), None
 
     def _cost(self, examples: int) -> str:
-        seconds, training = time.monotonic() - self._started, self._training
+        seconds, training = time.monotonic() - self._began, self._training
         share = f", {seconds / training.seconds:.1%} of the training's time" if training.seconds else ""
         more = peak_so_far() - training.peak_bytes if training.peak_bytes else 0
         above = f"{more / 2**20:.0f} MiB above" if more > 0 else "not above"
         known = f"; peak memory {above} the training's" if training.peak_bytes else ""
         where = f"the {training.checkpoint} weights"
         return f"Measured from {where} on {examples} held-out examples in {seconds:.1f} s{share}{known}."
-
-
-@dataclass(frozen=True, slots=True)
-class _LiveExecutor:
-    """The trained adapter as it is in memory, and its truncations in its place."""
-
-    live: LiveAdapter
-    scores: LiveScores
-    training: Training
-    run_: Run
-    branches: Branching | None = None
-
-    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-        for trial in trials:
-            self.run_.on_event(TrialStarted(**trial.fields))
-            yield self._outcome(trial, trial.arm)
-
-    def _outcome(self, trial: Trial, arm: Arm) -> TrialFinished:
-        folder, training, begun = self.run_.folder, self.training, time.monotonic()
-        target = folder.trial_adapter(trial.trial_id)
-        if arm.cut is not None and self.branches is not None:
-            with self.branches.branched(self.live, arm):
-                scores, size = self.scores.scores(arm.label()), save_trained(self.live, target).trained
-            of_branch = {"truncation": arm.cut.by, "trainable_parameters": size}
-            return self._finished(trial, scores, Progress(step=arm.steps), begun, of_branch)
-        if arm.truncate_from is not None:
-            scores = self.scores.truncated(open_adapter(folder.trial_adapter(arm.truncate_from)), arm.rank, target)
-            return self._finished(trial, scores, Progress(), begun, {"truncation": self.scores.method})
-        points = [EvalPoint(step=step, value=value) for step, value in training.points]
-        seconds = 0.0 if training.seconds is None else training.seconds
-        progress = Progress(step=training.steps, points=points, train_seconds=seconds)
-        sizes = sum(module.parameters for module in open_adapter(target).modules)
-        changes = {"kept_step": training.kept_step, "trainable_parameters": sizes, "peak_bytes": training.peak_bytes}
-        return self._finished(trial, self.scores.trained(), progress, begun, changes)
-
-    def _finished(
-        self, trial: Trial, scores: Scores, progress: Progress, begun: float, changes: Mapping[str, Any]
-    ) -> TrialFinished:
-        found = finished(trial, self.live.metric, scores, Measured(), progress)
-        return found.model_copy(update={"eval_seconds": time.monotonic() - begun, **changes})
 
 
 def next_training(answer: AdapterAnswer, started: RunStarted) -> str:
@@ -412,7 +402,7 @@ def _keep(live: LiveAdapter, folder: RunFolder, training: Training) -> None:
     asked = {
         "base_class": type(base).__name__,
         "dtype": str(next(iter(base.parameters())).dtype).removeprefix("torch."),
-        "live": {one.name: getattr(live, one.name) for one in fields(live) if one.name not in ELSEWHERE},
+        "live": {field.name: getattr(live, field.name) for field in fields(live) if field.name not in ELSEWHERE},
         "training": asdict(training),
     }
     write_text(folder.cache / KEPT, json.dumps(asked, indent=2, default=list))

@@ -13,9 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 
 from rightrank.adapters.live import as_it_came, require_end
-from rightrank.adapters.live_scores import FAILURES, Batch, batch_scores
+from rightrank.adapters.live_scores import FAILURES, Batch, batch_loss
 from rightrank.interop.end_run import Ending
-from rightrank.interop.live_cut import LiveCut, require_lower, require_one_process
+from rightrank.interop.live_cut import LiveCut, require_cut
 from rightrank.interop.smallest import checked, keep_smallest
 from rightrank.interop.squeeze import cut_sentence, cut_step, squeeze
 from rightrank.schema.errors import DataError, ModelError, SettingsError, first_line
@@ -45,7 +45,7 @@ class SmallestAdapter(Callback):
             batches = list(islice(self._held_out, 1))
             if not batches:
                 raise DataError("SmallestAdapter has no held-out batches: give a loader of examples to hold out")
-            batch_scores(model, batches[0])
+            batch_loss(model, batches[0])
         self._started = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,11 +75,7 @@ class Squeeze(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps, self.cut = trainer.estimated_stepping_batches, None
         self._step = cut_step(self._at, int(steps) if steps != float("inf") else 0)
-        model = _peft_model(pl_module)
-        require_one_process(model)
-        name = require_end(model)
-        if self._rank is not None:
-            require_lower(self._rank, model.peft_config[name].r)
+        require_cut(_peft_model(pl_module), self._rank)
         if len(trainer.optimizers) != 1 or (self._rank is None and not list(islice(self._held_out, 1))):
             raise SettingsError("Squeeze: give one optimizer, and a rank or held-out batches to measure truncations on")
 
@@ -93,7 +89,7 @@ class Squeeze(Callback):
 
 
 def _peft_model(module: LightningModule) -> Any:
-    found = next((one for one in module.modules() if isinstance(one, PeftModel)), None)
-    if found is None:
+    model = next((part for part in module.modules() if isinstance(part, PeftModel)), None)
+    if model is None:
         raise ModelError("the LightningModule holds no PEFT model; wrap its model with get_peft_model")
-    return found
+    return model

@@ -19,17 +19,14 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from rightrank.adapters.held_out import capped
-from rightrank.adapters.live import LiveAdapter, as_it_came, gather, save_trained
+from rightrank.adapters.live import LiveAdapter, as_it_came, gather, require_end, save_trained, trained_parameters
 from rightrank.adapters.live_scores import is_sharded, world_size
 from rightrank.adapters.resize import write_resized
 from rightrank.interop.end_run import Ending, measure
 from rightrank.models.adapter_files import PREFIX, AdapterFolder, open_adapter
-from rightrank.models.truncation import projected_state
+from rightrank.models.truncation import POWERS, projected_state
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.train.multi_lora import lora_modules
-
-# State tensors of torch's optimizers that have a parameter's shape: means of gradients, and of their squares.
-POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +40,19 @@ class LiveCut:
     notes: tuple[str, ...] = ()
 
 
-def require_lower(rank: int, top: int) -> None:
-    """Refuse a rank that the adapter cannot be cut to.
+def require_cut(model: Any, rank: int | None) -> str:
+    """The name of the adapter that trains and can be cut to a rank; None: to one that is measured.
 
     Raises:
+        ModelError: no truncation can be made of it, or several processes, or a sharded or compiled model, hold its shapes.
         SettingsError: not a whole number from 1 and below the adapter's rank.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < top:
+    require_one_process(model)
+    name = require_end(model)
+    top = model.peft_config[name].r
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < top):
         raise SettingsError(f"rank {rank!r}: give a whole number from 1 to {top - 1}, below the adapter's rank {top}")
+    return name
 
 
 def require_one_process(model: Any) -> None:
@@ -59,15 +61,13 @@ def require_one_process(model: Any) -> None:
     Raises:
         ModelError: several processes, or a sharded or compiled model.
     """
+    what = None
     if world_size() > 1 or is_sharded(model):
-        raise ModelError(
-            "several processes (DDP, FSDP, DeepSpeed) hold the adapter's first shapes: cut it in a training of one process, or use "
-            "SmallestAdapter without branches"
-        )
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise ModelError(
-            "a compiled model holds the adapter's first shapes: compile none, or use SmallestAdapter without branches"
-        )
+        what = "several processes (DDP, FSDP, DeepSpeed) hold the adapter's first shapes: cut it in a training of one process"
+    elif isinstance(model, torch._dynamo.OptimizedModule):
+        what = "a compiled model holds the adapter's first shapes: compile none"
+    if what is not None:
+        raise ModelError(f"{what}, or use SmallestAdapter without branches")
 
 
 def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | None) -> LiveCut:
@@ -79,16 +79,17 @@ def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | No
     """
     with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
         if rank is None:
-            found = measure(live, Path(working) / "run")
-            before, after = open_adapter(found.trained), open_adapter(found.folder.adapter)
-            if found.answer.rank == before.rank:
-                return LiveCut(before.rank, before.rank, before.trained, found, found.notes)
+            measured = measure(live, Path(working) / "run")
+            before = open_adapter(measured.folder.trial_adapter(measured.answer.trained_id))
+            after = open_adapter(measured.folder.adapter)
+            if measured.answer.rank == before.rank:
+                return LiveCut(before.rank, before.rank, before.trained, measured, measured.notes)
             parameters = _replace(live, optimizer, before, after)
-            return LiveCut(before.rank, found.answer.rank, parameters, found, found.notes)
+            return LiveCut(before.rank, measured.answer.rank, parameters, measured, measured.notes)
         before = save_trained(live, Path(working) / "trained")
-        require_lower(rank, before.rank)
         with as_it_came(live.model, live.name):
-            moments, notes = gather(live)
+            gathered = gather(live)
+        moments, notes = gathered.moments, gathered.notices
         write_resized(before, Path(working) / "lower", capped(before, rank, moments), moments)
         parameters = _replace(live, optimizer, before, open_adapter(Path(working) / "lower"))
         return LiveCut(before.rank, rank, parameters, None, notes)
@@ -101,15 +102,15 @@ def top_restored(live: LiveAdapter, optimizer: Any) -> Iterator[None]:
     layers = [layer for layer in lora_modules(model).values() if name in layer.lora_A]
     ranks = [(layer.r[name], layer.scaling[name]) for layer in layers]
     config, state = copy.deepcopy(model.peft_config[name]), copy.deepcopy(optimizer.state_dict())
-    values = {key: one.detach().clone() for key, one in model.named_parameters() if one.requires_grad}
+    values = trained_parameters(model)
     swap: Any = torch.utils.swap_tensors  # untyped in torch
     try:
         yield
     finally:
-        for key, one in model.named_parameters():
+        for key, parameter in model.named_parameters():
             if key in values:
-                one.grad = None
-                swap(one, torch.nn.Parameter(values[key]))
+                parameter.grad = None
+                swap(parameter, torch.nn.Parameter(values[key].to(parameter.device)))
         for layer, (rank, scaling) in zip(layers, ranks, strict=True):
             _resize(layer, name, rank, scaling)
         model.peft_config[name] = config
@@ -130,12 +131,12 @@ def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, before: Adapte
     name, layers = live.name, lora_modules(live.model)
     lower, config = load_file(after.weights), LoraConfig.from_pretrained(str(after.path))
     factors = {
-        f"{PREFIX}{one.name}.lora_{side}.weight": table[name].weight
-        for one in after.modules
-        for side, table in (("A", layers[one.name].lora_A), ("B", layers[one.name].lora_B))
+        f"{PREFIX}{module.name}.lora_{side}.weight": table[name].weight
+        for module in after.modules
+        for side, table in (("A", layers[module.name].lora_A), ("B", layers[module.name].lora_B))
     }
     parts = _parts([optimizer.state.get(parameter) or {} for parameter in factors.values()])
-    means = {part: {key: optimizer.state[one][part].cpu() for key, one in factors.items()} for part in parts}
+    means = {part: {key: optimizer.state[factor][part].cpu() for key, factor in factors.items()} for part in parts}
     states = {part: projected_state(before.path, config, lower, means[part], POWERS[part]) for part in parts}
     swap: Any = torch.utils.swap_tensors  # untyped in torch
     for key, parameter in factors.items():
@@ -145,8 +146,8 @@ def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, before: Adapte
             optimizer.state.pop(parameter, None)
         for part in parts:
             optimizer.state[parameter][part] = states[part][key].to(optimizer.state[parameter][part])
-    for one in after.modules:
-        _resize(layers[one.name], name, one.rank, one.scaling)
+    for module in after.modules:
+        _resize(layers[module.name], name, module.rank, module.scaling)
     live.model.peft_config[name].r, live.model.peft_config[name].rank_pattern = config.r, config.rank_pattern
     return sum(parameter.numel() for parameter in factors.values())
 
@@ -154,8 +155,9 @@ def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, before: Adapte
 def _parts(states: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """The parts of an optimizer's state that are projected; none where one of them can't be, or a factor has no state."""
     shaped = [
-        {part: one for part, one in state.items() if isinstance(one, torch.Tensor) and one.dim()} for state in states
+        {part: tensor for part, tensor in state.items() if isinstance(tensor, torch.Tensor) and tensor.dim()}
+        for state in states
     ]
     names = sorted(shaped[0]) if shaped else []
-    fits = all(sorted(own) == names and all(one.is_floating_point() for one in own.values()) for own in shaped)
+    fits = all(sorted(own) == names and all(tensor.is_floating_point() for tensor in own.values()) for own in shaped)
     return tuple(names) if fits and POWERS.keys() >= set(names) else ()

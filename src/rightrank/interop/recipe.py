@@ -168,7 +168,7 @@ def _held_out(started: RunStarted) -> int:
 
 def _adapter_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a recipe that PEFT's configuration of the adapter gives, in its names."""
-    given = {one.name: config[one.name] for one in fields(Recipe) if config.get(one.name) is not None}
+    given = {named.name: config[named.name] for named in fields(Recipe) if config.get(named.name) is not None}
     for name in ("target_modules", "target_parameters"):
         given[name] = tuple(sorted(given.get(name, ())))
     if isinstance(given.get("layers_to_transform"), int):

@@ -9,8 +9,8 @@ What cannot work is refused before the first step. At the end nothing raises: wh
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
-import inspect
 import logging
 import re
 import shlex
@@ -22,25 +22,24 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
-from rightrank.adapters.live import LiveAdapter, as_it_came, require_end, trained_adapter
+from rightrank.adapters.live import LiveAdapter, as_it_came, require_end, trained_adapter, trained_parameters
 from rightrank.adapters.live_scores import (
     BETA,
     FAILURES,
     GROUP,
     Batch,
-    batch_scores,
-    examples_in,
+    batch_loss,
     is_partitioned,
     is_sharded,
     positions,
     process_index,
+    read_batch,
     together,
     upper_share,
 )
@@ -50,6 +49,7 @@ from rightrank.interop.branches import Branches
 from rightrank.interop.end_run import Ending, Training, begin_run, finish_run, measure, measure_again, peak_so_far
 from rightrank.interop.live_cut import require_one_process
 from rightrank.runs import plugins
+from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook
 from rightrank.schema.configs import stated_settings
 from rightrank.schema.decision import AdapterAnswer
@@ -68,7 +68,6 @@ MOMENT_SHARE = 0.02  # of the training's tokens, for second moments
 COMPARED_ROWS = 100_000  # of the training set, in the search for held-out rows
 # Columns that say nothing of what an example is: what follows from its tokens, what is asked of it, and numbers of rows.
 NOT_CONTENT = re.compile(r"mask|labels?$|^(token_type|position)_ids$|^(idx|id|index|length|seq_lengths)$|_logps$")
-Caller = TypeVar("Caller")
 
 
 @dataclass(eq=False, repr=False)
@@ -115,7 +114,7 @@ class SmallestAdapter(TrainerCallback):
     curve: list[tuple[int, int]] = field(default_factory=list, init=False)
     result: Ending | None = field(default=None, init=False)
     _loaders: Mapping[str, Any] = field(default_factory=dict, init=False)
-    _handler: CallbackHandler | None = field(default=None, init=False)
+    _trainer: Trainer | None = field(default=None, init=False)
     _held_out: Sequence[Mapping[str, Any]] = field(default=(), init=False)
     _groups: Sequence[int] = field(default=(), init=False)  # of the held-out rows
     _is_training: bool = field(default=False, init=False)
@@ -137,14 +136,15 @@ class SmallestAdapter(TrainerCallback):
             return  # a search ends many trainings, and none of them is the one to hand over
         self._loaders, self._first_step, self._shared = kwargs, state.global_step, ""
         self.curve, self._values, self.result, self._other, self._evaluated = [], [], None, None, None
-        self._handler = _caller(CallbackHandler)
-        if self._handler is not None:  # trackers end their runs at the training's end: this callback comes before them
-            self._handler.callbacks.remove(self)
-            if any(isinstance(other, SmallestAdapter) for other in self._handler.callbacks):
+        self._trainer = trainer = _trainer_of(self, control)
+        if trainer is not None:  # trackers end their runs at the training's end: this callback comes before them
+            callbacks = trainer.callback_handler.callbacks
+            callbacks.remove(self)
+            if any(isinstance(other, SmallestAdapter) for other in callbacks):
                 raise SettingsError(
                     f"SmallestAdapter: the trainer has two, and both write to {args.output_dir}/rightrank; add one"
                 )
-            self._handler.callbacks.insert(0, self)
+            callbacks.insert(0, self)
         settings, model = checked(self.margin, self.ranks, self.metric, self.checkpoint), kwargs["model"]
         self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None
         takes_other = self.checkpoint is not None and (self.checkpoint == "best") != args.load_best_model_at_end
@@ -155,13 +155,13 @@ class SmallestAdapter(TrainerCallback):
                 f"load_best_model_at_end={self.checkpoint == 'best'} in its arguments"
             )
         name = require_end(model, self.ranks)
-        given = self.eval_dataset if self.eval_dataset is not None else _evaluated_rows(kwargs)
+        given = self.eval_dataset if self.eval_dataset is not None else self._evaluated_rows()
         loader = kwargs["train_dataloader"]
         with as_it_came(model, name, given, loader.dataset, loader.collate_fn):
             self._held_out = self._rows_to_score(given)
             self._groups = _groups(self._held_out, self.group)
             self._require_scores(model, args)
-        self._branches, trainer = None, _caller(Trainer)
+        self._branches = None
         if self.branch and trainer is not None:
             require_one_process(model)
             self._branches = Branches(trainer, state.max_steps)
@@ -181,26 +181,24 @@ class SmallestAdapter(TrainerCallback):
         """
         if isinstance(rows, Mapping):
             raise DataError(f"SmallestAdapter: {len(rows)} held-out sets ({', '.join(rows)}); give one of them")
-        is_own = rows is not None and rows is not _evaluated_rows(self._loaders)
+        is_own = rows is not None and rows is not self._evaluated_rows()
         count = self.max_examples or MOST
-        found = list(islice(iter(rows), count)) if is_own and not _can_be_read(rows) else _first(rows, count)
-        if len(found) < 2:
+        held_out = list(islice(iter(rows), count)) if is_own and not _can_be_read(rows) else _first(rows, count)
+        if len(held_out) < 2:
             raise DataError(
                 "SmallestAdapter has no held-out rows that can be read twice: give the trainer an eval_dataset with a length, or "
                 "SmallestAdapter one"
             )
         columns = _columns(self._loaders["train_dataloader"].dataset)
         train = _first(self._loaders["train_dataloader"].dataset, COMPARED_ROWS)
-        if odd := next((row for row in [*found, *train[:1]] if not isinstance(row, Mapping)), None):
+        if odd := next((row for row in [*held_out, *train[:1]] if not isinstance(row, Mapping)), None):
             raise DataError(
                 f"SmallestAdapter: a row is a {type(odd).__name__}; give rows that are mappings, with input_ids and labels"
             )
         seen = {_content(row, columns) for row in train}
-        unseen = [row for row in found if _content(row, columns) not in seen]
-        if len(unseen) < len(found):
-            self._shared = (
-                f"{len(found) - len(unseen)} of {len(found)} held-out rows are in the training set; they are left out"
-            )
+        unseen = [row for row in held_out if _content(row, columns) not in seen]
+        if len(unseen) < len(held_out):
+            self._shared = f"{len(held_out) - len(unseen)} of {len(held_out)} held-out rows are in the training set; they are left out"
             log.warning("rightrank: %s", self._shared)
         if len(unseen) < 2:
             raise DataError(
@@ -209,6 +207,11 @@ class SmallestAdapter(TrainerCallback):
         if len(unseen) < MIN_EXAMPLES:
             log.warning("rightrank: %d held-out examples can show little; give some hundred", len(unseen))
         return unseen
+
+    def _evaluated_rows(self) -> Any:
+        """The held-out rows of the trainer itself, None where it has none."""
+        rows = getattr(self._trainer, "eval_dataset", None)
+        return getattr(self._loaders.get("eval_dataloader"), "dataset", None) if rows is None else rows
 
     def _require_scores(self, model: Any, args: TrainingArguments) -> None:
         """Score two examples in the way of the end.
@@ -220,8 +223,7 @@ class SmallestAdapter(TrainerCallback):
         loader = self._loaders["train_dataloader"]
         try:
             batch = _batches(self._held_out[:2], loader, 2)[0]
-            labelled = (examples_in(part) for part in _batches(self._held_out, loader, 8))
-            enough = any(count >= 2 for count in accumulate(labelled))
+            batches = _batches(self._held_out, loader, 8)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise DataError(
                 f"SmallestAdapter: the trainer's collator does not take the held-out rows ({first_line(error)}); give "
@@ -229,10 +231,10 @@ class SmallestAdapter(TrainerCallback):
             ) from None
         beta = _beta(args, batch)
         # The passes of ZeRO-3 begin in DeepSpeed's engine; a fresh process measures.
-        found = None if is_partitioned(model) else batch_scores(model, batch, beta)
-        if not enough:
+        loss = None if is_partitioned(model) else batch_loss(model, batch, beta)
+        if not any(count >= 2 for count in accumulate(read_batch(model, part).examples for part in batches)):
             raise DataError("SmallestAdapter: fewer than two held-out rows have a label; give rows with labels")
-        if self.metric == "accuracy" and found is not None and found.correct is None:
+        if self.metric == "accuracy" and loss is not None and self.metric not in loss.example_metrics:
             raise SettingsError("metric 'accuracy': only a classifier's rows are right or wrong; leave the metric out")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -263,13 +265,13 @@ class SmallestAdapter(TrainerCallback):
             with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
                 live = self._live(kwargs["model"], args, state)
                 training = Training({}, state.global_step)
-                found = measure(live, Path(working) / "run", training)
+                ending = measure(live, Path(working) / "run", training)
         except FAILURES as error:
             log.warning("rightrank: step %d: no rank was looked for: %s", state.global_step, first_line(error))
             return
-        answer = found.answer
+        answer = ending.answer
         self.curve.append((state.global_step, answer.rank))
-        self._values.append((state.global_step, found.value))
+        self._values.append((state.global_step, ending.value))
         if not state.is_world_process_zero:
             return
         self._report(args, state, control, {"rightrank/rank": answer.rank})
@@ -278,7 +280,7 @@ class SmallestAdapter(TrainerCallback):
             state.global_step,
             answer.rank,
             answer.trained_rank,
-            "".join(f" {one}" for one in training_warnings(answer, self._values, self.metric)),
+            "".join(f" {warning}" for warning in training_warnings(answer, self._values, self.metric)),
         )
 
     def on_train_end(
@@ -292,14 +294,12 @@ class SmallestAdapter(TrainerCallback):
         again = ""
         try:
             ends_with, other = self._checkpoints(args, state)
-            before = None if other is None else _Kept(0, None, _trained_parameters(model))
+            before = None if other is None else _Kept(0, None, trained_parameters(model))
             takes_other = other is not None and self.checkpoint not in (None, ends_with)
             with _in_place(model, other) if other is not None and takes_other else nullcontext():
                 live = self._live(model, args, state)
                 training = self._training(live, args, state)
-                with _run_place(out) as place:
-                    with together():
-                        folder = begin_run(live, place, training)
+                with _begun(live, out, training) as folder:
                     again = f"; to measure again: {_command_to_measure(out)}"
                     if not self.measure or is_partitioned(model):
                         if state.is_world_process_zero:
@@ -328,7 +328,7 @@ class SmallestAdapter(TrainerCallback):
     def _keep_weights(self, model: Any, step: int, value: float | None) -> None:
         try:
             if not is_sharded(model):
-                self._other = _Kept(step, value, _trained_parameters(model))
+                self._other = _Kept(step, value, trained_parameters(model))
         except FAILURES as error:
             log.warning("rightrank: step %d: the weights were not kept: %s", step, first_line(error))
 
@@ -404,20 +404,20 @@ class SmallestAdapter(TrainerCallback):
         logs = values | ({} if state.epoch is None else {"epoch": state.epoch})
         state.log_history.append(logs | {"step": state.global_step})
         try:
-            if self._handler is not None:
-                self._handler.on_log(args, state, control, logs)
+            if self._trainer is not None:
+                self._trainer.callback_handler.on_log(args, state, control, logs)
         except FAILURES as error:
             log.warning("rightrank: a tracker did not take the values: %s", first_line(error))
 
 
 @contextmanager
-def _run_place(out: Path) -> Iterator[Path]:
-    """Where a process has its run: the first one of several in `out`."""
-    if process_index() == 0:
-        yield out
-        return
+def _begun(live: LiveAdapter, out: Path, training: Training) -> Iterator[RunFolder]:
+    """The run that each process begins: the first one of several in `out`."""
     with tempfile.TemporaryDirectory(prefix="rightrank-") as unused:
-        yield Path(unused) / "run"
+        place = Path(unused) / "run" if process_index() else out
+        with together():
+            folder = begin_run(live, place, training)
+        yield folder
 
 
 def _hooks() -> list[Hook]:
@@ -438,14 +438,10 @@ def _command_to_measure(out: Path) -> str:
     return shlex.join(["python", "-m", "rightrank.interop.smallest", str(out)])
 
 
-def _trained_parameters(model: Any) -> dict[str, torch.Tensor]:
-    return {name: one.detach().cpu().clone() for name, one in model.named_parameters() if one.requires_grad}
-
-
 @contextmanager
 def _in_place(model: Any, kept: _Kept) -> Iterator[None]:
     """In the block the model has these trained parameters; afterwards it is as before, to the bit."""
-    before = _trained_parameters(model)
+    before = trained_parameters(model)
     try:
         model.load_state_dict(kept.parameters, strict=False)
         yield
@@ -488,24 +484,18 @@ def keep_smallest(
         raise DataError("there are no held-out batches; give some hundred examples that the training did not see")
     stated, notes = _stated(live, None)
     training = Training(stated, seconds=seconds, peak_bytes=peak_so_far(), notes=notes)
-    with _run_place(Path(out)) as place:
-        with together():
-            folder = begin_run(live, place, training)
+    with _begun(live, Path(out), training) as folder:
         log.warning("rightrank: measuring truncations; to measure again: %s", _command_to_measure(Path(out)))
         ending = finish_run(live, folder, training, _hooks())
     log.warning("%s %s", ending.answer.sentence, Path(out) / "adapter")
     return ending
 
 
-def _caller(kind: type[Caller]) -> Caller | None:
-    """The object of this kind whose method calls: transformers gives a callback no trainer. None where something else calls."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, kind):
-            return found
-        frame = frame.f_back
-    return None
+def _trainer_of(callback: TrainerCallback, control: TrainerControl) -> Trainer | None:
+    """The trainer that a callback was added to, which transformers does not hand to it; None for another caller of its events."""
+    trainers = (item for item in gc.get_objects() if issubclass(type(item), Trainer))
+    mine = (trainer for trainer in trainers if getattr(trainer, "control", None) is control)
+    return next((trainer for trainer in mine if callback in trainer.callback_handler.callbacks), None)
 
 
 def _beta(args: TrainingArguments, batch: Batch) -> float:
@@ -555,12 +545,6 @@ def _stated(live: LiveAdapter, args: TrainingArguments | None) -> tuple[dict[str
     return stated, [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
 
 
-def _evaluated_rows(loaders: Mapping[str, Any]) -> Any:
-    """The held-out rows of the trainer itself, None where it has none."""
-    rows = getattr(_caller(Trainer), "eval_dataset", None)
-    return getattr(loaders.get("eval_dataloader"), "dataset", None) if rows is None else rows
-
-
 def _can_be_read(rows: Any) -> bool:
     """Whether rows can be read without taking them from who reads them next: by number, or by an iterable of `datasets`."""
     has_numbers = hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
@@ -582,28 +566,23 @@ def _columns(train: Any) -> frozenset[str]:
 def _content(row: Mapping[str, Any], columns: frozenset[str]) -> bytes:
     """A hash of what makes two rows the same example: all bytes of its inputs."""
     names = [name for name in sorted(row) if not columns or name in columns]
-    digest = hashlib.blake2b(digest_size=16)
-    for name in [one for one in names if not NOT_CONTENT.search(one)] or names:
-        digest.update(name.encode())
-        for part in _parts(row[name]):
-            digest.update(part)
-    return digest.digest()
+    inputs = [name for name in names if not NOT_CONTENT.search(name)] or names
+    return _hash(repr([(name, _plain(row[name])) for name in inputs]).encode())
 
 
-def _parts(value: Any) -> Iterator[bytes]:
-    """Every byte of a value: of numbers in lists, arrays, tensors and images alike, of mappings and lists of these, else its text."""
+def _plain(value: Any) -> Any:
+    """A value by whose text all its bytes are told apart: of numbers in lists, arrays, tensors and images alike."""
     if isinstance(value, Mapping):
-        value = [part for name in sorted(value) for part in (name, value[name])]
-    is_nested = isinstance(value, list | tuple) and not all(isinstance(part, int | float) for part in value)
-    if is_nested:
-        for part in value:
-            yield from _parts(part)
-        return
+        return [(name, _plain(value[name])) for name in sorted(value)]
+    if isinstance(value, list | tuple) and not all(isinstance(part, int | float) for part in value):
+        return [_plain(part) for part in value]
     array = np.asarray(value.detach().cpu().double() if isinstance(value, torch.Tensor) else value)
-    if array.dtype.kind in "biuf":
-        yield from (str(array.shape).encode(), array.astype(np.float64).tobytes())
-    else:
-        yield repr(value).encode()
+    is_numeric = array.dtype.kind in "biuf"
+    return (array.shape, _hash(array.astype(np.float64).tobytes())) if is_numeric else repr(value)
+
+
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _tokens(batches: Sequence[Batch]) -> int:
@@ -658,11 +637,11 @@ def _prompt_of(row: Mapping[str, Any]) -> list[int] | None:
 
 def training_warnings(answer: AdapterAnswer, values: Sequence[tuple[int, float]], metric: str) -> Iterator[str]:
     """What the measurements so far say of the training."""
-    lower = [one for one in answer.candidates if one.rank < answer.trained_rank]
-    if lower and not max(lower, key=lambda one: one.rank).holds:
-        yield f"The top may be too small: at rank {max(one.rank for one in lower)} it loses more than the margin."
+    lower = [candidate for candidate in answer.candidates if candidate.rank < answer.trained_rank]
+    if lower and not max(lower, key=lambda candidate: candidate.rank).holds:
+        yield f"The top may be too small: at rank {max(candidate.rank for candidate in lower)} it loses more than the margin."
     sign = -1 if metric == "accuracy" else 1
-    best = min(values, key=lambda one: sign * one[1])
+    best = min(values, key=lambda point: sign * point[1])
     if sign * (values[-1][1] - best[1]) > answer.margin:
         yield f"The top overfits: its held-out {metric} was best at step {best[0]}, {best[1]:.4f}; it is {values[-1][1]:.4f} now."
 

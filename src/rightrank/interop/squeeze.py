@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from rightrank.adapters.live import LiveAdapter, as_it_came, require_end, trained_adapter
+from rightrank.adapters.live import LiveAdapter, as_it_came
 from rightrank.adapters.live_scores import Batch
 from rightrank.data.files import write_text
-from rightrank.interop.live_cut import LiveCut, cut_live, require_lower, require_one_process
+from rightrank.interop.live_cut import LiveCut, cut_live, require_cut
 from rightrank.interop.smallest import MOMENT_BATCHES, SmallestAdapter, checked
 from rightrank.runs.folder import SQUEEZED
 from rightrank.schema.errors import DataError, SettingsError
@@ -68,15 +68,13 @@ class Squeeze(SmallestAdapter):
         self._step = cut_step(self.at, state.max_steps)
         if state.global_step >= self._step:
             return  # resumed after the cut
-        require_one_process(model)
+        require_cut(model, self.rank)
         optim = str(getattr(args.optim, "value", args.optim)).lower()
         if args.torch_compile or any(name in optim for name in LAYERWISE):
             what = "torch_compile" if args.torch_compile else f"optim {optim}"
             raise SettingsError(
                 f"Squeeze: {what} holds the adapter's first shapes; leave it out, or use SmallestAdapter"
             )
-        if self.rank is not None:
-            require_lower(self.rank, model.peft_config[trained_adapter(model)].r)
         super().on_train_begin(args, state, control, **kwargs)
 
     def _rows_to_score(self, rows: Any) -> Sequence[Mapping[str, Any]]:
@@ -136,11 +134,7 @@ def squeeze(
         ModelError: an adapter that cannot be truncated, several processes, or a compiled model.
         SettingsError: a value that is not allowed.
     """
-    margin = checked(margin, None, metric).margin
-    require_one_process(model)
-    name = require_end(model)
-    if rank is not None:
-        require_lower(rank, model.peft_config[name].r)
+    margin, name = checked(margin, None, metric).margin, require_cut(model, rank)
     with as_it_came(model, name, held_out, train):
         live = LiveAdapter(model, list(held_out), list(islice(train, MOMENT_BATCHES)), margin, name=name, metric=metric)
     if rank is None and not live.held_out:

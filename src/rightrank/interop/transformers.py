@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rightrank.data.token_store import IGNORED
+from rightrank.adapters.live_scores import batch_loss
 from rightrank.runs.calls import TrialResult
 
 
@@ -25,15 +25,10 @@ def causal_item_losses(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]
     was_training, losses, counts = model.training, [], []
     model.eval()
     for batch in batches:
-        on_device = {name: value.to(model.device) for name, value in batch.items()}
-        labels = on_device.pop("labels")[:, 1:]
-        logits = model(**on_device).logits[:, :-1].float()
-        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        tokens = (labels != IGNORED).sum(1)
-        losses += (each.sum(1) / tokens.clamp(min=1)).tolist()
-        counts += tokens.tolist()
+        scored = batch_loss(model, batch)
+        kept = scored.example_tokens > 0
+        losses += scored.example_losses[kept].tolist()
+        counts += scored.example_tokens[kept].tolist()
     model.train(was_training)
-    kept = [(loss, count) for loss, count in zip(losses, counts, strict=True) if count]
-    scores, weights = map(list, zip(*kept, strict=True))
-    mean = sum(loss * count for loss, count in kept) / sum(counts)
-    return TrialResult(metrics={"loss": mean}, item_scores=scores, item_weights=weights)
+    scores = [loss / count for loss, count in zip(losses, counts, strict=True)]
+    return TrialResult(metrics={"loss": sum(losses) / sum(counts)}, item_scores=scores, item_weights=counts)

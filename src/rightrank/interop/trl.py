@@ -102,16 +102,16 @@ class GRPOTrain:
             prompts = [row["prompt"] for row in batch]
             completions, ids = _greedy(model, tokenizer, prompts, self.args.max_completion_length)
             columns = {name: [row[name] for row in batch] for name in batch[0] if name != "prompt"}
-            found = [
+            rewarded = [
                 list(function(prompts=prompts, completions=completions, completion_ids=ids, **columns))
                 for function in functions
             ]
-            wrong = next((len(one) for one in found if len(one) != len(batch)), None)
+            wrong = next((len(given) for given in rewarded if len(given) != len(batch)), None)
             if wrong is not None:
                 raise ReportError(f"got {wrong} rewards for {len(batch)} completions from a reward function")
             rewards += [
-                sum(w * float(r) for w, r in zip(weights, one, strict=True) if r is not None)
-                for one in zip(*found, strict=True)
+                sum(w * float(r) for w, r in zip(weights, row, strict=True) if r is not None)
+                for row in zip(*rewarded, strict=True)
             ]
         model.train(was_training)
         return rewards
@@ -126,7 +126,9 @@ class GRPOTrain:
             metrics={self.metric: sum(scores) / len(scores)},
             item_scores=scores,
             points=[] if looks is None else looks.points,
-            trainable_parameters=sum(one.numel() for one in model.parameters() if one.requires_grad) if looks else 0,
+            trainable_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            if looks
+            else 0,
         )
 
     def _args_of(self, task: TrialTask) -> Any:

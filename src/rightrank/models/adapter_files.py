@@ -146,7 +146,7 @@ class AdapterFolder:
 
     @property
     def keys(self) -> list[str]:
-        own = [(one.a_key, one.b_key, one.magnitude_key, one.bias_key) for (one, *_) in self.pairs]
+        own = [(module.a_key, module.b_key, module.magnitude_key, module.bias_key) for (module, *_) in self.pairs]
         return [*(key for keys in own for key in keys if key), *self.other_keys]
 
     @property
@@ -165,7 +165,9 @@ class AdapterFolder:
     @property
     def trained(self) -> int:
         """Trainable parameters of the adapted modules: those of the factors, DoRA's magnitudes and the biases."""
-        beside = sum(one.rows * bool(key) for (one, *_) in self.pairs for key in (one.magnitude_key, one.bias_key))
+        beside = sum(
+            module.rows * bool(key) for (module, *_) in self.pairs for key in (module.magnitude_key, module.bias_key)
+        )
         return beside + sum(module.parameters for module in self.modules)
 
     @property
@@ -289,7 +291,7 @@ def _modules(
             scaling=lora_scaling(alpha, layout.rank, bool(config.get("use_rslora"))),
             a_key=keys["A"],
             b_key=keys["B"],
-            magnitude_key=next((found for name in MAGNITUDE if (found := f"{key}.{name}") in shapes), None),
+            magnitude_key=next((stored for name in MAGNITUDE if (stored := f"{key}.{name}") in shapes), None),
             bias_key=f"{key}.lora_B.bias" if f"{key}.lora_B.bias" in shapes else None,
             address=address,
             part=part,
@@ -403,11 +405,11 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
     """Write configuration and weights, and a classifier's labels; `base_name` is an absolute path or a hub name."""
     config = peft_model.peft_config[adapter]
     sharded = {
-        name: one
-        for name, one in peft_model.named_parameters()
-        if isinstance(one, DTensor) and ("lora_" in name or one.requires_grad)
+        name: parameter
+        for name, parameter in peft_model.named_parameters()
+        if isinstance(parameter, DTensor) and ("lora_" in name or parameter.requires_grad)
     }
-    whole = {name: one.full_tensor().detach().cpu() for name, one in sharded.items()} or None
+    whole = {name: parameter.full_tensor().detach().cpu() for name, parameter in sharded.items()} or None
     peft_model.peft_config[adapter] = copy.deepcopy(config)  # PEFT writes into the one that it saves
     peft_model.peft_config[adapter].base_model_name_or_path = base_name
     with replacing_folder(folder) as temporary, warnings.catch_warnings():

@@ -110,8 +110,8 @@ def resolve_dtype(name: AutoDtype, device: str) -> DtypeName:
     """
     if name != "auto":
         return name
-    found = find_device(device)
-    with_bfloat16 = found.type == "cuda" and torch.cuda.get_device_capability(found) >= (8, 0)
+    place = find_device(device)
+    with_bfloat16 = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
     return "bfloat16" if with_bfloat16 else "float32"
 
 
@@ -127,8 +127,8 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
         MissingExtraError: quantised weights without bitsandbytes.
     """
     trust_remote_code, weight_bits = settings.trust_remote_code, settings.weight_bits
-    found, dtype = find_device(settings.device), resolve_dtype(settings.dtype, settings.device)
-    quantised = {} if weight_bits is None else _quantisation(weight_bits, dtype, found)
+    device, dtype = find_device(settings.device), resolve_dtype(settings.dtype, settings.device)
+    quantised = {} if weight_bits is None else _quantisation(weight_bits, dtype, device)
     source = find_model(reference)
     if source.gguf_file is None and Path(source.name).is_dir():
         safe_shards(Path(source.name))
@@ -148,7 +148,7 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
         raise ModelError(f"{reference}: transformers can't load it ({first_line(error)})") from None
     local = Path(source.name).exists()
     name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
-    return prepare_model(model, tokenizer, name, found, _file_fingerprint(source))
+    return prepare_model(model, tokenizer, name, device, _file_fingerprint(source))
 
 
 def model_config(reference: str, trust_remote_code: bool, classification: bool) -> Any:
@@ -352,23 +352,23 @@ def base_identity(model: Any, name: str) -> BaseIdentity:
     prefix = f"{model.base_model_prefix}." if is_classifier else ""
     matrices = {
         clean: parameter
-        for found, parameter in model.named_parameters()
-        if (clean := found.replace(".base_layer.", ".")).startswith(prefix) and ".lora_" not in found
+        for path, parameter in model.named_parameters()
+        if (clean := path.replace(".base_layer.", ".")).startswith(prefix) and ".lora_" not in path
     }
     embedding = getattr(model.get_input_embeddings(), "weight", None)
-    first = [found for found, parameter in matrices.items() if parameter is embedding]
+    first = [key for key, parameter in matrices.items() if parameter is embedding]
     # the same of a model with and without a head: the embedding, and those whose names have the lowest hashes
     order = sorted(
-        (name for name, one in matrices.items() if one.dtype in DTYPES.values() and one.dim() > 1),
-        key=lambda found: (found not in first, hashlib.sha256(found.encode()).digest()),
+        (name for name, parameter in matrices.items() if parameter.dtype in DTYPES.values() and parameter.dim() > 1),
+        key=lambda key: (key not in first, hashlib.sha256(key.encode()).digest()),
     )
     weights: dict[str, tuple[float, float]] = {}
-    for found in order[:MATRICES]:
-        whole: Any = getattr(matrices[found], "full_tensor", None)  # of a sharded one
-        flat = (matrices[found] if whole is None else whole()).detach().reshape(-1)
+    for key in order[:MATRICES]:
+        whole: Any = getattr(matrices[key], "full_tensor", None)  # of a sharded one
+        flat = (matrices[key] if whole is None else whole()).detach().reshape(-1)
         pair = float(flat[len(flat) // 4]), float(flat[len(flat) * 3 // 4])
         if all(map(math.isfinite, pair)):
-            weights[found] = pair
+            weights[key] = pair
     config = model.config.to_dict()
     known = {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
     return BaseIdentity(name=name, config=known, weights=weights)
@@ -378,7 +378,7 @@ def _precision(values: Sequence[float]) -> torch.dtype:
     """The coarsest type that holds all values."""
     exact = torch.tensor(values, dtype=torch.float64)
     types = (torch.bfloat16, torch.float16)
-    return next((one for one in types if torch.equal(exact.to(one).double(), exact)), torch.float32)
+    return next((dtype for dtype in types if torch.equal(exact.to(dtype).double(), exact)), torch.float32)
 
 
 def _file_fingerprint(source: ModelSource) -> str | None:

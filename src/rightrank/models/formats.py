@@ -122,7 +122,7 @@ def _vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
     added = {token["id"]: token for token in whole["added_tokens"]}
     by_number = {number: token for token, number in tokenizer.get_vocab().items()}
     ids = range(size)
-    found = {
+    fields = {
         "add_tokenizer_model": "gpt2",
         "add_tokenizer_pre": next((known for part, known in SPLITS if part in splits), "gpt-2"),
         "add_token_list": [by_number.get(number, f"[PAD{number}]") for number in ids],
@@ -140,7 +140,7 @@ def _vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
         "add_add_space_prefix": False,
         "add_chat_template": tokenizer.chat_template,
     }  # fmt: skip
-    return {add: value for add, value in found.items() if value is not None}
+    return {add: value for add, value in fields.items() if value is not None}
 
 
 def write_mlx(model: Any, tokenizer: Any, folder: Path, kind: str) -> None:
@@ -234,7 +234,7 @@ def _unpacked(
             f"{folder}: quantised by MLX with {what}, which is not read here; give one of mlx_lm.convert's defaults"
         )
     bits, size = int(settings["bits"]), int(settings["group_size"])
-    found: dict[str, torch.Tensor] = {}
+    unpacked: dict[str, torch.Tensor] = {}
     for key, value in tensors.items():
         name = key.removesuffix(".weight")
         if key.endswith((".scales", ".biases")) and f"{key.rsplit('.', 1)[0]}.weight" in tensors:
@@ -243,5 +243,5 @@ def _unpacked(
             scales, biases = (tensors[f"{name}.{part}"].float()[..., None] for part in ("scales", "biases"))
             q = (value.long()[..., None] >> torch.arange(0, 32, bits)) & (2**bits - 1)
             value = (q.reshape(*scales.shape[:-1], size) * scales + biases).reshape(len(value), -1)
-        found[key] = value.contiguous()
-    return found
+        unpacked[key] = value.contiguous()
+    return unpacked

@@ -47,8 +47,8 @@ def find_model(reference: str) -> ModelSource:
         MissingExtraError: a GGUF file without the `gguf` package.
     """
     path = Path(reference).expanduser()
-    found = path_kind(path)
-    if found == "file":
+    kind = path_kind(path)
+    if kind == "file":
         if path.suffix.lower() != ".gguf":
             raise ModelError(
                 f"{reference}: a model file must end in .gguf; give a GGUF file, a model folder, or a hub name"
@@ -56,9 +56,9 @@ def find_model(reference: str) -> ModelSource:
         if find_spec("gguf") is None:
             raise MissingExtraError("reading GGUF files needs the `gguf` package: pip install 'rightrank[gguf]'")
         return ModelSource(str(path.parent), path.name)
-    if found == "folder":
+    if kind == "folder":
         if not (path / "config.json").exists():
-            ggufs = sorted(found.name for found in path.glob("*.gguf"))
+            ggufs = sorted(file.name for file in path.glob("*.gguf"))
             hint = f"; give the file: {path / ggufs[0]}" if ggufs else "; give a folder that save_pretrained wrote"
             raise ModelError(f"{reference}: no config.json in the folder{hint}")
         if (path / "adapter_config.json").exists():  # transformers would load the base that it names
@@ -115,7 +115,9 @@ def hub_errors() -> tuple[type[BaseException], ...]:
 def _nearest_folder(path: Path) -> str:
     """` (did you mean 'x'?)` for a model folder of a similar name beside it."""
     parent = path.parent
-    folders = [found.name for found in parent.iterdir() if (found / "config.json").is_file()] if parent.is_dir() else []
+    folders = (
+        [folder.name for folder in parent.iterdir() if (folder / "config.json").is_file()] if parent.is_dir() else []
+    )
     return did_you_mean(path.name, folders)
 
 
@@ -246,9 +248,9 @@ def safe_shards(path: Path) -> list[Path]:
         if missing:
             raise ModelError(f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); copy it too")
         return [path / name for name in names]
-    found = sorted(file for file in path.glob("*.safetensors") if file.name != "adapter_model.safetensors")
-    if found:
-        return found
+    files = sorted(file for file in path.glob("*.safetensors") if file.name != "adapter_model.safetensors")
+    if files:
+        return files
     if next(path.glob("*.bin"), None) is not None:
         raise ModelError(
             f"{path}: only pickled weights (*.bin), which can run code when read; save the model again with save_pretrained(safe_serialization=True)"

@@ -99,7 +99,7 @@ def ranks_within(worth: Sequence[Floats], costs: Sequence[int], budget: int, max
     """
     limits = [len(parts) if max_rank is None else min(max_rank, len(parts)) for parts in worth]
     ranks = [min(1, limit) for limit in limits]
-    left = budget - sum(one * cost for one, cost in zip(ranks, costs, strict=True))
+    left = budget - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     offers = sorted(
         (-float(value) / cost, module, position)
         for module, (parts, cost, limit) in enumerate(zip(worth, costs, limits, strict=True))
@@ -130,7 +130,7 @@ def truncated_tensors(
     """
     adapter, tensors = open_adapter(folder), load_file(folder / WEIGHTS_FILE)
     pattern = config.rank_pattern or {}
-    ranks = {one.address: int(pattern_value(pattern, one.address, config.r)) for one in adapter.modules}
+    ranks = {module.address: int(pattern_value(pattern, module.address, config.r)) for module in adapter.modules}
     if len(uniform := set(ranks.values())) == 1:
         ranks = shared_ranks(adapter, uniform.pop(), max_module_rank(rank), moments) or ranks
     config.rank_pattern = exact_pattern(ranks, config.r, ranks)
@@ -150,6 +150,10 @@ def truncated_tensors(
     return tensors
 
 
+# State tensors of torch's optimizers that have a parameter's shape: means of gradients, and of their squares.
+POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2}
+
+
 def projected_state(
     folder: Path,
     config: LoraConfig,
@@ -165,7 +169,7 @@ def projected_state(
     Args:
         config: of the truncated adapter, with the ranks of its modules.
         state: by PEFT's names, a tensor for every A and B.
-        power: 1 for means of gradients, 2 for means of their squares.
+        power: That of the part of the state in `POWERS`.
     """
     tensors, result = load_file(folder / WEIGHTS_FILE), dict(state)
     for first, *_ in open_adapter(folder).pairs:
@@ -196,18 +200,18 @@ def shared_ranks(
         A rank up to `max_rank` by module; None where a module has no moments, or is no larger than `rank`.
     """
     modules = adapter.modules
-    if max_rank == rank or any(one.name not in moments or one.rank <= rank for one in modules):
+    if max_rank == rank or any(module.name not in moments or module.rank <= rank for module in modules):
         return None
-    worth = [components(*adapter.factors(one), one.scaling, moments[one.name]).costs for one in modules]
-    parameters = [one.rows + one.columns for one in modules]
+    worth = [components(*adapter.factors(module), module.scaling, moments[module.name]).costs for module in modules]
+    parameters = [module.rows + module.columns for module in modules]
     ranks = ranks_within(worth, parameters, rank * sum(parameters), max_rank)
-    return {one.name: shared for one, shared in zip(modules, ranks, strict=True)}
+    return {module.name: shared for module, shared in zip(modules, ranks, strict=True)}
 
 
 def save_moments(path: Path, moments: Mapping[str, Moments]) -> None:
     """Write moments by module name to a safetensors file, in float32."""
-    tensors = {f"{name}.inputs": torch.from_numpy(one.inputs).float() for name, one in moments.items()}
-    tensors |= {f"{name}.gradients": torch.from_numpy(one.gradients).float() for name, one in moments.items()}
+    tensors = {f"{name}.inputs": torch.from_numpy(moment.inputs).float() for name, moment in moments.items()}
+    tensors |= {f"{name}.gradients": torch.from_numpy(moment.gradients).float() for name, moment in moments.items()}
     save_file(tensors, path)
 
 

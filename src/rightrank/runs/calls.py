@@ -7,7 +7,6 @@ import multiprocessing
 import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -145,22 +144,31 @@ def call_in_process(train: TrainFunction, timeout_seconds: float | None) -> Call
         raise SettingsError(
             f"train can't be sent to another process ({error}); define it at the top level of a module"
         ) from None
-
-    return partial(_call_in_new_process, train, timeout_seconds)
-
-
-def _call_in_new_process(train: TrainFunction, timeout_seconds: float | None, task: TrialTask) -> object:
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, train, task.reporting_to(None)), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        return _received(receiver, timeout_seconds, task)
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
+
+    def call(task: TrialTask) -> object:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_answer, args=(sender, train, task.reporting_to(None)), daemon=True)
+        process.start()
+        sender.close()
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        try:
+            while receiver.poll(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                answer = receiver.recv()
+                if isinstance(answer, CALL_ERRORS):
+                    raise answer
+                if not isinstance(answer, EvalPoint):
+                    return answer
+                task.report(answer.step, answer.value, answer.item_scores)
+            raise TrainerError(f"took longer than {timeout_seconds:g} s and was killed")
+        except EOFError:
+            raise TrainerError(NO_RESULT) from None
+        finally:
+            process.kill()
+            process.join()
+            receiver.close()
+
+    return call
 
 
 def _answer(sender: Connection, train: TrainFunction, task: TrialTask) -> None:
@@ -171,23 +179,6 @@ def _answer(sender: Connection, train: TrainFunction, task: TrialTask) -> None:
         sender.send(type(error)(*error.args))
 
 
-def _received(receiver: Connection, timeout_seconds: float | None, task: TrialTask) -> object:
-    """The result of a call in another process. Reports, which arrive before it, go to the task."""
-    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-    while True:
-        if not receiver.poll(None if deadline is None else max(0.0, deadline - time.monotonic())):
-            raise TrainerError(f"took longer than {timeout_seconds:g} s and was killed")
-        try:
-            answer = receiver.recv()
-        except EOFError:
-            raise TrainerError(NO_RESULT) from None
-        if isinstance(answer, CALL_ERRORS):
-            raise answer
-        if not isinstance(answer, EvalPoint):
-            return answer
-        task.report(answer.step, answer.value, answer.item_scores)
-
-
 def parse_result(returned: object, metric: str, examples: int | None) -> TrialResult:
     """Check what a function returned and convert it to a `TrialResult`.
 
@@ -195,21 +186,19 @@ def parse_result(returned: object, metric: str, examples: int | None) -> TrialRe
         ReportError: not a mapping of numbers, the metric is missing, or scores of other examples than before.
     """
     if isinstance(returned, Mapping):
-        metrics: dict[str, float] = {}
         for name, value in returned.items():
             if not isinstance(name, str) or isinstance(value, bool) or not hasattr(value, "__float__"):
                 raise ReportError(
                     f"returned {name!r}: {type(value).__name__} {quoted(value)}; return names with numbers"
                 )
-            metrics[name] = float(value)
-        returned = TrialResult(metrics=metrics)
+        returned = TrialResult(metrics={name: float(value) for name, value in returned.items()})
     if not isinstance(returned, TrialResult):
         raise ReportError(
             f"returned {type(returned).__name__} {quoted(returned)}; return a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"
         )
     if metric not in returned.metrics:
-        found = ", ".join(map(repr, returned.metrics)) or "nothing"
-        raise ReportError(f"returned no {metric!r} (it returned {found}); return it, or give another metric=")
+        names = ", ".join(map(repr, returned.metrics)) or "nothing"
+        raise ReportError(f"returned no {metric!r} (it returned {names}); return it, or give another metric=")
     scores, weights = returned.item_scores, returned.item_weights
     if scores is not None and len(scores) != (examples or len(scores) or 1):
         raise ReportError(

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from rightrank.decision.collapse import DROP_IN_MARGINS, collapse_of
 from rightrank.runs.calls import (
@@ -178,30 +178,6 @@ def own_request(
     sign, colon, name = (metric or "").partition(":")
     stated = sign == "max" if colon and sign in ("max", "min") else None
     metric = metric if stated is None else name
-    settings = _settings(profile, compared, given)
-    named, own = getattr(train, "metric", None), getattr(train, "higher_is_better", None)
-    if isinstance(named, str) and metric not in (None, named):  # its scores by example are those of its own
-        raise SettingsError(
-            f"metric {metric!r}: {type(train).__name__} scores the examples by {named!r}; leave metric out, or give another train"
-        )
-    metric = metric or (named if isinstance(named, str) else profile["metric"])
-    known = (stated, own if isinstance(own, bool) else None, direction(metric))
-    higher = next((one for one in known if one is not None), None)
-    if higher is None:
-        raise SettingsError(f"{unknown_direction(metric)}; give metric='max:{metric}' or 'min:{metric}'")
-    _require_functions(train, evaluate, settings.goal)
-    call_of = _caller(executor, given.get("workers", 1), given.get("timeout_seconds"))
-    evaluation = None if evaluate is None else call_of(partial(_of_folder, evaluate))
-    name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
-    return OwnRequest(settings, metric, higher, name, call_of(train), evaluation, with_base, given)
-
-
-def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, float] | TrialResult:
-    """What `evaluate` says of the adapter in the task's folder."""
-    return evaluate(task.folder, task)
-
-
-def _settings(profile: Mapping[str, object], compared: Mapping[str, object], given: TrainerSettings) -> SelectSettings:
     values = {**compared, "strategy": given.get("strategy") or None}
     values |= {name: profile[name] for name in ("seeds", "margin", "strategy") if values[name] is None}
     settings = SelectSettings(**values | {"goal": given.get("goal", "training-rank")})
@@ -211,21 +187,36 @@ def _settings(profile: Mapping[str, object], compared: Mapping[str, object], giv
             f"goal 'adapter' needs an adapter of the largest rank, and strategy {Upward.name!r} climbs from the smallest; give "
             "goal 'training-rank', or another strategy"
         )
-    return settings
-
-
-def _require_functions(train: object, evaluate: object, goal: Goal) -> None:
-    if goal == "adapter" and evaluate is None:
+    named, own = getattr(train, "metric", None), getattr(train, "higher_is_better", None)
+    if isinstance(named, str) and metric not in (None, named):  # its scores by example are those of its own
+        raise SettingsError(
+            f"metric {metric!r}: {type(train).__name__} scores the examples by {named!r}; leave metric out, or give another train"
+        )
+    metric = metric or (named if isinstance(named, str) else profile["metric"])
+    known = (stated, own if isinstance(own, bool) else None, direction(metric))
+    higher = next((direct for direct in known if direct is not None), None)
+    if higher is None:
+        raise SettingsError(f"{unknown_direction(metric)}; give metric='max:{metric}' or 'min:{metric}'")
+    if settings.goal == "adapter" and evaluate is None:
         raise SettingsError(
             "goal 'adapter' needs evaluate=, a function of an adapter folder and a TrialTask that returns held-out scores; "
             "give it, or goal 'training-rank'"
         )
-    for name, function, of in (
-        ("train", train, "one TrialTask"),
-        ("evaluate", evaluate, "an adapter folder and a TrialTask"),
-    ):
-        if not callable(function) and not (name == "evaluate" and function is None):
-            raise SettingsError(f"{name}: got a {type(function).__name__}; give a function of {of}")
+    if not callable(train):
+        raise SettingsError(f"train: got a {type(train).__name__}; give a function of one TrialTask")
+    if evaluate is not None and not callable(evaluate):
+        raise SettingsError(
+            f"evaluate: got a {type(evaluate).__name__}; give a function of an adapter folder and a TrialTask"
+        )
+    call_of = _caller(executor, given.get("workers", 1), given.get("timeout_seconds"))
+    evaluation = None if evaluate is None else call_of(partial(_of_folder, evaluate))
+    name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
+    return OwnRequest(settings, metric, higher, name, call_of(train), evaluation, with_base, given)
+
+
+def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, float] | TrialResult:
+    """What `evaluate` says of the adapter in the task's folder."""
+    return evaluate(task.folder, task)
 
 
 def _caller(executor: str, workers: int, timeout_seconds: float | None) -> Callable[[TrainFunction], Call]:
@@ -334,25 +325,22 @@ class _Executor:
         return self._judged(trial, result, time.perf_counter() - begun)
 
     def _judged(self, trial: Trial, result: TrialResult, seconds: float) -> TrialOutcome:
-        """The outcome of a trial whose function returned."""
+        """The outcome of a trial whose function returned: of one that fell along the looks, or to an end below the base, its collapse."""
         if (bad := result.not_finite()) is not None:
             return TrialDiverged(**trial.fields, step=trial.arm.steps, reason=f"{bad} is not a finite number")
-        outcome = outcome_of(trial, result, self._request.metric, seconds)
-        if (collapse := self._collapse_of(trial, result)) is not None:
-            return TrialCollapsed(**trial.fields, **collapse, points=result.points, train_seconds=outcome.train_seconds)
+        outcome, request = outcome_of(trial, result, self._request.metric, seconds), self._request
+        if trial.arm.rank == 0:
+            self._base = outcome
+        elif (drop := request.collapse_drop) is not None:
+            ends = [EvalPoint(step=trial.arm.steps, value=outcome.value, item_scores=result.item_scores)]
+            if self._base is not None:
+                ends.insert(0, EvalPoint(step=0, value=self._base.value, item_scores=self._base.item_scores))
+            for looks in (result.points, ends):
+                if (fall := collapse_of(looks, drop, request.higher_is_better)) is not None:
+                    kept = {"points": result.points, "train_seconds": outcome.train_seconds}
+                    return TrialCollapsed(**trial.fields, **fall, **kept)
         self._examples = len(result.item_scores) if result.item_scores is not None else self._examples
-        self._base = outcome if trial.arm.rank == 0 else self._base
         return outcome
-
-    def _collapse_of(self, trial: Trial, result: TrialResult) -> dict[str, Any] | None:
-        """A fall along the looks, or to an end below the base."""
-        drop, higher = self._request.collapse_drop, self._request.higher_is_better
-        if drop is None or trial.arm.rank == 0:
-            return None
-        value = result.metrics[self._request.metric]
-        end = EvalPoint(step=trial.arm.steps, value=value, item_scores=result.item_scores)
-        start = [EvalPoint(step=0, value=self._base.value, item_scores=self._base.item_scores)] if self._base else []
-        return collapse_of(result.points, drop, higher) or collapse_of([*start, end], drop, higher)
 
 
 def _write_truncated(folder: RunFolder, parent: str, trial: Trial) -> None:

@@ -7,7 +7,6 @@ refused by its name; what only says how a trainer logs, saves and evaluates is l
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,29 +95,23 @@ def _of_adapter(config: Any) -> Iterator[tuple[str, Any] | _Refusal]:
 
 
 def _of_training(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
-    default = _defaults_of(args)
     yield from _by_own_rules(args)
-    for name, value in _fields(args):
+    for field in dataclasses.fields(args):
+        name, value = field.name, getattr(args, field.name)
         setting = name if name in SelectSettings.model_fields else SelectSettings.names_elsewhere.get(name)
         if name in OWN_RULES or name.startswith(LOGS_AND_SAVES) or value is None:
             continue
         if setting is not None:
             yield setting, _plain(setting, value)
-        elif value != getattr(default, name):
+        elif not _is_default(field, value):
             yield _refused("args", name, value)
 
 
-def _defaults_of(args: Any) -> Any:
-    """The arguments by default. Making them resets accelerate's state, which a running trainer still uses: it is put back."""
-    from accelerate.state import AcceleratorState, PartialState
-
-    kept = [(state, dict(state._shared_state)) for state in (AcceleratorState, PartialState)]
-    with warnings.catch_warnings(action="ignore"):  # of its own defaults
-        default = type(args)(use_cpu=True, bf16=False)  # which every machine takes
-    for state, values in kept:
-        state._shared_state.clear()
-        state._shared_state.update(values)
-    return default
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether an argument is as by default; of an empty default transformers makes a list or a configuration of its own."""
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    is_made = default in (None, "") and (isinstance(value, list | dict) or dataclasses.is_dataclass(value))
+    return bool(value == (type(value)() if is_made else default))
 
 
 def _by_own_rules(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:

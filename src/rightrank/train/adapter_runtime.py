@@ -143,10 +143,10 @@ def read_identity(file: Path) -> BaseIdentity:
 def _name_in(file: Path, key: str) -> str | None:
     """The text under `key` of a configuration; None where there is none."""
     try:
-        found = read_json_object(file).get(key)
+        text = read_json_object(file).get(key)
     except UnreadableError:
         return None
-    return found if isinstance(found, str) and found else None
+    return text if isinstance(text, str) and text else None
 
 
 def _last_part(name: str) -> str:

@@ -44,6 +44,15 @@ class Batch:
     reference: torch.Tensor | None = None  # [s], log-probabilities of each sequence's labels under the base; pairs only
 
     @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the model takes."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    def pairs(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a value for each sequence [s], those of the chosen answers and those of the rejected ones."""
+        return values[0::2], values[1::2]
+
+    @property
     def sequences(self) -> int:
         return self.input_ids.shape[0] if self.lengths is None else len(self.lengths)
 

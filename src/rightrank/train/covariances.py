@@ -8,13 +8,14 @@ its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rightrank.data.files import replacing
@@ -56,31 +57,80 @@ def gather_moments(
         examples: Numbers in the training split, best those that the adapter was not trained on.
         tokens: How many tokens to read; whole micro-batches of `batch_size` are read until then, or all examples.
     """
-    found = lora_modules(peft_model)
+    adapted = lora_modules(peft_model)
     # Modules that add s·B·(A·x) to their output.
-    plain = [name for name, one in found.items() if adapter in one.lora_A and isinstance(kind_of(one), Linear)]
-    left_out = len(found) - len(plain)
+    plain = [
+        name for name, module in adapted.items() if adapter in module.lora_A and isinstance(kind_of(module), Linear)
+    ]
+    left_out = len(adapted) - len(plain)
     note = f"{left_out} modules have no moments (DoRA, embeddings or experts): the plain SVD is used there"
     notices = (note,) if left_out else ()
     head = runtime.model.get_output_embeddings()
-    if plain and all(found[name] is head for name in plain):  # the loss computes the head itself, on frozen inputs
+    if plain and all(adapted[name] is head for name in plain):  # the loss computes the head itself, on frozen inputs
         notices, plain = (*notices, "the head alone is adapted and has no moments: the plain SVD is used"), []
     if not plain:
         return Gathered({}, 0, 0, notices)
-    sums, batches = MomentSums(), list(_micro_batches(runtime, examples, tokens))
-    read = [index for indices in batches for index in indices]
-    runtime.expect("train", read)
-    gathering = rank_space(peft_model, plain, sums.add, adapter)
-    with memory_permitting() as reasons, gathering, runtime.recomputing(), runtime.without_dropout():
+    batches = list(_micro_batches(runtime, examples, tokens))
+    runtime.expect("train", [index for indices in batches for index in indices])
+
+    def passes() -> Iterator[tuple[int, int, int]]:
         for indices in batches:
             runtime.losses("train", runtime.batch("train", indices), 1.0, backward=True)
+            encoded = [runtime.data.splits["train"][index] for index in indices]
+            read = sum(example.length for example in encoded)
+            yield len(indices), read, sum(map(runtime.data.loss_weight, encoded))
+
+    with memory_permitting() as reasons, runtime.recomputing(), runtime.without_dropout():
+        gathered = gather_passes(peft_model, plain, passes(), adapter)
     if reasons:
         return Gathered({}, 0, 0, (f"no moments for truncation: {reasons[0]}; the plain SVD is used",))
-    encoded = [runtime.data.splits["train"][index] for index in read]
-    moments = sums.moments(sum(map(runtime.data.loss_weight, encoded)))
-    if not all(bool(torch.isfinite(one).all()) for pair in sums.pairs.values() for one in pair):
-        moments, notices = {}, ("no moments for truncation: a gradient is not finite; the plain SVD is used",)
-    return Gathered(moments, len(read), sum(example.length for example in encoded), notices)
+    return replace(gathered, notices=(*notices, *gathered.notices))
+
+
+def gather_passes(
+    peft_model: Any, names: Sequence[str], passes: Iterable[tuple[int, int, int]], adapter: str = ADAPTER
+) -> Gathered:
+    """Moments of the named modules over passes that this runs, whoever calls the model.
+
+    Args:
+        passes: Each is a forward and a backward pass; its value has the examples, tokens and labels that were read.
+    """
+    # By module, in float32 on the device: the outer products of inputs and of gradients, and the rows behind the inputs'.
+    sums: dict[str, tuple[torch.Tensor, ...]] = {}
+
+    def see(name: str, hidden: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Positions without a gradient (padding, what reaches no label) are left out of the inputs too."""
+        hidden, gradients = hidden.float(), gradients.float()
+        size = gradients.abs().amax(dim=1, keepdim=True)
+        seen = size > ROUNDING * size.max()  # multiplied, not indexed: NaN and infinity stay, and no device waits
+        hidden, gradients = hidden * seen, gradients * seen
+        parts = hidden.T @ hidden, gradients.T @ gradients, seen.sum()
+        sums[name] = parts if name not in sums else tuple(map(torch.add, parts, sums[name]))
+
+    counts = np.zeros(3, dtype=int)
+    with rank_space(peft_model, names, see, adapter):
+        for read in passes:
+            counts += read
+    examples, tokens, labels = counts.tolist()
+    if not labels:
+        return Gathered(
+            {}, 0, 0, ("truncated by singular values: the training examples that were read have no labels",)
+        )
+    if not all(bool(torch.isfinite(part).all()) for parts in sums.values() for part in parts):
+        notice = "no moments for truncation: a gradient is not finite; the plain SVD is used"
+        return Gathered({}, examples, tokens, (notice,))
+    moments = {
+        name: Moments(
+            inputs.cpu().double().numpy() / max(1, int(rows)), gradients.cpu().double().numpy() / max(1, labels)
+        )
+        for name, (inputs, gradients, rows) in sums.items()
+    }
+    missing = len(names) - len(sums)
+    notice = (
+        f"{missing} of {len(names)} modules truncated by singular values: the model computes their layers without calling PEFT's modules "
+        "(fused kernels), so that no second moments arrive"
+    )
+    return Gathered(moments, examples, tokens, (notice,) if missing else ())
 
 
 def gather_unseen_moments(runtime: Runtime, peft_model: Any, seed: int, steps: int) -> Gathered:
@@ -176,30 +226,3 @@ def _hook(
     register: Any = output.register_hook  # untyped in torch
     register(back)
     return output
-
-
-class MomentSums:
-    """Sums of outer products in float32 on the device, and the rows behind the inputs'."""
-
-    def __init__(self) -> None:
-        self.pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._rows: dict[str, torch.Tensor] = {}
-
-    def add(self, name: str, hidden: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Positions without a gradient (padding, what reaches no label) are left out of the inputs too."""
-        hidden, gradients = hidden.float(), gradients.float()
-        size = gradients.abs().amax(dim=1, keepdim=True)
-        seen = size > ROUNDING * size.max()  # multiplied, not indexed: NaN and infinity stay, and no device waits
-        hidden, gradients, rows = hidden * seen, gradients * seen, seen.sum()
-        pair = hidden.T @ hidden, gradients.T @ gradients
-        if name in self.pairs:
-            pair = pair[0] + self.pairs[name][0], pair[1] + self.pairs[name][1]
-            rows = rows + self._rows[name]
-        self.pairs[name], self._rows[name] = pair, rows
-
-    def moments(self, labels: int) -> dict[str, Moments]:
-        found: dict[str, Moments] = {}
-        for name, pair in self.pairs.items():
-            inputs, gradients = (one.cpu().double().numpy() for one in pair)
-            found[name] = Moments(inputs / max(1, int(self._rows[name])), gradients / max(1, labels))
-        return found

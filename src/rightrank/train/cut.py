@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 
 from rightrank.models.adapter_files import save_adapter
-from rightrank.models.truncation import load_moments, projected_state, truncated_tensors
+from rightrank.models.truncation import POWERS, load_moments, projected_state, truncated_tensors
 from rightrank.schema.trials import Arm
 from rightrank.train.covariances import gather_recent_moments, write_moments
 from rightrank.train.multi_lora import ADAPTER, MultiLora
@@ -24,7 +24,7 @@ from rightrank.train.runtime import Runtime
 Tensors = Mapping[str, torch.Tensor]
 
 HIGHER = "before_the_cut"  # an adapter's name
-POWERS = {"exp_avg": 1, "exp_avg_sq": 2}  # of AdamW's state: means of gradients, and of their squares
+MEANS = ("exp_avg", "exp_avg_sq")  # of AdamW's state
 
 
 def cut_checkpoint(
@@ -83,9 +83,9 @@ def _lower(
     result = {f"parameter.{name}": lower[key] for name, key in saved.items()}
     if arm.cut is None or arm.cut.optimizer == "fresh":
         return result
-    for key, power in POWERS.items():
+    for key in MEANS:
         means = {saved[name]: tensors[f"optimizer.{index}.{key}"] for index, name in enumerate(names)}
-        projected = projected_state(folder, config, lower, means, power)
+        projected = projected_state(folder, config, lower, means, POWERS[key])
         result |= {f"optimizer.{index}.{key}": projected[saved[name]] for index, name in enumerate(names)}
     return result | {key: tensors[key] for key in tensors if key.startswith("optimizer.") and key.endswith(".step")}
 

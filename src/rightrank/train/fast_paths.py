@@ -8,11 +8,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -31,12 +31,16 @@ _POSITION_WISE = ("q_proj", "o_proj", "out_proj", "c_proj", "dense")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, between losses
 
 
+RowsOnly: TypeAlias = Callable[[Any, Batch, Routing | None], AbstractContextManager[None]]  # of the last block
+
+
 @dataclass(slots=True)
 class FastPaths:
     float32_attention: bool = False
     sequence_packing: bool = False
     last_block: Any = None  # None: the last block runs at every position
     prefix: FrozenPrefix | None = None
+    rows_only: RowsOnly | None = None  # how the last block runs at some rows; None: where a label follows
 
     @contextmanager
     def applied(self, model: Any, split: SplitName, batch: Batch, routing: Routing | None = None) -> Iterator[Batch]:
@@ -51,7 +55,7 @@ class FastPaths:
                 stack.enter_context(self.prefix.serving(model, split, rows))
             stack.enter_context(_attention_of(rows))
             if self.last_block is not None:
-                stack.enter_context(_label_rows_only(self.last_block, rows, routing))
+                stack.enter_context((self.rows_only or _label_rows_only)(self.last_block, rows, routing))
             yield rows
 
     def attention(self) -> AbstractContextManager[None]:
@@ -63,16 +67,19 @@ def _attention_of(rows: Batch) -> AbstractContextManager[None]:
     return nullcontext() if rows.lengths is None else packed_attention(rows.lengths, rows.input_ids.device)
 
 
-@contextmanager
-def _label_rows_only(block: Any, batch: Batch, routing: Routing | None) -> Iterator[None]:
+def _label_rows_only(block: Any, batch: Batch, routing: Routing | None) -> AbstractContextManager[None]:
     """Within the block, the position-wise layers of `block`, the model's last, run at label positions only."""
     keep = torch.zeros_like(batch.labels, dtype=torch.bool)  # [b, n], True where the next token is a label
     keep[:, :-1] = batch.labels[:, 1:] != IGNORED
     if float(keep.float().mean()) > MAX_LABEL_SHARE or not keep.any():
-        yield
-        return
+        return nullcontext()
+    return at_rows(_position_wise_modules(block), keep, routing)
+
+
+@contextmanager
+def at_rows(modules: Sequence[Any], keep: torch.Tensor, routing: Routing | None) -> Iterator[None]:
+    """Within the block, these position-wise layers run at the positions that `keep` [b, n] marks, and give zeros elsewhere."""
     rows = keep.reshape(-1).nonzero()[:, 0]
-    modules = _position_wise_modules(block)
     before = [module.__dict__.get("forward") for module in modules]
     for module in modules:
         module.forward = partial(_on_rows, module.forward, rows, keep.shape)
@@ -89,12 +96,12 @@ def _label_rows_only(block: Any, batch: Batch, routing: Routing | None) -> Itera
 
 def _position_wise_modules(block: Any) -> list[Any]:
     """The MLP and the query and output projections of the attention, by their usual names in transformers."""
-    found = [getattr(block, name) for name in _MLP_NAMES if hasattr(block, name)]
+    modules = [getattr(block, name) for name in _MLP_NAMES if hasattr(block, name)]
     for name in _ATTENTION_NAMES:
         attention = getattr(block, name, None)
         if attention is not None:
-            found.extend(getattr(attention, part) for part in _POSITION_WISE if hasattr(attention, part))
-    return [module for module in found if isinstance(module, torch.nn.Module)]
+            modules.extend(getattr(attention, part) for part in _POSITION_WISE if hasattr(attention, part))
+    return [module for module in modules if isinstance(module, torch.nn.Module)]
 
 
 def _on_rows(
@@ -136,9 +143,9 @@ def find_fast_paths(
         plain = _losses(model, objective, longest)
         paths.sequence_packing = _agrees(model, plain, lambda: _losses(model, objective, packed(longest)))
     rows = packed(probe) if paths.sequence_packing else probe
-    found = find_blocks(model)
-    if objective is head_loss and found is not None:
-        last, few = found[1][-1], _with_few_labels(rows)
+    stack = find_blocks(model)
+    if objective is head_loss and stack is not None:
+        last, few = stack[1][-1], _with_few_labels(rows)
         plain = _losses(model, objective, few)
         if _agrees(model, plain, lambda: _losses(model, objective, few, _label_rows_only(last, few, None))):
             paths.last_block = last

@@ -74,8 +74,8 @@ def _prompt(runtime: Runtime, example: Example) -> Prompt:
     chat = Chat(runtime.loaded.tokenizer)
     before, whole = chat.header(messages[:last]), chat.render(messages[: last + 1])
     expected = messages[last]["content"]
-    _, found, end = whole[len(before) :].rpartition(expected)
-    return Prompt(example.item_id, before, expected, add_special_tokens=False, end=end if found else "")
+    _, written, end = whole[len(before) :].rpartition(expected)
+    return Prompt(example.item_id, before, expected, add_special_tokens=False, end=end if written else "")
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def _generation_config(runtime: Runtime, asked: Sequence[Prompt]) -> Any:
 def _predicted_classes(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
     names, examples = runtime.data.summary.classes or [], runtime.data.splits[split]
     texts = {example.item_id: str(example.content["text"]) for example in runtime.data.texts[split]}
-    found: list[ModelAnswer] = []
+    answered: list[ModelAnswer] = []
     size = runtime.settings.eval_batch_size
     with runtime.without_dropout():
         for begin in range(0, len(examples), size):
@@ -164,5 +164,5 @@ def _predicted_classes(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
             for row, predicted in zip(rows, logits.argmax(-1).tolist(), strict=True):
                 example = examples[row]
                 expected = names[example.labels[0]]
-                found.append(ModelAnswer(example.item_id, texts[example.item_id], names[predicted], expected))
-    return found
+                answered.append(ModelAnswer(example.item_id, texts[example.item_id], names[predicted], expected))
+    return answered

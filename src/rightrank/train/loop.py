@@ -68,9 +68,9 @@ def train_trials(
     if reason is not None and (cut := next((trial.arm for trial in trained if trial.arm.cut is not None), None)):
         raise ModelError(f"{cut.label()}: no adapter can be cut ({reason}); train at one rank")
     for trial in trained:
-        found = folders(trial)
-        if found.truncate_from is not None and found.moments is not None:
-            for notice in ensure_moments(runtime, trial.arm, found.truncate_from, found.moments):
+        places = folders(trial)
+        if places.truncate_from is not None and places.moments is not None:
+            for notice in ensure_moments(runtime, trial.arm, places.truncate_from, places.moments):
                 listener.notice(notice)
     if trained:
         with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
@@ -154,8 +154,10 @@ class _TrainingLoop:
 
     def _next_waiting(self) -> Trial | None:
         """The first waiting trial, which waits no longer; one that continues another of these trials waits for its end."""
-        unfinished = {training.trial.trial_id for training in self._running} | {one.trial_id for one in self._waiting}
-        trial = next((one for one in self._waiting if one.arm.continue_from not in unfinished), None)
+        unfinished = {training.trial.trial_id for training in self._running} | {
+            waiting.trial_id for waiting in self._waiting
+        }
+        trial = next((waiting for waiting in self._waiting if waiting.arm.continue_from not in unfinished), None)
         if trial is not None:
             self._waiting.remove(trial)
         return trial

@@ -22,13 +22,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from rightrank.data.token_store import IGNORED
@@ -55,7 +57,27 @@ class BatchLoss:
     example_metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # metric → [b], by example
 
 
-Objective: TypeAlias = Callable[[Any, Batch, Scale], BatchLoss]
+class LabelledBatch(Protocol):
+    """What a loss reads of a batch of s sequences: a `Batch`, or one of another trainer's collator."""
+
+    @property
+    def inputs(self) -> Mapping[str, Any]: ...
+
+    @property
+    def labels(self) -> torch.Tensor: ...
+
+    @property
+    def reference(self) -> torch.Tensor | None: ...
+
+    @property
+    def sequences(self) -> int: ...
+
+    def sequence_numbers(self) -> torch.Tensor: ...
+
+    def pairs(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+Objective: TypeAlias = Callable[[Any, Any, Scale], BatchLoss]  # of a model and a `LabelledBatch`
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +89,7 @@ class _LabelLosses:
     sequences: torch.Tensor  # [m], the number in the batch of each label's sequence
 
 
-LabelLoss: TypeAlias = Callable[[Any, Batch, Scale], _LabelLosses]
+LabelLoss: TypeAlias = Callable[[Any, Any, Scale], _LabelLosses]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +98,15 @@ class Likelihood:
 
     labels: LabelLoss
 
-    def __call__(self, model: Any, batch: Batch, scale: Scale) -> BatchLoss:
-        found = self.labels(model, batch, scale)
-        sequences = found.sequences.cpu()  # float64 sums, which not every device supports
+    def __call__(self, model: Any, batch: LabelledBatch, scale: Scale) -> BatchLoss:
+        labels = self.labels(model, batch, scale)
+        sequences = labels.sequences.cpu()  # float64 sums, which not every device supports
         sums = torch.zeros(batch.sequences, dtype=torch.float64)
-        sums.index_add_(0, sequences, found.losses.cpu().double())
-        return BatchLoss(found.scaled.sum(), sums, torch.bincount(sequences, minlength=batch.sequences))
+        sums.index_add_(0, sequences, labels.losses.cpu().double())
+        return BatchLoss(labels.scaled.sum(), sums, torch.bincount(sequences, minlength=batch.sequences))
 
 
-def make_likelihood(model: Any, batch: Batch, classification: bool) -> Objective:
+def make_likelihood(model: Any, batch: LabelledBatch, classification: bool) -> Objective:
     """The fastest objective that gives the model's own cross-entropies on `batch`."""
     if classification:
         return classification_loss
@@ -93,9 +115,9 @@ def make_likelihood(model: Any, batch: Batch, classification: bool) -> Objective
     return logits_loss
 
 
-def classification_loss(model: Any, batch: Batch, scale: Scale) -> BatchLoss:
+def classification_loss(model: Any, batch: LabelledBatch, scale: Scale) -> BatchLoss:
     """Cross-entropy of one label per example."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+    logits = model(**batch.inputs).logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="none")
     correct = (logits.argmax(-1) == batch.labels).cpu().double()
     ones = torch.ones_like(batch.labels).cpu()
@@ -111,19 +133,65 @@ def _head_labels(model: Any, batch: Batch, scale: Scale) -> _LabelLosses:
         positions = [torch.arange(length, device=batch.input_ids.device) for length in batch.lengths]
         restarting["position_ids"] = torch.cat(positions)[None]
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False, **restarting).last_hidden_state
+    return _of_hidden(hidden, batch, OutputHead(model), scale)
+
+
+def _of_hidden(hidden: torch.Tensor, batch: LabelledBatch, head: OutputHead, scale: Scale) -> _LabelLosses:
+    """The cross-entropies of the labels under the last hidden states [rows, n, d]."""
     keep, targets = _label_positions(batch)
     sequences = batch.sequence_numbers()[:, 1:][keep]
     by_label = _by_label(scale, sequences)
-    return _LabelLosses(*chunked_cross_entropy(hidden[:, :-1][keep], targets, OutputHead(model), by_label), sequences)
+    return _LabelLosses(*chunked_cross_entropy(hidden[:, :-1][keep], targets, head, by_label), sequences)
 
 
-def _logits_labels(model: Any, batch: Batch, scale: Scale) -> _LabelLosses:
+def _logits_labels(model: Any, batch: LabelledBatch, scale: Scale) -> _LabelLosses:
     """Shifted cross-entropy of the model's own logits, at all positions at once."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return _of_logits(model(**batch.inputs, use_cache=False).logits, batch, scale)
+
+
+def _of_logits(logits: torch.Tensor, batch: LabelledBatch, scale: Scale) -> _LabelLosses:
     keep, targets = _label_positions(batch)
     losses = F.cross_entropy(logits[:, :-1][keep].float(), targets, reduction="none")
     sequences = batch.sequence_numbers()[:, 1:][keep]
     return _LabelLosses(losses * _by_label(scale, sequences), losses.detach(), sequences)
+
+
+def base_of(model: Any) -> Any:
+    """The model that PEFT has wrapped, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def own_pass_labels(model: Any, batch: LabelledBatch, scale: Scale) -> _LabelLosses:
+    """As `_head_labels`, in the pass that the model of another trainer makes itself, whatever its inputs and kernels are.
+
+    A pre-hook of its head computes the losses from the head's input, and the model's own call of the head gets one position. Where the
+    head is adapted or never called, where the model changes the logits in a way of its own, and in a backward pass of a sharded
+    model, the losses come from whole logits.
+    """
+    base = base_of(model)
+    head = base.get_output_embeddings()
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if head is None or isinstance(head, BaseTunerLayer) or (torch.is_grad_enabled() and is_sharded):
+        return _of_logits(model(**batch.inputs).logits, batch, scale)
+    first: list[torch.Tensor] = []
+    losses: list[_LabelLosses] = []
+
+    def before(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        own = OutputHead(base, module.forward)
+        first.append(own(inputs[0][:1, :1]).detach().float())
+        losses.append(_of_hidden(inputs[0], batch, own, scale))
+        return inputs[0][:, :1], *inputs[1:]
+
+    handle = head.register_forward_pre_hook(before)
+    try:
+        logits = model(**batch.inputs).logits
+    finally:
+        handle.remove()
+    if not losses:  # the head's weight is used without the module
+        return _of_logits(logits, batch, scale)
+    if torch.allclose(first[0], logits[:1, :1].detach().float(), rtol=HEAD_TOLERANCE, atol=1e-4):
+        return losses[0]
+    return _of_logits(model(**batch.inputs).logits, batch, scale)
 
 
 head_loss = Likelihood(_head_labels)
@@ -198,22 +266,24 @@ def _chunks(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> list[tup
 class OutputHead:
     """A model's output embedding, then the scaling and soft capping of logits in its configuration."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, call: Head | None = None) -> None:
+        """`call` is what runs the embedding; None: the module itself, with its hooks."""
         config = model.config.get_text_config()
         self.linear = model.get_output_embeddings()
+        self._call: Head = call or self.linear
         self.vocabulary: int = config.vocab_size
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma
         self._multiply: float = getattr(config, "logit_scale", None) or 1.0  # Cohere
         self._divide: float = getattr(config, "logits_scaling", None) or 1.0  # Granite
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.linear(hidden)
+        logits = self._call(hidden)
         if self._multiply != self._divide:
             logits = logits * self._multiply / self._divide
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
 
-def _label_positions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def _label_positions(batch: LabelledBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """`(keep [b, n-1], targets [m])`: True where the next token is a label, and those labels."""
     shifted = batch.labels[:, 1:]
     keep = shifted != IGNORED
@@ -226,7 +296,7 @@ def _by_label(scale: Scale, sequences: torch.Tensor) -> Scale:
 
 
 @torch.no_grad()
-def _head_agrees(model: Any, batch: Batch) -> bool:
+def _head_agrees(model: Any, batch: LabelledBatch) -> bool:
     """Whether the head alone gives the model's own losses on `batch`."""
     if model.get_output_embeddings() is None or not isinstance(getattr(model, "base_model", None), torch.nn.Module):
         return False
@@ -263,15 +333,14 @@ class PreferenceLoss:
     labels: LabelLoss  # gives the cross-entropies of the model's labels
     beta: float  # how strongly a step away from the base counts
 
-    def __call__(self, model: Any, batch: Batch, scale: Scale) -> BatchLoss:
+    def __call__(self, model: Any, batch: LabelledBatch, scale: Scale) -> BatchLoss:
         """The loss of each of b pairs; `batch` holds 2b sequences and their reference [2b]."""
         assert batch.reference is not None
-        found = self.labels(model, batch, 1.0)
-        counts = torch.bincount(found.sequences, minlength=batch.sequences).tolist()
+        labels = self.labels(model, batch, 1.0)
+        counts = torch.bincount(labels.sequences, minlength=batch.sequences).tolist()
         # Summed one by one, because a sum over padded rows depends on the longest sequence of the batch.
-        sums = torch.stack([part.sum() for part in torch.split(found.scaled, counts)])
-        log_ratios = -sums - batch.reference.to(sums)
-        chosen, rejected = log_ratios[0::2], log_ratios[1::2]
+        sums = torch.stack([part.sum() for part in torch.split(labels.scaled, counts)])
+        chosen, rejected = batch.pairs(-sums - batch.reference.to(sums))
         margins = self.beta * (chosen - rejected)
         losses = -F.logsigmoid(margins)
         metrics = {
@@ -314,17 +383,16 @@ class Reference:
 
 
 @contextmanager
-def adapters_off(model: Any) -> Iterator[None]:
-    """Within the block, PEFT's adapters on `model` add nothing."""
-    active = [
-        module
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) and not module.disable_adapters
+def with_adapter(model: Any, name: str | None) -> Iterator[None]:
+    """Within the block, PEFT's layers on `model` compute with the adapter `name` alone, or with none; nothing else changes."""
+    layers: list[Any] = [
+        module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     ]
-    for module in active:
-        module._disable_adapters = True
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer, active, _ in before:
+        layer._active_adapter, layer._disable_adapters = active if name is None else [name], name is None
     try:
         yield
     finally:
-        for module in active:
-            module._disable_adapters = False
+        for layer, active, disabled in before:
+            layer._active_adapter, layer._disable_adapters = active, disabled

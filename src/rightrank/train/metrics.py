@@ -90,17 +90,17 @@ def score(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Scored:
         return Scored(sum(values) / len(values), values)
     if spec.name == "macro_f1":
         return Scored(*macro_f1([a.expected for a in answered], [a.completion for a in answered]))
-    found = _printed(spec, answered) if spec.kind == "command" else _returned(spec, answered)
-    is_one = not isinstance(found, list | tuple)
-    scores = [found] if is_one else list(found)
+    given = _printed(spec, answered) if spec.kind == "command" else _returned(spec, answered)
+    is_one = not isinstance(given, list | tuple)
+    scores = [given] if is_one else list(given)
     if not is_one and len(scores) != len(answered):
         raise MetricError(
             f"metric {spec.name!r}: it gave {len(scores)} scores for {len(answered)} examples; one per example is expected"
         )
-    for one in scores:
-        if not isinstance(one, int | float) or not math.isfinite(one):
-            raise MetricError(f"metric {spec.name!r}: it gave {_short(repr(one))}; finite numbers are expected")
-    values = [float(one) for one in scores]
+    for value in scores:
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise MetricError(f"metric {spec.name!r}: it gave {_short(repr(value))}; finite numbers are expected")
+    values = [float(value) for value in scores]
     return Scored(values[0], None) if is_one else Scored(sum(values) / len(values), values)
 
 
@@ -139,12 +139,12 @@ def _returned(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Any:
     names = {parameter.name for parameter in parameters}
     try:
         with redirect_stdout(sys.stderr):
-            found = function(**{name: value for name, value in given.items() if takes_all or name in names})
+            returned = function(**{name: value for name, value in given.items() if takes_all or name in names})
     except Exception as error:
         raise MetricError(
             f"metric {spec.name!r}: {spec.target} raised {type(error).__name__}: {_short(str(error))}"
         ) from error
-    return found.tolist() if hasattr(found, "tolist") else found
+    return returned.tolist() if hasattr(returned, "tolist") else returned
 
 
 def _function(spec: MetricSpec) -> Callable[..., Any]:
@@ -168,8 +168,8 @@ def _function(spec: MetricSpec) -> Callable[..., Any]:
         raise SettingsError(
             f"metric {spec.name!r}: {where!r} has no function {name!r}; it has: {', '.join(there) or 'none'}"
         )
-    found: Callable[..., Any] = function
-    return found
+    typed: Callable[..., Any] = function
+    return typed
 
 
 def _module_of_file(path: str) -> Any:

@@ -126,12 +126,12 @@ class MultiLora:
                 if adapter in module.lora_A or adapter in module.lora_embedding_A:
                     kind_of(module).start(module, adapter, Draw(arm.seed, name, self._settings.init_lora_weights))
         self._settle()
-        found: dict[str, torch.nn.Parameter] = {}
+        named: dict[str, torch.nn.Parameter] = {}
         for name, parameter in self.peft_model.named_parameters():
             parts = name.split(".")
             if adapter in parts:
-                found[".".join(ADAPTER if part == adapter else part for part in parts)] = parameter
-        return found
+                named[".".join(ADAPTER if part == adapter else part for part in parts)] = parameter
+        return named
 
     def _wrapped(self, config: LoraConfig, adapter: str) -> Any:
         """PEFT's model around the base. New modules are in evaluation mode, the base's modules keep their mode."""

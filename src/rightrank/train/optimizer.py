@@ -172,7 +172,10 @@ def _make_optimizer(
     decayed = set(get_parameter_names(runtime.model, [torch.nn.LayerNorm], UNDECAYED))  # type: ignore[no-untyped-call]
     decaying = {id(value) for name, value in runtime.model.named_parameters() if name in decayed}
     groups = [
-        {"params": [one for one in parameters if (id(one) in decaying) == decays], "weight_decay": decay}
+        {
+            "params": [parameter for parameter in parameters if (id(parameter) in decaying) == decays],
+            "weight_decay": decay,
+        }
         for decays, decay in ((True, settings.weight_decay), (False, 0.0))
     ]
     optimizer = torch.optim.AdamW(

@@ -53,7 +53,7 @@ class Pace:
         A step multiplies the adapted matrices forward and backward, and the adapter a third time for its gradients. Loading,
         checkpoints, samples and the report are not counted.
         """
-        work, own = (2 * self.matrices + 3 * self.by_rank * one for one in (rank, self.rank))
+        work, own = (2 * self.matrices + 3 * self.by_rank * count for count in (rank, self.rank))
         ends = max(0.0, arms - 1 - trainings)  # evaluations of arms that are stopped early, or truncated from another
         evaluations = work / own * (trainings * (1 + self.look_share * (eval_points - 1)) + ends) + RUN_EVALUATIONS
         steps = work / own * trainings * self.training_seconds
@@ -99,8 +99,8 @@ def _measure(runtime: Runtime, arm: Arm) -> Pace:
         evaluation_seconds=eval_seconds * held_out / len(evaluated),
         look_share=min(1.0, LOOK_ITEMS / held_out),
         filling_seconds=fill_seconds * examples / filled if filled else 0.0,
-        matrices=sum(one.in_features * one.out_features for one in runtime.targets.modules),
-        by_rank=sum(one.in_features + one.out_features for one in runtime.targets.modules),
+        matrices=sum(module.in_features * module.out_features for module in runtime.targets.modules),
+        by_rank=sum(module.in_features + module.out_features for module in runtime.targets.modules),
     )
 
 

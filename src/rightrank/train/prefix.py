@@ -108,7 +108,9 @@ class FrozenPrefix:
     @torch.no_grad()
     def _compute(self, model: Any, store: _Store, split: str, indices: Sequence[int]) -> None:
         batch = collate(store.examples, indices, self._pad_id, self._device)
-        hidden = self._lower_blocks(model, batch)
+        output = output_of(model, self._blocks, batch.inputs)
+        self._returns_tuple = isinstance(output, tuple)
+        hidden: torch.Tensor = output[0] if self._returns_tuple else output
         if store.hidden is None:
             store.hidden = self._allocate(split, store.tokens, hidden)
         real = hidden[batch.attention_mask.bool()].cpu()  # [tokens, d], in the order of the examples
@@ -118,18 +120,6 @@ class FrozenPrefix:
                 store.rows(index).copy_(computed)
             else:
                 store.others[index] = computed.clone()
-
-    def _lower_blocks(self, model: Any, batch: Batch) -> torch.Tensor:
-        handle = self._blocks[-1].register_forward_hook(_stop_with)
-        try:
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        except _ReachedBlock as reached:
-            (output,) = reached.args
-        finally:
-            handle.remove()
-        self._returns_tuple = isinstance(output, tuple)
-        hidden: torch.Tensor = output[0] if self._returns_tuple else output
-        return hidden
 
     def _allocate(self, split: str, tokens: int, like: torch.Tensor) -> torch.Tensor:
         width = like.shape[-1]
@@ -144,6 +134,18 @@ class FrozenPrefix:
             else:  # macOS
                 file.truncate(size)
         return torch.from_file(str(path), shared=True, size=tokens * width, dtype=like.dtype).view(tokens, width)
+
+
+@torch.no_grad()
+def output_of(model: Any, blocks: Sequence[Any], inputs: Mapping[str, Any]) -> Any:
+    """What the last of some blocks returns in a pass of the model, which ends there."""
+    handle = blocks[-1].register_forward_hook(_stop_with)
+    try:
+        model(**inputs)
+    except _ReachedBlock as reached:
+        return reached.args[0]
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -172,10 +174,10 @@ def find_blocks(model: Any) -> tuple[str, torch.nn.ModuleList] | None:
 
 def frozen_blocks(model: Any, trainable: Sequence[str]) -> list[Any]:
     """The blocks below everything that trains, but the last; none if an embedding below them trains."""
-    found = find_blocks(model)
-    if found is None:
+    stack = find_blocks(model)
+    if stack is None:
         return []
-    prefix, blocks = f"{found[0]}.", list(found[1])[:-1]
+    prefix, blocks = f"{stack[0]}.", list(stack[1])[:-1]
     for name in trainable:
         if name.startswith(prefix):
             blocks = blocks[: int(name.removeprefix(prefix).split(".", 1)[0])]

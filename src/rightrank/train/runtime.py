@@ -35,9 +35,9 @@ from rightrank.train.loss import (
     PreferenceLoss,
     Reference,
     Scale,
-    adapters_off,
     make_likelihood,
     sees_later_tokens,
+    with_adapter,
 )
 from rightrank.train.multi_lora import ADAPTER, ArmBatch, MultiLora, unwrapped
 from rightrank.train.prefix import FrozenPrefix, frozen_blocks
@@ -133,7 +133,7 @@ class Runtime:
     def _log_probabilities(self, split: SplitName, indices: Sequence[int]) -> torch.Tensor:
         """[s]: of the labels of each sequence under the base, whatever adapter it carries."""
         batch = self._collated(split, indices)
-        with adapters_off(self.model), self.fast_paths.applied(self.model, split, batch) as rows:
+        with with_adapter(self.model, None), self.fast_paths.applied(self.model, split, batch) as rows:
             return -self._likelihood(self.model, rows, 1.0).example_losses
 
     def batch_plan(self, seed: int, steps: int | None = None) -> list[list[int]]:

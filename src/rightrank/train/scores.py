@@ -59,7 +59,7 @@ def macro_f1(expected: Sequence[str], predicted: Sequence[str]) -> tuple[float, 
     by_pair = {pair: _macro_f1(pairs - Counter([pair])) for pair in pairs}
     without = [by_pair[pair] for pair in zip(expected, predicted, strict=True)]
     mean = sum(without) / count
-    return whole, [whole + (count - 1) * (mean - one) for one in without]
+    return whole, [whole + (count - 1) * (mean - value) for value in without]
 
 
 def _macro_f1(pairs: Counter[tuple[str, str]]) -> float:

@@ -163,8 +163,8 @@ def in_layers(model: Any, settings: PeftFields) -> list[str]:
 
 def _layer(name: str) -> int | None:
     """The first number in a name of several parts."""
-    found = re.match(r".*?\.(\d+)\.", name)
-    return None if found is None else int(found[1])
+    match = re.match(r".*?\.(\d+)\.", name)
+    return None if match is None else int(match[1])
 
 
 def named_targets(model: Any, settings: PeftFields, classification: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -182,9 +182,9 @@ def named_targets(model: Any, settings: PeftFields, classification: bool) -> tup
     whole = {name for name, _ in skeleton.named_modules()}
     with without_peft_noise():
         inject_adapter_in_model(config, skeleton)
-    found = sorted(name for name in config.target_modules or () if name.rpartition(".")[2] not in left_out)
+    linear = sorted(name for name in config.target_modules or () if name.rpartition(".")[2] not in left_out)
     # PEFT looks at the layer of a module whose name ends with a target, and not where it is the target.
-    names = tuple(name for name in found if name not in whole or _is_in_layers(name, settings))
+    names = tuple(name for name in linear if name not in whole or _is_in_layers(name, settings))
     return names, tuple(sorted(config.target_parameters or ()))
 
 

@@ -126,9 +126,9 @@ class _Encoder:
         yield from self._encoded(waiting)
 
     def _encoded(self, waiting: list[tuple[Example, list[_Text]]]) -> Iterator[tuple[Example, list[EncodedSequence]]]:
-        found = self._tokenised([text for _, texts in waiting for text in texts])
+        tokenised = self._tokenised([text for _, texts in waiting for text in texts])
         for example, texts in waiting:
-            sequences = [next(found) for _ in texts]
+            sequences = [next(tokenised) for _ in texts]
             if self.is_classification:
                 sequences = [(ids, [self._class_index[str(example.content["label"])]]) for ids, _ in sequences]
             yield example, _with_common_start(sequences) if self.form == "preference" else sequences
@@ -296,16 +296,13 @@ def encode(data: DataSplits, model: LoadedModel, settings: SelectSettings, folde
             equal=count.equal,
         )
     texts = {split: data.examples[split] for split in HELD_OUT}
-    groups = {split: _groups_of(texts[split], splits[split]) for split in HELD_OUT}
+    groups: dict[SplitName, list[int] | None] = {}
+    for split, given in texts.items():
+        by_id = {example.item_id: example for example in given}
+        groups[split] = group_numbers(by_id[example.item_id] for example in splits[split])
     count_of_groups = len(set(groups["selection"] or ()))
     summary = data.summary.model_copy(update={"splits": summaries, "groups": count_of_groups})
     return EncodedData(splits, texts, summary, groups)
-
-
-def _groups_of(examples: Sequence[Example], encoded: Sequence[EncodedExample]) -> list[int] | None:
-    """The groups of what is left of the examples."""
-    by_id = {example.item_id: example for example in examples}
-    return group_numbers(by_id[one.item_id] for one in encoded)
 
 
 @dataclass(slots=True)

@@ -176,8 +176,8 @@ def _names(parameter: str, experts: int) -> list[str]:
 def _parameters(pair: StoredPair) -> list[str]:
     """The last parts of those `target_parameters` that lie on the pair's module."""
     module = f".{pair.module.replace(WRAPPED, '')}"
-    found = [str(target).rpartition(".") for target in pair.config.get("target_parameters") or ()]
-    return [parameter for path, _, parameter in found if path and module.endswith(f".{path}")]
+    targets = [str(target).rpartition(".") for target in pair.config.get("target_parameters") or ()]
+    return [parameter for path, _, parameter in targets if path and module.endswith(f".{path}")]
 
 
 KINDS: tuple[AdapterKind, ...] = (_Experts(), _Dora(), _Embedding(), _Convolution(), Linear(), _Other())

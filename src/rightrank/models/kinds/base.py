@@ -91,9 +91,9 @@ class Routing:
         Raises:
             MultiLoraError: there is more than one arm, and the rows are neither the batch's examples nor its tokens.
         """
-        found = self.layouts.get(rows)
-        if found is not None:
-            return found
+        parts = self.layouts.get(rows)
+        if parts is not None:
+            return parts
         if len(self.adapters) == 1:
             return [Part(self.adapters[0], rows, self.dropout_seeds[0], rows, None)]
         raise MultiLoraError(f"a layer sees {rows} rows that can't be assigned to arms")
@@ -237,13 +237,13 @@ class AdapterKind(ABC):
 @contextmanager
 def training_is(value: bool, modules: Iterable[Any]) -> Iterator[None]:
     """Within the block, these modules alone are in training mode, or in evaluation mode; after it, in the other."""
-    found = list(modules)
-    for module in found:
+    kept = list(modules)
+    for module in kept:
         module.training = value
     try:
         yield
     finally:
-        for module in found:
+        for module in kept:
             module.training = not value
 
 
