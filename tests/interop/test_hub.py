@@ -87,7 +87,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub")
     settings = small_settings(ranks=(1, 4), max_steps=4, goal="adapter")
     data = write_completions(folder / "data.jsonl")
-    return rightrank.select_rank(str(save_tiny_llama(folder / "model")), data, folder / "run", settings=settings).run
+    selected = rightrank.select_rank(str(save_tiny_llama(folder / "model")), data, folder / "run", settings=settings)
+    assert list(selected.to_pandas().trial_id) == list(rightrank.to_pandas(selected.run).trial_id)
+    return selected.run
 
 
 def test_an_adapter_is_uploaded_with_its_card(hub: type[Hub], run: Path) -> None:

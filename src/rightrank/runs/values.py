@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rightrank.data.rows import require_rows
 from rightrank.decision.adapter import probable_ranks, smallest_holding_truncation
-from rightrank.decision.run import Answers, Records, answers_of
+from rightrank.decision.run import Answers, Records, answers_of, records_of
 from rightrank.models.places import require_model
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import merged
@@ -239,15 +239,10 @@ class Selected:
 
     def to_pandas(self, *, examples: bool = False) -> DataFrame:
         """The trials as a table, or the scores of their held-out examples; see `rightrank.to_pandas`."""
-        from rightrank.api.runs import to_pandas
+        from rightrank.report.tables import trials_frame
 
-        return to_pandas(self.run, examples=examples)
-
-    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-        """Upload the adapter with its card; see `rightrank.push_to_hub`."""
-        from rightrank.api.runs import push_to_hub
-
-        return push_to_hub(self.run, repo_id, private=private, token=token)
+        records = records_of(RunFolder(self.run).journal.read_settled(), str(self.run))
+        return trials_frame(records.outcomes, examples)
 
     @property
     def view(self) -> AnswerView:
