@@ -30,7 +30,7 @@ from rightrank.plugins.cluster.worker import versions
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Finished, Hooks
 from rightrank.runs.run import begin, final_decision, loop, opened
-from rightrank.runs.values import Plan, Selected
+from rightrank.runs.values import Plan, Selected, answers
 from rightrank.schema.events import DataSummary, Event, JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
@@ -56,6 +56,7 @@ class Nodes:
         os.environ.setdefault(
             "RAY_worker_niceness", "0"
         )  # 15 otherwise: on a busy machine its workers then stand still
+        os.environ.setdefault("RAY_enable_worker_prestart", "0")  # workers that nobody asks for
         head = {"num_cpus": 0, "include_dashboard": False, **STORE}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: dict[int, Any] = {}
@@ -224,7 +225,7 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
             loop(run, pool)
         finally:
             pool.close()
-        selected = Selected(folder, None, None, run_folder.report, Answers(final_decision(run)))
+        selected = Selected(folder, None, None, run_folder.report, answers(run.records, final_decision(run), settings.goal))
         report.on_end(Finished(selected, run_folder, run.records))
 
 

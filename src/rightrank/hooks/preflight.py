@@ -40,9 +40,9 @@ def preflight(request: Request) -> Preflight:
         strategy = prepared.strategy
         pace = _pace_of(prepared)
         seconds, time = _time_of(prepared, strategy, pace)
-        found = _preflight_of(prepared, strategy, seconds, pace)
-        notes += [*time, *_resolution_lines(found), *_adapter_lines(prepared, strategy)]
-        return found.model_copy(update={"notes": notes})
+        outlook = _preflight_of(prepared, strategy, seconds, pace)
+        notes += [*time, *_resolution_lines(outlook), *_adapter_lines(prepared, strategy)]
+        return outlook.model_copy(update={"notes": notes})
 
 
 def _pace_of(prepared: Prepared) -> Pace | None:
@@ -138,22 +138,22 @@ def resolutions(kind: MetricKind, scored: int, seconds_per_example: float | None
     ]
 
 
-def _resolution_lines(found: Preflight) -> Iterator[str]:
+def _resolution_lines(outlook: Preflight) -> Iterator[str]:
     """The margin that the validation examples resolve, and what resolves more: examples or another seed."""
-    scored = found.splits["validation"].items
-    by_count = {row.examples: row for row in found.resolutions}
+    scored = outlook.splits["validation"].items
+    by_count = {row.examples: row for row in outlook.resolutions}
     if scored not in by_count:
         return
     others = ", ".join(
         f"{count:,}: ±{row.expected_half_width:.2g}" for count, row in by_count.items() if count != scored
     )
     here, most = by_count[scored], by_count[max(by_count)]
-    more, cost = "", found.cost
+    more, cost = "", outlook.cost
     if most.examples > scored:
         minutes = "" if most.seconds is None else f" (about {duration(most.seconds)} more)"
-        seed = "" if cost.seconds is None else f" (about {duration(cost.seconds / found.seeds)} more)"
+        seed = "" if cost.seconds is None else f" (about {duration(cost.seconds / outlook.seeds)} more)"
         more = f"; {most.examples:,} examples{minutes} make it ±{most.expected_half_width:.2g}, another seed{seed} ±{here.expected_half_width_of_two_seeds:.2g}"
-        if most.examples > scored + found.not_evaluated:
+        if most.examples > scored + outlook.not_evaluated:
             more += "; the data have fewer: give more rows or a larger validation_fraction"
     yield (
         f"{scored:,} validation examples are expected to tell ranks apart to ±{here.expected_half_width:.2g} with one seed ({others}){more}"
@@ -235,8 +235,8 @@ class Outlook(Hook):
         seconds, time = _time_of(prepared, prepared.strategy, pace)
         if seconds is not None:
             tell(TimeExpected(expected_seconds=seconds[0]))
-        found = _preflight_of(prepared, prepared.strategy, seconds, pace)
-        lines = [*preflight_lines(found), *time, *_resolution_lines(found)]
+        outlook = _preflight_of(prepared, prepared.strategy, seconds, pace)
+        lines = [*preflight_lines(outlook), *time, *_resolution_lines(outlook)]
         lines += _adapter_lines(prepared, prepared.strategy)
         if names := [spec.name for spec in prepared.settings.metric_specs if not spec.is_measured_along]:
             lines.append(

@@ -83,7 +83,7 @@ class Progress:
         for outcome in planned.outcomes:
             self._end(outcome)
         top = max(planned.started.select_settings.ranks)
-        if self._spent > 0 and not any(one.rank == top for one in planned.outcomes):
+        if self._spent > 0 and not any(outcome.rank == top for outcome in planned.outcomes):
             self._expected += self._spent
 
     def curves(self) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
@@ -112,15 +112,15 @@ class Progress:
         pace = self._pace()
         if pace is None:
             return None
-        shares = sum(self._share(one.arm, one.arm.end) for one in self._running.values())
+        shares = sum(self._share(trial.arm, trial.arm.end) for trial in self._running.values())
         to_come = max(0.0, self._expected - self._spent - shares)
-        return to_come * pace + sum(_left(one, pace) for one in self._running.values())
+        return to_come * pace + sum(_left(trial, pace) for trial in self._running.values())
 
     def _pace(self) -> float | None:
         """Seconds of a whole training with its evaluations: of those that ended, of the one that runs, or expected."""
         if self._costs and self._spent > 0:
             return sum(self._costs) / self._spent
-        steps = [one.step for one in self._running.values() if one.step is not None and one.step.step > 0]
+        steps = [trial.step for trial in self._running.values() if trial.step is not None and trial.step.step > 0]
         if not steps or not self._whole_steps:
             return self._first_pace
         return self._whole_steps * sum(step.seconds / step.step for step in steps) / len(steps)
@@ -134,7 +134,9 @@ class Progress:
         """`1.4 of about 3.8 trainings`, the running ones in proportion."""
         spent = self._spent
         if self._whole_steps:
-            spent += sum(self._share(one.arm, one.step.step) for one in self._running.values() if one.step is not None)
+            spent += sum(
+                self._share(trial.arm, trial.step.step) for trial in self._running.values() if trial.step is not None
+            )
         if not self._expected:
             return "measuring before the first training"
         if spent > self._expected:
@@ -150,12 +152,12 @@ class Progress:
             arm = running[0].arm
             named = "base model" if arm.rank == 0 else f"rank {arm.rank}, learning rate {arm.learning_rate:g}"
         else:
-            ranks = sorted({one.arm.rank for one in running})
+            ranks = sorted({trial.arm.rank for trial in running})
             named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-        if steps := [one.step for one in running if one.step is not None]:
+        if steps := [trial.step for trial in running if trial.step is not None]:
             behind = min(steps, key=lambda step: step.step / step.steps)
             return [named, f"step {behind.step}/{behind.steps}, loss {behind.loss:.3f}"]
-        if looks := [one.look for one in running if one.look is not None]:
+        if looks := [trial.look for trial in running if trial.look is not None]:
             look = min(looks, key=lambda look: look.step)
             return [named, f"step {look.step}, held-out {look.value:.4g}"]
         return [named]

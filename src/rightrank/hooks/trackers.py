@@ -144,8 +144,8 @@ def _mlflow(run: _TrackedRun, _folder: Path) -> None:
     from mlflow.entities import Metric, Param, RunTag
 
     client, experiment = mlflow.MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME", "rightrank")
-    found = client.get_experiment_by_name(experiment)
-    place = client.create_experiment(experiment) if found is None else found.experiment_id
+    existing = client.get_experiment_by_name(experiment)
+    place = client.create_experiment(experiment) if existing is None else existing.experiment_id
     tags = {"rightrank.group": run.group, "rightrank.trial_id": run.key}
     key = client.create_run(place, run_name=run.name, tags=tags).info.run_id
     now = int(time.time() * 1000)
@@ -246,16 +246,16 @@ def _plain(value: object) -> Plain:
 def _steps(started: RunStarted, trial: TrialFinished, prefix: str) -> dict[int, dict[str, float]]:
     """The losses of a training by step, its looks, and at its end the metrics and the cost."""
     along = started.points_metric or started.metric
-    found: dict[int, dict[str, float]] = {}
+    numbers: dict[int, dict[str, float]] = {}
     for step, loss in enumerate(trial.train_losses, start=1):
-        found.setdefault(step, {})["train/loss"] = loss
+        numbers.setdefault(step, {})["train/loss"] = loss
     for point in trial.points:
-        found.setdefault(point.step, {})[f"{prefix}/{along}"] = point.value
-    last = found.setdefault(trial.end, {})
+        numbers.setdefault(point.step, {})[f"{prefix}/{along}"] = point.value
+    last = numbers.setdefault(trial.end, {})
     last |= {f"{prefix}/{metric}": value for metric, value in trial.metrics.items()}
     for name in ("train_seconds", "eval_seconds", "trainable_parameters", "peak_bytes"):
         last[name] = getattr(trial, name)
-    return dict(sorted(found.items()))
+    return dict(sorted(numbers.items()))
 
 
 _WRITERS = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb, "trackio": _trackio}

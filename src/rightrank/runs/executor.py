@@ -58,7 +58,7 @@ class LocalExecutor:
     _runtime: Runtime
     _folder: RunFolder
     _listener: Listener
-    _planned: MemoryPlan | None
+    _planned: MemoryPlan | None = None
     _is_prepared: bool = False
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:

@@ -196,7 +196,7 @@ def _with_other_checkpoint(run: Run, runtime: Runtime, answer: AdapterAnswer) ->
     """
     trained, folder = run.records.by_id[answer.trained_id], run.folder.other_checkpoint(answer.trained_id)
     criterion = replace(criterion_of(run.records), margin=answer.margin)
-    children = [one for one in run.records.finished() if one.truncate_from == trained.trial_id]
+    children = [trial for trial in run.records.finished() if trial.truncate_from == trained.trial_id]
     ours = adapter_answer([trained, *children], criterion)
     if answer.checkpoint is not None or ours is None or not folder.is_dir() or not trained.points:
         return answer
@@ -222,14 +222,14 @@ def _smallest_of(
     smallest = trained.rank
     with TemporaryDirectory(dir=checkpoint.parent) as working:
         moments = Path(working) / "moments.safetensors"
-        for child in sorted(children, key=lambda one: -one.rank):
+        for child in sorted(children, key=lambda trial: -trial.rank):
             place = Path(working) / child.trial_id
             folders = TrialFolders(place.with_suffix(".tmp"), place, truncate_from=checkpoint, moments=moments)
             outcome = run_trial(runtime, Trial(trial_id=child.trial_id, arm=child.arm), None, folders, Listener())
             others = [*others, outcome] if isinstance(outcome, TrialFinished) else others
-            found = adapter_answer(others, criterion)
-            smallest = trained.rank if found is None else found.rank
-            if found is None or found.trial_id != child.trial_id:
+            answer = adapter_answer(others, criterion)
+            smallest = trained.rank if answer is None else answer.rank
+            if answer is None or answer.trial_id != child.trial_id:
                 break
     return smallest
 

@@ -47,10 +47,10 @@ def seal(line: bytes) -> bytes:
 
 def read_line(line: bytes) -> JournalRecord | str:
     """Parse a line without its line end: the record, or what is wrong with the line, as printed after `journal.jsonl:5: `."""
-    found = _SEAL.search(line)
-    if found is None:
+    sealed = _SEAL.search(line)
+    if sealed is None:
         return "damaged: it has no length and checksum at its end"
-    body, length, checksum = line[: found.start()], int(found[1]), int(found[2], 16)
+    body, length, checksum = line[: sealed.start()], int(sealed[1]), int(sealed[2], 16)
     if len(body) != length:
         return f"damaged: {len(body)} bytes where {length} were written"
     if zlib.crc32(body) != checksum:
@@ -158,8 +158,8 @@ class Journal:
         body, torn = _split_torn(self.path.read_bytes())
         lines = body.split(b"\n")[:-1] + ([torn] if torn else [])
         read = [read_line(line) for line in lines]
-        kept = [line for line, found in zip(lines, read, strict=True) if not isinstance(found, str)]
-        damaged = [line for line, found in zip(lines, read, strict=True) if isinstance(found, str)]
+        kept = [line for line, record in zip(lines, read, strict=True) if not isinstance(record, str)]
+        damaged = [line for line, record in zip(lines, read, strict=True) if isinstance(record, str)]
         if not damaged:
             return Repaired(len(kept), 0, None)
         if not isinstance(read[0], RunStarted):
@@ -176,11 +176,11 @@ class Journal:
         records: list[JournalRecord] = []
         damaged: list[str] = []
         for number, line in enumerate(BytesIO(body), start=1):  # one by one: a list of all takes as much memory again
-            found = read_line(line[:-1])
-            if isinstance(found, str):
-                damaged.append(f"{number}: {found}")
+            record = read_line(line[:-1])
+            if isinstance(record, str):
+                damaged.append(f"{number}: {record}")
             else:
-                records.append(found)
+                records.append(record)
         if damaged:
             more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
             raise RunFolderError(

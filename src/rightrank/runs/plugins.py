@@ -93,12 +93,12 @@ class MemoryPlan:
 
 def listed(question: Callable[[Plugin], Sequence[Found]]) -> list[Found]:
     """What all plug-ins answer, in one list."""
-    return [one for found in _asked(question) for one in found]
+    return [part for answer in _asked(question) for part in answer]
 
 
 def merged(question: Callable[[Plugin], Mapping[str, Found]]) -> dict[str, Found]:
     """What all plug-ins answer, by name."""
-    return {name: one for found in _asked(question) for name, one in found.items()}
+    return {name: part for answer in _asked(question) for name, part in answer.items()}
 
 
 def first(question: Callable[[Plugin], Found | None]) -> Found | None:
@@ -121,7 +121,7 @@ def _asked(question: Callable[[Plugin], Found]) -> Iterator[Found]:
 @cache
 def _loaded() -> dict[str, Plugin]:
     """All that could be imported: those of this package, then those of other distributions."""
-    found: dict[str, Plugin] = {}
+    loaded: dict[str, Plugin] = {}
     loaders: list[tuple[str, Callable[[], Plugin]]] = []
     # The folders here, whatever the installed metadata says: a source tree may be newer.
     with suppress(ModuleNotFoundError):
@@ -129,10 +129,10 @@ def _loaded() -> dict[str, Plugin]:
         loaders = [(name, partial(_of_folder, name)) for name in names]
     for name, load in [*loaders, *_of_others()]:
         try:
-            found.setdefault(name, load())
+            loaded.setdefault(name, load())
         except FAULTS as error:
             _left_out(name, error)
-    return found
+    return loaded
 
 
 def _of_folder(name: str) -> Plugin:
@@ -160,10 +160,10 @@ def _of_others() -> Iterator[tuple[str, Callable[[], Plugin]]]:
 
 def _names_the_group(folder: str) -> bool:
     """Whether a distribution in this folder of `sys.path`, other than rightrank itself, names the group."""
-    with suppress(OSError), os.scandir(folder or ".") as found:
-        for one in found:
-            if one.name.endswith("-info") and not one.name.startswith("rightrank-"):
+    with suppress(OSError), os.scandir(folder or ".") as entries:
+        for entry in entries:
+            if entry.name.endswith("-info") and not entry.name.startswith("rightrank-"):
                 with suppress(FileNotFoundError):
-                    if GROUP.encode() in Path(one.path, "entry_points.txt").read_bytes():
+                    if GROUP.encode() in Path(entry.path, "entry_points.txt").read_bytes():
                         return True
     return False

@@ -247,7 +247,7 @@ def environment_of(device: str) -> dict[str, str]:
     import torch
     import transformers
 
-    found = {
+    environment = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
@@ -257,5 +257,5 @@ def environment_of(device: str) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
     }
     if device.startswith("cuda"):
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+        environment["gpu"] = torch.cuda.get_device_name(device)
+    return environment

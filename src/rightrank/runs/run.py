@@ -135,7 +135,7 @@ def opened(request: Asked, folder: RunFolder, hooks: Hooks, before: Plan | None 
     if journal:
         _require_same_run(folder, journal[0], plan.started)
     # The cause of a failure may have been removed since; a device's memory does not grow.
-    kept = (one for one in journal if not isinstance(one, TrialFailed) or one.error == "out_of_memory")
+    kept = (record for record in journal if not isinstance(record, TrialFailed) or record.error == "out_of_memory")
     return Run(
         plan,
         RunFolder(folder.path, first(lambda plugin: plugin.store(plan))),
@@ -225,7 +225,7 @@ def loop(run: Run, executor: Executor) -> None:
         base = next((trial for trial in run.records.finished() if trial.rank == 0), None)
         for outcome in executor.run(trials, None if base is None else base.metrics.get("loss")):
             run.on_event(_with_plan(run, outcome))
-            failed = [one for one in run.records.outcomes if isinstance(one, TrialFailed)]
+            failed = [trial for trial in run.records.outcomes if isinstance(trial, TrialFailed)]
             if len(failed) >= MAX_FAILED_AT_START and not run.records.finished():
                 raise AllTrialsFailedError(f"the first {len(failed)} trials failed (the first: {failed[0].reason})")
             if outcome.rank == 0:

@@ -220,7 +220,7 @@ class Selected:
     def __repr__(self) -> str:
         """The ranks and where they are, on one line; `print` shows the answers."""
         verdict = None if self.decided is None else self.decided.verdict
-        adapter, training = (None if one is None else one.rank for one in (self.adapter, self.training))
+        adapter, training = (None if answer is None else answer.rank for answer in (self.adapter, self.training))
         return f"Selected(adapter={adapter}, training={training}, verdict={verdict!r}, run={str(self.run)!r})"
 
     def __str__(self) -> str:

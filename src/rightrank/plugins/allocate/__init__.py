@@ -92,8 +92,8 @@ def _allocation_text(allocation: Allocation) -> str:
     for trial in allocation.trials:
         rows.append([trial.pattern, str(trial.seed), f"{trial.parameters:,}", f"{trial.value:.4f}"])
     compared = [
-        f"pattern against {one.against}: {one.difference:+.4f} [{one.low:+.4f}, {one.high:+.4f}]"
-        for one in allocation.verdicts
+        f"pattern against {verdict.against}: {verdict.difference:+.4f} [{verdict.low:+.4f}, {verdict.high:+.4f}]"
+        for verdict in allocation.verdicts
     ]
     return "\n".join([allocation.sentence, *table_lines(rows, left=(0,)), *compared])
 

@@ -89,10 +89,10 @@ def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
             "shuffled": shuffled(adapter, ranks, seed=0),
         }
         trained: dict[PatternKind, list[_TrainedPattern]] = {"uniform": [], "allocated": [], "shuffled": []}
-        for kind, found in trained.items():
+        for kind, trainings in trained.items():
             for seed in options.seeds:
-                found.append(_train(runtime, adapter, kind, patterns[kind], seed, options))
-                options.on_trial(found[-1].record)
+                trainings.append(_train(runtime, adapter, kind, patterns[kind], seed, options))
+                options.on_trial(trainings[-1].record)
     return _answer(ranks, trained, options)
 
 
@@ -101,7 +101,7 @@ def _by_spectra(adapter: AdapterFolder, rank: int) -> dict[str, int]:
     spectra = [factored_singular_values(*adapter.factors(module)) * abs(module.scaling) for module in adapter.modules]
     costs = [module.rows + module.columns for module in adapter.modules]
     ranks = ranks_within([s**2 for s in spectra], costs, rank * sum(costs))
-    return {module.name: found for module, found in zip(adapter.modules, ranks, strict=True)}
+    return {module.name: module_rank for module, module_rank in zip(adapter.modules, ranks, strict=True)}
 
 
 def shuffled(adapter: AdapterFolder, ranks: Mapping[str, int], seed: int) -> dict[str, int]:
@@ -180,7 +180,7 @@ def _answer(
         rank_pattern=exact_pattern(ranks, None, ranks) if better else {},
         lora_alpha=options.settings.lora_alpha,
         verdicts=verdicts,
-        trials=[one.record for found in trained.values() for one in found],
+        trials=[training.record for trainings in trained.values() for training in trainings],
     )
 
 
@@ -191,7 +191,7 @@ def compare(
     sums = np.array([a.scores.losses for a in left]) - np.array([b.scores.losses for b in right])
     scores = left[0].scores
     weights, groups = np.array(scores.tokens, dtype=np.float64), groups_of(scores.groups, len(scores.tokens))
-    found = bounds_of(estimate(sums, weights, groups=groups), CONFIDENCE)
+    bounds = bounds_of(estimate(sums, weights, groups=groups), CONFIDENCE)
     return AllocationVerdict(
-        against=against, difference=found.mean, low=found.low, high=found.high, better=found.high < 0
+        against=against, difference=bounds.mean, low=bounds.low, high=bounds.high, better=bounds.high < 0
     )

@@ -123,17 +123,17 @@ class RayCrew:
         ready, _ = self._ray.wait(list(self._streams), num_returns=1, timeout=seconds)
         if ready:  # take all that has arrived, not only the first
             ready, _ = self._ray.wait(list(self._streams), num_returns=len(self._streams), timeout=0)
-        found: list[tuple[str, WorkerMessage | WorkerLost]] = []
+        arrived: list[tuple[str, WorkerMessage | WorkerLost]] = []
         for stream in ready:
             worker = self._streams[stream]
             try:
                 line = self._ray.get(next(stream))
             except (self._ray.exceptions.RayError, StopIteration) as error:
                 self.end(worker)
-                found.append((worker, _lost(error)))
+                arrived.append((worker, _lost(error)))
             else:
-                found.append((worker, WORKER_MESSAGE.validate_json(line)))
-        return found
+                arrived.append((worker, WORKER_MESSAGE.validate_json(line)))
+        return arrived
 
     def _has_head(self) -> bool:
         """Whether the head is the one that was joined.

@@ -44,7 +44,7 @@ class ProcessCrew:
 
     def start(self, worker: str) -> None:
         self._logs.mkdir(parents=True, exist_ok=True)
-        taken = {one.place for one in self._running.values()}
+        taken = {process.place for process in self._running.values()}
         place, log = next(n for n in range(len(taken) + 1) if n not in taken), self._logs / f"{worker}.log"
         visible: dict[str, str] = {}
         if self._devices:  # a worker sees its device alone
@@ -68,12 +68,12 @@ class ProcessCrew:
         _write(self._running[worker].popen, command)
 
     def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
-        found: list[tuple[str, WorkerMessage | WorkerLost]] = []
+        arrived: list[tuple[str, WorkerMessage | WorkerLost]] = []
         with suppress(queue.Empty):
-            found.append(self._arrived.get(timeout=seconds))
+            arrived.append(self._arrived.get(timeout=seconds))
             while True:
-                found.append(self._arrived.get_nowait())
-        return found
+                arrived.append(self._arrived.get_nowait())
+        return arrived
 
     def end(self, worker: str) -> None:
         if (ended := self._running.pop(worker, None)) is not None:
@@ -82,7 +82,7 @@ class ProcessCrew:
             _close(ended.popen)
 
     def close(self) -> None:
-        popens = [one.popen for one in self._running.values()]
+        popens = [process.popen for process in self._running.values()]
         for popen in popens:
             _close(popen)  # the worker then exits by itself
         until = time.monotonic() + EXIT_SECONDS

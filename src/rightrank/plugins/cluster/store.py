@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -34,76 +34,66 @@ class Store:
     def __init__(self, address: str, patience: float = 0.0) -> None:
         from fsspec.core import url_to_fs
 
-        self.address = address
-        self._patience = patience
-        try:
-            with self._reporting_errors("open"):
-                self._files, self._root = url_to_fs(address, use_listings_cache=False)  # other machines write to it
+        self.address, self._patience = address, 0.0
+        try:  # other machines write to it
+            self._files, self._root = self._done("open", lambda: url_to_fs(address, use_listings_cache=False))
         except ImportError as error:
             raise MissingExtraError(
                 f"store {address}: {error} (for s3: pip install 'rightrank[store]'), on every machine"
             ) from None
+        self._patience = patience
 
     def put(self, path: Path, name: str) -> None:
         """Upload a file, or the files of a folder."""
-        files = [(path, name)] if path.is_file() else [(file, f"{name}/{file.name}") for file in path.iterdir()]
-        for file, its_name in files:
-            self._patiently(f"write {name} to", partial(self._put_file, file, its_name))
+        files = {name: path} if path.is_file() else {f"{name}/{file.name}": file for file in path.iterdir()}
+        for its_name, file in files.items():
+            self._done(f"write {its_name} to", partial(self._put_file, file, self._at(its_name)))
 
-    def _put_file(self, file: Path, name: str) -> None:
-        self._files.makedirs(self._at(name).rpartition("/")[0], exist_ok=True)
-        self._files.put_file(str(file), self._at(name))
+    def _put_file(self, file: Path, place: str) -> None:
+        self._files.makedirs(place.rpartition("/")[0], exist_ok=True)
+        self._files.put_file(str(file), place)
 
     def get(self, name: str, path: Path) -> bool:
         """Download a file, or the files of a folder, to `path`; False if there is none, or another run removes it meanwhile."""
-        return self._patiently(f"read {name} from", partial(self._get, name, path))
+        return self._done(f"read {name} from", partial(self._get, self._at(name), path))
 
-    def _get(self, name: str, path: Path) -> bool:
-        if self._files.isfile(self._at(name)):
-            found = {self._at(name): path}
+    def _get(self, place: str, path: Path) -> bool:
+        if self._files.isfile(place):
+            targets = {place: path}
         else:
-            found = {file: path / Path(file).name for file in self._files.find(self._at(name))}
+            targets = {file: path / Path(file).name for file in self._files.find(place)}
         try:
-            for file, target in found.items():
+            for file, target in targets.items():
                 with replacing(target) as temporary:
                     self._files.get_file(file, str(temporary))
         except FileNotFoundError:
             return False
-        return bool(found)
+        return bool(targets)
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder if it exists."""
-        self._patiently(f"remove {name} from", partial(self._remove, name))
+        self._done(f"remove {name} from", partial(self._remove, self._at(name)))
 
-    def _remove(self, name: str) -> None:
+    def _remove(self, place: str) -> None:
         with suppress(FileNotFoundError):  # another run with this store was faster
-            if self._files.exists(self._at(name)):
-                self._files.rm(self._at(name), recursive=True)
+            if self._files.exists(place):
+                self._files.rm(place, recursive=True)
 
-    def _patiently(self, what: str, action: Callable[[], Result]) -> Result:
-        """Do it, and again while the store fails in a way that may pass."""
+    def _done(self, what: str, action: Callable[[], Result]) -> Result:
+        """Do it, and again while the store fails in a way that may pass; an error of the file system is a `RunError` of one line."""
         until, wait = time.monotonic() + self._patience, 0.5
         while True:
-            with self._reporting_errors(what):
-                try:
-                    return action()
-                except _store_errors() as error:
-                    if isinstance(error, LASTING) or time.monotonic() + wait > until:
-                        raise
+            try:
+                return action()
+            except _store_errors() as error:
+                if isinstance(error, LASTING) or time.monotonic() + wait > until:
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    raise RunError(f"can't {what} the store {self.address}: {reason}") from error
             time.sleep(wait)
             wait = min(2 * wait, 10.0)
 
     def _at(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
-
-    @contextmanager
-    def _reporting_errors(self, what: str) -> Iterator[None]:
-        """Report an error of the file system as a `RunError` of one line."""
-        try:
-            yield
-        except _store_errors() as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RunError(f"can't {what} the store {self.address}: {reason}") from error
 
 
 def _store_errors() -> tuple[type[Exception], ...]:

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from rightrank.plugins.cluster.store import Store
     from rightrank.runs.executor import Executor
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.values import Prepared
 
 STEP_SECONDS = 0.5  # between two `Step` messages, at least
 DISK_SECONDS = 600.0  # for which a worker waits for a disk that is full or fails
@@ -116,17 +115,19 @@ WORKER_MESSAGE: TypeAdapter[WorkerMessage] = TypeAdapter(WorkerMessage)
 Send: TypeAlias = Callable[[WorkerMessage], None]
 
 
-class Worker:
+class Worker(Listener):
     """Handles commands and sends messages, whatever carries them: tasks run on the thread that calls `run`."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self._setup: Setup | None = None
         self._executor: Executor | None = None
+        self._stored: _StoredExecutor | None = None  # the same, on a machine that shares no disk
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._scratch = Path(tempfile.mkdtemp(prefix="rightrank-worker-"))
         self._stop = threading.Event()
         self._said = ""  # the last notice about the disk
+        self._last_step = 0.0
 
     def receive(self, line: str | bytes) -> None:
         """Handle a command; may be called from any thread. A `Setup` is answered by `Ready`."""
@@ -161,15 +162,24 @@ class Worker:
         finally:
             self.close()
 
+    def close(self) -> None:
+        """Remove the worker's files from the local disk."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
     def run_task(self, task: Task) -> None:
-        """Train the trials of a task; an error that no other worker could avoid is sent as `Refused`."""
+        """Send an outcome for each trial of a task, or `Refused` for an error that no other worker could avoid."""
         self._stop.clear()
         assert self._setup is not None
         remaining = {trial.trial_id: trial for trial in task.trials}
         until = time.monotonic() + DISK_SECONDS
         while remaining and not self._stop.is_set():
             try:
-                self._train(self._setup, remaining, task.base_loss)
+                self._executor = self._executor or self.make_executor(self._setup)
+                for outcome in self._executor.run(list(remaining.values()), task.base_loss):
+                    del remaining[outcome.trial_id]
+                    self._send(outcome)
+                    if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":
+                        self._send(Notice(text=outcome.reason))
             except InterruptedRun:
                 break  # the trials have checkpoints
             except RightrankError as error:
@@ -180,64 +190,57 @@ class Worker:
                 self._wait_for_disk(error, until)
         self._send(TaskEnded())
 
-    def _train(self, setup: Setup, remaining: dict[str, Trial], base_loss: float | None) -> None:
-        """Send an outcome for each trial, which is then no longer in `remaining`."""
-        self._executor = self._executor or self.make_executor(setup)
-        for outcome in self._executor.run(list(remaining.values()), base_loss):
-            del remaining[outcome.trial_id]
-            self._send(outcome)
-            if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":
-                self._send(Notice(text=outcome.reason))
-
     def _wait_for_disk(self, error: OSError, until: float) -> None:
         """Say that this machine's disk fails, and wait for a while."""
         text = f"a worker on {platform.node()}: {error.filename or 'its disk'}: {error.strerror or error}"
         if time.monotonic() > until:
             self._send(Refused(reason=f"{text}, for {DISK_SECONDS:.0f} s; free some space", exit_status=1))
             self._stop.set()
-            return
-        if text != self._said:
+        elif text != self._said:
             self._send(Notice(text=f"{text}; it tries again until that has passed"))
         self._said = text
         self._stop.wait(DISK_PAUSE)
 
-    def close(self) -> None:
-        """Remove the worker's files from the local disk."""
-        shutil.rmtree(self._scratch, ignore_errors=True)
-
     def make_executor(self, setup: Setup) -> Executor:
-        """The executor of this process, at the first task."""
+        """The executor of this process, at the first task.
+
+        Raises:
+            RunError: what is prepared here has another fingerprint than the driver's.
+        """
         from rightrank.plugins.cluster.store import run_store
         from rightrank.runs.executor import LocalExecutor
         from rightrank.runs.folder import RunFolder
+        from rightrank.runs.prepare import prepare
+        from rightrank.runs.values import Request
+        from rightrank.schema.settings import SelectSettings
 
-        prepared = _prepared(setup, self._scratch / "cache")
-        store = fields_of(prepared.settings).store
-        folder = RunFolder(self._scratch / "run" if store else setup.folder)
-        reports = _Reports(self._send, self._stop.is_set)
-        executor = LocalExecutor(prepared.runtime, folder, reports, prepared.planned)
-        if store:
-            reports.stored = _StoredExecutor(executor, folder, run_store(store, setup.fingerprint))
-        return reports.stored or executor
+        request = Request(setup.model, None, setup.data, SelectSettings(**setup.settings), setup.begun)
+        prepared = prepare(request, self._scratch / "cache")
+        if prepared.started.fingerprint != setup.fingerprint:
+            raise RunError(
+                f"a worker on {platform.node()} found a different model or different data at {setup.model} and {setup.data}: "
+                "give paths that lead to the same files on every machine"
+            )
+        address = fields_of(prepared.settings).store
+        folder = RunFolder(self._scratch / "run" if address else setup.folder)
+        executor = LocalExecutor(prepared.runtime, folder, self, prepared.planned)
+        if address:
+            self._stored = _StoredExecutor(executor, folder, run_store(address, setup.fingerprint))
+        return self._stored or executor
 
+    def on_event(self, event: Event) -> None:
+        """Send the starts, the steps and the notices of the trials."""
+        now = time.monotonic()
+        if isinstance(event, TrialStarted | Notice):
+            self._send(event)
+        elif isinstance(event, StepDone | Evaluating) and now - self._last_step >= STEP_SECONDS:
+            self._last_step = now
+            self._send(Step(event=event))
+        if self._stored is not None and isinstance(event, StepDone):
+            self._stored.upload_due()
 
-def _prepared(setup: Setup, cache: Path) -> Prepared:
-    """The driver's request, prepared here.
-
-    Raises:
-        RunError: its fingerprint is not the driver's.
-    """
-    from rightrank.runs.prepare import prepare
-    from rightrank.runs.values import Request
-    from rightrank.schema.settings import SelectSettings
-
-    prepared = prepare(Request(setup.model, None, setup.data, SelectSettings(**setup.settings), setup.begun), cache)
-    if prepared.started.fingerprint != setup.fingerprint:
-        raise RunError(
-            f"a worker on {platform.node()} found a different model or different data at {setup.model} and {setup.data}: "
-            "give paths that lead to the same files on every machine"
-        )
-    return prepared
+    def should_stop(self) -> bool:
+        return self._stop.is_set()
 
 
 class _StoredExecutor:
@@ -253,22 +256,29 @@ class _StoredExecutor:
         self._next_upload = 0.0  # on the monotonic clock
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-        self._download_for(trials)
+        folder, store = self._folder, self._store
+        self._checkpoints = [folder.checkpoint(trial.trial_id) for trial in trials]
+        for path in self._checkpoints:  # that other workers may have left
+            if store.get(self._name(path), path):
+                self._uploaded[path] = path.stat().st_mtime_ns
+        parents = [folder.checkpoint(trial.arm.continue_from) for trial in trials if trial.arm.continue_from]
+        parents += [folder.trial_adapter(trial.arm.truncate_from) for trial in trials if trial.arm.truncate_from]
+        for path in parents:
+            store.get(self._name(path), path)
         try:
             for outcome in self._executor.run(trials, base_loss):
-                adapter, answers = self._folder.trial_adapter(outcome.trial_id), self._folder.answers(outcome.trial_id)
-                for path in (adapter, answers):
+                adapter, checkpoint = folder.trial_adapter(outcome.trial_id), folder.checkpoint(outcome.trial_id)
+                for path in (adapter, folder.answers(outcome.trial_id)):
                     if path.exists():
-                        self._store.put(path, self._name(path))
+                        store.put(path, self._name(path))
                 if outcome.arm.stop_at is not None:  # any worker may resume it
-                    self._upload_checkpoints()
+                    self._upload()
                 yield outcome
                 shutil.rmtree(adapter, ignore_errors=True)
-                checkpoint = self._folder.checkpoint(outcome.trial_id)
                 if outcome.arm.stop_at is None and self._uploaded.pop(checkpoint, None) is not None:
-                    self._store.remove(self._name(checkpoint))  # it is never resumed
+                    store.remove(self._name(checkpoint))  # it is never resumed
         except InterruptedRun:
-            self._upload_checkpoints()
+            self._upload()
             raise
 
     def upload_due(self) -> None:
@@ -276,23 +286,11 @@ class _StoredExecutor:
         from rightrank.train.trial import CHECKPOINT_SHARE
 
         begun = time.monotonic()
-        if begun >= self._next_upload and self._upload_checkpoints():
+        if begun >= self._next_upload and self._upload():
             ended = time.monotonic()
             self._next_upload = ended + (ended - begun) / CHECKPOINT_SHARE
 
-    def _download_for(self, trials: Sequence[Trial]) -> None:
-        """Fetch checkpoints that other workers may have left, and parents' checkpoints and adapters."""
-        self._checkpoints = [self._folder.checkpoint(trial.trial_id) for trial in trials]
-        for path in self._checkpoints:
-            if self._download(path):
-                self._uploaded[path] = path.stat().st_mtime_ns
-        for arm in (trial.arm for trial in trials):
-            if arm.continue_from is not None:
-                self._download(self._folder.checkpoint(arm.continue_from))
-            if arm.truncate_from is not None:
-                self._download(self._folder.trial_adapter(arm.truncate_from))
-
-    def _upload_checkpoints(self) -> bool:
+    def _upload(self) -> bool:
         """Send checkpoints that have changed since their last upload; whether there were any."""
         written = {path: path.stat().st_mtime_ns for path in self._checkpoints if path.exists()}
         changed = {path: at for path, at in written.items() if self._uploaded.get(path) != at}
@@ -301,40 +299,14 @@ class _StoredExecutor:
         self._uploaded |= changed
         return bool(changed)
 
-    def _download(self, path: Path) -> bool:
-        return self._store.get(self._name(path), path)
-
     def _name(self, path: Path) -> str:
         return path.relative_to(self._folder.path).as_posix()
 
 
-class _Reports(Listener):
-    """Sends the starts, the steps and the notices of a worker's trials to the driver."""
-
-    def __init__(self, send: Send, stops: Callable[[], bool]) -> None:
-        self._send, self._stops = send, stops
-        self._last_step = 0.0
-        self.stored: _StoredExecutor | None = None  # on a machine that shares no disk
-
-    def on_event(self, event: Event) -> None:
-        if isinstance(event, TrialStarted | Notice):
-            self._send(event)
-        elif isinstance(event, StepDone | Evaluating):
-            now = time.monotonic()
-            if now - self._last_step >= STEP_SECONDS:
-                self._last_step = now
-                self._send(Step(event=event))
-        if self.stored is not None and isinstance(event, StepDone):
-            self.stored.upload_due()
-
-    def should_stop(self) -> bool:
-        return self._stops()
-
-
 def versions() -> dict[str, str]:
     """Versions that must be the same on every machine."""
-    found = {"rightrank": __version__, "python": platform.python_version()}
-    return found | {name: version(name) for name in SAME_EVERYWHERE}
+    own = {"rightrank": __version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in SAME_EVERYWHERE}
 
 
 def serve(commands: TextIO, messages: TextIO, make_worker: Callable[[Send], Worker] = Worker) -> None:

@@ -56,20 +56,22 @@ def fleet(
     )
 
 
-def _fleet_text(found: Fleet) -> str:
+def _fleet_text(answer: Fleet) -> str:
     """Everything, for a person."""
     from rightrank.report.format import visible
     from rightrank.report.tables import table_lines
 
-    ranks = sorted({one.rank for adapter in found.adapters for one in adapter.candidates}, reverse=True)
+    ranks = sorted({candidate.rank for adapter in answer.adapters for candidate in adapter.candidates}, reverse=True)
     rows = [["adapter", "rank", "needs", *(f"at {rank}" for rank in ranks)]]
-    for adapter in found.adapters:
-        best = {one.rank: one for one in reversed(adapter.candidates)}
-        losses = {rank: f"{one.difference:+.4f}{'' if one.holds else '*'}" for rank, one in best.items()}
+    for adapter in answer.adapters:
+        best = {candidate.rank: candidate for candidate in reversed(adapter.candidates)}
+        losses = {
+            rank: f"{candidate.difference:+.4f}{'' if candidate.holds else '*'}" for rank, candidate in best.items()
+        }
         cells = [losses.get(rank, "") for rank in ranks]
         rows.append([visible(Path(adapter.out).name), str(adapter.rank_before), str(adapter.rank), *cells])
     note = "(held-out, worse than the adapter itself by; * not shown to be within the margin)"
-    return "\n".join([found.sentence, "", *table_lines(rows), note, "", *found.notes, "", f"adapters: {found.out}"])
+    return "\n".join([answer.sentence, "", *table_lines(rows), note, "", *answer.notes, "", f"adapters: {answer.out}"])
 
 
 @click.command(
@@ -97,8 +99,8 @@ def _fleet_text(found: Fleet) -> str:
 def _fleet(margin: float | None, assignments: tuple[str, ...], as_json: bool, **asked: Any) -> None:
     """Find the smallest rank that all ADAPTERs can be truncated to without losing more than the margin, and write them."""
     settings = SelectSettings(**gather(None, assignments, {"margin": margin}))
-    found = fleet(**asked, settings=settings, notice=lambda line: click.echo(line, err=True))
-    click.echo(found.model_dump_json() if as_json else _fleet_text(found))
+    answer = fleet(**asked, settings=settings, notice=lambda line: click.echo(line, err=True))
+    click.echo(answer.model_dump_json() if as_json else _fleet_text(answer))
 
 
 PLUGIN = Plugin(name="fleet", commands=[_fleet], functions={"fleet": fleet})

@@ -127,7 +127,10 @@ def run_fleet(
         )
     data = list(files) * len(adapters) if len(files) == 1 else list(files)
     scored = [scored_data(adapter, file, None, settings) for adapter, file in zip(adapters, data, strict=True)]
-    classes = {None if one.splits.summary.classes is None else tuple(one.splits.summary.classes) for one in scored}
+    classes = {
+        None if held_out.splits.summary.classes is None else tuple(held_out.splits.summary.classes)
+        for held_out in scored
+    }
     if len(classes) > 1:
         raise DataError(
             "the data files have different labels: adapters of one fleet share one head; give data of one kind"
@@ -144,13 +147,13 @@ def run_fleet(
     ranks = sorted({*powers, *(adapter.rank for adapter in adapters)})
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         measured = []
-        for place, (adapter, one) in enumerate(zip(adapters, scored, strict=True)):
-            notice(f"{adapter.path}: {one.note}")
+        for place, (adapter, held_out) in enumerate(zip(adapters, scored, strict=True)):
+            notice(f"{adapter.path}: {held_out.note}")
             working = Path(name) / str(place)
             working.mkdir()
-            use = DataUse(data[place], settings, working / "cache", 0, one.splits, loaded)
+            use = DataUse(data[place], settings, working / "cache", 0, held_out.splits, loaded)
             own = [rank for rank in ranks if rank < adapter.rank] + [adapter.rank]
-            halves = one.scores_training_examples and len(own) > 1
+            halves = held_out.scores_training_examples and len(own) > 1
             curve = truncation_curve(adapter, adapter_runtime(adapter, model, use), own, working, by_halves=halves)
             measured.append(_Measured(adapter, curve, working))
             notice(f"{adapter.path}: rank {curve.answer.rank} is enough of {adapter.rank}")
@@ -158,10 +161,10 @@ def run_fleet(
 
 
 def _written(measured: Sequence[_Measured], out: Path, model: str, base: dict[str, bytes]) -> Fleet:
-    rank = max(one.curve.answer.rank for one in measured)
-    chosen = [_at(one, rank) for one in measured]
+    rank = max(member.curve.answer.rank for member in measured)
+    chosen = [_at(member, rank) for member in measured]
     served = max(open_adapter(folder).rank for folder, _ in chosen)
-    names = _folder_names([one.adapter.path for one in measured])
+    names = _folder_names([member.adapter.path for member in measured])
     with creating(out), replacing_folder(out) as temporary:
         for name, (folder, _) in zip(names, chosen, strict=True):
             source = open_adapter(folder)
@@ -170,16 +173,16 @@ def _written(measured: Sequence[_Measured], out: Path, model: str, base: dict[st
     written = [
         resized.model_copy(update={"out": str(out / name)}) for name, (_, resized) in zip(names, chosen, strict=True)
     ]
-    before = max_module_rank(max(one.adapter.rank for one in measured))
+    before = max_module_rank(max(member.adapter.rank for member in measured))
     after = max_module_rank(served)
-    shapes = {module.name: (module.rows, module.columns) for one in measured for module in one.adapter.modules}
-    slot, slot_before = (slot_bytes(shapes.values(), one) for one in (after, before))
+    shapes = {module.name: (module.rows, module.columns) for member in measured for module in member.adapter.modules}
+    slot, slot_before = (slot_bytes(shapes.values(), slot_rank) for slot_rank in (after, before))
     note = f"a slot takes {size(slot)} at --max-lora-rank {after} ({size(slot_before)} at {before}), whatever the rank of the adapter in it"
     return Fleet(
         rank=rank,
         sentence=_sentence(measured, rank, before, after),
         model=model,
-        adapters=[_record(one, resized) for one, resized in zip(measured, written, strict=True)],
+        adapters=[_record(member, resized) for member, resized in zip(measured, written, strict=True)],
         max_lora_rank=after,
         saved_share=1 - after / before,
         slot_bytes=slot,
@@ -188,35 +191,35 @@ def _written(measured: Sequence[_Measured], out: Path, model: str, base: dict[st
     )
 
 
-def _at(one: _Measured, rank: int) -> tuple[Path, Resized]:
+def _at(member: _Measured, rank: int) -> tuple[Path, Resized]:
     """The folder of the adapter at the fleet's rank, and how it was made: the best that holds there; or as it is, if it is lower."""
-    own = min(rank, one.adapter.rank)
-    holding = [found for found in one.curve.answer.candidates if found.rank == own and found.holds]
-    best = min(holding, key=lambda found: found.difference)
-    return one.folder / best.trial_id, one.curve.written[own]
+    own = min(rank, member.adapter.rank)
+    holding = [candidate for candidate in member.curve.answer.candidates if candidate.rank == own and candidate.holds]
+    best = min(holding, key=lambda candidate: candidate.difference)
+    return member.folder / best.trial_id, member.curve.written[own]
 
 
-def _record(one: _Measured, resized: Resized) -> FleetAdapter:
-    answer = one.curve.answer
-    top = next(found for found in answer.candidates if found.trial_id == answer.trained_id)
+def _record(member: _Measured, resized: Resized) -> FleetAdapter:
+    answer = member.curve.answer
+    top = next(candidate for candidate in answer.candidates if candidate.trial_id == answer.trained_id)
     return FleetAdapter(
-        adapter=str(one.adapter.path),
-        rank_before=one.adapter.rank,
+        adapter=str(member.adapter.path),
+        rank_before=member.adapter.rank,
         rank=answer.rank,
         value=top.value,
         margin=answer.margin,
         candidates=answer.candidates,
         out=resized.out,
         relative_delta_error=resized.relative_delta_error,
-        notes=[*resized.notes, *one.curve.gathered.notices],
+        notes=[*resized.notes, *member.curve.gathered.notices],
     )
 
 
 def _sentence(measured: Sequence[_Measured], rank: int, slot_before: int, slot: int) -> str:
     """The answer; `slot` is vLLM's `--max-lora-rank`."""
-    before = max(one.adapter.rank for one in measured)
-    every = _folder_names([one.adapter.path for one in measured])
-    names = [name for name, one in zip(every, measured, strict=True) if one.curve.answer.rank == rank]
+    before = max(member.adapter.rank for member in measured)
+    every = _folder_names([member.adapter.path for member in measured])
+    names = [name for name, member in zip(every, measured, strict=True) if member.curve.answer.rank == rank]
     binding = ", ".join(names) if len(names) <= MAX_NAMED else f"{len(names)} of them"
     if rank == before:
         return f"The {len(measured)} adapters need rank {rank}: {binding} would lose more than the margin below it."

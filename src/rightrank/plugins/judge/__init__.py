@@ -59,21 +59,21 @@ def _judge(run: Path, as_json: bool, **asked: Any) -> None:
 
     Without --collect, RUN/judging/judge.html is a page to click through, and RUN/judging/pairs.jsonl the same for a program.
     """
-    found = judge(run, **asked, notice=lambda line: click.echo(line, err=True))
+    judged = judge(run, **asked, notice=lambda line: click.echo(line, err=True))
     if as_json:
-        files = {"page": str(found.page), "pairs": str(found.pairs), "count": found.count}
-        files |= {"judgements": None if found.judgements is None else str(found.judgements)}
-        decision = {} if found.decision is None else found.decision.model_dump(mode="json")
-        click.echo(json.dumps({**decision, **files, "understood": found.understood}))
+        files = {"page": str(judged.page), "pairs": str(judged.pairs), "count": judged.count}
+        files |= {"judgements": None if judged.judgements is None else str(judged.judgements)}
+        decision = {} if judged.decision is None else judged.decision.model_dump(mode="json")
+        click.echo(json.dumps({**decision, **files, "understood": judged.understood}))
         return
-    if found.decision is None:
+    if judged.decision is None:
         click.echo(
-            f"{found.count} pairs to judge: open {found.page}, then `rightrank judge {run} --collect choices.json`"
+            f"{judged.count} pairs to judge: open {judged.page}, then `rightrank judge {run} --collect choices.json`"
         )
         return
-    click.echo(found.decision.sentence)
-    click.echo(f"verdict: {found.decision.verdict} ({', '.join(found.understood)})")
-    click.echo(f"next:    {found.decision.next_run}")
+    click.echo(judged.decision.sentence)
+    click.echo(f"verdict: {judged.decision.verdict} ({', '.join(judged.understood)})")
+    click.echo(f"next:    {judged.decision.next_run}")
 
 
 def _decide_rows(rows: Sequence[Row], margin: float | None) -> tuple[Decision, list[str]] | None:

@@ -54,30 +54,30 @@ def judgements_of(rows: Iterable[Row]) -> tuple[list[Judgement], list[str]]:
             judge chose differently between the same answers.
     """
     seen: dict[tuple[str, int, int, str], tuple[float, str]] = {}
-    found: list[Judgement] = []
+    judgements: list[Judgement] = []
     repeated = 0
     for row in rows:
-        one = _judgement(row)
-        low, high = sorted((one.rank_a, one.rank_b))
-        key, score = (one.prompt, low, high, one.judge), one.score_of(low)
+        judgement = _judgement(row)
+        low, high = sorted((judgement.rank_a, judgement.rank_b))
+        key, score = (judgement.prompt, low, high, judgement.judge), judgement.score_of(low)
         before = seen.get(key)
         if before is not None and before[0] != score:
             raise ResultsError(
-                f"{row.where} contradicts {before[1]}: {one.judge!r} chose differently between ranks {low} and {high} on the same "
-                f"prompt ({quoted(one.prompt)}); keep one of the rows, or name two judges"
+                f"{row.where} contradicts {before[1]}: {judgement.judge!r} chose differently between ranks {low} and {high} on the same "
+                f"prompt ({quoted(judgement.prompt)}); keep one of the rows, or name two judges"
             )
         if before is not None:
             repeated += 1
             continue
         seen[key] = score, row.where
-        found.append(one)
-    judges, prompts = {one.judge for one in found}, {one.prompt for one in found}
+        judgements.append(judgement)
+    judges, prompts = {judgement.judge for judgement in judgements}, {judgement.prompt for judgement in judgements}
     understood = [
-        f"{len(found)} judgements of {len(prompts)} prompts by {len(judges)} judge{'s' if len(judges) != 1 else ''}"
+        f"{len(judgements)} judgements of {len(prompts)} prompts by {len(judges)} judge{'s' if len(judges) != 1 else ''}"
     ]
     if repeated:
         understood.append(f"{repeated} rows repeat another and were left out")
-    return found, understood
+    return judgements, understood
 
 
 def _judgement(row: Row) -> Judgement:
@@ -192,9 +192,9 @@ def decide_judged(
     if not 0 < margin < EVEN:
         raise ResultsError(f"margin {margin:g} is not allowed: a win rate's margin is above 0 and below 0.5")
     others: dict[int, set[int]] = {}
-    for one in judgements:
-        others.setdefault(one.rank_a, set()).add(one.rank_b)
-        others.setdefault(one.rank_b, set()).add(one.rank_a)
+    for judgement in judgements:
+        others.setdefault(judgement.rank_a, set()).add(judgement.rank_b)
+        others.setdefault(judgement.rank_b, set()).add(judgement.rank_a)
     top = max(others, key=lambda rank: (len(others[rank]), rank)) if reference is None else reference
     judged = _against(judgements, top)
     if not judged:
@@ -202,11 +202,14 @@ def decide_judged(
     chosen = walk_down(judged, top, lambda rank: judged[rank].bounds.is_enough(margin) is True)
     failing = next(iter(descending(judged, chosen)), None)
     verdict, sentence = _answer(judged, chosen, failing, top, margin)
-    may_be_better = any(one.bounds.low < -margin for rank, one in judged.items() if rank > top)
+    may_be_better = any(against.bounds.low < -margin for rank, against in judged.items() if rank > top)
     fallback = None if chosen == top or may_be_better else chosen
     winner = min(judged, key=lambda rank: (judged[rank].worse.mean, rank))
     best = winner if judged[winner].worse.mean < 0 else top  # or where none wins more than it loses
-    judges, prompts = len({one.judge for one in judgements}), len({one.prompt for one in judgements})
+    judges, prompts = (
+        len({judgement.judge for judgement in judgements}),
+        len({judgement.prompt for judgement in judgements}),
+    )
     whose = (
         "the judges are a sample of more" if judges > 1 else "other judges may differ: the interval is for this judge"
     )
@@ -235,15 +238,17 @@ def decide_judged(
 
 def _against(judgements: Sequence[Judgement], top: int) -> dict[int, _Judged]:
     """By rank, what was judged between it and the reference."""
-    found: dict[int, list[Judgement]] = {}
-    for one in judgements:
-        if top in (one.rank_a, one.rank_b):
-            found.setdefault(one.rank_b if one.rank_a == top else one.rank_a, []).append(one)
+    by_rank: dict[int, list[Judgement]] = {}
+    for judgement in judgements:
+        if top in (judgement.rank_a, judgement.rank_b):
+            by_rank.setdefault(judgement.rank_b if judgement.rank_a == top else judgement.rank_a, []).append(judgement)
     judged = {}
-    for rank, own in sorted(found.items()):
+    for rank, own in sorted(by_rank.items()):
         if len(own) >= MIN_JUDGEMENTS:
-            scores = [EVEN - one.score_of(rank) for one in own]
-            worse = clustered_mean(scores, [one.prompt for one in own], [one.judge for one in own])
+            scores = [EVEN - judgement.score_of(rank) for judgement in own]
+            worse = clustered_mean(
+                scores, [judgement.prompt for judgement in own], [judgement.judge for judgement in own]
+            )
             low, high = max(-EVEN, worse.bound(1 - CONFIDENCE)), min(EVEN, worse.bound(CONFIDENCE))
             judged[rank] = _Judged(worse, Bounds(worse.mean, low, high))
     return judged
@@ -271,19 +276,19 @@ def _answer(
 def _evidence(judged: Mapping[int, _Judged], top: int, margin: float) -> list[RankEvidence]:
     even = {"value": EVEN, "low": EVEN, "high": EVEN, "difference_low": 0.0, "difference_high": 0.0}
     rows = [RankEvidence(rank=top, difference=0.0, non_inferior=True, **even)]
-    for rank, one in judged.items():
-        low, high = (EVEN - one.worse.bound(level) for level in reversed(TWO_SIDED))
+    for rank, against in judged.items():
+        low, high = (EVEN - against.worse.bound(level) for level in reversed(TWO_SIDED))
         rows.append(
             RankEvidence(
                 rank=rank,
-                value=EVEN - one.worse.mean,
+                value=EVEN - against.worse.mean,
                 low=max(0.0, low),
                 high=min(1.0, high),
-                difference=one.worse.mean,
-                difference_low=one.bounds.low,
-                difference_high=one.bounds.high,
-                non_inferior=one.bounds.is_enough(margin),
-                seeds=max(1, one.worse.seeds),
+                difference=against.worse.mean,
+                difference_low=against.bounds.low,
+                difference_high=against.bounds.high,
+                non_inferior=against.bounds.is_enough(margin),
+                seeds=max(1, against.worse.seeds),
             )
         )
     return sorted(rows, key=lambda row: row.rank)

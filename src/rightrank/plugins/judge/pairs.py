@@ -71,7 +71,7 @@ def judge_run(
         if choices:
             _keep(place, key, choices)
     written = place / JUDGEMENTS
-    count = sum("same" not in one for one in key["pairs"].values())
+    count = sum("same" not in pair for pair in key["pairs"].values())
     if not written.is_file():
         return JudgedRun(place / PAGE, place / PAIRS, count, None, None, [])
     judgements, understood = judgements_of(raw_rows(written))
@@ -104,7 +104,7 @@ def _make_pairs(folder: RunFolder, place: Path, prompts: int, notice: Callable[[
                 shown.append({"id": name, "prompt": text, "a": answers[first][prompt], "b": answers[second][prompt]})
     generator.shuffle(shown)
     place.mkdir(exist_ok=True)
-    write_text(place / PAIRS, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in shown))
+    write_text(place / PAIRS, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in shown))
     write_text(place / PAGE, judge_page(shown))
     # last: it says that all are there
     write_text(place / KEY, json.dumps({"reference": reference, "pairs": pairs}, indent=1) + "\n")
@@ -116,12 +116,13 @@ def _contenders(records: Records, journal: Sequence[JournalRecord]) -> tuple[int
     decision = decided.decision if decided is not None else decision_so_far(records)
     if decision is not None:
         reference = decision.reference_rank
-        trials = {one.rank: best_trial(records, decision, one.rank).trial_id for one in decision.ranks if one.rank > 0}
+        ranks = (evidence.rank for evidence in decision.ranks if evidence.rank > 0)
+        trials = {rank: best_trial(records, decision, rank).trial_id for rank in ranks}
     elif records.adapters:
         answer = records.adapters[-1].answer
         reference, trials = answer.trained_rank, {}
-        for one in sorted(answer.candidates, key=lambda one: -one.difference):
-            trials[one.rank] = one.trial_id
+        for candidate in sorted(answer.candidates, key=lambda candidate: -candidate.difference):
+            trials[candidate.rank] = candidate.trial_id
         trials[reference] = answer.reference_id
     else:
         trials, reference = {}, 0
@@ -144,11 +145,11 @@ def _answers(
         if not examples:
             raise DataError(f"{data}: no test example has a prompt to answer; judging needs `prompt` and `completion`")
         texts = {example.item_id: str(example.content["prompt"]) for example in examples}
-        found: dict[int, dict[str, str]] = {}
+        answers: dict[int, dict[str, str]] = {}
         for rank, trial in sorted(trials.items()):
             with adapter_attached(runtime, folder.finished_adapter(trial)):
-                found[rank] = {example.item_id: write_completion(runtime, example) for example in examples}
-    return found, texts
+                answers[rank] = {example.item_id: write_completion(runtime, example) for example in examples}
+    return answers, texts
 
 
 def _key(place: Path) -> dict[str, Any]:
@@ -163,10 +164,10 @@ def _key(place: Path) -> dict[str, Any]:
 def _collected(file: Path) -> tuple[str, dict[str, str]]:
     """A judge's name and choices: `{"judge": …, "choices": {id: outcome}}`, as the page saves them."""
     try:
-        found = read_json_object(file, 64 * 2**20)
+        saved = read_json_object(file, 64 * 2**20)
     except UnreadableError as error:
         raise DataError(f"{file}: not readable ({error}); give the file that the page saved") from None
-    choices, judge = found.get("choices"), found.get("judge")
+    choices, judge = saved.get("choices"), saved.get("judge")
     if not isinstance(choices, dict) or not isinstance(judge, str) or not judge:
         raise DataError(f"{file}: no `judge` and `choices` in it; give the file that the page saved")
     return judge, {str(name): str(outcome) for name, outcome in choices.items()}
@@ -179,7 +180,7 @@ def _keep(place: Path, key: Mapping[str, Any], choices: Mapping[str, Mapping[str
     file = place / JUDGEMENTS
     if file.is_file():
         earlier, _ = judgements_of(raw_rows(file))
-        rows += [one.model_dump() for one in earlier if one.judge not in choices]
+        rows += [judgement.model_dump() for judgement in earlier if judgement.judge not in choices]
     for judge, chosen in choices.items():
         for name, outcome in chosen.items():
             if name not in pairs:

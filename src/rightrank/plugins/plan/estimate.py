@@ -50,7 +50,10 @@ class _Inventory:
 
     @property
     def adapter_bytes(self) -> int:
-        entries = [(name, SAFETENSORS_CODES[one.dtype], one.shape, one.itemsize) for name, one in self.saved.items()]
+        entries = [
+            (name, SAFETENSORS_CODES[tensor.dtype], tensor.shape, tensor.itemsize)
+            for name, tensor in self.saved.items()
+        ]
         return safetensors_bytes(entries, {"format": "pt"})
 
 

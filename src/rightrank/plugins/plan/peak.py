@@ -132,9 +132,9 @@ def _described(
     trace: StepTrace,
     sizes: Sequence[int],
     optimizer: OptimizerMemory,
-    found: tuple[int, int, int],
+    measured: tuple[int, int, int],
 ) -> Peak:
-    best, reserved, where = found
+    best, reserved, where = measured
     components: Components = {}
     for resident in residents:
         components[resident.component] = components.get(resident.component, 0) + resident.size

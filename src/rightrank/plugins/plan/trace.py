@@ -165,7 +165,11 @@ def _called(func: Any, args: Any, keywords: Any) -> Any:
     if isinstance(out, torch.Tensor) and out.device.type == "meta" and len(_MADE) < MAX_MADE:
         form = out.size(), out.stride(), out.dtype
         storage = out.untyped_storage()
-        shared = any(storage._cdata == one.untyped_storage()._cdata for one in args if isinstance(one, torch.Tensor))
+        shared = any(
+            storage._cdata == argument.untyped_storage()._cdata
+            for argument in args
+            if isinstance(argument, torch.Tensor)
+        )
         whole = torch.empty_strided(*form[:2], dtype=form[2], device="meta").untyped_storage().nbytes()
         if (
             not shared and storage.nbytes() == whole
