@@ -17,7 +17,7 @@ from rightrank.report.answer import answer_view, labelled, notebook_html
 from rightrank.report.status import RunStatus, last_decided, run_status
 from rightrank.runs import plugins
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
-from rightrank.runs.journal import Repaired, collector_paused
+from rightrank.runs.journal import Repaired
 from rightrank.schema.decision import Decision, ResultsTable
 from rightrank.schema.errors import ResultsError, RunError, RunFolderError, SettingsError, first_line
 from rightrank.schema.events import Evaluating, JournalRecord
@@ -246,7 +246,6 @@ def repair(run: str | Path) -> Repaired:
         return folder.journal.repair()
 
 
-@collector_paused()
 def status(run: str | Path) -> RunStatus:
     """Report where a run stands, from its files; nothing in the folder is written.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
@@ -138,3 +140,16 @@ def announce(what: str, anywhere: bool = False) -> None:
     """One line on a terminal before the imports that take seconds; `anywhere`: in a pipe too."""
     if anywhere or sys.stderr.isatty():
         click.echo(f"rightrank {__version__}: {what} …", err=True)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """For a command that is over at once: the collector of cycles would visit what imports and a journal make again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # nor at the end of the process
+        if was_on:
+            gc.enable()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shlex
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 
 import click
 
-from rightrank.cli.options import comma, gather
+from rightrank.cli.options import collector_paused, comma, gather
 
 
 @click.command("status", short_help="Show where a run stands.", epilog="Example: rightrank status run")
@@ -24,9 +23,9 @@ def _status(run: Path, as_json: bool) -> None:
     from rightrank.api import runs as api
     from rightrank.report.status import status_lines
 
-    status = api.status(run)
+    with collector_paused():
+        status = api.status(run)
     click.echo(status.model_dump_json() if as_json else status_lines(status, shutil.get_terminal_size().columns))
-    gc.freeze()  # the process ends, and the collector need not visit every imported object for it
 
 
 TARGETS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "vllm", "merged", "gguf", "mlx")

@@ -19,12 +19,11 @@ Only journals of today's `SCHEMA_VERSION` are read: a change of a record's field
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -62,18 +61,6 @@ def read_line(line: bytes) -> JournalRecord | str:
     if record.schema_version != SCHEMA_VERSION:
         return f"schema {record.schema_version}, and this version reads {SCHEMA_VERSION}: use the version that wrote it"
     return record
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Within the block, Python's collector of cycles rests: it would visit thousands of objects, few in a cycle, again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _split_torn(whole: bytes) -> tuple[bytes, bytes]:
@@ -171,7 +158,6 @@ class Journal:
         self._replace(b"".join(line + b"\n" for line in kept))
         return Repaired(len(kept), len(damaged), aside)
 
-    @collector_paused()
     def _records(self, body: bytes) -> list[JournalRecord]:
         records: list[JournalRecord] = []
         damaged: list[str] = []

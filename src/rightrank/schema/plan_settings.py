@@ -83,8 +83,7 @@ class PlanSettings(PeftFields):
     trust_remote_code: bool = _as_select("trust_remote_code")
 
     def _require_consistent(self) -> None:
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit were both given: give one of them")
+        super()._require_consistent()
         if self.adapters_per_pass > 1 and (self.use_dora or self.target_parameters or self.peft_options):
             raise ValueError(
                 "several adapters in a pass are for plain LoRA on modules, other adapters train alone: leave out use_dora and target_parameters"

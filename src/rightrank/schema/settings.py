@@ -132,8 +132,10 @@ def _by_own_names(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[s
 
 
 class PeftFields(Settings):
-    """Fields of PEFT's LoraConfig that the adapters of all ranks get as they are."""
+    """Fields of PEFT's LoraConfig that the adapters of all ranks get as they are, and the bits of the base below them."""
 
+    load_in_4bit: bool
+    load_in_8bit: bool
     lora_dropout: float = setting(0.0, ADAPTER, "dropout before A", also=("dropout",), ge=0, lt=1)
     target_modules: tuple[str, ...] = option(
         ("all-linear",),
@@ -174,6 +176,16 @@ class PeftFields(Settings):
         flat = {name: values.pop(name) for name in list(values) if name in PEFT_OPTIONS}
         options = {name: parsed_json(value) for name, value in {**inner, **flat}.items()}
         super().__init__(**values, **({"peft_options": options} if options else {}))
+
+    def _require_consistent(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit were both given: give one of them")
+        super()._require_consistent()
+
+    @property
+    def weight_bits(self) -> int | None:
+        """The bits of a quantised base; None for a base in `dtype`."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     def lora_config(self) -> dict[str, Any]:
         """These fields as LoraConfig takes them, but for the parameters, whose names depend on the model."""
@@ -483,8 +495,6 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
     def _require_consistent(self) -> None:
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ValueError("max_steps and num_train_epochs were both given: give one of them")
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit were both given: give one of them")
         if self.test_fraction + self.validation_fraction >= 0.9:
             raise ValueError(
                 "test_fraction + validation_fraction leave less than a tenth of the examples for training: "
@@ -533,11 +543,6 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
         """The metric of the evaluations during a training: that which decides if it is measured there, else the loss."""
         spec = self.metric_specs[0]
         return spec.name if spec.is_measured_along else "loss"
-
-    @property
-    def weight_bits(self) -> int | None:
-        """The bits of a quantised base; None for a base in `dtype`."""
-        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     @property
     def items_per_step(self) -> int:

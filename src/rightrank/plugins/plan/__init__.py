@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
-from rightrank.cli.options import SettingsCommand, announce, gather, setting_options
+from rightrank.cli.options import SettingsCommand, announce, collector_paused, gather, setting_options
 from rightrank.models.ranks import LARGE_RANK, rank_change_line, rate_warning
 from rightrank.report.format import size
 from rightrank.runs.plugins import Plugin
@@ -82,8 +82,6 @@ def _plan(model: str, config_file: Path | None, assignments: tuple[str, ...], as
     MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. What a selection on your data will do and
     cost is `rightrank select MODEL DATA --dry-run`. The exit status is 1 if there is a memory budget and no rank fits.
     """
-    from rightrank.runs.journal import collector_paused
-
     values = gather(config_file, assignments, options)
     announce("tracing a step of the model, in shapes alone")
     begun = time.monotonic()
@@ -92,7 +90,7 @@ def _plan(model: str, config_file: Path | None, assignments: tuple[str, ...], as
         if time.monotonic() - begun > SILENT_SECONDS:
             click.echo(f"{text} …", err=True)
 
-    with collector_paused():  # importing torch and transformers takes a quarter less time
+    with collector_paused():
         answer: Plan = plan(model, settings=PlanSettings(**values), on_progress=say)
     click.echo(answer.model_dump_json() if as_json else _plan_text(answer))
     return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0

@@ -43,7 +43,6 @@ def plan_config(
     rows = [_rank_plan(estimate, settings) for estimate in estimates]
     largest = _largest_rank(estimator, estimates)
     none_fits = settings.memory_bytes is not None and largest is None
-    is_quantised = settings.load_in_4bit or settings.load_in_8bit
     notes = ["the memory is unknown; give --memory to see what fits"] * (settings.memory_bytes is None)
     return Plan(
         model=name,
@@ -58,7 +57,7 @@ def plan_config(
         context_bytes=context_bytes(settings),
         changes=changes_that_fit(estimator, min(settings.ranks)) if none_fits else {},
         source="traced",
-        error_share=(QUANTISED if is_quantised else ON_CUDA) if settings.device == "cuda" else ON_CPU,
+        error_share=(ON_CUDA if settings.weight_bits is None else QUANTISED) if settings.device == "cuda" else ON_CPU,
         notes=notes,
         seconds=time.perf_counter() - begun,
         settings=settings.model_dump(mode="json"),

@@ -226,7 +226,7 @@ class _QuantisedProduct(torch.autograd.Function):
 
 def _quantise(model: Any, settings: PlanSettings) -> None:
     """Replace the model's linear modules, except the output head, by 4-bit or 8-bit ones."""
-    bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
+    bits = settings.weight_bits
     if bits is None:
         return
     dtype, on_cpu = DTYPES[settings.dtype], settings.device == "cpu"
