@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
-from typing import TypeAlias
 
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
 from rightrank.decision.seeds import NOISE
@@ -22,10 +21,9 @@ from rightrank.schema.metrics import TOKEN_LOSS_MARGIN, MetricKind
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, Resolution
 from rightrank.schema.settings import MAX_EVAL_ITEMS
 from rightrank.schema.trials import Arm, TrialFinished, split_name
-from rightrank.search.protocol import Strategy
 from rightrank.train.pace import RUN_EVALUATIONS, Pace, measure_pace
 
-_Seconds: TypeAlias = tuple[float, float]  # expected, and at most
+WITH_MARGIN = ("token_loss", "pair_loss", "accuracy")  # kinds of metrics whose default margin is a number
 
 
 def preflight(request: Request) -> Preflight:
@@ -37,12 +35,8 @@ def preflight(request: Request) -> Preflight:
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         prepared = prepare(request, Path(folder) / "cache", notes.append)
-        strategy = prepared.strategy
-        pace = _pace_of(prepared)
-        seconds, time = _time_of(prepared, strategy, pace)
-        outlook = _preflight_of(prepared, strategy, seconds, pace)
-        notes += [*time, *_resolution_lines(outlook), *_adapter_lines(prepared, strategy)]
-        return outlook.model_copy(update={"notes": notes})
+        outlook = _outlook(prepared, _pace_of(prepared))
+    return outlook.model_copy(update={"notes": [*notes, *outlook.notes]})
 
 
 def _pace_of(prepared: Prepared) -> Pace | None:
@@ -60,38 +54,23 @@ def _pace_of(prepared: Prepared) -> Pace | None:
     return measure_pace(prepared.runtime, arm)
 
 
-def _time_of(prepared: Prepared, strategy: Strategy, pace: Pace | None) -> tuple[_Seconds | None, list[str]]:
-    """Seconds expected, at the mean pace of the ranks, and at most, at that of the highest; and the line that says so."""
-    if pace is None:
-        return None, []
-    cost, points, ranks = strategy.cost(), prepared.settings.eval_points, prepared.settings.ranks
-    expected = pace.seconds(fmean(ranks), cost.expected, strategy.expected_arms(), points)
-    at_most = pace.seconds(max(ranks), cost.maximum, cost.max_arms, points)
-    steps, examples = quantity(len(pace.batches), "step"), quantity(len(pace.evaluated), "validation example")
-    basis = f"{steps} of rank {pace.rank} and {examples}"
-    return (expected, at_most), [time_line(expected, at_most, basis, prepared.settings.budget_hours)]
-
-
-def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: _Seconds | None, pace: Pace | None) -> Preflight:
-    scored = prepared.started.data.splits["selection"].items
-    evaluations = strategy.expected_arms() + RUN_EVALUATIONS
-    settings, data, planned, space = prepared.settings, prepared.started.data, prepared.planned, strategy.space
-    is_known = space.margin is not None or space.kind in (
-        "token_loss",
-        "pair_loss",
-        "accuracy",
-    )  # else it is a share of a value
+def _outlook(prepared: Prepared, pace: Pace | None) -> Preflight:
+    """What the selection will do and cost. The time expected is at the mean pace of the ranks, at most at that of the highest."""
+    settings, data, planned, strategy = prepared.settings, prepared.started.data, prepared.planned, prepared.strategy
+    scored, space, trainings = data.splits["selection"].items, strategy.space, strategy.cost()
+    expected = at_most = for_an_example = None
+    notes: list[str] = []
+    if pace is not None:
+        arms, points = strategy.expected_arms(), settings.eval_points
+        expected = pace.seconds(fmean(settings.ranks), trainings.expected, arms, points)
+        at_most = pace.seconds(max(settings.ranks), trainings.maximum, trainings.max_arms, points)
+        for_an_example = (arms + RUN_EVALUATIONS) * pace.evaluation_seconds / scored
+        steps, examples = quantity(len(pace.batches), "step"), quantity(len(pace.evaluated), "validation example")
+        basis = f"{steps} of rank {pace.rank} and {examples}"
+        notes.append(time_line(expected, at_most, basis, settings.budget_hours))
+    is_known = space.margin is not None or space.kind in WITH_MARGIN  # else it is a share of a value
     peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
-    ranks = [
-        PreflightRank(
-            rank=rank,
-            peak_bytes=peaks.get(rank),
-            needed_bytes=needed.get(rank),
-            fits=None if planned is None or planned.memory_bytes is None else rank in planned.ranks,
-        )
-        for rank in sorted(peaks) or settings.ranks
-    ]
-    return Preflight(
+    outlook = Preflight(
         metric=settings.metric_name,
         margin=space.margin_at(0.0) if is_known else None,
         goal=settings.goal,
@@ -101,15 +80,31 @@ def _preflight_of(prepared: Prepared, strategy: Strategy, seconds: _Seconds | No
         left_out=left_out(data),
         longest=prepared.runtime.data.longest,
         seq_len=settings.seq_len,
-        ranks=ranks,
+        ranks=[
+            PreflightRank(
+                rank=rank,
+                peak_bytes=peaks.get(rank),
+                needed_bytes=needed.get(rank),
+                fits=None if planned is None or planned.memory_bytes is None else rank in planned.ranks,
+            )
+            for rank in sorted(peaks) or settings.ranks
+        ],
         memory_bytes=planned.memory_bytes if planned else None,
-        cost=_cost(prepared, strategy, seconds),
+        cost=PreflightCost(
+            strategy=strategy.name,
+            steps=prepared.steps,
+            trainings=trainings.expected,
+            trainings_at_most=trainings.maximum,
+            trainings_to_adapter=trainings.to_adapter,
+            seconds=expected,
+            seconds_at_most=at_most,
+        ),
         seeds=len(settings.seeds),
         not_evaluated=data.not_evaluated,
-        resolutions=resolutions(
-            space.kind, scored, None if pace is None else evaluations * pace.evaluation_seconds / scored
-        ),
+        resolutions=resolutions(space.kind, scored, for_an_example),
     )
+    notes += [*_resolution_lines(outlook), *_adapter_lines(prepared)]
+    return outlook.model_copy(update={"notes": notes})
 
 
 # Between examples, of the difference of two ranks: medians of the twelve long grids (benchmarks/selection/noise_model.py).
@@ -160,25 +155,12 @@ def _resolution_lines(outlook: Preflight) -> Iterator[str]:
     )
 
 
-def _cost(prepared: Prepared, strategy: Strategy, seconds: _Seconds | None) -> PreflightCost:
-    trainings = strategy.cost()
-    return PreflightCost(
-        strategy=strategy.name,
-        steps=prepared.steps,
-        trainings=trainings.expected,
-        trainings_at_most=trainings.maximum,
-        trainings_to_adapter=trainings.to_adapter,
-        seconds=seconds and seconds[0],
-        seconds_at_most=seconds and seconds[1],
-    )
-
-
 # Nats, of one example's difference between an adapter truncated to a quarter of its rank and the adapter itself: rank 64 to
 # 16 on SmolLM2 and two texts (docs/explanation/science.md).
 TYPICAL_DEVIATION = 0.02
 
 
-def _adapter_lines(prepared: Prepared, strategy: Strategy) -> Iterator[str]:
+def _adapter_lines(prepared: Prepared) -> Iterator[str]:
     """What the kind of the adapters changes, and what the first question's answer can rest on."""
     targets = prepared.runtime.targets
     if targets.why_alone is not None:
@@ -232,12 +214,10 @@ class Outlook(Hook):
         # A trial that has ended gives its time.
         ended = any(isinstance(outcome, TrialFinished) and outcome.rank > 0 for outcome in event.outcomes)
         pace = _pace_of(prepared) if prepared.steps >= MIN_STEPS and not ended else None
-        seconds, time = _time_of(prepared, prepared.strategy, pace)
-        if seconds is not None:
-            tell(TimeExpected(expected_seconds=seconds[0]))
-        outlook = _preflight_of(prepared, prepared.strategy, seconds, pace)
-        lines = [*preflight_lines(outlook), *time, *_resolution_lines(outlook)]
-        lines += _adapter_lines(prepared, prepared.strategy)
+        outlook = _outlook(prepared, pace)
+        if outlook.cost.seconds is not None:
+            tell(TimeExpected(expected_seconds=outlook.cost.seconds))
+        lines = [*preflight_lines(outlook), *outlook.notes]
         if names := [spec.name for spec in prepared.settings.metric_specs if not spec.is_measured_along]:
             lines.append(
                 f"{', '.join(names)}: measured on the base, at the end of each training, and on the test split: "
