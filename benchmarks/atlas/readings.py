@@ -204,7 +204,7 @@ def _fetch_of(source: Mapping[str, Any], folder: Path | None) -> Fetch | None:
 
 def main() -> None:
     """`python -m benchmarks.atlas.readings [FOLDER OF MIRRORS]`; ends with 1 where a row differs from its source."""
-    from rightrank.plugins.atlas.rows import ATLAS
+    from rightrank.plugins.atlas.counts import ATLAS
 
     atlas = json.loads(ATLAS.read_text(encoding="utf-8"))
     outcome = check(atlas, Path(sys.argv[1]) if len(sys.argv) > 1 else None)

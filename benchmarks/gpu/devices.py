@@ -179,7 +179,7 @@ SILENT = Listener()
 def plans_for_cuda(folder: Path) -> list[dict[str, Any]]:
     """The plans of a tiny model for CUDA, as a table and within a selection, without a device."""
     from rightrank.plugins import plan as plan_command
-    from rightrank.plugins.plan.selection import plan_selection
+    from rightrank.plugins.plan.planner import plan_selection
     from rightrank.plugins.plan.skeleton import read_config
 
     request = _request("Llama", SIZES, "language", {}, folder)

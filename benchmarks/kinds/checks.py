@@ -70,7 +70,7 @@ class Suite:
     def is_planned(self) -> str:
         """The plan has the parameters and the bytes of the adapter, and traces its step."""
         from rightrank.plugins.plan.estimate import Estimator
-        from rightrank.plugins.plan.selection import plan_selection, step_settings
+        from rightrank.plugins.plan.planner import plan_selection, step_settings
 
         config = self.runtime.model.config
         settings, longest = settings_of(self.case), self.runtime.data.longest

@@ -259,7 +259,7 @@ def _require_counts(case: Case, prepared: Prepared, base: Path, adapters: Path) 
     if find_spec("rightrank.plugins.plan") is None:
         return
     from rightrank.plugins.plan.estimate import Estimator
-    from rightrank.plugins.plan.selection import step_settings
+    from rightrank.plugins.plan.planner import step_settings
     from rightrank.plugins.plan.skeleton import read_config
 
     runtime, whole = prepared.runtime, fresh_base(prepared.runtime, base)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rightrank.plugins.atlas.rows import Sweep
+from rightrank.plugins.atlas.counts import Sweep
 
 
 def sweep(**changes: object) -> Sweep:

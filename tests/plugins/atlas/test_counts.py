@@ -13,8 +13,7 @@ from click.testing import CliRunner
 import rightrank
 from rightrank.cli import cli
 from rightrank.models.ranks import rank_change_line, rate_warning
-from rightrank.plugins.atlas.counts import RANKS, group_of_metric, size_of
-from rightrank.plugins.atlas.rows import load
+from rightrank.plugins.atlas.counts import RANKS, group_of_metric, load, size_of
 from rightrank.schema.errors import SettingsError
 
 ROOT = Path(__file__).parents[3]

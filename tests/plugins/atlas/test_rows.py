@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 from benchmarks.atlas.readings import READS, check, figures
 
-from rightrank.plugins.atlas.rows import ATLAS, FAMILIES, MARGINS, load
+from rightrank.plugins.atlas.counts import ATLAS, FAMILIES, MARGINS, load
 from tests.plugins.atlas.made_up import sweep
 
 TRIED = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)

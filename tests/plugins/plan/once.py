@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rightrank.plugins.plan import selection
+from rightrank.plugins.plan import planner
 from rightrank.plugins.plan.estimate import Estimator
 
 
@@ -22,11 +22,11 @@ def remember(patch: pytest.MonkeyPatch) -> None:
             known[key] = trace(self, rank, training)
         return known[key]
 
-    def estimator(config: Any, settings: Any) -> Estimator:
+    def estimator(config: Any, settings: Any, *_progress: Any) -> Estimator:
         key = config.to_json_string(), json.dumps(settings.model_dump(mode="json"))
         if key not in made:
             made[key] = Estimator(config, settings)
         return made[key]
 
     patch.setattr(Estimator, "_trace", remembered)
-    patch.setattr(selection, "Estimator", estimator)
+    patch.setattr(planner, "Estimator", estimator)

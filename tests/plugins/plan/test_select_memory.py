@@ -10,7 +10,7 @@ import pytest
 
 from rightrank.cli import main
 from rightrank.plugins.plan.estimate import Estimator
-from rightrank.plugins.plan.selection import left_out_line, plan_selection, step_settings
+from rightrank.plugins.plan.planner import left_out_line, plan_selection, step_settings
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings

@@ -1,8 +1,4 @@
-"""What others found before any training: public sweeps of ranks, counted.
-
-rows (a sweep, and which rank was enough in it) → counts (the sweeps like a question, in how many of them each rank was enough, and where
-they were published). Nothing here enters what a selection tries or answers.
-"""
+"""What others found before any training: public sweeps of ranks, counted. Nothing here enters what a selection tries or answers."""
 
 from __future__ import annotations
 
@@ -15,8 +11,7 @@ from typing import Any
 import click
 
 from rightrank.cli.options import comma, whole_numbers
-from rightrank.plugins.atlas.counts import Expectation, Question, ask, counted, group_of_metric
-from rightrank.plugins.atlas.rows import FAMILIES
+from rightrank.plugins.atlas.counts import FAMILIES, Expectation, Question, ask, counted, group_of_metric
 from rightrank.runs.plugins import Plugin
 
 SHOWN = 5  # sources in the text; --json has all

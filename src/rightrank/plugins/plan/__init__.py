@@ -1,7 +1,7 @@
 """What fits, before any weight is loaded: the memory of every rank.
 
 skeleton (the model without weights) → trace (what the real step allocates there) → peak (the most at one time) → estimate (every
-rank from two traces) → planner (the plan), and selection (the memory and the time of a `select`, which leaves out the ranks that don't fit).
+rank from two traces) → planner (the plan, and the ranks of a `select` that fit).
 """
 
 from __future__ import annotations
@@ -164,5 +164,5 @@ PLUGIN = Plugin(
     name="plan",
     commands=[_plan],
     functions={"plan": plan},
-    memory_plan=lambda *selection: import_module("rightrank.plugins.plan.selection").plan_loaded(*selection),
+    memory_plan=lambda *selection: import_module("rightrank.plugins.plan.planner").plan_loaded(*selection),
 )
