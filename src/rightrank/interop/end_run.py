@@ -42,10 +42,11 @@ from rightrank.decision.run import records_of
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.base_models import base_identity
 from rightrank.models.places import BASE_FILE
+from rightrank.runs.executor import Run
 from rightrank.runs.folder import SQUEEZED, RunFolder
 from rightrank.runs.hook import Answered, Hook
 from rightrank.runs.prepare import environment_of
-from rightrank.runs.run import Run, select
+from rightrank.runs.run import select
 from rightrank.runs.values import Plan
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.decision import AdapterAnswer, CheckpointNote

@@ -1,19 +1,55 @@
-"""Where trials run: what an executor must keep, and the one of this process."""
+"""A run at work: what it has to do, what the journal says by now, and where its trials run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
+from rightrank.decision.run import Records
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.hook import Hooks
 from rightrank.runs.plugins import MemoryPlan
-from rightrank.schema.events import Listener
+from rightrank.runs.values import Plan, Prepared
+from rightrank.schema.events import Event, Journaled, JournalRecord, Listener, RunContinued, RunStarted
 from rightrank.schema.trials import Trial, TrialOutcome
 from rightrank.train.loop import train_trials
 from rightrank.train.pace import adapters_per_pass_for
 from rightrank.train.runtime import Runtime
 from rightrank.train.trial import TrialFolders
+
+
+@dataclass(frozen=True, eq=False)
+class Run(Listener):
+    """What is to be done, where, and what the journal says by now. What happens is kept there, and the hooks are told."""
+
+    plan: Plan
+    folder: RunFolder
+    hooks: Hooks
+    records: Records
+    opening: (
+        RunStarted | RunContinued | None
+    )  # its first record, or other settings with which it goes on; None: as it was
+
+    @property
+    def prepared(self) -> Prepared | None:
+        """The plan, with base and data loaded; None: a custom trainer has them."""
+        return self.plan if isinstance(self.plan, Prepared) else None
+
+    def on_event(self, event: Event) -> None:
+        """Keep the event in the journal, if it is a record, and pass it on to the hooks."""
+        if isinstance(event, Journaled):
+            self.record(event)
+        self.hooks.on_event(event)
+
+    def record(self, record: JournalRecord) -> None:
+        """Keep a record in the journal."""
+        self.folder.journal.append(record)
+        self.records.keep(record)
+
+    def should_stop(self) -> bool:
+        return self.hooks.should_stop()
 
 
 class Executor(Protocol):
@@ -49,6 +85,10 @@ class Executor(Protocol):
             InterruptedRun: the user asked to stop; finished trials have been yielded, others have checkpoints.
         """
         ...
+
+
+# An executor, within whose context workers run.
+Workplace: TypeAlias = Callable[[Run], AbstractContextManager[Executor]]
 
 
 @dataclass(slots=True)

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from rightrank.data.files import UnreadableError, read_json_object, replacing_folder
 from rightrank.decision.adapter import Criterion, adapter_answer, improved_by_training, test_difference, trained_answer
@@ -19,6 +18,7 @@ from rightrank.decision.next_run import next_commands
 from rightrank.decision.run import Records, best_trial, compared, criterion_of, trainings
 from rightrank.decision.table import best_point
 from rightrank.models.places import BASE_FILE
+from rightrank.runs.executor import Run
 from rightrank.runs.hook import FailingAs, Finished
 from rightrank.runs.values import Answer, Selected, answers
 from rightrank.schema.decision import AdapterAnswer, CheckpointNote, Decision, HandedOver
@@ -30,9 +30,6 @@ from rightrank.train.loop import run_trial
 from rightrank.train.metrics import measure
 from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.trial import TrialFolders
-
-if TYPE_CHECKING:
-    from rightrank.runs.run import Run
 
 CONFIG = "adapter_config.json"
 

@@ -60,8 +60,7 @@ from rightrank.search.upward import Upward
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.runs.executor import Executor
-    from rightrank.runs.run import Run
+    from rightrank.runs.executor import Executor, Run
 
 
 class TrainerSettings(TypedDict, total=False):

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from rightrank.data.rows import Row
     from rightrank.models.base_models import LoadedModel
     from rightrank.runs.folder import Download
-    from rightrank.runs.values import Plan
     from rightrank.schema.decision import Decision
     from rightrank.schema.settings import SelectSettings
     from rightrank.train.tokens import EncodedData
@@ -58,7 +57,7 @@ class Plugin:
 
     It gives a context, within which workers run, whose value is a `rightrank.runs.executor.Executor`.
     """
-    store: Callable[[Plan], tuple[str, Download] | None] = lambda plan: None
+    store: Callable[[SelectSettings, str], tuple[str, Download] | None] = lambda settings, fingerprint: None
     """Where the workers of a selection leave adapters, if they don't see its folder: an address, and a function that downloads."""
     calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """By a value of `executor` of `select_rank_with`: turns a training function into one that runs elsewhere."""

@@ -7,22 +7,21 @@ The journal is the only state, so a run that was killed resumes where it stopped
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import yaml
 
 from rightrank.data.files import write_text
 from rightrank.decision.run import Records, decide_run, settled_start
 from rightrank.report.format import size
-from rightrank.runs.executor import Executor, LocalExecutor
+from rightrank.runs.executor import Executor, LocalExecutor, Run, Workplace
 from rightrank.runs.finish import answer_early, finish, rescore
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import FailingAs, Hook, Hooks, Started
 from rightrank.runs.plugins import first, merged
-from rightrank.runs.values import Asked, Plan, Prepared, Selected
+from rightrank.runs.values import Asked, Plan, Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import (
     AllTrialsFailedError,
@@ -34,10 +33,7 @@ from rightrank.schema.errors import (
     SettingsError,
 )
 from rightrank.schema.events import (
-    Event,
-    Journaled,
     JournalRecord,
-    Listener,
     RunContinued,
     RunStarted,
     RunStopped,
@@ -48,42 +44,6 @@ from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutc
 
 MAX_EXTENSIONS = 3
 MAX_FAILED_AT_START = 3  # trials that fail before any finishes: then the cause is no single arm
-
-
-@dataclass(frozen=True, eq=False)
-class Run(Listener):
-    """What is to be done, where, and what the journal says by now. What happens is kept there, and the hooks are told."""
-
-    plan: Plan
-    folder: RunFolder
-    hooks: Hooks
-    records: Records
-    opening: (
-        RunStarted | RunContinued | None
-    )  # its first record, or other settings with which it goes on; None: as it was
-
-    @property
-    def prepared(self) -> Prepared | None:
-        """The plan, with base and data loaded; None: a custom trainer has them."""
-        return self.plan if isinstance(self.plan, Prepared) else None
-
-    def on_event(self, event: Event) -> None:
-        """Keep the event in the journal, if it is a record, and pass it on to the hooks."""
-        if isinstance(event, Journaled):
-            self.record(event)
-        self.hooks.on_event(event)
-
-    def record(self, record: JournalRecord) -> None:
-        """Keep a record in the journal."""
-        self.folder.journal.append(record)
-        self.records.keep(record)
-
-    def should_stop(self) -> bool:
-        return self.hooks.should_stop()
-
-
-# An executor, within whose context workers run.
-Workplace: TypeAlias = Callable[[Run], AbstractContextManager[Executor]]
 
 
 def select(request: Asked, folder: RunFolder, hooks: Sequence[Hook], workplace: Workplace | None = None) -> Selected:
@@ -138,7 +98,7 @@ def opened(request: Asked, folder: RunFolder, hooks: Hooks, before: Plan | None 
     kept = (record for record in journal if not isinstance(record, TrialFailed) or record.error == "out_of_memory")
     return Run(
         plan,
-        RunFolder(folder.path, first(lambda plugin: plugin.store(plan))),
+        RunFolder(folder.path, first(lambda plugin: plugin.store(plan.settings, plan.started.fingerprint))),
         hooks,
         Records.of(plan.started, kept),
         _continued(journal, plan.started) if journal else plan.started,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rightrank.plugins.cluster.pool import Crew, Pool
     from rightrank.plugins.cluster.worker import Setup
     from rightrank.runs.folder import Download, RunFolder
-    from rightrank.runs.values import Plan, Prepared
+    from rightrank.runs.values import Prepared
     from rightrank.schema.events import Listener
     from rightrank.schema.settings import SelectSettings
     from rightrank.train.runtime import Runtime
@@ -71,13 +71,13 @@ def _workers(prepared: Prepared, folder: RunFolder, listener: Listener) -> Itera
             run_store(fields.store, setup.fingerprint).remove("checkpoints")
 
 
-def _store_of(plan: Plan) -> tuple[str, Download] | None:
-    address = fields_of(plan.settings).store
+def _store_of(settings: SelectSettings, fingerprint: str) -> tuple[str, Download] | None:
+    address = fields_of(settings).store
     if not address:
         return None
     from rightrank.plugins.cluster.store import run_store
 
-    store = run_store(address, plan.started.fingerprint)
+    store = run_store(address, fingerprint)
     return store.address, store.get
 
 
