@@ -21,7 +21,6 @@ from tests.watch import Watch
 
 from benchmarks.scale.measure import STUB, setup_in
 from benchmarks.scale.stub_worker import StubRayWorker
-from rightrank.decision.run import Answers
 from rightrank.hooks.report import Report
 from rightrank.plugins.cluster.on_ray import RayCrew
 from rightrank.plugins.cluster.pool import Crew, Pool
@@ -225,7 +224,9 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
             loop(run, pool)
         finally:
             pool.close()
-        selected = Selected(folder, None, None, run_folder.report, answers(run.records, final_decision(run), settings.goal))
+        selected = Selected(
+            folder, None, None, run_folder.report, answers(run.records, final_decision(run), settings.goal)
+        )
         report.on_end(Finished(selected, run_folder, run.records))
 
 

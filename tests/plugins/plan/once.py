@@ -22,7 +22,9 @@ def remember(patch: pytest.MonkeyPatch) -> None:
             known[key] = trace(self, rank, training)
         return known[key]
 
-    def estimator(config: Any, settings: Any, *_progress: Any) -> Estimator:
+    def estimator(config: Any, settings: Any, *progress: Any) -> Estimator:
+        if progress:  # of `plan`
+            return Estimator(config, settings, *progress)
         key = config.to_json_string(), json.dumps(settings.model_dump(mode="json"))
         if key not in made:
             made[key] = Estimator(config, settings)

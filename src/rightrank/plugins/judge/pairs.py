@@ -32,7 +32,6 @@ from rightrank.runs.values import Request
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import DataError, ResultsError, RunFolderError
 from rightrank.schema.events import JournalRecord
-from rightrank.schema.settings import SelectSettings
 from rightrank.train.generation import write_completion
 from rightrank.train.runtime import Runtime, adapter_attached
 
@@ -135,11 +134,9 @@ def _answers(
     folder: RunFolder, records: Records, trials: Mapping[int, str], prompts: int
 ) -> tuple[dict[int, dict[str, str]], dict[str, str]]:
     """`(answers by rank and prompt id, prompt texts by id)`."""
-    values = dict(records.started.settings)
-    model, data = str(values.pop("model")), str(values.pop("data"))
-    settings = SelectSettings(**{name: value for name, value in values.items() if value is not None})
+    model, data = str(records.started.model_name), str(records.started.data_name)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as cache:
-        prepared = prepare(Request(model, None, data, settings), Path(cache) / "cache")
+        prepared = prepare(Request(model, None, data, records.settings), Path(cache) / "cache")
         runtime = prepared.runtime
         examples = promptable_examples(runtime, prompts)
         if not examples:
