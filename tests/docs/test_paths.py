@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import of_every_plug_in
+
 ROOT = Path(__file__).parents[2]
 PLACES = (ROOT, ROOT / "src" / "rightrank", ROOT / "tests", ROOT / "docs")
 NAMED = re.compile(r"(?<![\w./:@-])((?:[\w-]+/)+[\w-]+\.(?:py|md|json|jsonl|toml|yml|yaml|html|ini))(?![\w/])")
@@ -43,6 +45,7 @@ def lines() -> list[tuple[str, str]]:
     return found
 
 
+@of_every_plug_in
 @pytest.mark.parametrize(("where", "text"), lines(), ids=lambda value: value[:60] if "\n" not in value else "")
 def test_every_path_exists(where: str, text: str) -> None:
     own = (ROOT / where).parent
