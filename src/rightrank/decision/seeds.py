@@ -100,7 +100,6 @@ MIN_EXAMPLES = 64  # for a probability: the grids have 133 or more
 WITHIN_DEGREES = 8.0  # how alike the ratios of one run's ranks are: the degrees of their scaled F distribution
 BARE_WITHIN_DEGREES = 3.0  # the same for variances that no spread between examples scales
 SHARED_REFERENCE = 0.5  # weight of a pair in the ratio at hand: all pairs share the reference's noise
-MIN_SPREAD = 1e-24  # below it two ranks have the same scores
 
 
 def probability_within(difference: float, variance: float, degrees: float, margin: float) -> float:

@@ -126,10 +126,7 @@ class RunStarted(Record):
     @property
     def select_settings(self) -> SelectSettings:
         """The settings by their names; one that an own trainer does not state is as by default."""
-        stated = self.settings | (
-            {"higher_is_better": []} if self.is_own else {}
-        )  # of its metric alone, as a truth value
-        return SelectSettings.stored(stated)
+        return SelectSettings.stored(self.settings)
 
     @property
     def model_name(self) -> str | None:
