@@ -150,9 +150,6 @@ def _final_answer(records: Records, decision: Decision | None) -> AdapterAnswer:
 
     It is the recorded one, or one from the candidates that a budget left, or the best trained adapter. A direct training of
     the second question takes its place where it is better.
-
-    Raises:
-        AllTrialsFailedError: no training ended.
     """
     criterion, plain = criterion_of(records), records.outcomes
     known = records.adapters[-1].answer if records.adapters else adapter_answer(plain, criterion)

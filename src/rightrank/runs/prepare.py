@@ -111,11 +111,7 @@ def _top_origin(given: SelectSettings, planned: MemoryPlan | None) -> str:
 
 
 def _strategy(runtime: Runtime, settings: SelectSettings, steps: int, started: RunStarted) -> Strategy:
-    """The strategy of the settings, for this selection's steps and data.
-
-    Raises:
-        SettingsError: goal `adapter` with adapters that can't be truncated, which the first question needs.
-    """
+    """The strategy of the settings, for this selection's steps and data."""
     reason = runtime.targets.why_not_truncated
     if reason is not None and settings.goal == "adapter":
         raise SettingsError(
@@ -188,11 +184,7 @@ def _load(request: Request, loaded: LoadedModel | None, folder: Path) -> _Source
 
 
 def _targets(model: str, splits: DataSplits, settings: SelectSettings) -> Targets:
-    """The targets by the modules that the configuration builds: what is impossible is refused before a weight is read.
-
-    Raises:
-        ModelError: an architecture that can't be trained, an encoder as a language model, or modules that can't be adapted.
-    """
+    """The targets by the modules that the configuration builds: what is impossible is refused before a weight is read."""
     classification = splits.form == "classification"
     trusted, count = settings.trust_remote_code, len(splits.summary.classes or ()) if classification else None
     skeleton = model_skeleton(model_config(model, trusted, classification), trusted, count)

@@ -228,12 +228,7 @@ def _with_plan(run: Run, outcome: TrialOutcome) -> TrialOutcome:
 
 @contextmanager
 def _workplace_of(run: Run) -> Iterator[Executor]:
-    """The executor that the settings name; workers run as long as the block.
-
-    Raises:
-        InputError: the settings don't fit the executor.
-        RunError: no worker could start.
-    """
+    """The executor that the settings name; workers run as long as the block."""
     prepared = run.prepared
     assert prepared is not None
     if prepared.settings.executor == "local":

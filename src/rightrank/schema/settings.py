@@ -212,11 +212,11 @@ class _TrainerFields(Settings):
 
 
 def _brought() -> Iterator[type[Settings]]:
-    """By plug-ins: `SelectionFields` of a folder's `settings.py`, which imports the table of settings alone."""
+    """By plug-ins: `SelectionFields` of a folder's `fields.py`, which imports the table of settings alone."""
     with suppress(ModuleNotFoundError):
         plug_ins = import_module("rightrank.plugins")
-        for file in sorted(Path(plug_ins.__path__[0]).glob("*/settings.py")):
-            yield import_module(f"{plug_ins.__name__}.{file.parent.name}.settings").SelectionFields
+        for file in sorted(Path(plug_ins.__path__[0]).glob("*/fields.py")):
+            yield import_module(f"{plug_ins.__name__}.{file.parent.name}.fields").SelectionFields
 
 
 if TYPE_CHECKING:

@@ -64,12 +64,7 @@ class _TrainedPattern:
 
 
 def allocate(path: Path, data: Path, options: AllocateOptions) -> Allocation:
-    """Make a pattern from a trained adapter, train it and its rivals, and compare them.
-
-    Raises:
-        InputError: the adapter, data or pattern cannot be used.
-        RunError: a training diverged, or ran out of memory.
-    """
+    """Make a pattern from a trained adapter, train it and its rivals, and compare them."""
     _check(options)
     adapter = open_adapter(path)
     by_rank(adapter, options.rank)  # refuses a rank above a module's limit

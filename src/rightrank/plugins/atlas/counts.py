@@ -221,11 +221,7 @@ def size_of(model: str) -> float | None:
 
 
 def _of_data(path: Path) -> Question:
-    """Rows and family of a file of rows.
-
-    Raises:
-        SettingsError: the file can't be read.
-    """
+    """Rows and family of a file of rows."""
     try:
         with path.open(encoding="utf-8") as lines:
             first, rows = next(lines, ""), sum(1 for _ in lines)

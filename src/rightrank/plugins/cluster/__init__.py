@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
-from rightrank.plugins.cluster.settings import fields_of
+from rightrank.plugins.cluster.fields import fields_of
 from rightrank.runs.plugins import Plugin
 from rightrank.schema.errors import SettingsError
 
@@ -31,13 +31,7 @@ MAX_TASK_TRIALS = 16  # the worker measures how many of them to train in one pas
 
 @contextmanager
 def _workers(prepared: Prepared, folder: RunFolder, listener: Listener) -> Iterator[Pool]:
-    """The executor of workers in processes or on Ray. They start on demand and run as long as the block.
-
-    Raises:
-        SettingsError: no number of workers.
-        MissingExtraError: the executor's package is not installed.
-        RunError: the cluster or the store does not answer.
-    """
+    """The executor of workers in processes or on Ray. They start on demand and run as long as the block."""
     from rightrank.plugins.cluster.pool import Pool
     from rightrank.plugins.cluster.store import Store, run_store
     from rightrank.plugins.cluster.worker import Setup, versions

@@ -158,11 +158,7 @@ class RayCrew:
         return True
 
     def _join_again(self) -> list[tuple[str, WorkerMessage | WorkerLost]]:
-        """Join the cluster of the new head. All workers are lost.
-
-        Raises:
-            RunError: there is none within `REJOIN_SECONDS`, or the session is the caller's.
-        """
+        """Join the cluster of the new head. All workers are lost."""
         lost = "the head of the Ray cluster was lost"
         if self._joined_before:
             raise RunError(f"{lost}; join it again with ray.init(), and give the same call to resume")

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO, TypeAlias
 
 from pydantic import Field, JsonValue, TypeAdapter
 
-from rightrank.plugins.cluster.settings import fields_of
+from rightrank.plugins.cluster.fields import fields_of
 from rightrank.schema.errors import InterruptedRun, RightrankError, RunError
 from rightrank.schema.events import Evaluating, Event, Listener, Notice, StepDone
 from rightrank.schema.trials import Record, Trial, TrialFailed, TrialOutcome, TrialStarted

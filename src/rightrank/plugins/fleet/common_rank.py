@@ -115,11 +115,7 @@ def run_fleet(
     settings: SelectSettings,
     notice: Callable[[str], None],
 ) -> Fleet:
-    """Measure, decide and write; see `rightrank.plugins.fleet.fleet` for the arguments.
-
-    Raises:
-        InputError: an adapter, the model, the data or `out` can't be used; nothing is written.
-    """
+    """Measure, decide and write; see `rightrank.plugins.fleet.fleet`."""
     adapters = _open_adapters(paths, out)
     if len(files) not in (1, len(adapters)):
         raise SettingsError(

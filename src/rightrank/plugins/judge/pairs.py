@@ -55,11 +55,7 @@ class JudgedRun:
 def judge_run(
     run: Path, prompts: int, collect: Sequence[Path], margin: float | None, notice: Callable[[str], None]
 ) -> JudgedRun:
-    """Make the pairs if there are none, read the choices, and decide.
-
-    Raises:
-        InputError: a run without two adapters or without prompts, or choices that can't be used; nothing is written.
-    """
+    """Make the pairs if there are none, read the choices, and decide; see `rightrank.plugins.judge.judge`."""
     folder = RunFolder.existing(run)
     place = folder.path / FOLDER
     choices = dict(_collected(file) for file in collect)

@@ -29,12 +29,7 @@ ON_CPU, ON_CUDA, QUANTISED = 0.01, 0.05, 0.1
 def plan_config(
     config: Any, name: str, settings: PlanSettings, on_progress: Callable[[str], None] = lambda _: None
 ) -> Plan:
-    """The plan for a configuration in memory of the model called `name`.
-
-    Raises:
-        ModelError: the modules or a rank cannot be used.
-        SettingsError: a length above the model's positions.
-    """
+    """The plan for a configuration in memory of the model called `name`."""
     begun = time.perf_counter()
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -193,11 +188,8 @@ def plan_selection(
     """Predict every rank's peak, and keep the ranks that fit.
 
     Args:
-        config: the model's configuration.
-        settings: of the selection; without `memory_bytes`, a CUDA device's own memory is the budget.
+        settings: without `memory_bytes`, a CUDA device's own memory is the budget.
         longest: tokens of the longest sequence.
-        device: `cpu`, `cuda`, …
-        num_labels: of a classification.
         sequences: of each example; 2 for preference pairs.
 
     Raises:

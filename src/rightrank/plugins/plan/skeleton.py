@@ -71,11 +71,7 @@ class Skeleton:
 
 
 def read_config(reference: str, trust_remote_code: bool, classification: bool = False) -> Any:
-    """The configuration of a model folder, a GGUF file or a hub name.
-
-    Raises:
-        ModelError: see `model_config`, or sizes that no model has.
-    """
+    """The configuration of a model folder, a GGUF file or a hub name."""
     require_model(reference)
     config = model_config(reference, trust_remote_code, classification)
     text = config.get_text_config()
@@ -85,11 +81,7 @@ def read_config(reference: str, trust_remote_code: bool, classification: bool = 
 
 
 def _require_sane_sizes(reference: str, text: Any) -> None:
-    """Refuse a configuration that would take for ever to build.
-
-    Raises:
-        ModelError: heads that do not divide, or a number of layers or a size beyond any model.
-    """
+    """Refuse a configuration that would take for ever to build."""
     heads, groups = getattr(text, "num_attention_heads", 1), getattr(text, "num_key_value_heads", None) or 1
     if isinstance(heads, int) and isinstance(groups, int) and (heads < 1 or groups < 1 or heads % min(heads, groups)):
         raise ModelError(
@@ -131,11 +123,7 @@ def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1
 
 
 def _build_base(config: Any, settings: PlanSettings) -> Any:
-    """The base model on the meta device, frozen, and quantised where the settings say so.
-
-    Raises:
-        ModelError: transformers cannot build it.
-    """
+    """The base model on the meta device, frozen, and quantised where the settings say so."""
     # None is transformers' own choice: torch's fused attention, for the models that can take it.
     attention = "eager" if settings.attn_implementation == "eager" else None
     plain = copy.deepcopy(config)
