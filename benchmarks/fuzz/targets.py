@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.fuzz import seeds
-from rightrank.adapters.checkpoints import open_weights
+from rightrank.adapters.spectra import open_weights
 from rightrank.api.adapters import inspect
 from rightrank.api.runs import decide, status
 from rightrank.cli.options import gather

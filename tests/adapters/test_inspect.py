@@ -86,12 +86,12 @@ def test_a_full_fine_tune_shows_the_rank_that_was_planted(base: Path, tmp_path: 
 
 
 def test_a_sketch_agrees_with_the_exact_values(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rightrank.adapters import checkpoints as checkpoint_spectra
+    from rightrank.adapters import spectra
 
     tuned = fine_tuned(base, tmp_path / "tuned", 3)
-    exact = checkpoint_spectra.inspect_checkpoints(base, tuned).modules
-    monkeypatch.setattr(checkpoint_spectra, "EXACT_SIDE", 16)
-    sketched = checkpoint_spectra.inspect_checkpoints(base, tuned, sketch_rank=6).modules
+    exact = spectra.inspect_checkpoints(base, tuned).modules
+    monkeypatch.setattr(spectra, "EXACT_SIDE", 16)
+    sketched = spectra.inspect_checkpoints(base, tuned, sketch_rank=6).modules
     for left, right in zip(exact, sketched, strict=True):
         assert "partial_spectrum" in right.flags
         assert right.singular_values[:3] == pytest.approx(left.singular_values[:3], rel=1e-3)

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from rightrank import SmallestAdapter, Squeeze
-from rightrank.interop import branches, end_run
+from rightrank.interop import end_run, live_cut
 from rightrank.schema.trials import TrialFinished
 from tests.interop.trainings import Listed, Rows, peft_model
 
@@ -38,7 +38,7 @@ def test_a_branch_is_the_training_that_is_cut_there(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
 ) -> None:
     """Of the rank and the place that hold first; the training's own end stays as it was, to the bit."""
-    monkeypatch.setattr(branches, "MAX_MEMORY", memory)
+    monkeypatch.setattr(live_cut, "MAX_MEMORY", memory)
     changes = {"gradient_accumulation_steps": 2}
     plain = SmallestAdapter(margin=1e-3, ranks=[1, 2, 4])
     alone = trained(model_folder, rows, tmp_path / "plain", plain, **changes)

@@ -16,7 +16,7 @@ from benchmarks.fuzz.guard import find_in
 from safetensors.numpy import save_file
 
 import rightrank
-from rightrank.adapters.checkpoints import open_weights
+from rightrank.adapters.spectra import open_weights
 from rightrank.api.adapters import inspect
 from rightrank.api.runs import decide, status
 from rightrank.data.files import read_config

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.adapters.broken import cause_of, difference_of_tokens
-from rightrank.adapters.places import BASE
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_all
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
 from rightrank.decision.table import minus, spread_of, spread_sentence, table_of
 from rightrank.models.base_models import are_unnamed, load_base
 from rightrank.models.formats import torch_folder
-from rightrank.models.places import CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE, read_header
+from rightrank.models.places import BASE, CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE, read_header
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.events import Evaluating
 from rightrank.schema.metrics import LossKind, default_margin

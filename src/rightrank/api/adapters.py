@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rightrank.adapters.places import BASE, find_adapter
-from rightrank.models.places import CONFIG_FILE, adapter_in, require_adapter_folder
+from rightrank.models.places import BASE, CONFIG_FILE, adapter_in, find_adapter, require_adapter_folder
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import Evaluating, Notice
 from rightrank.schema.results import AdapterComparison, Inspection, Resized
@@ -34,7 +33,7 @@ def inspect(
 
         return inspect_adapter(Path(adapter))
     if adapter is None and base is not None and finetuned is not None:
-        from rightrank.adapters.checkpoints import inspect_checkpoints
+        from rightrank.adapters.spectra import inspect_checkpoints
 
         return inspect_checkpoints(Path(base), Path(finetuned))
     raise SettingsError("give an adapter folder, or two checkpoints as base and finetuned (--base A --finetuned B)")

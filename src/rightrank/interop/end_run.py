@@ -78,7 +78,7 @@ from rightrank.train.trial import finished
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.interop.branches import Branches
+    from rightrank.interop.live_cut import Branches
 
 DataForm = Literal["preference", "classification", "own"]
 KEPT = "measure.json"  # in the run's cache

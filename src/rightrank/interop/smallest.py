@@ -45,9 +45,8 @@ from rightrank.adapters.live_scores import (
 )
 from rightrank.data.token_store import IGNORED
 from rightrank.hooks.report import Report
-from rightrank.interop.branches import Branches
 from rightrank.interop.end_run import Ending, Training, begin_run, finish_run, measure, measure_again, peak_so_far
-from rightrank.interop.live_cut import require_one_process
+from rightrank.interop.live_cut import Branches, require_one_process
 from rightrank.runs import plugins
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook

@@ -196,7 +196,7 @@ class ArmTraining:
             value, train_value = self._point_value(look), sum(recent) / len(recent)
             progress.points.append(EvalPoint(step=progress.step, value=value, train_value=train_value))
             arm = self.trial.arm
-            if arm.truncate_from is None and arm.anneal_from is None and self._best_point().step == progress.step:
+            if arm.anneal_from is None and self._best_point().step == progress.step:
                 self.optimizer.best = self.optimizer.parameters()
 
     def _best_point(self) -> EvalPoint:
