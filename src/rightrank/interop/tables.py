@@ -27,20 +27,20 @@ from rightrank.interop.columns import (
 from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.errors import MAX_WHOLE, DataError, ResultsError, quoted
 from rightrank.schema.metrics import metric_kind, unknown_direction
+from rightrank.schema.settings import TRAINER_FIELDS, PeftFields, SelectSettings
 
 FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "out of memory"}
 NO_NUMBERS = {"nan", "inf", "+inf", "-inf", "infinity", "-infinity"}  # of a training that diverged
 UNFINISHED = {"running", "unfinished", "in_progress", "scheduled", "pending", "waiting", "queued", "preempting"}
 PRUNED = {"pruned"}  # stopped by a tuner because others were better: neither a result nor a failure
 MAX_DEPTH = 8
-# Columns of text that say that trainings can't be compared.
+# Columns that say that trainings can't be compared: the task, the kind of adapter, and a setting of all trainings by any of its names.
+OF_ALL = ("batch_size", "seq_len", "num_train_epochs")
 KINDS = {
     "model", "base_model", "model_name", "model_name_or_path", "model_id", "base_model_name_or_path", "dataset",
-    "dataset_name", "data", "task", "method", "peft_type", "optimizer", "optim", "metric", "metric_name",
-    "use_rslora", "use_dora", "target_modules", "layers_to_transform", "init_lora_weights", "modules_to_save", "lora_dropout",
-    "batch_size", "per_device_train_batch_size", "train_batch_size", "gradient_accumulation_steps", "train_samples",
-    "num_train_samples", "max_train_samples", "train_size", "num_train_epochs", "num_epochs", "epochs", "lr_scheduler_type",
-    "weight_decay", "max_seq_length", "max_length", "seq_len",
+    "dataset_name", "data", "task", "method", "peft_type", "optimizer", "optim", "metric", "metric_name", "use_rslora",
+    "init_lora_weights", "train_samples", "num_train_samples", "max_train_samples", "train_size", *PeftFields.model_fields,
+    *TRAINER_FIELDS, *OF_ALL, *(other for name in OF_ALL for other in SelectSettings.model_fields[name].also),
 }  # fmt: skip
 ALPHAS = {"lora_alpha", "alpha", "network_alpha"}
 DETAILS = ("std", "std_seeds", "train_value")  # fields of a result; later rows override earlier ones
