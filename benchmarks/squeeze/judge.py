@@ -1,7 +1,7 @@
 """The study's tables and picture, from its stored results: `python -m benchmarks.squeeze.judge benchmarks/squeeze/results`.
 
 A case is a task, a rank and a seed that did not choose. The cut holds in it where its held-out loss is at most half a margin above that of the training at the
-rank, at the rank's own best learning rate. The margin is the default one: 0.005 nats a token, else 1% of the top's loss.
+rank, at the rank's own best learning rate. The margin is the default one: 0.005 nats a token, 0.02 nats a pair, else 1% of the top's loss.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from benchmarks.squeeze.study import CHOOSE, JUDGE, RANKS, VARIANTS
 from benchmarks.squeeze.table import Row, best_rows, mean
 from rightrank.report.figure import Axis, Figure, Series, rank_axis
 from rightrank.report.svg import svg_file
-from rightrank.schema.metrics import default_margin
+from rightrank.schema.metrics import MetricKind, default_margin
 
-TOKEN_LOSSES = ("answers",)
+LOSSES: Mapping[str, MetricKind] = {"answers": "token_loss", "answer_pairs": "pair_loss"}  # else one for each example
 STORY = 0.9  # of the cases in which the cut must hold
 KINDS = {
     "direct": "trained at the rank",
@@ -47,6 +47,7 @@ class Case(NamedTuple):
     difference: float  # of the cut from the training at the rank, nats
     error: float  # its standard error over the examples
     margin: float
+    share: float  # the difference, as a share of what training at the top gains
 
     @property
     def holds(self) -> bool:
@@ -79,16 +80,16 @@ def difference(task: Task, one: int, other: int) -> tuple[float, float]:
     return center, float(np.sqrt((residuals**2).sum()) / weights.sum())
 
 
-def cases_of(task: Task, chosen: Mapping[int, str]) -> Iterator[Case]:
+def cases_of(task: Task, chosen: Mapping[int, str], by: str = "cut") -> Iterator[Case]:
+    """`by`: what is compared with the training at the rank, `cut` (inside the training) or `end`."""
     found = best(task, chosen)
     for kind, rank, seed in sorted(found):
-        if kind != "cut":
+        if kind != by:
             continue
         top = task.rows[next(number for key, number in found.items() if key[0] == "top" and key[2] == seed)].loss
-        margin = default_margin("token_loss" if task.name in TOKEN_LOSSES else "loss", top, [top])
-        yield Case(
-            task.name, rank, seed, *difference(task, found["cut", rank, seed], found["direct", rank, seed]), margin
-        )
+        margin = default_margin(LOSSES.get(task.name, "loss"), top, [top])
+        delta, error = difference(task, found[by, rank, seed], found["direct", rank, seed])
+        yield Case(task.name, rank, seed, delta, error, margin, delta / gain(task))
 
 
 def from_top(task: Task, chosen: Mapping[int, str], kinds: Sequence[str]) -> dict[tuple[str, int], list[float]]:
@@ -159,6 +160,23 @@ def judgement(cases: Sequence[Case]) -> str:
     )
 
 
+def counts(by_kind: Mapping[str, Sequence[Case]]) -> str:
+    """In how many cases each way is no worse than the training at the rank, and how it differs, as a share of what training gains."""
+    lines = [
+        "| rank | | no worse by half a margin | smallest, median and largest difference, % of the gain |",
+        "|---|---|---|---|",
+    ]
+    for rank in RANKS:
+        for kind, cases in by_kind.items():
+            of_rank = [case for case in cases if case.rank == rank]
+            shares = np.quantile([100 * case.share for case in of_rank], (0, 0.5, 1))
+            held = sum(case.holds for case in of_rank)
+            lines.append(
+                f"| {rank} | {KINDS[kind]} | {held} of {len(of_rank)} | {', '.join(f'{share:+.1f}' for share in shares)} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -179,8 +197,10 @@ def main() -> None:
         "end": KINDS["end"],
         "recovered": KINDS["recovered"],
     }
+    at_the_end = [case for task in judged for case in cases_of(task, chosen, "end")]
     parts = [
         judgement(cases),
+        counts({"cut": cases, "end": at_the_end}),
         "Where it does not hold: " + ("; ".join(worst) or "nowhere") + ".",
         table(judged, chosen, KINDS),
         table(choosing, {}, ways),
