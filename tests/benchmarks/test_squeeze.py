@@ -7,8 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.squeeze.judge import cases_of, judgement, picture, read, table
+from benchmarks.squeeze.judge import JUDGE, cases_of, judgement, picture, read, table
 from benchmarks.squeeze.table import Row, best_rates, choose
+
+from rightrank.interop.squeeze import STUDY
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "squeeze" / "results"
+
+
+def test_what_squeeze_says_of_the_study_is_its_judgement() -> None:
+    chosen = {int(rank): way for rank, way in json.loads((RESULTS / "choice.json").read_text())["chosen"].items()}
+    tasks = [task for name in JUDGE if (task := read(RESULTS, name)) is not None]
+    cases = [case for task in tasks for case in cases_of(task, chosen)]
+    shares = [100 * case.share for case in cases]
+    held = sum(case.holds for case in cases)
+    assert STUDY.startswith(f"In a study, {held} of {len(cases)} such cuts ended no worse")
+    assert f"{min(shares):.0f}% to {max(shares):+.0f}%" in STUDY
+    assert judgement(cases) in (RESULTS.parent / "README.md").read_text(encoding="utf-8")
 
 
 def rows_of(cut: float) -> list[Row]:

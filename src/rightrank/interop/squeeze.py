@@ -32,6 +32,8 @@ from rightrank.schema.metrics import Checkpoint
 
 log = logging.getLogger("rightrank")
 
+# Against a training at the lower rank, at that rank's own best learning rate (benchmarks/squeeze).
+STUDY = "In a study, 35 of 45 such cuts ended no worse than a training at the low rank by half a margin; differences were -28% to +5% of what training gains"
 LAYERWISE = ("layerwise", "lomo")  # in the names of optimizers that step inside the backward pass
 
 
@@ -183,11 +185,12 @@ def write_recipe(cut: LiveCut, step: int, steps: int, output: Path) -> None:
         if answer is None
         else answer.model_dump(mode="json", include={"difference", "difference_high", "margin"}),
         "sentence": cut_sentence(cut, step),
+        "study": STUDY,
     }
     (output / "rightrank").mkdir(parents=True, exist_ok=True)
     write_text(output / "rightrank" / SQUEEZED, json.dumps(recipe, indent=1) + "\n")
     log.warning(
-        "rank %d to step %d, then rank %d to step %d. No top was trained to its end, so nothing certifies the result; a training at rank %d to the end, "
-        "and rightrank compare, would",
-        cut.from_rank, step, cut.rank, steps, cut.from_rank,
+        "rank %d to step %d, then rank %d to step %d. %s. No top was trained to its end, so nothing certifies this result; SmallestAdapter(branch=True) in a "
+        "training at rank %d would",
+        cut.from_rank, step, cut.rank, steps, STUDY, cut.from_rank,
     )  # fmt: skip
