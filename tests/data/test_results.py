@@ -153,7 +153,7 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
         ("rank,metric,value\n1,loss,2\n1,acc,3\n2,loss,2\n", "differ in column metric"),
         ("rank,item,value\n1,a,2\n1,b,2\n2,a,3\n", "runs.csv:4: rank 2 is scored on other examples"),
         ("rank,item,tokens,value\n1,a,3,2\n1,b,1,2\n2,a,4,3\n2,b,1,3\n", "other token counts"),
-        ("rank,std,value\n1,-0.1,2\n2,0.1,3\n", "runs.csv:2: std -0.1 is not allowed"),
+        ("rank,std,value\n1,-0.1,2\n2,0.1,3\n", "runs.csv:2: std '-0.1' is not allowed"),
         ("rank,lr,value\n1,0,2\n2,1e-3,3\n", "runs.csv:2: learning rate '0' is not allowed"),
         ("rank,lr,value\n1,,2\n2,1e-3,3\n", "no learning rate, though other rows have one"),
         ("rank,seed,value\n1,x,2\n2,0,3\n", "runs.csv:2: seed 'x' is not allowed"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,8 +43,15 @@ KINDS = {
     *TRAINER_FIELDS, *OF_ALL, *(other for name in OF_ALL for other in SelectSettings.model_fields[name].also),
 }  # fmt: skip
 ALPHAS = {"lora_alpha", "alpha", "network_alpha"}
-DETAILS = ("std", "std_seeds", "train_value")  # fields of a result; later rows override earlier ones
 MAX_RANK = 2**20
+WHOLE: tuple[str, Callable[[float], bool]] = ("a whole number from 0", lambda n: n.is_integer() and 0 <= n <= MAX_WHOLE)
+ABOVE_0: tuple[str, Callable[[float], bool]] = ("a number above 0", lambda n: n > 0)
+ROLES: dict[str, tuple[str, Callable[[float], bool]]] = {  # what a cell may hold, in words, and whether a number is it
+    "rank": (f"a whole number up to {MAX_RANK:,}; 0 is the base", lambda n: n.is_integer() and 0 <= n <= MAX_RANK),
+    **{"lr": ABOVE_0, "weight": ABOVE_0, "seed": WHOLE, "step": WHOLE},
+    "std": ("a standard deviation, which is 0 or above", lambda n: n >= 0),
+    "std_seeds": ("a whole number from 1", lambda n: n.is_integer() and n >= 1),
+}
 
 Key: TypeAlias = tuple[int, float, int]  # rank, learning rate, seed
 
@@ -237,20 +244,19 @@ def _line(row: Row, columns: Columns, metric: str) -> _Line:
     value = None if failed or status in UNFINISHED | PRUNED else _number(row, columns.value)
     if value is not None and value <= 0 and ("perplexity" in metric.lower() or metric.lower() == "ppl"):
         raise ResultsError(f"{row.where}: a perplexity of {value:g} is not possible; perplexities are above 0")
-    item, group, step, weight = (_cell(row, columns, name) for name in ("item", "group", "step", "weight"))
-    tokens = 1.0 if is_blank(weight) else _number(row, columns.by_name["weight"]) or 0.0
-    if tokens <= 0:
-        raise ResultsError(f"{row.where}: {columns.by_name['weight']} {tokens:g} is not allowed: give a number above 0")
+    item, group = (_cell(row, columns, name) for name in ("item", "group"))
+    rank, seed, step = (int(_of_role(row, columns, name) or 0) for name in ("rank", "seed", "step"))
+    rate = _of_role(row, columns, "lr") if rank else None
     return _Line(
         row.where,
         str(_cell(row, columns, "trial") or row.where),
-        _key(row, columns),
+        (rank, rate or 0.0, seed),
         status,
         value,
         "" if is_blank(item) else str(item),
         "" if is_blank(group) else str(group),
-        0 if is_blank(step) else _integer(row, columns.by_name["step"], "step", "an integer from 0"),
-        tokens,
+        step,
+        _of_role(row, columns, "weight") or 1.0,
         _details(row, columns),
     )
 
@@ -260,22 +266,24 @@ def _cell(row: Row, columns: Columns, role: str) -> Any:
     return None if column is None else row.fields.get(column)
 
 
+def _of_role(row: Row, columns: Columns, role: str) -> float | None:
+    """The number in the column of a role; None where there is none, or the cell is blank."""
+    value, (allowed, fits) = _cell(row, columns, role), ROLES[role]
+    if is_blank(value):
+        return None
+    number = None if isinstance(value, bool) else _float(value)
+    if number is None or not math.isfinite(number) or not fits(number):
+        name, advice = "learning rate" if role == "lr" else role, _advice(str(value).strip())
+        raise ResultsError(f"{row.where}: {name} {quoted(value, 40)} is not allowed: give {allowed}{advice}")
+    return number
+
+
 def _details(row: Row, columns: Columns) -> dict[str, float]:
-    """The row's further numbers: those of a result by role, those of other metrics by column."""
-    numbers: dict[str, float] = {}
-    for name in (*DETAILS, *columns.others):
-        column = columns.by_name.get(name) if name in SYNONYMS else name
-        number = None if column is None else _number(row, column, strict=name in ("std", "std_seeds"))
-        if number is not None:
-            numbers[name] = number
-    std, seeds = numbers.get("std", 0.0), numbers.get("std_seeds", 1.0)
-    if std < 0:
-        raise ResultsError(f"{row.where}: std {std:g} is not allowed: a standard deviation is 0 or above")
-    if seeds < 1 or not seeds.is_integer():
-        raise ResultsError(
-            f"{row.where}: {columns.by_name.get('std_seeds')} {seeds:g} is not allowed: give a whole number from 1"
-        )
-    return numbers
+    """The row's further numbers: those of a result by role, those of other metrics by column; later rows override earlier ones."""
+    numbers = {name: _of_role(row, columns, name) for name in ("std", "std_seeds")}
+    numbers["train_value"] = _float(_cell(row, columns, "train_value"))
+    numbers |= {column: _float(row.fields.get(column)) for column in columns.others}
+    return {name: number for name, number in numbers.items() if number is not None and math.isfinite(number)}
 
 
 def _results(lines: Sequence[_Line], columns: Columns) -> tuple[list[Result], list[str]]:
@@ -393,25 +401,6 @@ def _require_same_examples(trainings: Sequence[Mapping[tuple[str, int], _Line]])
             )
 
 
-def _key(row: Row, columns: Columns) -> Key:
-    """Rank, learning rate and seed."""
-    rank = _integer(row, columns.by_name["rank"], "rank", "a positive integer, or 0 for the base")
-    if rank > MAX_RANK:
-        raise ResultsError(f"{row.where}: rank {rank} is not allowed: no adapter has more than {MAX_RANK:,}")
-    learning_rate, seed = 0.0, 0
-    column = columns.by_name.get("lr")
-    if rank > 0 and column is not None and not is_blank(row.fields.get(column)):
-        learning_rate = _number(row, column) or 0.0
-        if learning_rate <= 0:
-            raise ResultsError(
-                f"{row.where}: learning rate {row.fields[column]!r} is not allowed: give a number above 0"
-            )
-    column = columns.by_name.get("seed")
-    if column is not None and not is_blank(row.fields.get(column)):
-        seed = _integer(row, column, "seed", "an integer from 0")
-    return rank, learning_rate, seed
-
-
 def _require_comparable(results: list[Result], where: str) -> None:
     trained = [result for result in results if result.rank > 0 and result.value is not None]
     ranks = {result.rank for result in trained}
@@ -431,14 +420,12 @@ def _require_comparable(results: list[Result], where: str) -> None:
         )
 
 
-def _number(row: Row, column: str, strict: bool = True) -> float | None:
-    """The finite number in a cell; None for an empty cell, and where not `strict` for one that is no number."""
+def _number(row: Row, column: str) -> float | None:
+    """The finite number in a cell; None for an empty one."""
     value: Any = row.fields.get(column)
     if is_blank(value):
         return None
     number = _float(value)
-    if not strict and (number is None or not math.isfinite(number)):
-        return None
     if number is None:
         raise ResultsError(f"{row.where}: {column} is {quoted(value, 40)}, not a number{_advice(str(value).strip())}")
     if not math.isfinite(number):
@@ -455,14 +442,6 @@ def _advice(text: str) -> str:
     if re.fullmatch(r"[-+]?[\d.,]+\s*%", text):
         return f"; write it without the percent sign ({text.rstrip('% ').replace(',', '.')}), in every row alike"
     return ""
-
-
-def _integer(row: Row, column: str, name: str, allowed: str) -> int:
-    value: Any = row.fields.get(column)
-    number = None if isinstance(value, bool) else _float(value)
-    if number is None or not number.is_integer() or not 0 <= number <= MAX_WHOLE:
-        raise ResultsError(f"{row.where}: {name} {quoted(value, 40)} is not allowed: give {allowed}")
-    return int(number)
 
 
 def _float(value: Any) -> float | None:
