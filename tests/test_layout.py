@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
+
+import pytest
 
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "rightrank"
+SOURCES = sorted(SOURCE.rglob("*.py"))
 # Tests of what is no folder of the package: the pages and examples, the benchmarks in short, what holds for all of it.
 ELSEWHERE = {"docs", "benchmarks", "safety"}
 
@@ -29,3 +33,19 @@ def test_what_is_sampled_is_there() -> None:
     root = Path(__file__).parent.parent
     assert all((root / name).exists() for name in SAMPLED if not name.startswith("tests/plugins/"))
     assert "make test-all" in (root / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_variable_is_a_noun_of_the_field(path: Path) -> None:
+    """Nothing is called `found` or `one`."""
+    bound = {
+        node.id if isinstance(node, ast.Name) else node.arg
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.arg) or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    }
+    assert not bound & {"found", "one"}
+
+
+def test_a_file_name_says_where_one_is() -> None:
+    names = Counter(path.name for path in SOURCES if path.name != "__init__.py")
+    assert {name for name, count in names.items() if count > 1} <= {"guard.py", "metrics.py", "terminal.py"}

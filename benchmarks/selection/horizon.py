@@ -129,6 +129,7 @@ def draw(stored: dict[str, Any]) -> None:
         )
     axis.set_xscale("log")
     axis.set_xticks(list(losses), [f"{steps:,}" for steps in losses])
+    axis.minorticks_off()
     axis.set_xlabel("steps of 8 examples, none seen twice")
     axis.set_ylabel(f"held-out loss beyond rank {top}, nats")
     axis.axhline(0, color="grey", linewidth=0.5)
