@@ -111,7 +111,7 @@ def journals() -> list[bytes]:
     """Runs that ended and one that did not, few items so that lines stay short."""
     from tests.report import runs
 
-    from rightrank.decision.run import decide_run
+    from rightrank.decision.records import decide_run
     from rightrank.schema.events import DecisionRecorded
 
     before, runs.ITEMS = runs.ITEMS, 3

@@ -18,7 +18,7 @@ from rightrank.api.runs import decide, status
 from rightrank.cli.options import gather
 from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data
-from rightrank.decision.run import answers_of
+from rightrank.decision.records import answers_of
 from rightrank.report.html import render_report
 from rightrank.report.terminal import decision_text
 from rightrank.runs.folder import RunFolder
@@ -138,7 +138,7 @@ def read_model(data: bytes, folder: Path) -> None:
 
 def read_journal(data: bytes, folder: Path) -> None:
     """A run folder: where it stands, its decision, its report."""
-    from rightrank.decision.run import decision_so_far, records_of
+    from rightrank.decision.records import decision_so_far, records_of
     from rightrank.report.status import last_decided
 
     (folder / "journal.jsonl").write_bytes(_journal(data))

@@ -35,7 +35,7 @@ from transformers import (
 
 from benchmarks.machine import machine
 from rightrank import SmallestAdapter
-from rightrank.decision.run import records_of
+from rightrank.decision.records import records_of
 from rightrank.runs.folder import RunFolder
 
 HERE = Path(__file__).parent

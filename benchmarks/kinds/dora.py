@@ -16,7 +16,7 @@ from tests.watch import Watch
 from benchmarks.machine import machine
 from rightrank import select_rank
 from rightrank.decision.comparison import estimate
-from rightrank.decision.run import records_of
+from rightrank.decision.records import records_of
 from rightrank.demo import DEMO_SETTINGS, prepare_docstrings, prepare_model_folder
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.settings import SelectSettings

@@ -29,7 +29,7 @@ from tests.report.runs import made_up_run
 from tests.tiny import save_tiny_llama, write_completions
 
 from benchmarks.machine import machine
-from rightrank.decision.run import decide_run
+from rightrank.decision.records import decide_run
 from rightrank.runs.journal import seal
 from rightrank.schema.events import DecisionRecorded
 

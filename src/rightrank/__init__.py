@@ -15,7 +15,7 @@ from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.api.adapters import compare, inspect, resize
-    from rightrank.api.runs import decide, export, push_to_hub, to_pandas, write_report
+    from rightrank.api.runs import decide, export, to_pandas, write_report
     from rightrank.api.selecting import preflight, select_rank, select_rank_with
     from rightrank.interop.smallest import SmallestAdapter
     from rightrank.interop.squeeze import Squeeze
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "api.adapters": ("compare", "inspect", "resize"),
-    "api.runs": ("decide", "export", "push_to_hub", "to_pandas", "write_report"),
+    "api.runs": ("decide", "export", "to_pandas", "write_report"),
     "api.selecting": ("preflight", "select_rank", "select_rank_with"),
     "interop.smallest": ("SmallestAdapter",),
     "interop.squeeze": ("Squeeze",),
@@ -56,7 +56,6 @@ __all__ = [
     "export",
     "inspect",
     "preflight",
-    "push_to_hub",
     "resize",
     "select_rank",
     "select_rank_with",

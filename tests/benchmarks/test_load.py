@@ -9,7 +9,7 @@ import pytest
 from benchmarks.load.measure import HERE, RANKS, RATES, SIZES, journal
 
 from rightrank.api.runs import status, write_report
-from rightrank.decision.run import decide_run
+from rightrank.decision.records import decide_run
 from rightrank.report.html import MAX_ROWS
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished

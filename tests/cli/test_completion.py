@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from rightrank.cli import cli
-from rightrank.cli.runs import TARGETS as OFFERED
+from rightrank.cli.run_commands import TARGETS as OFFERED
 from rightrank.interop.exports import TARGETS, WHOLE
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings

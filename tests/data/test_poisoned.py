@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from rightrank.data.splits import load_data
-from rightrank.decision.run import answers_of
+from rightrank.decision.records import answers_of
 from rightrank.hooks.terminal import plan_line
 from rightrank.report.html import render_report
 from rightrank.schema.errors import DataError

@@ -12,7 +12,7 @@ import pytest
 
 from rightrank.decision.rule import decision_of
 from rightrank.decision.table import Cell, ScoreTable, at_checkpoint, table_of_results
-from rightrank.report.tables import certainty_rows
+from rightrank.report.evidence_tables import certainty_rows
 from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.trials import EvalPoint
 from tests.commands import run

@@ -25,7 +25,7 @@ from rightrank.decision.comparison import (
 from rightrank.decision.rule import decision_of
 from rightrank.decision.seeds import seed_parts, winners_gap
 from rightrank.decision.table import Cell, minus, table_of
-from rightrank.report.tables import evidence_table
+from rightrank.report.evidence_tables import evidence_table
 from rightrank.schema.metrics import MetricKind
 from rightrank.schema.trials import TrialFinished
 from tests.decision.tables import bare

@@ -10,7 +10,7 @@ import pytest
 
 from rightrank.adapters.compare import _compare
 from rightrank.adapters.held_out import smallest_of
-from rightrank.decision.run import Records, criterion_of, decide_run
+from rightrank.decision.records import Records, criterion_of, decide_run
 from rightrank.interop.end_run import Downward
 from rightrank.schema.metrics import default_margin, metric_kind
 from rightrank.schema.settings import SelectSettings

@@ -10,11 +10,11 @@ from benchmarks.decide.simulated import MARGIN, RANKS, World, draw_table, truth
 
 from rightrank.decision.comparison import estimate
 from rightrank.decision.evidence import Evidence
+from rightrank.decision.records import Answers
 from rightrank.decision.rule import decision_of
-from rightrank.decision.run import Answers
 from rightrank.decision.table import Cell, ScoreTable, table_of
 from rightrank.report.answer import answer_view
-from rightrank.report.tables import evidence_table
+from rightrank.report.evidence_tables import evidence_table
 from rightrank.schema.decision import Decision
 from rightrank.schema.trials import TrialDiverged, TrialFinished
 from tests.decision.tables import bare, scored

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rightrank.decision.records import Records, comparable, decide_on, decide_run, metrics_of, run_table
 from rightrank.decision.rule import decision_of
-from rightrank.decision.run import Records, comparable, decide_on, decide_run, metrics_of, run_table
 from rightrank.decision.table import Cell, ScoreTable, table_of
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import LossKind, metric_kind

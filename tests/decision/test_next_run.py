@@ -7,7 +7,7 @@ import pytest
 
 from rightrank.decision.comparison import CONFIDENCE, estimate, examples_needed, seeds_needed, settles
 from rightrank.decision.next_run import next_commands
-from rightrank.decision.run import decide_run
+from rightrank.decision.records import decide_run
 from rightrank.schema.decision import NextRun
 from rightrank.schema.events import RunStarted
 from tests.report.runs import made_up_run

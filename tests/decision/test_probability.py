@@ -14,8 +14,8 @@ from scipy.stats import t as student
 
 import benchmarks
 from rightrank.cli import cli
+from rightrank.decision.records import decide_run
 from rightrank.decision.rule import ASKED_CONFIDENCE, decision_of
-from rightrank.decision.run import decide_run
 from rightrank.decision.seeds import NOISE, NOISE_DEGREES, NoiseParts
 from rightrank.decision.sentences import chance
 from rightrank.decision.table import ScoreTable

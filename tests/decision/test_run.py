@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.rule import ASKED_CONFIDENCE
-from rightrank.decision.run import (
+from rightrank.decision.records import (
     Records,
     answers_of,
     best_trial,
@@ -20,6 +19,7 @@ from rightrank.decision.run import (
     run_table,
     trainings,
 )
+from rightrank.decision.rule import ASKED_CONFIDENCE
 from rightrank.decision.table import table_of
 from rightrank.report.status import last_decided, run_status
 from rightrank.schema.decision import CheckpointNote, Decision, TrainingRankEstimate

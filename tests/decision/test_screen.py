@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from rightrank.decision.comparison import is_within
+from rightrank.decision.records import Answers
 from rightrank.decision.rule import decision_of
-from rightrank.decision.run import Answers
 from rightrank.decision.table import ScoreTable
 from rightrank.report.answer import answer_view
+from rightrank.report.evidence_tables import evidence_table
 from rightrank.report.figures import margin_steps
-from rightrank.report.tables import evidence_table
 from rightrank.schema.decision import Decision, RankEvidence
 from tests.decision.tables import bare, scored
 from tests.decision.worlds import World, drawn, table_in, worlds

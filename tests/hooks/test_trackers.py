@@ -12,7 +12,7 @@ import pytest
 
 from rightrank.api.runs import decide
 from rightrank.api.selecting import select_rank_with
-from rightrank.decision.run import Records, decide_run, records_of
+from rightrank.decision.records import Records, decide_run, records_of
 from rightrank.hooks import trackers as registry
 from rightrank.hooks.trackers import Trackers, require_trackers
 from rightrank.runs.calls import TrialResult, TrialTask

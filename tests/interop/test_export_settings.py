@@ -27,8 +27,8 @@ from rightrank.interop.recipe import OF_MEASURING, Recipe
 from rightrank.models.ranks import peft_scaling
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.configs import stated_settings
+from rightrank.schema.setting_table import Group
 from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
-from rightrank.schema.table import Group
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODULES = tuple(

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 
 import rightrank
 from rightrank.cli import cli
-from rightrank.cli.runs import TARGETS
+from rightrank.cli.run_commands import TARGETS
 from rightrank.schema.errors import RunError, SettingsError
 from tests.tiny import save_tiny_llama, small_settings, write_completions
 
@@ -92,9 +92,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return selected.run
 
 
-def test_an_adapter_is_uploaded_with_its_card(hub: type[Hub], run: Path) -> None:
-    address = rightrank.push_to_hub(run, "me/small", token="a-token")
-    assert address == f"{HfApi().endpoint}/me/small"
+def test_an_adapter_is_uploaded_with_its_card(hub: type[Hub], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-token")
+    assert rightrank.export(run, "peft", push_to_hub="me/small").address == f"{HfApi().endpoint}/me/small"
     (made,) = hub.repositories
     assert (made["name"], made["organization"]) == ("small", "me")
     assert made.get("visibility") == "private" or made.get("private") is True  # by the client's version
@@ -115,20 +115,21 @@ def test_the_command_uploads_and_says_where(hub: type[Hub], run: Path) -> None:
 @pytest.mark.parametrize("target", [target for target in TARGETS if target != "peft"])
 def test_settings_of_a_trainer_are_not_uploaded(run: Path, target: str) -> None:
     done = CliRunner().invoke(cli, ["export", str(run), "--to", target, "--push-to-hub", "me/small"])
-    assert (done.exit_code, "goes with --to peft" in str(done.exception)) == (1, True)  # main() turns it into status 2
+    assert (done.exit_code, "goes with peft" in str(done.exception)) == (1, True)  # main() turns it into status 2
     assert isinstance(done.exception, SettingsError)
     assert not (run / "exports" / target).exists()
 
 
 def test_a_refusal_is_one_line(hub: type[Hub], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-token")
     with pytest.raises(SettingsError, match="give OWNER/NAME"):
-        rightrank.push_to_hub(run, "a/b/c", token="t")
+        rightrank.export(run, "peft", push_to_hub="a/b/c")
     assert not hub.asked
     monkeypatch.setattr(Hub, "refuses", True)
     with pytest.raises(RunError, match="not uploaded") as refused:
-        rightrank.push_to_hub(run, "me/small", token="t")
+        rightrank.export(run, "peft", push_to_hub="me/small")
     assert str(run / "exports" / "peft") in str(refused.value)
     assert not hub.files
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(RunError, match="not uploaded"):
-        rightrank.push_to_hub(run, "me/small", token="t")
+        rightrank.export(run, "peft", push_to_hub="me/small")

@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from rightrank import Selected, export, inspect, select_rank, write_report
-from rightrank.decision.run import records_of
+from rightrank.decision.records import records_of
 from rightrank.interop.exports import TARGETS, write_export
 from rightrank.interop.recipe import Recipe, recipe_of
 from rightrank.models.ranks import SERVER_RANKS, max_module_rank

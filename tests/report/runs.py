@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.decision.adapter import adapter_answer
-from rightrank.decision.run import Records, criterion_of
+from rightrank.decision.records import Records, criterion_of
 from rightrank.runs.journal import Journal
 from rightrank.schema.decision import HandedOver
 from rightrank.schema.events import (

@@ -13,13 +13,13 @@ from rightrank import Selected
 from rightrank.api.runs import status, write_report
 from rightrank.cli import cli
 from rightrank.decision.adapter import making_of
-from rightrank.decision.run import Records, compared, decide_run, decision_so_far
+from rightrank.decision.records import Records, compared, decide_run, decision_so_far
+from rightrank.report.evidence_tables import candidate_table
 from rightrank.report.figure import Figure
 from rightrank.report.figures import MAX_MARGINS, adapter_figure, figures_of
 from rightrank.report.html import render_report
 from rightrank.report.status import cost_sentence
 from rightrank.report.svg import write_figures
-from rightrank.report.tables import candidate_table
 from rightrank.runs.journal import Journal
 from rightrank.runs.values import answers
 from rightrank.schema.events import RunContinued

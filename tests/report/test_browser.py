@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from benchmarks.report.screenshots import docs_screenshots
 
-from rightrank.decision.run import Records, answers_of, decide_run, decision_so_far
+from rightrank.decision.records import Records, answers_of, decide_run, decision_so_far
 from rightrank.report.figures import margin_steps
 from rightrank.report.html import render_report
 from tests.report.chromium import CHROMIUM, FLAGS

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rightrank.api.runs import write_report
-from rightrank.decision.run import Records, decide_run, decision_so_far
+from rightrank.decision.records import Records, decide_run, decision_so_far
 from rightrank.report.figure import Figure, log_ticks
 from rightrank.report.figures import figures_of, margin_steps, rank_figure
 from rightrank.report.svg import inline_svg, svg_file, write_figures

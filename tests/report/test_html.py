@@ -10,7 +10,7 @@ from html import unescape
 
 import pytest
 
-from rightrank.decision.run import Records, answers_of, decide_run, decision_so_far
+from rightrank.decision.records import Records, answers_of, decide_run, decision_so_far
 from rightrank.report.figures import rank_figure
 from rightrank.report.html import render_report
 from rightrank.schema.command import reproduce_command

@@ -17,13 +17,13 @@ from rich.console import Console
 import rightrank
 from rightrank.api.runs import decide, status
 from rightrank.cli import cli
-from rightrank.decision.run import Answers, decide_run
+from rightrank.decision.records import Answers, decide_run
 from rightrank.hooks.process import JsonLog, ProgressFile
 from rightrank.hooks.terminal import LiveView, View, make_view, plan_line
 from rightrank.report.answer import answer_view, notebook_html
+from rightrank.report.evidence_tables import trials_frame
 from rightrank.report.figures import rank_figure
 from rightrank.report.svg import svg_file
-from rightrank.report.tables import trials_frame
 from rightrank.report.terminal import CURVE_ROWS, terminal_curve
 from rightrank.schema.events import Notice, SelectionPlanned, StepDone
 from rightrank.schema.trials import TrialFinished

@@ -9,7 +9,7 @@ import pytest
 
 from rightrank.api.selecting import select_rank
 from rightrank.cli import main
-from rightrank.decision.run import Answers, records_of
+from rightrank.decision.records import Answers, records_of
 from rightrank.runs.journal import Journal
 from rightrank.runs.run import extended
 from rightrank.runs.values import Selected

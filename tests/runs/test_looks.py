@@ -13,7 +13,7 @@ import pytest
 
 from rightrank import EvalPoint, TrialResult, TrialTask, select_rank_with
 from rightrank.api.runs import status
-from rightrank.decision.run import Records
+from rightrank.decision.records import Records
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import AllTrialsFailedError
 from rightrank.schema.events import RunStarted

@@ -11,7 +11,7 @@ import pytest
 
 from rightrank.api.runs import export
 from rightrank.cli import main
-from rightrank.decision.run import answers_of
+from rightrank.decision.records import answers_of
 from rightrank.interop.exports import LOOPBACK
 from rightrank.report.html import render_report
 from rightrank.schema.errors import MAX_MESSAGE_CHARACTERS, DataError, RightrankError, one_line

@@ -11,8 +11,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.setting_table import Group, Setting, Settings
 from rightrank.schema.settings import DTYPE_ALIASES, SelectSettings
-from rightrank.schema.table import Group, Setting, Settings
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = {  # what the types of the keywords allow beside the setting's own

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from rightrank.cli import cli
 from rightrank.cli.options import gather
 from rightrank.schema.command import reproduce_command
+from rightrank.schema.setting_table import is_list
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.table import is_list
 from tests.commands import COMMANDS
 from tests.schema.generated import GENERATED
 

@@ -34,8 +34,8 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.events import Evaluating, Notice, RunStarted
 from rightrank.schema.results import HeldOut, Resized, StoredCandidate
+from rightrank.schema.setting_table import given_values
 from rightrank.schema.settings import OF_ANY_NUMBER, OF_SPLITS, SelectSettings
-from rightrank.schema.table import given_values
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import DataUse, adapter_runtime, report_evaluations
 from rightrank.train.covariances import Gathered, gather_moments, gather_unseen_moments

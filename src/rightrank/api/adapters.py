@@ -9,8 +9,8 @@ from rightrank.models.places import BASE, CONFIG_FILE, adapter_in, find_adapter,
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import Evaluating, Notice
 from rightrank.schema.results import AdapterComparison, Inspection, Resized
+from rightrank.schema.setting_table import given_values
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.table import given_values
 
 
 def inspect(

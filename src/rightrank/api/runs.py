@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent, write_text
 from rightrank.decision import rule
 from rightrank.decision.next_run import next_commands
-from rightrank.decision.run import Answers, Records, comparable, decide_on, decision_so_far, metrics_of, records_of
+from rightrank.decision.records import Answers, Records, comparable, decide_on, decision_so_far, metrics_of, records_of
 from rightrank.decision.table import other_tables, table_of_results
 from rightrank.models.places import CONFIG_FILE, hub_errors
 from rightrank.report.answer import answer_view, labelled, notebook_html
@@ -66,46 +66,10 @@ def to_pandas(run: str | Path, *, examples: bool = False) -> DataFrame:
     Raises:
         RunFolderError: no run there.
     """
-    from rightrank.report.tables import trials_frame
+    from rightrank.report.evidence_tables import trials_frame
 
     _, _, records = _opened(run, settled=True)
     return trials_frame(records.outcomes, examples)
-
-
-def push_to_hub(run: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-    """Upload a run's adapter with its card to the Hugging Face hub, and return its address.
-
-    Args:
-        repo_id: `OWNER/NAME`; made where it does not exist.
-        private: of a new repository.
-        token: None for that of `hf auth login`.
-
-    Raises:
-        RunFolderError: no run there, or one without an adapter.
-        SettingsError: the hub refuses the name or the token.
-        RunError: the hub can't be reached, or refuses the upload.
-    """
-    return upload(export(run, "peft").folder, repo_id, private=private, token=token)
-
-
-def upload(adapter: Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-    """Upload a folder with an adapter and its card; see `push_to_hub`."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
-
-    hub = HfApi(token=token)
-    try:
-        made = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        hub.upload_folder(repo_id=made, folder_path=adapter, commit_message="Upload the LoRA adapter")
-    except (HFValidationError, LocalTokenNotFoundError) as error:
-        raise SettingsError(
-            f"{repo_id}: {first_line(error)}; give OWNER/NAME, and log in with: hf auth login"
-        ) from None
-    except hub_errors() as error:
-        raise RunError(
-            f"{repo_id}: not uploaded ({first_line(error)}); the files are in {adapter}: try again"
-        ) from None
-    return f"{hub.endpoint}/{made}"
 
 
 def begun_as(run: str | Path) -> dict[str, object]:
@@ -140,6 +104,7 @@ def export(
     kind: str | None = None,
     base: str | None = None,
     settings: SelectSettings | None = None,
+    push_to_hub: str | None = None,
     on_event: Callable[[Evaluating], None] = lambda _: None,
 ) -> Exported:
     """Write what another program needs to train or serve the run's adapter.
@@ -154,6 +119,8 @@ def export(
         kind: of a whole model: the type of its values, such as f16 or q8_0; None: q8_0 for gguf, else the base's.
         base: of a whole model from an adapter folder; None for the base that the adapter names.
         settings: of a whole model from an adapter folder, as in `compare`.
+        push_to_hub: of peft: `OWNER/NAME` on the Hugging Face hub, where the folder is uploaded with its card, as who `hf auth login` says. A
+            repository that does not exist is made, private.
         on_event: receives the progress of each evaluation.
 
     Raises:
@@ -161,10 +128,13 @@ def export(
         RunFolderError: no run there, one without a decision or an adapter, or `out` exists.
         ResultsError: a rank that the server does not serve.
         ModelError: a whole model that can't be written.
+        RunError: the hub can't be reached, or refuses the upload.
     """
     from rightrank.interop.exports import WHOLE, absolute, require_target, write_export
 
     require_target(to)
+    if push_to_hub is not None and to != "peft":
+        raise SettingsError(f"push_to_hub uploads an adapter with its card; it goes with peft, not {to}")
     files = [Path(check)] if isinstance(check, str | Path) else list(map(Path, check))
     if to not in WHOLE and (files or kind or base):
         raise SettingsError(f"--to {to}: check, type and base go with {', '.join(WHOLE)}; leave them out")
@@ -187,7 +157,28 @@ def export(
             )
         if records.adapters and records.adapters[-1].guard:
             recipe = replace(recipe, guard=records.adapters[-1].guard.sentence)
-        return write_export(to, recipe, place)
+        exported = write_export(to, recipe, place)
+    return exported if push_to_hub is None else replace(exported, address=_uploaded(exported.folder, push_to_hub))
+
+
+def _uploaded(adapter: Path, repo_id: str) -> str:
+    """Upload a folder with an adapter and its card; the address."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+
+    hub = HfApi()
+    try:
+        made = hub.create_repo(repo_id, private=True, exist_ok=True).repo_id
+        hub.upload_folder(repo_id=made, folder_path=adapter, commit_message="Upload the LoRA adapter")
+    except (HFValidationError, LocalTokenNotFoundError) as error:
+        raise SettingsError(
+            f"{repo_id}: {first_line(error)}; give OWNER/NAME, and log in with: hf auth login"
+        ) from None
+    except hub_errors() as error:
+        raise RunError(
+            f"{repo_id}: not uploaded ({first_line(error)}); the files are in {adapter}: try again"
+        ) from None
+    return f"{hub.endpoint}/{made}"
 
 
 def _export_adapter(

@@ -14,8 +14,8 @@ from rightrank.schema.configs import settings_of_configs
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.keywords import SelectKeywords
 from rightrank.schema.results import Preflight
+from rightrank.schema.setting_table import given_values
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.table import given_values
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -16,7 +16,7 @@ from functools import partial
 
 import click
 
-from rightrank.cli import adapters, runs, select
+from rightrank.cli import adapter_commands, run_commands, select
 from rightrank.runs import plugins
 from rightrank.schema.errors import RightrankError, is_out_of_memory, one_line
 from rightrank.version import __version__
@@ -53,7 +53,7 @@ def cli() -> None:
     """
 
 
-for command in (*select.COMMANDS, *runs.COMMANDS, *adapters.COMMANDS):
+for command in (*select.COMMANDS, *run_commands.COMMANDS, *adapter_commands.COMMANDS):
     cli.add_command(command)
 
 

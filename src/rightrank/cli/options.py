@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import click
 
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.table import Group, Setting, Settings, is_list
+from rightrank.schema.setting_table import Group, Setting, Settings, is_list
 from rightrank.version import __version__
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rightrank.data.splits import load_all
 from rightrank.decision.guard import GUARD_MARGIN, guarded
-from rightrank.decision.run import Records, criterion_of
+from rightrank.decision.records import Records, criterion_of
 from rightrank.models.base_models import LoadedModel
 from rightrank.runs.hook import Answered, Hook, Started
 from rightrank.runs.values import Prepared

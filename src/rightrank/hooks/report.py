@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from rightrank.data.files import replacing, write_text
-from rightrank.decision.run import Answers, Records, decision_so_far
+from rightrank.decision.records import Answers, Records, decision_so_far
 from rightrank.report.figure import Axis, Figure, Series, log_ticks
 from rightrank.report.figures import adapter_figure, figures_of
 from rightrank.report.html import CURVE, PICTURE, model_card, render_report

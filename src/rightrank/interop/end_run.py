@@ -38,7 +38,7 @@ from rightrank.adapters.resize import candidate_ranks, write_truncated
 from rightrank.data.files import read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import adapter_answer, probable_ranks
 from rightrank.decision.comparison import is_within
-from rightrank.decision.run import records_of
+from rightrank.decision.records import records_of
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.base_models import base_identity
 from rightrank.models.places import BASE_FILE

@@ -84,6 +84,7 @@ class Exported:
     command: str
     notes: list[str]
     check: dict[str, Any] | None = None  # of a whole model: the comparison with the adapter
+    address: str | None = None  # of a repository of the hub that it was pushed to
 
 
 def require_target(name: str) -> None:

@@ -570,7 +570,7 @@ def _content(row: Mapping[str, Any], columns: frozenset[str]) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """A value by whose text all its bytes are told apart: of numbers in lists, arrays, tensors and images alike."""
+    """A value whose text differs wherever its bytes do: of numbers in lists, arrays, tensors and images alike."""
     if isinstance(value, Mapping):
         return [(name, _plain(value[name])) for name in sorted(value)]
     if isinstance(value, list | tuple) and not all(isinstance(part, int | float) for part in value):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
 
-from rightrank.decision.run import Answers
+from rightrank.decision.records import Answers
 from rightrank.decision.sentences import number
 from rightrank.report.format import quantity, visible
 from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver, MetricAnswer

@@ -9,7 +9,8 @@ from math import log2, log10
 from statistics import fmean
 from typing import Any
 
-from rightrank.decision.run import Records, compared
+from rightrank.decision.records import Records, compared
+from rightrank.report.evidence_tables import ENOUGH, coverage, metric_unit
 from rightrank.report.figure import (
     Axis,
     Band,
@@ -23,7 +24,6 @@ from rightrank.report.figure import (
     metric_axis,
     rank_axis,
 )
-from rightrank.report.tables import ENOUGH, coverage, metric_unit
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, RankEvidence
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.results import ModuleSpectrum

@@ -21,16 +21,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.decision.adapter import making_of
-from rightrank.decision.run import Answers, Records
+from rightrank.decision.records import Answers, Records
 from rightrank.models.places import CLASSIFIER_FILE
 from rightrank.models.ranks import peft_scaling
 from rightrank.report.answer import answer_view
+from rightrank.report.evidence_tables import candidate_table, certainty_rows, evidence_table, metric_unit
 from rightrank.report.figure import Figure, parts_of
 from rightrank.report.figures import figures_of, margin_slider
 from rightrank.report.format import quantity, size, visible
 from rightrank.report.status import cost_sentence, end_text
 from rightrank.report.svg import inline_svg, swatch
-from rightrank.report.tables import candidate_table, certainty_rows, evidence_table, metric_unit
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.decision import Decision, HandedOver, Result, ResultsTable
 from rightrank.schema.events import DataSummary, RunStarted, TestEvaluated

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pydantic import Field
 
 from rightrank.decision.next_run import next_commands
-from rightrank.decision.run import Records, answers_of, decision_so_far, trainings
+from rightrank.decision.records import Records, answers_of, decision_so_far, trainings
 from rightrank.report.answer import answer_view, labelled
 from rightrank.report.format import duration, quantity
 from rightrank.report.terminal import terminal_curve

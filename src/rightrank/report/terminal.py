@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from math import log2
 from typing import TYPE_CHECKING, TypeAlias
 
-from rightrank.decision.run import Answers
+from rightrank.decision.records import Answers
 from rightrank.report.answer import answer_view, brief, labelled
+from rightrank.report.evidence_tables import certainty_rows, evidence_table, table_lines
 from rightrank.report.format import duration, size, visible
-from rightrank.report.tables import certainty_rows, evidence_table, table_lines
 from rightrank.schema.decision import Decision
 
 if TYPE_CHECKING:

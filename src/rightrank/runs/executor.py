@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from rightrank.decision.run import Records
+from rightrank.decision.records import Records
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hooks
 from rightrank.runs.plugins import MemoryPlan
@@ -22,7 +22,7 @@ from rightrank.train.trial import TrialFolders
 
 @dataclass(frozen=True, eq=False)
 class Run(Listener):
-    """What is to be done, where, and what the journal says by now. What happens is kept there, and the hooks are told."""
+    """What is to be done, where, and what the journal says by now. What happens is kept there, and passed to the hooks."""
 
     plan: Plan
     folder: RunFolder
@@ -30,7 +30,7 @@ class Run(Listener):
     records: Records
     opening: (
         RunStarted | RunContinued | None
-    )  # its first record, or other settings with which it goes on; None: as it was
+    )  # its first record, or other settings with which it continues; None: as it was
 
     @property
     def prepared(self) -> Prepared | None:

@@ -15,7 +15,7 @@ from rightrank.data.files import UnreadableError, read_json_object, replacing_fo
 from rightrank.decision.adapter import Criterion, adapter_answer, improved_by_training, test_difference, trained_answer
 from rightrank.decision.comparison import is_within
 from rightrank.decision.next_run import next_commands
-from rightrank.decision.run import Records, best_trial, compared, criterion_of, trainings
+from rightrank.decision.records import Records, best_trial, compared, criterion_of, trainings
 from rightrank.decision.table import best_point
 from rightrank.models.places import BASE_FILE
 from rightrank.runs.executor import Run

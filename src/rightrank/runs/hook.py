@@ -11,7 +11,7 @@ from rightrank.schema.errors import RightrankError, RunError, described
 from rightrank.schema.events import Event, Listener
 
 if TYPE_CHECKING:
-    from rightrank.decision.run import Records
+    from rightrank.decision.records import Records
     from rightrank.runs.folder import RunFolder
     from rightrank.runs.values import Plan, Selected
     from rightrank.schema.decision import AdapterAnswer

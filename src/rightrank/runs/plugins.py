@@ -53,7 +53,7 @@ class Plugin:
     hooks: Callable[[], Sequence[Any]] = tuple
     """New hooks for one selection; see `rightrank.hooks.Hook`."""
     executors: Mapping[str, Callable[..., AbstractContextManager[Any]]] = field(default_factory=dict)
-    """By a value of the setting `executor`: a function of the prepared selection, its folder, and what is told.
+    """By a value of the setting `executor`: a function of the prepared selection, its folder, and the listener.
 
     It gives a context, within which workers run, whose value is a `rightrank.runs.executor.Executor`.
     """

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.decision.run import settled_start
+from rightrank.decision.records import settled_start
 from rightrank.models.base_models import (
     DTYPES,
     LoadedModel,

@@ -14,7 +14,7 @@ from dataclasses import replace
 import yaml
 
 from rightrank.data.files import write_text
-from rightrank.decision.run import Records, decide_run, settled_start
+from rightrank.decision.records import Records, decide_run, settled_start
 from rightrank.report.format import size
 from rightrank.runs.executor import Executor, LocalExecutor, Run, Workplace
 from rightrank.runs.finish import answer_early, finish, rescore

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rightrank.data.rows import require_rows
 from rightrank.decision.adapter import probable_ranks, smallest_holding_truncation
-from rightrank.decision.run import Answers, Records, answers_of, records_of
+from rightrank.decision.records import Answers, Records, answers_of, records_of
 from rightrank.models.places import require_model
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import merged
 from rightrank.schema.decision import AdapterCandidate, Decision, HandedOver, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, SettingsError
+from rightrank.schema.setting_table import require_no_secret
 from rightrank.schema.settings import Goal, SelectSettings
-from rightrank.schema.table import require_no_secret
 from rightrank.search import make_strategy
 from rightrank.search.history import space_of
 
@@ -239,7 +239,7 @@ class Selected:
 
     def to_pandas(self, *, examples: bool = False) -> DataFrame:
         """The trials as a table, or the scores of their held-out examples; see `rightrank.to_pandas`."""
-        from rightrank.report.tables import trials_frame
+        from rightrank.report.evidence_tables import trials_frame
 
         records = records_of(RunFolder(self.run).journal.read_settled(), str(self.run))
         return trials_frame(records.outcomes, examples)

@@ -9,8 +9,8 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
+from rightrank.schema.setting_table import Setting
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.table import Setting
 
 
 def reproduce_command(model: str | None, data: str | None, settings: SelectSettings) -> str | None:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from rightrank.schema.errors import SettingsError, quoted
+from rightrank.schema.setting_table import is_list
 from rightrank.schema.settings import PEFT_OPTIONS, PEFT_REPLACED, SelectSettings
-from rightrank.schema.table import is_list
 
 REPLACED = PEFT_REPLACED | {"r"}  # by the ranks
 OWN_RULES = {"warmup_steps", "bf16", "fp16", "use_cpu", "dataset_text_field", "max_steps", "num_train_epochs", "optim"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
+from rightrank.schema.setting_table import option, setting
 from rightrank.schema.settings import (
     COMPARE,
     DATA,
@@ -14,7 +15,6 @@ from rightrank.schema.settings import (
     PeftFields,
     SelectSettings,
 )
-from rightrank.schema.table import option, setting
 
 OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit"]
 TRANSFORMERS_NAMES = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw_fused", "adamw_bnb_8bit": "adamw_8bit"}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from rightrank.schema.errors import MAX_WHOLE, SettingsError
 from rightrank.schema.metrics import Checkpoint, MetricSpec, direction, parse_metrics, unknown_direction
-from rightrank.schema.table import Group, Settings, option, parsed_json, setting
+from rightrank.schema.setting_table import Group, Settings, option, parsed_json, setting
 
 COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from rightrank import decide
-from rightrank.decision.run import Answers
+from rightrank.decision.records import Answers
 from rightrank.plugins.judge.judgements import Judgement, clustered_mean, decide_judged
 from rightrank.report.answer import answer_view
-from rightrank.report.tables import evidence_table
+from rightrank.report.evidence_tables import evidence_table
 from rightrank.schema.errors import ResultsError
 from tests.commands import run
 from tests.tiny import write_jsonl

@@ -86,7 +86,7 @@ def _allocate(seeds: list[str] | None, assignments: tuple[str, ...], as_json: bo
 
 def _allocation_text(allocation: Allocation) -> str:
     """The answer and the comparisons behind it."""
-    from rightrank.report.tables import table_lines
+    from rightrank.report.evidence_tables import table_lines
 
     rows = [["pattern", "seed", "parameters", "held-out"]]
     for trial in allocation.trials:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, cast
 
-from rightrank.schema.table import Group, Settings, setting
+from rightrank.schema.setting_table import Group, Settings, setting
 
 if TYPE_CHECKING:
     from rightrank.schema.settings import SelectSettings

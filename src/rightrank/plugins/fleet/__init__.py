@@ -58,8 +58,8 @@ def fleet(
 
 def _fleet_text(answer: Fleet) -> str:
     """Everything, for a person."""
+    from rightrank.report.evidence_tables import table_lines
     from rightrank.report.format import visible
-    from rightrank.report.tables import table_lines
 
     ranks = sorted({candidate.rank for adapter in answer.adapters for candidate in adapter.candidates}, reverse=True)
     rows = [["adapter", "rank", "needs", *(f"at {rank}" for rank in ranks)]]

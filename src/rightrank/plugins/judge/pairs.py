@@ -21,7 +21,7 @@ from typing import Any
 
 from rightrank.data.files import UnreadableError, read_json_object, write_text
 from rightrank.data.forms import Example
-from rightrank.decision.run import Records, best_trial, decision_so_far, records_of
+from rightrank.decision.records import Records, best_trial, decision_so_far, records_of
 from rightrank.interop.tables import raw_rows
 from rightrank.plugins.judge.judgements import SCORES, decide_judged, judgements_of
 from rightrank.report.html import page_script, templates

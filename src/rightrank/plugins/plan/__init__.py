@@ -21,7 +21,7 @@ from rightrank.report.format import size
 from rightrank.runs.plugins import Plugin
 from rightrank.schema.command import arguments_of
 from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.table import given_values
+from rightrank.schema.setting_table import given_values
 
 SILENT_SECONDS = 2.0  # after which `plan` says what it traces
 
@@ -98,7 +98,7 @@ def _plan(model: str, config_file: Path | None, assignments: tuple[str, ...], as
 
 def _plan_text(plan: Plan) -> str:
     """The whole plan in plain lines."""
-    from rightrank.report.tables import table_lines
+    from rightrank.report.evidence_tables import table_lines
 
     heads = ["rank", "parameters", "adapter", "peak", "reserved", "with headroom", "TFLOP/step"]
     heads += ["fits"] * (plan.memory_bytes is not None)

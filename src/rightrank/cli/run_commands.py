@@ -78,7 +78,6 @@ def _export(
     run: Path,
     to: str,
     out: Path | None,
-    push_to_hub: str | None,
     assignments: tuple[str, ...],
     as_json: bool,
     quiet: bool,
@@ -90,22 +89,18 @@ def _export(
     status: 0 not worse, 3 worse by more than the margin or broken, 4 the examples cannot tell.
     """
     from rightrank.api import runs as api
-    from rightrank.cli.adapters import EXIT, progress_view
-    from rightrank.schema.errors import SettingsError
+    from rightrank.cli.adapter_commands import EXIT, progress_view
     from rightrank.schema.settings import SelectSettings
 
-    if push_to_hub is not None and to != "peft":
-        raise SettingsError(f"--push-to-hub uploads an adapter with its card; it goes with --to peft, not {to}")
     settings = SelectSettings(**gather(None, assignments, {})) if assignments else None
     with progress_view(quiet) as view:
         exported = api.export(run, to, out, settings=settings, on_event=view.on_event, **whole)
-    address = None if push_to_hub is None else api.upload(exported.folder, push_to_hub)
     if as_json:
-        click.echo(json.dumps(asdict(exported) | {"folder": str(exported.folder), "address": address}))
+        click.echo(json.dumps(asdict(exported) | {"folder": str(exported.folder)}))
     else:
         for note in exported.notes:
             click.echo(f"note: {note}", err=True)
-        click.echo(address or f"cd {exported.folder} && {exported.command}")
+        click.echo(exported.address or f"cd {exported.folder} && {exported.command}")
     return 0 if exported.check is None else EXIT[exported.check["verdict"]]
 
 
