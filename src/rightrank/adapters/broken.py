@@ -12,9 +12,10 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,13 +23,10 @@ from safetensors.torch import load_file, save_file
 
 from rightrank.models.adapter_files import open_adapter
 from rightrank.models.kinds import MAGNITUDE
-from rightrank.models.places import CONFIG_FILE, WEIGHTS_FILE, is_mlx
+from rightrank.models.places import BASE, CONFIG_FILE, WEIGHTS_FILE, is_mlx
 from rightrank.schema.trials import Floats, TrialFinished
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import EncodedData
-
-if TYPE_CHECKING:
-    from rightrank.adapters.compare import Side
 
 SMALL, NEAR = 0.1, 3.0
 COMPARED = 64  # examples whose tokens are compared
@@ -37,6 +35,22 @@ DEFAULT_ALPHA = 8.0  # of PEFT's LoraConfig
 
 
 Score: TypeAlias = Callable[[Runtime, str, Path | None], TrialFinished]  # of the base, or an adapter on it
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One side on all examples of one data set: what it was read from, and its scores."""
+
+    place: str
+    runtime: Runtime
+    adapter: Path | None  # on the base of `runtime`; None: the base or a whole model
+    scores: TrialFinished
+    other_tokens: str | None  # why its own tokenizer reads the examples as other tokens than A's; None: it does not
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a model of its own, and not the base with or without an adapter."""
+        return self.adapter is None and self.place != BASE
 
 
 def cause_of(sides: tuple[Side, Side], score: Score) -> str | None:

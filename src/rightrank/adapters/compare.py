@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rightrank.adapters.broken import cause_of, difference_of_tokens
+from rightrank.adapters.broken import Side, cause_of, difference_of_tokens
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_all
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
@@ -70,22 +70,6 @@ def compare_adapters(
     kept = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
     sentence = _sentence(*sides, worst, len(comparisons), cause)
     return AdapterComparison(sentence=sentence, comparisons=comparisons, cause=cause, **kept)
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One side on all examples of one data set: what it was read from, and its scores."""
-
-    place: str
-    runtime: Runtime
-    adapter: Path | None  # on the base of `runtime`; None: the base or a whole model
-    scores: TrialFinished
-    other_tokens: str | None  # why its own tokenizer reads the examples as other tokens than A's; None: it does not
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is a model of its own, and not the base with or without an adapter."""
-        return self.adapter is None and self.place != BASE
 
 
 def _read_sides(

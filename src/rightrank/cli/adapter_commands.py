@@ -191,7 +191,7 @@ def _compare(
 def _inspection_text(inspection: Inspection) -> str:
     """The modules, or those that use the most and the least of their rank, and the summary."""
     from rightrank.report.answer import labelled
-    from rightrank.report.tables import table_lines
+    from rightrank.report.evidence_tables import table_lines
 
     summary, modules = inspection.summary, inspection.modules
     by_use = sorted(modules, key=lambda module: (module.effective_rank or module.stable_rank) / module.rank)
@@ -232,7 +232,7 @@ def _module_row(module: ModuleSpectrum) -> list[str]:
 
 def _resized_text(resized: Resized) -> str:
     """What was written, and the error of the truncation."""
-    from rightrank.report.tables import candidate_table, table_lines
+    from rightrank.report.evidence_tables import candidate_table, table_lines
 
     rank = f"rank {resized.rank}" if resized.rank is not None else "ranks by module"
     worst = max(resized.modules, key=lambda module: module.relative_delta_error)

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -77,9 +77,6 @@ from rightrank.train.targets import without_peft_noise
 from rightrank.train.trial import finished
 from rightrank.version import __version__
 
-if TYPE_CHECKING:
-    from rightrank.interop.live_cut import Branches
-
 DataForm = Literal["preference", "classification", "own"]
 KEPT = "measure.json"  # in the run's cache
 ELSEWHERE = (
@@ -89,6 +86,19 @@ ELSEWHERE = (
     "name",
     "write_beside",
 )  # of a `LiveAdapter`: in files of their own, or as by default
+
+
+class Branches(Protocol):
+    """The states of a training that a cut can leave from (`live_cut.Branches`)."""
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Their steps, the latest first."""
+        ...
+
+    def branched(self, live: LiveAdapter, arm: Arm) -> AbstractContextManager[None]:
+        """Within the block the model is the end of the arm, which is cut."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
