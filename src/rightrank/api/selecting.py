@@ -168,7 +168,7 @@ def select_rank_with(
             on this machine ("processes") or on a Ray cluster ("ray": the one that RAY_ADDRESS names, or one on this machine;
             `out` must be on a disk that its nodes share).
         callbacks: what watches the selection or takes part in it, such as `rightrank.hooks.trackers.Trackers`.
-        settings: see `TrainerSettings`: goal, profile, strategy, max_steps, workers, timeout_seconds, progress.
+        settings: see `TrainerSettings`: goal, profile, strategy, lora_alpha, max_steps, workers, timeout_seconds, progress.
 
     Raises:
         InputError: an argument that is not allowed, a metric without a known direction, a function that can't be sent to a

@@ -74,6 +74,8 @@ class TrainerSettings(TypedDict, total=False):
     where no difference between ranks can be shown."""
     strategy: str | None
     """None for "grid", or that of the profile."""
+    lora_alpha: float
+    """Passed to `train` in the task, and stated of the adapters; 32 by default."""
     max_steps: int
     """Passed to `train` in the task, as `steps`; 0 leaves the length to it."""
     workers: int
@@ -179,7 +181,9 @@ def own_request(
     metric = metric if stated is None else name
     values = {**compared, "strategy": given.get("strategy") or None}
     values |= {name: profile[name] for name in ("seeds", "margin", "strategy") if values[name] is None}
-    settings = SelectSettings(**values | {"goal": given.get("goal", "training-rank")})
+    settings = SelectSettings(
+        **values | {"goal": given.get("goal", "training-rank"), "lora_alpha": given.get("lora_alpha", 32.0)}
+    )
     make_strategy(settings.strategy, space_of(settings, 1))  # refuses an unknown name first
     if settings.goal == "adapter" and settings.strategy == Upward.name:
         raise SettingsError(
