@@ -15,9 +15,10 @@ from filelock import FileLock
 from rich.console import Console
 
 import rightrank
+from rightrank import TrialResult, TrialTask
 from rightrank.api.runs import decide, status
 from rightrank.cli import cli
-from rightrank.decision.records import Answers, decide_run
+from rightrank.decision.records import Answers, Records, decide_run
 from rightrank.hooks.process import JsonLog, ProgressFile
 from rightrank.hooks.terminal import LiveView, View, make_view, plan_line
 from rightrank.report.answer import answer_view, notebook_html
@@ -209,19 +210,20 @@ def test_the_terminal_curve_stays_in_its_width_and_shows_every_rank(width: int, 
 
 def test_trials_are_a_table() -> None:
     records = made_up_run(diverged=[(4, 1e-3)], seeds=(0, 1))
-    table = trials_frame(records.outcomes, examples=False)
+    table = trials_frame(records, examples=False)
     assert list(table.trial_id) == [outcome.trial_id for outcome in records.outcomes]
     assert set(table.status) == {"finished", "diverged"}
     assert list(table[table.stage == "base"]["rank"]) == [0]
     finished = [outcome for outcome in records.outcomes if isinstance(outcome, TrialFinished)]
     assert list(table[table.status == "finished"].loss) == [outcome.metrics["loss"] for outcome in finished]
     assert list(table[table.status == "diverged"].reason) == ["training loss is nan"] * 2
-    assert trials_frame([], examples=False).empty
+    assert trials_frame(Records.of(records.started, []), examples=False).empty
+    assert trials_frame(Records.of(records.started, []), examples=True).empty
 
 
 def test_the_table_of_examples_decides_as_the_run() -> None:
     records = made_up_run(seeds=(0, 1))
-    table = trials_frame(records.outcomes, examples=True)
+    table = trials_frame(records, examples=True)
     of_run = decide_run(records)
     assert len(table) == sum(len(t.item_losses) for t in records.outcomes if isinstance(t, TrialFinished))
     of_stages = table[table.stage.isin(["whole", "base"])]
@@ -230,6 +232,18 @@ def test_the_table_of_examples_decides_as_the_run() -> None:
     for ours, theirs in zip(read.ranks, of_run.ranks, strict=True):
         assert (ours.rank, ours.value) == (theirs.rank, pytest.approx(theirs.value))
         assert (ours.low, ours.high) == (pytest.approx(theirs.low), pytest.approx(theirs.high))
+
+
+def test_scores_of_a_custom_trainer_stand_below_the_metric_that_they_are_of(tmp_path: Path) -> None:
+    def train(task: TrialTask) -> TrialResult:
+        scores = [number / task.rank for number in range(20)]
+        return TrialResult(metrics={"accuracy": 0.5, "loss": sum(scores) / 20}, item_scores=scores)
+
+    selected = rightrank.select_rank_with(train, tmp_path / "run", ranks=(1, 4), learning_rates=(1e-3,))
+    table = selected.to_pandas(examples=True)
+    assert "accuracy" not in table.columns
+    assert list(table[table["rank"] == 4].loss) == [number / 4 for number in range(20)]
+    assert set(selected.to_pandas().accuracy) == {0.5}
 
 
 def test_the_table_of_a_folder_and_of_what_select_returns(tmp_path: Path) -> None:

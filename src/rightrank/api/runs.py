@@ -69,7 +69,7 @@ def to_pandas(run: str | Path, *, examples: bool = False) -> DataFrame:
     from rightrank.report.evidence_tables import trials_frame
 
     _, _, records = _opened(run, settled=True)
-    return trials_frame(records.outcomes, examples)
+    return trials_frame(records, examples)
 
 
 def begun_as(run: str | Path) -> dict[str, object]:

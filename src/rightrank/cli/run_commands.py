@@ -217,7 +217,7 @@ def _command_of(results: Path, asked: Mapping[str, Any]) -> str:
             options.append("--higher-is-better" if value else "--lower-is-better")
         elif value:
             text = ",".join(f"{key}={column}" for key, column in value.items()) if name == "columns" else str(value)
-            options += [f"--{name.removesuffix('_steps')}", text]
+            options += [f"--{name}", text]
     return shlex.join(["rightrank", "decide", str(results), *options])
 
 

@@ -132,18 +132,18 @@ def load_data(
     validation, test = (np.unique(np.frombuffer(read.held_out[split].ids, np.uint64)) for split in HELD_OUT)
     groups = np.unique(np.array([example.group for example in evaluated], np.uint64))
     distinct = len(validation) + len(test)
-    leaked = {int(number) for number in validation[_are_in(validation, stored.numbers())]}
-    leaked |= {int(number) for number in test[_are_in(test, stored.numbers())]}
-    alike = np.unique(
-        np.array([_alike(example) for example in evaluated if int(example.item_id, 16) not in leaked], np.uint64)
-    )
+    both = np.union1d(validation, test)
+    leaked = both[_are_in(both, stored.numbers())]  # into train
+    known = set(leaked.tolist())
+    near = [_alike(example) for example in evaluated if int(example.item_id, 16) not in known]
+    alike = np.unique(np.array(near, np.uint64))
     summary = DataSummary(
         form=form,
         splits={},
         splits_given=is_given,
         # distinct validation examples that are in train, and test examples that are in either
         duplicates_across_splits=int(
-            _are_in(validation, stored.numbers()).sum() + _are_in(test, chain([validation], stored.numbers())).sum()
+            np.isin(validation, leaked).sum() + np.isin(test, np.union1d(validation, leaked)).sum()
         ),
         near_duplicates_across_splits=int(_are_in(alike, stored.numbers("alike")).sum()),
         classes=_classes(read.labels, examples, name, classes) if form == "classification" else None,

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rightrank.decision.comparison import is_within
+from rightrank.decision.records import Records
 from rightrank.decision.sentences import chance
 from rightrank.report.answer import brief
 from rightrank.report.format import visible
@@ -153,12 +154,17 @@ _OF_TRIAL = (
 )  # fmt: skip
 
 
-def trials_frame(outcomes: Iterable[TrialOutcome], examples: bool) -> DataFrame:
+def trials_frame(records: Records, examples: bool) -> DataFrame:
     """A row for each trial with its metrics, or for each held-out example of each finished one with its scores."""
     from pandas import DataFrame, concat
 
-    parts = [DataFrame(_example_columns(trial) if examples else [_trial_row(trial)]) for trial in outcomes]
-    parts = [part for part in parts if len(part)]
+    if not examples:
+        return DataFrame(map(_trial_row, records.outcomes))
+    started = records.started  # the scores of a custom trainer are of the metric that decides
+    columns = [
+        _example_columns(trial, (started.metric,) if started.is_own else trial.metrics) for trial in records.finished()
+    ]
+    parts = [DataFrame(of_trial) for of_trial in columns if of_trial]
     return concat(parts, ignore_index=True) if parts else DataFrame()
 
 
@@ -174,11 +180,9 @@ def _trial_row(trial: TrialOutcome) -> dict[str, Any]:
     return {**_identity(trial), "status": trial.type.removeprefix("trial_"), **measured, **known}
 
 
-def _example_columns(trial: TrialOutcome) -> dict[str, Any]:
-    """Columns of one length: a token's loss, as the metric has it, and its weight."""
-    if not isinstance(trial, TrialFinished):
-        return {}
-    scores = {metric: items for metric in trial.metrics if (items := trial.items(metric)) is not None}
+def _example_columns(trial: TrialFinished, metrics: Iterable[str]) -> dict[str, Any]:
+    """Columns of one length: the score of each metric, a loss by token, and its weight; empty without scores by example."""
+    scores = {metric: items for metric in metrics if (items := trial.items(metric)) is not None}
     if not scores:
         return {}
     columns: dict[str, Any] = {"item": range(len(next(iter(scores.values()))[0]))}

@@ -253,7 +253,7 @@ def _is_hub_name(model: str) -> bool:
 def _subject_text(started: RunStarted) -> str:
     """Model and data in one line, with the number of examples."""
     if started.model_name is None or started.data_name is None:
-        return started.model_name or (started.trainer if not started.fingerprint else None) or "a custom trainer"
+        return started.model_name or (started.trainer if started.is_table else None) or "a custom trainer"
     names = started.model_name, started.data_name
     model, data = (PurePath(name).name if name.startswith((".", "/", "~")) else name for name in names)
     counts = ", ".join(f"{split.items:,} {split_name(name)}" for name, split in started.data.splits.items())
@@ -329,7 +329,7 @@ def _not_tested(records: Records, decision: Decision | None) -> list[str]:
     missing = sum(outcome.rank > 0 and not isinstance(outcome, TrialFinished) for outcome in records.outcomes)
     if missing:
         limits.append(f"{quantity(missing, 'training')} without a result: they count neither for nor against a rank.")
-    if not records.tests and records.started.fingerprint:  # of a table nothing is known
+    if not records.tests and not records.started.is_table:
         limits.append("The test split, which is evaluated at the end of the run.")
     return limits
 

@@ -242,7 +242,7 @@ class Selected:
         from rightrank.report.evidence_tables import trials_frame
 
         records = records_of(RunFolder(self.run).journal.read_settled(), str(self.run))
-        return trials_frame(records.outcomes, examples)
+        return trials_frame(records, examples)
 
     @property
     def view(self) -> AnswerView:

@@ -115,6 +115,11 @@ class RunStarted(Record):
         return "trainer" in self.settings
 
     @property
+    def is_table(self) -> bool:
+        """Whether it stands for a table of results, of whose trainings nothing else is known."""
+        return not self.fingerprint
+
+    @property
     def is_end(self) -> bool:
         """Whether it is the end of a training of one's own, and not a function that trains."""
         return self.is_own and "steps" not in self.settings
