@@ -48,6 +48,23 @@ def test_the_table_says_what_was_understood_and_what_to_do(table: Path) -> None:
         assert part in answer.stdout
 
 
+def test_wins_against_a_fixed_reference_decide(tmp_path: Path) -> None:
+    """Two people judge each prompt; a win counts 1, a tie 0.5 and a loss 0."""
+    path, rows = tmp_path / "wins.csv", ["rank,seed,item,group,value"]
+    for rank, wins in ((4, 0.2), (16, 0.45), (64, 0.45)):
+        for prompt in range(300):
+            value = 0.5 if prompt % 10 == 0 else float(prompt * 7 % 300 < wins * 300)
+            rows += [f"{rank},0,{prompt}-{person},{prompt},{value}" for person in ("Ada", "Bo")]
+    path.write_text("\n".join(rows) + "\n")
+    answer = CliRunner().invoke(
+        cli, ["decide", str(path), *"--metric win_rate --higher-is-better --margin 0.05 --json".split()]
+    )
+    decision = json.loads(answer.stdout)
+    assert (decision["rank"], decision["metric"], decision["higher_is_better"]) == (16, "win_rate", True)
+    assert [row["non_inferior"] for row in decision["ranks"]] == [False, True, True]
+    assert "300 groups of 600 examples" in decision["basis_note"]
+
+
 @pytest.mark.parametrize(("ending", "begins"), [("svg", b"<svg xmlns="), ("pdf", b"%PDF-"), ("PNG", b"\x89PNG")])
 def test_plot_writes_a_picture(table: Path, ending: str, begins: bytes) -> None:
     target = table.with_name(f"curve.{ending}")

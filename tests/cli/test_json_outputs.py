@@ -87,7 +87,6 @@ FINE = [
     "compare of_model of_model --model model --data data.jsonl --seq-len 32 --device cpu",
     "fleet of_model also_of_model --model model --data data.jsonl --out common --margin 9 "
     "--set seq_len=32 --set eval_items=8 --set max_steps=2 --set device=cpu",
-    "judge done --prompts 2",
     f"select model data.jsonl --dry-run {SMALL}",
     *[f"export done --to {target}" for target in ("peft", "trl", "vllm")],
     f"select model data.jsonl --out run {SMALL}",
@@ -120,8 +119,6 @@ FAILING = [
     "compare of_model of_model --model model --data nowhere.jsonl",
     "fleet of_model empty --model model --data data.jsonl --out out",
     "fleet of_model adapter --model model --data data.jsonl --out out",
-    "judge empty",
-    "judge done --collect nowhere.json",
     "select model data.jsonl --out run --guard nowhere.jsonl",
     "resize empty out --rank 4",
     "resize adapter out",

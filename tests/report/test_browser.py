@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -209,28 +208,3 @@ def test_texts_from_data_run_nothing(browser: Any, tmp_path: Path) -> None:
     seen.page.mouse.move(400, 500)
     assert seen.page.evaluate("window.pwned") is None
     assert seen.complaints == []
-
-
-@pytest.mark.plug_in("judge")
-def test_a_judge_clicks_through_and_saves(browser: Any, tmp_path: Path) -> None:
-    from rightrank.plugins.judge.pairs import judge_page
-
-    page = browser.new_page(accept_downloads=True)
-    pairs = [
-        {"id": f"p{n}", "prompt": f"prompt {n} </script><b>", "a": f"left {n}", "b": f"right {n}"} for n in range(3)
-    ]
-    file = tmp_path / "judge.html"
-    file.write_text(judge_page(pairs), encoding="utf-8")
-    page.goto(file.as_uri())
-    assert page.locator("#prompt").inner_text() == "prompt 0 </script><b>"
-    page.fill("#judge", "Ada")
-    page.click("#choose-a")
-    page.keyboard.press("2")
-    page.click("#back")
-    page.click("#choose-tie")
-    page.click("#choose-b")
-    assert page.locator("#progress").inner_text() == "3 of 3 judged"
-    with page.expect_download() as download:
-        page.click("#save")
-    found = json.loads(Path(download.value.path()).read_text())
-    assert found == {"judge": "Ada", "choices": {"p0": "a", "p1": "tie", "p2": "b"}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 
 from rightrank import select_rank_with
 from rightrank.hooks import trackers
-from rightrank.report.html import page_script
 from rightrank.schema.errors import RunError, SettingsError, described, first_line, one_line, without_secrets
 from rightrank.schema.settings import SelectSettings
 from tests.commands import COMMANDS, run
@@ -65,7 +63,7 @@ def test_a_setting_that_holds_a_secret_is_refused(name: str, form: str) -> None:
     assert SECRET not in str(caught.value)
 
 
-READ_ONE = ["decide", "inspect", "status", "report", "repair", "plan", "export", "fleet", "allocate", "judge"]
+READ_ONE = ["decide", "inspect", "status", "report", "repair", "plan", "export", "fleet", "allocate"]
 
 
 @pytest.mark.parametrize("form", ["an address", "an address as a path", "a query", "a token of the hub"])
@@ -127,30 +125,11 @@ def test_a_cluster_is_joined_only_where_it_is_asked_for() -> None:
         SelectSettings(ray_address="head:10001")
 
 
-HOSTILE = "</script><script>fetch('https://elsewhere')</script><img src=x onerror=alert(1)>\u202e"
-
-
-@pytest.mark.plug_in("judge")
-def test_the_judge_s_page_shows_answers_as_text_and_sends_nothing() -> None:
-    from rightrank.plugins.judge.pairs import judge_page
-
-    page = judge_page([{"id": "p0", "prompt": HOSTILE, "a": HOSTILE, "b": "b"}])
-    assert page.count("<script") == page.count("</script>") == 2  # the pairs as JSON, and the page's own
-    assert "<img" not in page
-    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
-    assert policy.startswith("default-src 'none'")
-    assert page_script(re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[0], None)["script_hash"] in policy
-    held = re.findall(r'id="pairs">(.*?)</script>', page, re.DOTALL)[0]
-    assert json.loads(held)[0]["a"] == HOSTILE.replace("\u202e", "\ufffd")
-    assert "innerHTML" not in page
-    assert not re.findall(r"""(?:src|href)=["']""", page)
-
-
 def test_each_threat_has_tests_that_exist() -> None:
     """A test of a plug-in is named with its file, which may go with the plug-in."""
     section = (ROOT / "SECURITY.md").read_text(encoding="utf-8").split("## Threats")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| **")]
-    assert len(rows) >= 8
+    assert len(rows) >= 7
     every = {
         name: path
         for path in (ROOT / "tests").rglob("test_*.py")

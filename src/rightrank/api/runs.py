@@ -15,7 +15,6 @@ from rightrank.decision.table import other_tables, table_of_results
 from rightrank.models.places import CONFIG_FILE, hub_errors
 from rightrank.report.answer import answer_view, labelled, notebook_html
 from rightrank.report.status import RunStatus, last_decided, run_status
-from rightrank.runs import plugins
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.runs.journal import Repaired
 from rightrank.schema.decision import Decision, ResultsTable
@@ -259,7 +258,7 @@ class Decided:
     understood: list[str]
     adapter_sentence: str | None = None  # the answer to the first question, of a run folder that has one
     next_commands: Sequence[str | None] = ()  # each next run as a command that can be pasted, of a run folder
-    table: ResultsTable | None = None  # the trainings; None: a run folder has them, or they are judgements
+    table: ResultsTable | None = None  # the trainings; None: a run folder has them
 
     def write_report(self, path: str | Path, source: str = "a table of results", command: str = "") -> Path:
         """Write the report of a table: the answer, the curve, the evidence by rank and all trainings, in one HTML file.
@@ -269,7 +268,7 @@ class Decided:
             command: that decides on it; by default none.
 
         Raises:
-            ResultsError: a run folder, which has its own report, or judgements.
+            ResultsError: a run folder, which has its own report.
         """
         from rightrank.report.html import results_report
 
@@ -349,8 +348,6 @@ def decide(
                 higher_is_better = given.directions[0].name == "MAXIMIZE"
             given = given.trials_dataframe()
         where, rows = "results", rows_of_mappings(given)
-    if (decided := plugins.first(lambda plugin: plugin.decide_rows(rows, margin))) is not None:
-        return Decided(*decided)
     read = results_of_rows(rows, where, metric, higher_is_better, margin, columns or {})
     others = other_tables(read)
     decision = rule.decision_of(

@@ -72,18 +72,13 @@ def _evidence_row(evidence: RankEvidence, decision: Decision, with_learning_rate
         str(evidence.rank) if evidence.rank else "base",
         f"{evidence.value:.5g}",
         f"{evidence.low:.5g} to {evidence.high:.5g}" if evidence.low < evidence.high else "unknown",
-        _reference_word(decision) if is_reference else brief(evidence.difference),
+        "best" if is_reference else brief(evidence.difference),
         "" if low is None or is_reference else f"{brief(low)} to {brief(high)}",
         _enough(evidence, decision),
         *["" if evidence.probability is None else chance(evidence.probability)] * _has_probabilities(decision),
     ]
     rate = f"{evidence.learning_rate:.2g}" if evidence.learning_rate else ""
     return [*row, *[rate] * with_learning_rate, str(evidence.seeds)]
-
-
-def _reference_word(decision: Decision) -> str:
-    """The reference is the rank that came out best, but where judgements compare all ranks with a given one."""
-    return "best" if decision.best_so_far in (None, decision.reference_rank) else "reference"
 
 
 def _enough(evidence: RankEvidence, decision: Decision) -> str:
@@ -94,8 +89,7 @@ def _enough(evidence: RankEvidence, decision: Decision) -> str:
     is_reading = decision.basis in ("std", "values")
     nothing_shown = decision.rank is None and decision.fallback_rank is None
     if evidence.rank == decision.reference_rank and (is_reading or nothing_shown):
-        word = _reference_word(decision)
-        return "best so far" if word == "best" else word
+        return "best so far"
     answer = decision.rank if decision.rank is not None else decision.fallback_rank
     if evidence.non_inferior and not is_reading and evidence.rank > 0 and (answer is None or evidence.rank < answer):
         return ENOUGH[None]

@@ -23,10 +23,8 @@ from rightrank.schema.errors import LIBRARY_ERRORS, one_line
 if TYPE_CHECKING:
     import click
 
-    from rightrank.data.rows import Row
     from rightrank.models.base_models import LoadedModel
     from rightrank.runs.folder import Download
-    from rightrank.schema.decision import Decision
     from rightrank.schema.settings import SelectSettings
     from rightrank.train.tokens import EncodedData
 
@@ -68,12 +66,6 @@ class Plugin:
 
     From the base, the data, the classes of a classification (None for others), the settings, and what receives each line for a
     person. Ranks that the user did not give may be chosen here. It raises SettingsError where fewer ranks fit than a comparison needs.
-    """
-    decide_rows: Callable[[Sequence[Row], float | None], tuple[Decision, list[str]] | None] = lambda rows, margin: None
-    """The decision on finished results of another kind than values, and how they were understood; None for other rows.
-
-    From the rows of a table, with the place of each, and the margin, None for the default of this kind. It raises ResultsError for rows of
-    this kind that can't be used.
     """
 
 

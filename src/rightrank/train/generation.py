@@ -59,11 +59,6 @@ def answers(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
     return [ModelAnswer(prompt.item_id, prompt.text, text, prompt.expected) for prompt, text in texts]
 
 
-def write_completion(runtime: Runtime, example: Example) -> str:
-    """The answer to one example, generated in this process as `answers` generates it."""
-    return _generate(runtime, [_prompt(runtime, example)])[0]
-
-
 def _prompt(runtime: Runtime, example: Example) -> Prompt:
     prompt = example.content.get("prompt")
     completion = example.content.get("completion", example.content.get("chosen"))  # or the chosen one of a pair
