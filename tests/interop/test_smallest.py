@@ -38,9 +38,8 @@ from rightrank.adapters.resize import candidate_ranks
 from rightrank.api.runs import status
 from rightrank.decision.comparison import INDEPENDENT
 from rightrank.interop.end_run import measure, measure_again
-from rightrank.interop.smallest import main, training_warnings
+from rightrank.interop.smallest import main
 from rightrank.models.adapter_files import open_adapter
-from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.trials import SplitName
 from rightrank.train.covariances import gather_unseen_moments
@@ -418,7 +417,7 @@ def test_rows_of_the_training_set_are_counted_and_left_out(
 def test_the_best_checkpoint_is_measured_where_the_trainer_loads_it(
     model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    callback = SmallestAdapter(Listed(rows[140:]), margin=0.1, every_evaluation=True, checkpoint="best")
+    callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
     changes = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 10, "max_steps": 40}
     # At this rate the last step is not the best one.
     _, model = trained(
@@ -436,50 +435,6 @@ def test_the_best_checkpoint_is_measured_where_the_trainer_loads_it(
     assert callback.result is not None
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
     assert callback.result.value == pytest.approx(scored(model.eval(), batches).loss, rel=1e-4)
-    assert [step for step, _ in callback.curve] == [10, 20, 30, 40]
-    (told,) = [one for one in document["adapter_answer"]["notes"] if one.startswith("smallest rank that holds: ")]
-    assert told.endswith(f"{callback.curve[-1][1]} at step 40")
-
-
-@pytest.mark.parametrize("checkpoint", ["last", "best"])
-def test_either_checkpoint_is_measured_whatever_the_trainer_ends_with(
-    checkpoint: str, model_folder: Path, rows: Rows, tmp_path: Path
-) -> None:
-    """The other one is measured too, since it differs by more than the margin; the model stays as the trainer ends with it."""
-    steps = {"eval_strategy": "steps", "eval_steps": 10, "max_steps": 40}
-    changes: dict[str, Any] = steps | {"learning_rate": 0.3, "lr_scheduler_type": "constant"}
-    ends_with_best = checkpoint == "last"
-    if ends_with_best:
-        changes |= {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 10}
-    callback = SmallestAdapter(Listed(rows[140:]), margin=0.005, checkpoint=checkpoint)  # type: ignore[arg-type]
-    trainer, model = trained(model_folder, rows, tmp_path / "out", [callback], **changes)
-    _, alone = trained(model_folder, rows, tmp_path / "alone", [], **changes)
-    assert all(
-        torch.equal(one, other)
-        for (_, one), (_, other) in zip(alone.named_parameters(), model.named_parameters(), strict=True)
-    )
-    evaluated = {one["step"]: one["eval_loss"] for one in trainer.state.log_history if "eval_loss" in one}
-    best = min(evaluated, key=lambda step: evaluated[step])
-    assert best < 40
-    document = json.loads((tmp_path / "out" / "rightrank" / "decision.json").read_text(encoding="utf-8"))
-    step = 40 if checkpoint == "last" else best
-    notes = document["adapter_answer"]["notes"]
-    assert any(f"Measured from the {checkpoint} (step {step}) weights" in note for note in notes)
-    assert callback.result is not None
-    assert callback.result.value == pytest.approx(evaluated[step], rel=0.05)  # the trainer averages batches, not tokens
-    loaded = losses_by_peft(
-        model_folder, tmp_path / "out" / "rightrank" / document["handed_over"]["reference_adapter"], rows[140:]
-    )
-    tokens = sum(label != -100 for row in rows[140:] for label in row["labels"][1:])
-    assert sum(loaded) / tokens == pytest.approx(callback.result.value, rel=1e-4)
-    (told,) = [note for note in notes if f"holds at the checkpoint that is used, {checkpoint} (step" in note]
-    assert ("checkpoint_matters" in document.get("flags", ())) == told.startswith("checkpoint_matters: ")
-
-
-def test_a_checkpoint_that_is_not_at_hand_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    callback = SmallestAdapter(Listed(rows[140:]), checkpoint="best")
-    with pytest.raises(SettingsError, match="checkpoint 'best': the training evaluates nothing"):
-        trained(model_folder, rows, tmp_path, [callback], max_steps=2)
 
 
 def test_a_search_for_hyperparameters_is_not_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
@@ -617,27 +572,6 @@ def test_blocks_below_the_adapter_are_computed_once(model_folder: Path, rows: Ro
     assert len(kept.answer.candidates) == 5
 
 
-def test_the_training_says_that_the_top_is_too_small_or_overfits() -> None:
-    def candidate(rank: int, high: float) -> AdapterCandidate:
-        return AdapterCandidate(
-            rank=rank, how="truncated" if rank < 16 else "trained", trial_id=f"r{rank}", value=1.0 + high, difference=high,
-            difference_low=high, difference_high=high, holds=high <= 0.005,
-        )  # fmt: skip
-
-    def answer(high: float) -> AdapterAnswer:
-        return AdapterAnswer(
-            rank=16, how="trained", trial_id="r16", trained_rank=16, trained_id="r16", reference_id="r16",
-            difference=0.0, difference_high=0.0, margin=0.005, sentence="",
-            candidates=[candidate(16, 0.0), candidate(8, high)],
-        )  # fmt: skip
-
-    assert list(training_warnings(answer(0.001), [(1, 2.0), (2, 1.9)], "loss")) == []
-    (small,) = training_warnings(answer(0.01), [(1, 2.0), (2, 1.9)], "loss")
-    assert small == "The top may be too small: at rank 8 it loses more than the margin."
-    (overfits,) = training_warnings(answer(0.001), [(1, 1.9), (2, 2.0)], "loss")
-    assert overfits == "The top overfits: its held-out loss was best at step 1, 1.9000; it is 2.0000 now."
-
-
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_path: Path, metric: str) -> None:
     """With the trainer's own collator; the head is trained whole, and stays."""
@@ -686,8 +620,6 @@ def test_a_metric_without_examples_is_refused(model_folder: Path, rows: Rows, tm
         trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]), metric="accuracy")])
     with pytest.raises(SettingsError, match="measured by loss or accuracy"):
         trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]), metric="rouge")])
-    with pytest.raises(SettingsError, match=r"checkpoint 'best'.*set load_best_model_at_end=True"):
-        trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]), checkpoint="best")])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -794,17 +726,3 @@ def test_the_end_of_a_trl_training(model_folder: Path, completion_file: Path, tm
     evaluated = trainer.evaluate()["eval_loss"]
     assert top.value == pytest.approx(evaluated, rel=0.02)  # the trainer averages batches, not tokens
     assert (tmp_path / "out" / "rightrank" / "adapter" / "adapter_config.json").exists()
-
-
-def test_the_curve_over_steps(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """A point for each evaluation, and the training stays the same to the bit."""
-    watched = SmallestAdapter(Listed(rows[140:]), margin=0.1, every_evaluation=True)
-    _, alone = trained(model_folder, rows, tmp_path / "alone", [], eval_strategy="steps", eval_steps=4, max_steps=8)
-    changes = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 8}
-    trainer, model = trained(model_folder, rows, tmp_path / "watched", [watched], **changes)
-    assert [step for step, _ in watched.curve] == [4, 8]
-    assert [entry["rightrank/rank"] for entry in trainer.state.log_history if "rightrank/rank" in entry][:2] == [
-        rank for _, rank in watched.curve
-    ]
-    other = dict(model.named_parameters())
-    assert all(torch.equal(value, other[name]) for name, value in alone.named_parameters())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -37,7 +36,6 @@ from rightrank.adapters.live_scores import Batch, HeldOutBatches, gathered, is_o
 from rightrank.adapters.resize import candidate_ranks, write_truncated
 from rightrank.data.files import read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import adapter_answer, probable_ranks
-from rightrank.decision.comparison import is_within
 from rightrank.decision.records import records_of
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.base_models import base_identity
@@ -49,14 +47,13 @@ from rightrank.runs.prepare import environment_of
 from rightrank.runs.run import select
 from rightrank.runs.values import Plan
 from rightrank.schema.command import reproduce_command
-from rightrank.schema.decision import AdapterAnswer, CheckpointNote
+from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError, NotFiniteError, RunFolderError, first_line
 from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import (
     Arm,
     Cut,
-    EvalPoint,
     Trial,
     TrialFinished,
     TrialOutcome,
@@ -110,10 +107,7 @@ class Training:
     seconds: float | None = None  # without the end; None: not known
     peak_bytes: int = 0  # before the end; 0: not known
     kept_step: int | None = None  # of the best checkpoint, where that is measured; None: the last
-    points: Sequence[tuple[int, float]] = ()  # held-out values of the training's own evaluations
-    curve: Sequence[tuple[int, int]] = ()  # (step, smallest rank that holds)
     notes: Sequence[str] = ()
-    fall: float | None = None  # between the best evaluation and the last; None: not known in the metric's unit
 
     @property
     def checkpoint(self) -> str:
@@ -173,20 +167,18 @@ def finish_run(
     folder: RunFolder,
     training: Training,
     hooks: Sequence[Hook] = (),
-    other: AbstractContextManager[None] | None = None,
     branches: Branches | None = None,
 ) -> Ending:
     """Walk down over the truncations of a live adapter until one loses more than the margin, and hand over.
 
     Args:
-        other: A context within which the model has the weights of the training's other checkpoint.
         branches: What finishes the training from where it was cut.
 
     Raises:
         ModelError: the adapter cannot be truncated.
         NotFiniteError: a held-out loss is NaN or infinite.
     """
-    end = _End(live, training, other, branches)
+    end = _End(live, training, branches)
     with together(), folder.locked(), report_disk_errors(folder.path):
         select(end, folder, [end, *hooks], end.workplace)
     records = end.begun.records
@@ -282,15 +274,9 @@ class _End(Hook):
     """The end of a training: the request for the run that `begin_run` has begun, its executor, which puts the truncations in the place of the
     trained adapter, and what a person should know of it, as notes of the answer."""
 
-    def __init__(
-        self,
-        live: LiveAdapter,
-        training: Training,
-        other: AbstractContextManager[None] | None,
-        branches: Branches | None,
-    ) -> None:
+    def __init__(self, live: LiveAdapter, training: Training, branches: Branches | None) -> None:
         require_scorable(live.model, live.name)
-        self._live, self._training, self._other, self._branches = live, training, other, branches
+        self._live, self._training, self._branches = live, training, branches
         self._began = time.monotonic()
         self._held_out = HeldOutBatches(live.model, live.held_out, live.beta)
         self.moments = Gathered({}, 0, 0)  # before the first truncation
@@ -330,8 +316,7 @@ class _End(Hook):
             scores, method = self.truncated(trained, arm.rank, target), "kfac" if self.moments.moments else "svd"
             changes = {"truncation": method}
         else:
-            points = [EvalPoint(step=step, value=value) for step, value in training.points]
-            progress = Progress(step=training.steps, points=points, train_seconds=training.seconds or 0.0)
+            progress = Progress(step=training.steps, train_seconds=training.seconds or 0.0)
             size = sum(module.parameters for module in open_adapter(target).modules)
             changes = {"kept_step": training.kept_step, "trainable_parameters": size, "peak_bytes": training.peak_bytes}
             scores = self._scores("as trained")
@@ -356,26 +341,12 @@ class _End(Hook):
         return scores
 
     def on_adapter(self, answered: Answered) -> tuple[AdapterAnswer, None]:
-        """With the ranks that hold at both checkpoints, and the cost."""
+        """With the cost, and an estimate of the rank to train at."""
         training, answer, records = self._training, answered.answer, answered.records
         notes = [*training.notes, *answer.notes, *self.moments.notices]
-        if training.curve:
-            notes.append(
-                "smallest rank that holds: " + ", ".join(f"{rank} at step {step}" for step, rank in training.curve)
-            )
-        checkpoint = None
-        if self._other is not None and not (training.fall is not None and is_within(training.fall, answer.margin)):
-            with self._other, tempfile.TemporaryDirectory(prefix="rightrank-") as working:
-                theirs = measure(self._live, Path(working) / "run", training).answer.rank
-            is_best = training.kept_step is not None
-            last, best = (theirs, answer.rank) if is_best else (answer.rank, theirs)
-            checkpoint = CheckpointNote(used="best" if is_best else "last", last=last, best=best)
-            told = f"rank {answer.rank} holds at the checkpoint that is used, {training.checkpoint}, and rank {theirs} at the "
-            told += "last one" if is_best else "best one"
-            notes.append(f"checkpoint_matters: {told}" if checkpoint.matters else told)
         notes.append(next_training(answer, records.started))
         self.cost = self._cost(len(records.by_id[answer.trained_id].item_losses))
-        return answer.model_copy(update={"notes": [*notes, self.cost], "checkpoint": checkpoint}), None
+        return answer.model_copy(update={"notes": [*notes, self.cost]}), None
 
     def _cost(self, examples: int) -> str:
         seconds, training = time.monotonic() - self._began, self._training
@@ -433,8 +404,7 @@ def measure_again(out: Path, hooks: Sequence[Hook] = ()) -> str:
         )
     asked = read_json_object(folder.cache / KEPT)
     # The peak memory of the training is that of another process.
-    pairs = {name: list(map(tuple, asked["training"][name])) for name in ("points", "curve")}
-    training = Training(**asked["training"] | pairs | {"peak_bytes": 0})
+    training = Training(**asked["training"] | {"peak_bytes": 0})
     started = records_of(folder.journal.read(), str(out)).started
     adapter = open_adapter(folder.trial_adapter(_top(started, training.steps)))
     base = _base(started.model_name or "", folder, asked, adapter)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rightrank.adapters.live import LiveAdapter, as_it_came, require_end, trained_adapter, trained_parameters
+from rightrank.adapters.live import LiveAdapter, as_it_came, require_end, trained_adapter
 from rightrank.adapters.live_scores import (
     BETA,
     FAILURES,
@@ -36,7 +36,6 @@ from rightrank.adapters.live_scores import (
     Batch,
     batch_loss,
     is_partitioned,
-    is_sharded,
     positions,
     process_index,
     read_batch,
@@ -45,15 +44,13 @@ from rightrank.adapters.live_scores import (
 )
 from rightrank.data.token_store import IGNORED
 from rightrank.hooks.report import Report
-from rightrank.interop.end_run import Ending, Training, begin_run, finish_run, measure, measure_again, peak_so_far
+from rightrank.interop.end_run import Ending, Training, begin_run, finish_run, measure_again, peak_so_far
 from rightrank.interop.live_cut import Branches, require_one_process
 from rightrank.runs import plugins
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook
 from rightrank.schema.configs import stated_settings
-from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, RightrankError, SettingsError, first_line
-from rightrank.schema.metrics import Checkpoint
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.covariances import MOMENT_TOKENS
 
@@ -82,21 +79,17 @@ class SmallestAdapter(TrainerCallback):
         max_examples: Held-out examples to score at most. None: as many as a tenth of the training's time allows, from 100 to 1000.
         group: The column of `eval_dataset` that says which rows belong together, such as a document's; bounds are then over groups. None: rows
             with one prompt, which the labels leave out, belong together.
-        every_evaluation: Also look for the smallest rank at each evaluation of the training.
-        checkpoint: What is measured: the weights of the `last` step, or those of the `best` evaluation by the trainer's
-            `metric_for_best_model`, the loss by default; None for what the trainer ends with, which `load_best_model_at_end` says.
         branch: Also cut the adapter as it was at half and three quarters of the training to ranks whose truncation loses more than the margin, finish
             each by the trainer's own step on the same batches, and compare it with the training's end. Each costs the steps since, said before.
         measure: False: at the end keep what a fresh process needs, log its command, and leave the measurement to it.
 
     Attributes:
         result: The answer after `train()`; None before, and where it failed.
-        curve: `(step, smallest rank that holds)` of each evaluation.
 
     Raises at the training's begin:
         DataError: no held-out rows, fewer than two that are not in the training set, or rows that give no loss by example.
         ModelError: an adapter that cannot be truncated, or beside which another one is active.
-        SettingsError: a value that is not allowed, a loss without a value by example, or a checkpoint that is not at hand.
+        SettingsError: a value that is not allowed, or a loss without a value by example.
     """
 
     eval_dataset: Any = None
@@ -106,11 +99,8 @@ class SmallestAdapter(TrainerCallback):
     metric: str = "loss"
     max_examples: int | None = None
     group: str | None = None
-    every_evaluation: bool = False
-    checkpoint: Checkpoint | None = None
     branch: bool = False
     measure: bool = True
-    curve: list[tuple[int, int]] = field(default_factory=list, init=False)
     result: Ending | None = field(default=None, init=False)
     _loaders: Mapping[str, Any] = field(default_factory=dict, init=False)
     _trainer: Trainer | None = field(default=None, init=False)
@@ -120,10 +110,6 @@ class SmallestAdapter(TrainerCallback):
     _first_step: int = field(default=0, init=False)
     _started: float = field(default_factory=time.monotonic, init=False)
     _shared: str = field(default="", init=False)  # a line on rows that are held out and trained on
-    _values: list[tuple[int, float]] = field(default_factory=list, init=False)  # as trained, at each evaluation
-    # Best evaluation, or last step where the trainer ends with the best.
-    _other: _Kept | None = field(default=None, init=False)
-    _evaluated: tuple[int, float] | None = field(default=None, init=False)  # step and value of the last evaluation
     _branches: Branches | None = field(default=None, init=False)
 
     def on_train_begin(
@@ -134,7 +120,7 @@ class SmallestAdapter(TrainerCallback):
         if state.is_hyper_param_search:
             return  # a search ends many trainings, and none of them is the one to hand over
         self._loaders, self._first_step, self._shared = kwargs, state.global_step, ""
-        self.curve, self._values, self.result, self._other, self._evaluated = [], [], None, None, None
+        self.result = None
         self._trainer = trainer = _trainer_of(self, control)
         if trainer is not None:  # trackers end their runs at the training's end: this callback comes before them
             callbacks = trainer.callback_handler.callbacks
@@ -144,15 +130,8 @@ class SmallestAdapter(TrainerCallback):
                     f"SmallestAdapter: the trainer has two, and both write to {args.output_dir}/rightrank; add one"
                 )
             callbacks.insert(0, self)
-        settings, model = checked(self.margin, self.ranks, self.metric, self.checkpoint), kwargs["model"]
+        settings, model = checked(self.margin, self.ranks, self.metric), kwargs["model"]
         self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None
-        takes_other = self.checkpoint is not None and (self.checkpoint == "best") != args.load_best_model_at_end
-        if takes_other and (is_sharded(model) or args.eval_strategy == "no"):
-            why = "the model is sharded" if is_sharded(model) else "the training evaluates nothing (eval_strategy)"
-            raise SettingsError(
-                f"checkpoint {self.checkpoint!r}: {why}, so what the trainer ends with is measured; set "
-                f"load_best_model_at_end={self.checkpoint == 'best'} in its arguments"
-            )
         name = require_end(model, self.ranks)
         given = self.eval_dataset if self.eval_dataset is not None else self._evaluated_rows()
         loader = kwargs["train_dataloader"]
@@ -240,48 +219,6 @@ class SmallestAdapter(TrainerCallback):
         if self._is_training and self._branches is not None:
             self._branches.keep(kwargs["model"], state.global_step)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Keep the last weights where the trainer ends with the best: whatever stops a training ends an epoch first."""
-        if self._is_training and args.load_best_model_at_end:
-            self._keep_weights(kwargs["model"], state.global_step, None)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keep the weights of the checkpoint that the trainer does not end with; add a point to `curve`, where that was asked for."""
-        if not self._is_training:
-            return
-        metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
-        value = kwargs.get("metrics", {}).get(f"eval_{metric}")
-        if value is not None:
-            self._evaluated, known = (state.global_step, value), None if self._other is None else self._other.value
-            sign = -1 if args.greater_is_better else 1
-            if args.load_best_model_at_end or known is None or sign * value < sign * known:
-                self._keep_weights(kwargs["model"], state.global_step, value)
-        if not self.every_evaluation:
-            return
-        try:
-            with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
-                live = self._live(kwargs["model"], args, state)
-                training = Training({}, state.global_step)
-                ending = measure(live, Path(working) / "run", training)
-        except FAILURES as error:
-            log.warning("rightrank: step %d: no rank was looked for: %s", state.global_step, first_line(error))
-            return
-        answer = ending.answer
-        self.curve.append((state.global_step, answer.rank))
-        self._values.append((state.global_step, ending.value))
-        if not state.is_world_process_zero:
-            return
-        self._report(args, state, control, {"rightrank/rank": answer.rank})
-        log.warning(
-            "step %d: rank %d of %d holds.%s",
-            state.global_step,
-            answer.rank,
-            answer.trained_rank,
-            "".join(f" {warning}" for warning in training_warnings(answer, self._values, self.metric)),
-        )
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -292,23 +229,17 @@ class SmallestAdapter(TrainerCallback):
         out, model = Path(args.output_dir or ".") / "rightrank", kwargs["model"]
         again = ""
         try:
-            ends_with, other = self._checkpoints(args, state)
-            before = None if other is None else _Kept(0, None, trained_parameters(model))
-            takes_other = other is not None and self.checkpoint not in (None, ends_with)
-            with _in_place(model, other) if other is not None and takes_other else nullcontext():
-                live = self._live(model, args, state)
-                training = self._training(live, args, state)
-                with _begun(live, out, training) as folder:
-                    again = f"; to measure again: {_command_to_measure(out)}"
-                    if not self.measure or is_partitioned(model):
-                        if state.is_world_process_zero:
-                            log.warning("rightrank: kept what is measured with: %s", _command_to_measure(out))
-                        return
+            live = self._live(model, args, state)
+            training = self._training(live, args, state)
+            with _begun(live, out, training) as folder:
+                again = f"; to measure again: {_command_to_measure(out)}"
+                if not self.measure or is_partitioned(model):
                     if state.is_world_process_zero:
-                        log.warning("rightrank: measuring truncations on %d batches%s", len(live.held_out), again)
-                    theirs = before if takes_other else other
-                    beside = None if theirs is None else _in_place(model, theirs)
-                    self.result = finish_run(live, folder, training, _hooks(), beside, self._branches)
+                        log.warning("rightrank: kept what is measured with: %s", _command_to_measure(out))
+                    return
+                if state.is_world_process_zero:
+                    log.warning("rightrank: measuring truncations on %d batches%s", len(live.held_out), again)
+                self.result = finish_run(live, folder, training, _hooks(), self._branches)
         except FAILURES as error:
             log.warning("rightrank: no smaller adapter was looked for: %s%s", first_line(error), again)
             return
@@ -324,47 +255,18 @@ class SmallestAdapter(TrainerCallback):
             log.warning("rightrank: %s", note)
         log.warning("%s %s", answer.sentence, out / "adapter")
 
-    def _keep_weights(self, model: Any, step: int, value: float | None) -> None:
-        try:
-            if not is_sharded(model):
-                self._other = _Kept(step, value, trained_parameters(model))
-        except FAILURES as error:
-            log.warning("rightrank: step %d: the weights were not kept: %s", step, first_line(error))
-
-    def _checkpoints(self, args: TrainingArguments, state: TrainerState) -> tuple[Checkpoint, _Kept | None]:
-        """What the trainer ends with; the other one, where it has other weights.
-
-        Raises:
-            SettingsError: the other one was asked for, and no evaluation gave the metric.
-        """
-        is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        ends_with: Checkpoint = "best" if is_best else "last"
-        if self._other is None and self.checkpoint not in (None, ends_with):
-            metric = args.metric_for_best_model or "loss"
-            raise SettingsError(f"checkpoint {self.checkpoint!r}: no evaluation of the training gave {metric}")
-        same = self._other is None or self._other.step == (state.best_global_step if is_best else state.global_step)
-        return ends_with, None if same else self._other
-
     def _training(self, live: LiveAdapter, args: TrainingArguments, state: TrainerState) -> Training:
-        ends_with, other = self._checkpoints(args, state)
-        used = self.checkpoint or ends_with
-        step = state.best_global_step if ends_with == "best" else state.global_step
-        best = state.best_metric if ends_with == "best" else other.value if other else None
-        is_comparable = (args.metric_for_best_model or "loss").removeprefix("eval_") == self.metric
+        is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         asked = copy.copy(args)
         asked.max_steps = state.max_steps  # also where epochs were asked for
         settings, notes = _stated(live, asked)
-        last = self._evaluated[1] if self._evaluated and self._evaluated[0] == state.global_step else None
         return Training(
             settings,
             steps=state.global_step,
             seconds=time.monotonic() - self._started,
             peak_bytes=peak_so_far(),
-            kept_step=None if used == "last" else step if other is None or used == ends_with else other.step,
-            points=self._values,
-            curve=self.curve,
+            kept_step=state.best_global_step if is_best else None,
             notes=[*([self._shared] if self._shared else []), *notes],
-            fall=abs(best - last) if is_comparable and best is not None and last is not None else None,
         )
 
     def _live(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
@@ -424,28 +326,8 @@ def _hooks() -> list[Hook]:
     return [] if process_index() else [Report(), *plugins.listed(lambda plugin: plugin.hooks())]
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """Trained parameters by name, outside the device, after a step; the value of the evaluation there, where there was one."""
-
-    step: int
-    value: float | None
-    parameters: Mapping[str, torch.Tensor]
-
-
 def _command_to_measure(out: Path) -> str:
     return shlex.join(["python", "-m", "rightrank.interop.smallest", str(out)])
-
-
-@contextmanager
-def _in_place(model: Any, kept: _Kept) -> Iterator[None]:
-    """In the block the model has these trained parameters; afterwards it is as before, to the bit."""
-    before = trained_parameters(model)
-    try:
-        model.load_state_dict(kept.parameters, strict=False)
-        yield
-    finally:
-        model.load_state_dict(before, strict=False)
 
 
 def keep_smallest(
@@ -519,9 +401,7 @@ def _beta(args: TrainingArguments, batch: Batch) -> float:
     return float(given.beta)
 
 
-def checked(
-    margin: float | None, ranks: Sequence[int] | int | None, metric: str, checkpoint: str | None = None
-) -> SelectSettings:
+def checked(margin: float | None, ranks: Sequence[int] | int | None, metric: str) -> SelectSettings:
     """The settings of an end, those that are None as by default.
 
     Raises:
@@ -529,7 +409,7 @@ def checked(
     """
     if metric not in ("loss", "accuracy"):
         raise SettingsError(f"metric {metric!r}: the end of a training is measured by loss or accuracy")
-    given = {"margin": margin, "ranks": ranks, "checkpoint": checkpoint}
+    given = {"margin": margin, "ranks": ranks}
     return SelectSettings(metric=metric, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -632,17 +512,6 @@ def _prompt_of(row: Mapping[str, Any]) -> list[int] | None:
             skipped = IGNORED if name == "labels" else 0
             return ids[: next((at for at, mark in enumerate(marks) if mark != skipped), 0)] or None
     return None
-
-
-def training_warnings(answer: AdapterAnswer, values: Sequence[tuple[int, float]], metric: str) -> Iterator[str]:
-    """What the measurements so far say of the training."""
-    lower = [candidate for candidate in answer.candidates if candidate.rank < answer.trained_rank]
-    if lower and not max(lower, key=lambda candidate: candidate.rank).holds:
-        yield f"The top may be too small: at rank {max(candidate.rank for candidate in lower)} it loses more than the margin."
-    sign = -1 if metric == "accuracy" else 1
-    best = min(values, key=lambda point: sign * point[1])
-    if sign * (values[-1][1] - best[1]) > answer.margin:
-        yield f"The top overfits: its held-out {metric} was best at step {best[0]}, {best[1]:.4f}; it is {values[-1][1]:.4f} now."
 
 
 def main(arguments: Sequence[str]) -> int:

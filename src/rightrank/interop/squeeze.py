@@ -28,7 +28,6 @@ from rightrank.interop.live_cut import LiveCut, cut_live, require_cut
 from rightrank.interop.smallest import MOMENT_BATCHES, SmallestAdapter, checked
 from rightrank.runs.folder import SQUEEZED
 from rightrank.schema.errors import DataError, SettingsError
-from rightrank.schema.metrics import Checkpoint
 
 log = logging.getLogger("rightrank")
 
@@ -57,8 +56,6 @@ class Squeeze(SmallestAdapter):
 
     rank: int | None = None
     at: float = 0.5
-    every_evaluation: bool = field(default=False, init=False)
-    checkpoint: Checkpoint | None = field(default=None, init=False)
     measure: bool = field(default=True, init=False)
     cut: LiveCut | None = field(default=None, init=False)
     _step: int = field(default=0, init=False)
@@ -96,12 +93,6 @@ class Squeeze(SmallestAdapter):
         if state.is_world_process_zero:
             for line in [*self.cut.notes, cut_sentence(self.cut, self._step)]:
                 log.warning("rightrank: %s", line)
-
-    def on_epoch_end(self, *_: Any, **__: Any) -> None:
-        """No weights of an end are kept."""
-
-    def on_evaluate(self, *_: Any, **__: Any) -> None:
-        """No weights of an end are kept."""
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
