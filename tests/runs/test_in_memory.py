@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rightrank import select_rank
+from rightrank import preflight, select_rank
 from rightrank.schema.errors import ModelError, SettingsError
 from tests.tiny import small_settings
 
@@ -65,3 +65,32 @@ def test_bad_objects_are_one_line(
     }[what]
     with pytest.raises(error, match=message):
         select_rank(out=tmp_path / "run", settings=small_settings(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"task_type": "SEQ_CLS"}, "task_type: got 'SEQ_CLS', and this is 'CAUSAL_LM'"),
+        ({"task_type": "FEATURE_EXTRACTION"}, "task_type: got 'FEATURE_EXTRACTION', and this is 'CAUSAL_LM'"),
+        ({"base_model_name_or_path": "org/other"}, "base_model_name_or_path: got 'org/other', and the model is"),
+    ],
+)
+@pytest.mark.parametrize("by", ["config", "settings", "keyword", "in memory"])
+def test_what_lora_config_states_must_agree_with_the_run(
+    model_folder: Path, completion_file: Path, tmp_path: Path, stated: dict[str, Any], message: str, by: str
+) -> None:
+    from peft import LoraConfig
+
+    model, tokenizer = loaded(model_folder) if by == "in memory" else (str(model_folder), None)
+    given: dict[str, Any] = {"peft_config": LoraConfig(**stated), "settings": small_settings()}
+    if by in ("settings", "keyword"):
+        given = {"settings": small_settings(**stated)} if by == "settings" else stated
+    with pytest.raises(ModelError, match=message):
+        select_rank(model, completion_file, tmp_path / "run", tokenizer=tokenizer, **given)
+
+
+def test_what_lora_config_states_of_a_classifier(model_folder: Path, class_file: Path) -> None:
+    stated = {"task_type": "SEQ_CLS", "base_model_name_or_path": f"elsewhere/{model_folder.name}"}
+    assert preflight(str(model_folder), class_file, settings=small_settings(**stated)).metric == "loss"
+    with pytest.raises(ModelError, match="task_type: got 'CAUSAL_LM', and this is 'SEQ_CLS'"):
+        preflight(str(model_folder), class_file, settings=small_settings(task_type="CAUSAL_LM"))

@@ -51,6 +51,7 @@ def test_the_training_of_an_sft_config(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"target_modules": ".*_proj"}, "is a pattern"),
         ({"layer_replication": [(0, 1)]}, "layer_replication="),
+        ({"inference_mode": True}, "inference_mode: got true"),
     ],
 )
 def test_an_adapter_that_a_selection_cannot_train_is_refused_by_name(values: dict[str, Any], said: str) -> None:
@@ -102,6 +103,7 @@ def test_fields_of_lora_config_by_their_own_names(given: dict[str, Any], setting
         ({"rank_pattern": '{"q": 4}'}, "rank_pattern: a selection cannot honour this field of PEFT's LoraConfig"),
         ({"bias": "all"}, "bias: a selection cannot honour"),
         ({"lora_alpha": "large"}, "lora_alpha: got 'large'"),
+        ({"peft_type": "LOHA"}, "peft_type: got 'LOHA'"),
     ],
 )
 def test_what_contradicts_or_cannot_be_honoured_is_refused(given: dict[str, Any], words: str) -> None:

@@ -38,6 +38,6 @@ def test_layers_choose_among_parameters_too() -> None:
 
 def test_a_parameter_that_matches_nothing_is_one_line() -> None:
     with pytest.raises(ModelError, match="no parameter is named 'fused") as raised:
-        require_targets(Mixture(), of_parameters("fused.down"))
+        require_targets(Mixture(), of_parameters("fused.down"), False)
     assert "fused.down_proj" in str(raised.value)
     assert "\n" not in str(raised.value)

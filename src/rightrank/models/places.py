@@ -91,6 +91,11 @@ def require_model(reference: str) -> ModelSource:
 
 
 @cache
+def last_part(name: str) -> str:
+    """Of a path or a hub name: whoever holds a copy."""
+    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
+
+
 def _require_on_hub(name: str, path: Path) -> None:
     """Refuse a name that is no model of the hub, at the first answer: loading would try again for a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache

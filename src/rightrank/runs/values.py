@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from rightrank.data.rows import require_rows
 from rightrank.decision.adapter import probable_ranks, smallest_holding_truncation
 from rightrank.decision.records import Answers, Records, answers_of, records_of
-from rightrank.models.places import require_model
+from rightrank.models.places import last_part, require_model
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import merged
 from rightrank.schema.decision import AdapterCandidate, Decision, HandedOver, TrainingRankEstimate
-from rightrank.schema.errors import ResultsError, SettingsError
+from rightrank.schema.errors import ModelError, ResultsError, SettingsError
 from rightrank.schema.setting_table import require_no_secret
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.search import make_strategy
@@ -101,7 +101,8 @@ def check(request: Request) -> None:
     Raises:
         SettingsError: an unknown strategy, one that can't work within its budget, or workers for what is in memory.
         DataError: a data file that is missing or of a type that is not read.
-        ModelError: a model folder that is missing or holds no model, or a name that the hub does not know.
+        ModelError: a model folder that is missing or holds no model, a name that the hub does not know, or another model than the
+            settings state.
     """
     settings = request.settings
     try:
@@ -115,6 +116,11 @@ def check(request: Request) -> None:
             require_rows(Path(source))
     if isinstance(request.model, str):
         require_model(request.model)
+    stated, name = settings.stated.get("base_model_name_or_path"), getattr(request.model, "name_or_path", request.model)
+    if stated and isinstance(name, str) and name and last_part(stated) != last_part(name):
+        raise ModelError(
+            f"base_model_name_or_path: got {stated!r}, and the model is {name!r}; give that model, or leave base_model_name_or_path out"
+        )
     if settings.executor != "local" and settings.executor not in merged(lambda plugin: plugin.executors):
         raise SettingsError(f"executor {settings.executor!r} needs the plug-in cluster, which is not there")
     for what, given in (("model", request.model), ("data", request.data)):

@@ -12,9 +12,10 @@ from typing import Any
 
 from rightrank.schema.errors import SettingsError, quoted
 from rightrank.schema.setting_table import is_list
-from rightrank.schema.settings import PEFT_OPTIONS, PEFT_REPLACED, SelectSettings
+from rightrank.schema.settings import PEFT_OPTIONS, PEFT_REPLACED, PEFT_STATED, SelectSettings
 
 REPLACED = PEFT_REPLACED | {"r"}  # by the ranks
+CHECKED = (*PEFT_STATED, "peft_type", "inference_mode")  # against the run
 OWN_RULES = {"warmup_steps", "bf16", "fp16", "use_cpu", "dataset_text_field", "max_steps", "num_train_epochs", "optim"}
 LOGS_AND_SAVES = (  # beginnings of names
     *("output_dir", "logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "run_name", "project", "trackio_"),
@@ -34,7 +35,7 @@ LOGS_AND_SAVES = (  # beginnings of names
 
 
 def settings_of_configs(peft_config: Any = None, args: Any = None) -> dict[str, Any]:
-    """The settings that `LoraConfig` and `TrainingArguments` state, by name; either may be None.
+    """The settings that `LoraConfig` and `TrainingArguments` state, and what the run must agree with, by name; either may be None.
 
     Raises:
         SettingsError: a value that a selection cannot honour; the message names it.
@@ -42,7 +43,8 @@ def settings_of_configs(peft_config: Any = None, args: Any = None) -> dict[str, 
     settings, unsaid = _stated(peft_config, args)
     if unsaid:
         raise SettingsError(unsaid[0].message)
-    return settings
+    checked = {name: getattr(peft_config, name) for name in CHECKED} if peft_config is not None else {}
+    return settings | {name: getattr(value, "value", value) for name, value in checked.items() if value is not None}
 
 
 def stated_settings(peft_config: Any, args: Any = None, **further: Any) -> tuple[dict[str, Any], list[str]]:

@@ -89,6 +89,7 @@ class Settings:
     names_elsewhere: ClassVar[Mapping[str, str]] = {}  # names of other tools → the setting of the same meaning
     checked_by: ClassVar[type[Any] | None] = None  # pydantic's record of the same types, made at the first use
     model_fields_set: frozenset[str]  # those that were given
+    stated: Mapping[str, Any] = {}  # what was given and is no setting: what the run must agree with
 
     def __init_subclass__(cls) -> None:
         rows: dict[str, Setting] = {}
@@ -163,8 +164,8 @@ class Settings:
 
 
 def given_values(settings: Settings | None) -> dict[str, Any]:
-    """The values that were given, by name."""
-    return {} if settings is None else settings.model_dump(include=settings.model_fields_set)
+    """The values that were given, by name, and what was stated beside them."""
+    return {} if settings is None else {**settings.model_dump(include=settings.model_fields_set), **settings.stated}
 
 
 def is_list(hint: Any) -> bool:

@@ -94,7 +94,8 @@ PEFT_OPTIONS = (
 
 
 # Fields of LoraConfig that a selection takes from elsewhere: the base, the form of the data.
-PEFT_REPLACED = {"task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}
+PEFT_STATED = ("task_type", "base_model_name_or_path")  # which must agree with it
+PEFT_REPLACED = {*PEFT_STATED, "peft_type", "peft_version", "auto_mapping", "revision"}
 PEFT_REPLACED |= {"inference_mode", "runtime_config", "megatron_core"}
 PEFT_REFUSED = (
     *("bias", "rank_pattern", "alpha_pattern", "loftq_config", "eva_config", "corda_config", "layer_replication"),
@@ -105,6 +106,10 @@ _TIED_ALPHA = re.compile(r"(?:alpha\s*=\s*)?(\d*\.?\d*)\s*\*?\s*r")  # 2r, 2*r, 
 
 def _by_own_names(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """The values with LoraConfig's own fields and habits as settings: `r`, `use_rslora`, `init_lora_weights=True`, `lora_alpha=2r`."""
+    if (kind := values.get("peft_type", "LORA")) != "LORA":
+        raise SettingsError(f"peft_type: got {kind!r}; a selection trains 'LORA' alone: leave it out")
+    if str(values.get("inference_mode") or False).lower() != "false":
+        raise SettingsError("inference_mode: got true, which trains nothing; a selection takes false: leave it out")
     given = {name: value for name, value in values.items() if name not in PEFT_REPLACED}
     refused = next(
         (name for name in PEFT_REFUSED if given.pop(name, None) not in (None, "none", {}, "{}", "null")), None
@@ -169,6 +174,7 @@ class PeftFields(Settings):
         Raises:
             SettingsError: also for another name under `peft_options`.
         """
+        stated = {name: str(values[name]) for name in PEFT_STATED if values.get(name) is not None}
         values = _by_own_names(values, type(self).model_fields)
         inner = parsed_json(values.pop("peft_options", None) or {})
         if not isinstance(inner, Mapping) or not inner.keys() <= {*PEFT_OPTIONS}:
@@ -176,6 +182,7 @@ class PeftFields(Settings):
         flat = {name: values.pop(name) for name in list(values) if name in PEFT_OPTIONS}
         options = {name: parsed_json(value) for name, value in {**inner, **flat}.items()}
         super().__init__(**values, **({"peft_options": options} if options else {}))
+        self.__dict__["stated"] = stated
 
     def _require_consistent(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:

@@ -13,7 +13,7 @@ from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.models.adapter_files import AdapterFolder
 from rightrank.models.base_models import BaseIdentity, LoadedModel, load_base
-from rightrank.models.places import BASE_FILE, CONFIG_FILE, require_model
+from rightrank.models.places import BASE_FILE, CONFIG_FILE, last_part, require_model
 from rightrank.schema.errors import ModelError, SettingsError, first_line
 from rightrank.schema.events import Evaluating
 from rightrank.schema.settings import SelectSettings
@@ -118,8 +118,8 @@ def require_base(adapter: Path, base: LoadedModel) -> None:
             )
         return
     saved = _name_in(Path(base.name) / "config.json", "_name_or_path")
-    names = [_last_part(name) for name in (base.name, saved or base.name)]
-    if named is not None and _last_part(named) not in names:
+    names = [last_part(name) for name in (base.name, saved or base.name)]
+    if named is not None and last_part(named) not in names:
         raise ModelError(
             f"{adapter}: it was trained on {named!r}, not on {base.name!r}; give that base, or if they are the same model, write the "
             f"new name into its {CONFIG_FILE} (base_model_name_or_path)"
@@ -147,8 +147,3 @@ def _name_in(file: Path, key: str) -> str | None:
     except UnreadableError:
         return None
     return text if isinstance(text, str) and text else None
-
-
-def _last_part(name: str) -> str:
-    """Of a path or a hub name: whoever holds a copy."""
-    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()

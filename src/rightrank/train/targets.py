@@ -91,7 +91,7 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
         ModelError: a name matches no module, a layer does not exist, PEFT can't adapt a module, or a rank in
             `settings.ranks` is above the largest rank of some matrix.
     """
-    require_targets(model, settings)
+    require_targets(model, settings, classification)
     if settings.use_dora and settings.load_in_8bit and find_device(settings.device).type == "cpu":
         raise ModelError(
             "use_dora with load_in_8bit: PEFT loses the scales of weights in 8 bits on a CPU; give load_in_4bit, or device cuda"
@@ -117,14 +117,22 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
     return Targets(tuple(sorted(names)), modules, tuple(parameters), left_out)
 
 
-def require_targets(model: Any, settings: PeftFields) -> None:
-    """Check that every name of modules and parameters matches one, in layers that the model has and the settings name.
+def require_targets(model: Any, settings: PeftFields, classification: bool) -> None:
+    """Check that a stated task is that of the data, and that every name of modules and parameters matches one, in layers that the
+    model has and the settings name.
 
     PEFT accepts a list if one of its names matches, and takes a module by its whole name from any layer.
 
     Raises:
-        ModelError: a name that matches nothing, with the names that there are; a module of another layer; no such layer.
+        ModelError: another task; a name that matches nothing, with the names that there are; a module of another layer; no such
+            layer.
     """
+    task, stated = _task(classification).value, settings.stated.get("task_type")
+    if stated not in (None, task):
+        raise ModelError(
+            f"task_type: got {stated!r}, and this is {task!r}: data with `text` and `label` train a classifier (SEQ_CLS), all others a "
+            "language model (CAUSAL_LM); give such data, or leave task_type out"
+        )
     names = {name for name, _ in model.named_modules() if name}
     targets = [name for name in settings.target_modules if name != ALL_LINEAR]
     if ALL_LINEAR in settings.target_modules and len(settings.target_modules) > 1:
@@ -175,7 +183,7 @@ def named_targets(model: Any, settings: PeftFields, classification: bool) -> tup
     """
     if settings.target_modules != (ALL_LINEAR,):
         return settings.target_modules, ()
-    task = TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM
+    task = _task(classification)
     left_out = all_linear_leaves_out(model, classification)
     config = LoraConfig(task_type=task, target_modules=ALL_LINEAR, exclude_modules=left_out or None)
     skeleton = _skeleton(model)
@@ -299,10 +307,14 @@ def common_fields(settings: PeftFields, classification: bool) -> dict[str, Any]:
     """The fields of PEFT's configuration that training and planning fill alike."""
     layers = settings.layers_to_transform
     return {
-        "task_type": TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM,
+        "task_type": _task(classification),
         "layers_to_transform": None if layers is None else list(layers),
         **settings.lora_config(),
     }
+
+
+def _task(classification: bool) -> TaskType:
+    return TaskType.SEQ_CLS if classification else TaskType.CAUSAL_LM
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1
     quantised = [module for module in model.modules() if isinstance(module, _QuantisedLinear)]
     packed = sum(module.in_features * module.out_features - module.weight.numel() for module in quantised)
     parameters = sum(parameter.numel() for parameter in model.parameters()) + packed
-    require_targets(model, settings)
+    require_targets(model, settings, settings.num_labels is not None)
     names = ("default", *(f"arm_{number}" for number in range(1, arms)))
     try:
         with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # a user cannot act on them
