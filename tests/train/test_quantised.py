@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.kinds.checks import plain_losses
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from rightrank.models import base_models as models
 from rightrank.schema.errors import MissingExtraError, ModelError, SettingsError
@@ -88,3 +88,19 @@ def test_dora_over_eight_bits_on_a_cpu_is_refused(completion_file: Path, tmp_pat
     """PEFT's own second pass fails there."""
     with pytest.raises(ModelError, match="use_dora with load_in_8bit: PEFT loses the scales"):
         quantised_runtime(completion_file, tmp_path, 8, use_dora=True)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bnb")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_trained_whole_keeps_its_bits(class_file: Path, tmp_path: Path, bits: int) -> None:
+    """An encoder's head, which has a bias as its last parameter and is no output embedding, and a module in modules_to_save."""
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = small_settings(**{f"load_in_{bits}bit": True, "modules_to_save": ("pooler.dense",), "max_steps": 4})
+    runtime = make_runtime(tmp_path / "model", class_file, settings, tmp_path / "cache")
+    assert type(runtime.model.classifier) is type(runtime.model.bert.pooler.dense) is torch.nn.Linear
+    assert type(runtime.model.bert.encoder.layer[0].output.dense) is not torch.nn.Linear
+    assert len(run(runtime, ARMS[:1], tmp_path / "alone", 1)[0].train_losses) == 4

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from pydantic import JsonValue
 from safetensors import SafetensorError
 from transformers import (
@@ -24,6 +25,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
 from rightrank.models.places import ModelSource, find_model, safe_shards
@@ -128,11 +130,15 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
     """
     trust_remote_code, weight_bits = settings.trust_remote_code, settings.weight_bits
     device, dtype = find_device(settings.device), resolve_dtype(settings.dtype, settings.device)
-    quantised = {} if weight_bits is None else _quantisation(weight_bits, dtype, device)
     source = find_model(reference)
     if source.gguf_file is None and Path(source.name).is_dir():
         safe_shards(Path(source.name))
-    model_config(reference, trust_remote_code, classes is not None)
+    config = model_config(reference, trust_remote_code, classes is not None)
+    quantised: dict[str, Any] = {}
+    if weight_bits is not None:
+        skeleton = model_skeleton(config, trust_remote_code, None if classes is None else len(classes))
+        trained = [*settings.modules_to_save, *(SEQ_CLS_HEAD_NAMES if classes is not None else ())]  # whole, by PEFT
+        quantised = _quantisation(weight_bits, dtype, device, [*get_keys_to_not_convert(skeleton), *trained])
     arguments = source.loading_arguments(trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **arguments)
@@ -145,7 +151,8 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"{reference}: out of memory while loading ({first_line(error)})") from None
-        raise ModelError(f"{reference}: transformers can't load it ({first_line(error)})") from None
+        fault = settings.fault_of("give a model that it loads")
+        raise ModelError(f"{reference}: transformers can't load it ({first_line(error)}); {fault}") from None
     local = Path(source.name).exists()
     name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
     return prepare_model(model, tokenizer, name, device, _file_fingerprint(source))
@@ -287,8 +294,10 @@ def are_unnamed(names: Sequence[str]) -> bool:
     return all(name == f"LABEL_{number}" for number, name in enumerate(names))
 
 
-def _quantisation(bits: int, dtype: DtypeName, device: torch.device) -> dict[str, Any]:
+def _quantisation(bits: int, dtype: DtypeName, device: torch.device, whole: Sequence[str]) -> dict[str, Any]:
     """transformers' arguments. 4 bits: NF4 with products in `dtype` (QLoRA, Dettmers et al. 2023). 8 bits: LLM.int8().
+
+    Modules whose names end with one of `whole` stay as they are.
 
     Raises:
         SettingsError: the device does not support quantised matrices.
@@ -302,9 +311,9 @@ def _quantisation(bits: int, dtype: DtypeName, device: torch.device) -> dict[str
         raise MissingExtraError(f"load_in_{bits}bit needs the `bitsandbytes` package: pip install 'rightrank[bnb]'")
 
     make: Callable[..., BitsAndBytesConfig] = BitsAndBytesConfig  # untyped in transformers
-    options: dict[str, Any] = {"load_in_8bit": True}
+    options: dict[str, Any] = {"llm_int8_skip_modules": [*whole], f"load_in_{bits}bit": True}
     if bits == 4:
-        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[dtype]}
+        options |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[dtype]}
     return {"quantization_config": make(**options), "device_map": {"": device}}
 
 

@@ -194,6 +194,13 @@ class PeftFields(Settings):
         """The bits of a quantised base; None for a base in `dtype`."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
+    def fault_of(self, otherwise: str) -> str:
+        """What is to be said where the base fails: its quantisation is to be left out first, `otherwise` without one."""
+        if self.weight_bits is None:
+            return otherwise
+        name = f"load_in_{self.weight_bits}bit"
+        return f"bitsandbytes may not run this base in {self.weight_bits} bits on this device: leave {name} out, or give another device"
+
     def lora_config(self) -> dict[str, Any]:
         """These fields as LoraConfig takes them, but for the parameters, whose names depend on the model."""
         return {

@@ -247,9 +247,12 @@ class Runtime:
         except LIBRARY_ERRORS as error:
             if is_out_of_memory(error):
                 raise
+            fault = self.settings.fault_of(
+                "its config.json or its own code is at fault, or seq_len is longer than it takes"
+            )
             raise ModelError(
                 f"{self.loaded.name}: the base itself fails, without any adapter, on texts of up to {longest.input_ids.shape[1]} tokens "
-                f"({type(error).__name__}: {first_line(error)}); its config.json or its own code is at fault, or seq_len is longer than it takes"
+                f"({type(error).__name__}: {first_line(error)}); {fault}"
             ) from error
 
     def _find_fast_paths(self, probe: Batch, cache_folder: Path) -> FastPaths:
@@ -317,8 +320,9 @@ def adapter_attached(runtime: Runtime, folder: Path | None) -> Iterator[Any]:
         with without_peft_noise(), peft_folder(folder) as place:
             peft_model: Any = PeftModel.from_pretrained(runtime.model, str(place))
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        fault = runtime.settings.fault_of("give the base that it was trained on")
         raise ModelError(
-            f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({first_line(error)}); give the base that it was trained on"
+            f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({first_line(error)}); {fault}"
         ) from None
     peft_model.train(False)
     try:
