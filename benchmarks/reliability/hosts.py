@@ -1,11 +1,11 @@
-"""Faults of several hosts, and what they lose: selections over namespaces that share no disk, with a store between them.
+"""Faults of several hosts, and what they lose: selections over namespaces that share a disk.
 
     sudo python -m benchmarks.reliability.hosts --minutes 50 --seed 0 --out benchmarks/reliability/hosts.json \\
         --smollm2 FOLDER --minilm FOLDER
     python -m benchmarks.reliability.hosts --table benchmarks/reliability/hosts.json
 
-Host 0 has the driver and Ray's head, hosts 1 and 2 the workers, host 3 an S3 server (`namespaces` makes them). With `processes`, host 0
-has driver and workers. A run takes several faults, one after the other, at moments drawn from the seed while trainings are under way.
+Host 0 has the driver and Ray's head, hosts 1 and 2 the workers (`namespaces` makes them). With `processes`, host 0 has driver and
+workers. Run folder, model and data are on the shared disk. A run takes several faults, one after the other, at moments drawn from the seed while trainings are under way.
 A driver that ends with an error is started again by the same command. Afterwards the decision, the value of every trial and the bytes
 of every adapter must be those of a run without faults; a trial may neither be missing nor have ended twice.
 """
@@ -37,7 +37,7 @@ from tests.tiny import save_tiny_llama, write_completions, write_jsonl
 from benchmarks.machine import machine
 from benchmarks.reliability.namespaces import Host, Network, why_impossible
 
-PORT, STORE_PORT = 6379, 9000
+PORT = 6379
 CORES = 2  # of each host with workers
 LIMIT_SECONDS = 420.0  # without a new trial: the run counts as hung
 LONGEST = 60.0  # seconds that a fault lasts, at most; at least 1
@@ -51,48 +51,27 @@ RAY = {  # less to start, and a lost node is noticed after 15 s
     "RAY_health_check_failure_threshold": "3",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-S3_SERVER = """
-import time, pathlib
-from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import WSGIRequestHandler, run_simple
-mode, served = pathlib.Path("/tmp/mode"), DomainDispatcherApplication(create_backend_app)
-def answer(environ, start):
-    how = mode.read_text()
-    if how == "slow":
-        time.sleep(3)
-    if how == "refuse":
-        start("503 Slow Down", [("Content-Length", "0")])
-        return [b""]
-    return served(environ, start)
-WSGIRequestHandler.log_request = lambda *_: None
-run_simple("0.0.0.0", PORT, answer, threaded=True)
-"""
-LIST_STORE = """
-import boto3, json, sys
-found = boto3.resource("s3").Bucket("bucket").objects.filter(Prefix=sys.argv[1])
-print(json.dumps({one.key: one.e_tag.strip('"') for one in found}))
-"""
 SHORT = ["--set", "checkpoint_seconds=0.5", "--device", "cpu", "--set", "eval_points=1", "--dtype", "fp32"]
 
 
 @dataclass(frozen=True)
 class Work:
-    """A selection: a model that every host has, its data, and options."""
+    """A selection: a model, its data, and options."""
 
     name: str
     model: Path
     data: Path
     options: tuple[str, ...]
 
-    def put_on(self, host: Host) -> None:
+    def put_on(self, shared: Path) -> None:
         """Copy the data, and a model that is small; a large one is read where it is."""
-        shutil.copy(self.data, host.disk / "data.jsonl")
+        shutil.copy(self.data, shared / "data.jsonl")
         if self.name.startswith("tiny"):
-            shutil.copytree(self.model, host.disk / "model", dirs_exist_ok=True)
+            shutil.copytree(self.model, shared / "model", dirs_exist_ok=True)
 
     def command(self, out: str, *more: str) -> list[str]:
-        model = "/tmp/disk/model" if self.name.startswith("tiny") else str(self.model)
-        where = [model, "/tmp/disk/data.jsonl", "--out", f"/tmp/disk/{out}"]
+        model = "/tmp/shared/model" if self.name.startswith("tiny") else str(self.model)
+        where = [model, "/tmp/shared/data.jsonl", "--out", f"/tmp/shared/{out}"]
         return [sys.executable, "-m", "rightrank", "select", *where, *self.options, *SHORT, *more]
 
 
@@ -118,44 +97,17 @@ class Field:
     folder: Path  # of this machine, for logs
     workers_wanted: int = 2
     nodes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)  # host → its Ray
-    s3: subprocess.Popen[bytes] | None = None
 
     @property
     def hosts(self) -> list[Host]:
-        return self.network.hosts[:3]
+        return self.network.hosts
 
     @property
     def with_workers(self) -> list[Host]:
         return self.hosts[1:] if self.executor == "ray" else self.hosts[:1]
 
-    @property
-    def environment(self) -> dict[str, str]:
-        address = f"http://{self.network.hosts[3].address}:{STORE_PORT}"
-        keys = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1"}
-        return {"AWS_ENDPOINT_URL": address, **keys, **RAY}
-
     def start(self, host: Host, command: Sequence[str], log: str) -> subprocess.Popen[bytes]:
-        return host.start(command, self.folder / log, **self.environment)
-
-    def answer(self, host: Host, code: str, *arguments: str) -> str:
-        """What a short program prints."""
-        out = self.folder / "answer"
-        out.unlink(missing_ok=True)
-        if host.start([sys.executable, "-c", code, *arguments], out, **self.environment).wait():
-            raise RuntimeError(out.read_text())
-        return out.read_text()
-
-    def open_store(self) -> None:
-        host = self.network.hosts[3]
-        (host.root / "tmp/mode").write_text("")
-        self.s3 = self.start(host, [sys.executable, "-c", S3_SERVER.replace("PORT", str(STORE_PORT))], "store.log")
-        code = (
-            "import boto3, time\nfor _ in range(60):\n try: boto3.client('s3').create_bucket(Bucket='bucket'); break\n"
-        )
-        self.answer(host, code + " except Exception: time.sleep(1)\nelse: raise SystemExit('no store')")
-
-    def set_store(self, mode: str) -> None:
-        (self.network.hosts[3].root / "tmp/mode").write_text(mode)
+        return host.start(command, self.folder / log, **RAY)
 
     def keep_nodes(self) -> None:
         """Start what is missing of the Ray cluster, as a supervisor does."""
@@ -204,11 +156,9 @@ class Field:
         host.kill()
         time.sleep(off_seconds)
         host.boot()
-        self.work.put_on(host)
         host.link.is_cut = False
 
     def heal(self) -> None:
-        self.set_store("")
         for host in self.hosts:
             host.link.is_cut, host.link.delay = False, 0.0
             if host.init:
@@ -224,7 +174,6 @@ class Run:
     hits: list[Hit] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)  # the last line of each driver that failed
     driver: subprocess.Popen[bytes] | None = None
-    second: subprocess.Popen[bytes] | None = None
     read: int = 0  # characters of the log that were read
     begun: int = 0  # progress when the driver was last started
     seen: int = 0  # progress when something was last killed
@@ -233,7 +182,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return self.field.hosts[0].disk / self.name
+        return self.field.network.shared / self.name
 
     @property
     def log(self) -> Path:
@@ -244,12 +193,7 @@ class Run:
         self.driver = self.field.start(self.field.hosts[0], self.command(), self.log.name)
 
     def command(self) -> list[str]:
-        return self.field.work.command(self.name, *options_of(self.field, self.name))
-
-    def start_second(self) -> None:
-        name = f"{self.name}-second"
-        command = self.field.work.command(name, *options_of(self.field, self.name))
-        self.second = self.field.start(self.field.hosts[0], command, f"{name}.log")
+        return self.field.work.command(self.name, *options_of(self.field))
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         journal = self.folder / "journal.jsonl"
@@ -287,9 +231,6 @@ class Run:
                 thread.join()
             self.field.heal()
         self.note_line()
-        for _ in range(STARTS):
-            if self.second is not None and self.second.wait(timeout=LIMIT_SECONDS) != 0:
-                self.start_second()
         return waiting
 
     def can_take(self, kind: str, progress: int) -> bool:
@@ -341,11 +282,11 @@ class Run:
             self.hits[-1].line = told[-1].strip()[:300] if told else "nothing: no training noticed"
 
 
-TOLD = re.compile(r"was lost|no message|can.t |no Ray|resuming|stopped|refused|left it|space|store [a-z]*:")
+TOLD = re.compile(r"was lost|no message|can.t |no Ray|resuming|stopped|refused|left it|space")
 
 
-def options_of(place: Field, name: str) -> list[str]:
-    more = ["--executor", place.executor, "--workers", str(place.workers_wanted), "--set", f"store=s3://bucket/{name}"]
+def options_of(place: Field) -> list[str]:
+    more = ["--executor", place.executor, "--workers", str(place.workers_wanted)]
     return more + (["--set", f"ray_address={place.hosts[0].address}:{PORT}"] if place.executor == "ray" else [])
 
 
@@ -375,7 +316,7 @@ def kill_head(run: Run, _host: Host, _seconds: float) -> None:
 
 
 def kill_driver(run: Run, _host: Host, _seconds: float) -> None:
-    for process in run.field.hosts[0].matching(f"/tmp/disk/{run.name} "):
+    for process in run.field.hosts[0].matching(f"/tmp/shared/{run.name} "):
         with suppress(psutil.Error):
             process.kill()
 
@@ -399,20 +340,6 @@ def slow_link(run: Run, host: Host, seconds: float) -> None:
     host.link.delay = 0.0
 
 
-def store_refuses(run: Run, _host: Host, seconds: float) -> None:
-    _store_is(run, "refuse", seconds)
-
-
-def store_is_slow(run: Run, _host: Host, seconds: float) -> None:
-    _store_is(run, "slow", seconds)
-
-
-def _store_is(run: Run, mode: str, seconds: float) -> None:
-    run.field.set_store(mode)
-    run.over.wait(seconds)
-    run.field.set_store("")
-
-
 def fill_disk(run: Run, host: Host, seconds: float) -> None:
     ballast = host.fill_disk()
     run.over.wait(seconds)
@@ -423,18 +350,10 @@ def shift_clock(run: Run, host: Host, _seconds: float) -> None:
     host.set_clock(run.field.random.choice([3600, -3600]) if not host.clock else 0)
 
 
-def second_driver(run: Run, _host: Host, _seconds: float) -> None:
-    """The same selection with the same store, at the same time, in another folder."""
-    if run.second is None:
-        run.start_second()
-
-
 LASTING = {  # kinds that end by themselves, after 1 to 60 s
     "worker stopped, continued",
     "partition, healed",
     "link of 1 Mbit and 300 ms",
-    "store refuses",
-    "store is slow",
     "disk full",
 }
 CHEAP = LASTING | {"clock off by an hour"}  # after them nothing starts anew
@@ -447,13 +366,10 @@ FAULTS: dict[str, Callable[[Run, Host, float], None]] = {
     "partition, healed": partition,
     "partition, not healed": partition_for_good,
     "link of 1 Mbit and 300 ms": slow_link,
-    "store refuses": store_refuses,
-    "store is slow": store_is_slow,
     "disk full": fill_disk,
     "clock off by an hour": shift_clock,
-    "two drivers on one store": second_driver,
 }
-NOT_OF_PROCESSES = {"node killed", "head killed, restarted", "partition, not healed"}  # the host has driver and disk
+NOT_OF_PROCESSES = {"node killed", "head killed, restarted", "partition, not healed"}  # the host has the driver
 
 
 def kinds_for(executor: str) -> list[str]:
@@ -487,7 +403,7 @@ class Found:
         }
 
 
-def found_in(folder: Path, adapters: dict[str, str]) -> Found:
+def found_in(folder: Path) -> Found:
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     ended = [line for line in lines if line["type"] in ("trial_finished", "trial_failed", "trial_diverged")]
     decision = json.loads((folder / "decision.json").read_text())
@@ -496,7 +412,7 @@ def found_in(folder: Path, adapters: dict[str, str]) -> Found:
         {line["trial_id"]: line["value"] for line in ended if line["type"] == "trial_finished"},
         Counter(line["trial_id"] for line in ended),
         checksum(folder / "adapter/adapter_model.safetensors"),
-        adapters,
+        {path.parent.name: checksum(path) for path in folder.glob("trials/*/adapter_model.safetensors")},
     )
 
 
@@ -511,15 +427,8 @@ def reference_of(place: Field) -> Found:
         log = place.folder / f"{folder.name}.log"
         if place.start(place.hosts[0], place.work.command("reference"), log.name).wait():
             raise RuntimeError(log.read_text()[-2000:])
-        shutil.copytree(place.hosts[0].disk / "reference", folder)
-    adapters = {path.parent.name: checksum(path) for path in folder.glob("trials/*/adapter_model.safetensors")}
-    return found_in(folder, adapters)
-
-
-def stored_adapters(place: Field, name: str) -> dict[str, str]:
-    """Trial → checksum of its adapter in the store."""
-    files = json.loads(place.answer(place.network.hosts[3], LIST_STORE, name))
-    return {key.split("/")[-2]: etag for key, etag in files.items() if key.endswith("/adapter_model.safetensors")}
+        shutil.copytree(place.network.shared / "reference", folder)
+    return found_in(folder)
 
 
 def one_run(place: Field, name: str, kinds: Sequence[str], right: Found) -> tuple[dict[str, Any], list[str]]:
@@ -527,13 +436,7 @@ def one_run(place: Field, name: str, kinds: Sequence[str], right: Found) -> tupl
     run, begun, left = Run(place, name), time.monotonic(), list(kinds)
     try:
         left = run.go(kinds)
-        folders = [run.folder, *([] if run.second is None else [place.hosts[0].disk / f"{name}-second"])]
-        adapters = stored_adapters(place, name)
-        judged = [found_in(folder, adapters).against(right) for folder in folders]
-        found = {
-            key: min(one[key] for one in judged) for key in ("right_decision", "right_adapters", "adapters_compared")
-        }
-        found |= {key: max(one[key] for one in judged) for key in ("lost", "twice")}
+        found = found_in(run.folder).against(right)
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         shutil.copytree(run.folder, place.folder / f"{name}-run", dirs_exist_ok=True, ignore_dangling_symlinks=True)
         found = {"right_decision": False, "right_adapters": False, "lost": -1, "twice": -1, "error": str(error)}
@@ -559,7 +462,7 @@ class Campaign:
     def rows(self, faults: int) -> Iterator[dict[str, Any]]:
         """At least so many faults, unless a run fails or time is over."""
         chosen, tried = random.Random(f"{self.work.name} {self.executor} {self.seed} {self.runs}"), 0
-        with Network(4) as network:
+        with Network(3) as network:
             place = Field(network, chosen, self.work, self.executor, self.folder)
             right = self._open(place)
             row: dict[str, Any] = {}
@@ -570,9 +473,7 @@ class Campaign:
                 yield row
 
     def _open(self, place: Field) -> Found:
-        for host in place.hosts:
-            self.work.put_on(host)
-        place.open_store()
+        self.work.put_on(place.network.shared)
         return reference_of(place)
 
 

@@ -1,6 +1,7 @@
 """Hosts out of namespaces on this machine, and the network between them.
 
-A host has an address, a name, processes, `/tmp`, `/dev/shm` and a clock of its own; the rest of the disk is there to be read only.
+A host has an address, a name, processes, `/tmp`, `/dev/shm` and a clock of its own. All share a disk at `/tmp/shared`, as of a file server
+that no fault reaches; the rest of this machine's disk is there to be read only.
 The hosts' network cards are TAP devices. Their frames pass through a `Switch` in this process, which delays, limits and drops
 them: the kernel's `netem` is not needed. All of it needs root.
 """
@@ -18,6 +19,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +34,7 @@ MTU = 9000
 QUEUE_SECONDS = 4.0  # frames that would wait longer at a slow link are dropped
 NETWORK = "10.77.0."
 ROOT = Path(__file__).resolve().parents[2]  # of the code, which all hosts share
-DISK_MIB = 256  # of a host's own disk, where HOME, TMPDIR and the run folders are
+DISK_MIB = 256  # of a host's own disk, where HOME and TMPDIR are
 CLOCK_SHIM = '''"""The host's clock: the machine's, and the seconds in /tmp/clock, which may change at any time."""
 import mmap, struct, time
 _file = open("/tmp/clock", "rb")
@@ -43,9 +45,11 @@ time.time_ns = lambda: _real_ns() + struct.unpack("q", _offset[:8])[0] * 10**9
 SET_UP = """
 set -e
 mount --make-rprivate /
+mount --bind {shared} /mnt
 mount -t tmpfs -o size=1g shm /dev/shm
 mount -t tmpfs -o size=1g tmp /tmp
-mkdir -p /tmp/disk /tmp/shim
+mkdir -p /tmp/disk /tmp/shim /tmp/shared
+mount --move /mnt /tmp/shared
 mount -t tmpfs -o size={mib}m disk /tmp/disk
 mkdir -p /tmp/disk/home /tmp/disk/tmp
 hostname {name}
@@ -119,6 +123,7 @@ class Host:
     number: int
     prefix: str
     switch: Switch
+    shared: Path  # on this machine; `/tmp/shared` for its processes
     device: int = -1
     holder: subprocess.Popen[bytes] | None = None
     init: int = 0  # the process that the host's processes live and die with
@@ -161,7 +166,7 @@ class Host:
 
     def boot(self) -> None:
         """Start the host with an empty disk."""
-        script = SET_UP.format(mib=DISK_MIB, name=self.name)
+        script = SET_UP.format(mib=DISK_MIB, name=self.name, shared=shlex.quote(str(self.shared)))
         kinds = ["--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
         command = ["ip", "netns", "exec", self.name, "unshare", *kinds, "bash", "-c", script]
         self.holder = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -256,11 +261,13 @@ class Host:
 
 
 class Network:
-    """So many booted hosts at one switch; a context."""
+    """So many booted hosts at one switch, with a disk that they share; a context."""
 
     def __init__(self, hosts: int) -> None:
         self.switch = Switch()
-        self.hosts = [Host(number, f"rr{os.getpid() % 100000}h", self.switch) for number in range(hosts)]
+        self.shared = Path(tempfile.mkdtemp(prefix="shared-"))
+        prefix = f"rr{os.getpid() % 100000}h"
+        self.hosts = [Host(number, prefix, self.switch, self.shared) for number in range(hosts)]
 
     def __enter__(self) -> Network:
         try:
@@ -283,6 +290,7 @@ class Network:
         for host in self.hosts:
             if host.device in self.switch.links:
                 host.unplug()
+        shutil.rmtree(self.shared, ignore_errors=True)
 
 
 def why_impossible() -> str | None:

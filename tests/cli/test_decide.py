@@ -57,7 +57,7 @@ def test_wins_against_a_fixed_reference_decide(tmp_path: Path) -> None:
             rows += [f"{rank},0,{prompt}-{person},{prompt},{value}" for person in ("Ada", "Bo")]
     path.write_text("\n".join(rows) + "\n")
     answer = CliRunner().invoke(
-        cli, ["decide", str(path), *"--metric win_rate --higher-is-better --margin 0.05 --json".split()]
+        cli, ["decide", str(path), *["--metric", "win_rate", "--higher-is-better", "--margin", "0.05", "--json"]]
     )
     decision = json.loads(answer.stdout)
     assert (decision["rank"], decision["metric"], decision["higher_is_better"]) == (16, "win_rate", True)

@@ -22,7 +22,6 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1
 PLAIN_TEXT = st.from_regex(r"[a-z][a-z0-9_.,= -]{0,12}", fullmatch=True)
 TOGETHER: dict[str, dict[str, Any]] = {  # that a setting needs beside it
     "workers": {"executor": "processes"},
-    "store": {"executor": "processes"},
     "ray_address": {"executor": "ray"},
 }
 VALUES: dict[str, st.SearchStrategy[Any]] = {  # of settings that allow less than their type
@@ -30,7 +29,6 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {  # of settings that allow less tha
         lambda entries: all(entry.partition("=")[0] and entry.partition("=")[2] for entry in entries)
     ),
     "device": st.sampled_from(["cpu", "cuda", "cuda:3", "mps"]),
-    "store": st.sampled_from(["s3://bucket/runs", "file:///mnt/a,b"]),
     "peft_options": st.fixed_dictionaries(
         {}, optional={"lora_bias": st.booleans(), "layers_pattern": TEXT, "qalora_group_size": st.integers(1, 64)}
     ),

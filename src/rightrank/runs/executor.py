@@ -61,7 +61,7 @@ class Executor(Protocol):
     - A trial that can't be trained is an outcome (`TrialDiverged`, `TrialFailed`), not an exception. Exceptions mean
       that no trial can run.
     - Training depends on the trial alone: the same trial gives the same values on any worker, beside any other trial.
-    - Before a `TrialFinished` is yielded, its adapter is in `RunFolder.trial_adapter` or in the run's store.
+    - Before a `TrialFinished` is yielded, its adapter is in `RunFolder.trial_adapter`.
     - The caller may close the iterator early; the executor then stops what it started and can be used again.
     - It writes neither to the journal nor to the decision.
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
 
 from filelock import FileLock, Timeout
 
@@ -19,18 +18,11 @@ PROGRESS_FILE = "progress.json"  # in the run folder while a process works
 SQUEEZED = "squeeze.json"  # what cut an adapter on its way, beside the run of the training's end
 
 
-Download: TypeAlias = Callable[[str, Path], bool]  # a file or a folder, to a path; False where there is none
-
-
 class RunFolder:
-    """The paths of a run's files.
+    """The paths of a run's files."""
 
-    Args:
-        store: Where workers that do not see this folder leave their files: an address, and a function that downloads.
-    """
-
-    def __init__(self, path: Path, store: tuple[str, Download] | None = None) -> None:
-        self.path, self.store = path, store
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.journal = Journal(path / "journal.jsonl")
         self.config = path / "config.yaml"
         self.decision = path / "decision.json"
@@ -66,17 +58,17 @@ class RunFolder:
         return None if trial.rank == 0 else self.finished_adapter(trial.trial_id)
 
     def finished_adapter(self, trial_id: str) -> Path:
-        """The folder of a trial's adapter, downloaded from the store if it is not here.
+        """The folder of a trial's adapter.
 
         Raises:
-            RunError: the store does not answer, or the adapter is in neither place.
+            RunError: it is not there.
         """
         adapter = self.trial_adapter(trial_id)
-        address, download = self.store or ("", lambda _name, _path: False)
-        if adapter.is_dir() or download(adapter.relative_to(self.path).as_posix(), adapter):
-            return adapter
-        where = f"nor in the store {address}" if self.store is not None else "and no store was given"
-        raise RunError(f"{adapter}: the trial's adapter is missing, {where}; give the store that the run started with")
+        if not adapter.is_dir():
+            raise RunError(
+                f"{adapter}: the adapter of a trial that has finished is missing; put it back, or give another --out"
+            )
+        return adapter
 
     def _name(self, trial_id: str) -> str:
         """The trial id as a file name; an id from an untrusted journal must not lead out of the folder."""

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import click
 
     from rightrank.models.base_models import LoadedModel
-    from rightrank.runs.folder import Download
     from rightrank.schema.settings import SelectSettings
     from rightrank.train.tokens import EncodedData
 
@@ -55,8 +54,6 @@ class Plugin:
 
     It gives a context, within which workers run, whose value is a `rightrank.runs.executor.Executor`.
     """
-    store: Callable[[SelectSettings, str], tuple[str, Download] | None] = lambda settings, fingerprint: None
-    """Where the workers of a selection leave adapters, if they don't see its folder: an address, and a function that downloads."""
     calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """By a value of `executor` of `select_rank_with`: turns a training function into one that runs elsewhere."""
     memory_plan: Callable[

@@ -20,7 +20,7 @@ from rightrank.runs.executor import Executor, LocalExecutor, Run, Workplace
 from rightrank.runs.finish import answer_early, finish, rescore
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import FailingAs, Hook, Hooks, Started
-from rightrank.runs.plugins import first, merged
+from rightrank.runs.plugins import merged
 from rightrank.runs.values import Asked, Plan, Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import (
@@ -98,7 +98,7 @@ def opened(request: Asked, folder: RunFolder, hooks: Hooks, before: Plan | None 
     kept = (record for record in journal if not isinstance(record, TrialFailed) or record.error == "out_of_memory")
     return Run(
         plan,
-        RunFolder(folder.path, first(lambda plugin: plugin.store(plan.settings, plan.started.fingerprint))),
+        folder,
         hooks,
         Records.of(plan.started, kept),
         _continued(journal, plan.started) if journal else plan.started,

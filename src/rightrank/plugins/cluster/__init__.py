@@ -1,7 +1,7 @@
 """Trainings in workers: processes on this machine, and actors of a Ray cluster.
 
 A worker holds one base and trains one task at a time; a driver gives out trials and takes each outcome exactly once, whatever
-workers are lost, hang or don't fit. Adapters and checkpoints go through a shared folder or a store.
+workers are lost, hang or don't fit. Adapters and checkpoints go through the run folder, which all machines share.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 from rightrank.plugins.cluster.fields import fields_of
@@ -20,7 +19,7 @@ from rightrank.schema.errors import SettingsError
 if TYPE_CHECKING:
     from rightrank.plugins.cluster.pool import Crew, Pool
     from rightrank.plugins.cluster.worker import Setup
-    from rightrank.runs.folder import Download, RunFolder
+    from rightrank.runs.folder import RunFolder
     from rightrank.runs.values import Prepared
     from rightrank.schema.events import Listener
     from rightrank.schema.settings import SelectSettings
@@ -33,17 +32,11 @@ MAX_TASK_TRIALS = 16  # the worker measures how many of them to train in one pas
 def _workers(prepared: Prepared, folder: RunFolder, listener: Listener) -> Iterator[Pool]:
     """The executor of workers in processes or on Ray. They start on demand and run as long as the block."""
     from rightrank.plugins.cluster.pool import Pool
-    from rightrank.plugins.cluster.store import Store, run_store
     from rightrank.plugins.cluster.worker import Setup, versions
 
     request, on_cuda = prepared.request, prepared.runtime.loaded.device.type == "cuda"
     fields, plan = fields_of(request.settings), prepared.planned
     needed = None if plan is None else max(plan.needed_bytes[rank] for rank in plan.ranks)
-    if fields.store:  # one that refuses ends the run before it starts
-        store = Store(fields.store)
-        with NamedTemporaryFile(prefix="reachable-") as file:
-            store.put(Path(file.name), "reachable")
-        store.remove("reachable")
     with _offloaded_base(prepared.runtime):
         setup = Setup(
             model=request.model_name,
@@ -61,18 +54,6 @@ def _workers(prepared: Prepared, folder: RunFolder, listener: Listener) -> Itera
             yield pool
         finally:
             pool.close()
-        if fields.store:  # every trial has ended
-            run_store(fields.store, setup.fingerprint).remove("checkpoints")
-
-
-def _store_of(settings: SelectSettings, fingerprint: str) -> tuple[str, Download] | None:
-    address = fields_of(settings).store
-    if not address:
-        return None
-    from rightrank.plugins.cluster.store import run_store
-
-    store = run_store(address, fingerprint)
-    return store.address, store.get
 
 
 @contextmanager
@@ -113,6 +94,5 @@ def _crew(settings: SelectSettings, setup: Setup, needed: int | None, on_cuda: b
 PLUGIN = Plugin(
     name="cluster",
     executors={"processes": _workers, "ray": _workers},
-    store=_store_of,
     calls={"ray": lambda train: import_module("rightrank.plugins.cluster.on_ray").call_on_ray(train)},
 )

@@ -1,7 +1,7 @@
 """Workers as actors of a Ray cluster (extra `rightrank[ray]`).
 
 An actor holds one base and trains one task at a time. Its messages are a stream of JSON lines, so Ray carries short
-texts only; adapters and checkpoints go through the shared folder or the store.
+texts only; adapters and checkpoints go through the shared folder.
 
 A user's training function as tasks of a Ray cluster.
 """

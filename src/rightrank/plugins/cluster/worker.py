@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,16 +25,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO, TypeAlias
 
 from pydantic import Field, JsonValue, TypeAdapter
 
-from rightrank.plugins.cluster.fields import fields_of
 from rightrank.schema.errors import InterruptedRun, RightrankError, RunError
 from rightrank.schema.events import Evaluating, Event, Listener, Notice, StepDone
 from rightrank.schema.trials import Record, Trial, TrialFailed, TrialOutcome, TrialStarted
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
-    from rightrank.plugins.cluster.store import Store
     from rightrank.runs.executor import Executor
-    from rightrank.runs.folder import RunFolder
 
 STEP_SECONDS = 0.5  # between two `Step` messages, at least
 DISK_SECONDS = 600.0  # for which a worker waits for a disk that is full or fails
@@ -72,7 +69,7 @@ class Stop(Record):
 class Ready(Record):
     type: Literal["ready"] = "ready"
     versions: dict[str, str]
-    sees_folder: bool  # the driver's run folder, which a store makes needless
+    sees_folder: bool  # the driver's run folder
 
 
 class TaskEnded(Record):
@@ -122,7 +119,6 @@ class Worker(Listener):
         self._send = send
         self._setup: Setup | None = None
         self._executor: Executor | None = None
-        self._stored: _StoredExecutor | None = None  # the same, on a machine that shares no disk
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._scratch = Path(tempfile.mkdtemp(prefix="rightrank-worker-"))
         self._stop = threading.Event()
@@ -137,8 +133,7 @@ class Worker(Listener):
                 self._setup = command
                 with suppress(OSError):  # no such folder here: then only absolute paths work
                     os.chdir(command.working_folder)
-                shares = bool(command.settings.get("store")) or (command.folder / "journal.jsonl").is_file()
-                self._send(Ready(versions=versions(), sees_folder=shares))
+                self._send(Ready(versions=versions(), sees_folder=(command.folder / "journal.jsonl").is_file()))
             case Stop():
                 self._stop.set()
             case Task():
@@ -207,7 +202,6 @@ class Worker(Listener):
         Raises:
             RunError: what is prepared here has another fingerprint than the driver's.
         """
-        from rightrank.plugins.cluster.store import run_store
         from rightrank.runs.executor import LocalExecutor
         from rightrank.runs.folder import RunFolder
         from rightrank.runs.prepare import prepare
@@ -221,12 +215,7 @@ class Worker(Listener):
                 f"a worker on {platform.node()} found a different model or different data at {setup.model} and {setup.data}: "
                 "give paths that lead to the same files on every machine"
             )
-        address = fields_of(prepared.settings).store
-        folder = RunFolder(self._scratch / "run" if address else setup.folder)
-        executor = LocalExecutor(prepared.runtime, folder, self, prepared.planned)
-        if address:
-            self._stored = _StoredExecutor(executor, folder, run_store(address, setup.fingerprint))
-        return self._stored or executor
+        return LocalExecutor(prepared.runtime, RunFolder(setup.folder), self, prepared.planned)
 
     def on_event(self, event: Event) -> None:
         """Send the starts, the steps and the notices of the trials."""
@@ -236,71 +225,9 @@ class Worker(Listener):
         elif isinstance(event, StepDone | Evaluating) and now - self._last_step >= STEP_SECONDS:
             self._last_step = now
             self._send(Step(event=event))
-        if self._stored is not None and isinstance(event, StepDone):
-            self._stored.upload_due()
 
     def should_stop(self) -> bool:
         return self._stop.is_set()
-
-
-class _StoredExecutor:
-    """For machines that share no disk: wraps an executor, and keeps in the store what trials start from and leave.
-
-    The files of an outcome are there before the outcome is yielded.
-    """
-
-    def __init__(self, executor: Executor, folder: RunFolder, store: Store) -> None:
-        self._executor, self._folder, self._store = executor, folder, store
-        self._checkpoints: list[Path] = []  # of the current task's trials
-        self._uploaded: dict[Path, int] = {}  # checkpoint → its modification time in the store, ns
-        self._next_upload = 0.0  # on the monotonic clock
-
-    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-        folder, store = self._folder, self._store
-        self._checkpoints = [folder.checkpoint(trial.trial_id) for trial in trials]
-        for path in self._checkpoints:  # that other workers may have left
-            if store.get(self._name(path), path):
-                self._uploaded[path] = path.stat().st_mtime_ns
-        parents = [folder.checkpoint(trial.arm.continue_from) for trial in trials if trial.arm.continue_from]
-        parents += [folder.trial_adapter(trial.arm.truncate_from) for trial in trials if trial.arm.truncate_from]
-        for path in parents:
-            store.get(self._name(path), path)
-        try:
-            for outcome in self._executor.run(trials, base_loss):
-                adapter, checkpoint = folder.trial_adapter(outcome.trial_id), folder.checkpoint(outcome.trial_id)
-                for path in (adapter, folder.answers(outcome.trial_id)):
-                    if path.exists():
-                        store.put(path, self._name(path))
-                if outcome.arm.stop_at is not None:  # any worker may resume it
-                    self._upload()
-                yield outcome
-                shutil.rmtree(adapter, ignore_errors=True)
-                if outcome.arm.stop_at is None and self._uploaded.pop(checkpoint, None) is not None:
-                    store.remove(self._name(checkpoint))  # it is never resumed
-        except InterruptedRun:
-            self._upload()
-            raise
-
-    def upload_due(self) -> None:
-        """Send new checkpoints, so seldom that uploads take at most `CHECKPOINT_SHARE` of the time."""
-        from rightrank.train.trial import CHECKPOINT_SHARE
-
-        begun = time.monotonic()
-        if begun >= self._next_upload and self._upload():
-            ended = time.monotonic()
-            self._next_upload = ended + (ended - begun) / CHECKPOINT_SHARE
-
-    def _upload(self) -> bool:
-        """Send checkpoints that have changed since their last upload; whether there were any."""
-        written = {path: path.stat().st_mtime_ns for path in self._checkpoints if path.exists()}
-        changed = {path: at for path, at in written.items() if self._uploaded.get(path) != at}
-        for path in changed:
-            self._store.put(path, self._name(path))
-        self._uploaded |= changed
-        return bool(changed)
-
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self._folder.path).as_posix()
 
 
 def versions() -> dict[str, str]:
