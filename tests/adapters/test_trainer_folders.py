@@ -107,12 +107,6 @@ def test_a_halfwritten_state_names_nothing(adapter: Path, tmp_path: Path) -> Non
     assert find_adapter(output)[0] == output / "checkpoint-100"
 
 
-def test_the_last_file_of_kohya_has_no_number(tmp_path: Path) -> None:
-    for name in ("a1b2-000004", "a1b2", "a1b2-step00000500"):
-        (tmp_path / f"{name}.safetensors").touch()
-    assert find_adapter(tmp_path)[0] == tmp_path / "a1b2.safetensors"
-
-
 def test_an_adapter_is_itself(adapter: Path) -> None:
     assert find_adapter(adapter) == (adapter, "")
 

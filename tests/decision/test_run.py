@@ -22,7 +22,7 @@ from rightrank.decision.records import (
 from rightrank.decision.rule import ASKED_CONFIDENCE
 from rightrank.decision.table import table_of
 from rightrank.report.status import last_decided, run_status
-from rightrank.schema.decision import CheckpointNote, Decision, TrainingRankEstimate
+from rightrank.schema.decision import Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import DecisionRecorded, GuardEvaluated, JournalRecord, RunContinued
 from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, TrialFinished, TrialLook, TrialStarted
@@ -381,20 +381,6 @@ def test_a_question_that_was_not_asked_is_none_in_the_document() -> None:
     of_the_adapter = ("adapter_sentence", "adapter_making", "handed_over", "guard", "adapter_answer")
     assert {name: second[name] for name in of_the_adapter} == dict.fromkeys(of_the_adapter)
     assert second["cost"] == {"trainings": 8.0, "trainings_to_adapter": None}
-
-
-@pytest.mark.parametrize("matters", [True, False])
-def test_a_checkpoint_that_changes_the_adapter_is_flagged_once(matters: bool) -> None:
-    records = answered_run(direct=[1, 4, 16])
-    last = records.adapters[-1]
-    noted = CheckpointNote(used="last", last=8, best=4 if matters else 8)
-    records.adapters[-1] = last.model_copy(update={"answer": last.answer.model_copy(update={"checkpoint": noted})})
-    decision = decide_run(records)
-    told = decision.model_copy(update={"flags": [*decision.flags, "checkpoint_matters"]})
-    flags = answers_of(records, decision, "training-rank").document().get("flags")
-    assert flags == [*decision.flags, *(["checkpoint_matters"] if matters else [])]
-    assert answers_of(records, told, "training-rank").document()["flags"] == told.flags
-    assert answers_of(records, None, "adapter").document().get("flags") == (["checkpoint_matters"] if matters else None)
 
 
 def test_a_metric_that_is_only_reported_is_compared_where_it_was_asked_for() -> None:

@@ -127,22 +127,6 @@ def test_the_test_split_is_read_of_the_kept_checkpoint_alone(runs: dict[Checkpoi
         assert len(read) == len(set(read)) <= 3
 
 
-def test_either_run_says_what_the_other_checkpoint_gives(runs: dict[Checkpoint, Path]) -> None:
-    """The rank of the other checkpoint, measured at the end of a run, is that of the run that keeps it."""
-    documents = {name: json.loads((run / "decision.json").read_text(encoding="utf-8")) for name, run in runs.items()}
-    plain: dict[str, int] = {}
-    for name, document in documents.items():
-        note = document["adapter_answer"]["checkpoint"]
-        assert note["used"] == name
-        plain[name] = note[name]
-        assert ("checkpoint_matters" in document.get("flags", [])) == (note["last"] != note["best"])
-        assert any("By the last checkpoint of rank 8" in line for line in document["adapter_answer"]["notes"])
-    for document in documents.values():
-        note = document["adapter_answer"]["checkpoint"]
-        assert (note["last"], note["best"]) == (plain["last"], plain["best"])
-    assert not any((run / "checkpoints").exists() for run in runs.values())
-
-
 def test_an_interrupted_training_keeps_the_same_checkpoint(
     runs: dict[Checkpoint, Path], model_folder: Path, overfitted: Path, tmp_path: Path
 ) -> None:

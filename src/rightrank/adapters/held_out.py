@@ -58,7 +58,7 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
     Raises:
         DataError: rows that can't be used, or fewer than two that the adapter was not trained on.
     """
-    classes = None if adapter.is_file else labels_of_side(str(adapter.path))
+    classes = labels_of_side(str(adapter.path))
     trained, source = _trained(adapter, data, train, settings, classes)
     if trained is None and None not in read_rows(data):
         count = sum(len(list(rows)) for rows in read_rows(data).values())

@@ -16,15 +16,14 @@ import torch
 from safetensors.torch import save_file
 
 from rightrank.adapters.spectra import energy_rank, factored_distance, factored_singular_values
-from rightrank.data.files import creating, replacing, replacing_folder, require_absent
+from rightrank.data.files import creating, replacing_folder, require_absent
 from rightrank.models.adapter_files import (
-    RANK,
     AdapterFolder,
     AdapterModule,
     mlx_key,
     write_adapter,
 )
-from rightrank.models.places import CONFIG_FILE, MLX_FILE, read_header
+from rightrank.models.places import CONFIG_FILE, MLX_FILE
 from rightrank.models.ranks import exact_pattern, lora_scaling
 from rightrank.models.truncation import Moments, resized_factors
 from rightrank.schema.errors import ModelError, SettingsError
@@ -66,7 +65,7 @@ def write_resized(
         parameters_before=sum(module.parameters for module in adapter.modules),
         parameters_after=sum(ranks[module.name] * (module.rows + module.columns) for module in adapter.modules),
         bytes_before=adapter.weights.stat().st_size,
-        bytes_after=(out if adapter.is_file else out / adapter.weights.name).stat().st_size,
+        bytes_after=(out / adapter.weights.name).stat().st_size,
         chosen_by=chosen_by,
         notes=_notes(adapter, tensors),
     )
@@ -224,7 +223,7 @@ def write_like(
     tensors: Mapping[str, torch.Tensor],
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a changed adapter in the format of `adapter`: a folder of PEFT or mlx-lm, or a LoRA file.
+    """Write a changed adapter in the format of `adapter`: a folder of PEFT or mlx-lm.
 
     PEFT's keeps what lies beside it, and gets further `files`.
 
@@ -234,13 +233,7 @@ def write_like(
     if adapter.mlx is not None:
         _write_mlx(out, adapter.mlx, config, tensors)
         return
-    if not adapter.is_file:
-        write_adapter(out, config, tensors, adapter.path, files)
-        return
-    _, metadata = read_header(adapter.path)
-    metadata = {name: str(config["r"]) if name == RANK else value for name, value in metadata.items()}
-    with creating(out), replacing(out) as temporary:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
+    write_adapter(out, config, tensors, adapter.path, files)
 
 
 def _write_mlx(

@@ -58,7 +58,7 @@ def resize(
     """Write the adapter at another rank to `out`, and report the truncation error.
 
     Args:
-        adapter: a folder of PEFT or mlx-lm, a LoRA file of kohya, or a trainer's output folder with checkpoints.
+        adapter: a folder of PEFT or mlx-lm, or a trainer's output folder with checkpoints.
         out: the folder or file to write, which must not exist.
         rank: one rank for all modules; above the present one it pads. Exactly one of `rank`, `energy` and `data` chooses
             the rank.
@@ -95,7 +95,7 @@ def resize(
     if wrong := [count for count in bits if count not in BITS]:
         raise SettingsError(f"--bits {wrong[0]}: PEFT loads adapters in 16 and in 8 bits; give 16, 8, or both")
     opened = open_adapter(place)
-    if bits and (opened.is_file or opened.mlx is not None):
+    if bits and opened.mlx is not None:
         raise SettingsError(f"{place}: --bits writes adapters of PEFT; convert it first, or leave --bits out")
     require_plain_update(opened)
     if data is not None:

@@ -264,9 +264,6 @@ class Answers:
         started, adapter = self.started, self.adapter
         fields: dict[str, Any] = dict.fromkeys(("rank", "verdict", "confidence", "sentence"))
         fields |= _json(self.decision) or {}
-        noted = adapter and adapter.answer.checkpoint
-        if noted and noted.matters:
-            fields["flags"] = list(dict.fromkeys([*fields.get("flags", ()), "checkpoint_matters"]))
         of_run = {} if started is None else started.model_dump(include={"metric", "higher_is_better"})
         return (
             {**of_run, "goal": self.goal}

@@ -1,14 +1,8 @@
 """An adapter's files in PEFT's format: read with safetensors alone, checked before anything is computed, and written.
 
-Neither PEFT nor the base model is needed to read one: tensor names, shapes and `adapter_config.json` define the adapter.
-Files of two other tools are read as the same adapters:
-
-| tool | keys of a module `model.layers.0.self_attn.q_proj` | scale |
-|---|---|---|
-| kohya (sd-scripts, ComfyUI) | `lora_te_model_layers_0_self_attn_q_proj.lora_down.weight`, `….lora_up.weight` | `….alpha` over the rank |
-| mlx-lm (`adapters.safetensors`) | `model.layers.0.self_attn.q_proj.lora_a` [in, r], `….lora_b` [r, out] | `lora_parameters.scale` |
-
-kohya's names have underscores for dots, so that they name a module of a known model only. mlx-lm has one rank and one scale for all modules.
+Neither PEFT nor the base model is needed to read one: tensor names, shapes and `adapter_config.json` define the adapter. A folder of mlx-lm
+(`adapters.safetensors`) is read as the same adapter: its keys are `model.layers.0.self_attn.q_proj.lora_a` [in, r] and `….lora_b` [r, out], and
+`lora_parameters` has one rank and one scale for all modules.
 """
 
 from __future__ import annotations
@@ -20,7 +14,6 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,16 +39,12 @@ from rightrank.models.places import (
     read_header,
     require_adapter_folder,
 )
-from rightrank.models.ranks import exact_pattern, lora_scaling, pattern_matches, pattern_value
+from rightrank.models.ranks import lora_scaling, pattern_matches, pattern_value
 from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Floats
 
-RANK = "ss_network_dim"  # of kohya, in the header
 PREFIX = "base_model.model."  # of PEFT's keys
-FACTOR = re.compile(
-    r"^(?P<module>.+)\.(?:lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?"
-    r"|lora[._](?P<name>down|up)\.weight)$"
-)
+FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?$")
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 # Adapters are trained in at most 32 bits. Values beyond these are damage, and their squares overflow 64 bits.
 MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
@@ -71,15 +60,13 @@ BESIDE = (BASE_FILE, CLASSIFIER_FILE, *TOKENIZER_FILES)  # what an adapter of an
 
 
 def open_adapter(path: Path) -> AdapterFolder:
-    """Read and check the configuration and the header of an adapter folder of PEFT or mlx-lm, or of a LoRA file of kohya.
+    """Read and check the configuration and the header of an adapter folder of PEFT or mlx-lm.
 
     Raises:
         ModelError: not a LoRA adapter, pickled weights, missing tensors, or shapes that contradict the configuration.
     """
     stored = None
-    if path.is_file() and path.suffix == ".safetensors":
-        config, (shapes, _) = _config_of_file(path), read_header(path)
-    elif (path / MLX_FILE).is_file() and not (path / WEIGHTS_FILE).exists():
+    if (path / MLX_FILE).is_file() and not (path / WEIGHTS_FILE).exists():
         config, shapes, stored = _config_of_mlx(path)
         _check_config(path / CONFIG_FILE, config)
     else:
@@ -137,12 +124,7 @@ class AdapterFolder:
 
     @property
     def weights(self) -> Path:
-        return self.path if self.is_file else self.path / (WEIGHTS_FILE if self.mlx is None else MLX_FILE)
-
-    @property
-    def is_file(self) -> bool:
-        """Whether it is a LoRA file of kohya and no folder of PEFT."""
-        return self.path.suffix == ".safetensors"
+        return self.path / (WEIGHTS_FILE if self.mlx is None else MLX_FILE)
 
     @property
     def keys(self) -> list[str]:
@@ -249,7 +231,7 @@ def _factor_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     for key in shapes:
         match = FACTOR.match(key)
         if match is not None:
-            pairs.setdefault(match["module"], {})["A" if _is_a(match) else "B"] = key
+            pairs.setdefault(match["module"], {})[match["side"]] = key
     if not pairs:
         raise ModelError(f"{path}: the weights hold no LoRA factors (…lora_A.weight); save the adapter again")
     for module, keys in pairs.items():
@@ -433,49 +415,6 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
             _write_classifier(temporary, peft_model.config)
         readme = temporary / "README.md"  # PEFT's empty template; the final adapter gets a model card of its own
         readme.unlink(missing_ok=True)
-
-
-def _is_a(match: re.Match[str]) -> bool:
-    """Whether a match of `FACTOR` is a module's A, and not its B."""
-    return match["side"] == "A" or match["name"] == "down"
-
-
-def _config_of_file(path: Path) -> dict[str, Any]:
-    """PEFT's configuration of a LoRA file of kohya: ranks from the shapes, alphas from `.alpha` tensors.
-
-    Raises:
-        ModelError: no LoRA factors, or a kind of file that can't be read.
-    """
-    shapes, _ = read_header(path)
-    ranks = {}
-    for key, shape in shapes.items():
-        match = FACTOR.match(key)
-        if match is not None and _is_a(match) and shape:
-            ranks[match["module"]] = int(shape[0])
-    foreign = next(
-        (key for key in shapes if key.endswith((".dora_scale", ".hada_w1_a", ".lokr_w1", ".lora_mid.weight"))), None
-    )
-    if not ranks or foreign is not None:
-        reason = f"it holds {foreign}" if foreign else "no keys of kohya (lora_down, lora_up)"
-        raise ModelError(f"{path}: not a LoRA file of kohya that can be read: {reason}")
-    with safe_open(path, framework="pt") as file:  # a module without an alpha has its rank, hence scale 1
-        alphas = {
-            module: float(file.get_tensor(f"{module}.alpha")) if f"{module}.alpha" in shapes else float(rank)
-            for module, rank in ranks.items()
-        }
-    rank, alpha = _usual(ranks), _usual(alphas)
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": exact_pattern(ranks, rank, ranks),
-        "alpha_pattern": exact_pattern(alphas, alpha, ranks),
-        "target_modules": sorted(ranks),
-    }
-
-
-def _usual(values: Mapping[str, Any]) -> Any:
-    return Counter(values.values()).most_common(1)[0][0]
 
 
 def _config_of_mlx(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Any]]:

@@ -27,7 +27,6 @@ BASE_FILE = "base.json"  # beside an adapter: what its base is known by
 CLASSIFIER_FILE = "classifier.json"  # beside it: the labels of a classifier
 TRAINER_STATE = "trainer_state.json"  # of transformers
 OWN_FOLDER = "rightrank"  # in a trainer's output: what was measured at its end
-KOHYA_STEP = re.compile(r"-(?:step)?(\d{6,8})$")
 BASE = "base"  # the side of a comparison that is the base model alone
 
 
@@ -169,17 +168,15 @@ def _implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def require_adapter_folder(path: Path) -> None:
-    """Refuse a path that holds no adapter, or pickled weights, before torch is imported; a file of weights is left to its reader.
+    """Refuse a path that holds no adapter, or pickled weights, before torch is imported.
 
     Raises:
         ModelError: the message names the adapter of a run folder, and the way to compare whole models.
     """
     if not path.exists():
         raise ModelError(f"{path}: no such folder; give an adapter folder, one that PEFT's save_pretrained wrote")
-    if not path.is_dir() and path.suffix != ".safetensors":
+    if not path.is_dir():
         raise ModelError(f"{path}: a file; give the adapter's folder, the one that holds {CONFIG_FILE}")
-    if path.is_file():
-        return
     if (path / CONFIG_FILE).exists():
         read_config(path)
         _require_weights(path)
@@ -279,19 +276,13 @@ def find_adapter(path: Path) -> tuple[Path, str]:
     | verl | `global_step_40/actor/lora_adapter`, or `lora_adapter` after its model merger |
     | OpenRLHF | `global_step40_hf` |
     | NeMo AutoModel | `epoch_0_step_40/model` |
-    | kohya | `name.safetensors`, `name-000004.safetensors`, `name-step00000400.safetensors` |
 
     The best by `trainer_state.json` or NeMo's `LOWEST_VAL`, else the newest: the one of the highest numbers, or without any.
     """
     if not path.is_dir() or (path / CONFIG_FILE).exists() or (path / "journal.jsonl").exists():
         return path, ""
     folders = [file.parent for file in path.rglob(CONFIG_FILE) if OWN_FOLDER not in file.relative_to(path).parts]
-    files = [] if (path / "config.json").exists() else list(path.glob("*.safetensors"))
-    # PEFT's, whose configuration is missing
-    files = [file for file in files if file.name != "adapter_model.safetensors"]
-    adapters = sorted(
-        folders or files, key=lambda place: (_steps(place.relative_to(path)), -len(place.parts), place.name)
-    )
+    adapters = sorted(folders, key=lambda place: (_steps(place.relative_to(path)), -len(place.parts), place.name))
     if not adapters:
         return path, ""
     newest = adapters[-1]
@@ -306,9 +297,6 @@ def find_adapter(path: Path) -> tuple[Path, str]:
 
 def _steps(place: Path) -> list[float]:
     """The numbers in a place's name, by which checkpoints are ordered; infinity for one without, which is a training's last."""
-    if place.suffix == ".safetensors":
-        match = KOHYA_STEP.search(place.stem)
-        return [math.inf if match is None else float(match[1])]
     return [float(number) for number in re.findall(r"\d+", str(place))] or [math.inf]
 
 

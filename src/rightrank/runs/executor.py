@@ -124,6 +124,5 @@ class LocalExecutor:
             None if arm.continue_from is None else folder.checkpoint(arm.continue_from),
             None if arm.truncate_from is None else folder.trial_adapter(arm.truncate_from),
             None if parent is None else folder.checkpoint(parent).with_suffix(".moments.safetensors"),
-            folder.other_checkpoint(trial.trial_id),
             folder.answers(trial.trial_id),
         )

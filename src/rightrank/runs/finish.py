@@ -7,29 +7,23 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from rightrank.data.files import UnreadableError, read_json_object, replacing_folder
-from rightrank.decision.adapter import Criterion, adapter_answer, improved_by_training, test_difference, trained_answer
-from rightrank.decision.comparison import is_within
+from rightrank.decision.adapter import adapter_answer, improved_by_training, test_difference, trained_answer
 from rightrank.decision.next_run import next_commands
 from rightrank.decision.records import Records, best_trial, compared, criterion_of, trainings
-from rightrank.decision.table import best_point
 from rightrank.models.places import BASE_FILE
 from rightrank.runs.executor import Run
 from rightrank.runs.hook import FailingAs, Finished
 from rightrank.runs.values import Answer, Selected, answers
-from rightrank.schema.decision import AdapterAnswer, CheckpointNote, Decision, HandedOver
+from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
 from rightrank.schema.errors import AllTrialsFailedError
-from rightrank.schema.events import AdapterRecorded, DecisionRecorded, GuardAnswer, Listener, TestEvaluated
-from rightrank.schema.trials import Trial, TrialFinished
+from rightrank.schema.events import AdapterRecorded, DecisionRecorded, GuardAnswer, TestEvaluated
+from rightrank.schema.trials import TrialFinished
 from rightrank.train.evaluation import Measured
-from rightrank.train.loop import run_trial
 from rightrank.train.metrics import measure
 from rightrank.train.runtime import Runtime, adapter_attached
-from rightrank.train.trial import TrialFolders
 
 CONFIG = "adapter_config.json"
 
@@ -44,7 +38,7 @@ def answer_early(run: Run) -> None:
         return  # a custom trainer's adapter is handed over at the end
     guard = None
     if run.plan.settings.executor == "local":  # while workers have the base, nothing is evaluated here
-        answer, guard = run.hooks.guarded(_with_other_checkpoint(run, run.prepared.runtime, answer), run.records.copy)
+        answer, guard = run.hooks.guarded(answer, run.records.copy)
         _read_test_split(run, run.prepared.runtime, [answer.trial_id, answer.reference_id])
     hand_over(run, answer, guard)
     run.notice(f"adapter: {answer.sentence} It is in {run.folder.adapter}.")
@@ -59,8 +53,6 @@ def finish(run: Run, decision: Decision | None) -> Selected:
     """
     records, folder = run.records, run.folder
     answer = _final_answer(records, decision)
-    if run.prepared is not None:
-        answer = _with_other_checkpoint(run, run.prepared.runtime, answer)
     answer, guard = run.hooks.guarded(answer, run.records.copy)
     if run.prepared is not None:
         shown = [next(trial.trial_id for trial in records.finished() if trial.rank == 0)]
@@ -181,51 +173,6 @@ def _handed_over(records: Records, answer: AdapterAnswer, saved: Path) -> Handed
         test_difference=test and test[0],
         test_difference_high=test and test[1],
     )
-
-
-def _with_other_checkpoint(run: Run, runtime: Runtime, answer: AdapterAnswer) -> AdapterAnswer:
-    """The answer with the rank that the other checkpoint of its training would give, where the two differ by more than the margin.
-
-    Of both, plain truncations count.
-    """
-    trained, folder = run.records.by_id[answer.trained_id], run.folder.other_checkpoint(answer.trained_id)
-    criterion = replace(criterion_of(run.records), margin=answer.margin)
-    children = [trial for trial in run.records.finished() if trial.truncate_from == trained.trial_id]
-    ours = adapter_answer([trained, *children], criterion)
-    if answer.checkpoint is not None or ours is None or not folder.is_dir() or not trained.points:
-        return answer
-    fall = abs(best_point(trained.points, criterion.higher_is_better).value - trained.points[-1].value)
-    if criterion.points_are_of_the_metric and is_within(fall, answer.margin):
-        return answer
-    theirs, used = _smallest_of(runtime, trained, children, folder, criterion), run.records.settings.checkpoint
-    last, best = (ours.rank, theirs) if used == "last" else (theirs, ours.rank)
-    note = CheckpointNote(used=used, last=last, best=best)
-    told = f"By the last checkpoint of rank {trained.rank} the smallest truncation that holds has rank {last}, by the best {best}."
-    if note.matters:
-        other = "best" if used == "last" else "last"
-        told = f"checkpoint_matters: {told} The {used} one is used; --checkpoint {other} takes the other."
-    return answer.model_copy(update={"checkpoint": note, "notes": [*answer.notes, told]})
-
-
-def _smallest_of(
-    runtime: Runtime, trained: TrialFinished, children: list[TrialFinished], checkpoint: Path, criterion: Criterion
-) -> int:
-    """The smallest plain truncation of the checkpoint that holds, measured as the run's `children` are, and not kept."""
-    with adapter_attached(runtime, checkpoint):
-        others = [_scored_again(runtime, trained, criterion.metric)]
-    smallest = trained.rank
-    with TemporaryDirectory(dir=checkpoint.parent) as working:
-        moments = Path(working) / "moments.safetensors"
-        for child in sorted(children, key=lambda trial: -trial.rank):
-            place = Path(working) / child.trial_id
-            folders = TrialFolders(place.with_suffix(".tmp"), place, truncate_from=checkpoint, moments=moments)
-            outcome = run_trial(runtime, Trial(trial_id=child.trial_id, arm=child.arm), None, folders, Listener())
-            others = [*others, outcome] if isinstance(outcome, TrialFinished) else others
-            answer = adapter_answer(others, criterion)
-            smallest = trained.rank if answer is None else answer.rank
-            if answer is None or answer.trial_id != child.trial_id:
-                break
-    return smallest
 
 
 def rescore(run: Run) -> None:

@@ -46,10 +46,6 @@ class RunFolder:
     def checkpoint(self, trial_id: str) -> Path:
         return self.path / "checkpoints" / f"{self._name(trial_id)}.safetensors"
 
-    def other_checkpoint(self, trial_id: str) -> Path:
-        """Where the adapter of the checkpoint that is not kept is during the run: the best, or the last."""
-        return self.path / "checkpoints" / f"{self._name(trial_id)}.other"
-
     def trial_adapter(self, trial_id: str) -> Path:
         return self.path / "trials" / self._name(trial_id)
 

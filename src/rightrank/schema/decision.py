@@ -210,8 +210,6 @@ class AdapterAnswer(Record):
     candidates: list[AdapterCandidate]  # by descending rank
     sentence: str
     notes: list[str] = Field(default_factory=list)  # what else a person should know, each with what to do
-    # smallest plain truncations that hold; None: the other one was not measured
-    checkpoint: CheckpointNote | None = None
 
     @property
     def keeps_the_top(self) -> bool:

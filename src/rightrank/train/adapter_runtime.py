@@ -102,8 +102,7 @@ def report_evaluations(runtime: Runtime, what: str, report: Callable[[Evaluating
 def require_base(adapter: Path, base: LoadedModel) -> None:
     """Refuse a base that the adapter was not trained on: the one check of every command that puts an adapter on a base.
 
-    `base.json` beside the adapter decides where it is; else the name alone, by its last part. A single file of kohya names no
-    base.
+    `base.json` beside the adapter decides where it is; else the name alone, by its last part.
 
     Raises:
         ModelError: another base, or a damaged `base.json`.

@@ -43,7 +43,6 @@ class TrialFolders:
     continue_from: Path | None = None  # the checkpoint of the trial that this one resumes
     truncate_from: Path | None = None  # the adapter folder of the trial that this one truncates
     moments: Path | None = None  # file of the moments of that adapter (`covariances.py`)
-    other: Path | None = None  # folder for the adapter of the checkpoint that is not kept, during the run
     answers: Path | None = None  # file for the model's answers to the held-out examples, if a metric needs them
 
 
@@ -196,7 +195,8 @@ class ArmTraining:
             value, train_value = self._point_value(look), sum(recent) / len(recent)
             progress.points.append(EvalPoint(step=progress.step, value=value, train_value=train_value))
             arm = self.trial.arm
-            if arm.anneal_from is None and self._best_point().step == progress.step:
+            keeps_best = self._settings.checkpoint == "best" and arm.anneal_from is None
+            if keeps_best and self._best_point().step == progress.step:
                 self.optimizer.best = self.optimizer.parameters()
 
     def _best_point(self) -> EvalPoint:
@@ -251,12 +251,12 @@ class ArmTraining:
                 averaged = self._evaluate().loss
             finally:
                 self.optimizer.put(last)
-        kept = self._take_checkpoint() if arm.is_whole and self.optimizer.best else None
+        kept = self._take_best() if arm.is_whole and self.optimizer.best else None
         if arm.stop_at is None:
             scores = scores if kept is None else self._evaluate()
             measured = self._measure()
             measured.require([self._settings.metric_name])
-            self._save_adapter(self.folders.adapter)
+            save_adapter(self._multi_lora.peft_model, self.folders.adapter, self._runtime.loaded.name, self.adapter)
         elif arm.anneal_from is None:
             self.save()  # another trial may resume from here
         self._multi_lora.remove(self.adapter)
@@ -273,28 +273,14 @@ class ArmTraining:
             | ({} if kept is None else {"kept_step": kept.step, "train_value": kept.train_value})
         )
 
-    def _take_checkpoint(self) -> EvalPoint | None:
-        """Put the parameters of the checkpoint that the settings name in place, and save the other one beside it.
-
-        None where the last one stays.
-        """
+    def _take_best(self) -> EvalPoint | None:
+        """Put the parameters of the best checkpoint in place; None where that is the last one."""
         best = self._best_point()
         if best.step == self.progress.step:
             return None
-        keeps_best = self._settings.checkpoint == "best"
-        last = self.optimizer.parameters()
-        if not keeps_best:
-            self.optimizer.put(self.optimizer.best)
-        if self.folders.other is not None:
-            self._save_adapter(self.folders.other)
-        self.optimizer.put(self.optimizer.best if keeps_best else last)
-        if not keeps_best:
-            return None
+        self.optimizer.put(self.optimizer.best)
         self._measured = None
         return best
-
-    def _save_adapter(self, folder: Path) -> None:
-        save_adapter(self._multi_lora.peft_model, folder, self._runtime.loaded.name, self.adapter)
 
     def _evaluate(self) -> Scores:
         begun = time.perf_counter()
