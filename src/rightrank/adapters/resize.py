@@ -25,7 +25,7 @@ from rightrank.models.adapter_files import (
 )
 from rightrank.models.places import CONFIG_FILE, MLX_FILE
 from rightrank.models.ranks import exact_pattern, lora_scaling
-from rightrank.models.truncation import Moments, resized_factors
+from rightrank.models.truncation import Moments, new_tensors
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.results import ModuleResize, Resized
 
@@ -107,7 +107,9 @@ def write_truncated(
     """As `write_resized`, without the error of what is written: most of the time of a large adapter."""
     tensors = {key: adapter.tensor(key) for key in adapter.other_keys}
     for pair in adapter.pairs:
-        tensors |= _new_tensors(adapter, pair, _common(pair, chosen), moments or {})
+        rank = _common(pair, chosen)
+        ratio = pair[0].scaling / lora_scaling(pair[0].lora_alpha, rank, adapter.use_rslora)
+        tensors |= new_tensors(adapter, pair, rank, ratio, moments or {})
     write_like(adapter, out, _resized_config(adapter, chosen), tensors)
     return tensors
 
@@ -124,33 +126,6 @@ def _distances(
         before, after = (b * module.scaling, a), (new_b.numpy() * scaling, new_a.numpy())
         none = np.zeros((module.rows, 0)), np.zeros((0, module.columns))
         yield module, rank, factored_distance(*before, *after), factored_distance(*before, *none)
-
-
-def _new_tensors(
-    adapter: AdapterFolder,
-    pair: Sequence[AdapterModule],
-    rank: int,
-    moments: Mapping[str, Moments],
-) -> dict[str, torch.Tensor]:
-    """The tensors of a pair at `rank`."""
-    first = pair[0]
-    ratio = first.scaling / lora_scaling(first.lora_alpha, rank, adapter.use_rslora)
-    new = []
-    for module in pair:
-        b, a = map(torch.from_numpy, adapter.factors(module))
-        if rank == module.rank:
-            new.append((b * ratio, a))
-        else:
-            new.append(resized_factors(b, a, rank, ratio, moments.get(module.name), module.scaling))
-    old_a, old_b = adapter.tensor(first.a_key), adapter.tensor(first.b_key)
-    new_a, new_b = first.kind.tensors(new, old_a, old_b)
-    tensors = {first.b_key: new_b.to(old_b.dtype).contiguous(), first.a_key: new_a.to(old_a.dtype).contiguous()}
-    if first.bias_key is not None:  # PEFT scales it as it scales B
-        bias = adapter.tensor(first.bias_key)
-        tensors[first.bias_key] = (bias.double() * ratio).to(bias.dtype)
-    if first.magnitude_key is not None:
-        tensors[first.magnitude_key] = adapter.tensor(first.magnitude_key)
-    return tensors
 
 
 def _notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) -> list[str]:

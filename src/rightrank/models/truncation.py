@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from rightrank.models.adapter_files import AdapterFolder, open_adapter
+from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_adapter
 from rightrank.models.places import WEIGHTS_FILE
 from rightrank.models.ranks import exact_pattern, lora_scaling, max_module_rank, pattern_value
 from rightrank.schema.trials import Floats
@@ -128,25 +128,40 @@ def truncated_tensors(
         config: of the truncated adapter; the rank of each module goes into it.
         moments: by module name; modules that have them are truncated by K-FAC, the others by singular values.
     """
-    adapter, tensors = open_adapter(folder), load_file(folder / WEIGHTS_FILE)
+    adapter = open_adapter(folder)
+    tensors = {key: adapter.tensor(key) for key in adapter.other_keys}
     pattern = config.rank_pattern or {}
     ranks = {module.address: int(pattern_value(pattern, module.address, config.r)) for module in adapter.modules}
     if len(uniform := set(ranks.values())) == 1:
         ranks = shared_ranks(adapter, uniform.pop(), max_module_rank(rank), moments) or ranks
     config.rank_pattern = exact_pattern(ranks, config.r, ranks)
-    for first, *others in adapter.pairs:
-        b, a, new_rank = tensors[first.b_key], tensors[first.a_key], ranks[first.address]
-        alpha = pattern_value(config.alpha_pattern or {}, first.address, config.lora_alpha)
-        ratio = first.scaling / lora_scaling(alpha, new_rank, bool(config.use_rslora))
-        matrices = first.kind.matrices(a.float(), b.float(), first.rank)
-        factors = [
-            resized_factors(*matrix, new_rank, ratio, moments.get(module.name), first.scaling)
-            for module, matrix in zip((first, *others), matrices, strict=True)
-        ]
-        new_a, new_b = first.kind.tensors(factors, a, b)
-        if first.bias_key is not None:  # PEFT scales it as it scales B
-            tensors[first.bias_key] = tensors[first.bias_key] * ratio
-        tensors[first.b_key], tensors[first.a_key] = new_b.to(b.dtype).contiguous(), new_a.to(a.dtype).contiguous()
+    for pair in adapter.pairs:
+        address, new_rank = pair[0].address, ranks[pair[0].address]
+        alpha = pattern_value(config.alpha_pattern or {}, address, config.lora_alpha)
+        ratio = pair[0].scaling / lora_scaling(alpha, new_rank, bool(config.use_rslora))
+        tensors |= new_tensors(adapter, pair, new_rank, ratio, moments)
+    return tensors
+
+
+def new_tensors(
+    adapter: AdapterFolder, pair: Sequence[AdapterModule], rank: int, ratio: float, moments: Mapping[str, Moments]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a pair at `rank`, computed in float64; the product is `ratio` times as large."""
+    first, new = pair[0], []
+    for module in pair:
+        b, a = map(torch.from_numpy, adapter.factors(module))
+        if rank == module.rank:
+            new.append((b * ratio, a))
+        else:
+            new.append(resized_factors(b, a, rank, ratio, moments.get(module.name), module.scaling))
+    old_a, old_b = adapter.tensor(first.a_key), adapter.tensor(first.b_key)
+    new_a, new_b = first.kind.tensors(new, old_a, old_b)
+    tensors = {first.b_key: new_b.to(old_b.dtype).contiguous(), first.a_key: new_a.to(old_a.dtype).contiguous()}
+    if first.bias_key is not None:  # PEFT scales it as it scales B
+        bias = adapter.tensor(first.bias_key)
+        tensors[first.bias_key] = (bias.double() * ratio).to(bias.dtype)
+    if first.magnitude_key is not None:
+        tensors[first.magnitude_key] = adapter.tensor(first.magnitude_key)
     return tensors
 
 
