@@ -28,7 +28,7 @@ from rightrank.models.ranks import peft_scaling
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.configs import stated_settings
 from rightrank.schema.setting_table import Group
-from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
+from rightrank.schema.settings import PEFT_OPTIONS, TAKEN_FROM_BASE, SelectSettings
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODULES = tuple(
@@ -57,7 +57,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "adam_beta2": SHARES,
     "lora_alpha": st.one_of(st.integers(1, 99).map(float), SHARES),
     "scaling": st.sampled_from(["alpha/sqrt(r)", "constant"]),
-    "init_lora_weights": st.just("gaussian"),
+    "init_lora_weights": st.sampled_from(["gaussian", "orthogonal", "pissa", "olora"]),
     "max_steps": st.integers(10, 99),
     "num_train_epochs": st.nothing(),  # a run's recipe has its steps
     "batch_size": st.integers(2, 9),
@@ -79,8 +79,16 @@ def test_every_setting_of_a_training_is_checked() -> None:
 def chosen() -> st.SearchStrategy[dict[str, Any]]:
     optional = {name: values for name, values in VALUES.items() if name != "num_train_epochs"}
     return st.fixed_dictionaries({}, optional=optional).filter(
-        lambda values: not (values.get("load_in_4bit") and values.get("load_in_8bit")) and adapted(values)
+        lambda values: (
+            not (values.get("load_in_4bit") and (values.get("load_in_8bit") or starts_from_weights(values)))
+            and not (values.get("load_in_8bit") and starts_from_weights(values))
+            and adapted(values)
+        )
     )
+
+
+def starts_from_weights(values: dict[str, Any]) -> bool:
+    return values.get("init_lora_weights") in TAKEN_FROM_BASE
 
 
 def adapted(values: dict[str, Any]) -> set[str]:
@@ -104,7 +112,7 @@ def recipe_with(values: dict[str, Any], form: str) -> Recipe:
         making=Making(8, 8, 0.003, 50, None, None), trained_alpha=alpha, use_rslora=use_rslora,
         lora_dropout=settings.lora_dropout, layers_to_transform=settings.layers_to_transform,
         modules_to_save=settings.modules_to_save, use_dora=settings.use_dora, exclude_modules=settings.exclude_modules,
-        init_lora_weights=True if settings.init_lora_weights == "default" else "gaussian",
+        init_lora_weights=True if settings.init_lora_weights == "default" else settings.init_lora_weights,
     )  # fmt: skip
 
 
@@ -176,7 +184,7 @@ def wanted_of(recipe: Recipe) -> dict[str, Any]:
         "max_steps": recipe.max_steps, "warmup_steps": recipe.warmup_steps, "max_length": settings.seq_len,
         "per_device_train_batch_size": settings.batch_size, "bf16": settings.dtype == "bfloat16",
         "fp16": settings.dtype == "float16", "beta": settings.beta if recipe.form == "preference" else None,
-        "init_lora_weights": None if settings.init_lora_weights == "default" else "gaussian",
+        "init_lora_weights": None if settings.init_lora_weights == "default" else settings.init_lora_weights,
         "modules_to_save": list(settings.modules_to_save), "target_parameters": list(settings.target_parameters),
         **{name: settings.peft_options.get(name) for name in PEFT_OPTIONS},
     }  # fmt: skip
@@ -199,6 +207,9 @@ def test_an_export_read_back_gives_the_settings(target: str, form: str, values: 
     for name, value in wanted_of(recipe).items():
         found = read.get(words.get(name, name))
         found = None if name == "init_lora_weights" and found is True else found
+        if name == "init_lora_weights" and read.get("pissa_init"):  # LLaMA-Factory's words
+            assert (read["pissa_iter"], read["pissa_convert"]) == (-1, True)
+            found = "pissa"
         if isinstance(value, list):
             found = as_list(found)
         assert (found or None) == (value or None) or name in notes, (name, found, value)

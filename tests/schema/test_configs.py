@@ -29,6 +29,7 @@ def test_the_adapter_of_a_lora_config() -> None:
     assert settings.target_modules == ("q_proj", "v_proj")
     assert settings.peft_options == {"lora_bias": True}
     assert "ranks" not in settings.model_fields_set
+    assert settings_of_configs(peft.LoraConfig(init_lora_weights="olora"))["init_lora_weights"] == "olora"
 
 
 def test_the_training_of_an_sft_config(tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_the_training_of_an_sft_config(tmp_path: Path) -> None:
     ("values", "said"),
     [
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga'"),
         ({"target_modules": ".*_proj"}, "is a pattern"),
         ({"layer_replication": [(0, 1)]}, "layer_replication="),
         ({"inference_mode": True}, "inference_mode: got true"),
@@ -104,6 +105,14 @@ def test_fields_of_lora_config_by_their_own_names(given: dict[str, Any], setting
         ({"bias": "all"}, "bias: a selection cannot honour"),
         ({"lora_alpha": "large"}, "lora_alpha: got 'large'"),
         ({"peft_type": "LOHA"}, "peft_type: got 'LOHA'"),
+        (
+            {"init_lora_weights": "pissa", "load_in_4bit": True},
+            "out of whole weights, got a base in 4 bits; leave load",
+        ),
+        (
+            {"init_lora_weights": "corda"},
+            "init_lora_weights: got 'corda'; input should be 'default', 'gaussian', 'orth",
+        ),
     ],
 )
 def test_what_contradicts_or_cannot_be_honoured_is_refused(given: dict[str, Any], words: str) -> None:

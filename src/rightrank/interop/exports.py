@@ -256,7 +256,10 @@ def _llamafactory(recipe: Recipe) -> Written:
     values |= _unusual(recipe, {"use_dora": "use_dora"})
     values |= {"quantization_bit": recipe.settings.weight_bits} if recipe.settings.weight_bits else {}
     values |= _unusual(recipe, {"trust_remote_code": "trust_remote_code"})
-    notes = _lacking(recipe, "LLaMA-Factory", [*EXPLICIT, "modules_to_save", "use_dora", *OF_LOADING])
+    is_pissa = recipe.init_lora_weights == "pissa"
+    values |= {"pissa_init": True, "pissa_iter": -1, "pissa_convert": True} if is_pissa else {}
+    has = [*EXPLICIT, "modules_to_save", "use_dora", *OF_LOADING, *["init_lora_weights"] * is_pissa]
+    notes = _lacking(recipe, "LLaMA-Factory", has)
     notes += _whole_alpha(recipe, "LLaMA-Factory")
     if recipe.form == "preference":
         values |= {"pref_beta": recipe.settings.beta, "pref_loss": "sigmoid"}
@@ -278,6 +281,8 @@ def _unsloth(recipe: Recipe) -> Written:
     layers = list(recipe.layers_to_transform) if recipe.layers_to_transform is not None else None
     last_parts = {name.rsplit(".", 1)[-1] for name in recipe.target_modules}  # Unsloth matches these alone
     dtype = "None" if recipe.settings.dtype == "float32" else f"torch.{recipe.settings.dtype}"
+    knows_init = recipe.init_lora_weights in (True, "gaussian")  # Unsloth refuses other names
+    has = ("layers_to_transform", "modules_to_save", *OF_LOADING, *["init_lora_weights"] * knows_init)
     code = f"""import torch
 from unsloth import FastLanguageModel
 
@@ -297,12 +302,11 @@ model = FastLanguageModel.get_peft_model(
     target_modules={sorted(last_parts)!r},
     layers_to_transform={layers!r},
     modules_to_save={list(recipe.modules_to_save) or None!r},
-    init_lora_weights={recipe.init_lora_weights!r},
+    init_lora_weights={recipe.init_lora_weights if knows_init else True!r},
     use_rslora={recipe.use_rslora},
     random_state={recipe.seed},
 )
 {_arguments_as_code(recipe)}"""
-    has = ("layers_to_transform", "modules_to_save", "init_lora_weights", *OF_LOADING)
     notes = _lacking(recipe, "this snippet", has, reader="your trainer")
     return Written({"unsloth_lora.py": code}, "python unsloth_lora.py", notes)
 

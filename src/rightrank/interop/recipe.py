@@ -88,11 +88,13 @@ class Recipe:
         return self.making.truncation is not None
 
     def training(self) -> Recipe:
-        """The recipe of the training that the adapter comes from; itself for an adapter that is as trained."""
-        if not self._is_made_smaller:
-            return self
+        """The recipe of the training that the adapter comes from."""
+        init = self.settings.init_lora_weights
+        recipe = self if init == "default" else replace(self, init_lora_weights=init)
+        if not self._is_made_smaller and self.r == self.making.trained_rank:
+            return recipe
         return replace(
-            self, r=self.making.trained_rank, lora_alpha=self.trained_alpha, rank_pattern={}, alpha_pattern={}
+            recipe, r=self.making.trained_rank, lora_alpha=self.trained_alpha, rank_pattern={}, alpha_pattern={}
         )
 
     def comments(self) -> list[str]:

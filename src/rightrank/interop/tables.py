@@ -39,7 +39,7 @@ OF_ALL = ("batch_size", "seq_len", "num_train_epochs")
 KINDS = {
     "model", "base_model", "model_name", "model_name_or_path", "model_id", "base_model_name_or_path", "dataset",
     "dataset_name", "data", "task", "method", "peft_type", "optimizer", "optim", "metric", "metric_name", "use_rslora",
-    "init_lora_weights", "train_samples", "num_train_samples", "max_train_samples", "train_size", *PeftFields.model_fields,
+    "train_samples", "num_train_samples", "max_train_samples", "train_size", *PeftFields.model_fields,
     *TRAINER_FIELDS, *OF_ALL, *(other for name in OF_ALL for other in SelectSettings.model_fields[name].also),
 }  # fmt: skip
 ALPHAS = {"lora_alpha", "alpha", "network_alpha"}

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from rightrank.data.files import UnreadableError, creating, read_json_object, replacing_folder, write_text
 from rightrank.models.kinds import MAGNITUDE, stored_kind
 from rightrank.models.kinds.base import AdapterKind, Layout, StoredPair
+from rightrank.models.kinds.linear import whole_factors
 from rightrank.models.places import (
     BASE_FILE,
     CLASSIFIER_FILE,
@@ -392,8 +393,11 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
         if isinstance(parameter, DTensor) and ("lora_" in name or parameter.requires_grad)
     }
     whole = {name: parameter.full_tensor().detach().cpu() for name, parameter in sharded.items()} or None
-    peft_model.peft_config[adapter] = copy.deepcopy(config)  # PEFT writes into the one that it saves
-    peft_model.peft_config[adapter].base_model_name_or_path = base_name
+    saved = peft_model.peft_config[adapter] = copy.deepcopy(config)  # PEFT writes into the one that it saves
+    saved.base_model_name_or_path = base_name
+    if factors := whole_factors(peft_model, adapter):
+        whole = {**peft_model.state_dict(), **factors}
+        saved.r, saved.lora_alpha = 2 * config.r, config.lora_alpha * (2**0.5 if config.use_rslora else 2)
     with replacing_folder(folder) as temporary, warnings.catch_warnings():
         # PEFT takes the biases of lora_bias for factors of a wrong shape.
         warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape: \S+lora_B\.bias")

@@ -270,11 +270,14 @@ def _use_it(handed_over: HandedOver, records: Records) -> dict[str, str] | None:
     if trial is None or trained is None or records.started.is_own or model is None:
         return None
     # a truncation keeps its parent's alpha
-    alpha, _ = peft_scaling(records.settings.scaling, trained.lora_alpha, trained.rank)
+    alpha, use_rslora = peft_scaling(records.settings.scaling, trained.lora_alpha, trained.rank)
+    rank = handed_over.loads_as or handed_over.rank
+    if handed_over.loads_as:  # at the same scale
+        alpha *= (rank / trained.rank) ** (0.5 if use_rslora else 1)
     loading = loading_lines("adapter", model, records.started.data.classes is not None)
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({_base_arguments(model)})"
     return {
-        "r": str(handed_over.rank),
+        "r": str(rank),
         "alpha": f"{alpha:g}",
         "learning_rate": f"{trained.learning_rate:g}",
         "code": "\n".join(["from transformers import AutoTokenizer", *loading, tokenizer]),

@@ -162,10 +162,11 @@ def _handed_over(records: Records, answer: AdapterAnswer, saved: Path) -> Handed
     tests = {test.trial_id: test for test in records.tests}
     test = test_difference(tests.get(answer.trial_id), tests.get(answer.reference_id), criterion_of(records))
     try:
-        pattern = read_json_object(saved / CONFIG).get("rank_pattern")
+        config = read_json_object(saved / CONFIG)
     except UnreadableError:  # a custom trainer may write none
-        pattern = None
-    of_modules = pattern.values() if isinstance(pattern, dict) else ()
+        config = {}
+    pattern = config.get("rank_pattern")
+    of_modules = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
     return HandedOver(
         **answer.model_dump(include={*HandedOver.model_fields}),
         max_module_rank=max([answer.rank, *(rank for rank in of_modules if isinstance(rank, int))]),

@@ -99,7 +99,8 @@ def check(request: Request) -> None:
     """Refuse what can't work.
 
     Raises:
-        SettingsError: an unknown strategy, one that can't work within its budget, or workers for what is in memory.
+        SettingsError: an unknown strategy, one that can't work within its budget, odd ranks for `orthogonal`, or workers for what is
+            in memory.
         DataError: a data file that is missing or of a type that is not read.
         ModelError: a model folder that is missing or holds no model, a name that the hub does not know, or another model than the
             settings state.
@@ -120,6 +121,11 @@ def check(request: Request) -> None:
     if stated and isinstance(name, str) and name and last_part(stated) != last_part(name):
         raise ModelError(
             f"base_model_name_or_path: got {stated!r}, and the model is {name!r}; give that model, or leave base_model_name_or_path out"
+        )
+    odd = next((rank for rank in settings.ranks if rank % 2), None)
+    if odd is not None and settings.init_lora_weights == "orthogonal":
+        raise SettingsError(
+            f"init_lora_weights orthogonal: PEFT makes it at even ranks, got rank {odd}; give even ranks"
         )
     if settings.executor != "local" and settings.executor not in merged(lambda plugin: plugin.executors):
         raise SettingsError(f"executor {settings.executor!r} needs the plug-in cluster, which is not there")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from rightrank.schema.errors import SettingsError, quoted
 from rightrank.schema.setting_table import is_list
@@ -83,9 +83,9 @@ def _of_adapter(config: Any) -> Iterator[tuple[str, Any] | _Refusal]:
         if name == "use_rslora":
             yield "scaling", "alpha/sqrt(r)" if value else "alpha/r"
         elif name == "init_lora_weights":
-            known = value is True or value == "gaussian"
-            default_name = "default" if value is True else value
-            yield (name, default_name) if known else _refused("peft_config", name, value)
+            named = "default" if value is True else value
+            known = named in get_args(SelectSettings.model_types[name])
+            yield (name, named) if known else _refused("peft_config", name, value)
         elif name == "target_modules" and isinstance(value, str) and value != "all-linear":
             yield _refused("peft_config", name, value, "is a pattern; give a list of names or 'all-linear'")
         elif name in SelectSettings.model_fields:

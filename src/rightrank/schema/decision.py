@@ -240,3 +240,8 @@ class HandedOver(Record):
     difference_high: float | None
     test_difference: float | None = None  # None without a test split
     test_difference_high: float | None = None
+
+    @property
+    def loads_as(self) -> int | None:
+        """The rank at which it loads where its start is stored beside what was trained; None where it loads as trained."""
+        return self.max_module_rank if self.max_module_rank > self.trained_rank else None

@@ -101,6 +101,7 @@ PEFT_REFUSED = (
     *("bias", "rank_pattern", "alpha_pattern", "loftq_config", "eva_config", "corda_config", "layer_replication"),
     *("trainable_token_indices", "arrow_config", "alora_invocation_tokens", "megatron_config"),
 )
+TAKEN_FROM_BASE = ("pissa", "olora")  # initialisations that take their first values out of the base
 _TIED_ALPHA = re.compile(r"(?:alpha\s*=\s*)?(\d*\.?\d*)\s*\*?\s*r")  # 2r, 2*r, alpha = 2r, r
 
 
@@ -163,6 +164,12 @@ class PeftFields(Settings):
     )
     target_parameters: tuple[str, ...] = setting(
         (), ADAPTER, "names of bare parameters as PEFT matches them, such as `mlp.experts.down_proj`", split=True
+    )
+    init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = setting(
+        "default",
+        ADAPTER,
+        "`default` (PEFT's: uniform A, zero B), `gaussian`, `orthogonal`, `pissa` or `olora` "
+        "([first values](../how-to/adapter-kinds.md#first-values))",
     )
     peft_options: dict[str, Any] = setting(
         {}, ADAPTER, "further fields of PEFT's `LoraConfig`, such as `lora_bias`; each can be given by its own name"
@@ -370,9 +377,6 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
         "`alpha/r`, `alpha/sqrt(r)` (rsLoRA) or `constant` (the scale that alpha/r has at rank 16: alpha = 2r at the default alpha)",
         aliases={"alpha=2r": "constant", "alpha = 2r": "constant", "2r": "constant", "rslora": "alpha/sqrt(r)"},
     )
-    init_lora_weights: Literal["default", "gaussian"] = setting(
-        "default", ADAPTER, "`default` (PEFT's: uniform A, zero B) or `gaussian`"
-    )
     max_steps: int | None = option(
         None,
         TRAINING,
@@ -513,6 +517,11 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
             raise ValueError(
                 "test_fraction + validation_fraction leave less than a tenth of the examples for training: "
                 f"got {self.test_fraction:g} + {self.validation_fraction:g}, give less than 0.9 together"
+            )
+        if self.weight_bits and self.init_lora_weights in TAKEN_FROM_BASE:
+            raise ValueError(
+                f"init_lora_weights {self.init_lora_weights} takes its first values out of whole weights, got a base in "
+                f"{self.weight_bits} bits; leave load_in_{self.weight_bits}bit out, or give init_lora_weights default"
             )
         if self.workers and self.executor == "local":
             raise ValueError("workers was given and the executor is 'local': give executor processes or ray")

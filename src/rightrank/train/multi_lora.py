@@ -5,7 +5,7 @@ pass. Arms can be added and removed at any time.
 
 Rank r takes the first r rows of the draw of each module's A, so arms of one seed differ only in their further rows. The
 distributions are PEFT's: A is uniform in ±1/√in_features (`default`) or normal with standard deviation 1/r (`gaussian`),
-and B is zero.
+and B is zero. `orthogonal`, `pissa` and `olora` are for linear layers alone (`models.kinds.linear`).
 """
 
 from __future__ import annotations

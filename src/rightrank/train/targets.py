@@ -21,7 +21,7 @@ from rightrank.models.kinds.base import AdapterKind
 from rightrank.models.kinds.linear import Linear
 from rightrank.models.ranks import peft_scaling
 from rightrank.schema.errors import ModelError, did_you_mean, first_line
-from rightrank.schema.settings import PeftFields, SelectSettings
+from rightrank.schema.settings import TAKEN_FROM_BASE, PeftFields, SelectSettings
 from rightrank.schema.trials import Arm
 
 ALL_LINEAR = "all-linear"
@@ -53,6 +53,7 @@ class Targets:
     modules: tuple[TargetModule, ...]
     parameters: tuple[str, ...] = ()  # bare parameters, such as those of fused experts
     left_out: tuple[str, ...] = ()  # parameters that PEFT's `all-linear` adapts beside the modules
+    init: str = "default"  # of the adapters
 
     @property
     def why_alone(self) -> str | None:
@@ -79,7 +80,9 @@ class Targets:
 
     @property
     def why_not_truncated(self) -> str | None:
-        """Why no adapter of the run can be truncated, by their kind; None where all can."""
+        """Why no adapter of the run can be truncated, by their start or their kind; None where all can."""
+        if self.init in TAKEN_FROM_BASE:
+            return f"init_lora_weights {self.init}: an adapter that is trained at rank r loads on the base as a plain LoRA of rank 2r"
         kinds = (module.kind for module in self.modules)
         return next((f"{kind.label}: {kind.why_not_truncated}" for kind in kinds if kind.why_not_truncated), None)
 
@@ -112,9 +115,10 @@ def find_targets(model: Any, settings: SelectSettings, classification: bool) -> 
     modules = tuple(adapted_matrices(skeleton))
     for module in modules:
         _require_trainable(module, skeleton)
+        _require_start(module, skeleton, settings.init_lora_weights)
         require_ranks(module, settings.ranks)
     left_out = tuple(name for name in added if not any(given.endswith(name) for given in settings.target_parameters))
-    return Targets(tuple(sorted(names)), modules, tuple(parameters), left_out)
+    return Targets(tuple(sorted(names)), modules, tuple(parameters), left_out, settings.init_lora_weights)
 
 
 def require_targets(model: Any, settings: PeftFields, classification: bool) -> None:
@@ -253,6 +257,22 @@ def _require_trainable(module: TargetModule, skeleton: Any) -> None:
             )
 
 
+def _require_start(module: TargetModule, skeleton: Any, init: str) -> None:
+    """Refuse first values that PEFT does not give to such a module, or that it takes from weights that are stored in few bits."""
+    if init in ("default", "gaussian"):
+        return
+    fault = "" if isinstance(module.kind, Linear) else f"is {module.kind.label}, and PEFT has it for linear layers"
+    layer = None if fault else skeleton.get_submodule(module.name).get_base_layer()
+    if init == "olora" and type(layer).__name__ == "Conv1D":
+        fault = "is a Conv1D, of which PEFT's OLoRA takes the transposed matrix"
+    if init in TAKEN_FROM_BASE and getattr(skeleton.config, "quantization_config", None) is not None:
+        fault = "is stored in fewer bits, and it takes its first values out of whole weights"
+    if fault:
+        raise ModelError(
+            f"init_lora_weights {init}: {module.name} {fault}; leave it out with exclude_modules, or give init_lora_weights default"
+        )
+
+
 def require_ranks(target: TargetModule, ranks: Sequence[int]) -> None:
     """Refuse a rank above the smaller side of the matrix.
 
@@ -298,7 +318,7 @@ def lora_config(
         target_parameters=list(parameters) or None,
         init_lora_weights="gaussian"
         if settings.init_lora_weights == "gaussian"
-        else True,  # for kinds that PEFT starts
+        else True,  # for kinds that PEFT starts; other names are of `models.kinds.linear`
         **common_fields(settings, classification),
     )
 

@@ -128,7 +128,7 @@ class Draw:
 
     seed: int
     module: str
-    init: str  # `default` or `gaussian`
+    init: str  # of `init_lora_weights`
 
     def rows(self, rank: int, width: int, *part: int) -> torch.Tensor:
         """[rank, width] in float32, uniform in ±1/√width or normal with standard deviation 1/rank.
@@ -140,6 +140,16 @@ class Draw:
             return torch.from_numpy(generator.standard_normal((rank, width)) / rank).float()
         bound = 1 / math.sqrt(width)
         return torch.from_numpy(generator.uniform(-bound, bound, (rank, width))).float()
+
+    def orthogonal(self, rank: int, columns: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, columns] and B [rows, rank] in float64 with B·A = 0, as PEFT makes them of an even rank.
+
+        All ranks mix the first rows of one draw, each by a rotation of its own size.
+        """
+        square = self._generator(0).standard_normal((rank, rank))
+        rotation = torch.linalg.qr(torch.from_numpy(square))[0]
+        a, b = (self._generator(part).standard_normal((rank // 2, width)) for part, width in ((1, columns), (2, rows)))
+        return rotation[0::2].T @ torch.from_numpy(a) / 10, torch.from_numpy(b).T @ rotation[1::2] / 10
 
     def normal(self, rank: int, width: int) -> torch.Tensor:
         """[rank, width] in float64, standard normal, a lower rank with the first rows."""

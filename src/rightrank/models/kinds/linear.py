@@ -14,20 +14,25 @@ their examples are packed into one row::
 
 With rank 2 and 5 tokens for both arms, x has 10 rows and there is one group: x [2, 5, 16], A [2, 2, 16], B [2, 8, 2].
 
+PiSSA (Meng et al. 2024) and OLoRA (Büyükakyüz 2024) start from factors B₀ and A₀ of W₀, and PEFT takes s·B₀·A₀ out of the base. Here
+adapters of several ranks share the base, which stays as it is: ΔW = s·(B·A − B₀·A₀), a LoRA of rank 2r, whose second half is frozen.
+
 Adapter tensors are float32 and are cast to the dtype of the activations for the products. Punica's SGMV kernel (Chen et
 al. 2023) groups rows by adapter in the same way, for inference.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from rightrank.models.kinds.base import AdapterKind, CurrentRouting, Part, Routing, StoredPair
+from rightrank.models.kinds.base import AdapterKind, CurrentRouting, Draw, Part, Routing, StoredPair
+from rightrank.schema.settings import TAKEN_FROM_BASE
 
 
 class Linear(AdapterKind):
@@ -47,13 +52,39 @@ class Linear(AdapterKind):
         a, b = next(iter(module.lora_A.values())), next(iter(module.lora_B.values()))
         return (int(a.in_features), int(b.out_features)) == (int(module.in_features), int(module.out_features))
 
+    def start(self, module: Any, adapter: str, draw: Draw) -> None:
+        if draw.init not in ("orthogonal", *TAKEN_FROM_BASE):
+            super().start(module, adapter, draw)
+            return
+        a, b = module.lora_A[adapter], module.lora_B[adapter]
+        if draw.init == "orthogonal":
+            first_a, first_b = draw.orthogonal(a.out_features, a.in_features, b.out_features)
+            a.weight.copy_(first_a)
+            b.weight.copy_(first_b)
+            return
+        base, module.base_layer = module.base_layer, copy.deepcopy(module.base_layer)  # whose weight PEFT changes
+        try:
+            module.pissa_init(adapter, draw.init) if draw.init == "pissa" else module.olora_init(adapter)
+        finally:
+            module.base_layer = base
+        keep_start(a, b)
+
     def forward(self, module: Any, routing: CurrentRouting, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base, current = module.base_layer, routing()
         if current is None:
             plain: torch.Tensor = base(x, *args, **kwargs)
             return plain
         groups, names = _groups(module, current, x.shape[:-1].numel(), module.lora_A)
-        tensors = [module.lora_A[name].weight for name in names] + [module.lora_B[name].weight for name in names]
+        a, b = ([side[name] for name in names] for side in (module.lora_A, module.lora_B))
+        tensors = [layer.weight for layer in (*a, *b)]
+        if a and hasattr(a[0], START):
+            groups += [replace(group, dropout=0.0) for group in groups]
+            tensors = [
+                tensor
+                for side in (a, b)
+                for name in ("weight", START)
+                for tensor in (getattr(layer, name) for layer in side)
+            ]
         apply: Any = _LoraLinear.apply  # untyped in torch
         # A plain frozen linear layer runs in one operation with its adapters; any other keeps its own forward pass.
         frozen = type(base) is torch.nn.Linear and not any(p.requires_grad for p in base.parameters())
@@ -67,6 +98,25 @@ class Linear(AdapterKind):
 
     def stores(self, pair: StoredPair) -> bool:
         return not pair.embedding and len(pair.a) == 2
+
+
+START = "rightrank_start"  # of the layers of PEFT that hold A and B
+
+
+def keep_start(a: Any, b: Any) -> None:
+    """Keep A₀ and −B₀ beside A and B, where they go with the adapter to a device and away with it."""
+    a.register_buffer(START, a.weight.detach().clone(), persistent=False)
+    b.register_buffer(START, -b.weight.detach(), persistent=False)
+
+
+def whole_factors(model: Any, adapter: str) -> dict[str, torch.Tensor]:
+    """By their names in `model`, the factors of an adapter with its start beside them: [A; A₀] and [B, −B₀]; none without one."""
+    layers = {name: layer for name, layer in model.named_modules() if name.endswith(f".{adapter}")}
+    return {
+        f"{name}.weight": torch.cat([layer.weight, getattr(layer, START)], dim=1 if ".lora_B." in name else 0)
+        for name, layer in layers.items()
+        if hasattr(layer, START)
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft.utils import get_peft_model_state_dict
 
+from rightrank.models.kinds.linear import whole_factors
 from rightrank.plugins.plan.peak import OptimizerMemory, Peak, Resident, optimizer_memory, simulate_peak
 from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, build_skeleton
 from rightrank.plugins.plan.trace import StepTrace, trace_step
@@ -223,7 +224,8 @@ class Estimator:
 
 def _inventory(skeleton: Skeleton) -> _Inventory:
     with warnings.catch_warnings(action="ignore"):  # that PEFT saves an embedding with the adapter; the plan counts it
-        saved: dict[str, torch.Tensor] = get_peft_model_state_dict(skeleton.model)
+        state = {**skeleton.model.state_dict(), **whole_factors(skeleton.model, skeleton.arms[0])}
+        saved: dict[str, torch.Tensor] = get_peft_model_state_dict(skeleton.model, state)
     return _Inventory((*skeleton.model.parameters(), *skeleton.model.buffers()), saved)
 
 

@@ -24,11 +24,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from rightrank.models.base_models import DTYPES, model_config, model_skeleton
+from rightrank.models.kinds.linear import keep_start
 from rightrank.models.places import require_model
 from rightrank.schema.errors import ModelError, first_line
 from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import TAKEN_FROM_BASE
 from rightrank.train.targets import (
     ALL_LINEAR,
     TargetModule,
@@ -116,6 +119,12 @@ def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1
                 adapted.add_adapter(name, copy.deepcopy(config), low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
         raise ModelError(f"PEFT cannot adapt the model ({first_line(error)})") from None
+    if (
+        settings.is_packed and settings.init_lora_weights in TAKEN_FROM_BASE
+    ):  # others take it from the base's own weights
+        for module in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
+            for name in module.lora_A:
+                keep_start(module.lora_A[name], module.lora_B[name])
     for name, parameter in adapted.named_parameters():
         if not set(names[1:]).isdisjoint(name.split(".")):
             parameter.requires_grad_(True)  # PEFT trains only the active adapter

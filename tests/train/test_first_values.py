@@ -1,0 +1,225 @@
+"""PEFT's first values besides the default: `orthogonal`, and `pissa` and `olora`, which PEFT takes out of the base."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from rightrank import export, inspect, select_rank
+from rightrank.models.kinds.base import Draw, Routing
+from rightrank.plugins.plan.estimate import Estimator
+from rightrank.plugins.plan.planner import step_settings
+from rightrank.schema.errors import InterruptedRun, ModelError, SettingsError
+from rightrank.schema.events import StepDone
+from rightrank.schema.trials import Arm
+from rightrank.train.multi_lora import ADAPTER, MultiLora, lora_modules
+from rightrank.train.optimizer import learning_rate_schedule
+from rightrank.train.runtime import Runtime
+from rightrank.train.targets import without_peft_noise
+from tests.helpers import make_runtime
+from tests.tiny import make_tokenizer, small_settings
+from tests.train.architectures import make_model, run, runtime_of
+from tests.watch import Watch
+
+STEPS = 5
+ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=8.0, seed=0, steps=STEPS)
+
+
+def peft_s_own(runtime: Runtime, folder: Path, init: str) -> tuple[list[float], Path]:
+    """The losses of a training by PEFT, and the adapter as PEFT converts it to plain LoRA."""
+    settings = runtime.settings
+    config = LoraConfig(
+        r=ARM.rank, lora_alpha=8, init_lora_weights=init, use_rslora=settings.scaling == "alpha/sqrt(r)",  # type: ignore[arg-type]
+        target_modules=list(runtime.targets.names), task_type="CAUSAL_LM",
+    )  # fmt: skip
+    with without_peft_noise():
+        model: Any = get_peft_model(copy.deepcopy(runtime.model), config).eval()
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(str(folder / "start"))
+    model.peft_config["default"].init_lora_weights = init
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+    factor = learning_rate_schedule(settings, STEPS)
+    losses: list[float] = []
+    for step, indices in enumerate(runtime.batch_plan(ARM.seed)):
+        batch = runtime.batch("train", indices)
+        optimizer.param_groups[0]["lr"] = ARM.learning_rate * factor(step)
+        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    out = folder / "converted"
+    model.save_pretrained(str(out), path_initial_model_for_weight_conversion=str(folder / "start"))
+    return losses, out
+
+
+@pytest.mark.filterwarnings("ignore:OLoRA changes the base weights", "ignore:PiSSA changes the base weights")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("scaling", ["alpha/r", "alpha/sqrt(r)"])
+@pytest.mark.parametrize(("name", "init"), [("llama", "pissa"), ("llama", "olora"), ("gpt2", "pissa")])
+def test_losses_and_adapter_are_pefts(
+    completion_file: Path, tmp_path: Path, name: str, init: str, scaling: str
+) -> None:
+    """The adapter is what PEFT hands over with `path_initial_model_for_weight_conversion`: a plain LoRA of rank 2r."""
+    tokenizer = make_tokenizer()
+    model = make_model(name, len(tokenizer))
+    runtime = runtime_of(model, tokenizer, completion_file, tmp_path / "cache", init_lora_weights=init, scaling=scaling)
+    runtime.steps = STEPS
+    before = {key: value.clone() for key, value in runtime.model.state_dict().items()}
+    (ours,) = run(runtime, [ARM], tmp_path / "ours", 1)
+    assert all(torch.equal(value, before[key]) for key, value in runtime.model.state_dict().items())
+    losses, theirs = peft_s_own(runtime, tmp_path, init)
+    assert ours.train_losses == pytest.approx(losses, rel=5e-6)
+    folder = tmp_path / "ours" / "t0"
+    mine, other = (load_file(place / "adapter_model.safetensors") for place in (folder, theirs))
+    assert mine.keys() == other.keys()
+    assert all(torch.allclose(mine[key], other[key], atol=2e-5) for key in mine)
+    configs = [json.loads((place / "adapter_config.json").read_text()) for place in (folder, theirs)]
+    named = {"base_model_name_or_path": configs[0]["base_model_name_or_path"]}
+    assert {key: configs[0][key] for key in configs[1]} == configs[1] | named
+    assert (configs[0]["r"], configs[0]["init_lora_weights"]) == (2 * ARM.rank, True)
+    assert ours.trainable_parameters * 2 == sum(value.numel() for value in mine.values())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_ranks_share_a_pass_and_each_starts_from_the_base(completion_file: Path, tmp_path: Path, init: str) -> None:
+    tokenizer = make_tokenizer()
+    model = make_model("llama", len(tokenizer))
+    runtime = runtime_of(model, tokenizer, completion_file, tmp_path / "cache", init_lora_weights=init, ranks=(2, 4))
+    arms = [ARM.model_copy(update={"rank": rank, "steps": 3}) for rank in (2, 4)]
+    alone = [run(runtime, [arm], tmp_path / str(arm.rank), 1)[0] for arm in arms]
+    together = run(runtime, arms, tmp_path / "both", 2)
+    assert [trial.adapters_per_pass for trial in together] == [2, 2]
+    for trial, other in zip(together, alone, strict=True):
+        assert trial.train_losses == pytest.approx(other.train_losses, rel=1e-5)
+    batch = runtime.batch("train", runtime.batch_plan(0)[0])
+    base = runtime.losses("train", batch, 1.0)
+    mean = float(base.example_losses.sum() / base.example_tokens.sum())
+    assert [trial.train_losses[0] for trial in alone] == pytest.approx([mean, mean], rel=1e-5)
+
+
+def test_dropout_leaves_what_was_taken_from_the_base_alone(completion_file: Path, tmp_path: Path) -> None:
+    """PEFT drops inputs of A and B out, and none of the base's."""
+    tokenizer = make_tokenizer()
+    model = make_model("llama", len(tokenizer))
+    changes = {"init_lora_weights": "pissa", "lora_dropout": 0.5, "layers_to_transform": (1,)}
+    runtime = runtime_of(model, tokenizer, completion_file, tmp_path / "cache", target_modules=("v_proj",), **changes)
+    with MultiLora(runtime.model, runtime.settings) as multi_lora, torch.no_grad():
+        multi_lora.add(ADAPTER, ARM, runtime.config(ARM))
+        (layer,) = lora_modules(multi_lora.peft_model).values()
+        a, b, scale = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
+        x = torch.randn(1, 3, layer.in_features)
+        multi_lora.routing = Routing.packed([ADAPTER], [7], [3])
+        dropped = layer(x) - (x @ layer.base_layer.weight.T - scale * x @ a.T @ b.T)
+        kept = torch.linalg.lstsq((scale * b @ a), dropped[0].T).solution.T  # the inputs that A saw
+        assert torch.allclose(scale * kept @ a.T @ b.T, dropped[0], atol=1e-5)
+        assert not torch.allclose(kept @ a.T, x[0] @ a.T, atol=1e-2)
+
+
+def test_orthogonal_is_pefts_and_ranks_share_a_draw() -> None:
+    """B·A = 0, entries as in PEFT (A: 0.1 / √2), and the rows of a lower rank lie within those of a higher one."""
+    draw = Draw(3, "model.layers.0.q_proj", "orthogonal")
+    for rank in (2, 8, 32):
+        a, b = draw.orthogonal(rank, 400, 300)
+        assert (tuple(a.shape), tuple(b.shape)) == ((rank, 400), (300, rank))
+        assert float((b @ a).abs().max()) < 1e-12
+        own = get_peft_model(
+            torch.nn.Sequential(torch.nn.Linear(400, 300)),  # type: ignore[arg-type]
+            LoraConfig(r=rank, init_lora_weights="orthogonal", target_modules=["0"]),
+        ).base_model.model[0]
+        for mine, theirs in ((a, own.lora_A["default"].weight), (b, own.lora_B["default"].weight)):
+            assert float(mine.norm()) == pytest.approx(float(theirs.detach().norm()), rel=0.15)
+    low, high = draw.orthogonal(4, 400, 300)[0], draw.orthogonal(16, 400, 300)[0]
+    assert float((low - low @ torch.linalg.pinv(high) @ high).abs().max()) < 1e-10
+    other = Draw(3, "model.layers.1.q_proj", "orthogonal").orthogonal(4, 400, 300)[0]
+    assert not torch.allclose(low, other)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_lora_weights": "pissa", "use_dora": True}, r"init_lora_weights pissa: .*q_proj is DoRA, and PEFT has it for"),
+        ({"init_lora_weights": "olora", "target_modules": ("embed_tokens", "q_proj")}, "is an embedding, and PEFT has it"),
+        ({"init_lora_weights": "orthogonal", "target_modules": ("embed_tokens",)}, "is an embedding, and PEFT has it"),
+        ({"init_lora_weights": "orthogonal", "ranks": (2, 3)}, "at even ranks, got rank 3; give even ranks"),
+        ({"init_lora_weights": "pissa", "goal": "adapter"}, "goal 'adapter' needs adapters that can be truncated .*rank 2r"),
+    ],
+)  # fmt: skip
+def test_what_peft_does_not_start_so_is_refused_before_the_first_step(
+    model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ModelError, SettingsError), match=message):
+        select_rank(
+            str(model_folder), completion_file, tmp_path / "run", settings=small_settings(**{"ranks": (2, 4)} | changes)
+        )
+
+
+def test_olora_on_a_conv1d_is_refused(completion_file: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    with pytest.raises(
+        ModelError, match=r"is a Conv1D, of which PEFT's OLoRA takes the transposed matrix; leave it out"
+    ):
+        runtime_of(make_model("gpt2", len(tokenizer)), tokenizer, completion_file, tmp_path, init_lora_weights="olora")
+
+
+def test_the_plan_counts_what_is_kept_beside_the_adapters(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    settings = small_settings(init_lora_weights="pissa", max_steps=STEPS)
+    runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
+    (ours,) = run(runtime, [ARM], tmp_path / "ours", 1)
+    plain = settings.model_copy(update={"init_lora_weights": "default"})
+    planned, without = (
+        Estimator(runtime.model.config, step_settings(runtime.model.config, given, 32, "cpu", None))
+        for given in (settings, plain)
+    )
+    parts, other = planned.inventory(ARM.rank), without.inventory(ARM.rank)
+    assert parts.trainable_parameters == ours.trainable_parameters == other.trainable_parameters
+    assert parts.adapter_bytes == (tmp_path / "ours" / "t0" / "adapter_model.safetensors").stat().st_size
+    kept = planned.estimate(ARM.rank).peak.peak_bytes - without.estimate(ARM.rank).peak.peak_bytes
+    assert 4 * ours.trainable_parameters <= kept <= 5 * 4 * ours.trainable_parameters
+
+
+def test_a_selection_says_at_which_rank_its_adapter_loads(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
+    settings = small_settings(init_lora_weights="pissa", ranks=(1, 2), max_steps=4, eval_points=1)
+    steps: list[StepDone] = []
+    stopping = Watch(
+        on_event=lambda event: steps.append(event) if isinstance(event, StepDone) else None,
+        should_stop=lambda: len(steps) == 2,
+    )
+    with pytest.raises(InterruptedRun):
+        select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[stopping])
+    selected = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings)
+    whole = select_rank(str(model_folder), completion_file, tmp_path / "whole", settings=settings)
+    assert [rank.value for rank in selected.decision.ranks] == [rank.value for rank in whole.decision.ranks]
+    assert selected.adapter is not None
+    assert selected.adapter.path is not None
+    assert selected.handed_over is not None
+    rank = selected.handed_over.trained_rank
+    assert (selected.handed_over.rank, selected.handed_over.loads_as) == (rank, 2 * rank)
+    model = AutoPeftModelForCausalLM.from_pretrained(str(selected.adapter.path))
+    assert model.peft_config["default"].r == 2 * rank
+    card = (selected.adapter.path / "README.md").read_text(encoding="utf-8")
+    assert f"# LoRA adapter of rank {2 * rank}, trained at rank {rank}" in card
+    assert "no adapter is truncated (init_lora_weights pissa" in card
+    said = f"It was trained at rank {rank} and loads as rank {2 * rank}."
+    assert said in str(selected) + selected.report.read_text(encoding="utf-8")
+    again = export(selected.run, "peft", tmp_path / "peft")
+    assert again.files
+    assert {module.rank for module in inspect(tmp_path / "peft").modules} == {2 * rank}
+    export(selected.run, "axolotl", tmp_path / "axolotl")
+    written = (tmp_path / "axolotl" / "axolotl.yaml").read_text(encoding="utf-8")
+    assert f"lora_r: {rank}\n" in written
+    assert "peft_init_lora_weights: pissa\n" in written
