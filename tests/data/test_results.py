@@ -158,6 +158,9 @@ def test_a_training_without_a_result_is_missing_and_flagged(tmp_path: Path) -> N
         ("rank,lr,value\n1,,2\n2,1e-3,3\n", "no learning rate, though other rows have one"),
         ("rank,seed,value\n1,x,2\n2,0,3\n", "runs.csv:2: seed 'x' is not allowed"),
         ("rank,perplexity\n1,-3\n2,3\n", "perplexity of -3 is not possible"),
+        ("rank,accuracy\n1,0.81\n4,86\n", "accuracy is 0.81 in one training and 86 in another; write all as fractions"),
+        ("rank,eval/acc\n1,0.9\n4,1.2\n", "eval/acc is 0.9 in one training and 1.2 in another"),
+        ("rank,accuracy\n1,81\n4,860\n", "accuracy is 81 in one training and 860"),
         ("rank,value\n1,2,3\n2,3\n", "more cells than the header"),
     ],
 )

@@ -26,7 +26,7 @@ from rightrank.interop.columns import (
 )
 from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.errors import MAX_WHOLE, DataError, ResultsError, quoted
-from rightrank.schema.metrics import metric_kind, unknown_direction
+from rightrank.schema.metrics import is_percent, metric_kind, unknown_direction
 from rightrank.schema.settings import TRAINER_FIELDS, PeftFields, SelectSettings
 
 FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "out of memory"}
@@ -168,6 +168,8 @@ def results_of_rows(
     if groups is None:
         columns = replace(columns, by_name={name: title for name, title in columns.by_name.items() if name != "group"})
     higher, why = _direction(metric, higher, where)
+    if metric_kind(metric, higher) == "accuracy":
+        _require_one_unit(results, metric, where)
     if margin is None and metric_kind(metric, higher) == "other":
         notes.append(
             f"margin: 1% of the best, as the name {metric!r} says no unit (--metric NAME or --margin changes it)"
@@ -417,6 +419,16 @@ def _require_comparable(results: list[Result], where: str) -> None:
         bare = next(result for result in trained if result.learning_rate == 0)
         raise ResultsError(
             f"{bare.trial_id}: no learning rate, though other rows have one; give it, or leave the column out"
+        )
+
+
+def _require_one_unit(results: list[Result], metric: str, where: str) -> None:
+    """Refuse accuracies of which some are fractions and some percentages."""
+    values = sorted(result.value for result in results if result.value)
+    if values and (values[0] < 0 or values[-1] > 100 or (is_percent(values) and values[0] <= 1)):
+        raise ResultsError(
+            f"{where}: {metric} is {values[0]:g} in one training and {values[-1]:g} in another; write all as fractions from 0 to 1, or all "
+            "as percentages above 1"
         )
 
 
