@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from rightrank.decision.comparison import is_within
 from rightrank.decision.evidence import Comparison, Evidence, Unit
 from rightrank.decision.seeds import needed_seeds
-from rightrank.decision.verdicts import alike_ranks, grade_of, inconclusive_rank, possible_rival, shown_rank
+from rightrank.decision.verdicts import alike_ranks, grade_of, inconclusive_rank, lengths, possible_rival, shown_rank
 from rightrank.schema.decision import RankEvidence, Verdict
 from rightrank.schema.metrics import LOSS_KINDS
 
@@ -43,6 +43,8 @@ def _answer(tested: Comparison, margin: float, verdict: Verdict, unit: Unit) -> 
     caution = "; one seed indicates this, and further seeds may change it" if tested.is_indication else ""
     if evidence.is_point_reading:
         caution = "; one number per rank can suggest this, not show it"
+    if len(steps := lengths(evidence)) > 1:
+        caution += f"; the trainings have {min(steps):,} to {max(steps):,} steps, which is no fair comparison"
     enough = f"Rank {chosen} {verb} enough{_likely(tested)}"
     probably = "probably " if tested.confidence is not None and verb == "looks" else ""
     match verdict:
