@@ -34,7 +34,9 @@ LONG = (
 )
 
 
-# Of the tests that train in these files, `make test` runs one in so many: they ask the same of many models, pages or targets.
+# Of the tests that train, `make test` runs one in `EVERY` of each file, and one in so many of these, which ask the same of many models, pages
+# or targets; `make test-all` runs all of them.
+EVERY = 3
 SAMPLED = {
     "tests/train/test_targets.py": 8, "tests/train/test_architectures.py": 8, "tests/train/test_settings_matter.py": 6,
     "tests/models/test_conformance.py": 4, "tests/adapters/test_round_trips.py": 4, "tests/interop/test_targets.py": 4,
@@ -56,8 +58,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place: Counter[str] = Counter()
     for item in items:
         file = item.nodeid.partition("::")[0]
-        every = next((count for name, count in SAMPLED.items() if file.startswith(name)), 1)
-        if every > 1 and item.get_closest_marker("trains") is not None:
+        every = next((count for name, count in SAMPLED.items() if file.startswith(name)), EVERY)
+        if item.get_closest_marker("trains") is not None:
             if place[file] % every:
                 item.add_marker(pytest.mark.full)
             place[file] += 1

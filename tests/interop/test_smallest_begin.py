@@ -60,6 +60,7 @@ def refused(trainer: Trainer, error: type[InputError]) -> str:
         ({}, {"margin": float("nan")}, SettingsError, "margin"),
         ({}, {"margin": "1%"}, SettingsError, "margin"),
         ({}, {"margin": -1}, SettingsError, "margin"),
+        ({}, {"max_examples": 1}, SettingsError, "max_examples 1: give a whole number from 2"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word")

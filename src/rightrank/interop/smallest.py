@@ -131,6 +131,8 @@ class SmallestAdapter(TrainerCallback):
                 )
             callbacks.insert(0, self)
         settings, model = checked(self.margin, self.ranks, self.metric), kwargs["model"]
+        if self.max_examples is not None and not (isinstance(self.max_examples, int) and self.max_examples > 1):
+            raise SettingsError(f"max_examples {self.max_examples!r}: give a whole number from 2")
         self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None
         name = require_end(model, self.ranks)
         given = self.eval_dataset if self.eval_dataset is not None else self._evaluated_rows()
