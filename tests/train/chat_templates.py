@@ -6,6 +6,7 @@ Transformers masks by these markers, and so does TRL with `assistant_only_loss`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -87,14 +88,100 @@ _MARKED = {
 MARKED = {name: (re.sub(r"{% (end)?generation %}", "", marked), marked) for name, marked in _MARKED.items()}
 
 
-def trl_templates() -> dict[str, tuple[str, str]]:
-    """Those of TRL that render the same text with its markers and without."""
+_THINKING = "{% set parts = m.content.split('</think>') %}{% set reason = parts[0].split('<think>')[-1].strip() if parts | length > 1 else '' %}"
+_LAST_USER = "{% set last = namespace(user=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+_CHAT = "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}BODY{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+# Written after the public ones of families that write earlier turns otherwise than the last, each with what the assistant writes in
+# `REASONED` and `PLAIN`; a text alone is what the refusal says.
+REWRITING: dict[str, tuple[str, list[str] | str, list[str] | str]] = {
+    "qwen 3": (
+        _LAST_USER + "{% for m in messages %}" + _THINKING
+        + _CHAT.replace(
+            "BODY",
+            "{{ '<think>\n' + reason + '\n</think>\n\n' if loop.index0 > last.user else '' }}{{ parts[-1].lstrip('\n') }}",
+        )
+        + _CHATML_CUE,
+        ["one<|im_end|>\n", "<think>\ntwice\n</think>\n\ntwo<|im_end|>\n"],
+        ["one<|im_end|>\n", "<think>\n\n</think>\n\ntwo<|im_end|>\n"],
+    ),
+    "nemotron 3": (
+        _LAST_USER + "{% for m in messages %}" + _THINKING
+        + _CHAT.replace(
+            "BODY",
+            "{{ '<think>\n' + reason + '\n</think>\n' if reason and loop.index0 > last.user else '<think></think>' }}{{ parts[-1].lstrip('\n') }}",
+        )
+        + _CUE.replace(
+            "CUE", "{{ '<|im_start|>assistant\n' + ('<think></think>' if enable_thinking is false else '<think>\n') }}"
+        ),
+        ["one<|im_end|>\n", "twice\n</think>\ntwo<|im_end|>\n"],
+        ["one<|im_end|>\n", "two<|im_end|>\n"],
+    ),
+    "deepseek r1": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|Assistant|>' + m.content.split('</think>')[-1] + '<|end of sentence|>' }}"
+        "{% else %}{{ '<|User|>' + m.content }}{% endif %}{% endfor %}" + _CUE.replace("CUE", "{{ '<|Assistant|><think>\n' }}"),
+        "leaves a part of the last answer out, such as its reasoning",
+        ["one<|end of sentence|>", "two<|end of sentence|>"],
+    ),
+    "gpt-oss": (
+        "{{ '<|start|>system<|message|>Knowledge: 2024<|end|>' }}{% for m in messages %}{{ '<|start|>' + m.role }}"
+        "{% if m.role == 'assistant' %}{{ '<|channel|>final' }}{% endif %}{{ '<|message|>' + m.content }}"
+        "{{ '<|return|>' if m.role == 'assistant' and loop.last and not add_generation_prompt else '<|end|>' }}{% endfor %}"
+        + _CUE.replace("CUE", "{{ '<|start|>assistant' }}"),
+        [
+            "<|channel|>final<|message|><think>\nonce\n</think>\n\none<|end|>",
+            "<|channel|>final<|message|><think>\ntwice\n</think>\n\ntwo<|return|>",
+        ],
+        ["<|channel|>final<|message|>one<|end|>", "<|channel|>final<|message|>two<|return|>"],
+    ),
+    "turns with numbers": (
+        "{% for m in messages %}{{ '<' + m.role + ' of ' + messages | length | string + '>' + m.content }}{% endfor %}"
+        + _CUE.replace("CUE", "{{ '<assistant of ' + (messages | length + 1) | string + '>' }}"),
+        "rewrites earlier turns",
+        "rewrites earlier turns",
+    ),
+    "another header in the past": (
+        "{% for m in messages %}{{ '<' + m.role + ('>' if loop.last else ' before>') + m.content + '</s>' }}{% endfor %}"
+        + _CUE.replace("CUE", "{{ '<assistant>' }}"),
+        "rewrites earlier turns",
+        "rewrites earlier turns",
+    ),
+    "an end that no token is": (
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + ('. END' if loop.last else ' - ') }}{% endfor %}"
+        + _CUE.replace("CUE", "{{ '<assistant>' }}"),
+        "rewrites earlier turns",
+        "rewrites earlier turns",
+    ),
+    "parts of text alone": (
+        "{% for m in messages %}{{ '<' + m.role + '>' }}{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endfor %}"
+        + _CUE.replace("CUE", "{{ '<assistant>' }}"),
+        "leaves a part of the last answer out",
+        "leaves a part of the last answer out",
+    ),
+}  # fmt: skip
+PLAIN = [
+    {"role": role, "content": text}
+    for role, text in (("user", "say 1"), ("assistant", "one"), ("user", "say 2"), ("assistant", "two"))
+]
+REASONED = [
+    message | ({"content": f"<think>\n{reason}\n</think>\n\n{message['content']}"} if reason else {})
+    for message, reason in zip(PLAIN, ("", "once", "", "twice"), strict=True)
+]
+
+
+SAME = ("cohere", "gemma", "gemma3", "llama3", "phi3", "phi3_5", "qwen3_instruct_2507", "qwen3_vl")
+OTHERWISE = (
+    *("deepseek_r1_distill", "deepseekv3", "gptoss", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra"),
+    *("qwen3_5_think", "qwen3_6"),
+)
+
+
+def trl_templates(names: Sequence[str] = SAME) -> dict[str, tuple[str, str]]:
+    """Those of TRL, plain and with its markers. `SAME` render the same text in both; `OTHERWISE` write earlier turns otherwise."""
     if find_spec("trl") is None:
         return {}
     import trl
 
     folder = Path(trl.__file__).parent / "chat_templates"
-    names = ("cohere", "gemma", "gemma3", "llama3", "phi3", "phi3_5", "qwen3_instruct_2507", "qwen3_vl")
     files = {name: (folder / f"{name}.jinja", folder / f"{name}_training.jinja") for name in names}
     return {
         f"trl {name}": (plain.read_text(encoding="utf-8"), marked.read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rightrank.models.base_models import load_base
 from rightrank.schema.errors import DataError
 from rightrank.train.tokens import encode
 from tests.tiny import ON_CPU, make_tokenizer, sentences, small_settings, write_jsonl
-from tests.train.chat_templates import MARKED, trl_templates
+from tests.train.chat_templates import MARKED, OTHERWISE, PLAIN, REASONED, REWRITING, trl_templates
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,65 @@ def test_labels_are_those_of_assistant_only_loss(name: str, loaded: Any) -> None
         refusing = load_data(splits | {"train": [*rows, {"messages": refused[0]}]}, settings)
         with pytest.raises(DataError, match="the chat template refuses the conversation"):
             encode(refusing, base, settings)
+
+
+def runs_of(tokenizer: Any, labels: list[int]) -> list[str]:
+    """The texts of neighbouring labels."""
+    groups = groupby(labels, key=lambda label: label != IGNORED)
+    return [tokenizer.decode(list(group)) for is_label, group in groups if is_label]
+
+
+def encoded_conversations(loaded: Any, template: str, rows: list[list[dict[str, str]]]) -> tuple[Any, list[list[str]]]:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>", "<|return|>"]})
+    tokenizer.bos_token, tokenizer.chat_template = "<unk>", template
+    splits = {name: [{"messages": messages} for messages in rows] for name in ("train", "validation", "test")}
+    settings = small_settings(seq_len=1000)
+    data = encode(load_data(splits, settings), replace(loaded, tokenizer=tokenizer), settings)
+    items = list(data.splits["train"])
+    for item, messages in zip(items, rows, strict=True):
+        assert tokenizer.decode(item.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+    return tokenizer, [runs_of(tokenizer, item.labels) for item in items]
+
+
+@pytest.mark.parametrize("name", REWRITING)
+def test_labels_where_the_template_writes_earlier_turns_otherwise(name: str, loaded: Any) -> None:
+    template, *expected = REWRITING[name]
+    for messages, answers in zip((REASONED, PLAIN), expected, strict=True):
+        rows = [
+            [
+                {**message, "content": f"{n} {message['content']}"} if message["role"] == "user" else message
+                for message in messages
+            ]
+            for n in range(4)
+        ]
+        if isinstance(answers, str):
+            with pytest.raises(
+                DataError, match=f"the chat template {answers}.*; give `prompt` and `completion`, one row a"
+            ):
+                encoded_conversations(loaded, template, rows)
+        else:
+            assert encoded_conversations(loaded, template, rows)[1] == [answers] * 4
+
+
+@pytest.mark.parametrize("name", trl_templates(OTHERWISE))
+def test_labels_lie_within_those_of_trl(name: str, loaded: Any) -> None:
+    """TRL's own begin at the header, or at a `<think>` that the prompt for an answer holds; they end alike."""
+    plain, marked = trl_templates(OTHERWISE)[name]
+    begins = (["user", "assistant"], ["system", "user"])
+    rows = [messages for messages in conversations() if [message["role"] for message in messages[:2]] in begins]
+    tokenizer, ours = encoded_conversations(loaded, plain, rows)
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in rows]
+    tokenizer.chat_template = marked
+    compared = 0
+    for messages, text, answers in zip(rows, texts, ours, strict=True):
+        if text != tokenizer.apply_chat_template(messages, tokenize=False):
+            continue  # in TRL's templates of some families earlier turns keep their reasoning
+        theirs = runs_of(tokenizer, marked_by_the_template(tokenizer, messages)[1])
+        before = {their.removesuffix(our) for our, their in zip(answers, theirs, strict=True)}
+        assert before <= {"", "<｜Assistant｜>", "<|start|>assistant", "<think></think>", "<think>\n"}, before
+        compared += 1
+    assert compared >= 8
 
 
 def test_conversational_completion_is_labelled_alone(loaded: Any, tmp_path: Path) -> None:

@@ -60,8 +60,14 @@ class _Text:
         return labels
 
 
+MARK = "~rightrank~"  # in the place of a message's content, to see where that is
+
+
 class _UnlocatedError(Exception):
-    """The chat template writes one turn in different ways."""
+    """What the chat template does by which an answer can't be trained on."""
+
+
+REWRITES = "rewrites earlier turns, so the assistant's tokens can't be located"
 
 
 class Chat:
@@ -70,10 +76,21 @@ class Chat:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def render(self, messages: Sequence[Mapping[str, str]], prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Mapping[str, str]], prompt: bool = False, **mode: bool) -> str:
         """The text of a conversation, with the template's prompt for an answer at its end where `prompt` is set."""
-        text: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+        text: str = self._tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=prompt, **mode
+        )
         return text
+
+    def span(self, messages: Sequence[Mapping[str, str]], whole: str, index: int) -> tuple[int, int]:
+        """Where the answer at `index` is in the `whole` text of a conversation, without its header and with what ends the turn."""
+        header, turn = self.header(messages[:index]), self.render(messages[: index + 1])
+        if not whole.startswith(turn):  # Phi-3's template ends a conversation with the end-of-sequence token
+            turn = turn.removesuffix(self._tokenizer.eos_token or "")
+        if whole.startswith(turn) and turn.startswith(header):
+            return len(header), len(turn)
+        return self._marked_span(messages, whole, index)
 
     def header(self, earlier: Sequence[Mapping[str, str]]) -> str:
         """What precedes an assistant's answer to the `earlier` turns: their text and the prompt for an answer.
@@ -86,8 +103,47 @@ class Chat:
         answered = [self.render([*earlier, {"role": "assistant", "content": letter}]) for letter in "AB"]
         shared = _common_start(*answered)
         if self._cue not in shared:
-            raise _UnlocatedError
+            raise _UnlocatedError(REWRITES)
         return shared[: shared.rindex(self._cue) + len(self._cue)] if self._cue else shared.rstrip(" ")
+
+    def _marked_span(self, messages: Sequence[Mapping[str, str]], whole: str, index: int) -> tuple[int, int]:
+        """The same where the template writes the turns up to this one otherwise, as where it drops earlier reasoning.
+
+        Marks in place of the content, and of the message before, show what the template writes around them. The header is what the
+        turn shares with the prompt for an answer, in one of the template's modes: all of that prompt, or all that precedes the content.
+        """
+        if not index or not self._cue:
+            raise _UnlocatedError(REWRITES)
+        (before, after), (_, turn) = (self._around(messages, place) for place in (index, index - 1))
+        begin, fixed = len(whole) - len(turn), len(_common_start(whole, before))
+        if not (whole.endswith(turn) and whole.endswith(after) and begin <= fixed):
+            raise _UnlocatedError(REWRITES)
+        end = len(whole) - len(after) + self._length_of_end(messages[: index + 1], after)
+        for mode in ({}, {"enable_thinking": False}):
+            _, prompt = self._around(messages[:index], index - 1, prompt=True, **mode)
+            header = len(_common_start(prompt, whole[begin:fixed]))
+            if header in (len(prompt), fixed - begin):
+                return begin + header, end
+        raise _UnlocatedError(REWRITES)
+
+    def _around(self, messages: Sequence[Mapping[str, str]], index: int, **options: bool) -> tuple[str, str]:
+        """What the template writes before and after the content of a message."""
+        marked = [*messages]
+        marked[index] = {**messages[index], "content": MARK}
+        parts = self.render(marked, **options).split(MARK)
+        if len(parts) != 2:
+            raise _UnlocatedError(REWRITES)
+        return parts[0], parts[1]
+
+    def _length_of_end(self, messages: Sequence[Mapping[str, str]], after: str) -> int:
+        """Of what ends the last message, in the text `after` its content: as where no other follows, else a token of its own."""
+        _, end = self._around(messages, len(messages) - 1)
+        tokens = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
+        ends = [end, end.removesuffix(self._tokenizer.eos_token or ""), *(tokens if end else ())]
+        known = next((text for text in ends if after.startswith(text) and (text or not end)), None)
+        if known is None:
+            raise _UnlocatedError(REWRITES)
+        return len(known)
 
     @cached_property
     def _cue(self) -> str:
@@ -166,25 +222,23 @@ class _Encoder:
             raise DataError(
                 f"{where}: the chat template refuses the conversation ({error}); leave the row out, or give `prompt` and `completion`"
             ) from None
-        except _UnlocatedError:
+        except _UnlocatedError as error:
             raise DataError(
-                f"{where}: the chat template rewrites earlier turns, so the assistant's tokens can't be located; "
-                "give `prompt` and `completion`, one row a turn"
+                f"{where}: the chat template {error}; give `prompt` and `completion`, one row a turn"
             ) from None
 
     def _labelled(self, messages: Sequence[Mapping[str, str]], first: int) -> _Text:
         whole = self._chat.render(messages)
         spans: list[tuple[int, int]] = []
+        answer = ""
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or index < first:
                 continue
-            header = self._chat.header(messages[:index])
-            turn = self._chat.render(messages[: index + 1])
-            if not whole.startswith(turn):  # Phi-3's template ends a conversation with the end-of-sequence token
-                turn = turn.removesuffix(self._tokenizer.eos_token or "")
-            if not (whole.startswith(turn) and turn.startswith(header)):
-                raise _UnlocatedError
-            spans.append((len(header), len(turn)))
+            spans.append(self._chat.span(messages, whole, index))
+            answer = message["content"]
+        turn = whole[spans[-2][1] if spans[1:] else 0 : spans[-1][1]] if spans else ""
+        if "".join(answer.split()) not in "".join(turn.split()):
+            raise _UnlocatedError("leaves a part of the last answer out, such as its reasoning")
         return _Text(whole, spans, special=False)
 
     def _tokenised(self, texts: Iterable[_Text]) -> Iterator[EncodedSequence]:
