@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from rightrank import compare, resize
+from rightrank import compare, resize, select_rank
 from rightrank.cli import main
+from rightrank.data.splits import load_data
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.events import Evaluating, Listener
 from rightrank.schema.settings import SelectSettings
@@ -51,6 +52,22 @@ def test_an_adapter_is_not_worse_than_itself(trained: Path, model_folder: Path, 
     assert (found.verdict, found.difference, found.difference_high) == ("not_worse", 0.0, 0.0)
     assert found.sentence.startswith(f"B ({trained}) against A ({trained})")  # two folders of one name
     assert found.examples == len({line for line in completion_file.read_text().splitlines() if line})
+
+
+def test_rows_that_a_run_trained_on_are_left_out(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    settings = small_settings(max_steps=2, goal="adapter")
+    run = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).run
+    train = [example.item_id for example in load_data(completion_file, settings).examples["train"]]
+    rows = len({line for line in completion_file.read_text().splitlines() if line})
+    asked: dict[str, Any] = {"model": str(model_folder), "settings": SelectSettings(**SETTINGS)}
+    found = compare("base", run / "adapter", data=completion_file, **asked)
+    assert (found.trained_on, found.examples) == (len(train), rows - len(train))
+    assert f"({len(train)} more are training examples of A or B)" in found.sentence
+    seen = [json.loads(line) for line in completion_file.read_text().splitlines()]
+    kept = load_data(completion_file, settings).examples["train"]
+    only = write_jsonl(tmp_path / "seen.jsonl", [row for row in seen if row in [dict(one.content) for one in kept]])
+    with pytest.raises(DataError, match="are among the training examples of A or B"):
+        compare("base", run / "adapter", data=only, **asked)
 
 
 def test_exit_status_and_json(

@@ -17,17 +17,18 @@ from typing import Any
 
 from rightrank.adapters.broken import Side, cause_of, difference_of_tokens
 from rightrank.data.files import UnreadableError, read_json_object
-from rightrank.data.splits import DataSplits, load_all
+from rightrank.data.splits import DataSplits, load_all, load_data
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
 from rightrank.decision.table import minus, spread_of, spread_sentence, table_of
 from rightrank.models.base_models import are_unnamed, load_base
 from rightrank.models.formats import torch_folder
 from rightrank.models.places import BASE, CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE, read_header
+from rightrank.runs.journal import Journal
 from rightrank.schema.errors import DataError, ModelError, SettingsError
-from rightrank.schema.events import Evaluating
+from rightrank.schema.events import Evaluating, RunStarted
 from rightrank.schema.metrics import LossKind, default_margin
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import OF_SPLITS, SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter_runtime import report_evaluations, require_base
 from rightrank.train.checkpoints import Progress
@@ -63,9 +64,10 @@ def compare_adapters(
     cause: str | None = None
     for place in data:
         with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-            read = _read_sides(sides, model, place, settings, Path(name), on_event, base_b, of_run)
-            comparisons += [_compare(read, spec.name, place, settings) for spec in settings.metric_specs]
-            cause = cause or cause_of(read, scored)
+            *read, trained_on = _read_sides(sides, model, place, settings, Path(name), on_event, base_b, of_run)
+            named = (_compare((read[0], read[1]), spec.name, place, settings) for spec in settings.metric_specs)
+            comparisons += [comparison.model_copy(update={"trained_on": trained_on}) for comparison in named]
+            cause = cause or cause_of((read[0], read[1]), scored)
     worst = max(comparisons, key=lambda comparison: list(VERDICTS.values()).index(comparison.verdict))
     kept = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
     sentence = _sentence(*sides, worst, len(comparisons), cause)
@@ -81,9 +83,13 @@ def _read_sides(
     on_event: Callable[[Evaluating], None],
     base_b: str | None,
     of_run: DataSplits | None,
-) -> tuple[Side, Side]:
+) -> tuple[Side, Side, int]:
+    """Both sides, and the number of rows that an adapter was trained on, which are left out."""
+    trained_on = 0
     if of_run is None:
-        splits, settings = load_all(data, settings.model_copy(update={"cache_prefix": False}), _shared_labels(sides))
+        whole, settings = load_all(data, settings.model_copy(update={"cache_prefix": False}), _shared_labels(sides))
+        splits = _unseen(whole, sides, settings, data)
+        trained_on = len(whole.examples["selection"]) - len(splits.examples["selection"])
     else:
         splits, settings = of_run, settings.model_copy(update={"cache_prefix": False, "ranks": (1,)})
     read: list[Side] = []
@@ -110,7 +116,40 @@ def _read_sides(
         report_evaluations(runtime, f"{'AB'[number]} ({Path(place).name}) on {data.name}", on_event)
         adapter = Path(place) if is_adapter else None
         read.append(Side(place, runtime, adapter, scored(runtime, place, adapter), other_tokens))
-    return read[0], read[1]
+    return read[0], read[1], trained_on
+
+
+def _unseen(splits: DataSplits, sides: Sequence[str], settings: SelectSettings, data: Path) -> DataSplits:
+    """The rows that neither adapter was trained on, as far as the run folders around them say.
+
+    Raises:
+        DataError: fewer than two are left.
+    """
+    rows, seen = splits.examples["selection"], set[str]()
+    for side in sides:
+        if side != BASE and (known := splits_of_run(Path(side), settings, splits.summary.classes)) is not None:
+            seen |= {example.item_id for example in known[0].examples["train"]}
+    unseen = [example for example in rows if example.item_id not in seen]
+    if len(unseen) < 2:
+        raise DataError(
+            f"{data}: {len(rows) - len(unseen)} of {len(rows)} distinct rows are among the training examples of A or B; give rows that "
+            "neither was trained on"
+        )
+    return replace(splits, examples=dict.fromkeys(splits.examples, unseen)) if len(unseen) < len(rows) else splits
+
+
+def splits_of_run(
+    adapter: Path, settings: SelectSettings, classes: Sequence[str] | None
+) -> tuple[DataSplits, Path] | None:
+    """`(the splits that the run trained with, its data)` of an adapter in a run's `adapter/` or `trials/<trial_id>/`; None where not known."""
+    parent = adapter.resolve().parent
+    journal = next((place for at in (parent, parent.parent) if (place := at / "journal.jsonl").is_file()), None)
+    started = None if journal is None else next(iter(Journal(journal).read_settled()), None)
+    source = started.data_name if isinstance(started, RunStarted) else None
+    if not isinstance(started, RunStarted) or source is None or not Path(source).exists():
+        return None
+    of_run = settings.model_copy(update=started.select_settings.model_dump(include=OF_SPLITS))
+    return load_data(Path(source), of_run, classes=classes), Path(source)
 
 
 def _require_alike(a: TrialFinished, b: TrialFinished, metric: str) -> None:
@@ -205,6 +244,7 @@ def _sentence(a: str, b: str, worst: MetricComparison, count: int, cause: str | 
         a, b = Path(a).name, Path(b).name
     names = f"B ({b}) against A ({a})"
     left_out = f" ({worst.left_out} more have no label within the maximum length)" if worst.left_out else ""
+    left_out += f" ({worst.trained_on:,} more are training examples of A or B)" if worst.trained_on else ""
     grouped = ", taken as independent" if worst.groups is None else f" in {worst.groups} groups"
     figures = (
         f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds {worst.difference_low:+.3g} to "

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from peft import LoraConfig
 
-from rightrank.adapters.compare import finished_trial, labels_of_side
+from rightrank.adapters.compare import finished_trial, labels_of_side, splits_of_run
 from rightrank.adapters.resize import candidate_ranks, write_like, write_resized, write_truncated
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
@@ -27,15 +27,14 @@ from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_in
 from rightrank.models.places import BASE_FILE
 from rightrank.models.ranks import max_module_rank
 from rightrank.models.truncation import Moments, shared_ranks
-from rightrank.runs.journal import Journal
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.configs import stated_settings
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError
-from rightrank.schema.events import Evaluating, Notice, RunStarted
+from rightrank.schema.events import Evaluating, Notice
 from rightrank.schema.results import HeldOut, Resized, StoredCandidate
 from rightrank.schema.setting_table import given_values
-from rightrank.schema.settings import OF_ANY_NUMBER, OF_SPLITS, SelectSettings
+from rightrank.schema.settings import OF_ANY_NUMBER, SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.adapter_runtime import DataUse, adapter_runtime, report_evaluations
 from rightrank.train.covariances import Gathered, gather_moments, gather_unseen_moments
@@ -109,14 +108,7 @@ def _trained(
         is_same = train.exists() and data.exists() and train.resolve() == data.resolve()
         split = is_same or None not in read_rows(train)
         return (load_data(train, settings, classes=classes) if split else load_all(train, settings, classes)[0]), None
-    parent = adapter.path.resolve().parent
-    journal = next((place for at in (parent, parent.parent) if (place := at / "journal.jsonl").is_file()), None)
-    started = None if journal is None else next(iter(Journal(journal).read_settled()), None)
-    source = started.data_name if isinstance(started, RunStarted) else None
-    if not isinstance(started, RunStarted) or source is None or not Path(source).exists():
-        return None, None
-    of_run = settings.model_copy(update=started.select_settings.model_dump(include=OF_SPLITS))
-    return load_data(Path(source), of_run, classes=classes), Path(source)
+    return splits_of_run(adapter.path, settings, classes) or (None, None)
 
 
 @dataclass(frozen=True, slots=True)

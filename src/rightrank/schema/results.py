@@ -243,6 +243,7 @@ class _Compared(Record):
     examples: Whole
     groups: Whole | None = None  # of examples that belong together; None: each stands for itself
     left_out: Whole = 0  # examples without a label within the maximum length
+    trained_on: Whole = 0  # rows that A or B was trained on, which are left out too
     # about how many, of groups where there are any, would show "not worse" at this difference; None: none would, or it is shown
     examples_needed: Whole | None
 
