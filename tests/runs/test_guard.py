@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from rightrank.data.splits import load_data
 from rightrank.runs.journal import Journal
 from rightrank.schema.events import AdapterRecorded, GuardEvaluated
 from rightrank.schema.trials import TrialFinished
@@ -60,6 +62,24 @@ def test_every_adapter_is_measured_and_the_answer_carries_the_guard(finished: Pa
     report = html.unescape((finished / "report.html").read_text())
     assert guard["sentence"] in report
     assert guard["sentence"] in (finished / "adapter" / "README.md").read_text()
+
+
+def test_training_rows_in_a_guard_file_are_left_out_and_said(
+    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter lowers their loss, whatever it forgets."""
+    arguments = ["select", str(model_folder), str(completion_file), "--goal", "adapter", *SMALL]
+    status, _, err = run([*arguments, "--out", str(tmp_path / "run"), "--guard", str(completion_file)], capsys)
+    assert status == 0
+    assert re.search(
+        r"guard .*: \d+ of \d+ rows are training examples, whose loss an adapter lowers; they are left out", err
+    )
+    trained_on = [dict(one.content) for one in load_data(completion_file, small_settings()).examples["train"]]
+    rows = [row for row in map(json.loads, completion_file.read_text().splitlines()) if row in trained_on]
+    seen = write_jsonl(tmp_path / "seen.jsonl", rows)
+    status, _, err = run([*arguments, "--out", str(tmp_path / "other"), "--guard", str(seen)], capsys)
+    assert status == 2
+    assert "give rows that it does not train on" in err
 
 
 def test_exports_carry_the_sentence(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

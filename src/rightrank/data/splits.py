@@ -166,9 +166,8 @@ def load_all(
     classes: Sequence[str] | None = None,
     *,
     least: int = 2,
-    at_most: int | None = None,
 ) -> tuple[DataSplits, SelectSettings]:
-    """Every row as a held-out example, the same in each split, and settings that evaluate all of them, or `at_most`.
+    """Every row as a held-out example, the same in each split, and settings that evaluate all of them.
 
     Of given splits they are the test rows, or the validation rows where there are none.
 
@@ -178,7 +177,7 @@ def load_all(
     listed = held_out_fields(source)
     if len(listed) < least:
         raise DataError(f"{source}: {len(listed)} rows; {least} or more are needed to tell a difference from noise")
-    settings = settings.model_copy(update={"eval_items": at_most or len(listed), "ranks": (1,)})
+    settings = settings.model_copy(update={"eval_items": len(listed), "ranks": (1,)})
     rows = {"train": listed, "validation": listed, "test": listed}
     splits = load_data(rows, settings.model_copy(update=OF_ANY_NUMBER), classes=classes)
     return splits, settings

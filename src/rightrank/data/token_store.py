@@ -126,6 +126,10 @@ class TokenStore(Store[EncodedExample]):
         return EncodedExample(**row)
 
     @property
+    def item_ids(self) -> set[str]:
+        return {item_id for batch in self.batches() for item_id in batch["item_id"].to_pylist()}
+
+    @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """[examples], in tokens."""
         return self._numbers(lambda batch: pyarrow.compute.list_value_length(batch["input_ids"]))

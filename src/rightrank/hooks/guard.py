@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rightrank.data.splits import load_all
 from rightrank.decision.guard import GUARD_MARGIN, guarded
 from rightrank.decision.records import Records, criterion_of
-from rightrank.models.base_models import LoadedModel
 from rightrank.runs.hook import Answered, Hook, Started
 from rightrank.runs.values import Prepared
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, InputError
-from rightrank.schema.events import GuardAnswer, GuardEvaluated
+from rightrank.schema.events import Event, GuardAnswer, GuardEvaluated, Notice
 from rightrank.schema.metrics import default_margin
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.runtime import Runtime, adapter_attached
@@ -42,7 +41,8 @@ class Guard(Hook):
         assert isinstance(plan, Prepared)
         classes = plan.started.data.classes
         self._started = started
-        self._guards = [_load(file, plan.settings, plan.runtime.loaded, classes) for file in plan.settings.guard]
+        trained_on = plan.runtime.data.splits["train"].item_ids if plan.settings.guard else set[str]()
+        self._guards = [_load(file, plan, classes, trained_on, started.tell) for file in plan.settings.guard]
 
     def on_adapter(self, answered: Answered) -> tuple[AdapterAnswer, GuardAnswer] | None:
         """The answer among the adapters that keep the guard."""
@@ -87,12 +87,15 @@ class Guard(Hook):
         return list(known.values())
 
 
-def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Sequence[str] | None) -> _GuardData:
+def _load(
+    file: str, plan: Prepared, classes: Sequence[str] | None, trained_on: set[str], tell: Callable[[Event], None]
+) -> _GuardData:
+    settings = plan.settings
     # Scored by its loss, each file whole and under its own columns.
     by_loss = settings.model_copy(update={"metric": "loss", "metrics": ()})
     own = by_loss.model_copy(update={"columns": (), "validation": ""})
     try:
-        splits, own = load_all(Path(file), own, classes, least=MIN_ROWS, at_most=own.eval_items)
+        splits, own = load_all(Path(file), own, classes, least=MIN_ROWS)
     except InputError as error:
         raise type(error)(f"guard {error}" if str(file) in str(error) else f"guard {file}: {error}") from None
     if splits.form == "preference" or (splits.form == "classification") != (classes is not None):
@@ -101,7 +104,15 @@ def _load(file: str, settings: SelectSettings, loaded: LoadedModel, classes: Seq
             f"guard {file}: the data has the form {splits.form!r}, and this run trains on {task}: give guard data that the same "
             "model can be scored on"
         )
-    return _GuardData(file, splits.fingerprint, encode(splits, loaded, own), own)
+    rows = splits.examples["selection"]
+    unseen = [example for example in rows if example.item_id not in trained_on]
+    if len(unseen) < len(rows):
+        shared = f"guard {file}: {len(rows) - len(unseen):,} of {len(rows):,} rows are training examples, whose loss an adapter lowers"
+        if len(unseen) < MIN_ROWS:
+            raise DataError(f"{shared}; give rows that it does not train on")
+        tell(Notice(text=f"{shared}; they are left out"))
+    splits = replace(splits, examples=dict.fromkeys(splits.examples, unseen[: settings.eval_items]))
+    return _GuardData(file, splits.fingerprint, encode(splits, plan.runtime.loaded, own), own)
 
 
 def _margin(settings: SelectSettings, evaluated: Sequence[GuardEvaluated]) -> float:
