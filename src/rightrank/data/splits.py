@@ -36,7 +36,6 @@ MAX_SHOWN_CLASSES = 8
 MANY_GROUPS = 1000  # of which no split is too small
 FIRST_ROWS = 256  # by which a prompt is taken for a question, or for one of a few instructions
 ROWS_OF_AN_INSTRUCTION = 16  # a prompt that so many of them share on average is one
-_WHITE_SPACE = re.compile(r"\s|\\[nrtf]")  # in JSON
 _NUMBER = re.compile(r"-?\d+", re.ASCII)
 HELD_OUT: tuple[SplitName, ...] = ("selection", "test")
 SPLITS: tuple[SplitName, ...] = ("train", *HELD_OUT)
@@ -64,9 +63,9 @@ class ExampleStore(Store[Example]):
     )
 
     def row(self, entry: Example) -> Mapping[str, Any]:
-        content = json.dumps(dict(entry.content), default=json_value)
+        content = _written(entry)
         where = os.fsencode(entry.where)
-        numbers = {"number": int(entry.item_id, 16), "group": entry.group, "alike": _alike(entry)}
+        numbers = {"number": int(entry.item_id, 16), "group": entry.group, "alike": _alike(content)}
         return {**numbers, "content": content, "where": where}
 
     def entry(self, row: Mapping[str, Any]) -> Example:
@@ -135,7 +134,7 @@ def load_data(
     both = np.union1d(validation, test)
     leaked = both[_are_in(both, stored.numbers())]  # into train
     known = set(leaked.tolist())
-    near = [_alike(example) for example in evaluated if int(example.item_id, 16) not in known]
+    near = [_alike(_written(example)) for example in evaluated if int(example.item_id, 16) not in known]
     alike = np.unique(np.array(near, np.uint64))
     summary = DataSummary(
         form=form,
@@ -261,11 +260,16 @@ class _Reading:
             )
 
 
-def _alike(example: Example) -> int:
+def _written(example: Example) -> str:
+    return json.dumps(dict(example.content), ensure_ascii=False, default=json_value)
+
+
+def _alike(written: str) -> int:
     """The same number for examples that differ in white space and case alone."""
-    text = json.dumps(dict(example.content), sort_keys=True, ensure_ascii=False, default=json_value).casefold()
-    text = _WHITE_SPACE.sub("", text)
-    return int(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16], 16)
+    for escaped in ("\\n", "\\r", "\\t", "\\f"):
+        written = written.replace(escaped, " ")
+    text = "".join(written.casefold().split())
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def _by_prompt(rows: RowsBySplit) -> tuple[bool, RowsBySplit]:
