@@ -169,7 +169,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             if wrong:
                 broken = [other for other, text in lines if text.strip() and _object_of(text)[1]]
                 shown = ", ".join(map(str, broken[:MAX_SHOWN_LINES])) + (", …" if len(broken) > MAX_SHOWN_LINES else "")
-                others = f" (so are {len(broken):,} further lines: {shown})" if broken else ""
+                others = f" ({len(broken):,} more: {shown})" if broken else ""
                 raise DataError(f"{path}:{number}: {wrong}{others}; give one JSON object a line")
             yield Row(fields, f"{path}:{number}")
 

@@ -73,7 +73,7 @@ def train_trials(
             for notice in ensure_moments(runtime, trial.arm, places.truncate_from, places.moments):
                 listener.notice(notice)
     if trained:
-        with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
+        with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora, runtime.recomputing():
             yield from _TrainingLoop(runtime, multi_lora, base_loss, folders, listener, adapters_per_pass).run(trained)
 
 

@@ -25,7 +25,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from rightrank.data.token_store import IGNORED
 from rightrank.models.kinds import kind_of
-from rightrank.models.kinds.base import CurrentRouting, Draw, Routing
+from rightrank.models.kinds.base import CurrentRouting, Draw, Factors, Routing
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch
@@ -99,9 +99,10 @@ class ArmBatch:
 class MultiLora:
     """The adapters on a base. Use it as a context: leaving it removes every adapter and restores the base."""
 
-    def __init__(self, model: Any, settings: SelectSettings) -> None:
+    def __init__(self, model: Any, settings: SelectSettings, known: dict[str, Factors] | None = None) -> None:
         self._model = model
         self._settings = settings
+        self._known: dict[str, Factors] = {} if known is None else known  # for `Draw`
         self.peft_model: Any = None  # without an adapter
         self._names: list[str] = []
         self.routing: Routing | None = None
@@ -124,7 +125,9 @@ class MultiLora:
         with torch.no_grad():
             for name, module in lora_modules(self.peft_model).items():
                 if adapter in module.lora_A or adapter in module.lora_embedding_A:
-                    kind_of(module).start(module, adapter, Draw(arm.seed, name, self._settings.init_lora_weights))
+                    top = max(self._settings.ranks, default=1)
+                    draw = Draw(arm.seed, name, self._settings.init_lora_weights, top, self._known)
+                    kind_of(module).start(module, adapter, draw)
         self._settle()
         named: dict[str, torch.nn.Parameter] = {}
         for name, parameter in self.peft_model.named_parameters():

@@ -76,7 +76,7 @@ def _measure(runtime: Runtime, arm: Arm) -> Pace:
     trained = [index for indices in plan for index in indices]
     fill_seconds, filled = _timed(runtime, lambda: runtime.fill("train", trained))
     runtime.fill("selection", evaluated)
-    with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
+    with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora, runtime.recomputing():
         named = multi_lora.add(SCRATCH, arm, runtime.config(arm))
         schedule = learning_rate_schedule(runtime.settings, arm.steps)
         optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule)
@@ -171,7 +171,7 @@ def _fastest_count(runtime: Runtime, arms: Sequence[Arm], limit: int = MAX_ADAPT
 
 def _seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
     """The shortest of a few passes, forward and backward, over scratch adapters of these arms."""
-    with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.recomputing():
+    with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora, runtime.recomputing():
         for number, arm in enumerate(arms):
             multi_lora.add(f"scratch_{number}", arm, runtime.config(arm))
         batch = runtime.batch("train", runtime.batch_plan(arms[0].seed)[0][: runtime.settings.batch_size])
@@ -185,7 +185,7 @@ def _probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, 
     """Example losses of two arms with random adapters on two batches: in one pass, and in a pass each."""
     names = [f"scratch_{number}" for number in range(len(arms))]
     generator = torch.Generator().manual_seed(0)
-    with MultiLora(runtime.model, runtime.settings) as multi_lora:
+    with MultiLora(runtime.model, runtime.settings, runtime.first_factors) as multi_lora:
         for name, arm in zip(names, arms, strict=True):
             for parameter in multi_lora.add(name, arm, runtime.config(arm)).values():
                 drawn = torch.randn(parameter.shape, generator=generator) * 0.02

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel
 from rightrank.data.files import read_json_object
 from rightrank.models.adapter_files import peft_folder
 from rightrank.models.base_models import LoadedModel
-from rightrank.models.kinds.base import Routing, training_is
+from rightrank.models.kinds.base import Factors, Routing, training_is
 from rightrank.models.places import CONFIG_FILE
 from rightrank.schema.errors import LIBRARY_ERRORS, InterruptedRun, ModelError, first_line, is_out_of_memory
 from rightrank.schema.events import Evaluating
@@ -82,6 +82,7 @@ class Runtime:
         self.objective: Objective = self._likelihood
         # Examples of an evaluation so far, of all.
         self.on_evaluated: Callable[[int, int], None] = lambda _done, _of: None
+        self.first_factors: dict[str, Factors] = {}  # for `MultiLora`
         self._reference: Reference | None = None
         if isinstance(self._likelihood, Likelihood) and data.summary.form == "preference":
             self.objective = PreferenceLoss(self._likelihood.labels, settings.beta)

@@ -23,7 +23,6 @@ al. 2023) groups rows by adapter in the same way, for inference.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rightrank.models.kinds.base import AdapterKind, CurrentRouting, Draw, Part, Routing, StoredPair
+from rightrank.models.kinds.base import AdapterKind, CurrentRouting, Draw, Factors, Part, Routing, StoredPair
 from rightrank.schema.settings import TAKEN_FROM_BASE
 
 
@@ -62,11 +61,16 @@ class Linear(AdapterKind):
             a.weight.copy_(first_a)
             b.weight.copy_(first_b)
             return
-        base, module.base_layer = module.base_layer, copy.deepcopy(module.base_layer)  # whose weight PEFT changes
-        try:
-            module.pissa_init(adapter, draw.init) if draw.init == "pissa" else module.olora_init(adapter)
-        finally:
-            module.base_layer = base
+        rank, known = a.out_features, draw.known.get(draw.module)
+        if known is None or len(known[1]) < rank:
+            weight = module.get_base_layer().weight.detach().float()
+            known = _first_factors(weight.T if module.fan_in_fan_out else weight, draw.init, max(rank, draw.top))
+            draw.known[draw.module] = known
+        root = (
+            module.scaling[adapter] ** 0.5 if draw.init == "pissa" else 1.0
+        )  # so that s·B₀·A₀ is the part of the weight
+        b.weight.copy_(known[0][:, :rank] / root)
+        a.weight.copy_(known[1][:rank] / root)
         keep_start(a, b)
 
     def forward(self, module: Any, routing: CurrentRouting, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -98,6 +102,16 @@ class Linear(AdapterKind):
 
     def stores(self, pair: StoredPair) -> bool:
         return not pair.embedding and len(pair.a) == 2
+
+
+def _first_factors(weight: torch.Tensor, init: str, rank: int) -> Factors:
+    """`(B [rows, rank], A [rank, columns])` of a weight on the CPU, as PEFT's `pissa` and `olora` have them at scale 1."""
+    if init == "olora":
+        q, r = torch.linalg.qr(weight)
+        return q[:, :rank].to("cpu", copy=True), r[:rank].to("cpu", copy=True)
+    u, values, v = torch.linalg.svd(weight, full_matrices=False)
+    roots = values[:rank].sqrt()
+    return (u[:, :rank] * roots).cpu(), (roots[:, None] * v[:rank]).cpu()
 
 
 START = "rightrank_start"  # of the layers of PEFT that hold A and B
