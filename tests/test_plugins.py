@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-import rightrank
 from rightrank.runs import plugins
 from tests.tiny import write_completions
 
@@ -144,18 +143,6 @@ def test_the_plug_in_of_the_docs_works(tmp_path: Path) -> None:
     posted = json.loads(done.stdout)
     assert posted[-1] == "done"
     assert any("rank 4" in text for text in posted)
-
-
-def test_a_plug_in_adds_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    added = plugins.Plugin(
-        name="added",
-        calls={"twice": lambda train: lambda task: {"loss": 2 * train(task)["loss"]}},
-    )
-    monkeypatch.setitem(plugins._loaded(), "added", added)
-    selected = rightrank.select_rank_with(
-        lambda task: {"loss": 1 / task.rank}, tmp_path / "run", ranks=(1, 4), learning_rates=(1e-3,), executor="twice"
-    )
-    assert [evidence.value for evidence in selected.decision.ranks] == [2.0, 0.5]
 
 
 OF_ONE = re.compile(r"rightrank\.plugins\.(\w+)")

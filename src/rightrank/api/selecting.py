@@ -145,7 +145,7 @@ def select_rank_with(
     metric: str | None = None,
     margin: float | None = None,
     evaluate: EvaluateFunction | None = None,
-    executor: Literal["local", "threads", "processes", "ray"] = "local",
+    executor: Literal["local", "threads", "processes"] = "local",
     callbacks: Sequence[Hook] = (),
     **settings: Unpack[TrainerSettings],
 ) -> Selected:
@@ -164,9 +164,8 @@ def select_rank_with(
         evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it the adapter that
             `train` saved for the largest rank is truncated to every lower rank, and the smallest within the margin is
             handed over (the first question).
-        executor: "local"; "threads" of this process, for functions that wait for a service; or each call in a new process,
-            on this machine ("processes") or on a Ray cluster ("ray": the one that RAY_ADDRESS names, or one on this machine;
-            `out` must be on a disk that its nodes share).
+        executor: "local"; "threads" of this process, for functions that wait for a service; "processes": each call in a new
+            process of this machine.
         callbacks: what watches the selection or takes part in it, such as `rightrank.hooks.trackers.Trackers`.
         settings: see `TrainerSettings`: goal, profile, strategy, lora_alpha, max_steps, workers, timeout_seconds, progress.
 

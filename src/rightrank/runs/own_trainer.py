@@ -28,7 +28,6 @@ from rightrank.runs.calls import (
     parse_result,
 )
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.plugins import merged
 from rightrank.runs.values import Plan
 from rightrank.schema.errors import (
     AllTrialsFailedError,
@@ -79,7 +78,7 @@ class TrainerSettings(TypedDict, total=False):
     max_steps: int
     """Passed to `train` in the task, as `steps`; 0 leaves the length to it."""
     workers: int
-    """Concurrent calls; above 1 only with executor "threads", "processes" or "ray"."""
+    """Concurrent calls; above 1 only with executor "threads" or "processes"."""
     timeout_seconds: float | None
     """End a training that takes longer; needs executor "processes"."""
     progress: bool
@@ -228,16 +227,15 @@ def _caller(executor: str, workers: int, timeout_seconds: float | None) -> Calla
         raise SettingsError(
             'timeout_seconds needs executor="processes" and a number above 0: other calls can\'t be ended'
         )
-    elsewhere: dict[str, Callable[[TrainFunction], Call]] = merged(lambda plugin: plugin.calls)
-    if executor not in ("local", "threads", "processes", *elsewhere):
-        raise SettingsError(f'executor: got {executor!r}; give "local", "threads", "processes" or "ray"')
+    if executor not in ("local", "threads", "processes"):
+        raise SettingsError(f'executor: got {executor!r}; give "local", "threads" or "processes"')
     if workers < 1 or (workers > 1 and executor == "local"):
         raise SettingsError(
-            f'workers: got {workers} with executor={executor!r}; give 1, or more with "threads", "processes" or "ray"'
+            f'workers: got {workers} with executor={executor!r}; give 1, or more with "threads" or "processes"'
         )
     if executor == "processes":
         return lambda function: call_in_process(function, timeout_seconds)
-    return elsewhere.get(executor, lambda function: partial(call_inline, function))
+    return lambda function: partial(call_inline, function)
 
 
 class _Executor:

@@ -54,8 +54,6 @@ class Plugin:
 
     It gives a context, within which workers run, whose value is a `rightrank.runs.executor.Executor`.
     """
-    calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    """By a value of `executor` of `select_rank_with`: turns a training function into one that runs elsewhere."""
     memory_plan: Callable[
         [LoadedModel, EncodedData, int | None, SelectSettings, Callable[[str], None]], MemoryPlan | None
     ] = lambda *selection: None

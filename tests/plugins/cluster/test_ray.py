@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from rightrank import TrialTask, select_rank, select_rank_with
-from rightrank.runs.journal import Journal
+from rightrank import select_rank
 from rightrank.schema.events import Event
-from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialLook
+from rightrank.schema.trials import TrialFinished
 from tests.plugins.cluster.runs import STEPS, decision_of, values_of
 from tests.tiny import small_settings
 from tests.watch import Watch
@@ -58,32 +56,3 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
     assert removed
     assert decision_of(tmp_path / "run") == decision_of(alone)
     assert values_of(tmp_path / "run") == values_of(alone)
-
-
-def test_a_custom_trainer_runs_on_ray(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-
-    def train(task: TrialTask) -> dict[str, float]:
-        task.report(5, 2.0, [1.0, 3.0])
-        if task.rank == 2:
-            raise ValueError("no luck")
-        task.report(10, math.nan if task.rank == 8 else 1.5, [1.0, 2.0])
-        return {"loss": 1 + 1 / task.rank}
-
-    try:
-        selected = select_rank_with(
-            train, tmp_path / "run", ranks=(1, 2, 4, 8), learning_rates=(1e-3,), margin=0.1, executor="ray", workers=2
-        )
-    finally:
-        ray.shutdown()
-    assert {evidence.rank for evidence in selected.decision.ranks} == {1, 4}
-    assert "train raised ValueError: no luck" in selected.report.read_text(encoding="utf-8")
-    journal = Journal(selected.run / "journal.jsonl").read()
-    looks = [record.step for record in journal if isinstance(record, TrialLook)]
-    assert sorted(looks) == [5, 5, 5, 5, 10, 10]
-    assert {record.rank for record in journal if isinstance(record, TrialDiverged)} == {8}
-    points = [record.points for record in journal if isinstance(record, TrialFinished)]
-    assert [[(point.step, point.item_scores) for point in one] for one in points] == [[(5, [1, 3]), (10, [1, 2])]] * 2

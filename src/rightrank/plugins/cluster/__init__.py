@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,8 +90,4 @@ def _crew(settings: SelectSettings, setup: Setup, needed: int | None, on_cuda: b
     return ProcessCrew(setup, setup.folder / "workers", devices), workers
 
 
-PLUGIN = Plugin(
-    name="cluster",
-    executors={"processes": _workers, "ray": _workers},
-    calls={"ray": lambda train: import_module("rightrank.plugins.cluster.on_ray").call_on_ray(train)},
-)
+PLUGIN = Plugin(name="cluster", executors={"processes": _workers, "ray": _workers})

@@ -2,8 +2,6 @@
 
 An actor holds one base and trains one task at a time. Its messages are a stream of JSON lines, so Ray carries short
 texts only; adapters and checkpoints go through the shared folder.
-
-A user's training function as tasks of a Ray cluster.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Setup, Stop, Task, Worker, WorkerLost, WorkerMessage
-from rightrank.runs.calls import CALL_ERRORS, NO_RESULT, Call, TrainerError, TrainFunction, TrialTask, call_inline
 from rightrank.schema.errors import InputError, MissingExtraError, RunError, described
 
 # Variables of the environment that workers inherit from this process.
@@ -28,7 +25,6 @@ CONNECT_SECONDS = 10.0
 HEAD_SECONDS = 10.0  # between looks at the cluster's head
 SILENT_SECONDS = 30.0  # without an answer: the head is lost
 REJOIN_SECONDS = 180.0  # for a head that was lost to come back
-POLL_SECONDS = 0.2  # between looks at the reports of a call
 
 
 class RayWorker(Worker):
@@ -236,43 +232,3 @@ def _require_answer(address: str) -> None:
             f"no Ray cluster answers at {address} within {CONNECT_SECONDS:g} s ({error.strerror or error}); "
             "start one with `ray start --head`, or give another ray_address"
         ) from None
-
-
-def call_on_ray(train: TrainFunction) -> Call:
-    """Call `train` as a task of the Ray cluster at `RAY_ADDRESS`, or on this machine; with a GPU if the cluster has any.
-
-    Ray repeats a call whose node is lost. Reports pass through a queue, which is an actor without a CPU of its own.
-
-    Raises:
-        MissingExtraError, RunError: Ray is not installed, or no cluster can be joined.
-    """
-    ray = connected(os.environ.get("RAY_ADDRESS"))
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    options: dict[str, int] = {"num_cpus": 1, "num_gpus": gpus, "max_retries": 2, "max_calls": 1}
-    remote = ray.remote(**options)(lambda task, reports: call_inline(train, task.reporting_to(reports.put)))
-
-    def call(task: TrialTask) -> object:
-        from ray.util.queue import Queue
-
-        reports = Queue(actor_options={"num_cpus": 0})
-        try:
-            answer = remote.remote(task.reporting_to(None), reports)
-            while not ray.wait([answer], timeout=POLL_SECONDS)[0]:
-                _pass_on(reports, task)
-            _pass_on(reports, task)
-            return ray.get(answer)
-        except ray.exceptions.RayTaskError as error:  # what `train` raised
-            kind = type(error.cause) if isinstance(error.cause, CALL_ERRORS) else TrainerError
-            raise kind(str(error.cause)) from None
-        except ray.exceptions.RayError as error:
-            raise TrainerError(f"{NO_RESULT} ({type(error).__name__})") from None
-        finally:
-            reports.shutdown()
-
-    return call
-
-
-def _pass_on(reports: Any, task: TrialTask) -> None:
-    """Report to the task what waits in the queue."""
-    for point in reports.get_nowait_batch(reports.qsize()):
-        task.report(point.step, point.value, point.item_scores)
