@@ -218,7 +218,7 @@ def drive(place: Place, strike: Callable[[], None], after: int, hang_seconds: fl
         crew = _crew_at(place)
         pool = Pool(crew, WORKERS, versions(), run, hang_seconds=hang_seconds)
         if isinstance(crew, ProcessCrew):
-            place.busy = lambda: [crew._running[name].popen.pid for name in pool.busy()]
+            place.busy = lambda: [crew._running[name].pid for name in pool.busy()]
         try:
             begin(run)
             loop(run, pool)

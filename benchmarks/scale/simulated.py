@@ -9,7 +9,7 @@ from itertools import count
 
 from tests.tiny import UNMEASURED
 
-from rightrank.plugins.cluster.worker import Ready, Step, Stop, Task, TaskEnded, WorkerLost, WorkerMessage
+from rightrank.plugins.cluster.worker import Ready, Stop, Task, TaskEnded, WorkerLost, WorkerMessage
 from rightrank.schema.events import StepDone
 from rightrank.schema.trials import Trial, TrialFinished, TrialStarted
 
@@ -80,7 +80,7 @@ class SimulatedCrew:
             self.busy_seconds += seconds
             done = self._pace.step
             while done < seconds:
-                self._plan(at + done, worker, Step(event=step_of(trial)))
+                self._plan(at + done, worker, step_of(trial))
                 done += self._pace.step
             at += seconds
             self._plan(at, worker, result_of(trial))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.scale.simulated import result_of, step_of
 from rightrank.plugins.cluster.on_ray import RayWorker
-from rightrank.plugins.cluster.worker import Setup, Step, Worker, WorkerMessage, main
+from rightrank.plugins.cluster.worker import Setup, Worker, WorkerMessage, main
 from rightrank.runs.executor import Executor
 from rightrank.schema.trials import Trial, TrialOutcome, TrialStarted
 
@@ -32,7 +32,7 @@ class StubExecutor:
             while (left := until - time.monotonic()) > 0:
                 time.sleep(min(left, SIGN_SECONDS))
                 if left > SIGN_SECONDS:
-                    self._send(Step(event=step_of(trial)))
+                    self._send(step_of(trial))
             yield result_of(trial)
 
 

@@ -52,13 +52,10 @@ class JsonLog(Hook):
                 self._write(event.type, **_fields(event))
 
     def _write_step(self, event: StepDone | Evaluating) -> None:
-        if isinstance(event, StepDone):
-            name, is_last = "step_done", event.step == event.steps
-        else:
-            name, is_last = "evaluating", event.items == event.of_items
+        is_last = event.step == event.steps if isinstance(event, StepDone) else event.items == event.of_items
         if is_last or time.monotonic() - self._last_step >= 1:
             self._last_step = time.monotonic()
-            self._write(name, **_fields(event))
+            self._write(event.type, **_fields(event))
 
     def _write(self, name: str, **values: Any) -> None:
         line = {"event": name, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), **values}

@@ -274,6 +274,7 @@ class Notice(Record):
 class StepDone(Record):
     """Progress of a running trial."""
 
+    type: Literal["step_done"] = "step_done"
     trial_id: str
     step: Whole
     steps: Whole

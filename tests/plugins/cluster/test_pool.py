@@ -16,7 +16,7 @@ from rightrank.plugins.cluster.pool import (
     MAX_LOSSES,
     Pool,
 )
-from rightrank.plugins.cluster.worker import Ready, Refused, Step, Stop, Task, WorkerLost, WorkerMessage
+from rightrank.plugins.cluster.worker import Ready, Refused, Stop, Task, WorkerLost, WorkerMessage
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished
@@ -96,7 +96,7 @@ def test_losses_that_are_not_the_trial_s_do_not_fail_it(why: str) -> None:
             assert isinstance(command, Task)
             if why.startswith("the trial"):
                 step = step_of(command.trials[0]).model_copy(update={"step": self.lost})
-                self._plan(self.now + 1.0, worker, Step(event=step))
+                self._plan(self.now + 1.0, worker, step)
             self._plan(self.now + 2.0, worker, WorkerLost("lost", with_machine=why.startswith("the machine")))
             return None
 

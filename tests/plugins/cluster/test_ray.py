@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +50,7 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
             removed.append(event.trial_id)
             cluster.remove_node(nodes[0])
 
+    before = scratch_folders()
     settings = small_settings(**STEPS, executor="ray", ray_address=cluster.address, workers=3)
     select_rank(
         str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[Watch(on_event=take_a_node)]
@@ -56,3 +58,9 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
     assert removed
     assert decision_of(tmp_path / "run") == decision_of(alone)
     assert values_of(tmp_path / "run") == values_of(alone)
+    assert len(scratch_folders() - before) <= 1  # that of the node that was taken
+
+
+def scratch_folders() -> set[Path]:
+    """What workers keep on a machine's own disk."""
+    return set(Path(tempfile.gettempdir()).glob("rightrank-worker-*"))

@@ -156,28 +156,21 @@ def test_an_actor_whose_worker_fails_ends_its_stream(monkeypatch: pytest.MonkeyP
     """Otherwise the driver would wait for it as for one that hangs."""
     actor = RayWorker()
     actor.receive(Stop().model_dump_json())
-    actor.leave()
+    actor.follow([])
     assert list(actor.messages()) == []
 
 
-class RestartedHead:
+class LostHead:
     """As much of Ray as `RayCrew` asks when the head that it joined is gone."""
 
     class exceptions:  # noqa: N801 - as Ray has it
         class RayError(Exception):
             pass
 
-    def __init__(self) -> None:
-        self.joined, self.is_other = 1, False
+    is_other = False
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": {"CPU": 2.0}}]
-
-    def remote(self, actor: Any) -> Any:
-        return actor
-
-    def shutdown(self) -> None:
-        self.is_other = False
 
     def exists(self, _key: bytes) -> bool:
         if self.is_other:
@@ -186,21 +179,14 @@ class RestartedHead:
 
 
 @pytest.mark.parametrize("how", ["another answers", "none answers for a while"])
-def test_a_lost_head_is_waited_for_and_joined_again(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray, failures = RestartedHead(), [RunError("no Ray cluster answers")]
-    silent: list[RunError] = []
-
-    def join(_address: str | None) -> RestartedHead:
-        if ray.joined > 1 and failures:
-            raise failures.pop()
-        ray.joined += 1
-        return ray
+def test_a_lost_head_ends_the_run_with_one_line(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, silent = LostHead(), list[RunError]()
 
     def answer(_address: str) -> None:
         if silent:
             raise silent[0]
 
-    monkeypatch.setattr(on_ray, "connected", join)
+    monkeypatch.setattr(on_ray, "connected", lambda _address: ray)
     monkeypatch.setattr(on_ray, "_require_answer", answer)
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setitem(sys.modules, "ray.experimental.internal_kv", SimpleNamespace(_internal_kv_exists=ray.exists))
@@ -215,9 +201,13 @@ def test_a_lost_head_is_waited_for_and_joined_again(how: str, monkeypatch: pytes
         silent.append(RunError("no Ray cluster answers"))
         assert crew.messages(0.0) == []  # it may come back
         crew._next_look, crew._answered = 0.0, crew._answered - on_ray.SILENT_SECONDS
-    assert crew.messages(0.0) == [("worker-1", WorkerLost("the head of the Ray cluster was lost", with_machine=True))]
-    assert (ray.joined, crew._actors, failures) == (3, {}, [])
+    lost = WorkerLost("the head of the Ray cluster was lost", with_machine=True)
+    assert [crew.messages(0.0), crew.messages(0.0)] == [[("worker-1", lost)], []]
     crew.send("worker-1", Stop())  # before the pool has read that it is lost
+    with pytest.raises(
+        RunError, match="head of the Ray cluster was lost; start the cluster again, and the same command"
+    ):
+        crew.start("worker-2")
 
 
 @pytest.mark.parametrize(

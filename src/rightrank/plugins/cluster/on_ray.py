@@ -24,7 +24,8 @@ INHERITED = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARA
 CONNECT_SECONDS = 10.0
 HEAD_SECONDS = 10.0  # between looks at the cluster's head
 SILENT_SECONDS = 30.0  # without an answer: the head is lost
-REJOIN_SECONDS = 180.0  # for a head that was lost to come back
+EXIT_SECONDS = 5.0  # for workers to remove their files
+HEAD_LOST = "the head of the Ray cluster was lost"
 
 
 class RayWorker(Worker):
@@ -53,19 +54,19 @@ class RayCrew:
         ray = sys.modules.get("ray")
         self._joined_before = ray is not None and bool(ray.is_initialized())  # the caller's session is left open
         self._ray, self._address = connected(address), address
-        self._setup = setup
+        self._setup, self._actor = setup, actor
         # One core, and a GPU or, on a CPU, the memory of the plan.
         self._resources = {"CPU": 1.0}
         if on_cuda:
             self._resources["GPU"] = 1.0
         elif bytes_planned is not None:
             self._resources["memory"] = float(bytes_planned)
-        self._actor = actor
         self._next_look = 0.0  # at the cluster's head, on the monotonic clock
         self._answered = time.monotonic()  # when the head last did
-        self.room()
+        self._is_lost = False  # the head
         self._actors: dict[str, Any] = {}
         self._streams: dict[Any, str] = {}  # an actor's messages → its worker
+        self.room()
 
     def room(self) -> int:
         """How many workers the present nodes have room for.
@@ -73,31 +74,35 @@ class RayCrew:
         Raises:
             InputError: no node has room for one.
         """
+        wanted = self._resources
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        actors = sum(
-            int(min(node.get(name, 0.0) / amount + 1e-9 for name, amount in self._resources.items())) for node in nodes
-        )
-        if not actors:
-            wanted = ", ".join(
-                f"{amount / 2**30:.2f} GiB of memory" if name == "memory" else f"{amount:g} {name}"
-                for name, amount in self._resources.items()
-            )
+        room = sum(int(min(node.get(name, 0.0) / amount + 1e-9 for name, amount in wanted.items())) for node in nodes)
+        if not room:
+            memory = f"{wanted['memory'] / 2**30:.2f} GiB of memory" if "memory" in wanted else "1 GPU"
+            also = f", {memory}" if len(wanted) > 1 else ""
             raise InputError(
-                f"no node of the Ray cluster has room for a worker ({wanted}); give smaller ranks, batch_size or seq_len, or larger nodes"
+                f"no node of the Ray cluster has room for a worker (1 CPU{also}); give smaller ranks, batch_size or seq_len, "
+                "or larger nodes"
             )
-        return actors
+        return room
 
     def start(self, worker: str) -> None:
-        wanted = self._resources
-        options = self._ray.remote(self._actor).options(
-            num_cpus=wanted["CPU"],
-            num_gpus=wanted.get("GPU", 0),
-            memory=wanted.get("memory"),
+        """As `Crew`.
+
+        Raises:
+            RunError: the head of the cluster was lost.
+        """
+        if self._is_lost:
+            raise RunError(f"{HEAD_LOST}; start the cluster again, and the same command resumes")
+        actor = self._ray.remote(self._actor).options(
+            num_cpus=self._resources["CPU"],
+            num_gpus=self._resources.get("GPU", 0),
+            memory=self._resources.get("memory"),
             max_concurrency=4,  # it receives commands while it sends messages
             max_restarts=0,  # the pool starts a new one
             runtime_env={"env_vars": {name: os.environ[name] for name in INHERITED if name in os.environ}},
         )
-        actor = self._actors[worker] = options.remote()
+        self._actors[worker] = actor = actor.remote()
         self._streams[actor.messages.options(num_returns="streaming").remote()] = worker
         actor.receive.remote(self._setup.model_dump_json())
 
@@ -111,68 +116,53 @@ class RayCrew:
             self._ray.kill(actor, no_restart=True)
 
     def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
-        if not self._has_head():
-            return self._join_again()
+        arrived: list[tuple[str, WorkerMessage | WorkerLost]] = []
+        if self._is_head_lost():
+            arrived += [(worker, WorkerLost(HEAD_LOST, with_machine=True)) for worker in self._actors]
+            self._actors, self._streams = {}, {}
+            return arrived
         if not self._streams:
             time.sleep(seconds)
             return []
         ready, _ = self._ray.wait(list(self._streams), num_returns=1, timeout=seconds)
         if ready:  # take all that has arrived, not only the first
             ready, _ = self._ray.wait(list(self._streams), num_returns=len(self._streams), timeout=0)
-        arrived: list[tuple[str, WorkerMessage | WorkerLost]] = []
         for stream in ready:
             worker = self._streams[stream]
             try:
-                line = self._ray.get(next(stream))
+                arrived.append((worker, WORKER_MESSAGE.validate_json(self._ray.get(next(stream)))))
             except (self._ray.exceptions.RayError, StopIteration) as error:
                 self.end(worker)
                 arrived.append((worker, _lost(error)))
-            else:
-                arrived.append((worker, WORKER_MESSAGE.validate_json(line)))
         return arrived
 
-    def _has_head(self) -> bool:
-        """Whether the head is the one that was joined.
+    def _is_head_lost(self) -> bool:
+        """Whether another head took the place of the one that was joined, or none has answered for `SILENT_SECONDS`.
 
-        Where another took its place, Ray would wait for new actors for ever; where none answers for a minute, it would abort.
+        Ray would wait for new actors for ever, or abort this process after a minute.
         """
         from ray.experimental.internal_kv import _internal_kv_exists
 
         now = time.monotonic()
-        if now < self._next_look:
-            return True
-        self._next_look = now + HEAD_SECONDS
-        try:
-            if self._address is not None:
-                _require_answer(self._address)
-            self._answered = now
-            _internal_kv_exists(b"rightrank")
-        except self._ray.exceptions.RayError:
-            return False
-        except RunError:
-            return now < self._answered + SILENT_SECONDS
-        return True
-
-    def _join_again(self) -> list[tuple[str, WorkerMessage | WorkerLost]]:
-        """Join the cluster of the new head. All workers are lost."""
-        lost = "the head of the Ray cluster was lost"
-        if self._joined_before:
-            raise RunError(f"{lost}; join it again with ray.init(), and give the same call to resume")
-        workers, self._actors, self._streams = list(self._actors), {}, {}
-        until = time.monotonic() + REJOIN_SECONDS
-        self._ray.shutdown()
-        while True:
+        if not self._is_lost and now >= self._next_look:
+            self._next_look = now + HEAD_SECONDS
             try:
-                self._ray = connected(self._address)
-                break
+                if self._address is not None:
+                    _require_answer(self._address)
+                self._answered = now
+                _internal_kv_exists(b"rightrank")
+            except self._ray.exceptions.RayError:
+                self._is_lost = True
             except RunError:
-                if time.monotonic() > until:
-                    raise
-            time.sleep(1.0)
-        self._answered = time.monotonic()
-        return [(worker, WorkerLost(lost, with_machine=True)) for worker in workers]
+                self._is_lost = now >= self._answered + SILENT_SECONDS
+        return self._is_lost
 
     def close(self) -> None:
+        for actor in self._actors.values():
+            actor.follow.remote([])  # the worker then removes its files, and its stream ends
+        until = time.monotonic() + EXIT_SECONDS
+        while self._streams and time.monotonic() < until:
+            self.messages(0.2)
         for worker in list(self._actors):
             self.end(worker)
         if not self._joined_before:

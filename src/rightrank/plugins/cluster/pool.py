@@ -7,14 +7,14 @@ injected clock, so tests drive it in simulated time.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from rightrank.plugins.cluster.worker import Ready, Refused, Step, Stop, Task, TaskEnded, WorkerLost, WorkerMessage
+from rightrank.plugins.cluster.worker import Ready, Refused, Stop, Task, TaskEnded, WorkerLost, WorkerMessage
 from rightrank.schema.errors import InputError, InterruptedRun, RunError
-from rightrank.schema.events import Listener, Notice, StepDone
+from rightrank.schema.events import Evaluating, Listener, Notice, StepDone
 from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome, TrialStarted
 
 MAX_LOSSES = 3  # workers that a trial may lose without getting further before it counts as failed
@@ -38,25 +38,19 @@ class Crew(Protocol):
     - After `end(w)` the worker holds no memory or device. Late messages of `w` are allowed: the pool ignores them.
     """
 
-    def start(self, worker: str) -> None:
-        """Start a worker and send it its `Setup`; return without waiting for it to be ready."""
-        ...
+    def start(self, worker: str) -> None: ...  # and send it its `Setup`
 
-    def send(self, worker: str, command: Task | Stop) -> None:
-        """Give a task to an idle worker, or ask a busy one to stop at its next step; it then sends `TaskEnded`."""
-        ...
+    def send(
+        self, worker: str, command: Task | Stop
+    ) -> None: ...  # to an idle worker; a busy one, which then sends `TaskEnded`
 
-    def end(self, worker: str) -> None:
-        """End the worker at once, whatever it is doing."""
-        ...
+    def end(self, worker: str) -> None: ...  # at once, whatever it is doing
 
-    def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
-        """`(worker, message)` for everything that has arrived; wait at most `seconds` for the first."""
-        ...
+    def messages(
+        self, seconds: float
+    ) -> list[tuple[str, WorkerMessage | WorkerLost]]: ...  # wait so long for the first
 
-    def close(self) -> None:
-        """End all workers and release what the crew holds."""
-        ...
+    def close(self) -> None: ...  # end all workers, and release what the crew holds
 
 
 @dataclass(slots=True)
@@ -99,8 +93,8 @@ class Pool:
         self._queue: deque[Task] = deque()
         self._unread: deque[tuple[str, WorkerMessage | WorkerLost]] = deque()
         self._unfinished = 0  # trials without an outcome
-        self._losses: Counter[str] = Counter()  # trial → workers lost while they trained it, since it last got further
-        self._lost_at: dict[str, int] = {}  # trial → the furthest step at which it lost one
+        # Trial → workers lost while they trained it, since it last got further than this step.
+        self._losses: dict[str, tuple[int, int]] = {}
         self._started = self._failed_starts = 0
         self._any_was_ready = False
 
@@ -178,13 +172,13 @@ class Pool:
                 raise (InputError if message.exit_status == 2 else RunError)(message.reason)
             case TaskEnded():
                 yield from self._requeue(worker, WorkerLost(f"{name} left it unfinished"))
-            case Step():
+            case StepDone() | Evaluating():
                 if worker.is_stepping:
                     worker.longest_silence = max(worker.longest_silence, now - before)
                 worker.is_stepping = True
-                if isinstance(message.event, StepDone):
-                    worker.step = max(worker.step, message.event.step)
-                self._listener.on_event(message.event)
+                if isinstance(message, StepDone):
+                    worker.step = max(worker.step, message.step)
+                self._listener.on_event(message)
             case Notice():
                 self._listener.on_event(message)
             case TrialStarted():
@@ -229,10 +223,10 @@ class Pool:
         worker.task, worker.remaining = None, {}
         for trial in trials:
             assert task is not None
-            if worker.step > self._lost_at.get(trial.trial_id, 0):
-                self._losses[trial.trial_id], self._lost_at[trial.trial_id] = 0, worker.step
-            self._losses[trial.trial_id] += not lost.with_machine
-            if self._losses[trial.trial_id] < MAX_LOSSES:
+            losses, step = self._losses.get(trial.trial_id, (0, 0))
+            losses = (0 if worker.step > step else losses) + (not lost.with_machine)
+            self._losses[trial.trial_id] = losses, max(step, worker.step)
+            if losses < MAX_LOSSES:
                 self._queue.appendleft(Task(trials=[trial], base_loss=task.base_loss))
             else:
                 self._unfinished -= 1
@@ -264,7 +258,6 @@ class Pool:
             self._remove(name)
         self._queue.clear()  # stopped trials were queued again
         self._losses.clear()
-        self._lost_at.clear()
 
     def _remove(self, name: str) -> _Worker:
         self._crew.end(name)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -24,13 +24,6 @@ WORKER = (sys.executable, "-m", "rightrank.plugins.cluster.worker")
 EXIT_SECONDS = 5.0  # for a worker to exit after its stdin is closed
 
 
-@dataclass(frozen=True, slots=True)
-class _Process:
-    popen: subprocess.Popen[bytes]
-    place: int  # its device, where there are any
-    log: Path
-
-
 class ProcessCrew:
     """One process a worker; with CUDA devices, each gets one of them."""
 
@@ -39,20 +32,21 @@ class ProcessCrew:
         self._logs = logs
         self._devices = devices  # CUDA devices to use; 0: none
         self._command = command
-        self._running: dict[str, _Process] = {}
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._places: dict[str, int] = {}  # worker → its device, where there are any
         self._arrived: queue.SimpleQueue[tuple[str, WorkerMessage | WorkerLost]] = queue.SimpleQueue()
 
     def start(self, worker: str) -> None:
         self._logs.mkdir(parents=True, exist_ok=True)
-        taken = {process.place for process in self._running.values()}
-        place, log = next(n for n in range(len(taken) + 1) if n not in taken), self._logs / f"{worker}.log"
+        place = self._places[worker] = next(n for n in count() if n not in self._places.values())
         visible: dict[str, str] = {}
         if self._devices:  # a worker sees its device alone
             given = os.environ.get("CUDA_VISIBLE_DEVICES")
             devices = given.split(",") if given else [str(number) for number in range(self._devices)]
             visible = {"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]}
+        log = self._logs / f"{worker}.log"
         with log.open("wb") as errors:
-            popen = subprocess.Popen(
+            popen = self._running[worker] = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -60,12 +54,11 @@ class ProcessCrew:
                 env=os.environ | visible,
                 start_new_session=True,  # Ctrl-C reaches the driver alone
             )
-        started = self._running[worker] = _Process(popen, place, log)
         _write(popen, self._setup)
-        threading.Thread(target=self._watch, args=(worker, started), daemon=True).start()
+        threading.Thread(target=self._watch, args=(worker, popen, log), daemon=True).start()
 
     def send(self, worker: str, command: Task | Stop) -> None:
-        _write(self._running[worker].popen, command)
+        _write(self._running[worker], command)
 
     def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
         arrived: list[tuple[str, WorkerMessage | WorkerLost]] = []
@@ -76,41 +69,39 @@ class ProcessCrew:
         return arrived
 
     def end(self, worker: str) -> None:
-        if (ended := self._running.pop(worker, None)) is not None:
-            ended.popen.kill()
-            ended.popen.wait()
-            _close(ended.popen)
+        if (popen := self._running.pop(worker, None)) is not None:
+            del self._places[worker]
+            popen.kill()
+            popen.wait()
+            _close(popen)
 
     def close(self) -> None:
-        popens = [process.popen for process in self._running.values()]
-        for popen in popens:
+        for popen in self._running.values():
             _close(popen)  # the worker then exits by itself
         until = time.monotonic() + EXIT_SECONDS
-        for popen in popens:
+        for worker, popen in list(self._running.items()):
             with suppress(subprocess.TimeoutExpired):
                 popen.wait(timeout=max(0.0, until - time.monotonic()))
-        for worker in list(self._running):
             self.end(worker)
 
-    def _watch(self, name: str, process: _Process) -> None:
+    def _watch(self, worker: str, popen: subprocess.Popen[bytes], log: Path) -> None:
         """Runs on a thread of its own: passes on what a process sends, then that its worker is lost."""
-        assert process.popen.stdout is not None
-        with suppress(ValidationError), process.popen.stdout as lines:  # what it sends is not understood: lost too
+        assert popen.stdout is not None
+        with suppress(ValidationError), popen.stdout as lines:  # what it sends is not understood: lost too
             for line in lines:
-                self._arrived.put((name, WORKER_MESSAGE.validate_json(line)))
+                self._arrived.put((worker, WORKER_MESSAGE.validate_json(line)))
         with suppress(subprocess.TimeoutExpired):
-            process.popen.wait(timeout=EXIT_SECONDS)
-        self._arrived.put((name, _why_lost(process)))
+            popen.wait(timeout=EXIT_SECONDS)
+        self._arrived.put((worker, _why_lost(popen.poll(), log)))
 
 
-def _why_lost(process: _Process) -> WorkerLost:
-    status = process.popen.poll()
+def _why_lost(status: int | None, log: Path) -> WorkerLost:
     if status is None or status < 0:
         signal = 9 if status is None else -status
         return WorkerLost(f"killed by signal {signal}", killed=signal == 9)
-    lines = process.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last_line = f": {lines[-1].strip()}" if lines else ""
-    return WorkerLost(f"exit status {status}{last_line} (see {process.log})")
+    return WorkerLost(f"exit status {status}{last_line} (see {log})")
 
 
 def _write(popen: subprocess.Popen[bytes], command: Command) -> None:

@@ -33,7 +33,7 @@ from rightrank.version import __version__
 if TYPE_CHECKING:
     from rightrank.runs.executor import Executor
 
-STEP_SECONDS = 0.5  # between two `Step` messages, at least
+STEP_SECONDS = 0.5  # between two messages of progress, at least
 DISK_SECONDS = 600.0  # for which a worker waits for a disk that is full or fails
 DISK_PAUSE = 5.0  # between two attempts
 SAME_EVERYWHERE = ("torch", "transformers", "peft")
@@ -86,13 +86,6 @@ class Refused(Record):
     exit_status: int
 
 
-class Step(Record):
-    """Progress, and the sign that the worker is alive."""
-
-    type: Literal["step"] = "step"
-    event: StepDone | Evaluating
-
-
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
     """A worker ended without being asked to. The driver's own record: no worker sends it."""
@@ -104,7 +97,8 @@ class WorkerLost:
 
 Command: TypeAlias = Annotated[Setup | Task | Stop, Field(discriminator="type")]
 WorkerMessage: TypeAlias = Annotated[
-    Ready | TaskEnded | Refused | Notice | Step | TrialStarted | TrialOutcome, Field(discriminator="type")
+    Ready | TaskEnded | Refused | Notice | StepDone | Evaluating | TrialStarted | TrialOutcome,
+    Field(discriminator="type"),
 ]
 COMMAND: TypeAdapter[Command] = TypeAdapter(Command)
 WORKER_MESSAGE: TypeAdapter[WorkerMessage] = TypeAdapter(WorkerMessage)
@@ -137,16 +131,13 @@ class Worker(Listener):
             case Stop():
                 self._stop.set()
             case Task():
+                self._stop.clear()
                 self._tasks.put(command)
 
     def follow(self, commands: Iterable[str]) -> None:
-        """Handle commands until their stream ends, and leave then."""
+        """Handle commands until their stream ends; then `run` stops the current task at its next step, and returns."""
         for line in commands:
             self.receive(line)
-        self.leave()
-
-    def leave(self) -> None:
-        """Stop the current task at its next step; `run` then returns."""
         self._tasks.put(None)
         self._stop.set()
 
@@ -163,7 +154,6 @@ class Worker(Listener):
 
     def run_task(self, task: Task) -> None:
         """Send an outcome for each trial of a task, or `Refused` for an error that no other worker could avoid."""
-        self._stop.clear()
         assert self._setup is not None
         remaining = {trial.trial_id: trial for trial in task.trials}
         until = time.monotonic() + DISK_SECONDS
@@ -224,7 +214,7 @@ class Worker(Listener):
             self._send(event)
         elif isinstance(event, StepDone | Evaluating) and now - self._last_step >= STEP_SECONDS:
             self._last_step = now
-            self._send(Step(event=event))
+            self._send(event)
 
     def should_stop(self) -> bool:
         return self._stop.is_set()
