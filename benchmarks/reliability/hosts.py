@@ -253,7 +253,8 @@ class Run:
         status = self.driver.poll()
         if status:
             lines = self.log.read_text(errors="replace").strip().splitlines()
-            self.ends.append(f"exit status {status}: {lines[-1] if lines else ''}")
+            own = [line for line in lines if line.startswith("rightrank:")]  # Ray's lines may come after it
+            self.ends.append(f"exit status {status}: {(own or lines or [''])[-1]}")
             if len(self.ends) > STARTS:
                 raise RuntimeError(f"the driver failed {STARTS} times: {self.ends}")
             self.field.keep_nodes()

@@ -306,6 +306,9 @@ def test_strategies_that_ask_for_less_ask_for_whole_trainings(tmp_path: Path, st
         ({"train": 3}, "train: got a int"),
         ({"workers": 2}, "workers: got 2 with executor='local'"),
         ({"workers": 0, "executor": "processes"}, "workers: got 0"),
+        ({"workers": "2", "executor": "threads"}, "workers: got '2' with executor='threads'"),
+        ({"timeout_seconds": "5", "executor": "processes"}, 'timeout_seconds needs executor="processes" and a number'),
+        ({"max_steps": -1}, "max_steps: got -1"),
     ],
 )
 def test_bad_arguments_start_nothing(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -106,7 +106,7 @@ class OwnRequest:
 
     def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None = None) -> Plan:
         """As `rightrank.runs.values.Asked`."""
-        settings, steps = self.settings, self.given.get("max_steps", 0)
+        settings, steps = self.settings, self.settings.max_steps or 0
         space = replace(
             space_of(settings, steps),
             stages=False,
@@ -132,7 +132,7 @@ class OwnRequest:
         stated = {"trainer": self.name, "steps": steps}
         stated |= {"metric": self.metric, "higher_is_better": self.higher_is_better}
         values = {"model": None, "data": None, **stated}
-        values |= self.settings.model_dump(mode="json", include=self.settings.model_fields_set - {"goal"})
+        values |= self.settings.model_dump(mode="json", include=self.settings.model_fields_set - {"goal", "max_steps"})
         if self.given.get("profile") is not None:
             values["profile"] = self.given["profile"]
         begun = journal[0].settings if journal and isinstance(journal[0], RunStarted) else {}
@@ -180,9 +180,8 @@ def own_request(
     metric = metric if stated is None else name
     values = {**compared, "strategy": given.get("strategy") or None}
     values |= {name: profile[name] for name in ("seeds", "margin", "strategy") if values[name] is None}
-    settings = SelectSettings(
-        **values | {"goal": given.get("goal", "training-rank"), "lora_alpha": given.get("lora_alpha", 32.0)}
-    )
+    values |= {"goal": given.get("goal", "training-rank"), "lora_alpha": given.get("lora_alpha", 32.0)}
+    settings = SelectSettings(**values, max_steps=given.get("max_steps") or None)
     make_strategy(settings.strategy, space_of(settings, 1))  # refuses an unknown name first
     if settings.goal == "adapter" and settings.strategy == Upward.name:
         raise SettingsError(
@@ -223,15 +222,16 @@ def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, floa
 
 def _caller(executor: str, workers: int, timeout_seconds: float | None) -> Callable[[TrainFunction], Call]:
     """How a function is called by the executor of that name."""
-    if timeout_seconds is not None and (executor != "processes" or timeout_seconds <= 0):
+    limit: object = timeout_seconds
+    if limit is not None and not (executor == "processes" and isinstance(limit, int | float) and limit > 0):
         raise SettingsError(
             'timeout_seconds needs executor="processes" and a number above 0: other calls can\'t be ended'
         )
     if executor not in ("local", "threads", "processes"):
         raise SettingsError(f'executor: got {executor!r}; give "local", "threads" or "processes"')
-    if workers < 1 or (workers > 1 and executor == "local"):
+    if not isinstance(workers, int) or workers < 1 or (workers > 1 and executor == "local"):
         raise SettingsError(
-            f'workers: got {workers} with executor={executor!r}; give 1, or more with "threads" or "processes"'
+            f'workers: got {workers!r} with executor={executor!r}; give 1, or more with "threads" or "processes"'
         )
     if executor == "processes":
         return lambda function: call_in_process(function, timeout_seconds)

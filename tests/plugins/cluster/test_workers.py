@@ -101,6 +101,21 @@ def test_a_worker_sends_its_versions_and_whether_it_sees_the_run_folder(tmp_path
         assert WORKER_MESSAGE.validate_json(sent.getvalue()) == Ready(versions=versions(), sees_folder=seen)
 
 
+def test_a_worker_that_finds_other_data_refuses(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
+    sent: list[Any] = []
+    settings = small_settings(ranks=(1, 4)).model_dump(mode="json")
+    worker = workers.Worker(sent.append)
+    setup = Setup(
+        model=str(model_folder), data=str(completion_file), settings=settings, fingerprint="of the driver",
+        folder=tmp_path, working_folder=Path.cwd(),
+    )  # fmt: skip
+    worker.receive(setup.model_dump_json())
+    worker.run_task(Task(trials=trials(1), base_loss=None))
+    worker.close()
+    assert [message.type for message in sent] == ["ready", "refused", "task_ended"]
+    assert f"found a different model or different data at {model_folder} and {completion_file}" in sent[1].reason
+
+
 @pytest.mark.parametrize(
     ("planned", "on_cuda", "reserved"),
     [

@@ -248,13 +248,12 @@ class Pool:
     def _stop_workers(self) -> Iterator[TrialOutcome]:
         """Ask the workers to stop with checkpoints, yield what still ends within the grace period, and end the others."""
         self._queue.clear()
-        stopping = set(self.busy())
-        for name in stopping:
+        for name in self.busy():
             self._crew.send(name, Stop())
         until = self._clock() + GRACE_SECONDS
-        while stopping & set(self.busy()) and self._clock() < until:
+        while self.busy() and self._clock() < until:
             yield from self._read_messages()
-        for name in stopping & set(self.busy()):
+        for name in self.busy():
             self._remove(name)
         self._queue.clear()  # stopped trials were queued again
         self._losses.clear()
