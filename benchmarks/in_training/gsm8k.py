@@ -23,9 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import machine
 from rightrank.adapters.compare import finished_trial
-from rightrank.adapters.held_out import capped
 from rightrank.adapters.live import LiveAdapter, as_it_came, gather, put_in_place
-from rightrank.adapters.resize import write_resized
+from rightrank.adapters.resize import capped, write_resized
 from rightrank.decision.adapter import Criterion, adapter_answer
 from rightrank.models.adapter_files import open_adapter
 from rightrank.schema.trials import TrialFinished

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rightrank import resize, select_rank
-from rightrank.adapters.held_out import capped, scored_data
-from rightrank.adapters.resize import write_resized
+from rightrank.adapters.held_out import scored_data
+from rightrank.adapters.resize import capped, write_resized
 from rightrank.cli import main
 from rightrank.data.splits import load_data
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_in_bits

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from peft import LoraConfig
 
 from rightrank.adapters.compare import finished_trial, labels_of_side, splits_of_run
-from rightrank.adapters.resize import candidate_ranks, write_like, write_resized, write_truncated
+from rightrank.adapters.resize import candidate_ranks, capped, write_like, write_resized, write_truncated
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_all, load_data
@@ -25,8 +25,7 @@ from rightrank.decision.comparison import bounds_of_files
 from rightrank.decision.table import minus, table_of
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_in_bits
 from rightrank.models.places import BASE_FILE
-from rightrank.models.ranks import max_module_rank
-from rightrank.models.truncation import Moments, shared_ranks
+from rightrank.models.truncation import Moments
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.configs import stated_settings
 from rightrank.schema.decision import AdapterAnswer
@@ -340,14 +339,3 @@ def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half]
         with adapter_attached(runtime, folder):
             halved.append(runtime.evaluate("selection", scored))
     return halved[0].with_others(halved[1])
-
-
-def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> dict[str, int]:
-    """This rank for every module with a higher one; the others keep theirs.
-
-    With moments of every module, the parameters of this rank are distributed over the modules as in a selection, up to
-    the rank that a server reserves.
-    """
-    highest = max_module_rank(rank) if adapter.mlx is None else rank  # mlx-lm loads one rank for all modules
-    shared = shared_ranks(adapter, rank, highest, moments or {})
-    return {module.name: min(rank, module.rank) for module in adapter.modules} if shared is None else shared

@@ -24,8 +24,8 @@ from rightrank.models.adapter_files import (
     write_adapter,
 )
 from rightrank.models.places import CONFIG_FILE, MLX_FILE
-from rightrank.models.ranks import exact_pattern, lora_scaling
-from rightrank.models.truncation import Moments, new_tensors
+from rightrank.models.ranks import exact_pattern, lora_scaling, max_module_rank
+from rightrank.models.truncation import Moments, new_tensors, shared_ranks
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.results import ModuleResize, Resized
 
@@ -138,6 +138,17 @@ def _notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) -> list[
     if kept:
         notes.append(f"kept as they are: {len(kept)} tensors trained whole, {sum(kept):,} parameters")
     return notes
+
+
+def capped(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> dict[str, int]:
+    """This rank for every module with a higher one; the others keep theirs.
+
+    With moments of every module, the parameters of this rank are distributed over the modules as in a selection, up to
+    the rank that a server reserves.
+    """
+    highest = max_module_rank(rank) if adapter.mlx is None else rank  # mlx-lm loads one rank for all modules
+    shared = shared_ranks(adapter, rank, highest, moments or {})
+    return {module.name: min(rank, module.rank) for module in adapter.modules} if shared is None else shared
 
 
 def by_rank(adapter: AdapterFolder, rank: int) -> dict[str, int]:

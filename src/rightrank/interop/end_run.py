@@ -22,7 +22,6 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from rightrank.adapters.held_out import capped
 from rightrank.adapters.live import (
     LiveAdapter,
     as_it_came,
@@ -33,7 +32,7 @@ from rightrank.adapters.live import (
     save_trained,
 )
 from rightrank.adapters.live_scores import Batch, HeldOutBatches, gathered, is_of_classes, together
-from rightrank.adapters.resize import candidate_ranks, write_truncated
+from rightrank.adapters.resize import candidate_ranks, capped, write_truncated
 from rightrank.data.files import read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import adapter_answer, probable_ranks
 from rightrank.decision.records import records_of

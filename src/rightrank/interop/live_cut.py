@@ -21,10 +21,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from rightrank.adapters.held_out import capped
 from rightrank.adapters.live import LiveAdapter, as_it_came, gather, require_end, save_trained, trained_parameters
 from rightrank.adapters.live_scores import is_sharded, world_size
-from rightrank.adapters.resize import write_resized
+from rightrank.adapters.resize import capped, write_resized
 from rightrank.interop.end_run import Ending, measure
 from rightrank.models.adapter_files import PREFIX, AdapterFolder, open_adapter
 from rightrank.models.truncation import POWERS, projected_state

@@ -350,8 +350,7 @@ def _write_truncated(folder: RunFolder, parent: str, trial: Trial) -> None:
     Raises:
         InputError: no PEFT adapter there, or of a kind that can't be truncated.
     """
-    from rightrank.adapters.held_out import capped
-    from rightrank.adapters.resize import write_resized
+    from rightrank.adapters.resize import capped, write_resized
     from rightrank.models.adapter_files import open_adapter  # these bring torch, which a trainer may not need
 
     adapter, target = open_adapter(folder.trial_adapter(parent)), folder.trial_adapter(trial.trial_id)
