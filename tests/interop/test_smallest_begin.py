@@ -243,6 +243,38 @@ def shared(
     return caplog.text
 
 
+class Sorted(Listed):
+    """Rows in the order of their topics, which notes the numbers of the rows that are read."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(rows)
+        self.read: list[int] = []
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def test_rows_are_taken_from_the_whole_of_a_data_set(
+    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a sorted one would otherwise be of its first class."""
+    monkeypatch.setattr("rightrank.interop.smallest.MOST", 20)
+    monkeypatch.setattr("rightrank.interop.smallest.FEWEST", 10)
+    held_out = Sorted(rows[140:])
+    callback = SmallestAdapter(held_out, margin=0.1)
+    trainer_of(
+        peft_model(model_folder), model_folder, tmp_path, Listed(rows[:140]), Listed(rows[140:]), callback, max_steps=2,
+    ).train()  # fmt: skip
+    count = len(rows) - 140
+    assert sorted(set(held_out.read)) == [number * count // 20 for number in range(20)]
+    assert callback.result is not None
+    scored = [
+        sum(label != -100 for label in rows[140 + number * count // 20]["labels"][1:]) for number in range(0, 20, 2)
+    ]
+    assert callback.result.top.item_tokens == scored
+
+
 def test_the_tokenizer_lies_beside_the_adapter(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     callback = SmallestAdapter(Listed(rows[140:]), margin=1.0, measure=False)
     trainer_of(peft_model(model_folder), model_folder, tmp_path, Listed(rows[:40]), None, callback).train()

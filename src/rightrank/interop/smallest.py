@@ -12,6 +12,7 @@ import copy
 import gc
 import hashlib
 import logging
+import random
 import re
 import shlex
 import sys
@@ -163,14 +164,14 @@ class SmallestAdapter(TrainerCallback):
             raise DataError(f"SmallestAdapter: {len(rows)} held-out sets ({', '.join(rows)}); give one of them")
         is_own = rows is not None and rows is not self._evaluated_rows()
         count = self.max_examples or MOST
-        held_out = list(islice(iter(rows), count)) if is_own and not _can_be_read(rows) else _first(rows, count)
+        held_out = list(islice(iter(rows), count)) if is_own and not _can_be_read(rows) else _some(rows, count)
         if len(held_out) < 2:
             raise DataError(
                 "SmallestAdapter has no held-out rows that can be read twice: give the trainer an eval_dataset with a length, or "
                 "SmallestAdapter one"
             )
         columns = _columns(self._loaders["train_dataloader"].dataset)
-        train = _first(self._loaders["train_dataloader"].dataset, COMPARED_ROWS)
+        train = _some(self._loaders["train_dataloader"].dataset, COMPARED_ROWS)
         if odd := next((row for row in [*held_out, *train[:1]] if not isinstance(row, Mapping)), None):
             raise DataError(
                 f"SmallestAdapter: a row is a {type(odd).__name__}; give rows that are mappings, with input_ids and labels"
@@ -277,23 +278,24 @@ class SmallestAdapter(TrainerCallback):
         steps = state.global_step - self._first_step
         trained = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         with as_it_came(model, name, loader.dataset, loader.collate_fn):  # which may draw random numbers
-            train_rows = _first(loader.dataset, MOMENT_TOKENS)
+            train_rows = _some(loader.dataset, 64 * size)
+            random.Random(0).shuffle(train_rows)  # moments are read of the first ones
             # In evaluation mode no activation is recomputed, so a row at a time stays below the memory of checkpointed training.
-            train = _batches(train_rows[: 64 * size], loader, 1 if args.gradient_checkpointing else size)
-            tokens = trained * _tokens(train) / max(1, min(len(train_rows), 64 * size))
+            train = _batches(train_rows, loader, 1 if args.gradient_checkpointing else size)
+            tokens = trained * _tokens(train) / max(1, len(train_rows))
             moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_SHARE * tokens)))
-            rows = self._held_out
+            rows, count = self._held_out, len(self._held_out)
             if self.max_examples is None:
                 sample = _batches(rows[:MIN_EXAMPLES], loader, size)
                 passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
                 cost = (
                     _tokens(sample) / min(len(rows), MIN_EXAMPLES) * (1 + (passes - 1) * (upper := upper_share(model)))
                 )
-                rows = rows[: max(FEWEST, int((MAX_SHARE * tokens - moment_tokens) * (1 + upper) / cost))]
-            held_out = [
-                {**batch, GROUP: torch.tensor(self._groups[: len(rows)][size * number :][:size])}
-                for number, batch in enumerate(_batches(rows, loader, size))
-            ]
+                count = max(FEWEST, int((MAX_SHARE * tokens - moment_tokens) * (1 + upper) / cost))
+            chosen = _spread(count, len(rows))
+            groups = torch.tensor([self._groups[number] for number in chosen])
+            batches = _batches([rows[number] for number in chosen], loader, size)
+            held_out = [{**batch, GROUP: part} for batch, part in zip(batches, torch.split(groups, size), strict=True)]
         beta = _beta(args, held_out[0])
         write = getattr(self._loaders.get("processing_class"), "save_pretrained", None)
         return LiveAdapter(
@@ -432,16 +434,23 @@ def _can_be_read(rows: Any) -> bool:
     return has_numbers or type(rows).__module__.partition(".")[0] == "datasets"
 
 
-def _first(rows: Any, count: int) -> list[Any]:
-    """The first rows; none where they can't be read again."""
+def _some(rows: Any, count: int) -> list[Any]:
+    """Rows at even distances, since a data set may be in the order of its classes or topics; the first ones of an iterable, none that can't be
+    read again."""
     if hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
-        return [rows[index] for index in range(min(len(rows), count))]
+        return [rows[index] for index in _spread(count, len(rows))]
     return list(islice(iter(rows), count)) if _can_be_read(rows) else []
+
+
+def _spread(count: int, of: int) -> list[int]:
+    """So many numbers below `of`, or all, at even distances."""
+    count = min(count, of)
+    return [number * of // count for number in range(count)]
 
 
 def _columns(train: Any) -> frozenset[str]:
     """The columns that reach the collator in training; empty where they are not known."""
-    return frozenset(next((row for row in _first(train, 1) if isinstance(row, Mapping)), ()))
+    return frozenset(next((row for row in _some(train, 1) if isinstance(row, Mapping)), ()))
 
 
 def _content(row: Mapping[str, Any], columns: frozenset[str]) -> bytes:
