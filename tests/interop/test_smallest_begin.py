@@ -171,15 +171,18 @@ class OneShot(torch.utils.data.IterableDataset[Any]):
         return self.left
 
 
-def test_an_iterable_that_is_read_once_loses_no_row(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+def test_an_iterable_that_is_read_once_loses_no_row(
+    model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Of the training set; the held-out rows that are given to the callback alone are its own."""
     left, weights = [], []
-    for number, callbacks in enumerate(([], [SmallestAdapter(iter(rows[140:]), margin=0.1)])):
+    for number, callbacks in enumerate(([], [SmallestAdapter(iter(rows[140:]), margin=0.1, max_examples=40)])):
         model, train = peft_model(model_folder), OneShot(rows[:140])
         trainer_of(model, model_folder, tmp_path / str(number), train, None, *callbacks).train()
         left.append(list(train.left))
         weights.append(dict(model.named_parameters()))
     assert left[0] == left[1] != []
+    assert "of an iterable the first 40 rows are scored; shuffle one" in caplog.text
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert callbacks[0].result is not None
     assert "truncated by singular values" in callbacks[0].result.notes[0]

@@ -170,6 +170,11 @@ class SmallestAdapter(TrainerCallback):
                 "SmallestAdapter has no held-out rows that can be read twice: give the trainer an eval_dataset with a length, or "
                 "SmallestAdapter one"
             )
+        if len(held_out) == count and not hasattr(rows, "__getitem__"):
+            log.warning(
+                "rightrank: of an iterable the first %d rows are scored; shuffle one that is in the order of its classes",
+                count,
+            )
         columns = _columns(self._loaders["train_dataloader"].dataset)
         train = _some(self._loaders["train_dataloader"].dataset, COMPARED_ROWS)
         if odd := next((row for row in [*held_out, *train[:1]] if not isinstance(row, Mapping)), None):
