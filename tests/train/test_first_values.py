@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.kinds.checks import peft_updates
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -17,12 +18,14 @@ from rightrank.models.kinds.base import Draw, Routing
 from rightrank.plugins.plan.estimate import Estimator
 from rightrank.plugins.plan.planner import step_settings
 from rightrank.schema.errors import InterruptedRun, ModelError, SettingsError
-from rightrank.schema.events import StepDone
-from rightrank.schema.trials import Arm
+from rightrank.schema.events import Listener, StepDone
+from rightrank.schema.trials import Arm, Cut, Trial, TrialFinished
+from rightrank.train.loop import run_trial
 from rightrank.train.multi_lora import ADAPTER, MultiLora, lora_modules
 from rightrank.train.optimizer import learning_rate_schedule
-from rightrank.train.runtime import Runtime
+from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.targets import without_peft_noise
+from rightrank.train.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.tiny import make_tokenizer, small_settings
 from tests.train.architectures import make_model, run, runtime_of
@@ -152,7 +155,6 @@ def test_orthogonal_is_pefts_and_ranks_share_a_draw() -> None:
         ({"init_lora_weights": "olora", "target_modules": ("embed_tokens", "q_proj")}, "is an embedding, and PEFT has it"),
         ({"init_lora_weights": "orthogonal", "target_modules": ("embed_tokens",)}, "is an embedding, and PEFT has it"),
         ({"init_lora_weights": "orthogonal", "ranks": (2, 3)}, "at even ranks, got rank 3; give even ranks"),
-        ({"init_lora_weights": "pissa", "goal": "adapter"}, "goal 'adapter' needs adapters that can be truncated .*rank 2r"),
     ],
 )  # fmt: skip
 def test_what_peft_does_not_start_so_is_refused_before_the_first_step(
@@ -207,14 +209,16 @@ def test_a_selection_says_at_which_rank_its_adapter_loads(
     assert selected.adapter is not None
     assert selected.adapter.path is not None
     assert selected.handed_over is not None
-    rank = selected.handed_over.trained_rank
-    assert (selected.handed_over.rank, selected.handed_over.loads_as) == (rank, 2 * rank)
+    rank = selected.handed_over.rank
+    assert (selected.handed_over.how, selected.handed_over.loads_as) == ("trained", 2 * rank)
     model = AutoPeftModelForCausalLM.from_pretrained(str(selected.adapter.path))
     assert model.peft_config["default"].r == 2 * rank
     card = (selected.adapter.path / "README.md").read_text(encoding="utf-8")
     assert f"# LoRA adapter of rank {2 * rank}, trained at rank {rank}" in card
-    assert "no adapter is truncated (init_lora_weights pissa" in card
-    said = f"It was trained at rank {rank} and loads as rank {2 * rank}."
+    assert (
+        "**Note:** init_lora_weights pissa: an adapter that is trained at rank r loads on the base as a plain" in card
+    )
+    said = f"It loads as rank {2 * rank}."
     assert said in str(selected) + selected.report.read_text(encoding="utf-8")
     again = export(selected.run, "peft", tmp_path / "peft")
     assert again.files
@@ -223,3 +227,50 @@ def test_a_selection_says_at_which_rank_its_adapter_loads(
     written = (tmp_path / "axolotl" / "axolotl.yaml").read_text(encoding="utf-8")
     assert f"lora_r: {rank}\n" in written
     assert "peft_init_lora_weights: pissa\n" in written
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_truncation_is_one_of_the_whole_update(completion_file: Path, tmp_path: Path, init: str) -> None:
+    """Of s·(B·A - B0·A0), the best at the rank of each module; what was measured is what PEFT loads."""
+    tokenizer = make_tokenizer()
+    model = make_model("llama", len(tokenizer))
+    runtime = runtime_of(model, tokenizer, completion_file, tmp_path / "cache", init_lora_weights=init)
+    run(runtime, [ARM], tmp_path, 1)
+    arm = ARM.model_copy(update={"rank": 2, "steps": 0, "truncate_from": "t0"})
+    folders = TrialFolders(tmp_path / "cut.ckpt", tmp_path / "cut", None, tmp_path / "t0", None)
+    outcome = run_trial(runtime, Trial(trial_id="cut", arm=arm), None, folders, Listener())
+    assert isinstance(outcome, TrialFinished)
+    updates = []
+    for name in ("t0", "cut"):
+        with adapter_attached(runtime, tmp_path / name) as loaded:
+            updates.append({key: value.clone() for key, value in peft_updates(loaded).items()})
+            losses = runtime.evaluate("selection").losses
+    assert losses == pytest.approx(outcome.item_losses, rel=1e-5)
+    ranks = {module.name: module.rank for module in inspect(tmp_path / "cut").modules}
+    for name, whole in updates[0].items():
+        u, values, v = torch.linalg.svd(whole, full_matrices=False)
+        best = u[:, : ranks[name]] * values[: ranks[name]] @ v[: ranks[name]]
+        assert float((updates[1][name] - best).norm() / whole.norm()) < 1e-4
+    cut = arm.model_copy(
+        update={"steps": STEPS, "truncate_from": None, "cut": Cut(step=2, rank=4, by="svd"), "continue_from": "t0"}
+    )
+    with pytest.raises(ModelError, match=f"no adapter can be cut .init_lora_weights {init}: .* rank 2r"):
+        run(runtime, [cut], tmp_path / "other", 1)
+
+
+@pytest.mark.parametrize("init", ["default", "olora"])
+@pytest.mark.parametrize("scaling", ["constant", "alpha/sqrt(r)"])
+def test_the_report_names_the_adapter_that_is_handed_over(
+    model_folder: Path, completion_file: Path, tmp_path: Path, init: str, scaling: str
+) -> None:
+    """Trained at the lower rank; both questions are answered, and truncations are candidates whatever the start was."""
+    settings = small_settings(init_lora_weights=init, scaling=scaling, ranks=(1, 4), max_steps=4, margin=5.0)
+    selected = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings)
+    assert selected.handed_over is not None
+    assert selected.adapter is not None
+    assert selected.adapter.path is not None
+    config = json.loads((selected.adapter.path / "adapter_config.json").read_text())
+    assert config["r"] == (selected.handed_over.loads_as or selected.handed_over.rank)
+    named = f"r {config['r']} · lora_alpha {config['lora_alpha']:g} · learning rate"
+    assert named in selected.report.read_text(encoding="utf-8")
+    assert {cut.rank for cut in selected.adapters if cut.how == "truncated"} == {1, 2}

@@ -93,13 +93,13 @@ def labelled(rows: Iterable[tuple[str, str | None]], width: int) -> list[str]:
 def _adapter_notes(answers: Answers) -> list[str]:
     if answers.adapter is None:
         return []
-    guard, answer, loads_as = answers.adapter.guard, answers.adapter.answer, answers.adapter.handed_over.loads_as
+    guard, answer, handed_over = answers.adapter.guard, answers.adapter.answer, answers.adapter.handed_over
     return [
         f"It was {answers.making}." if answers.making else "",
-        f"It was trained at rank {answer.trained_rank} and loads as rank {loads_as}." if loads_as else "",
+        f"It loads as rank {handed_over.loads_as}." if handed_over.loads_as else "",
         _top_text(answer) if answer.keeps_the_top else "",
         guard.sentence if guard else "",
-        _test_text(answers.adapter.handed_over),
+        _test_text(handed_over),
     ]
 
 

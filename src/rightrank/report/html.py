@@ -266,14 +266,13 @@ def _use_it(handed_over: HandedOver, records: Records) -> dict[str, str] | None:
     None for an adapter whose folder this package did not write.
     """
     answer, trials, model = records.adapters[-1].answer, records.by_id, records.started.model_name
-    trial, trained = trials.get(answer.trial_id), trials.get(answer.trained_id)
+    trial = trials.get(answer.trial_id)
+    trained = trial and trials.get(trial.truncate_from or trial.trial_id)
     if trial is None or trained is None or records.started.is_own or model is None:
         return None
-    # a truncation keeps its parent's alpha
-    alpha, use_rslora = peft_scaling(records.settings.scaling, trained.lora_alpha, trained.rank)
-    rank = handed_over.loads_as or handed_over.rank
-    if handed_over.loads_as:  # at the same scale
-        alpha *= (rank / trained.rank) ** (0.5 if use_rslora else 1)
+    alpha, use_rslora = peft_scaling(records.settings.scaling, trial.lora_alpha, trial.rank)
+    rank = handed_over.loads_as or trial.rank
+    alpha *= (rank / trial.rank) ** (0.5 if use_rslora else 1)  # at the same scale
     loading = loading_lines("adapter", model, records.started.data.classes is not None)
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({_base_arguments(model)})"
     return {

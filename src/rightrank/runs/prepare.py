@@ -30,7 +30,7 @@ from rightrank.runs.plugins import MemoryPlan, first
 from rightrank.runs.values import Plan, Prepared, Request
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, RunStarted
-from rightrank.schema.settings import TAKEN_FROM_BASE, SelectSettings, settings_of_identity
+from rightrank.schema.settings import SelectSettings, settings_of_identity
 from rightrank.schema.trials import content_hash
 from rightrank.search import make_strategy
 from rightrank.search.history import space_of
@@ -84,10 +84,9 @@ def prepare(
     targets = None if planned is None else sources.targets  # without a plan the ranks are checked on the model
     runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache, targets)
     started = _started(request, sources, settings, steps)
-    tied = runtime.targets.tied_line(sources.loaded.model, settings.modules_to_save)
-    notes = [tied] * bool(tied)
-    if settings.init_lora_weights in TAKEN_FROM_BASE:
-        notes.append(f"no adapter is truncated ({runtime.targets.why_not_truncated})")
+    targets = runtime.targets
+    tied = targets.tied_line(sources.loaded.model, settings.modules_to_save)
+    notes = [line for line in (tied, targets.start_line) if line]
     for line in notes:
         notice(line)
     started = started.model_copy(update={"notes": notes})

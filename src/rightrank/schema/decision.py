@@ -244,4 +244,4 @@ class HandedOver(Record):
     @property
     def loads_as(self) -> int | None:
         """The rank at which it loads where its start is stored beside what was trained; None where it loads as trained."""
-        return self.max_module_rank if self.max_module_rank > self.trained_rank else None
+        return self.max_module_rank if self.how == "trained" and self.max_module_rank > self.rank else None

@@ -64,7 +64,7 @@ def train_trials(
             listener.on_event(TrialStarted(**trial.fields))
             yield _evaluate_base(runtime, trial, folders(trial))
     trained = [trial for trial in trials if trial.arm.rank > 0]
-    reason = runtime.targets.why_not_truncated
+    reason = runtime.targets.why_not_truncated or runtime.targets.start_line or None
     if reason is not None and (cut := next((trial.arm for trial in trained if trial.arm.cut is not None), None)):
         raise ModelError(f"{cut.label()}: no adapter can be cut ({reason}); train at one rank")
     for trial in trained:

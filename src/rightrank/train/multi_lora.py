@@ -122,11 +122,14 @@ class MultiLora:
             else:
                 self.peft_model.add_adapter(adapter, config)
         self._names.append(adapter)
+        init = (
+            self._settings.init_lora_weights if arm.truncate_from is None else "default"
+        )  # which a truncation replaces
         with torch.no_grad():
             for name, module in lora_modules(self.peft_model).items():
                 if adapter in module.lora_A or adapter in module.lora_embedding_A:
                     top = max(self._settings.ranks, default=1)
-                    draw = Draw(arm.seed, name, self._settings.init_lora_weights, top, self._known)
+                    draw = Draw(arm.seed, name, init, top, self._known)
                     kind_of(module).start(module, adapter, draw)
         self._settle()
         named: dict[str, torch.nn.Parameter] = {}

@@ -80,11 +80,16 @@ class Targets:
 
     @property
     def why_not_truncated(self) -> str | None:
-        """Why no adapter of the run can be truncated, by their start or their kind; None where all can."""
-        if self.init in TAKEN_FROM_BASE:
-            return f"init_lora_weights {self.init}: an adapter that is trained at rank r loads on the base as a plain LoRA of rank 2r"
+        """Why no adapter of the run can be truncated, by their kind; None where all can."""
         kinds = (module.kind for module in self.modules)
         return next((f"{kind.label}: {kind.why_not_truncated}" for kind in kinds if kind.why_not_truncated), None)
+
+    @property
+    def start_line(self) -> str:
+        """What is to be known where the adapters take their first values out of the base; empty elsewhere."""
+        if self.init not in TAKEN_FROM_BASE:
+            return ""
+        return f"init_lora_weights {self.init}: an adapter that is trained at rank r loads on the base as a plain LoRA of rank 2r"
 
 
 def find_targets(model: Any, settings: SelectSettings, classification: bool) -> Targets:
