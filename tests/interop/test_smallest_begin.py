@@ -246,6 +246,24 @@ def shared(
     return caplog.text
 
 
+def test_inputs_that_hold_tensors_and_are_none_are_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    """As images of several sizes."""
+    for beside in ([torch.zeros(2)], {"a": (torch.zeros(2),)}):
+        callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
+        trainer = trainer_of(
+            peft_model(model_folder),
+            model_folder,
+            tmp_path,
+            Listed(rows[:140]),
+            Listed(rows[140:]),
+            callback,
+            max_steps=2,
+        )
+        collate = trainer.data_collator
+        trainer.data_collator = lambda part, collate=collate, beside=beside: {**collate(part), "pixel_values": beside}
+        assert "the batches have pixel_values as a" in refused(trainer, DataError)
+
+
 class Sorted(Listed):
     """Rows in the order of their topics, which notes the numbers of the rows that are read."""
 

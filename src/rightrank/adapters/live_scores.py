@@ -97,8 +97,16 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
     """What the losses read of a batch, on the device of PEFT's model.
 
     Raises:
-        DataError: labels of another form than one class a row or one token a position.
+        DataError: labels of another form than one class a row or one token a position, or an input that is no tensor but holds some.
     """
+    nested = next(
+        (key for key, value in batch.items() if not isinstance(value, torch.Tensor) and _holds_tensor(value)), None
+    )
+    if nested is not None:
+        raise DataError(
+            f"the batches have {nested} as a {type(batch[nested]).__name__} of tensors, without which the model would be another one; give a "
+            "collator that makes a tensor of it, or save the adapter and use rightrank resize --data"
+        )
     base, device = base_of(model), next(model.parameters()).device
     tensors = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
     inputs: dict[str, Any] = {key: value for key, value in tensors.items() if key not in NOT_FOR_THE_MODEL}
@@ -129,6 +137,11 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
     labels = labels.masked_fill(starts, IGNORED)  # no example predicts the first token of the next one
     numbers = (starts.flatten().cumsum(0) - 1).view(labels.shape)
     return TrainerBatch(inputs, labels, numbers, starts.nonzero()[:, 0], is_pairs, groups)
+
+
+def _holds_tensor(value: Any) -> bool:
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, torch.Tensor) or any(map(_holds_tensor, parts))
 
 
 def batch_loss(model: Any, batch: Batch, beta: float = BETA) -> BatchLoss:
