@@ -14,8 +14,10 @@ from rightrank.train import generation
 from rightrank.train.generation import answers, prompts
 from rightrank.train.multi_lora import MultiLora
 from rightrank.train.runtime import Runtime
+from rightrank.train.tokens import Chat
 from tests.helpers import make_runtime
-from tests.tiny import sentences, small_settings, write_jsonl
+from tests.tiny import make_tokenizer, sentences, small_settings, write_jsonl
+from tests.train.chat_templates import PLAIN, REWRITING
 
 NEW = 12
 
@@ -130,6 +132,25 @@ def test_a_conversation_is_prompted_for_its_last_answer(model_folder: Path, tmp_
     config = generation._generation_config(runtime, prompts(runtime, "selection"))
     assert runtime.loaded.tokenizer.convert_tokens_to_ids("<|im_end|>") in config.eos_token_id
     assert all(answer.expected.startswith(("two ", "first ")) for answer in answers(runtime, "selection"))
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "end"),
+    [
+        ("qwen 3", "say 2<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", "<|im_end|>\n"),
+        ("nemotron 3", "say 2<|im_end|>\n<|im_start|>assistant\n<think></think>", "<|im_end|>\n"),
+        ("deepseek r1", "say 2<|Assistant|>", "<|end of sentence|>"),
+        ("gpt-oss", "say 2<|end|><|start|>assistant<|channel|>final<|message|>", "<|return|>"),
+    ],
+)
+@pytest.mark.parametrize("answer", ["two", "e"])
+def test_a_prompt_is_what_precedes_the_answer_in_training(name: str, header: str, end: str, answer: str) -> None:
+    """With what the template writes before every answer, so that the model writes the answer alone."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = REWRITING[name][0]
+    prompt, after = Chat(tokenizer).around_answer([*PLAIN[:3], {"role": "assistant", "content": answer}])
+    assert prompt.endswith(header)
+    assert after == end
 
 
 def test_text_has_no_prompt(model_folder: Path, tmp_path: Path) -> None:

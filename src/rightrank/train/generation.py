@@ -66,11 +66,8 @@ def _prompt(runtime: Runtime, example: Example) -> Prompt:
         return Prompt(example.item_id, prompt, str(completion), add_special_tokens=True)
     messages = [*example.content["messages"]] if prompt is None else [*prompt, *(completion or [])]
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    chat = Chat(runtime.loaded.tokenizer)
-    before, whole = chat.header(messages[:last]), chat.render(messages[: last + 1])
-    expected = messages[last]["content"]
-    _, written, end = whole[len(before) :].rpartition(expected)
-    return Prompt(example.item_id, before, expected, add_special_tokens=False, end=end if written else "")
+    before, end = Chat(runtime.loaded.tokenizer).around_answer(messages[: last + 1])
+    return Prompt(example.item_id, before, messages[last]["content"], add_special_tokens=False, end=end)
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ class _Text:
 MARK = "~rightrank~"  # in the place of a message's content, to see where that is
 
 
-class _UnlocatedError(Exception):
+class _UnlocatedError(DataError):
     """What the chat template does by which an answer can't be trained on."""
 
 
@@ -91,6 +91,20 @@ class Chat:
         if whole.startswith(turn) and turn.startswith(header):
             return len(header), len(turn)
         return self._marked_span(messages, whole, index)
+
+    def around_answer(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
+        """`(the prompt for the last message, what follows its content)`, as the model sees them in training.
+
+        The prompt is the header, with what the template writes before any answer, such as an empty reasoning.
+        """
+        whole, last = self.render(messages), len(messages) - 1
+        header = whole[: self.span(messages, whole, last)[0]]
+        try:
+            before, after = self._around(messages, last)
+        except _UnlocatedError:
+            return header, ""
+        is_whole = whole == before + messages[last]["content"] + after and before[len(header) :].strip()
+        return before if is_whole else header, after if whole.endswith(after) else ""
 
     def header(self, earlier: Sequence[Mapping[str, str]]) -> str:
         """What precedes an assistant's answer to the `earlier` turns: their text and the prompt for an answer.
