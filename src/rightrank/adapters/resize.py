@@ -121,8 +121,7 @@ def _distances(
     first = pair[0]
     scaling = lora_scaling(first.lora_alpha, rank, adapter.use_rslora)
     written = first.kind.matrices(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
-    for module, (new_b, new_a) in zip(pair, written, strict=True):
-        b, a = adapter.factors(module)
+    for module, (new_b, new_a), (b, a) in zip(pair, written, adapter.pair_factors(first), strict=True):
         before, after = (b * module.scaling, a), (new_b.numpy() * scaling, new_a.numpy())
         none = np.zeros((module.rows, 0)), np.zeros((0, module.columns))
         yield module, rank, factored_distance(*before, *after), factored_distance(*before, *none)

@@ -183,9 +183,12 @@ class AdapterFolder:
         Raises:
             ModelError: a value is NaN or infinite.
         """
+        return self.pair_factors(module)[module.part]
+
+    def pair_factors(self, module: AdapterModule) -> list[tuple[Floats, Floats]]:
+        """The factors of every matrix that is stored in the tensors of the module."""
         a, b = (torch.from_numpy(self._values(key)) for key in (module.a_key, module.b_key))
-        found_b, found_a = module.kind.matrices(a, b, module.rank)[module.part]
-        return found_b.numpy(), found_a.numpy()
+        return [(of_b.numpy(), of_a.numpy()) for of_b, of_a in module.kind.matrices(a, b, module.rank)]
 
     def _values(self, key: str) -> Floats:
         values: Floats = self.tensor(key).double().numpy()

@@ -148,8 +148,8 @@ def new_tensors(
 ) -> dict[str, torch.Tensor]:
     """The tensors of a pair at `rank`, computed in float64; the product is `ratio` times as large."""
     first, new = pair[0], []
-    for module in pair:
-        b, a = map(torch.from_numpy, adapter.factors(module))
+    for module, factors in zip(pair, adapter.pair_factors(first), strict=True):
+        b, a = map(torch.from_numpy, factors)
         if rank == module.rank:
             new.append((b * ratio, a))
         else:
