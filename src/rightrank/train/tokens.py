@@ -79,7 +79,9 @@ class Chat:
 
     def render(self, messages: Sequence[Mapping[str, str]], prompt: bool = False, **mode: bool) -> str:
         """The text of a conversation, with the template's prompt for an answer at its end where `prompt` is set."""
-        text: str = self._tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=prompt, **mode)
+        text: str = self._tokenizer.apply_chat_template(
+            [*messages], tokenize=False, add_generation_prompt=prompt, **mode
+        )
         return text
 
     def span(self, messages: Sequence[Mapping[str, str]], whole: str, index: int) -> tuple[int, int]:
@@ -113,7 +115,7 @@ class Chat:
         """
         if earlier and self._cue:
             return self.render(earlier, prompt=True)
-        shared = commonprefix([self.render([*earlier, {"role": "assistant", "content": letter}]) for letter in "AB"])
+        shared = _common_start(*(self.render([*earlier, {"role": "assistant", "content": letter}]) for letter in "AB"))
         if self._cue not in shared:
             raise _UnlocatedError(REWRITES)
         return shared[: shared.rindex(self._cue) + len(self._cue)] if self._cue else shared.rstrip(" ")
@@ -127,13 +129,13 @@ class Chat:
         if not index or not self._cue:
             raise _UnlocatedError(REWRITES)
         (before, after), (_, turn) = (self._around(messages, place) for place in (index, index - 1))
-        begin, fixed = len(whole) - len(turn), len(commonprefix([whole, before]))
+        begin, fixed = len(whole) - len(turn), len(_common_start(whole, before))
         if not (whole.endswith(turn) and whole.endswith(after) and begin <= fixed):
             raise _UnlocatedError(REWRITES)
         end = len(whole) - len(after) + self._length_of_end(messages[: index + 1], after)
         for mode in ({}, {"enable_thinking": False}):
             _, prompt = self._around(messages[:index], index - 1, prompt=True, **mode)
-            header = len(commonprefix([prompt, whole[begin:fixed]]))
+            header = len(_common_start(prompt, whole[begin:fixed]))
             if header in (len(prompt), fixed - begin):
                 return begin + header, end
         raise _UnlocatedError(REWRITES)
@@ -161,7 +163,11 @@ class Chat:
     def _cue(self) -> str:
         """The end of the prompt for an answer; empty for a template without one."""
         plain, prompted = (self.render([{"role": "user", "content": "A"}], prompt) for prompt in (False, True))
-        return prompted[len(commonprefix([plain, prompted])) :]
+        return prompted[len(_common_start(plain, prompted)) :]
+
+
+def _common_start(*texts: str) -> str:
+    return commonprefix(texts)  # noqa: RUF071 - of characters, as wanted here
 
 
 class _Encoder:
