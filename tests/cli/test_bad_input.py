@@ -40,6 +40,7 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--device", "tpu9"], r"device 'tpu9' is not known"),
     (["--device", "cuda:7"], r"device 'cuda:7' does not exist; this machine has cpu"),
     (["--strategy", "gird"], r"unknown strategy 'gird' \(did you mean 'grid'\?\)"),
+    (["--strategy", "upward", "--goal", "adapter"], r"strategy 'upward' climbs from the smallest"),
     (["--metric", "accuracy"], r"metric 'accuracy' needs `text` and `label`"),
     (["--target-modules", "q_proj,v_prj"], r"no module is named 'v_prj'; linear modules there are: .*v_proj"),
     (["--target-modules", "all-linear,q_proj"], r"'all-linear' beside other names"),

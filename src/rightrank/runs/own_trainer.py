@@ -13,10 +13,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
 from rightrank.decision.collapse import DROP_IN_MARGINS, collapse_of
 from rightrank.runs.calls import (
+    CALL_ERRORS,
     Call,
     EvaluateFunction,
     TrainerError,
@@ -42,6 +43,7 @@ from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.metrics import direction, unknown_direction
 from rightrank.schema.settings import PROFILES, Goal, SelectSettings, settings_of_identity
 from rightrank.schema.trials import (
+    Arm,
     EvalPoint,
     Trial,
     TrialCollapsed,
@@ -55,11 +57,14 @@ from rightrank.schema.trials import (
 )
 from rightrank.search import make_strategy
 from rightrank.search.history import space_of
-from rightrank.search.upward import Upward
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.runs.executor import Executor, Run
+
+
+CALL_FAULTS = (*CALL_ERRORS, InputError)  # the last: there is no adapter that can be truncated
+_Called: TypeAlias = tuple[Trial, object, float]  # what the function returned, or the error that it raised; seconds
 
 
 class TrainerSettings(TypedDict, total=False):
@@ -93,8 +98,9 @@ class OwnRequest:
     metric: str
     higher_is_better: bool
     name: str  # of the function
-    train: Call
-    evaluate: Call | None  # of an adapter in a task's folder; None: the first question is not asked
+    calls: Mapping[
+        str, Call
+    ]  # "train"; "evaluate" of an adapter in a task's folder, without which the first question is not asked
     evaluates_base: bool
     given: TrainerSettings
 
@@ -111,7 +117,7 @@ class OwnRequest:
             space_of(settings, steps),
             stages=False,
             evaluates_base=self.evaluates_base,
-            truncates=self.evaluate is not None,
+            truncates="evaluate" in self.calls,
             higher_is_better=self.higher_is_better,
         )
         return Plan(
@@ -183,11 +189,6 @@ def own_request(
     values |= {"goal": given.get("goal", "training-rank"), "lora_alpha": given.get("lora_alpha", 32.0)}
     settings = SelectSettings(**values, max_steps=given.get("max_steps") or None)
     make_strategy(settings.strategy, space_of(settings, 1))  # refuses an unknown name first
-    if settings.goal == "adapter" and settings.strategy == Upward.name:
-        raise SettingsError(
-            f"goal 'adapter' needs an adapter of the largest rank, and strategy {Upward.name!r} climbs from the smallest; give "
-            "goal 'training-rank', or another strategy"
-        )
     named, own = getattr(train, "metric", None), getattr(train, "higher_is_better", None)
     if isinstance(named, str) and metric not in (None, named):  # its scores by example are those of its own
         raise SettingsError(
@@ -210,9 +211,11 @@ def own_request(
             f"evaluate: got a {type(evaluate).__name__}; give a function of an adapter folder and a TrialTask"
         )
     call_of = _caller(executor, given.get("workers", 1), given.get("timeout_seconds"))
-    evaluation = None if evaluate is None else call_of(partial(_of_folder, evaluate))
+    calls = {"train": call_of(train)}
+    if evaluate is not None:
+        calls["evaluate"] = call_of(partial(_of_folder, evaluate))
     name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
-    return OwnRequest(settings, metric, higher, name, call_of(train), evaluation, with_base, given)
+    return OwnRequest(settings, metric, higher, name, calls, with_base, given)
 
 
 def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, float] | TrialResult:
@@ -246,17 +249,11 @@ class _Executor:
 
     def __init__(self, request: OwnRequest, run: Run) -> None:
         self._request, self._run = request, run
-        earlier = run.records.finished()
-        self._base = next((trial for trial in earlier if trial.rank == 0), None)
-        # The held-out examples that earlier trials scored; None: not known yet.
-        self._examples = next((len(trial.item_scores) for trial in earlier if trial.item_scores), None)
-        # The functions that have returned well.
-        self._good = {"train" if trial.truncate_from is None else "evaluate" for trial in earlier}
         self._wrong: str | None = None  # what the first result was that can't be used
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-        for ended, outcome in enumerate(self._outcomes(trials), 1):
-            yield outcome
+        for ended, called in enumerate(self._calls(trials), 1):
+            yield self._outcome(*called)
             if self._wrong is None and self._run.should_stop():
                 raise InterruptedRun(f"stopped after {ended} trials")
         if self._wrong is not None:
@@ -264,23 +261,23 @@ class _Executor:
                 f"{self._wrong}; what has finished is kept: correct the function, and call again with the same arguments"
             )
 
-    def _outcomes(self, trials: Sequence[Trial]) -> Iterator[TrialOutcome]:
-        """Yield outcomes as calls end; if the iterator is closed early, wait for the running calls.
+    def _calls(self, trials: Sequence[Trial]) -> Iterator[_Called]:
+        """Yield calls as they end; if the iterator is closed early, wait for the running ones.
 
         A single call runs on this thread. Looks and ends of several calls pass through one queue, so that this thread alone
         writes to the journal.
         """
         waiting, running, parallel = deque(trials), 0, self._request.given.get("workers", 1)
-        arrived: queue.SimpleQueue[TrialLook | Future[TrialOutcome]] = queue.SimpleQueue()
+        arrived: queue.SimpleQueue[TrialLook | Future[_Called]] = queue.SimpleQueue()
         with ThreadPoolExecutor(parallel) as threads:
             while (waiting and self._wrong is None) or running:
                 while waiting and self._wrong is None and running < parallel:
                     trial = waiting.popleft()
                     self._run.on_event(TrialStarted(**trial.fields))
                     if parallel == 1:
-                        yield self._run_one(trial, self._run.on_event)
+                        yield self._call(trial, self._run.on_event)
                         continue
-                    threads.submit(self._run_one, trial, arrived.put).add_done_callback(arrived.put)
+                    threads.submit(self._call, trial, arrived.put).add_done_callback(arrived.put)
                     running += 1
                 if not running:
                     return
@@ -291,57 +288,57 @@ class _Executor:
                     running -= 1
                     yield event.result()
 
-    def _run_one(self, trial: Trial, on_look: Callable[[TrialLook], None]) -> TrialOutcome:
+    def _call(self, trial: Trial, on_look: Callable[[TrialLook], None]) -> _Called:
         arm, request, folder = trial.arm, self._request, self._run.folder.trial_adapter(trial.trial_id)
-        name, call = "train", request.train
-        if arm.truncate_from is not None and request.evaluate is not None:
-            name, call = "evaluate", request.evaluate
-            try:
-                _write_truncated(self._run.folder, arm.truncate_from, trial)
-            except InputError as error:
-                return TrialFailed(**trial.fields, error="error", reason=str(error))
-        folder.mkdir(parents=True, exist_ok=True)
-        looks: list[EvalPoint] = []
 
         def receive(point: EvalPoint) -> None:
-            looks[:] = [*(look for look in looks if look.step < point.step), point]
             on_look(TrialLook(trial_id=trial.trial_id, **point.model_dump(exclude={"train_value"})))
 
         fields = arm.model_dump(include={"rank", "learning_rate", "lora_alpha", "seed", "steps"})
         task = TrialTask(trial_id=trial.trial_id, folder=folder, collapse_drop=request.collapse_drop, **fields)
         begun = time.perf_counter()
         try:
-            result = parse_result(call(task.reporting_to(receive)), request.metric, self._examples)
-            # One that was returned replaces a report.
-            by_step = {point.step: point for point in (*looks, *result.points)}
-            result = result.model_copy(update={"points": [by_step[step] for step in sorted(by_step)]})
+            if arm.truncate_from is not None:
+                _write_truncated(self._run.folder, arm.truncate_from, trial)
+            folder.mkdir(parents=True, exist_ok=True)
+            returned = request.calls[_function_of(arm)](task.reporting_to(receive))
+        except CALL_FAULTS as error:
+            returned = error
+        return trial, returned, time.perf_counter() - begun
+
+    def _outcome(self, trial: Trial, returned: object, seconds: float) -> TrialOutcome:
+        """What a call comes to; of a training that fell along its looks, or to an end below the base, its collapse."""
+        arm, request, records = trial.arm, self._request, self._run.records
+        looks, finished, name = records.looks.get(trial.trial_id, []), records.finished(), _function_of(trial.arm)
+        examples = next((len(other.item_scores) for other in finished if other.item_scores), None)
+        try:
+            if isinstance(returned, CALL_FAULTS):
+                raise returned
+            result = parse_result(returned, request.metric, examples)
         except NotFiniteError as error:
             return TrialDiverged(**trial.fields, step=looks[-1].step if looks else 0, reason=str(error))
-        except (TrainerError, ReportError) as error:
-            reason = f"{name} {error}"
-            if isinstance(error, ReportError) and name not in self._good:
+        except (TrainerError, ReportError, InputError) as error:
+            reason = str(error) if isinstance(error, InputError) else f"{name} {error}"
+            if isinstance(error, ReportError) and name not in {_function_of(other.arm) for other in finished}:
                 self._wrong = self._wrong or reason
             return TrialFailed(**trial.fields, error="error", reason=reason)
-        self._good.add(name)
-        return self._judged(trial, result, time.perf_counter() - begun)
-
-    def _judged(self, trial: Trial, result: TrialResult, seconds: float) -> TrialOutcome:
-        """The outcome of a trial whose function returned: of one that fell along the looks, or to an end below the base, its collapse."""
+        by_step = {point.step: point for point in (*looks, *result.points)}  # one that was returned replaces a report
+        result = result.model_copy(update={"points": [by_step[step] for step in sorted(by_step)]})
         if (bad := result.not_finite()) is not None:
-            return TrialDiverged(**trial.fields, step=trial.arm.steps, reason=f"{bad} is not a finite number")
-        outcome, request = outcome_of(trial, result, self._request.metric, seconds), self._request
-        if trial.arm.rank == 0:
-            self._base = outcome
-        elif (drop := request.collapse_drop) is not None:
-            ends = [EvalPoint(step=trial.arm.steps, value=outcome.value, item_scores=result.item_scores)]
-            if self._base is not None:
-                ends.insert(0, EvalPoint(step=0, value=self._base.value, item_scores=self._base.item_scores))
-            for looks in (result.points, ends):
-                if (fall := collapse_of(looks, drop, request.higher_is_better)) is not None:
+            return TrialDiverged(**trial.fields, step=arm.steps, reason=f"{bad} is not a finite number")
+        outcome = outcome_of(trial, result, request.metric, seconds)
+        if (drop := request.collapse_drop) is not None and arm.rank > 0:
+            ends = [(0, base) for base in finished if base.rank == 0] + [(arm.steps, outcome)]
+            along = [EvalPoint(step=step, value=end.value, item_scores=end.item_scores) for step, end in ends]
+            for points in (result.points, along):
+                if (fall := collapse_of(points, drop, request.higher_is_better)) is not None:
                     kept = {"points": result.points, "train_seconds": outcome.train_seconds}
                     return TrialCollapsed(**trial.fields, **fall, **kept)
-        self._examples = len(result.item_scores) if result.item_scores is not None else self._examples
         return outcome
+
+
+def _function_of(arm: Arm) -> Literal["train", "evaluate"]:
+    return "train" if arm.truncate_from is None else "evaluate"
 
 
 def _write_truncated(folder: RunFolder, parent: str, trial: Trial) -> None:

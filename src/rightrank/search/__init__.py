@@ -20,12 +20,18 @@ def make_strategy(name: str, space: Space) -> Strategy:
     """The strategy of that name in a space.
 
     Raises:
-        SettingsError: an unknown name, or a budget too small to compare two ranks.
+        SettingsError: an unknown name, one that doesn't train the top rank where the adapter is asked for, or a budget too small
+            to compare two ranks.
     """
     factory = STRATEGIES.get(name)
     if factory is None:
         near = did_you_mean(name, STRATEGIES)
         raise SettingsError(f"unknown strategy {name!r}{near}; there are: {', '.join(STRATEGIES)}")
+    if space.goal == "adapter" and name == Upward.name:
+        raise SettingsError(
+            f"goal 'adapter' needs an adapter of the largest rank, and strategy {name!r} climbs from the smallest; give "
+            "goal 'training-rank', or another strategy"
+        )
     strategy = factory(space)
     least = strategy.cost().least
     if space.budget_steps is not None and space.budget_steps < least * space.steps:

@@ -179,11 +179,8 @@ class Pool:
                 if isinstance(message, StepDone):
                     worker.step = max(worker.step, message.step)
                 self._listener.on_event(message)
-            case Notice():
+            case Notice() | TrialStarted():
                 self._listener.on_event(message)
-            case TrialStarted():
-                if message.trial_id in worker.remaining:
-                    self._listener.on_event(message)
             case _:
                 if worker.remaining.pop(message.trial_id, None) is not None:
                     self._unfinished -= 1
