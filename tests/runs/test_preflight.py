@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank import preflight, select_rank
+from rightrank.schema.errors import ModelError
 from rightrank.schema.results import Preflight
 from rightrank.schema.settings import SelectSettings
 from tests.commands import SMALL, run
@@ -64,6 +66,14 @@ def test_a_run_folder_is_not_made(
     assert not out.exists()
     assert ", 12 validation, " in text
     assert text.rstrip().endswith("nothing was written: this was a dry run")
+
+
+def test_a_preflight_takes_what_people_train_with(model_folder: Path, completion_file: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    told = preflight(str(model_folder), completion_file, peft_config=config, settings=small_settings(max_steps=3))
+    assert told.cost.steps == 3
+    with pytest.raises(ModelError, match="task_type: got 'SEQ_CLS'"):
+        preflight(str(model_folder), completion_file, peft_config=LoraConfig(task_type="SEQ_CLS"))
 
 
 def test_the_first_lines_of_a_selection_hold_the_same_facts(

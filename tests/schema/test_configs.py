@@ -65,6 +65,7 @@ def test_an_adapter_that_a_selection_cannot_train_is_refused_by_name(values: dic
     [
         ({"packing": True}, "packing=True"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
+        ({"optim": "paged_adamw_8bit"}, "cannot honour optim='paged_adamw_8bit'"),
         ({"warmup_steps": 50}, "warmup_steps 50 needs max_steps"),
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: got 'polynomial'"),
     ],

@@ -105,12 +105,14 @@ def preflight(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: SelectSettings | None = None,
+    peft_config: LoraConfig | None = None,
+    args: TrainingArguments | None = None,
     **keywords: Unpack[SelectKeywords],
 ) -> Preflight:
     """Say what `select_rank` with the same arguments will do, cost and be able to show; nothing is trained or written.
 
     Args:
-        model: as in `select_rank`, and so are `data`, `tokenizer`, `settings` and `keywords`.
+        model: as in `select_rank`, and so are all other arguments.
 
     Raises:
         InputError: model, data or settings can't be used.
@@ -118,7 +120,7 @@ def preflight(
     from rightrank.hooks.trackers import require_trackers
     from rightrank.runs.values import Request, check
 
-    request = Request(model, tokenizer, data, _overridden(settings, keywords))
+    request = Request(model, tokenizer, data, _overridden(settings, keywords, peft_config, args))
     check(request)  # before what brings torch
     require_trackers(request.settings.report_to)
     from rightrank.hooks.preflight import preflight as prepare_only
@@ -129,8 +131,8 @@ def preflight(
 def _overridden(
     settings: SelectSettings | None,
     keywords: SelectKeywords,
-    peft_config: LoraConfig | None = None,
-    args: TrainingArguments | None = None,
+    peft_config: LoraConfig | None,
+    args: TrainingArguments | None,
 ) -> SelectSettings:
     return SelectSettings(**given_values(settings) | settings_of_configs(peft_config, args) | dict(keywords))
 

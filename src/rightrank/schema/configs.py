@@ -153,5 +153,6 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _refused(where: str, name: str, value: Any, why: str = "") -> _Refusal:
+    value = getattr(value, "value", value)  # of an enumeration
     text = f"{name} {quoted(value)} {why}" if why else f"a selection cannot honour {name}={quoted(value)}; leave it out"
     return _Refusal(f"{name}={quoted(value)}", f"{where}: {text}")
