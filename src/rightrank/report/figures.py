@@ -152,8 +152,14 @@ def _margin_range(decision: Decision) -> tuple[float, float]:
     return min([decision.margin / 5, *(m / 2 for m in needed)]), max([decision.margin * 5, *(m * 2 for m in needed)])
 
 
+AT_MARGIN = {  # of the rank that the bounds give: the best one, or a smaller one
+    "best": "At a margin of {margin}, no rank below the best one, {rank}, has its bound within it.",
+    "smaller": "At a margin of {margin}, {rank} is the smallest rank whose bound is within it.",
+}
+
+
 def margin_slider(decision: Decision) -> dict[str, Any]:
-    """The slider's start, 0 to 1000 along the logarithm of the margin, and its data: which rank is enough from which margin."""
+    """The slider's start, 0 to 1000 along the logarithm of the margin, its text, and its data: which rank the bounds give from which margin."""
     steps, (low, high) = margin_steps(decision), _margin_range(decision)
     data = {
         "steps": steps,
@@ -163,9 +169,13 @@ def margin_slider(decision: Decision) -> dict[str, Any]:
         "values": {str(evidence.rank): evidence.value for evidence in decision.ranks},
         "reference": decision.reference_rank,
         "higher_is_better": decision.higher_is_better,
+        "sentences": AT_MARGIN,
     }
+    rank, unit = _rank_at(steps, decision.margin), metric_unit(decision.metric)
+    text = AT_MARGIN["best" if rank == decision.reference_rank else "smaller"]
+    text = text.format(margin=f"{decision.margin:.4g} {unit}", rank=rank)
     start = round(1000 * log10(decision.margin / low) / log10(high / low))
-    return {"start": start, "rank": _rank_at(steps, decision.margin), "data": data}
+    return {"start": start, "text": text, "data": data}
 
 
 def _staircase_figure(decision: Decision) -> Figure:
@@ -179,7 +189,7 @@ def _staircase_figure(decision: Decision) -> Figure:
     return Figure(
         name="staircase",
         title="Which rank is enough at which margin",
-        alt=f"Staircase of the smallest rank shown to be enough. At a margin of {low:.2g}, rank {corners[0][1]}"
+        alt=f"Staircase of the smallest rank whose bound is within the margin. At a margin of {low:.2g}, rank {corners[0][1]}"
         + (f"; {steps_text}." if steps_text else " at every margin shown."),
         x=Axis(f"margin, {metric_unit(decision.metric)}", "log10", log_ticks(low, high), (low, high)),
         y=Axis("smallest rank enough", "log2", tuple(ranks)),

@@ -76,7 +76,8 @@
       const margin = slider.value === start ? answer.margin : given;
       const rank = answer.steps.filter(([needed]) => needed <= margin).pop()[1], text = `${short(margin)} ${answer.unit}`;
       slider.setAttribute("aria-valuetext", text);
-      output.textContent = `At a margin of ${text}, the smallest rank shown to be enough is ${rank}.`;
+      const sentence = answer.sentences[rank === answer.reference ? "best" : "smaller"];
+      output.textContent = sentence.replace("{margin}", text).replace("{rank}", rank);
       move("staircase", ".ring", [margin, rank], "this margin");
       move("rank_curve", ".ring.accent", [rank, answer.values[rank]], `at this margin: rank ${rank}`);
       const svg = document.querySelector('svg[data-figure="rank_curve"]'), y = axesOf(svg)[1];
