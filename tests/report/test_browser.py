@@ -12,7 +12,7 @@ import pytest
 from benchmarks.report.screenshots import docs_screenshots
 
 from rightrank.decision.records import Records, answers_of, decide_run, decision_so_far
-from rightrank.report.figures import margin_steps
+from rightrank.report.figures import AT_MARGIN, margin_steps
 from rightrank.report.html import render_report
 from tests.report.chromium import CHROMIUM, FLAGS
 from tests.report.runs import made_up_run
@@ -100,12 +100,19 @@ def test_the_slider_moves_the_answer(browser: Any, files: dict[int, Path]) -> No
     page = opened(browser, files[9], **SCREENS["desktop"]).page
     answer = page.locator("#answer")
     before = page.locator('svg[data-figure="rank_curve"]').inner_html()
-    assert answer.inner_text().endswith(f"enough is {[rank for needed, rank in steps if needed <= made.margin][-1]}.")
+
+    def sentence(rank: int) -> str:
+        return (
+            AT_MARGIN["best" if rank == made.reference_rank else "smaller"].partition("{margin}")[2].format(rank=rank)
+        )
+
+    assert answer.inner_text().endswith(sentence([rank for needed, rank in steps if needed <= made.margin][-1]))
     page.focus("#margin")
     page.keyboard.press("Home")
-    assert answer.inner_text().endswith(f"enough is {steps[0][1]}.")
+    assert answer.inner_text().endswith(sentence(steps[0][1]))
     page.keyboard.press("End")
-    assert answer.inner_text().endswith(f"enough is {steps[-1][1]}.")
+    assert answer.inner_text().endswith(sentence(steps[-1][1]))
+    assert steps[0][1] != steps[-1][1]  # both sentences
     assert page.locator('svg[data-figure="rank_curve"]').inner_html() != before
     assert "nats" in page.get_attribute("#margin", "aria-valuetext")
 
