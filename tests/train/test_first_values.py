@@ -15,8 +15,6 @@ from safetensors.torch import load_file
 
 from rightrank import export, inspect, select_rank
 from rightrank.models.kinds.base import Draw, Routing
-from rightrank.plugins.plan.estimate import Estimator
-from rightrank.plugins.plan.planner import step_settings
 from rightrank.schema.errors import InterruptedRun, ModelError, SettingsError
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, Cut, Trial, TrialFinished
@@ -174,9 +172,13 @@ def test_olora_on_a_conv1d_is_refused(completion_file: Path, tmp_path: Path) -> 
         runtime_of(make_model("gpt2", len(tokenizer)), tokenizer, completion_file, tmp_path, init_lora_weights="olora")
 
 
+@pytest.mark.plug_in("plan")
 def test_the_plan_counts_what_is_kept_beside_the_adapters(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
+    from rightrank.plugins.plan.estimate import Estimator
+    from rightrank.plugins.plan.planner import step_settings
+
     settings = small_settings(init_lora_weights="pissa", max_steps=STEPS)
     runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
     (ours,) = run(runtime, [ARM], tmp_path / "ours", 1)
