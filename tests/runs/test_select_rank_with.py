@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,25 @@ def test_one_number_a_trial_is_enough_to_begin_with(tmp_path: Path) -> None:
     decision = select_rank_with(by_number, tmp_path / "run", ranks=RANKS, learning_rates=RATES, margin=0.1).decision
     assert decision.reference_rank == 16
     assert {evidence.rank for evidence in decision.ranks} == set(RANKS)
+
+
+def test_examples_that_belong_together_widen_the_bounds(tmp_path: Path) -> None:
+    """Ten copies of each of 40 documents tell no more than one."""
+
+    def decide(name: str, groups: list[int] | None) -> tuple[float, str]:
+        def train(task: TrialTask) -> TrialResult:
+            draw = random.Random(task.rank)
+            scores = [1.0 + 0.02 / task.rank + draw.gauss(0, 0.05) for _ in range(40)]
+            scores = [score for score in scores for _ in range(10)]
+            return TrialResult(metrics={"loss": sum(scores) / 400}, item_scores=scores, item_groups=groups)
+
+        found = select_rank_with(train, tmp_path / name, ranks=RANKS, learning_rates=(1e-3,), margin=0.01).decision
+        return max((one.difference_high or 0.0) - one.difference for one in found.ranks), found.basis_note
+
+    alone, grouped = decide("alone", None), decide("grouped", [number // 10 for number in range(400)])
+    assert "independent" in alone[1]
+    assert "independent" not in grouped[1]
+    assert grouped[0] > 2.5 * alone[0] > 0
 
 
 def test_what_train_saved_is_handed_over(tmp_path: Path) -> None:
@@ -141,6 +161,7 @@ def gives(value: Any) -> Any:
         (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[1.0, math.inf])), "an example's score is not a finite"),
         (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[])), "train returned 0 item_scores"),
         (gives(TrialResult(metrics={"loss": 1.0}, item_weights=[1.0])), "item_weights that do not match"),
+        (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[1.0], item_groups=[0, 1])), "item_groups that do not"),
     ],
 )
 def test_nonsense_is_one_clear_line(tmp_path: Path, train: Any, reason: str) -> None:

@@ -77,6 +77,9 @@ class TrialResult(Record):
     metrics: dict[str, float]  # held-out; includes the deciding metric
     item_scores: list[float] | None = None  # that metric for each held-out example; the same examples in every trial
     item_weights: list[float] | None = None  # such as tokens per example; None: equal weights
+    item_groups: list[Whole] | None = (
+        None  # examples of one number belong together, as those of a document; None: each stands for itself
+    )
     train_value: float | None = None  # the metric on training data at the end
     points: list[EvalPoint] = Field(default_factory=list)  # held-out values during the training
     trainable_parameters: Whole = 0
@@ -199,11 +202,13 @@ def parse_result(returned: object, metric: str, examples: int | None) -> TrialRe
     if metric not in returned.metrics:
         names = ", ".join(map(repr, returned.metrics)) or "nothing"
         raise ReportError(f"returned no {metric!r} (it returned {names}); return it, or give another metric=")
-    scores, weights = returned.item_scores, returned.item_weights
+    scores, weights, groups = returned.item_scores, returned.item_weights, returned.item_groups
     if scores is not None and len(scores) != (examples or len(scores) or 1):
         raise ReportError(
             f"returned {len(scores)} item_scores, earlier trials {examples or 'some'}; score the same examples in the same order in every trial"
         )
     if weights is not None and (scores is None or len(weights) != len(scores) or min(weights) <= 0):
         raise ReportError("returned item_weights that do not match item_scores; return one weight above 0 per example")
+    if groups is not None and len(groups) != len(scores or ()):
+        raise ReportError("returned item_groups that do not match item_scores; return one number per example")
     return returned
