@@ -17,7 +17,7 @@ from rightrank.runs.hook import Hook, Started
 from rightrank.runs.prepare import prepare
 from rightrank.runs.values import Prepared, Request
 from rightrank.schema.events import Event, Notice, SelectionPlanned, TimeExpected
-from rightrank.schema.metrics import TOKEN_LOSS_MARGIN, MetricKind
+from rightrank.schema.metrics import MetricKind
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, Resolution
 from rightrank.schema.settings import MAX_EVAL_ITEMS
 from rightrank.schema.trials import Arm, TrialFinished, split_name
@@ -155,13 +155,8 @@ def _resolution_lines(outlook: Preflight) -> Iterator[str]:
     )
 
 
-# Nats, of one example's difference between an adapter truncated to a quarter of its rank and the adapter itself: rank 64 to
-# 16 on SmolLM2 and two texts (docs/explanation/science.md).
-TYPICAL_DEVIATION = 0.02
-
-
 def _adapter_lines(prepared: Prepared) -> Iterator[str]:
-    """What the kind of the adapters changes, and what the first question's answer can rest on."""
+    """What the kind of the adapters changes, and the top rank."""
     targets = prepared.runtime.targets
     if targets.why_alone is not None:
         yield targets.why_alone
@@ -175,23 +170,6 @@ def _adapter_lines(prepared: Prepared) -> Iterator[str]:
         return
     top = max(prepared.settings.ranks)
     yield f"top rank {top} ({prepared.top_origin}): trained once, then truncated to lower ranks for the adapter"
-    yield from _margin_lines(prepared)
-
-
-def _margin_lines(prepared: Prepared) -> Iterator[str]:
-    """Says so where the margin is below what the validation examples can show."""
-    settings = prepared.settings
-    if settings.metric_name != "loss" or prepared.started.data.loss_kind != "token_loss":
-        return
-    margin = TOKEN_LOSS_MARGIN if settings.margin is None else settings.margin
-    examples = prepared.started.data.splits["selection"].items
-    reach = NORMAL.inv_cdf(CONFIDENCE) * TYPICAL_DEVIATION
-    if reach / math.sqrt(examples) >= margin:
-        yield (
-            f"margin {margin:g} is likely below what {examples} validation examples can show of an adapter: about "
-            f"{math.ceil((reach / margin) ** 2):,} are needed (an estimate: a truncation to a quarter of the top rank typically "
-            f"differs by {TYPICAL_DEVIATION:g} nats from example to example); give more data and --eval-items, or a wider --margin"
-        )
 
 
 MIN_STEPS = 30  # of a training; the measured steps of a shorter one would be a noticeable part of it
