@@ -69,7 +69,7 @@ def planned(model: str) -> dict[str, Any]:
         evaluations = trainings * EVAL_POINTS + ends + RUN_EVALUATIONS
         return step * (trainings * STEPS + evaluations * EVAL_ITEMS / settings.batch_size / passes)
 
-    steps = [estimator.flops(rank) for rank in settings.ranks]
+    steps = [estimator.step(rank).flops for rank in settings.ranks]
     return {
         "expected_flops": operations(fmean(steps), cost.expected, strategy.expected_arms()),
         "most_flops": operations(max(steps), cost.maximum, cost.max_arms),

@@ -12,14 +12,14 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft.utils import get_peft_model_state_dict
 
 from rightrank.models.kinds.linear import whole_factors
-from rightrank.plugins.plan.peak import OptimizerMemory, Peak, Resident, optimizer_memory, simulate_peak
+from rightrank.plugins.plan.peak import Peak, Resident, optimizer_memory, simulate_peak
 from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, build_skeleton
 from rightrank.plugins.plan.trace import StepTrace, trace_step
 from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, first_line
@@ -101,7 +101,7 @@ class NotSharedError(SettingsError):
 
 
 class Estimator:
-    """One model and one way to train it. The base is built once, and each trace is made once."""
+    """One model and one way to train it. Each model is built once, and each trace is made once."""
 
     def __init__(
         self, config: Any, settings: PlanSettings, on_progress: Callable[[str], None] = lambda _: None
@@ -110,8 +110,9 @@ class Estimator:
         self.settings = settings
         lowest, highest = min(settings.ranks), max(settings.ranks)
         self._ends = (lowest, highest if highest > lowest else 2 * lowest)
-        self.skeleton = build_skeleton(config, settings, lowest)
-        self._inventories = {lowest: _inventory(self.skeleton)}
+        self._skeletons: dict[tuple[int, int], Skeleton] = {}  # by rank and number of arms
+        self._inventories: dict[int, _Inventory] = {}
+        self.skeleton = self._adapted(lowest)
         self._traces: dict[tuple[int, bool], StepTrace] = {}
 
     @property
@@ -136,17 +137,17 @@ class Estimator:
         Raises:
             NotSharedError, UntraceableError: see there.
         """
-        evaluation = None if self.settings.eval_batch_size is None else self._peak_of(rank, False)
-        training, flops = self._peak_of(rank, True), self.flops(rank)
-        return RankEstimate(rank, self.inventory(rank), training, evaluation, flops, self.settings)
+        evaluation = None if self.settings.eval_batch_size is None else self._peak_of(rank, self.step(rank, False))
+        step = self.step(rank)
+        training = self._peak_of(rank, step)
+        return RankEstimate(rank, self.inventory(rank), training, evaluation, step.flops, self.settings)
 
     def inventory(self, rank: int) -> _Inventory:
         """The tensors of the adapted model of that rank, on the line through PEFT's own at the two ends."""
-        low, high = self._ends
-        if rank not in self._inventories and high not in self._inventories:
-            self._inventories[high] = _inventory(self._adapted(high))
+        for end in self._ends if rank not in self._inventories else ():
+            self._adapted(end)
         if rank not in self._inventories:
-            first, last = self._inventories[low], self._inventories[high]
+            first, last = (self._inventories[end] for end in self._ends)
             stored = tuple(self._at(rank, a, b) for a, b in zip(first.stored, last.stored, strict=True))
             saved = {name: self._at(rank, tensor, last.saved[name]) for name, tensor in first.saved.items()}
             self._inventories[rank] = _Inventory(stored, saved)
@@ -154,27 +155,19 @@ class Estimator:
 
     def _at(self, rank: int, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         """The tensor of `rank`, from those of the ends; PEFT multiplies the rank by whole numbers alone."""
-        shape = [_between(a, b, self._ends, rank) or 0 for a, b in zip(low.shape, high.shape, strict=True)]
+        if low.shape == high.shape:
+            return low
+        shape = [self._between(a, b, rank) or 0 for a, b in zip(low.shape, high.shape, strict=True)]
         return torch.empty(shape, dtype=low.dtype, device="meta", requires_grad=low.requires_grad)
 
-    def flops(self, rank: int) -> int:
-        """Floating-point operations of a step; a multiply and an add count as two."""
-        if rank in self._ends:
-            return self._trace(rank, True).flops
-        counts = [self.flops(end) for end in self._ends]
-        between = _between(counts[0], counts[1], self._ends, rank)
-        return between if between is not None else self._trace(rank, True).flops
+    def _between(self, low: int, high: int, rank: int) -> int | None:
+        """The affine value at `rank`; None where the slope is not a whole number."""
+        slope, remainder = divmod(high - low, self._ends[1] - self._ends[0])
+        return None if remainder else low + slope * (rank - self._ends[0])
 
-    def _peak_of(self, rank: int, training: bool) -> Peak:
-        trace, sizes = self._sizes(rank, training)
-        residents, optimizer = self._residents(rank)
-        return simulate_peak(residents, trace, sizes, optimizer, self.settings.device)
-
-    def _residents(self, rank: int) -> tuple[list[Resident], OptimizerMemory]:
-        """The tensors that one device holds before the step, and its optimizer's memory."""
+    def _peak_of(self, rank: int, step: StepTrace) -> Peak:
         parts, settings = self.inventory(rank), self.settings
         trained = [tensor for tensor in parts.stored if tensor.requires_grad] * settings.adapters_per_pass
-        optimizer = optimizer_memory(trained, settings.optim, settings.device)
         residents = [
             Resident(tensor.nbytes, "adapter" if tensor.requires_grad else "weights")
             for tensor in parts.stored
@@ -182,28 +175,25 @@ class Estimator:
         ]
         if settings.device == "cuda":
             residents.append(Resident(CUBLAS_BYTES, "workspace"))
-        return residents, optimizer
+        optimizer = optimizer_memory(trained, settings.optim, settings.device)
+        return simulate_peak(residents, step, optimizer, settings.device)
 
-    def _sizes(self, rank: int, training: bool) -> tuple[StepTrace, list[int]]:
-        """The step's events, and the bytes of each allocation at `rank`."""
-        if rank in self._ends:
-            trace = self._trace(rank, training)
-            return trace, trace.sizes
-        low, high = (self._trace(end, training) for end in self._ends)
-        if low.events == high.events and low.origins == high.origins:
-            sizes = [_between(a, b, self._ends, rank) for a, b in zip(low.sizes, high.sizes, strict=True)]
-            whole = [size for size in sizes if size is not None]
-            if len(whole) == len(sizes):
-                return low, whole
-        trace = self._trace(rank, training)
-        return trace, trace.sizes
+    def step(self, rank: int, training: bool = True) -> StepTrace:
+        """The allocations and operations of a step (or, without `training`, of an evaluation batch) at `rank`."""
+        if rank not in self._ends:
+            low, high = (self._trace(end, training) for end in self._ends)
+            if low.events == high.events and low.origins == high.origins:
+                pairs = zip([*low.sizes, low.flops], [*high.sizes, high.flops], strict=True)
+                values = [value for pair in pairs if (value := self._between(*pair, rank)) is not None]
+                if len(values) == len(low.sizes) + 1:
+                    return replace(low, sizes=values[:-1], flops=values[-1])
+        return self._trace(rank, training)
 
     def _trace(self, rank: int, training: bool) -> StepTrace:
         if (rank, training) not in self._traces:
             step = "a step" if training else "an evaluation"
             self._on_progress(f"tracing {step} of rank {rank}")
-            arms = self.settings.adapters_per_pass
-            skeleton = self.skeleton if rank == self._ends[0] and arms == 1 else self._adapted(rank, arms)
+            skeleton = self._adapted(rank, self.settings.adapters_per_pass)
             try:
                 self._traces[rank, training] = trace_step(skeleton, self.settings, training)
             except MultiLoraError as error:
@@ -218,8 +208,12 @@ class Estimator:
         return self._traces[rank, training]
 
     def _adapted(self, rank: int, arms: int = 1) -> Skeleton:
-        """The model built anew, with adapters of this rank."""
-        return build_skeleton(self._config, self.settings, rank, arms)
+        """The model with adapters of this rank."""
+        if (rank, arms) not in self._skeletons:
+            skeleton = self._skeletons[rank, arms] = build_skeleton(self._config, self.settings, rank, arms)
+            if arms == 1:  # at once: a trace may change the order of the parameters
+                self._inventories[rank] = _inventory(skeleton)
+        return self._skeletons[rank, arms]
 
 
 def _inventory(skeleton: Skeleton) -> _Inventory:
@@ -227,14 +221,6 @@ def _inventory(skeleton: Skeleton) -> _Inventory:
         state = {**skeleton.model.state_dict(), **whole_factors(skeleton.model, skeleton.arms[0])}
         saved: dict[str, torch.Tensor] = get_peft_model_state_dict(skeleton.model, state)
     return _Inventory((*skeleton.model.parameters(), *skeleton.model.buffers()), saved)
-
-
-def _between(low: int, high: int, ends: tuple[int, int], rank: int) -> int | None:
-    """The affine value at `rank`; None where the slope is not a whole number."""
-    if low == high:
-        return low
-    slope, remainder = divmod(high - low, ends[1] - ends[0])
-    return None if remainder else low + slope * (rank - ends[0])
 
 
 def safetensors_bytes(

@@ -15,7 +15,8 @@ a bar is the life of an allocation (+n its birth in the trace, −n its death), 
                                             ^ peak
 
 The first step runs without optimizer states; the second leaves the segments that the allocator reserves for all of
-them; the third gives the result. On a CPU the allocator reserves what is allocated.
+them; the third gives the result, and a second that reserves nothing is the same. On a CPU the allocator reserves what is
+allocated.
 
 On CUDA the allocator is a model of torch's: the bytes it reserves from the device for a sequence of requests. The rules are
 those of `c10/cuda/CUDACachingAllocator.cpp` at its default settings (torch 2.x):
@@ -34,8 +35,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -43,7 +46,7 @@ from rightrank.plugins.plan.trace import DeviceKind, Origin, StepTrace
 from rightrank.schema.plan_settings import OptimizerName
 from rightrank.schema.results import Components
 
-STEPS = 3  # the first creates the optimizer's states; after two more the reserved bytes no longer grow
+STEPS = 3  # at most; the first creates the optimizer's states
 FIRST_NAME = 2**40  # of allocations that are not in the trace
 
 
@@ -82,29 +85,22 @@ class _ExactAllocator:
 
 
 def simulate_peak(
-    residents: Sequence[Resident],
-    trace: StepTrace,
-    sizes: Sequence[int],
-    optimizer: OptimizerMemory,
-    device: DeviceKind,
+    residents: Sequence[Resident], trace: StepTrace, optimizer: OptimizerMemory, device: DeviceKind
 ) -> Peak:
-    """Run the step `STEPS` times through the device's allocator; the peak of the last.
+    """Run the step through the device's allocator until it repeats itself, at most `STEPS` times; the peak of the last.
 
     Args:
         residents: weights, adapters and buffers, in the order in which they are loaded.
-        trace: the step.
-        sizes: bytes of each of its allocations.
         optimizer: states and workspace.
     """
     allocator = CachingAllocator() if device == "cuda" else _ExactAllocator()
     name = FIRST_NAME
     for resident in residents:
         allocator.allocate(name := name + 1, resident.size)
-    ended = {-event for event in trace.events if event < 0}
-    never_freed = [event for event in trace.events if event > 0 and event not in ended]
-    best, where = 0, 0
+    never_freed = set(trace.events).difference(-event for event in trace.events)
+    sizes, best, where = trace.sizes, 0, 0
     for step in range(STEPS):
-        best, where = 0, -1
+        best, where, reserved = 0, -1, allocator.reserved
         for index, event in enumerate(trace.events):
             if event > 0:
                 allocator.allocate(event, sizes[event - 1])
@@ -124,33 +120,29 @@ def simulate_peak(
                 allocator.free(name + 1 + offset)
         for number in never_freed:
             allocator.free(number)
-    return _described(residents, trace, sizes, optimizer, (best, allocator.reserved, where))
+        if step and allocator.reserved == reserved:  # the same blocks are free as before: further steps are this one
+            break
+    return _described(residents, trace, optimizer, (best, allocator.reserved, where))
 
 
 def _described(
-    residents: Sequence[Resident],
-    trace: StepTrace,
-    sizes: Sequence[int],
-    optimizer: OptimizerMemory,
-    measured: tuple[int, int, int],
+    residents: Sequence[Resident], trace: StepTrace, optimizer: OptimizerMemory, measured: tuple[int, int, int]
 ) -> Peak:
     best, reserved, where = measured
-    components: Components = {}
+    components: Components = Counter()
     for resident in residents:
-        components[resident.component] = components.get(resident.component, 0) + resident.size
+        components[resident.component] += resident.size
     components["optimizer"] = sum(optimizer.states)
     births = ((place, trace.origins[event - 1].phase) for place, event in enumerate(trace.events) if event > 0)
     backward = next((place for place, phase in births if phase == "backward"), len(trace.events))
     kept = _alive_at(trace, backward - 1)  # what the forward pass leaves for the backward pass
     for number in _alive_at(trace, where):
-        origin, size = trace.origins[number - 1], sizes[number - 1]
-        component = _component(origin, number - 1 in trace.gradients, number in kept)
-        components[component] = components.get(component, 0) + size
-    at = _place(trace, where)
+        component = _component(trace.origins[number - 1], number - 1 in trace.gradients, number in kept)
+        components[component] += trace.sizes[number - 1]
     if where == len(trace.events):
-        components["temporary"] = components.get("temporary", 0) + max(sum(stage) for stage in optimizer.work)
+        components["temporary"] += max(sum(stage) for stage in optimizer.work)
     components["rounding"] = best - sum(components.values())
-    return Peak(best, reserved, components, at)
+    return Peak(best, reserved, components, _place(trace, where))
 
 
 def _alive_at(trace: StepTrace, where: int) -> set[int]:
@@ -223,17 +215,7 @@ LARGE_REQUEST = 10 * 2**20
 LARGE_SEGMENT = 20 * 2**20
 SEGMENT_ROUNDING = 2 * 2**20
 
-
-@dataclass(slots=True, eq=False)
-class _Block:
-    """A range of a segment, taken or free, with its neighbours."""
-
-    address: int
-    size: int
-    small: bool
-    taken: bool = True
-    before: _Block | None = None
-    after: _Block | None = None
+_Pool: TypeAlias = list[tuple[int, int]]  # free blocks, by size and then by address
 
 
 class CachingAllocator:
@@ -242,8 +224,11 @@ class CachingAllocator:
     def __init__(self) -> None:
         self.allocated = 0  # bytes of taken blocks, rounded as torch counts them
         self.reserved = 0  # bytes of all segments, which are kept
-        self._free: tuple[list[tuple[int, int, _Block]], list[tuple[int, int, _Block]]] = ([], [])
-        self._taken: dict[int, _Block] = {}
+        self._pools: tuple[_Pool, _Pool] = ([], [])
+        # Free blocks, which never touch: from the address of each to its end, and back.
+        self._ends: dict[int, int] = {}
+        self._starts: dict[int, int] = {}
+        self._taken: dict[int, tuple[int, int, _Pool]] = {}  # address, size and pool, by name
         self._next_address = 0
 
     def allocate(self, name: int, size: int) -> None:
@@ -251,54 +236,39 @@ class CachingAllocator:
         if size <= 0:
             return
         rounded = -(-size // ROUNDING) * ROUNDING
-        pool = self._free[rounded <= SMALL_REQUEST]
+        is_small = rounded <= SMALL_REQUEST
+        pool = self._pools[is_small]
         position = bisect_left(pool, (rounded, -1))
         if position < len(pool):
-            block = pool.pop(position)[2]
+            size, address = pool.pop(position)
+            del self._starts[self._ends.pop(address)]
         else:
-            segment = SMALL_SEGMENT if rounded <= SMALL_REQUEST else LARGE_SEGMENT
+            size, address = SMALL_SEGMENT if is_small else LARGE_SEGMENT, self._next_address
             if rounded >= LARGE_REQUEST:  # a segment of its own
-                segment = -(-rounded // SEGMENT_ROUNDING) * SEGMENT_ROUNDING
-            block = _Block(self._next_address, segment, rounded <= SMALL_REQUEST)
-            self._next_address += segment + ROUNDING  # a gap: segments never join
-            self.reserved += segment
-        left = block.size - rounded
-        if left and (left >= ROUNDING if block.small else left > SMALL_REQUEST):
-            self._split(block, rounded, left)
-        block.taken = True
-        self._taken[name] = block
-        self.allocated += block.size
+                size = -(-rounded // SEGMENT_ROUNDING) * SEGMENT_ROUNDING
+            self._next_address += size + ROUNDING  # a gap: segments never join
+            self.reserved += size
+        if size - rounded > (0 if is_small else SMALL_REQUEST):
+            self._add(pool, address + rounded, address + size)
+            size = rounded
+        self._taken[name] = address, size, pool
+        self.allocated += size
 
     def free(self, name: int) -> None:
-        block = self._taken.pop(name, None)
-        if block is None:
+        """Free what `name` takes, and merge it with its free neighbours."""
+        if name not in self._taken:
             return
-        self.allocated -= block.size
-        block.taken = False
-        before, after = block.before, block.after
-        if before is not None and not before.taken:
-            block = self._merged(block, before)
-        if after is not None and not after.taken:
-            block = self._merged(block, after)
-        insort(self._free[block.small], (block.size, block.address, block))
+        start, size, pool = self._taken.pop(name)
+        self.allocated -= size
+        end = start + size
+        if (before := self._starts.pop(start, None)) is not None:
+            del self._ends[before], pool[bisect_left(pool, (start - before, before))]
+            start = before
+        if (after := self._ends.pop(end, None)) is not None:
+            del self._starts[after], pool[bisect_left(pool, (after - end, end))]
+            end = after
+        self._add(pool, start, end)
 
-    def _split(self, block: _Block, size: int, left: int) -> None:
-        """Keep `size` bytes of the block; the `left` bytes after them are a free block."""
-        rest = _Block(block.address + size, left, block.small, False, block, block.after)
-        if block.after is not None:
-            block.after.before = rest
-        block.after = rest
-        block.size = size
-        insort(self._free[block.small], (rest.size, rest.address, rest))
-
-    def _merged(self, block: _Block, neighbour: _Block) -> _Block:
-        """Merge both into one block; `neighbour` is free and leaves the pool."""
-        pool = self._free[neighbour.small]
-        del pool[bisect_left(pool, (neighbour.size, neighbour.address))]
-        first, second = (neighbour, block) if neighbour.address < block.address else (block, neighbour)
-        first.size += second.size
-        first.after = second.after
-        if second.after is not None:
-            second.after.before = first
-        first.taken = False
-        return first
+    def _add(self, pool: _Pool, start: int, end: int) -> None:
+        self._ends[start], self._starts[end] = end, start
+        insort(pool, (end - start, start))

@@ -16,7 +16,8 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from functools import cache
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,7 @@ _IN_PLACE: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """The place in the step where a storage is allocated."""
 
     op: str
@@ -88,18 +88,15 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
             return 0  # no value is known; `kernels` answers branches on values
-        keywords = kwargs or {}
-        out = _called(func, args, keywords)
-        scratch = [self.trace.add(size, self._origin(func, False)) for size in _scratch_bytes(func, args, self._device)]
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor, func)
-        for number in reversed(scratch):
-            self.trace.events.append(-number)
-        packet = _IN_PLACE.get(func._overloadpacket, func._overloadpacket)
-        formula = flop_registry.get(packet)
-        if formula is not None:
-            self.trace.flops += int(formula(*args, **keywords, out_val=out))
+        with torch._C.DisableTorchFunction():  # in the backward pass function modes would see each use of a tensor here
+            out, flops = _called(func, args, kwargs or {})
+            scratch = _scratch_bytes(func, args, self._device)
+            numbers = [self.trace.add(size, self._origin(func, False)) for size in scratch]
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self._see(tensor, func)
+        self.trace.events += [-number for number in reversed(numbers)]
+        self.trace.flops += flops
         return out
 
     def gradient_storages(self, parameters: Iterable[torch.Tensor]) -> frozenset[int]:
@@ -144,38 +141,40 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
         return Origin(func.__name__, module, self.phase, has_vocabulary)
 
 
-_Form: TypeAlias = tuple[torch.Size, tuple[int, ...], torch.dtype]  # of a new tensor: its size, stride and type
-_MADE: dict[Any, _Form] = {}  # what an operation on tensors of these forms makes
+# What an operation on tensors of these forms makes, the size, stride and type of a new tensor, and its operations.
+_MADE: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype, int]] = {}
 MAX_MADE = 4096  # forms kept
 
 
-def _called(func: Any, args: Any, keywords: Any) -> Any:
-    """The operation's result. One that makes a new tensor runs once for each form of its arguments: blocks are alike."""
-    if func._schema.is_mutable or any(result.alias_info is not None for result in func._schema.returns):
-        return func(*args, **keywords)
-    key = func, _form(args), _form(tuple(keywords.items()))
+@cache
+def _facts(func: Any) -> tuple[bool, Any]:
+    """Whether the operation's results are new tensors, and what counts its operations, if it is a product."""
+    schema, packet = func._schema, func._overloadpacket
+    makes_new = not schema.is_mutable and all(result.alias_info is None for result in schema.returns)
+    return makes_new, flop_registry.get(_IN_PLACE.get(packet, packet))
+
+
+def _called(func: Any, args: Any, keywords: Any) -> tuple[Any, int]:
+    """The operation's result and count. One that makes a new tensor runs once for each form of its arguments: blocks are alike."""
+    makes_new, formula = _facts(func)
+    key = (func, _form(args), _form(tuple(keywords.items()))) if makes_new else None
     try:
-        known = _MADE.get(key)
+        if key in _MADE:
+            size, stride, dtype, flops = _MADE[key]
+            return torch.empty_strided(size, stride, dtype=dtype, device="meta"), flops
     except TypeError:  # an argument that is compared by its identity
-        return func(*args, **keywords)
-    if known is not None:
-        size, stride, dtype = known
-        return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        key = None
     out = func(*args, **keywords)
-    if isinstance(out, torch.Tensor) and out.device.type == "meta" and len(_MADE) < MAX_MADE:
-        form = out.size(), out.stride(), out.dtype
+    flops = int(formula(*args, **keywords, out_val=out)) if formula is not None else 0
+    if key is not None and isinstance(out, torch.Tensor) and out.device.type == "meta" and len(_MADE) < MAX_MADE:
         storage = out.untyped_storage()
-        shared = any(
-            storage._cdata == argument.untyped_storage()._cdata
-            for argument in args
-            if isinstance(argument, torch.Tensor)
-        )
-        whole = torch.empty_strided(*form[:2], dtype=form[2], device="meta").untyped_storage().nbytes()
-        if (
-            not shared and storage.nbytes() == whole
-        ):  # a view is made anew, as `_unsafe_view`, whose schema does not say so
-            _MADE[key] = form
-    return out
+        tensors = (argument for argument in args if isinstance(argument, torch.Tensor))
+        # A view is made anew each time, as `_unsafe_view`, whose schema does not say so.
+        if all(storage._cdata != tensor.untyped_storage()._cdata for tensor in tensors):
+            whole = torch.empty_strided(out.size(), out.stride(), dtype=out.dtype, device="meta")
+            if storage.nbytes() == whole.untyped_storage().nbytes():
+                _MADE[key] = out.size(), out.stride(), out.dtype, flops
+    return out, flops
 
 
 def _form(value: Any) -> Any:
@@ -191,15 +190,17 @@ def trace_step(skeleton: Skeleton, settings: PlanSettings, training: bool = True
     """The allocations of a step (or, without `training`, of an evaluation batch) of `settings` on the device."""
     model, device = skeleton.model, settings.device
     tracer = _Tracer([*model.parameters(), *model.buffers()], skeleton.base.config.get_text_config().vocab_size, device)
-    kernels = _DeviceKernels(device, settings.padding)
     batch = settings.batch_size if training else settings.eval_batch_size or settings.batch_size
+    model.train(training and settings.loss == "full" and not settings.is_packed)  # `select` trains in evaluation mode
     with ExitStack() as stack:
         stack.enter_context(_multi_lora_forward(skeleton, settings, batch))
-        stack.enter_context(_training_mode(model, settings, training))
+        if not training:
+            stack.enter_context(torch.no_grad())
+        elif settings.gradient_checkpointing:
+            stack.enter_context(gradient_checkpointing_on(skeleton.base))
         stack.enter_context(tracer.named_modules(model))
-        stack.enter_context(nullcontext() if training else torch.no_grad())
         stack.enter_context(_without_autocast())
-        for mode in (tracer, kernels, torch.device("meta")):
+        for mode in (tracer, _DeviceKernels(device, settings.padding), torch.device("meta")):
             stack.enter_context(mode)
         loss = _loss(skeleton, settings, batch * len(skeleton.arms))
         tracer.phase = "backward"
@@ -268,18 +269,6 @@ def _without_autocast() -> Iterator[None]:
         yield
     finally:
         module.autocast = before
-
-
-@contextmanager
-def _training_mode(model: Any, settings: PlanSettings, training: bool) -> Iterator[None]:
-    """Within the block, training or evaluation mode, with gradient checkpointing where the settings have it."""
-    as_trainer = settings.loss == "full" and not settings.is_packed  # `select` trains in evaluation mode
-    model.train(training and as_trainer)
-    if not (settings.gradient_checkpointing and training):
-        yield
-        return
-    with gradient_checkpointing_on(model.get_base_model()):
-        yield
 
 
 FLASH_HEAD_LIMIT = 256  # widest head that the flash kernel takes
