@@ -19,11 +19,12 @@ import torch
 from peft.utils import get_peft_model_state_dict
 
 from rightrank.models.kinds.linear import whole_factors
-from rightrank.plugins.plan.peak import Peak, Resident, optimizer_memory, simulate_peak
+from rightrank.plugins.plan.peak import Peak, optimizer_memory, simulate_peak
 from rightrank.plugins.plan.skeleton import SAFETENSORS_CODES, Skeleton, build_skeleton
 from rightrank.plugins.plan.trace import StepTrace, trace_step
 from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, first_line
 from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.results import RankPlan
 
 SAFETENSORS_ALIGNMENT = 8  # the header is padded with spaces to a multiple of this
 
@@ -56,35 +57,6 @@ class _Inventory:
             for name, tensor in self.saved.items()
         ]
         return safetensors_bytes(entries, {"format": "pt"})
-
-
-@dataclass(frozen=True, slots=True)
-class RankEstimate:
-    """One rank: counts, and the peak of a training step and, where `eval_batch_size` is set, of an evaluation batch."""
-
-    rank: int
-    inventory: _Inventory
-    training: Peak
-    evaluation: Peak | None
-    flops: int
-    settings: PlanSettings  # with which a step runs
-
-    @property
-    def peak(self) -> Peak:
-        if self.evaluation is not None and self.evaluation.peak_bytes > self.training.peak_bytes:
-            return self.evaluation
-        return self.training
-
-    @property
-    def needed_bytes(self) -> int:
-        """Bytes that must be available: tensors, process and headroom."""
-        reserved = self.peak.reserved_bytes
-        return reserved + context_bytes(self.settings) + round(HEADROOM * reserved)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the peak fits the memory of the settings; False where that is unknown."""
-        return self.settings.memory_bytes is not None and self.needed_bytes <= self.settings.memory_bytes
 
 
 def context_bytes(settings: PlanSettings) -> int:
@@ -131,16 +103,30 @@ class Estimator:
             other._traces = {}
         return other
 
-    def estimate(self, rank: int) -> RankEstimate:
-        """The estimate of any rank, on the line through the lowest and the highest of the settings.
+    def estimate(self, rank: int) -> RankPlan:
+        """The plan of any rank, on the line through the lowest and the highest of the settings.
 
         Raises:
             NotSharedError, UntraceableError: see there.
         """
-        evaluation = None if self.settings.eval_batch_size is None else self._peak_of(rank, self.step(rank, False))
-        step = self.step(rank)
-        training = self._peak_of(rank, step)
-        return RankEstimate(rank, self.inventory(rank), training, evaluation, step.flops, self.settings)
+        settings, parts = self.settings, self.inventory(rank)
+        steps = [self.step(rank, False)] if settings.eval_batch_size is not None else []
+        steps.append(self.step(rank))
+        peaks = [self._peak_of(parts, step) for step in reversed(steps)]
+        peak = max(peaks, key=lambda peak: peak.peak_bytes)
+        needed = peak.reserved_bytes + context_bytes(settings) + round(HEADROOM * peak.reserved_bytes)
+        return RankPlan(
+            rank=rank,
+            trainable_parameters=parts.trainable_parameters,
+            adapter_bytes=parts.adapter_bytes,
+            peak_bytes=peak.peak_bytes,
+            peak_reserved_bytes=peak.reserved_bytes,
+            needed_bytes=needed,
+            components=peak.components,
+            peak_at=peak.at,
+            fits=None if settings.memory_bytes is None else needed <= settings.memory_bytes,
+            flops_per_step=steps[-1].flops,
+        )
 
     def inventory(self, rank: int) -> _Inventory:
         """The tensors of the adapted model of that rank, on the line through PEFT's own at the two ends."""
@@ -165,16 +151,16 @@ class Estimator:
         slope, remainder = divmod(high - low, self._ends[1] - self._ends[0])
         return None if remainder else low + slope * (rank - self._ends[0])
 
-    def _peak_of(self, rank: int, step: StepTrace) -> Peak:
-        parts, settings = self.inventory(rank), self.settings
+    def _peak_of(self, parts: _Inventory, step: StepTrace) -> Peak:
+        settings = self.settings
         trained = [tensor for tensor in parts.stored if tensor.requires_grad] * settings.adapters_per_pass
         residents = [
-            Resident(tensor.nbytes, "adapter" if tensor.requires_grad else "weights")
+            ("adapter" if tensor.requires_grad else "weights", tensor.nbytes)
             for tensor in parts.stored
             for _ in range(settings.adapters_per_pass if tensor.requires_grad else 1)
         ]
         if settings.device == "cuda":
-            residents.append(Resident(CUBLAS_BYTES, "workspace"))
+            residents.append(("workspace", CUBLAS_BYTES))
         optimizer = optimizer_memory(trained, settings.optim, settings.device)
         return simulate_peak(residents, step, optimizer, settings.device)
 

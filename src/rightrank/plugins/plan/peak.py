@@ -51,14 +51,6 @@ FIRST_NAME = 2**40  # of allocations that are not in the trace
 
 
 @dataclass(frozen=True, slots=True)
-class Resident:
-    """A tensor that exists before the step and after it."""
-
-    size: int  # bytes
-    component: str
-
-
-@dataclass(frozen=True, slots=True)
 class Peak:
     """The peak of a step."""
 
@@ -85,18 +77,18 @@ class _ExactAllocator:
 
 
 def simulate_peak(
-    residents: Sequence[Resident], trace: StepTrace, optimizer: OptimizerMemory, device: DeviceKind
+    residents: Sequence[tuple[str, int]], trace: StepTrace, optimizer: OptimizerMemory, device: DeviceKind
 ) -> Peak:
     """Run the step through the device's allocator until it repeats itself, at most `STEPS` times; the peak of the last.
 
     Args:
-        residents: weights, adapters and buffers, in the order in which they are loaded.
+        residents: component and bytes of each tensor that exists before the step and after it, in the order of loading.
         optimizer: states and workspace.
     """
     allocator = CachingAllocator() if device == "cuda" else _ExactAllocator()
     name = FIRST_NAME
-    for resident in residents:
-        allocator.allocate(name := name + 1, resident.size)
+    for _, size in residents:
+        allocator.allocate(name := name + 1, size)
     never_freed = set(trace.events).difference(-event for event in trace.events)
     sizes, best, where = trace.sizes, 0, 0
     for step in range(STEPS):
@@ -126,12 +118,12 @@ def simulate_peak(
 
 
 def _described(
-    residents: Sequence[Resident], trace: StepTrace, optimizer: OptimizerMemory, measured: tuple[int, int, int]
+    residents: Sequence[tuple[str, int]], trace: StepTrace, optimizer: OptimizerMemory, measured: tuple[int, int, int]
 ) -> Peak:
     best, reserved, where = measured
     components: Components = Counter()
-    for resident in residents:
-        components[resident.component] += resident.size
+    for component, size in residents:
+        components[component] += size
     components["optimizer"] = sum(optimizer.states)
     births = ((place, trace.origins[event - 1].phase) for place, event in enumerate(trace.events) if event > 0)
     backward = next((place for place, phase in births if phase == "backward"), len(trace.events))

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from rightrank.models.base_models import LoadedModel, device_memory, is_known
-from rightrank.plugins.plan.estimate import Estimator, NotSharedError, RankEstimate, UntraceableError, context_bytes
+from rightrank.plugins.plan.estimate import Estimator, NotSharedError, UntraceableError, context_bytes
 from rightrank.report.format import size
 from rightrank.runs.plugins import MemoryPlan
 from rightrank.schema.command import arguments_of
@@ -43,16 +43,17 @@ def plan_config(
         settings = settings.model_copy(update={"ranks": tuple(r for r in settings.ranks if r <= limit)})
     for target in estimator.skeleton.targets:
         require_ranks(target, settings.ranks)
-    estimates = [estimator.estimate(rank) for rank in settings.ranks]
-    rows = [_rank_plan(estimate, settings) for estimate in estimates]
-    largest = _largest_rank(estimator, estimates)
+    rows = [estimator.estimate(rank) for rank in settings.ranks]
+    largest = _largest_rank(estimator, rows)
     none_fits = settings.memory_bytes is not None and largest is None
     notes = ["the memory is unknown; give --memory to see what fits"] * (settings.memory_bytes is None)
     return Plan(
         model=name,
         architecture=type(estimator.skeleton.base).__name__,
         base_parameters=estimator.skeleton.base_parameters,
-        base_bytes=sum(tensor.nbytes for tensor in estimates[0].inventory.stored if not tensor.requires_grad),
+        base_bytes=sum(
+            tensor.nbytes for tensor in estimator.inventory(rows[0].rank).stored if not tensor.requires_grad
+        ),
         targets=len(estimator.skeleton.targets),
         ranks=rows,
         max_rank=max((row.rank for row in rows if row.fits), default=None),
@@ -68,33 +69,17 @@ def plan_config(
     )
 
 
-def _rank_plan(estimate: RankEstimate, settings: PlanSettings) -> RankPlan:
-    peak = estimate.peak
-    return RankPlan(
-        rank=estimate.rank,
-        trainable_parameters=estimate.inventory.trainable_parameters,
-        adapter_bytes=estimate.inventory.adapter_bytes,
-        peak_bytes=peak.peak_bytes,
-        peak_reserved_bytes=peak.reserved_bytes,
-        needed_bytes=estimate.needed_bytes,
-        components=peak.components,
-        peak_at=peak.at,
-        fits=None if settings.memory_bytes is None else estimate.fits,
-        flops_per_step=estimate.flops,
-    )
-
-
-def _largest_rank(estimator: Estimator, estimates: Sequence[RankEstimate]) -> int | None:
+def _largest_rank(estimator: Estimator, rows: Sequence[RankPlan]) -> int | None:
     """The largest rank that fits, whether it is in the settings or not; None where none of the settings' ranks fits.
 
     Reserved bytes may fall slightly from one rank to the next, where blocks fit better into segments. The result is the
     largest rank that bisection finds, and never below the largest fitting rank of the settings.
     """
-    fitting = [estimate.rank for estimate in estimates if estimate.fits]
+    fitting = [row.rank for row in rows if row.fits]
     if not fitting:
         return None
     low = max(fitting)
-    high = min([e.rank for e in estimates if e.rank > low], default=estimator.rank_limit + 1)
+    high = min([row.rank for row in rows if row.rank > low], default=estimator.rank_limit + 1)
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
         if estimator.estimate(middle).fits:
@@ -107,15 +92,16 @@ def _largest_rank(estimator: Estimator, estimates: Sequence[RankEstimate]) -> in
 def changes_that_fit(estimator: Estimator, rank: int) -> dict[str, Any]:
     """Settings with which `rank` fits, those that cost least first; empty where none of them is enough."""
     current, taken = estimator, dict[str, Any]()
-    reserved = current.estimate(rank).peak.reserved_bytes
+    row = current.estimate(rank)
     for name, value in _savings(estimator.settings):
         if getattr(current.settings, name) == value:
             continue
         changed = current.variant(**{name: value})
-        if (saved := changed.estimate(rank).peak.reserved_bytes) < reserved:
+        changed_row = changed.estimate(rank)
+        if changed_row.peak_reserved_bytes < row.peak_reserved_bytes:
             taken[name] = value
-            current, reserved = changed, saved
-        if current.estimate(rank).fits:
+            current, row = changed, changed_row
+        if row.fits:
             return taken
     return {}
 
@@ -211,7 +197,7 @@ def plan_selection(
     wanted = settings.adapters_per_pass or (MAX_ADAPTERS_PER_PASS if plan_settings.device == "cuda" else 1)
     if memory is not None and wanted > 1:
         adapters = _max_adapters(estimator, max(fitting), wanted)
-    allocated = {rank: estimate.peak.peak_bytes for rank, estimate in estimates.items()}
+    allocated = {rank: estimate.peak_bytes for rank, estimate in estimates.items()}
     shares: dict[int, int] = {}
     return MemoryPlan(allocated, needs, memory, fitting, adapters, partial(_peak_of, estimator, allocated, shares))
 
@@ -226,7 +212,7 @@ def _peak_of(
         return alone[ranks[0]]
     if missing := set(ranks) - shares.keys():
         pairs = estimator.variant(adapters_per_pass=2)
-        shares.update({rank: pairs.estimate(rank).peak.peak_bytes - alone[rank] for rank in missing})
+        shares.update({rank: pairs.estimate(rank).peak_bytes - alone[rank] for rank in missing})
     first = ranks[0]
     return alone[first] - shares[first] + sum(shares[rank] for rank in ranks)
 

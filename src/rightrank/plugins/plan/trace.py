@@ -81,7 +81,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
         self._vocabulary = vocabulary
         self._device: DeviceKind = device
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._alive: dict[int, int] = {}
+        self.alive: dict[int, int] = {}
         self._modules: list[str] = []
         self.deaths: list[weakref.ref[Any]] = []  # a weak reference that is dropped calls nothing
 
@@ -98,11 +98,6 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
         self.trace.events += [-number for number in reversed(numbers)]
         self.trace.flops += flops
         return out
-
-    def gradient_storages(self, parameters: Iterable[torch.Tensor]) -> frozenset[int]:
-        """The allocations that hold the parameters' gradients now."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        return frozenset(self._alive[gradient.untyped_storage()._cdata] - 1 for gradient in gradients)
 
     @contextmanager
     def named_modules(self, model: torch.nn.Module) -> Iterator[None]:
@@ -130,11 +125,11 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known or key in self._alive:
+        if key in self._known or key in self.alive:
             return
         origin = self._origin(func, self._vocabulary in tensor.shape)
-        self._alive[key] = self.trace.add(storage.nbytes(), origin)
-        self.deaths.append(weakref.ref(storage, lambda _: self.trace.events.append(-self._alive.pop(key))))
+        self.alive[key] = self.trace.add(storage.nbytes(), origin)
+        self.deaths.append(weakref.ref(storage, lambda _: self.trace.events.append(-self.alive.pop(key))))
 
     def _origin(self, func: Any, has_vocabulary: bool) -> Origin:
         module = self._modules[-1] if self._modules else ""
@@ -199,7 +194,9 @@ def trace_step(skeleton: Skeleton, settings: PlanSettings, training: bool = True
         elif settings.gradient_checkpointing:
             stack.enter_context(gradient_checkpointing_on(skeleton.base))
         stack.enter_context(tracer.named_modules(model))
-        stack.enter_context(_without_autocast())
+        library: Any = torch
+        stack.callback(setattr, torch, "autocast", torch.autocast)
+        library.autocast = lambda *_, **__: nullcontext()  # PEFT's, for experts; meta tensors do not know it
         for mode in (tracer, _DeviceKernels(device, settings.padding), torch.device("meta")):
             stack.enter_context(mode)
         loss = _loss(skeleton, settings, batch * len(skeleton.arms))
@@ -210,8 +207,9 @@ def trace_step(skeleton: Skeleton, settings: PlanSettings, training: bool = True
             engine: Any = torch.autograd.graph._engine_run_backward
             ones = (torch.ones_like(loss),)
             engine((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
-            trainable = skeleton.trainable()
-            tracer.trace.gradients = tracer.gradient_storages(trainable)
+            gradients = (parameter.grad for parameter in skeleton.trainable() if parameter.grad is not None)
+            storages = (gradient.untyped_storage()._cdata for gradient in gradients)
+            tracer.trace.gradients = frozenset(tracer.alive[storage] - 1 for storage in storages)
     tracer.deaths.clear()  # what is alive now lives until the step ends
     for parameter in skeleton.trainable():
         parameter.grad = None
@@ -258,17 +256,6 @@ def _multi_lora_forward(skeleton: Skeleton, settings: PlanSettings, rows: int) -
     finally:
         for _, module in adapted:
             del module.__dict__["forward"]
-
-
-@contextmanager
-def _without_autocast() -> Iterator[None]:
-    """Within the block `torch.autocast` does nothing: PEFT switches it off for experts, which meta tensors do not know."""
-    module: Any = torch
-    before, module.autocast = torch.autocast, lambda *_, **__: nullcontext()
-    try:
-        yield
-    finally:
-        module.autocast = before
 
 
 FLASH_HEAD_LIMIT = 256  # widest head that the flash kernel takes
