@@ -76,3 +76,30 @@ def test_every_byte_is_accounted_for(requests: list[tuple[int, int]]) -> None:
     for name in wanted:
         allocator.free(name)
     assert allocator.allocated == 0
+
+
+@given(
+    st.lists(st.integers(1, 30 * MIB), max_size=6),
+    st.lists(st.tuples(st.integers(1, 30 * MIB), st.integers(0, 3)), min_size=1, max_size=20),
+)
+def test_a_step_that_reserves_nothing_new_repeats_itself(kept: list[int], requests: list[tuple[int, int]]) -> None:
+    """The plan ends there: what is allocated and reserved after each request is the same in every further step."""
+    allocator = CachingAllocator()
+
+    def step() -> list[tuple[int, int]]:
+        counts = []
+        for name, (size, freed) in enumerate(requests):
+            allocator.allocate(name, size)
+            allocator.free(name - freed)
+            counts.append((allocator.allocated, allocator.reserved))
+        for name in range(len(requests)):
+            allocator.free(name)
+        return counts
+
+    step()
+    for name, size in enumerate(kept, len(requests)):
+        allocator.allocate(name, size)
+    for _ in range(4):
+        reserved, counts = allocator.reserved, step()
+        if allocator.reserved == reserved:
+            assert step() == counts
