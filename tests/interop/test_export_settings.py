@@ -251,6 +251,7 @@ def test_the_command_that_makes_a_smaller_adapter_again_has_the_settings(values:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern")
 @given(values=chosen(), epochs=st.booleans())
 @checks(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 def test_the_command_that_proves_an_estimate_has_the_settings_of_the_training(
