@@ -18,7 +18,7 @@ from rightrank.decision.comparison import (
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import decision_of
 from rightrank.decision.seeds import pair_noise
-from rightrank.decision.table import Cell, ScoreTable, groups_of
+from rightrank.decision.table import Cell, ScoreTable, groups_of, minus
 from rightrank.schema.trials import Floats, Groups
 
 ROWS = 10
@@ -128,3 +128,9 @@ def test_examples_that_are_alike_count_as_fewer() -> None:
     assert pair_noise(rows, ones, groups).likeness == pytest.approx(ROWS)
     assert pair_noise(rows, ones).likeness == 1.0
     assert estimate_of_files(rows[0], ones, 0.0, groups).degrees <= 39
+
+
+def test_a_difference_keeps_the_groups_of_its_examples() -> None:
+    groups = np.array([0, 0, 1])
+    one, other = (Cell(name, 0.0, np.ones(3), np.ones(3), 0.0, groups=groups) for name in ("one", "other"))
+    assert minus(one, other).groups is groups

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rightrank.decision.comparison import CONFIDENCE, estimate, examples_needed, seeds_needed, settles
-from rightrank.decision.next_run import next_commands
+from rightrank.decision.next_run import next_commands, time_told
 from rightrank.decision.records import decide_run
 from rightrank.schema.decision import NextRun
 from rightrank.schema.events import RunStarted
@@ -116,3 +116,20 @@ def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
     assert found.sentence == (
         f"Train ranks 1 and 4 for {sixteen.steps} steps too (2 trainings): trainings of unequal length are compared."
     )
+
+
+@pytest.mark.parametrize(
+    ("minutes", "told"),
+    [
+        (None, ""),
+        (0.5, " (about 30 seconds)"),
+        (1.4, " (about 84 seconds)"),
+        (1.5, " (about 2 minutes)"),
+        (89.9, " (about 90 minutes)"),
+        (90.0, " (about 1.5 hours)"),
+        (60_000.0, " (about 1,000.0 hours)"),
+    ],
+)
+def test_a_time_is_told_in_the_unit_that_it_is_read_in(minutes: float | None, told: str) -> None:
+    assert time_told(minutes) == told
+    assert time_told(minutes, ", ") == told.replace(" (", ", ").replace(")", "")

@@ -60,8 +60,9 @@ def test_the_last_word_on_a_trial_counts() -> None:
     first = made_up_run().finished()[1]
     again = altered(first, value=1.5)
     failed = TrialFailed(trial_id="other", **first.arm.model_dump(), error="error", reason="x")
+    third = failed.model_copy(update={"trial_id": "third"})
     started = made_up_run().started
-    assert Records.of(started, [begun(first), first, failed, again]).outcomes == [again, failed]
+    assert Records.of(started, [begun(first), first, failed, third, again]).outcomes == [again, failed, third]
 
 
 def test_every_kind_of_record_is_kept_apart() -> None:

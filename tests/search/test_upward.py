@@ -140,8 +140,26 @@ def test_a_fall_within_the_noise_of_few_prompts_is_no_collapse() -> None:
         both = [scores(0.62, count), scores(0.5, count)]
         found = collapse_of(points(0.62, 0.5, scores=both), 0.05)
         assert (found is not None) is collapses
-    assert found is not None
-    assert found["reason"] == "the held-out value fell from 0.62 at step 0 to 0.5 at step 10"
+    assert found == {
+        "step": 10,
+        "value": 0.5,
+        "best_step": 0,
+        "best_value": 0.62,
+        "reason": "the held-out value fell from 0.62 at step 0 to 0.5 at step 10",
+    }
+
+
+@pytest.mark.parametrize(
+    ("scores", "collapses"),
+    [
+        ([[1.0, 0.5], [0.0, 0.45]], False),  # a fall of .525 by 1 and .05: a standard error of .475
+        ([[0.7, 0.5, 0.7, 0.5], [0.0, 0.0, 0.0, 0.0]], True),
+        ([[1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]], False),  # three standard errors of .25 are the fall itself
+    ],
+)
+def test_a_collapse_is_more_than_three_standard_errors(scores: list[list[float]], collapses: bool) -> None:
+    best, last = (sum(values) / len(values) for values in scores)
+    assert (collapse_of(points(best, last, scores=scores), 0.05) is not None) is collapses
 
 
 @pytest.mark.parametrize(

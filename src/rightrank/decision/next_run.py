@@ -119,7 +119,7 @@ def _purchases(tested: Comparison) -> list[NextRun]:
     if items is not None:
         minutes = _minutes(items * sum(cell.eval_seconds for cell in cells) / examples)
         told = "" if trained is not None else "; further seeds alone would not do it"
-        sentence = f"To test the margin, score about {items:,} held-out examples (now {examples:,}) at {_ranks(ranks)}{_takes(minutes)}{told}."
+        sentence = f"To test the margin, score about {items:,} held-out examples (now {examples:,}) at {_ranks(ranks)}{time_told(minutes)}{told}."
         runs.append(NextRun(action="items", ranks=ranks, items=items, minutes=minutes, sentence=sentence))
     if trained is not None or items is None:
         both = (
@@ -132,7 +132,7 @@ def _purchases(tested: Comparison) -> list[NextRun]:
         trials = sum(max(0, count - len(evidence.contenders[rank].cells)) for rank in ranks)
         minutes = _minutes(trials * sum(cell.train_seconds + cell.eval_seconds for cell in cells) / len(cells))
         scored = "" if size is None else f" and score about {size:,} held-out examples (now {examples:,})"
-        sentence = f"Train {_ranks(ranks)} with {count} seeds (now {seeds}){scored} to test it ({{cost}}{_takes(minutes, ', ')})."
+        sentence = f"Train {_ranks(ranks)} with {count} seeds (now {seeds}){scored} to test it ({{cost}}{time_told(minutes, ', ')})."
         runs.append(_train_seeds(ranks, count, trials, sentence, size).model_copy(update={"minutes": minutes}))
     return sorted(runs, key=lambda run: math.inf if run.minutes is None else run.minutes)
 
@@ -141,7 +141,7 @@ def _minutes(seconds: float) -> float | None:
     return round(seconds / 60, 1) if seconds > 0 else None
 
 
-def _takes(minutes: float | None, before: str = " (") -> str:
+def time_told(minutes: float | None, before: str = " (") -> str:
     """` (about 3 minutes)`; empty where it is not known."""
     if minutes is None:
         return ""
