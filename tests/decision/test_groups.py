@@ -134,3 +134,19 @@ def test_a_difference_keeps_the_groups_of_its_examples() -> None:
     groups = np.array([0, 0, 1])
     one, other = (Cell(name, 0.0, np.ones(3), np.ones(3), 0.0, groups=groups) for name in ("one", "other"))
     assert minus(one, other).groups is groups
+
+
+def test_more_examples_of_groups_that_say_the_same_count_as_so_many_groups() -> None:
+    draw, alone, repeated = np.random.default_rng(6), {}, {}
+    for rank in (4, 16):
+        for seed in (0, 1, 2):
+            sums, key = 2 + 0.1 * draw.standard_normal(80), (rank, 1e-3, seed)
+            alone[key] = Cell(f"{key}", float(sums.mean()), sums, np.ones(80))
+            rows, groups = np.repeat(sums, ROWS), np.repeat(np.arange(80), ROWS)
+            repeated[key] = Cell(f"{key}", float(sums.mean()), rows, np.ones(len(rows)), groups=groups)
+    of_rows, of_groups = (Evidence(ScoreTable("loss", False, cells)) for cells in (alone, repeated))
+    for examples in (80, 160, 800):
+        margin = of_rows.margin_of(4, 0.95, examples=examples)
+        # not quite the same: the noise within a seed is estimated from 800 rows and not from 80
+        assert of_groups.margin_of(4, 0.95, examples=ROWS * examples) == pytest.approx(margin, rel=0.01)
+    assert margin < 0.9 * of_rows.margin_of(4, 0.95)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rightrank.decision.rule import decision_of
-from rightrank.decision.table import table_of
+from rightrank.decision.table import other_tables, table_of
+from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.trials import EvalPoint, TrialFinished
 from tests.tiny import UNMEASURED
 
@@ -103,3 +104,17 @@ def test_metrics_that_differ_on_the_base_alone_are_no_conflict() -> None:
     decision = decided({0: 2.2, 4: 2.0, 16: 2.0}, {0: 0.7, 4: 0.7, 16: 0.7})
     assert (decision.verdict, decision.other_metrics[0].verdict) == ("flat", "no_gain")
     assert not decision.other_metrics[0].conflict
+
+
+def test_the_other_columns_of_a_table_are_tables_of_their_own_values() -> None:
+    results = [
+        Result(trial_id=f"{rank}", rank=rank, value=2.0, item_values=[1.0, 3.0], others={"f1": right, "vram": 3.0})
+        for rank, right in ((4, 0.25), (16, 0.5))
+    ]
+    read = ResultsTable(metric="loss", higher_is_better=False, results=results, understood=[])
+    (table,) = other_tables(read)  # the direction of `vram` is not known
+    assert (table.metric, table.higher_is_better) == ("f1", True)
+    assert [(cell.value, cell.examples) for cell in table.cells.values()] == [
+        (0.25, 0),
+        (0.5, 0),
+    ]  # no examples: those of the loss say nothing of it
