@@ -125,17 +125,18 @@ def _unseen(splits: DataSplits, sides: Sequence[str], settings: SelectSettings, 
     Raises:
         DataError: fewer than two are left.
     """
-    rows, seen = splits.examples["selection"], set[str]()
+    seen = set[str]()
     for side in sides:
         if side != BASE and (known := splits_of_run(Path(side), settings, splits.summary.classes)) is not None:
             seen |= {example.item_id for example in known[0].examples["train"]}
-    unseen = [example for example in rows if example.item_id not in seen]
-    if len(unseen) < 2:
+    unseen = splits.without(seen)
+    count, left = (len(side.examples["selection"]) for side in (splits, unseen))
+    if left < 2:
         raise DataError(
-            f"{data}: {len(rows) - len(unseen)} of {len(rows)} distinct rows are among the training examples of A or B; give rows that "
+            f"{data}: {count - left} of {count} distinct rows are among the training examples of A or B; give rows that "
             "neither was trained on"
         )
-    return replace(splits, examples=dict.fromkeys(splits.examples, unseen)) if len(unseen) < len(rows) else splits
+    return unseen
 
 
 def splits_of_run(

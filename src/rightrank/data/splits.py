@@ -13,7 +13,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, takewhile
 from pathlib import Path
@@ -89,6 +89,11 @@ class DataSplits:
     def form(self) -> DataForm:
         assert self.summary.form != "own"
         return self.summary.form
+
+    def without(self, item_ids: Container[str]) -> DataSplits:
+        """The splits of `load_all` without these examples."""
+        kept = [example for example in self.examples["selection"] if example.item_id not in item_ids]
+        return replace(self, examples=dict.fromkeys(self.examples, kept))
 
 
 def load_data(

@@ -104,8 +104,7 @@ def _load(
             f"guard {file}: the data has the form {splits.form!r}, and this run trains on {task}: give guard data that the same "
             "model can be scored on"
         )
-    rows = splits.examples["selection"]
-    unseen = [example for example in rows if example.item_id not in trained_on]
+    rows, unseen = (which.examples["selection"] for which in (splits, splits.without(trained_on)))
     if len(unseen) < len(rows):
         shared = f"guard {file}: {len(rows) - len(unseen):,} of {len(rows):,} rows are training examples, whose loss an adapter lowers"
         if len(unseen) < MIN_ROWS:

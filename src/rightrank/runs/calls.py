@@ -77,9 +77,8 @@ class TrialResult(Record):
     metrics: dict[str, float]  # held-out; includes the deciding metric
     item_scores: list[float] | None = None  # that metric for each held-out example; the same examples in every trial
     item_weights: list[float] | None = None  # such as tokens per example; None: equal weights
-    item_groups: list[Whole] | None = (
-        None  # examples of one number belong together, as those of a document; None: each stands for itself
-    )
+    # Examples of one number belong together, as those of a document; None: each stands for itself.
+    item_groups: list[Whole] | None = None
     train_value: float | None = None  # the metric on training data at the end
     points: list[EvalPoint] = Field(default_factory=list)  # held-out values during the training
     trainable_parameters: Whole = 0

@@ -98,9 +98,8 @@ class OwnRequest:
     metric: str
     higher_is_better: bool
     name: str  # of the function
-    calls: Mapping[
-        str, Call
-    ]  # "train"; "evaluate" of an adapter in a task's folder, without which the first question is not asked
+    # "train"; "evaluate" of an adapter in a task's folder, without which the first question is not asked
+    calls: Mapping[str, Call]
     evaluates_base: bool
     given: TrainerSettings
 

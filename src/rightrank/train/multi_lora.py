@@ -122,9 +122,8 @@ class MultiLora:
             else:
                 self.peft_model.add_adapter(adapter, config)
         self._names.append(adapter)
-        init = (
-            self._settings.init_lora_weights if arm.truncate_from is None else "default"
-        )  # which a truncation replaces
+        # A truncation replaces the first values.
+        init = self._settings.init_lora_weights if arm.truncate_from is None else "default"
         with torch.no_grad():
             for name, module in lora_modules(self.peft_model).items():
                 if adapter in module.lora_A or adapter in module.lora_embedding_A:

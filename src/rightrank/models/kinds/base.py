@@ -130,9 +130,8 @@ class Draw:
     module: str
     init: str  # of `init_lora_weights`
     top: int = 1  # the largest rank of the run
-    known: dict[str, Factors] = field(
-        default_factory=dict
-    )  # of the base's weights, by module: they are computed once in a run
+    # Of the base's weights, by module: they are computed once in a run.
+    known: dict[str, Factors] = field(default_factory=dict)
 
     def rows(self, rank: int, width: int, *part: int) -> torch.Tensor:
         """[rank, width] in float32, uniform in ±1/√width or normal with standard deviation 1/rank.

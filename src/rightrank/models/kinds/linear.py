@@ -66,9 +66,8 @@ class Linear(AdapterKind):
             weight = module.get_base_layer().weight.detach().float()
             known = _first_factors(weight.T if module.fan_in_fan_out else weight, draw.init, max(rank, draw.top))
             draw.known[draw.module] = known
-        root = (
-            module.scaling[adapter] ** 0.5 if draw.init == "pissa" else 1.0
-        )  # so that s·B₀·A₀ is the part of the weight
+        # PiSSA divides, so that s·B₀·A₀ is the part of the weight.
+        root = module.scaling[adapter] ** 0.5 if draw.init == "pissa" else 1.0
         b.weight.copy_(known[0][:, :rank] / root)
         a.weight.copy_(known[1][:rank] / root)
         keep_start(a, b)

@@ -40,15 +40,13 @@ class Crew(Protocol):
 
     def start(self, worker: str) -> None: ...  # and send it its `Setup`
 
-    def send(
-        self, worker: str, command: Task | Stop
-    ) -> None: ...  # to an idle worker; a busy one, which then sends `TaskEnded`
+    # A task to an idle worker; a stop to a busy one, which then sends `TaskEnded`.
+    def send(self, worker: str, command: Task | Stop) -> None: ...
 
     def end(self, worker: str) -> None: ...  # at once, whatever it is doing
 
-    def messages(
-        self, seconds: float
-    ) -> list[tuple[str, WorkerMessage | WorkerLost]]: ...  # wait so long for the first
+    # Wait so long for the first.
+    def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]: ...
 
     def close(self) -> None: ...  # end all workers, and release what the crew holds
 

@@ -119,9 +119,8 @@ def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1
                 adapted.add_adapter(name, copy.deepcopy(config), low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
         raise ModelError(f"PEFT cannot adapt the model ({first_line(error)})") from None
-    if (
-        settings.is_packed and settings.init_lora_weights in TAKEN_FROM_BASE
-    ):  # others take it from the base's own weights
+    # Others take it from the base's own weights.
+    if settings.is_packed and settings.init_lora_weights in TAKEN_FROM_BASE:
         for module in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
             for name in module.lora_A:
                 keep_start(module.lora_A[name], module.lora_B[name])
