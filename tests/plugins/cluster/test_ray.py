@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,10 +24,18 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the workers of this cluster keep their files: workers of other tests may run beside it."""
+    return tmp_path_factory.mktemp("scratch")
+
+
+@pytest.fixture(scope="module")
+def cluster(scratch: Path) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(scratch))
+        patch.setenv("RAY_TMPDIR", "/tmp")  # the paths of Ray's sockets have to be short
         patch.setenv("RAY_worker_niceness", "0")  # 15 otherwise: beside other work they would stand still
         patch.setenv("RAY_enable_worker_prestart", "0")  # workers that nobody asks for
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20}
@@ -40,7 +47,7 @@ def cluster() -> Iterator[Any]:
 
 
 def test_a_node_leaves_and_the_decision_is_that_of_one_process(
-    cluster: Any, alone: Path, model_folder: Path, completion_file: Path, tmp_path: Path
+    cluster: Any, scratch: Path, alone: Path, model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     nodes = [cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20) for cpus in (1, 2)]
     removed: list[str] = []
@@ -50,7 +57,6 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
             removed.append(event.trial_id)
             cluster.remove_node(nodes[0])
 
-    before = scratch_folders()
     settings = small_settings(**STEPS, executor="ray", ray_address=cluster.address, workers=3)
     select_rank(
         str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[Watch(on_event=take_a_node)]
@@ -58,9 +64,4 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
     assert removed
     assert decision_of(tmp_path / "run") == decision_of(alone)
     assert values_of(tmp_path / "run") == values_of(alone)
-    assert len(scratch_folders() - before) <= 1  # that of the node that was taken
-
-
-def scratch_folders() -> set[Path]:
-    """What workers keep on a machine's own disk."""
-    return set(Path(tempfile.gettempdir()).glob("rightrank-worker-*"))
+    assert len(list(scratch.glob("rightrank-worker-*"))) <= 1  # that of the node that was taken
