@@ -1,10 +1,7 @@
-"""Programs and functions that score: what they are given, what they may print, and what becomes of bad ones."""
+"""Functions that score: what they are given, what they may return, and what becomes of bad ones."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,6 @@ import pytest
 from rightrank.schema.errors import MetricError, SettingsError
 from rightrank.schema.metrics import parse_metrics
 from rightrank.schema.settings import SelectSettings
-from rightrank.train import metrics
 from rightrank.train.generation import ModelAnswer
 from rightrank.train.metrics import Scored, require_scorers, score
 
@@ -25,55 +21,6 @@ ANSWERS = [ModelAnswer(str(n), text, text, "expected") for n, text in enumerate(
 @pytest.fixture(autouse=True)
 def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def scored_by(code: str, more: str = "{file}") -> Scored:
-    return score(*parse_metrics(f"x=command:{shlex.quote(sys.executable)} -c {shlex.quote(code)} {more}"), ANSWERS)
-
-
-def test_texts_and_paths_reach_no_shell() -> None:
-    code = "import json,sys; print(json.dumps([len(json.loads(l)['completion']) for l in open(sys.argv[1], newline='\\n')]))"
-    for more in ("{file}", ""):
-        assert scored_by(code, more) == Scored(sum(map(len, NASTY)) / 8, [float(len(text)) for text in NASTY])
-    assert not Path("owned").exists()
-
-
-@pytest.mark.parametrize(
-    ("printed", "scored"),
-    [
-        ("0.25", Scored(0.25, None)),
-        (json.dumps([1, 0] * 4), Scored(0.5, [1.0, 0.0] * 4)),
-        ("\n".join(["1", "0"] * 4), Scored(0.5, [1.0, 0.0] * 4)),
-    ],
-)
-def test_what_it_may_print(printed: str, scored: Scored) -> None:
-    assert scored_by(f"print({printed!r})") == scored
-
-
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [
-        ("print('fine, thanks')", "it printed 'fine, thanks'"),
-        ("print('1 2 3')", "3 scores for 8 examples"),
-        ("print('nan')", "finite numbers"),
-        ("print(['a'] * 8)", "it printed"),
-        ("print('{\"loss\": 1}')", "finite numbers"),
-        ("pass", "it printed ''"),
-        ("raise SystemExit('no licence')", "ended with status 1: no licence"),
-        ("import os; os.kill(os.getpid(), 9)", "ended with status -9"),
-    ],
-)
-def test_a_bad_program_is_one_line(code: str, said: str) -> None:
-    with pytest.raises(MetricError) as caught:
-        scored_by(code)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_program_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "TIMEOUT_SECONDS", 0.5)
-    with pytest.raises(MetricError, match=r"longer than 0\.5 s and was killed"):
-        scored_by("import time; time.sleep(600)")
 
 
 FUNCTIONS = """

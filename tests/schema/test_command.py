@@ -32,11 +32,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {  # of settings that allow less tha
     "peft_options": st.fixed_dictionaries(
         {}, optional={"lora_bias": st.booleans(), "layers_pattern": TEXT, "qalora_group_size": st.integers(1, 64)}
     ),
-    "metric": st.sampled_from(
-        ["accuracy", "max:wins=command:score 1,2 {file}", "reward=command:score --at 1,2 {file}"]
-    ),
+    "metric": st.sampled_from(["accuracy", "max:wins=scores 1,2.py:wins", "reward=my scores.py:reward"]),
     "metrics": st.lists(
-        st.sampled_from(["accuracy", "f1", "min:losses=command:score {file}", "reward=command:score --at 1,2 {file}"]),
+        st.sampled_from(["accuracy", "f1", "min:losses=scores 1,2.py:losses", "reward=my scores.py:reward"]),
         min_size=1,
         unique=True,
     ),

@@ -147,7 +147,7 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
         raise ModelError(f"{reference}: no usable tokenizer ({reason}); save the tokenizer into the folder") from None
     arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None} | quantised
     try:
-        model = _loaded(source.name, classes, arguments)
+        model = _loaded(source.name, classes, config, arguments)
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"{reference}: out of memory while loading ({first_line(error)})") from None
@@ -214,14 +214,13 @@ def model_skeleton(config: Any, trust_remote_code: bool, num_labels: int | None,
         raise ModelError(f"{config.model_type}: transformers cannot build the model ({first_line(error)})") from None
 
 
-def _loaded(name: str, classes: Sequence[str] | None, arguments: Mapping[str, Any]) -> Any:
+def _loaded(name: str, classes: Sequence[str] | None, config: Any, arguments: Mapping[str, Any]) -> Any:
     torch.manual_seed(0)  # the same new classification head in every run
     if classes is None:
-        return AutoModelForCausalLM.from_pretrained(name, **arguments)
-    by_number = dict(enumerate(classes))
-    label2id = {label: number for number, label in by_number.items()}
-    head = {"num_labels": len(classes), "id2label": by_number, "label2id": label2id}
-    return AutoModelForSequenceClassification.from_pretrained(name, **head, **arguments)
+        return AutoModelForCausalLM.from_pretrained(name, config=config, **arguments)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {label: number for number, label in enumerate(classes)}
+    return AutoModelForSequenceClassification.from_pretrained(name, config=config, **arguments)
 
 
 def prepare_model(

@@ -1,15 +1,14 @@
 """Metrics: the text that names one, its direction, and what its name and values tell of its kind, default margin and noise.
 
-The text is a built-in name, or `NAME=KIND:…` for a metric that other code computes.
+The text is a built-in name, or that of a function.
 
 loss                            nats per token (per example for a classification, per pair for preference pairs)
 accuracy, macro_f1              for a classification
 reward_accuracy, reward_margin  for preference pairs
 exact_match, f1, rouge1, rouge2, rougeL    of the text that the model generates for a prompt
-MODULE:FUNCTION                 a Python function; MODULE may be a file
-NAME=command:PROGRAM {file}     a program that reads the answers as JSONL and prints scores
+MODULE:FUNCTION                 a Python function; MODULE may be a file, and `NAME=` before it gives it another name
 
-The last two may begin with `max:` or `min:`, which says whether higher or lower is better where the name does not.
+The last may begin with `max:` or `min:`, which says whether higher or lower is better where the name does not.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ def unknown_direction(name: str) -> str:
     return f"metric {name!r}: whether higher or lower is better is not known from its name"
 
 
-SpecKind: TypeAlias = Literal["loss", "classes", "pairs", "text", "function", "command"]
+SpecKind: TypeAlias = Literal["loss", "classes", "pairs", "text", "function"]
 
 BUILT_IN: dict[str, SpecKind] = {
     "loss": "loss",
@@ -106,7 +105,7 @@ BUILT_IN: dict[str, SpecKind] = {
 }
 _NAMED = re.compile(r"([A-Za-z_][\w-]*)=(.+)", re.DOTALL)
 _FUNCTION = re.compile(r"[^:]+:[A-Za-z_]\w*")
-FORMS = f"{', '.join(BUILT_IN)}, MODULE:FUNCTION or NAME=command:PROGRAM (after max: or min: where its name has no direction)"
+FORMS = f"{', '.join(BUILT_IN)}, MODULE:FUNCTION (after max: or min: where its name has no direction)"
 
 
 class MetricSpec(NamedTuple):
@@ -114,7 +113,7 @@ class MetricSpec(NamedTuple):
 
     name: str  # its name in every record
     kind: SpecKind
-    target: str = ""  # the function or command line
+    target: str = ""  # the function
     higher_is_better: bool | None = None  # as stated; None: as its name says
 
     @property
@@ -134,23 +133,10 @@ def _parse_metric(text: str) -> MetricSpec:
         return MetricSpec(rest, BUILT_IN[rest])
     if name in BUILT_IN:
         raise ValueError(f"metric {text!r}: {name!r} is a built-in metric; give yours another name")
-    spec = _parse_foreign(name, rest.strip())
-    if spec is None:
+    target = rest.strip()
+    if not _FUNCTION.fullmatch(target):
         raise ValueError(f"metric {text!r} is not known{did_you_mean(rest, BUILT_IN)}; there are: {FORMS}")
-    return spec
-
-
-def _parse_foreign(name: str | None, rest: str) -> MetricSpec | None:
-    kind, colon, target = rest.partition(":")
-    if not colon or not target.strip():
-        return None
-    if kind == "command":
-        if name is None:
-            raise ValueError(f"metric {rest!r} has no name; give NAME=command:PROGRAM, such as bleu={rest}")
-        return MetricSpec(name, "command", target)
-    if not _FUNCTION.fullmatch(rest):
-        return None
-    return MetricSpec(name or rest.rpartition(":")[2], "function", rest)
+    return MetricSpec(name or target.rpartition(":")[2], "function", target)
 
 
 def parse_metrics(*texts: str) -> tuple[MetricSpec, ...]:

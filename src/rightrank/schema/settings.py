@@ -301,7 +301,7 @@ class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
     metric: str = option(
         "loss",
         DECIDE,
-        "`loss`, `accuracy`, `f1`, `rougeL`, …; what decides, also a function or a program, after `max:` or `min:` where its name says no "
+        "`loss`, `accuracy`, `f1`, `rougeL`, …; what decides, also a function, after `max:` or `min:` where its name says no "
         "direction ([metrics](../how-to/metrics.md))",
     )
     margin: float | None = option(

@@ -1,7 +1,5 @@
-"""The metrics that a training ends with: scores of the model's answers, by ours and by code of the user's own.
-
-That is a Python function, or a program that reads a JSONL file. A function is imported and called in this process. A program gets
-the file's path; texts of the data never reach a command line, and no shell is used.
+"""The metrics that a training ends with: scores of the model's answers, by ours and by a function of the user's own, which is imported and
+called in this process.
 """
 
 from __future__ import annotations
@@ -10,11 +8,7 @@ import importlib
 import inspect
 import json
 import math
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
@@ -24,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.data.files import replacing
-from rightrank.schema.errors import MetricError, RunError, SettingsError
+from rightrank.schema.errors import MetricError, SettingsError
 from rightrank.schema.metrics import MetricSpec
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
@@ -33,8 +27,6 @@ from rightrank.train.generation import ModelAnswer, answers
 from rightrank.train.runtime import Runtime
 from rightrank.train.scores import exact_match, macro_f1, rouge_l, rouge_n, token_f1
 
-TIMEOUT_SECONDS = 600.0  # of a program that computes a metric
-PLACEHOLDER = "{file}"  # of the answers' path in a command; without it the path is appended
 TEXT_SCORES: dict[str, Callable[[str, str], float]] = {  # of the expected and the generated text
     "exact_match": exact_match,
     "f1": token_f1,
@@ -79,10 +71,10 @@ class Scored:
 
 
 def score(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Scored:
-    """Score the answers by a metric of ours, a function or a program.
+    """Score the answers by a metric of ours, or by a function.
 
     Raises:
-        MetricError: the function or program failed, took too long, or returned something other than scores.
+        MetricError: the function failed, or returned something other than scores.
     """
     if spec.name in TEXT_SCORES:
         text_score = TEXT_SCORES[spec.name]
@@ -90,7 +82,7 @@ def score(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Scored:
         return Scored(sum(values) / len(values), values)
     if spec.name == "macro_f1":
         return Scored(*macro_f1([a.expected for a in answered], [a.completion for a in answered]))
-    given = _printed(spec, answered) if spec.kind == "command" else _returned(spec, answered)
+    given = _returned(spec, answered)
     is_one = not isinstance(given, list | tuple)
     scores = [given] if is_one else list(given)
     if not is_one and len(scores) != len(answered):
@@ -105,17 +97,13 @@ def score(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Scored:
 
 
 def require_scorers(settings: SelectSettings) -> None:
-    """Check before anything is loaded that the function or program of every metric exists.
+    """Check before anything is loaded that the function of every metric exists.
 
     Raises:
         SettingsError: one does not exist.
     """
     for spec in settings.metric_specs:
-        if spec.kind == "command":
-            program = _command(spec)[0]
-            if shutil.which(program) is None:
-                raise SettingsError(f"metric {spec.name!r}: no program {program!r} on the PATH; give its path")
-        elif spec.kind == "function":
+        if spec.kind == "function":
             _function(spec)
 
 
@@ -179,60 +167,6 @@ def _module_of_file(path: str) -> Any:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _command(spec: MetricSpec) -> list[str]:
-    try:
-        return shlex.split(spec.target)
-    except ValueError as error:
-        raise SettingsError(f"metric {spec.name!r}: {spec.target!r} can't be read as a command ({error})") from None
-
-
-def _printed(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Any:
-    """What the program prints: a number, or a number for each example, as JSON or as words."""
-    with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
-        path = Path(folder) / "answers.jsonl"
-        _write_answers(answered, path)
-        command = _command(spec)
-        placed = [word.replace(PLACEHOLDER, str(path)) for word in command]
-        try:
-            printed = _run_program(placed if placed != command else [*command, str(path)])
-        except RunError as error:
-            raise MetricError(f"metric {spec.name!r}: {error}") from None
-    try:
-        return json.loads(printed)
-    except json.JSONDecodeError:
-        pass
-    try:
-        words = [float(word) for word in printed.split()]
-    except ValueError:
-        words = []
-    if not words:
-        raise MetricError(
-            f"metric {spec.name!r}: it printed {_short(printed)!r}; one number, or {len(answered)} (one per example), are expected"
-        )
-    return words[0] if len(words) == 1 else words
-
-
-def _run_program(command: Sequence[str]) -> str:
-    """Run a program and return what it printed.
-
-    Raises:
-        RunError: it could not be started, ended with a status other than 0, or took too long.
-    """
-    try:
-        ended = subprocess.run(
-            list(command), stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_SECONDS, check=False
-        )
-    except OSError as error:
-        raise RunError(f"can't run {command[0]!r} ({error.strerror or error})") from None
-    except subprocess.TimeoutExpired:
-        raise RunError(f"{_short(command[0])} took longer than {TIMEOUT_SECONDS:g} s and was killed") from None
-    if ended.returncode != 0:
-        last = ended.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        detail = f": {_short(last[0])}" if last else ""
-        raise RunError(f"{_short(command[0])} ended with status {ended.returncode}{detail}")
-    return ended.stdout.decode(errors="replace")
 
 
 def _short(text: str) -> str:
