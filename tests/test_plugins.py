@@ -96,7 +96,7 @@ def test_a_plug_in_that_cannot_be_imported_costs_one_notice_and_its_commands(tmp
         "rightrank: the plug-in 'fleet' can't be imported (ModuleNotFoundError: No module named 'no_such_package') and is left out"
     ]
     assert "fleet" not in done.stdout
-    assert "allocate" in done.stdout
+    assert "plan" in done.stdout
 
 
 @pytest.mark.trains

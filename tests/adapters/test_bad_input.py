@@ -171,11 +171,3 @@ def test_a_checkpoint_with_nan(capsys: pytest.CaptureFixture[str], base: Path, t
 
 def test_figures_and_plots(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
     assert "written as .svg, .pdf or .png" in complaint(capsys, "inspect", adapter, "--plot", tmp_path / "x.gif")
-
-
-@pytest.mark.plug_in("allocate")
-def test_settings_and_ranks_without_effect(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"text": "a"}\n')
-    words = ("--rank", "9999", "--learning-rate", "1e-3", "--max-steps", "1")
-    assert "--rank 9999 is above the" in complaint(capsys, "allocate", adapter, data, *words)

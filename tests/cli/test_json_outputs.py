@@ -26,7 +26,6 @@ TABLE = [
     {"rank": rank, "seed": seed, "eval_loss": 1 + 1 / rank + seed / 1000} for rank in (1, 4, 16) for seed in (0, 1)
 ]
 SMALL = "--ranks 1,4 --learning-rates 1e-2 --max-steps 4 --batch-size 4 --seq-len 32 --eval-items 8 --device cpu"
-TRAINING = "--learning-rate 1e-2 --max-steps 2 --seeds 0,1 --set seq_len=32 --set batch_size=4 --set eval_items=8"
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,6 @@ FINE = [
     "inspect --base base --finetuned finetuned",
     "resize adapter small --rank 2",
     "resize adapter small --energy 0.9",
-    f"allocate of_model data.jsonl --rank 2 {TRAINING}",
     "compare of_model of_model --model model --data data.jsonl --seq-len 32 --device cpu",
     "fleet of_model also_of_model --model model --data data.jsonl --out common --margin 9 "
     "--set seq_len=32 --set eval_items=8 --set max_steps=2 --set device=cpu",
@@ -124,9 +122,6 @@ FAILING = [
     "resize adapter out",
     "resize adapter out --rank 0",
     "resize adapter model --rank 2",
-    f"allocate empty data.jsonl --rank 2 {TRAINING}",
-    f"allocate adapter nowhere.jsonl --rank 2 {TRAINING}",
-    "allocate of_model data.jsonl",
     "select model nowhere.jsonl --out run",
     "select empty table.jsonl --out run",
     "select model table.jsonl --out run",

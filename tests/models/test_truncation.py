@@ -139,9 +139,9 @@ def test_ranks_within_go_where_the_worth_is() -> None:
 
 def test_a_budget_buys_the_most_energy_a_parameter() -> None:
     strong, weak = np.array([10.0, 9.0, 8.0, 7.0]) ** 2, np.array([1.0, 0.1]) ** 2
-    assert ranks_within([strong, weak], [10, 10], 50) == [4, 1]
-    assert ranks_within([strong, weak], [10, 10], 20) == [1, 1]
-    assert ranks_within([strong, strong], [10, 1000], 1040) == [4, 1]
+    assert ranks_within([strong, weak], [10, 10], 50, 4) == [4, 1]
+    assert ranks_within([strong, weak], [10, 10], 20, 4) == [1, 1]
+    assert ranks_within([strong, strong], [10, 1000], 1040, 4) == [4, 1]
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""`inspect`, `resize`, `allocate` and `compare` (a gate for CI): commands on adapters."""
+"""`inspect`, `resize` and `compare` (a gate for CI): commands on adapters."""
 
 from __future__ import annotations
 

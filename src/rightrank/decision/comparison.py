@@ -1,6 +1,6 @@
 """One comparison: enough, not enough or cannot tell, from the one-sided 95% bounds of a paired difference.
 
-`select`, `resize`, `compare`, the guard and `allocate` ask it. A difference is above 0 where something is worse.
+`select`, `resize`, `compare` and the guard ask it. A difference is above 0 where something is worse.
 
     ===========  ===================================
     enough       the upper bound is within the margin

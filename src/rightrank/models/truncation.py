@@ -86,18 +86,18 @@ def _roots(matrix: Floats) -> tuple[Floats, Floats]:
     return vectors * roots, vectors * np.where(seen, 1 / np.where(seen, roots, 1.0), 0.0)
 
 
-def ranks_within(worth: Sequence[Floats], costs: Sequence[int], budget: int, max_rank: int | None = None) -> list[int]:
+def ranks_within(worth: Sequence[Floats], costs: Sequence[int], budget: int, max_rank: int) -> list[int]:
     """The ranks, from 1, that keep the most for a budget of parameters: one threshold for all modules.
 
     Args:
         worth: For each module, what each part is worth, in falling order.
         costs: For each module, the parameters of one rank, d + k.
-        max_rank: The largest rank that a module may get; None for all that it has.
+        max_rank: The largest rank that a module may get.
 
     Returns:
         A rank for each module. For the budget of a uniform `max_rank`, every module gets it (or all that it has).
     """
-    limits = [len(parts) if max_rank is None else min(max_rank, len(parts)) for parts in worth]
+    limits = [min(max_rank, len(parts)) for parts in worth]
     ranks = [min(1, limit) for limit in limits]
     left = budget - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     offers = sorted(

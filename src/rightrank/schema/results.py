@@ -1,4 +1,4 @@
-"""The records of `inspect`, `resize` and `allocate`; one JSON object each."""
+"""The records of `inspect` and `resize`; one JSON object each."""
 
 from __future__ import annotations
 
@@ -194,39 +194,6 @@ class Resized(Record):
     )  # with bits: those that were measured, the smallest first
     no_gain: bool = False  # with data: the base alone is not worse than the adapter by more than the margin
     notes: list[str] = Field(default_factory=list)
-
-
-class AllocationTrial(Record):
-    """One trained pattern with the given number of parameters."""
-
-    pattern: Literal["uniform", "allocated", "shuffled"]
-    seed: int
-    parameters: int
-    value: float
-    ranks: dict[str, int]
-
-
-class AllocationVerdict(Record):
-    """A paired comparison. Positive differences mean that the allocated ranks are worse."""
-
-    against: Literal["uniform", "shuffled"]
-    difference: float
-    low: float
-    high: float
-    better: bool  # the whole 95% interval lies below 0
-
-
-class Allocation(Record):
-    """`allocate --json`."""
-
-    proposal: Literal["uniform", "pattern"]
-    sentence: str
-    rank: int  # of the uniform adapter with as many parameters
-    parameters: int
-    rank_pattern: dict[str, int]  # by module, for PEFT's LoraConfig; empty if uniform is the answer
-    lora_alpha: float  # the same for every module
-    verdicts: list[AllocationVerdict]
-    trials: list[AllocationTrial]
 
 
 ComparisonVerdict: TypeAlias = Literal["not_worse", "worse", "cannot_tell", "broken"]
