@@ -5,7 +5,6 @@
 means       the running mean of a look, whose loss counts where it is the lower one
 neighbours  the neighbouring learning rates of a rank below the top that does not hold
 stages      the checks at a quarter and at half for a loss that rises
-support     trainings above the answer until an upper bound holds
 """
 
 from __future__ import annotations
@@ -22,13 +21,12 @@ from benchmarks.machine import machine
 from benchmarks.results import store
 from benchmarks.selection.compare import EQUAL_COST_WITH, FAMILIES, curves_of
 from benchmarks.selection.replay import Judged, replay_all
-from rightrank.search import STRATEGIES, bracket, learning_rates
+from rightrank.search import STRATEGIES, learning_rates
 
 PARTS: dict[str, tuple[Any, str, Any]] = {
     "means": (learning_rates, "_score", learning_rates._look_loss),
     "neighbours": (learning_rates, "_promising_neighbours", lambda *_: ()),
     "stages": (learning_rates, "STAGES", ()),
-    "support": (bracket, "support", lambda _: iter(())),
 }
 
 

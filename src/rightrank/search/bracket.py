@@ -46,7 +46,6 @@ class Bracket(Strategy):
         start = yield from self.start(trials, learning_rate)
         yield from walk(trials, start, learning_rate)
         yield from settle(trials)
-        yield from support(trials)
         yield from confirm(trials)
         yield from settle(trials)
         yield from confirm(trials)
@@ -208,17 +207,6 @@ def settle(trials: Trials) -> Requests:
         if rank is None:
             return
         yield from try_rank(trials, rank, _nearest_learning_rate(trials, rank, space.learning_rates[0]))
-
-
-def support(trials: Trials) -> Requests:
-    """Train ranks above the chosen one until an upper bound holds: a fallback for the decision, which goes by bounds."""
-    space = trials.space
-    rank, reference = trials.smallest_that_holds(), trials.reference()
-    while rank is not None and reference is not None and rank < reference and not trials.holds(rank, surely=True):
-        rank = space.above(rank)
-        if rank is None or rank >= reference or rank in trials.ranks():
-            continue
-        yield [space.arm(rank, _nearest_learning_rate(trials, rank, space.learning_rates[0]))]
 
 
 def confirm(trials: Trials) -> Requests:

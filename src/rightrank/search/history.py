@@ -211,13 +211,12 @@ class Trials:
         pairs = of_shared_seeds(left, right)
         return _excess_of(pairs, self.space) if pairs else Bounds(math.inf, math.inf, math.inf)
 
-    def holds(self, rank: int, *, surely: bool = False) -> bool:
-        """Whether the rank's mean, by which the search goes, is within the margin of the reference's; or its 95% upper bound."""
+    def holds(self, rank: int) -> bool:
+        """Whether the rank's mean, by which the search goes, is within the margin of the reference's."""
         reference = self.reference()
         if reference is None or rank not in self.ranks() or rank == reference:
             return rank == reference
-        excess, margin = self.excess(rank, reference), self.space.margin_at(self.best_loss(reference))
-        return is_within(excess.high if surely else excess.mean, margin)
+        return is_within(self.excess(rank, reference).mean, self.space.margin_at(self.best_loss(reference)))
 
     def smallest_that_holds(self) -> int | None:
         """The result of the walk down from the reference over the ranks trained."""
