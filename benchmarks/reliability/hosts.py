@@ -106,8 +106,8 @@ class Field:
     def with_workers(self) -> list[Host]:
         return self.hosts[1:] if self.executor == "ray" else self.hosts[:1]
 
-    def start(self, host: Host, command: Sequence[str], log: str) -> subprocess.Popen[bytes]:
-        return host.start(command, self.folder / log, **RAY)
+    def start(self, host: Host, command: Sequence[str], log: str, **more: str) -> subprocess.Popen[bytes]:
+        return host.start(command, self.folder / log, **RAY, **more)
 
     def keep_nodes(self) -> None:
         """Start what is missing of the Ray cluster, as a supervisor does."""
@@ -190,7 +190,8 @@ class Run:
 
     def start(self) -> None:
         self.begun = self.progress()
-        self.driver = self.field.start(self.field.hosts[0], self.command(), self.log.name)
+        head = f"{self.field.hosts[0].address}:{PORT}"
+        self.driver = self.field.start(self.field.hosts[0], self.command(), self.log.name, RAY_ADDRESS=head)
 
     def command(self) -> list[str]:
         return self.field.work.command(self.name, *options_of(self.field))
@@ -287,8 +288,7 @@ TOLD = re.compile(r"was lost|no message|can.t |no Ray|resuming|stopped|refused|l
 
 
 def options_of(place: Field) -> list[str]:
-    more = ["--executor", place.executor, "--workers", str(place.workers_wanted)]
-    return more + (["--set", f"ray_address={place.hosts[0].address}:{PORT}"] if place.executor == "ray" else [])
+    return ["--executor", place.executor, "--workers", str(place.workers_wanted)]
 
 
 def kill_worker(run: Run, _host: Host, _seconds: float) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,14 +25,15 @@ import psutil
 from benchmarks.machine import machine
 from benchmarks.scale.simulate import lower_bound
 from benchmarks.scale.simulated import VERSIONS, Pace, SimulatedCrew
-from benchmarks.scale.stub_worker import StubRayWorker
+from benchmarks.scale.stub_worker import StubRayWorker, StubWorker
 from rightrank.plugins.cluster.on_ray import RayCrew
 from rightrank.plugins.cluster.pool import Crew, Pool
 from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.worker import Setup, versions
+from rightrank.runs.values import Request
+from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
 
-STUB = (sys.executable, "-m", "benchmarks.scale.stub_worker")
 COUNTS = (1, 2, 3, 4)
 
 
@@ -49,19 +50,13 @@ def sleeping_trials(count: int, low: int, high: int, seed: int) -> list[Trial]:
 def setup_in(folder: Path) -> Setup:
     """Of a selection of sleeping workers."""
     (folder / "journal.jsonl").touch()  # which they look for
-    return Setup(
-        model="",
-        data="",
-        settings={},
-        fingerprint="",
-        folder=folder,
-        working_folder=Path.cwd(),
-    )
+    request = Request("", None, "", SelectSettings())
+    return Setup(request, fingerprint="", folder=folder, working_folder=Path.cwd())
 
 
 @contextmanager
 def process_crew(folder: Path) -> Iterator[Crew]:
-    yield ProcessCrew(setup_in(folder), folder / "workers", command=STUB)
+    yield ProcessCrew(setup_in(folder), folder / "workers", kind=StubWorker)
 
 
 @contextmanager
@@ -72,7 +67,8 @@ def ray_crew(folder: Path) -> Iterator[RayCrew]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **store})
     try:
         cluster.add_node(num_cpus=4, **store)
-        yield RayCrew(setup_in(folder), cluster.address, None, on_cuda=False, actor=StubRayWorker)
+        os.environ["RAY_ADDRESS"] = cluster.address
+        yield RayCrew(setup_in(folder), None, on_cuda=False, actor=StubRayWorker)
     finally:
         cluster.shutdown()
 

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 from tests.watch import Watch
 
-from benchmarks.scale.measure import STUB, setup_in
-from benchmarks.scale.stub_worker import StubRayWorker
+from benchmarks.scale.measure import setup_in
+from benchmarks.scale.stub_worker import StubRayWorker, StubWorker
 from rightrank.hooks.report import Report
 from rightrank.plugins.cluster.on_ray import RayCrew
 from rightrank.plugins.cluster.pool import Crew, Pool
@@ -143,7 +143,7 @@ def slow_worker(place: Place) -> None:
 
 
 def hung_worker(place: Place) -> None:
-    """Stopped for good: given up after `hang_seconds` and replaced."""
+    """Stopped for good: given up after so many seconds and replaced."""
     worker_at_work(place).suspend()
 
 
@@ -168,8 +168,9 @@ Fault = Callable[[Place], None]
 def _crew_at(place: Place) -> Crew:
     setup = setup_in(place.folder)
     if place.executor == "ray":
-        return RayCrew(setup, place.address, None, on_cuda=False, actor=StubRayWorker)
-    return ProcessCrew(setup, place.folder / "workers", command=STUB)
+        os.environ["RAY_ADDRESS"] = place.address or ""
+        return RayCrew(setup, None, on_cuda=False, actor=StubRayWorker)
+    return ProcessCrew(setup, place.folder / "workers", kind=StubWorker)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from benchmarks.scale.simulated import result_of, step_of
 from rightrank.plugins.cluster.on_ray import RayWorker
-from rightrank.plugins.cluster.worker import Setup, Worker, WorkerMessage, main
-from rightrank.runs.executor import Executor
+from rightrank.plugins.cluster.worker import Setup, Worker, WorkerMessage
 from rightrank.schema.trials import Trial, TrialOutcome, TrialStarted
+
+if TYPE_CHECKING:
+    from rightrank.runs.executor import Executor  # which brings torch: a sleeping worker is to start soon
 
 SIGN_SECONDS = 0.2  # between two signs of progress
 
@@ -38,7 +41,3 @@ class StubExecutor:
 
 class StubRayWorker(RayWorker):
     make_executor = StubWorker.make_executor
-
-
-if __name__ == "__main__":
-    main(StubWorker)

@@ -121,8 +121,6 @@ def test_a_secret_in_a_trainer_s_error_reaches_no_file_and_no_line(
 @pytest.mark.plug_in("cluster")
 def test_a_cluster_is_joined_only_where_it_is_asked_for() -> None:
     assert SelectSettings().executor == "local"
-    with pytest.raises(SettingsError, match="ray_address was given and the executor is"):
-        SelectSettings(ray_address="head:10001")
 
 
 def test_each_threat_has_tests_that_exist() -> None:

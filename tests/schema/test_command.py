@@ -22,7 +22,6 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1
 PLAIN_TEXT = st.from_regex(r"[a-z][a-z0-9_.,= -]{0,12}", fullmatch=True)
 TOGETHER: dict[str, dict[str, Any]] = {  # that a setting needs beside it
     "workers": {"executor": "processes"},
-    "ray_address": {"executor": "ray"},
 }
 VALUES: dict[str, st.SearchStrategy[Any]] = {  # of settings that allow less than their type
     "columns": st.lists(st.tuples(PLAIN_TEXT, TEXT).map("=".join), min_size=1, max_size=3).filter(

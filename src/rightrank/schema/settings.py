@@ -2,18 +2,16 @@
 
 Names are those of PEFT, transformers and TRL where they have one. `SelectSettings` has the settings of `rightrank` itself, and
 by inheritance those fields of other programs' own records that a selection passes on under their names, of `LoraConfig` and of
-`TrainingArguments`, and those that plug-ins bring.
+`TrainingArguments`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from rightrank.schema.errors import MAX_WHOLE, SettingsError
 from rightrank.schema.metrics import Checkpoint, MetricSpec, direction, parse_metrics, unknown_direction
@@ -232,22 +230,7 @@ class _TrainerFields(Settings):
     adam_beta2: float = setting(0.999, TRAINING, "of AdamW", ge=0, lt=1)
 
 
-def _brought() -> Iterator[type[Settings]]:
-    """By plug-ins: `SelectionFields` of a folder's `fields.py`, which imports the table of settings alone."""
-    with suppress(ModuleNotFoundError):
-        plug_ins = import_module("rightrank.plugins")
-        for file in sorted(Path(plug_ins.__path__[0]).glob("*/fields.py")):
-            yield import_module(f"{plug_ins.__name__}.{file.parent.name}.fields").SelectionFields
-
-
-if TYPE_CHECKING:
-
-    class _PlugInFields(Settings): ...
-else:
-    _PlugInFields = type("_PlugInFields", (*_brought(), Settings), {})
-
-
-class SelectSettings(PeftFields, _TrainerFields, _PlugInFields):
+class SelectSettings(PeftFields, _TrainerFields):
     """All settings of a selection besides MODEL, DATA and --out."""
 
     goal: Goal = option(

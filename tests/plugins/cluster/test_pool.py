@@ -228,13 +228,11 @@ def test_workers_of_a_cluster_get_four_variables_of_the_environment(monkeypatch:
     """A Ray head shows the environment of its actors to whoever reaches its dashboard."""
     ray, setup = MagicMock(), MagicMock()
     ray.nodes.return_value = [{"Alive": True, "Resources": {"CPU": 8.0, "memory": 2.0**36}}]
-    monkeypatch.setattr(on_ray, "connected", lambda _: ray)
-    crew = on_ray.RayCrew(setup, None, None, on_cuda=False)
+    monkeypatch.setattr(on_ray, "connected", lambda: ray)
+    crew = on_ray.RayCrew(setup, None, on_cuda=False)
     monkeypatch.setattr(
         os, "environ", {"HF_TOKEN": "hf_secret", "AWS_SECRET_ACCESS_KEY": "secret", "PYTHONPATH": "src"}
     )
     crew.start("worker-0")
     assert ray.remote.return_value.options.call_args.kwargs["runtime_env"] == {"env_vars": {"PYTHONPATH": "src"}}
-    ray.remote.return_value.options.return_value.remote.assert_called_once_with()  # an actor is given its setup alone, as JSON
-    actor = ray.remote.return_value.options.return_value.remote.return_value
-    actor.receive.remote.assert_called_once_with(setup.model_dump_json.return_value)
+    ray.remote.return_value.options.return_value.remote.assert_called_once_with(setup)

@@ -36,10 +36,12 @@ def cluster(scratch: Path) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(scratch))
         patch.setenv("RAY_TMPDIR", "/tmp")  # the paths of Ray's sockets have to be short
+        patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_worker_niceness", "0")  # 15 otherwise: beside other work they would stand still
         patch.setenv("RAY_enable_worker_prestart", "0")  # workers that nobody asks for
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20}
         cluster = Cluster(initialize_head=True, head_node_args=head)
+        patch.setenv("RAY_ADDRESS", cluster.address)
         try:
             yield cluster
         finally:
@@ -57,7 +59,7 @@ def test_a_node_leaves_and_the_decision_is_that_of_one_process(
             removed.append(event.trial_id)
             cluster.remove_node(nodes[0])
 
-    settings = small_settings(**STEPS, executor="ray", ray_address=cluster.address, workers=3)
+    settings = small_settings(**STEPS, executor="ray", workers=3)
     select_rank(
         str(model_folder), completion_file, tmp_path / "run", settings=settings, callbacks=[Watch(on_event=take_a_node)]
     )

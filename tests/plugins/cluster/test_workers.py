@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +21,20 @@ from rightrank import select_rank
 from rightrank.plugins.cluster import on_ray
 from rightrank.plugins.cluster import worker as workers
 from rightrank.plugins.cluster.on_ray import RayWorker, connected
-from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Ready, Setup, Stop, Task, WorkerLost, serve, versions
-from rightrank.schema.errors import InputError, MissingExtraError, RunError, SettingsError
+from rightrank.plugins.cluster.processes import ProcessCrew
+from rightrank.plugins.cluster.worker import Ready, Refused, Setup, Stop, Task, TaskEnded, WorkerLost, versions
+from rightrank.runs.values import Request
+from rightrank.schema.errors import MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from tests.plugins.cluster.runs import STEPS, decision_of, trials, values_of
 from tests.tiny import small_settings
 from tests.watch import Watch
+
+
+def setup_of(folder: Path) -> Setup:
+    return Setup(Request("m", None, "d", SelectSettings()), "f", folder, Path.cwd())
 
 
 def test_processes_come_to_the_same_decision_though_one_is_killed(
@@ -60,7 +65,6 @@ def test_processes_come_to_the_same_decision_though_one_is_killed(
     [
         ({"executor": "procesess"}, "executor: got 'procesess'"),
         ({"workers": 2}, "workers was given and the executor is 'local'"),
-        ({"executor": "processes", "ray_address": "a:1"}, "ray_address was given and the executor is 'processes'"),
         ({"executor": "ray", "workers": 0}, "workers: got 0"),
     ],
 )
@@ -78,42 +82,43 @@ def test_data_in_memory_needs_the_local_executor(model_folder: Path, tmp_path: P
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'rightrank\[ray\]'"):
-        connected(None)
+        connected()
 
 
-def test_an_address_that_does_not_answer_is_reported() -> None:
+def test_an_address_that_does_not_answer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(RunError, match=f"no Ray cluster answers at {address} within"):
-        connected(address)
-    with pytest.raises(InputError, match="give HOST:PORT"):
-        connected("head-node")
+        connected()
+    monkeypatch.setenv("RAY_ADDRESS", "head-node")
+    with pytest.raises(RunError, match="can't join the Ray cluster at RAY_ADDRESS=head-node: Invalid address format"):
+        connected()
 
 
 def test_a_worker_sends_its_versions_and_whether_it_sees_the_run_folder(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").touch()
     for folder, seen in ((tmp_path, True), (tmp_path / "elsewhere", False)):
-        setup = Setup(model="m", data="d", settings={}, fingerprint="f", folder=folder, working_folder=Path.cwd())
-        sent = StringIO()
-        serve(StringIO(setup.model_dump_json() + "\n" + Stop().model_dump_json() + "\n"), sent)
-        assert WORKER_MESSAGE.validate_json(sent.getvalue()) == Ready(versions=versions(), sees_folder=seen)
+        crew = ProcessCrew(setup_of(folder), tmp_path / "logs")
+        crew.start("worker-1")
+        try:
+            assert crew.messages(60.0) == [("worker-1", Ready(versions=versions(), sees_folder=seen))]
+            crew.send("worker-1", Stop())
+        finally:
+            crew.close()
+        assert crew.messages(5.0) == [("worker-1", WorkerLost(f"exit status 0 (see {tmp_path / 'logs/worker-1.log'})"))]
 
 
 def test_a_worker_that_finds_other_data_refuses(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     sent: list[Any] = []
-    settings = small_settings(ranks=(1, 4)).model_dump(mode="json")
-    worker = workers.Worker(sent.append)
-    setup = Setup(
-        model=str(model_folder), data=str(completion_file), settings=settings, fingerprint="of the driver",
-        folder=tmp_path, working_folder=Path.cwd(),
-    )  # fmt: skip
-    worker.receive(setup.model_dump_json())
+    request = Request(str(model_folder), None, completion_file, small_settings(ranks=(1, 4)))
+    worker = workers.Worker(Setup(request, "of the driver", tmp_path, Path.cwd()), sent.append)
     worker.run_task(Task(trials=trials(1), base_loss=None))
     worker.close()
-    assert [message.type for message in sent] == ["ready", "refused", "task_ended"]
-    assert f"found a different model or different data at {model_folder} and {completion_file}" in sent[1].reason
+    assert [type(message) for message in sent] == [Refused, TaskEnded]
+    assert f"found a different model or different data at {model_folder} and {completion_file}" in sent[0].reason
 
 
 @pytest.mark.parametrize(
@@ -129,8 +134,8 @@ def test_a_worker_reserves_what_the_plan_states(
 ) -> None:
     ray = MagicMock()
     ray.nodes.return_value = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0, "memory": 2.0**36}}]
-    monkeypatch.setattr(on_ray, "connected", lambda _: ray)
-    on_ray.RayCrew(MagicMock(), None, planned, on_cuda).start("worker-0")
+    monkeypatch.setattr(on_ray, "connected", lambda: ray)
+    on_ray.RayCrew(MagicMock(), planned, on_cuda).start("worker-0")
     options = ray.remote.return_value.options.call_args.kwargs
     assert {name: options[name] for name in reserved} == reserved
 
@@ -148,31 +153,29 @@ class FullAtFirst:
             yield result_of(trial)
 
 
-@pytest.mark.parametrize(("seconds", "ends"), [(60.0, ["task_ended"]), (-1.0, ["refused", "task_ended"])])
-def test_a_worker_waits_for_a_full_disk(monkeypatch: pytest.MonkeyPatch, seconds: float, ends: list[str]) -> None:
+@pytest.mark.parametrize(("seconds", "ends"), [(60.0, [TaskEnded]), (-1.0, [Refused, TaskEnded])])
+def test_a_worker_waits_for_a_full_disk(monkeypatch: pytest.MonkeyPatch, seconds: float, ends: list[type]) -> None:
     full = [OSError(errno.ENOSPC, "No space left on device") for _ in range(2)]
     sent: list[Any] = []
     monkeypatch.setattr(workers, "DISK_PAUSE", 0.01)
     monkeypatch.setattr(workers, "DISK_SECONDS", seconds)
     monkeypatch.setattr(workers.Worker, "make_executor", lambda *_: FullAtFirst(full))
-    worker = workers.Worker(sent.append)
-    setup = Setup(model="m", data="d", settings={}, fingerprint="f", folder=Path(), working_folder=Path.cwd())
-    worker.receive(setup.model_dump_json())
+    worker = workers.Worker(setup_of(Path()), sent.append)
     worker.run_task(Task(trials=trials(2), base_loss=None))
     worker.close()
     finished = [message.trial_id for message in sent if isinstance(message, TrialFinished)]
     assert finished == [trial.trial_id for trial in trials(2 if seconds > 0 else 1)]
     told = [getattr(message, "text", getattr(message, "reason", "")) for message in sent]
     assert sum("No space left on device" in text for text in told) == 1
-    assert [message.type for message in sent][-len(ends) :] == ends
+    assert [type(message) for message in sent][-len(ends) :] == ends
 
 
-def test_an_actor_whose_worker_fails_ends_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_actor_whose_worker_ends_ends_its_stream(tmp_path: Path) -> None:
     """Otherwise the driver would wait for it as for one that hangs."""
-    actor = RayWorker()
-    actor.receive(Stop().model_dump_json())
-    actor.follow([])
-    assert list(actor.messages()) == []
+    actor = RayWorker(setup_of(tmp_path))
+    actor.receive(Stop())
+    actor.receive(None)
+    assert list(actor.messages()) == [Ready(versions(), sees_folder=False)]
 
 
 class LostHead:
@@ -197,16 +200,15 @@ class LostHead:
 def test_a_lost_head_ends_the_run_with_one_line(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ray, silent = LostHead(), list[RunError]()
 
-    def answer(_address: str) -> None:
+    def answer() -> None:
         if silent:
             raise silent[0]
 
-    monkeypatch.setattr(on_ray, "connected", lambda _address: ray)
+    monkeypatch.setattr(on_ray, "connected", lambda: ray)
     monkeypatch.setattr(on_ray, "_require_answer", answer)
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setitem(sys.modules, "ray.experimental.internal_kv", SimpleNamespace(_internal_kv_exists=ray.exists))
-    setup = Setup(model="m", data="d", settings={}, fingerprint="f", folder=Path(), working_folder=Path.cwd())
-    crew = on_ray.RayCrew(setup, "head:1", None, on_cuda=False)
+    crew = on_ray.RayCrew(setup_of(Path()), None, on_cuda=False)
     crew._actors["worker-1"] = object()
     assert crew.messages(0.0) == []
     crew._next_look = 0.0

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rightrank.plugins.cluster.fields import fields_of
 from rightrank.runs.plugins import Plugin
 from rightrank.schema.errors import SettingsError
 
@@ -34,21 +34,18 @@ def _workers(prepared: Prepared, folder: RunFolder, listener: Listener) -> Itera
     from rightrank.plugins.cluster.worker import Setup, versions
 
     request, on_cuda = prepared.request, prepared.runtime.loaded.device.type == "cuda"
-    fields, plan = fields_of(request.settings), prepared.planned
+    plan = prepared.planned
     needed = None if plan is None else max(plan.needed_bytes[rank] for rank in plan.ranks)
     with _offloaded_base(prepared.runtime):
         setup = Setup(
-            model=request.model_name,
-            data=request.data_name,
-            settings=prepared.settings.model_dump(mode="json"),
-            begun=None if request.begun is None else dict(request.begun),
+            request=replace(request, settings=prepared.settings),
             fingerprint=prepared.started.fingerprint,
             folder=folder.path.absolute(),
             working_folder=Path.cwd(),
         )
         crew, workers = _crew(request.settings, setup, needed, on_cuda)
         task_trials = request.settings.adapters_per_pass or (MAX_TASK_TRIALS if on_cuda else 1)
-        pool = Pool(crew, workers, versions(), listener, task_trials=task_trials, hang_seconds=fields.hang_seconds)
+        pool = Pool(crew, workers, versions(), listener, task_trials=task_trials)
         try:
             yield pool
         finally:
@@ -79,7 +76,7 @@ def _crew(settings: SelectSettings, setup: Setup, needed: int | None, on_cuda: b
     if settings.executor == "ray":
         from rightrank.plugins.cluster.on_ray import RayCrew
 
-        crew = RayCrew(setup, fields_of(settings).ray_address, needed, on_cuda)
+        crew = RayCrew(setup, needed, on_cuda)
         return crew, settings.workers or crew.room()
     from rightrank.plugins.cluster.processes import ProcessCrew
 

@@ -1,7 +1,7 @@
 """Workers as actors of a Ray cluster (extra `rightrank[ray]`).
 
-An actor holds one base and trains one task at a time. Its messages are a stream of JSON lines, so Ray carries short
-texts only; adapters and checkpoints go through the shared folder.
+An actor holds one base and trains one task at a time. Ray carries its messages; adapters and checkpoints go through the shared folder.
+The cluster is that of `RAY_ADDRESS`, as everywhere in Ray; without it one that runs on this machine, else a new one.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Setup, Stop, Task, Worker, WorkerLost, WorkerMessage
+from rightrank.plugins.cluster.worker import Setup, Stop, Task, Worker, WorkerLost, WorkerMessage
 from rightrank.schema.errors import InputError, MissingExtraError, RunError, described
 
 # Variables of the environment that workers inherit from this process.
 INHERITED = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+ADDRESS = "RAY_ADDRESS"  # the variable with HOST:PORT of the cluster's head
 CONNECT_SECONDS = 10.0
 HEAD_SECONDS = 10.0  # between looks at the cluster's head
 SILENT_SECONDS = 30.0  # without an answer: the head is lost
@@ -31,29 +32,27 @@ HEAD_LOST = "the head of the Ray cluster was lost"
 class RayWorker(Worker):
     """The actor. `messages` is one stream that lasts as long as the actor."""
 
-    def __init__(self) -> None:
-        self._sent: queue.SimpleQueue[str] = queue.SimpleQueue()
-        super().__init__(lambda message: self._sent.put(message.model_dump_json()))
+    def __init__(self, setup: Setup) -> None:
+        self._sent: queue.SimpleQueue[WorkerMessage | None] = queue.SimpleQueue()
+        super().__init__(setup, self._sent.put)
         threading.Thread(target=self.run, daemon=True).start()
 
     def close(self) -> None:
         super().close()
-        self._sent.put("")  # the stream ends with the worker
+        self._sent.put(None)  # the stream ends with the worker
 
-    def messages(self) -> Iterator[str]:
-        while line := self._sent.get():
-            yield line
+    def messages(self) -> Iterator[WorkerMessage]:
+        while (message := self._sent.get()) is not None:
+            yield message
 
 
 class RayCrew:
     """Actors with the resources that the plan says a worker needs. Actors without room wait, which triggers autoscaling."""
 
-    def __init__(
-        self, setup: Setup, address: str | None, bytes_planned: int | None, on_cuda: bool, actor: type = RayWorker
-    ) -> None:
+    def __init__(self, setup: Setup, bytes_planned: int | None, on_cuda: bool, actor: type = RayWorker) -> None:
         ray = sys.modules.get("ray")
         self._joined_before = ray is not None and bool(ray.is_initialized())  # the caller's session is left open
-        self._ray, self._address = connected(address), address
+        self._ray = connected()
         self._setup, self._actor = setup, actor
         # One core, and a GPU or, on a CPU, the memory of the plan.
         self._resources = {"CPU": 1.0}
@@ -102,13 +101,12 @@ class RayCrew:
             max_restarts=0,  # the pool starts a new one
             runtime_env={"env_vars": {name: os.environ[name] for name in INHERITED if name in os.environ}},
         )
-        self._actors[worker] = actor = actor.remote()
+        self._actors[worker] = actor = actor.remote(self._setup)
         self._streams[actor.messages.options(num_returns="streaming").remote()] = worker
-        actor.receive.remote(self._setup.model_dump_json())
 
     def send(self, worker: str, command: Task | Stop) -> None:
         if worker in self._actors:  # otherwise its end is reported already
-            self._actors[worker].receive.remote(command.model_dump_json())
+            self._actors[worker].receive.remote(command)
 
     def end(self, worker: str) -> None:
         self._streams = {stream: whose for stream, whose in self._streams.items() if whose != worker}
@@ -130,7 +128,7 @@ class RayCrew:
         for stream in ready:
             worker = self._streams[stream]
             try:
-                arrived.append((worker, WORKER_MESSAGE.validate_json(self._ray.get(next(stream)))))
+                arrived.append((worker, self._ray.get(next(stream))))
             except (self._ray.exceptions.RayError, StopIteration) as error:
                 self.end(worker)
                 arrived.append((worker, _lost(error)))
@@ -147,8 +145,7 @@ class RayCrew:
         if not self._is_lost and now >= self._next_look:
             self._next_look = now + HEAD_SECONDS
             try:
-                if self._address is not None:
-                    _require_answer(self._address)
+                _require_answer()
                 self._answered = now
                 _internal_kv_exists(b"rightrank")
             except self._ray.exceptions.RayError:
@@ -159,7 +156,7 @@ class RayCrew:
 
     def close(self) -> None:
         for actor in self._actors.values():
-            actor.follow.remote([])  # the worker then removes its files, and its stream ends
+            actor.receive.remote(None)  # the worker then removes its files, and its stream ends
         until = time.monotonic() + EXIT_SECONDS
         while self._streams and time.monotonic() < until:
             self.messages(0.2)
@@ -169,13 +166,12 @@ class RayCrew:
             self._ray.shutdown()
 
 
-def connected(address: str | None) -> Any:
+def connected() -> Any:
     """The `ray` module, connected to a cluster.
 
     Raises:
         MissingExtraError: Ray is not installed.
-        InputError: an address that is not HOST:PORT.
-        RunError: no cluster answers at the address, or one of another Ray version.
+        RunError: no cluster answers at `RAY_ADDRESS`, or one of another Ray version.
     """
     try:
         import ray
@@ -184,18 +180,18 @@ def connected(address: str | None) -> Any:
     if ray.is_initialized():
         return ray
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray recommends; otherwise it warns
-    if address is not None:
-        _require_answer(address)
+    _require_answer()
+    address = os.environ.get(ADDRESS)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         try:
-            ray.init(address=address or "auto", **quiet)  # of this machine, where no address is given
+            ray.init(address="auto", **quiet)
         except ConnectionError:
-            if address is not None:
+            if address:
                 raise
             ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)  # no other machine can reach it
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = "on this machine" if address is None else f"at {address}"
+        where = f"at {ADDRESS}={address}" if address else "on this machine"
         raise RunError(f"can't join the Ray cluster {where}: {' '.join(str(error).split())}") from None
     return ray
 
@@ -208,17 +204,16 @@ def _lost(error: Exception) -> WorkerLost:
     return WorkerLost(why, with_machine=is_away)
 
 
-def _require_answer(address: str) -> None:
-    """Fail early: Ray itself waits long for a head that does not answer."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if address == "auto":
+def _require_answer() -> None:
+    """Fail early: Ray itself waits long for a head that does not answer, and says at once what is no address."""
+    address = os.environ.get(ADDRESS, "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
         return
-    if not colon or not port.isdigit():
-        raise InputError(f"ray_address: got {address!r}; give HOST:PORT of the cluster's head, such as 10.0.0.5:6379")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise RunError(
             f"no Ray cluster answers at {address} within {CONNECT_SECONDS:g} s ({error.strerror or error}); "
-            "start one with `ray start --head`, or give another ray_address"
+            f"start one with `ray start --head`, or give another {ADDRESS}"
         ) from None

@@ -18,6 +18,7 @@ from rightrank.schema.events import Evaluating, Listener, Notice, StepDone
 from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome, TrialStarted
 
 MAX_LOSSES = 3  # workers that a trial may lose without getting further before it counts as failed
+HANG_SECONDS = 600.0  # without a message: the worker is replaced
 STARTUP_FACTOR = 6  # longer silence is allowed while a worker loads, prepares or evaluates the base
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 25.0  # for a worker to stop on request
@@ -38,7 +39,7 @@ class Crew(Protocol):
     - After `end(w)` the worker holds no memory or device. Late messages of `w` are allowed: the pool ignores them.
     """
 
-    def start(self, worker: str) -> None: ...  # and send it its `Setup`
+    def start(self, worker: str) -> None: ...
 
     # A task to an idle worker; a stop to a busy one, which then sends `TaskEnded`.
     def send(self, worker: str, command: Task | Stop) -> None: ...
@@ -69,7 +70,6 @@ class Pool:
         workers: at most.
         versions: of every package that must be the same everywhere.
         task_trials: trials per task, at most.
-        hang_seconds: without a message: the worker is replaced.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Pool:
         listener: Listener | None = None,
         *,
         task_trials: int = 1,
-        hang_seconds: float = 600.0,
+        hang_seconds: float = HANG_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._crew = crew
@@ -231,7 +231,7 @@ class Pool:
                 yield TrialFailed(**trial.fields, error=kind, reason=reason)
 
     def _replace_hung_workers(self) -> Iterator[TrialOutcome]:
-        """End workers that are silent for longer than `hang_seconds` and than 20 times their longest silence so far."""
+        """End workers that are silent for longer than `HANG_SECONDS` and than 20 times their longest silence so far."""
         now = self._clock()
         for name, worker in list(self._workers.items()):
             factor = 1 if worker.is_stepping else STARTUP_FACTOR

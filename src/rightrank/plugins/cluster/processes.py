@@ -1,7 +1,4 @@
-"""Workers as processes on this machine.
-
-A worker is `python -m rightrank.plugins.cluster.worker`, connected by pipes. Its stderr goes to a file in the run folder.
-"""
+"""Workers as processes on this machine, connected by pipes. What a worker prints goes to a file in the run folder."""
 
 from __future__ import annotations
 
@@ -11,28 +8,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from itertools import count
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-from pydantic import ValidationError
-
-from rightrank.plugins.cluster.worker import WORKER_MESSAGE, Command, Setup, Stop, Task, WorkerLost, WorkerMessage
+from rightrank.plugins.cluster.worker import Setup, Stop, Task, Worker, WorkerLost, WorkerMessage
 
 WORKER = (sys.executable, "-m", "rightrank.plugins.cluster.worker")
-EXIT_SECONDS = 5.0  # for a worker to exit after its stdin is closed
+EXIT_SECONDS = 5.0  # for a worker to exit when it is asked to
 
 
 class ProcessCrew:
     """One process a worker; with CUDA devices, each gets one of them."""
 
-    def __init__(self, setup: Setup, logs: Path, devices: int = 0, command: Sequence[str] = WORKER) -> None:
-        self._setup = setup
+    def __init__(self, setup: Setup, logs: Path, devices: int = 0, kind: type[Worker] = Worker) -> None:
+        self._setup, self._kind = setup, kind
         self._logs = logs
         self._devices = devices  # CUDA devices to use; 0: none
-        self._command = command
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._pipes: dict[str, Connection[Any, Any]] = {}
         self._places: dict[str, int] = {}  # worker → its device, where there are any
         self._arrived: queue.SimpleQueue[tuple[str, WorkerMessage | WorkerLost]] = queue.SimpleQueue()
 
@@ -45,20 +42,23 @@ class ProcessCrew:
             devices = given.split(",") if given else [str(number) for number in range(self._devices)]
             visible = {"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]}
         log = self._logs / f"{worker}.log"
-        with log.open("wb") as errors:
+        self._pipes[worker], theirs = Pipe()
+        with theirs, log.open("wb") as output:
             popen = self._running[worker] = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
+                [*WORKER, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
                 env=os.environ | visible,
+                pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C reaches the driver alone
             )
-        _write(popen, self._setup)
-        threading.Thread(target=self._watch, args=(worker, popen, log), daemon=True).start()
+        self.send(worker, (self._kind, self._setup))
+        threading.Thread(target=self._watch, args=(worker, popen, self._pipes[worker], log), daemon=True).start()
 
-    def send(self, worker: str, command: Task | Stop) -> None:
-        _write(self._running[worker], command)
+    def send(self, worker: str, command: tuple[type[Worker], Setup] | Task | Stop | None) -> None:
+        with suppress(ConnectionError):  # its end is reported by `messages`
+            self._pipes[worker].send(command)
 
     def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]:
         arrived: list[tuple[str, WorkerMessage | WorkerLost]] = []
@@ -70,26 +70,24 @@ class ProcessCrew:
 
     def end(self, worker: str) -> None:
         if (popen := self._running.pop(worker, None)) is not None:
-            del self._places[worker]
+            del self._places[worker], self._pipes[worker]
             popen.kill()
             popen.wait()
-            _close(popen)
 
     def close(self) -> None:
-        for popen in self._running.values():
-            _close(popen)  # the worker then exits by itself
+        for worker in self._running:
+            self.send(worker, None)  # the worker then exits by itself
         until = time.monotonic() + EXIT_SECONDS
         for worker, popen in list(self._running.items()):
             with suppress(subprocess.TimeoutExpired):
                 popen.wait(timeout=max(0.0, until - time.monotonic()))
             self.end(worker)
 
-    def _watch(self, worker: str, popen: subprocess.Popen[bytes], log: Path) -> None:
+    def _watch(self, worker: str, popen: subprocess.Popen[bytes], pipe: Connection[Any, Any], log: Path) -> None:
         """Runs on a thread of its own: passes on what a process sends, then that its worker is lost."""
-        assert popen.stdout is not None
-        with suppress(ValidationError), popen.stdout as lines:  # what it sends is not understood: lost too
-            for line in lines:
-                self._arrived.put((worker, WORKER_MESSAGE.validate_json(line)))
+        with suppress(EOFError, ConnectionError):
+            while True:
+                self._arrived.put((worker, pipe.recv()))
         with suppress(subprocess.TimeoutExpired):
             popen.wait(timeout=EXIT_SECONDS)
         self._arrived.put((worker, _why_lost(popen.poll(), log)))
@@ -102,16 +100,3 @@ def _why_lost(status: int | None, log: Path) -> WorkerLost:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last_line = f": {lines[-1].strip()}" if lines else ""
     return WorkerLost(f"exit status {status}{last_line} (see {log})")
-
-
-def _write(popen: subprocess.Popen[bytes], command: Command) -> None:
-    assert popen.stdin is not None
-    with suppress(BrokenPipeError):  # its end is reported by `messages`
-        popen.stdin.write(command.model_dump_json().encode() + b"\n")
-        popen.stdin.flush()
-
-
-def _close(popen: subprocess.Popen[bytes]) -> None:
-    assert popen.stdin is not None
-    with suppress(OSError):
-        popen.stdin.close()

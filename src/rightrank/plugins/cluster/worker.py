@@ -1,7 +1,7 @@
-"""A worker process: it loads its own base, prepares the driver's request, and trains the tasks that it receives.
+"""A worker: it loads its own base, prepares the driver's request, and trains the tasks that it receives.
 
-`python -m rightrank.plugins.cluster.worker` reads commands as lines from stdin and writes messages as lines to stdout. When stdin
-ends, the driver is gone, and the worker stops at its next step with checkpoints.
+`python -m rightrank.plugins.cluster.worker N` is one in a process of its own: it receives commands and sends messages through the pipe with
+the descriptor N. When its other end closes, the driver is gone, and the worker stops at its next step with checkpoints.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TextIO, TypeAlias
-
-from pydantic import Field, JsonValue, TypeAdapter
+from typing import TYPE_CHECKING, TypeAlias
 
 from rightrank.schema.errors import InterruptedRun, RightrankError, RunError
 from rightrank.schema.events import Evaluating, Event, Listener, Notice, StepDone
-from rightrank.schema.trials import Record, Trial, TrialFailed, TrialOutcome, TrialStarted
+from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome, TrialStarted
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.runs.executor import Executor
+    from rightrank.runs.values import Request
 
 STEP_SECONDS = 0.5  # between two messages of progress, at least
 DISK_SECONDS = 600.0  # for which a worker waits for a disk that is full or fails
@@ -39,49 +38,44 @@ DISK_PAUSE = 5.0  # between two attempts
 SAME_EVERYWHERE = ("torch", "transformers", "peft")
 
 
-class Setup(Record):
+@dataclass(frozen=True, slots=True)
+class Setup:
     """The selection. A worker prepares the same request as the driver and must compute the same fingerprint."""
 
-    type: Literal["setup"] = "setup"
-    model: str
-    data: str
-    settings: dict[str, JsonValue]  # with the ranks that the driver settled
-    begun: dict[str, JsonValue] | None = None  # see `Request`
+    request: Request  # with the ranks that the driver settled
     fingerprint: str
     folder: Path  # the run folder, shared by driver and workers
     working_folder: Path  # relative paths start here
 
 
-class Task(Record):
+@dataclass(frozen=True, slots=True)
+class Task:
     """Trials for one worker, which trains several of them in one pass where that is faster."""
 
-    type: Literal["task"] = "task"
     trials: list[Trial]
     base_loss: float | None
 
 
-class Stop(Record):
+@dataclass(frozen=True, slots=True)
+class Stop:
     """Stop the current task at the next step and save checkpoints."""
 
-    type: Literal["stop"] = "stop"
 
-
-class Ready(Record):
-    type: Literal["ready"] = "ready"
+@dataclass(frozen=True, slots=True)
+class Ready:
     versions: dict[str, str]
     sees_folder: bool  # the driver's run folder
 
 
-class TaskEnded(Record):
+@dataclass(frozen=True, slots=True)
+class TaskEnded:
     """The worker is idle: every trial of the task has an outcome, or the worker was stopped."""
 
-    type: Literal["task_ended"] = "task_ended"
 
-
-class Refused(Record):
+@dataclass(frozen=True, slots=True)
+class Refused:
     """The worker can't run the selection, and no other worker could; `reason` is for the user."""
 
-    type: Literal["refused"] = "refused"
     reason: str
     exit_status: int
 
@@ -95,23 +89,15 @@ class WorkerLost:
     with_machine: bool = False  # the machine or the network failed, whatever the worker did
 
 
-Command: TypeAlias = Annotated[Setup | Task | Stop, Field(discriminator="type")]
-WorkerMessage: TypeAlias = Annotated[
-    Ready | TaskEnded | Refused | Notice | StepDone | Evaluating | TrialStarted | TrialOutcome,
-    Field(discriminator="type"),
-]
-COMMAND: TypeAdapter[Command] = TypeAdapter(Command)
-WORKER_MESSAGE: TypeAdapter[WorkerMessage] = TypeAdapter(WorkerMessage)
-
+WorkerMessage: TypeAlias = Ready | TaskEnded | Refused | Notice | StepDone | Evaluating | TrialStarted | TrialOutcome
 Send: TypeAlias = Callable[[WorkerMessage], None]
 
 
 class Worker(Listener):
     """Handles commands and sends messages, whatever carries them: tasks run on the thread that calls `run`."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._setup: Setup | None = None
+    def __init__(self, setup: Setup, send: Send) -> None:
+        self._setup, self._send = setup, send
         self._executor: Executor | None = None
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._scratch = Path(tempfile.mkdtemp(prefix="rightrank-worker-"))
@@ -119,30 +105,21 @@ class Worker(Listener):
         self._said = ""  # the last notice about the disk
         self._last_step = 0.0
 
-    def receive(self, line: str | bytes) -> None:
-        """Handle a command; may be called from any thread. A `Setup` is answered by `Ready`."""
-        command = COMMAND.validate_json(line)
-        match command:
-            case Setup():
-                self._setup = command
-                with suppress(OSError):  # no such folder here: then only absolute paths work
-                    os.chdir(command.working_folder)
-                self._send(Ready(versions=versions(), sees_folder=(command.folder / "journal.jsonl").is_file()))
-            case Stop():
-                self._stop.set()
-            case Task():
-                self._stop.clear()
-                self._tasks.put(command)
-
-    def follow(self, commands: Iterable[str]) -> None:
-        """Handle commands until their stream ends; then `run` stops the current task at its next step, and returns."""
-        for line in commands:
-            self.receive(line)
-        self._tasks.put(None)
-        self._stop.set()
+    def receive(self, command: Task | Stop | None) -> None:
+        """Handle a command; may be called from any thread. None is the last: `run` stops the current task, and returns."""
+        if isinstance(command, Task):
+            self._stop.clear()
+        else:
+            self._stop.set()
+        if not isinstance(command, Stop):
+            self._tasks.put(command)
 
     def run(self) -> None:
+        """Send `Ready`, and do what is received."""
+        with suppress(OSError):  # no such folder here: then only absolute paths work
+            os.chdir(self._setup.working_folder)
         try:
+            self._send(Ready(versions(), sees_folder=(self._setup.folder / "journal.jsonl").is_file()))
             while (task := self._tasks.get()) is not None:
                 self.run_task(task)
         finally:
@@ -154,7 +131,6 @@ class Worker(Listener):
 
     def run_task(self, task: Task) -> None:
         """Send an outcome for each trial of a task, or `Refused` for an error that no other worker could avoid."""
-        assert self._setup is not None
         remaining = {trial.trial_id: trial for trial in task.trials}
         until = time.monotonic() + DISK_SECONDS
         while remaining and not self._stop.is_set():
@@ -195,14 +171,12 @@ class Worker(Listener):
         from rightrank.runs.executor import LocalExecutor
         from rightrank.runs.folder import RunFolder
         from rightrank.runs.prepare import prepare
-        from rightrank.runs.values import Request
-        from rightrank.schema.settings import SelectSettings
 
-        request = Request(setup.model, None, setup.data, SelectSettings(**setup.settings), setup.begun)
+        request = setup.request
         prepared = prepare(request, self._scratch / "cache")
         if prepared.started.fingerprint != setup.fingerprint:
             raise RunError(
-                f"a worker on {platform.node()} found a different model or different data at {setup.model} and {setup.data}: "
+                f"a worker on {platform.node()} found a different model or different data at {request.model_name} and {request.data_name}: "
                 "give paths that lead to the same files on every machine"
             )
         return LocalExecutor(prepared.runtime, RunFolder(setup.folder), self, prepared.planned)
@@ -226,26 +200,26 @@ def versions() -> dict[str, str]:
     return own | {name: version(name) for name in SAME_EVERYWHERE}
 
 
-def serve(commands: TextIO, messages: TextIO, make_worker: Callable[[Send], Worker] = Worker) -> None:
-    """Run a worker until the stream of commands ends."""
-    worker = make_worker(partial(_write, messages))
-    threading.Thread(target=worker.follow, args=(commands,), daemon=True).start()
-    worker.run()
-
-
-def _write(messages: TextIO, message: WorkerMessage) -> None:
-    with suppress(BrokenPipeError):  # the driver has ended, and the stream of commands with it
-        messages.write(message.model_dump_json() + "\n")
-        messages.flush()
-
-
-def main(make_worker: Callable[[Send], Worker] = Worker) -> None:
-    """Serve on stdin and stdout; whatever else prints goes to stderr."""
+def main() -> None:
+    """Work for the driver at the other end of the pipe; what is printed goes to the worker's log."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which then stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    serve(sys.stdin, messages, make_worker)
+    driver = Connection(int(sys.argv[1]))
+    make_worker, setup = driver.recv()
+
+    def send(message: WorkerMessage) -> None:
+        with suppress(ConnectionError):  # the driver has ended
+            driver.send(message)
+
+    def follow() -> None:
+        with suppress(EOFError, ConnectionError):
+            for command in iter(driver.recv, None):
+                worker.receive(command)
+        worker.receive(None)
+
+    worker: Worker = make_worker(setup, send)
+    threading.Thread(target=follow, daemon=True).start()
+    worker.run()
 
 
 if __name__ == "__main__":
