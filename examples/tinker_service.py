@@ -158,7 +158,6 @@ def main() -> None:
         lora_alpha=alpha,
         max_steps=arguments.steps,
         strategy="upward",
-        executor="threads",
         workers=4,
     )
     print(selected.decision.sentence)

@@ -20,12 +20,6 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.05)
 
 
-def clock_that_jumps(has_come: Callable[[], object]) -> Callable[[], float]:
-    """`time.monotonic`, which is past every limit once an event has come: what hangs is ended at once, and nothing else is."""
-    real = time.monotonic
-    return lambda: real() + (10 * GENEROUS_SECONDS if has_come() else 0.0)
-
-
 class Watch(Hook):
     """Calls the functions that are given: `notice` with each line for a person, `on_event` with everything else."""
 

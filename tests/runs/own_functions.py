@@ -1,15 +1,12 @@
-"""Training functions for processes of their own: a module that imports little, since every process imports it."""
+"""Training functions that several tests share."""
 
 from __future__ import annotations
 
-import os
 import random
-import time
 from collections.abc import Mapping
 
 from rightrank.runs.calls import TrialResult, TrialTask
 
-GENEROUS_SECONDS = 600.0  # as in `tests.watch`
 ITEMS = [random.Random(0).gauss(0, 1) for _ in range(40)]
 
 
@@ -23,16 +20,3 @@ def paired(task: TrialTask) -> TrialResult:
 
 def by_number(task: TrialTask) -> Mapping[str, float]:
     return {"loss": 1 + 1 / task.rank + (0.2 if task.learning_rate > 2e-3 else 0)}
-
-
-def hangs(task: TrialTask) -> Mapping[str, float]:
-    if task.rank == 16:
-        task.report(1, 1.0)  # the test's clock is past the limit from here on
-        time.sleep(GENEROUS_SECONDS)
-    return by_number(task)
-
-
-def dies(task: TrialTask) -> Mapping[str, float]:
-    if task.rank == 16:
-        os._exit(3)
-    return by_number(task)

@@ -64,9 +64,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Records:
     return run(reporting, tmp_path_factory.mktemp("here") / "run")
 
 
-@pytest.mark.parametrize("where", [{"executor": "threads", "workers": 2}, {"executor": "processes", "workers": 2}])
-def test_reports_are_the_same_wherever_the_trainer_runs(here: Records, tmp_path: Path, where: dict[str, Any]) -> None:
-    there = run(reporting, tmp_path / "run", **where)
+def test_reports_are_the_same_in_several_calls_at_a_time(here: Records, tmp_path: Path) -> None:
+    there = run(reporting, tmp_path / "run", workers=2)
     assert points_of(there) == points_of(here)
     assert there.looks == here.looks
     assert [point.step for point in next(iter(here.looks.values()))] == [0, 10, 20]
@@ -132,7 +131,7 @@ def test_a_step_that_is_reported_again_replaces_it_and_all_later_ones(tmp_path: 
 
 def test_an_observer_receives_every_look(tmp_path: Path) -> None:
     events: list[Any] = []
-    run(reporting, tmp_path / "run", executor="threads", workers=2, callbacks=[Watch(on_event=events.append)])
+    run(reporting, tmp_path / "run", workers=2, callbacks=[Watch(on_event=events.append)])
     assert [type(event) for event in events].count(TrialLook) == 6
     first = next(place for place, event in enumerate(events) if isinstance(event, TrialLook))
     assert isinstance(events[2], TrialStarted)  # after RunStarted and SelectionPlanned
@@ -157,7 +156,7 @@ def test_threads_call_the_function_beside_each_other(tmp_path: Path, workers: in
         return result(task)
 
     select_rank_with(
-        train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward", executor="threads", workers=workers
+        train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward", workers=workers
     )  # fmt: skip
     assert most[0] == workers
 
@@ -175,12 +174,9 @@ def bad_in_every_way(task: TrialTask) -> TrialResult:
     return result(task)
 
 
-@pytest.mark.parametrize("where", [{}, {"executor": "processes"}])
-def test_a_bad_look_ends_its_trial_and_no_other(tmp_path: Path, where: dict[str, Any]) -> None:
+def test_a_bad_look_ends_its_trial_and_no_other(tmp_path: Path) -> None:
     ranks = (1, 2, 4, 8, 16)
-    select_rank_with(
-        bad_in_every_way, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), metric="reward", **where
-    )  # fmt: skip
+    select_rank_with(bad_in_every_way, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), metric="reward")
     outcomes = {one.rank: one for one in records_in(tmp_path / "run").outcomes}
     expected = {
         2: (TrialDiverged, "step 2: reported nan"),

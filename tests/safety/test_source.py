@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "rightrank"
-PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-# Only between own processes and never from a file: it checks whether a function can be sent to another process.
-MAY_PICKLE = {"runs/calls.py"}
+PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "multiprocessing"}
+# Between the driver and the workers that it started itself, and never from a file.
+MAY_PICKLE = {"plugins/cluster/processes.py", "plugins/cluster/worker.py"}
 FORBIDDEN_CALLS = {
     "torch.load", "torch.hub.load", "np.load", "numpy.load", "pickle.load", "pickle.loads", "yaml.unsafe_load",
     "yaml.full_load", "os.system", "os.popen", "eval", "exec", "compile", "__import__", "tempfile.mktemp",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook, Hooks
@@ -147,7 +147,6 @@ def select_rank_with(
     metric: str | None = None,
     margin: float | None = None,
     evaluate: EvaluateFunction | None = None,
-    executor: Literal["local", "threads", "processes"] = "local",
     callbacks: Sequence[Hook] = (),
     **settings: Unpack[TrainerSettings],
 ) -> Selected:
@@ -166,14 +165,11 @@ def select_rank_with(
         evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it the adapter that
             `train` saved for the largest rank is truncated to every lower rank, and the smallest within the margin is
             handed over (the first question).
-        executor: "local"; "threads" of this process, for functions that wait for a service; "processes": each call in a new
-            process of this machine.
         callbacks: what watches the selection or takes part in it, such as `rightrank.hooks.trackers.Trackers`.
-        settings: see `TrainerSettings`: goal, profile, strategy, lora_alpha, max_steps, workers, timeout_seconds, progress.
+        settings: see `TrainerSettings`: goal, profile, strategy, lora_alpha, max_steps, workers, progress.
 
     Raises:
-        InputError: an argument that is not allowed, a metric without a known direction, a function that can't be sent to a
-            process, or a folder made with other settings.
+        InputError: an argument that is not allowed, a metric without a known direction, or a folder made with other settings.
         AllTrialsFailedError: fewer than two ranks ended with a result.
         InterruptedRun: `should_stop` of a callback returned True.
     """
@@ -184,7 +180,7 @@ def select_rank_with(
     from rightrank.runs.run import select
 
     compared = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds}
-    request = own_request(train, evaluate, executor, metric, compared | {"margin": margin}, settings)
+    request = own_request(train, evaluate, metric, compared | {"margin": margin}, settings)
     folder = RunFolder(Path(out))
     with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
         views = _views(settings.get("progress", False), opened)

@@ -1,19 +1,15 @@
-"""What a user's function receives and may return, how it is called, here or in a process of its own, and the check of its result."""
+"""What a user's function receives and may return, how it is called, and the check of its result."""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
-import pickle
-import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
-from rightrank.schema.errors import NotFiniteError, ReportError, SettingsError, quoted
+from rightrank.schema.errors import NotFiniteError, ReportError, quoted
 from rightrank.schema.trials import EvalPoint, Record, Whole
 
 
@@ -29,7 +25,7 @@ class TrialTask(Record):
     folder: Path  # exists; an adapter saved here is the result if the trial is chosen
     collapse_drop: float | None = None  # a fall of the held-out value by more than this is a collapse; None: not judged
 
-    _receive: Callable[[EvalPoint], None] | None = PrivateAttr(default=None)
+    _receive: Callable[[EvalPoint], None] | None = PrivateAttr(default=None)  # None: nobody listens
 
     def report(self, step: int, value: float, item_scores: Sequence[float] | None = None) -> None:
         """Report the held-out value after `step` optimizer steps. It is in the journal at once.
@@ -56,8 +52,8 @@ class TrialTask(Record):
         if self._receive is not None:
             self._receive(EvalPoint(step=step, value=float(value), item_scores=scores))
 
-    def reporting_to(self, receive: Callable[[EvalPoint], None] | None) -> TrialTask:
-        """A copy of the task whose `report` calls `receive`; None for a task that can be sent to another process."""
+    def reporting_to(self, receive: Callable[[EvalPoint], None]) -> TrialTask:
+        """A copy of the task whose `report` calls `receive`."""
         task = self.model_copy()
         task._receive = receive
         return task
@@ -98,9 +94,7 @@ class TrialResult(Record):
 
 TrainFunction: TypeAlias = Callable[[TrialTask], Mapping[str, float] | TrialResult]
 EvaluateFunction: TypeAlias = Callable[[Path, TrialTask], Mapping[str, float] | TrialResult]
-Call: TypeAlias = Callable[[TrialTask], object]  # returns what the user's function returned, unchecked
 RESULT_RECORDS = ("TrialResult", "EvalPoint")
-NO_RESULT = "ended its process without a result (a script calls it below `if __name__ == '__main__':`)"
 
 
 class TrainerError(Exception):
@@ -110,10 +104,10 @@ class TrainerError(Exception):
 CALL_ERRORS = (TrainerError, NotFiniteError, ReportError)  # what a call raises; with the last, the function is wrong
 
 
-def call_inline(train: TrainFunction, task: TrialTask) -> object:
+def call(function: TrainFunction, task: TrialTask) -> object:
     """What the function returns, unchecked; each of its errors as one of `CALL_ERRORS`."""
     try:
-        return train(task)
+        return function(task)
     except (NotFiniteError, ReportError):
         raise
     except ValidationError as error:
@@ -132,53 +126,6 @@ def call_inline(train: TrainFunction, task: TrialTask) -> object:
 def _raised(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"raised {type(error).__name__}" + (f": {text}" if text else "")
-
-
-def call_in_process(train: TrainFunction, timeout_seconds: float | None) -> Call:
-    """Call `train` in a fresh process each time, and kill the process when it exceeds the limit.
-
-    Raises:
-        SettingsError: the function can't be pickled, as a call in another process needs.
-    """
-    try:
-        pickle.dumps(train)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise SettingsError(
-            f"train can't be sent to another process ({error}); define it at the top level of a module"
-        ) from None
-    context = multiprocessing.get_context("spawn")
-
-    def call(task: TrialTask) -> object:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(sender, train, task.reporting_to(None)), daemon=True)
-        process.start()
-        sender.close()
-        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        try:
-            while receiver.poll(None if deadline is None else max(0.0, deadline - time.monotonic())):
-                answer = receiver.recv()
-                if isinstance(answer, CALL_ERRORS):
-                    raise answer
-                if not isinstance(answer, EvalPoint):
-                    return answer
-                task.report(answer.step, answer.value, answer.item_scores)
-            raise TrainerError(f"took longer than {timeout_seconds:g} s and was killed")
-        except EOFError:
-            raise TrainerError(NO_RESULT) from None
-        finally:
-            process.kill()
-            process.join()
-            receiver.close()
-
-    return call
-
-
-def _answer(sender: Connection, train: TrainFunction, task: TrialTask) -> None:
-    """Runs in the new process; sends each report as it comes, then the result or the error."""
-    try:
-        sender.send(call_inline(train, task.reporting_to(sender.send)))
-    except CALL_ERRORS as error:
-        sender.send(type(error)(*error.args))
 
 
 def parse_result(returned: object, metric: str, examples: int | None) -> TrialResult:

@@ -12,20 +12,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
 from rightrank.decision.collapse import DROP_IN_MARGINS, collapse_of
 from rightrank.runs.calls import (
     CALL_ERRORS,
-    Call,
     EvaluateFunction,
     TrainerError,
     TrainFunction,
     TrialResult,
     TrialTask,
-    call_in_process,
-    call_inline,
+    call,
     parse_result,
 )
 from rightrank.runs.folder import RunFolder
@@ -83,9 +80,7 @@ class TrainerSettings(TypedDict, total=False):
     max_steps: int
     """Passed to `train` in the task, as `steps`; 0 leaves the length to it."""
     workers: int
-    """Concurrent calls; above 1 only with executor "threads" or "processes"."""
-    timeout_seconds: float | None
-    """End a training that takes longer; needs executor "processes"."""
+    """Calls at a time, in threads of this process: more than 1 for functions that wait for a service."""
     progress: bool
     """Show the progress on stderr."""
 
@@ -99,7 +94,7 @@ class OwnRequest:
     higher_is_better: bool
     name: str  # of the function
     # "train"; "evaluate" of an adapter in a task's folder, without which the first question is not asked
-    calls: Mapping[str, Call]
+    functions: Mapping[str, TrainFunction]
     evaluates_base: bool
     given: TrainerSettings
 
@@ -116,7 +111,7 @@ class OwnRequest:
             space_of(settings, steps),
             stages=False,
             evaluates_base=self.evaluates_base,
-            truncates="evaluate" in self.calls,
+            truncates="evaluate" in self.functions,
             higher_is_better=self.higher_is_better,
         )
         return Plan(
@@ -158,7 +153,6 @@ class OwnRequest:
 def own_request(
     train: TrainFunction,
     evaluate: EvaluateFunction | None,
-    executor: str,
     metric: str | None,
     compared: Mapping[str, object],
     given: TrainerSettings,
@@ -169,8 +163,7 @@ def own_request(
         compared: ranks, learning_rates, seeds and margin.
 
     Raises:
-        SettingsError: an argument that is not allowed, a metric without a known direction, or a function that can't be sent to
-            a process.
+        SettingsError: an argument that is not allowed, or a metric without a known direction.
     """
     allowed = TrainerSettings.__annotations__
     if wrong := next((name for name in given if name not in allowed), None):
@@ -209,35 +202,14 @@ def own_request(
         raise SettingsError(
             f"evaluate: got a {type(evaluate).__name__}; give a function of an adapter folder and a TrialTask"
         )
-    call_of = _caller(executor, given.get("workers", 1), given.get("timeout_seconds"))
-    calls = {"train": call_of(train)}
+    workers: object = given.get("workers", 1)
+    if not isinstance(workers, int) or workers < 1:
+        raise SettingsError(f"workers: got {workers!r}; give a whole number from 1, of calls at a time")
+    functions: dict[str, TrainFunction] = {"train": train}
     if evaluate is not None:
-        calls["evaluate"] = call_of(partial(_of_folder, evaluate))
+        functions["evaluate"] = lambda task: evaluate(task.folder, task)
     name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
-    return OwnRequest(settings, metric, higher, name, calls, with_base, given)
-
-
-def _of_folder(evaluate: EvaluateFunction, task: TrialTask) -> Mapping[str, float] | TrialResult:
-    """What `evaluate` says of the adapter in the task's folder."""
-    return evaluate(task.folder, task)
-
-
-def _caller(executor: str, workers: int, timeout_seconds: float | None) -> Callable[[TrainFunction], Call]:
-    """How a function is called by the executor of that name."""
-    limit: object = timeout_seconds
-    if limit is not None and not (executor == "processes" and isinstance(limit, int | float) and limit > 0):
-        raise SettingsError(
-            'timeout_seconds needs executor="processes" and a number above 0: other calls can\'t be ended'
-        )
-    if executor not in ("local", "threads", "processes"):
-        raise SettingsError(f'executor: got {executor!r}; give "local", "threads" or "processes"')
-    if not isinstance(workers, int) or workers < 1 or (workers > 1 and executor == "local"):
-        raise SettingsError(
-            f'workers: got {workers!r} with executor={executor!r}; give 1, or more with "threads" or "processes"'
-        )
-    if executor == "processes":
-        return lambda function: call_in_process(function, timeout_seconds)
-    return lambda function: partial(call_inline, function)
+    return OwnRequest(settings, metric, higher, name, functions, with_base, given)
 
 
 class _Executor:
@@ -300,7 +272,7 @@ class _Executor:
             if arm.truncate_from is not None:
                 _write_truncated(self._run.folder, arm.truncate_from, trial)
             folder.mkdir(parents=True, exist_ok=True)
-            returned = request.calls[_function_of(arm)](task.reporting_to(receive))
+            returned = call(request.functions[_function_of(arm)], task.reporting_to(receive))
         except CALL_FAULTS as error:
             returned = error
         return trial, returned, time.perf_counter() - begun
