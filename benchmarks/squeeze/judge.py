@@ -2,6 +2,7 @@
 
 A case is a task, a rank and a seed that did not choose. The cut holds in it where its held-out loss is at most half a margin above that of the training at the
 rank, at the rank's own best learning rate. The margin is the default one: 0.005 nats a token, 0.02 nats a pair, else 1% of the top's loss.
+Losses of the reported examples stand in an `.npz` beside the task's JSON file, in thousandths ([rows, examples], int16).
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.machine import machine_text
-from benchmarks.squeeze.study import CHOOSE, JUDGE, RANKS, VARIANTS
 from benchmarks.squeeze.table import Row, best_rows, mean
 from rightrank.report.figure import Axis, Figure, Series, rank_axis
 from rightrank.report.svg import svg_file
 from rightrank.schema.metrics import MetricKind, default_margin
 
+RANKS = (1, 4, 16)
+CHOOSE = ("sections", "origins", "speakers")  # tasks that chose a way of cutting to each rank
+JUDGE = ("syllables", "verbs", "unions", "answers", "answer_pairs")  # those that were trained with it alone
+# By name: where, in parts of the steps; by singular values (`svd`), else K-FAC; with a fresh optimizer, else its state projected; with a
+# warm-up of a twentieth of the steps. `stages`: to 16 at a quarter, 4 at half, 1 at three quarters.
+VARIANTS = ("quarter", "half", "three_quarters", "seven_eighths", "half_svd", "half_fresh", "half_svd_fresh", "half_warm", "half_fresh_warm",
+            "three_quarters_fresh", "seven_eighths_fresh", "stages")  # fmt: skip
 LOSSES: Mapping[str, MetricKind] = {"answers": "token_loss", "answer_pairs": "pair_loss"}  # else one for each example
 STORY = 0.9  # of the cases in which the cut must hold
 KINDS = {

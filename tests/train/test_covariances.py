@@ -12,12 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from rightrank.models.truncation import load_moments, save_moments
-from rightrank.schema.trials import Arm
 from rightrank.train import prefix
 from rightrank.train.covariances import gather_moments, gather_unseen_moments
-from rightrank.train.multi_lora import MultiLora
 from rightrank.train.runtime import Runtime
-from tests.helpers import fresh_adapter, make_runtime
+from tests.helpers import make_runtime
 from tests.tiny import small_settings
 
 EXAMPLES = list(range(12))
@@ -108,31 +106,6 @@ def test_frozen_layers_are_computed_in_groups_and_change_nothing(
     for name, plain in found[1].items():
         assert np.allclose(found[0][name].inputs, plain.inputs, rtol=1e-3)
         assert np.allclose(found[0][name].gradients, plain.gradients, rtol=1e-3, atol=1e-9)
-
-
-def test_multi_lora_gives_the_same_and_leaves_the_training_as_it_was(runtime: Runtime) -> None:
-    """An arm that is still on the base, through the engine's own forward pass."""
-    arm = Arm(rank=4, learning_rate=1e-2, lora_alpha=8.0, seed=0, steps=1)
-    with MultiLora(runtime.model, runtime.settings) as multi_lora:
-        parameters = multi_lora.add("one", arm, runtime.config(arm))
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in parameters.values():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        with multi_lora.alone("one"):
-            ours = gather_moments(runtime, multi_lora.peft_model, EXAMPLES, adapter="one")
-        assert all(parameter.grad is None and parameter.requires_grad for parameter in parameters.values())
-        kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with fresh_adapter(runtime, arm) as peft_model:
-        with torch.no_grad():
-            for name, parameter in peft_model.named_parameters():
-                if name in kept:
-                    parameter.copy_(kept[name])
-        plain = gather_moments(runtime, peft_model, EXAMPLES)
-    assert ours.moments.keys() == plain.moments.keys() != set()
-    for name, moments in plain.moments.items():
-        assert np.allclose(ours.moments[name].inputs, moments.inputs, rtol=1e-3)
-        assert np.allclose(ours.moments[name].gradients, moments.gradients, rtol=1e-3, atol=1e-9)
 
 
 def test_recomputed_blocks_are_counted_once(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:

@@ -237,15 +237,6 @@ def _generators(source: Any, depth: int = HELD_DEPTH) -> Iterator[Any]:
         yield from _generators(part, depth - 1)
 
 
-def trained_parameters(model: Any) -> dict[str, torch.Tensor]:
-    """A copy outside the device of all that trains, by name."""
-    return {
-        name: parameter.detach().cpu().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
 @contextmanager
 def as_it_came(model: Any, name: str, *sources: Any) -> Iterator[None]:
     """In the block the model evaluates with the adapter `name`; afterwards it and random states are as before, to the bit."""

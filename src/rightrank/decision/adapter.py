@@ -1,9 +1,9 @@
 """The first criterion: the smallest adapter that can be taken from one training at the top rank.
 
-Every candidate is a file: the top as trained, its truncations, and what was cut inside the training. Two files are compared on the
-same examples, so the claim holds no seed: the only noise is which examples were drawn. Ranks are tested in a fixed
-sequence from the top downward, each by the 95% upper bound of its paired difference from the top; the first
-that fails ends the search, so no correction for multiplicity is needed.
+Every candidate is a file: the top as trained, and its truncations. Two files are compared on the same examples, so the claim
+holds no seed: the only noise is which examples were drawn. Ranks are tested in a fixed sequence from the top downward, each by
+the 95% upper bound of its paired difference from the top; the first that fails ends the search, so no correction for
+multiplicity is needed.
 """
 
 from __future__ import annotations
@@ -213,11 +213,7 @@ class AdapterFile:
 
     @property
     def how(self) -> AdapterOrigin:
-        if self.trial.cut is not None:
-            return "branched"
-        if self.trial.truncate_from is None:
-            return "trained"
-        return "truncated"
+        return "trained" if self.trial.truncate_from is None else "truncated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,7 +382,6 @@ class Making:
     steps: int  # of the training; 0: a custom trainer's own number
     kept_step: int | None  # of the best checkpoint; None: the last
     truncation: str | None  # the method; None: it was not truncated
-    cut_step: int | None = None  # where the training was cut, and went on at the lower rank
 
     def sentence(self) -> str:
         """Such as "trained at rank 64 (learning rate 0.003, 240 steps), truncated to rank 8 by K-FAC"."""
@@ -395,9 +390,7 @@ class Making:
         rate = f"learning rate {self.learning_rate:g}" if self.learning_rate else ""  # 0: not known
         how = f"{rate}{steps}".removeprefix(", ")
         parts = [f"trained at rank {self.trained_rank}" + (f" ({how})" if how else "")]
-        if self.cut_step is not None:
-            parts.append(f"cut to rank {self.rank} by {self.truncation} at step {self.cut_step}")
-        elif self.truncation is not None:
+        if self.truncation is not None:
             parts.append(f"truncated to rank {self.rank} by {self.truncation}")
         return ", ".join(parts)
 
@@ -415,5 +408,4 @@ def making_of(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Making
         steps=parent.steps,
         kept_step=parent.kept_step,
         truncation=METHODS[trial.truncation or "svd"] if is_truncated else None,
-        cut_step=None if trial.cut is None else trial.cut.step,
     )

@@ -10,11 +10,11 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,7 +52,6 @@ from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import (
     Arm,
-    Cut,
     Trial,
     TrialFinished,
     TrialOutcome,
@@ -82,19 +81,6 @@ ELSEWHERE = (
     "name",
     "write_beside",
 )  # of a `LiveAdapter`: in files of their own, or as by default
-
-
-class Branches(Protocol):
-    """The states of a training that a cut can leave from (`live_cut.Branches`)."""
-
-    @property
-    def places(self) -> tuple[int, ...]:
-        """Their steps, the latest first."""
-        ...
-
-    def branched(self, live: LiveAdapter, arm: Arm) -> AbstractContextManager[None]:
-        """Within the block the model is the end of the arm, which is cut."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,23 +147,14 @@ def begin_run(live: LiveAdapter, out: Path, training: Training) -> RunFolder:
     return folder
 
 
-def finish_run(
-    live: LiveAdapter,
-    folder: RunFolder,
-    training: Training,
-    hooks: Sequence[Hook] = (),
-    branches: Branches | None = None,
-) -> Ending:
+def finish_run(live: LiveAdapter, folder: RunFolder, training: Training, hooks: Sequence[Hook] = ()) -> Ending:
     """Walk down over the truncations of a live adapter until one loses more than the margin, and hand over.
-
-    Args:
-        branches: What finishes the training from where it was cut.
 
     Raises:
         ModelError: the adapter cannot be truncated.
         NotFiniteError: a held-out loss is NaN or infinite.
     """
-    end = _End(live, training, branches)
+    end = _End(live, training)
     with together(), folder.locked(), report_disk_errors(folder.path):
         select(end, folder, [end, *hooks], end.workplace)
     records = end.begun.records
@@ -192,40 +169,27 @@ def measure(live: LiveAdapter, out: Path, training: Training | None = None) -> E
 
 
 class Downward(Strategy):
-    """One training, and its truncations from the highest rank down until one does not hold; from there its branches, in the same way.
-
-    Branches leave from `places`, steps of the training, the latest first: the next one where a rank does not hold.
-    """
+    """One training, and its truncations from the highest rank down until one does not hold."""
 
     name = "downward"
-    places: tuple[int, ...] = ()
 
     def script(self, trials: Trials) -> Requests:
         space = self.space
         yield [space.arm(space.top, space.learning_rates[0])]
         parent = trials.whole(space.top, space.learning_rates[0])
-        places: list[int | None] = [None, *self.places]
         for rank in reversed(space.ranks[:-1] if parent is not None else ()):
             assert parent is not None
-            while places:
-                arm, step = truncation(parent, rank), places[0]
-                if step is not None:  # the training cut to this rank there, and finished
-                    branch = {"steps": parent.steps, "continue_from": parent.trial_id}
-                    arm = arm.model_copy(update=branch | {"cut": Cut(step=step, rank=parent.rank)})
-                yield [arm]
-                answer = adapter_answer(list(trials.outcomes.values()), space.criterion)
-                if answer is not None and answer.rank == rank:
-                    break
-                places.pop(0)
+            yield [truncation(parent, rank)]
+            answer = adapter_answer(list(trials.outcomes.values()), space.criterion)
+            if answer is None or answer.rank != rank:
+                return
 
 
-def _strategy(started: RunStarted, steps: int, places: tuple[int, ...] = ()) -> Strategy:
+def _strategy(started: RunStarted, steps: int) -> Strategy:
     settings = started.select_settings
     space: Space = space_of(settings, steps, started.data.loss_kind)
     rates = settings.learning_rates if "learning_rates" in settings.model_fields_set else (0.0,)  # not known
-    strategy = Downward(replace(space, evaluates_base=False, learning_rates=rates))
-    strategy.places = places
-    return strategy
+    return Downward(replace(space, evaluates_base=False, learning_rates=rates))
 
 
 def _top(started: RunStarted, steps: int) -> str:
@@ -273,9 +237,9 @@ class _End(Hook):
     """The end of a training: the request for the run that `begin_run` has begun, its executor, which puts the truncations in the place of the
     trained adapter, and what a person should know of it, as notes of the answer."""
 
-    def __init__(self, live: LiveAdapter, training: Training, branches: Branches | None) -> None:
+    def __init__(self, live: LiveAdapter, training: Training) -> None:
         require_scorable(live.model, live.name)
-        self._live, self._training, self._branches = live, training, branches
+        self._live, self._training = live, training
         self._began = time.monotonic()
         self._held_out = HeldOutBatches(live.model, live.held_out, live.beta)
         self.moments = Gathered({}, 0, 0)  # before the first truncation
@@ -285,8 +249,7 @@ class _End(Hook):
     def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None = None) -> Plan:
         """As `rightrank.runs.values.Asked`."""
         started, steps = records_of(journal, str(folder.path)).started, self._training.steps
-        strategy = _strategy(started, steps, () if self._branches is None else self._branches.places)
-        return Plan(started=started, settings=started.select_settings, steps=steps, strategy=strategy)
+        return Plan(started=started, settings=started.select_settings, steps=steps, strategy=_strategy(started, steps))
 
     def extended(self, settings: SelectSettings) -> _End:
         return self
@@ -306,11 +269,7 @@ class _End(Hook):
     def _outcome(self, trial: Trial, arm: Arm, target: Path) -> TrialFinished:
         training, begun, progress = self._training, time.monotonic(), Progress()
         changes: dict[str, Any]
-        if arm.cut is not None and self._branches is not None:
-            with self._branches.branched(self._live, arm):
-                scores, size = self._scores(arm.label()), save_trained(self._live, target).trained
-            progress, changes = Progress(step=arm.steps), {"truncation": arm.cut.by, "trainable_parameters": size}
-        elif arm.truncate_from is not None:
+        if arm.truncate_from is not None:
             trained = open_adapter(self.begun.folder.trial_adapter(arm.truncate_from))
             scores, method = self.truncated(trained, arm.rank, target), "kfac" if self.moments.moments else "svd"
             changes = {"truncation": method}

@@ -46,7 +46,6 @@ from rightrank.adapters.live_scores import (
 from rightrank.data.token_store import IGNORED
 from rightrank.hooks.report import Report
 from rightrank.interop.end_run import Ending, Training, begin_run, finish_run, measure_again, peak_so_far
-from rightrank.interop.live_cut import Branches, require_one_process
 from rightrank.runs import plugins
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook
@@ -80,8 +79,6 @@ class SmallestAdapter(TrainerCallback):
         max_examples: Held-out examples to score at most. None: as many as a tenth of the training's time allows, from 100 to 1000.
         group: The column of `eval_dataset` that says which rows belong together, such as a document's; bounds are then over groups. None: rows
             with one prompt, which the labels leave out, belong together.
-        branch: Also cut the adapter as it was at half and three quarters of the training to ranks whose truncation loses more than the margin, finish
-            each by the trainer's own step on the same batches, and compare it with the training's end. Each costs the steps since, said before.
         measure: False: at the end keep what a fresh process needs, log its command, and leave the measurement to it.
 
     Attributes:
@@ -100,7 +97,6 @@ class SmallestAdapter(TrainerCallback):
     metric: str = "loss"
     max_examples: int | None = None
     group: str | None = None
-    branch: bool = False
     measure: bool = True
     result: Ending | None = field(default=None, init=False)
     _loaders: Mapping[str, Any] = field(default_factory=dict, init=False)
@@ -111,7 +107,6 @@ class SmallestAdapter(TrainerCallback):
     _first_step: int = field(default=0, init=False)
     _started: float = field(default_factory=time.monotonic, init=False)
     _shared: str = field(default="", init=False)  # a line on rows that are held out and trained on
-    _branches: Branches | None = field(default=None, init=False)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -142,10 +137,6 @@ class SmallestAdapter(TrainerCallback):
             self._held_out = self._rows_to_score(given)
             self._groups = _groups(self._held_out, self.group)
             self._require_scores(model, args)
-        self._branches = None
-        if self.branch and trainer is not None:
-            require_one_process(model)
-            self._branches = Branches(trainer, state.max_steps)
         self._is_training = True
         self._started = time.monotonic()
         if state.is_world_process_zero:
@@ -223,10 +214,6 @@ class SmallestAdapter(TrainerCallback):
         if self.metric == "accuracy" and loss is not None and self.metric not in loss.example_metrics:
             raise SettingsError("metric 'accuracy': only a classifier's rows are right or wrong; leave the metric out")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._is_training and self._branches is not None:
-            self._branches.keep(kwargs["model"], state.global_step)
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -247,13 +234,10 @@ class SmallestAdapter(TrainerCallback):
                     return
                 if state.is_world_process_zero:
                     log.warning("rightrank: measuring truncations on %d batches%s", len(live.held_out), again)
-                self.result = finish_run(live, folder, training, _hooks(), self._branches)
+                self.result = finish_run(live, folder, training, _hooks())
         except FAILURES as error:
             log.warning("rightrank: no smaller adapter was looked for: %s%s", first_line(error), again)
             return
-        finally:
-            if self._branches is not None:
-                self._branches.close()
         if not state.is_world_process_zero:
             return
         answer = self.result.answer

@@ -181,7 +181,7 @@ def write_recipe(cut: LiveCut, step: int, steps: int, output: Path) -> None:
     (output / "rightrank").mkdir(parents=True, exist_ok=True)
     write_text(output / "rightrank" / SQUEEZED, json.dumps(recipe, indent=1) + "\n")
     log.warning(
-        "rank %d to step %d, then rank %d to step %d. %s. No top was trained to its end, so nothing certifies this result; SmallestAdapter(branch=True) in a "
-        "training at rank %d would",
+        "rank %d to step %d, then rank %d to step %d. %s. No top was trained to its end, so nothing certifies this result; SmallestAdapter in a training at "
+        "rank %d certifies its truncations",
         cut.from_rank, step, cut.rank, steps, STUDY, cut.from_rank,
     )  # fmt: skip

@@ -340,7 +340,6 @@ def _held_out(trial: TrialFinished, finished: Mapping[str, TrialFinished], metri
 SERIES: dict[str, tuple[str, Tone]] = {
     "trained": ("trained at that rank", "main"),
     "truncated": ("truncated from the top rank", "second"),
-    "branched": ("cut inside the training", 2),
 }
 MAX_MARGINS = 6.0  # worse than the reference by more: off the scale, so that the margin stays readable
 

@@ -117,12 +117,12 @@ class LocalExecutor:
 
     def _folders(self, trial: Trial) -> TrialFolders:
         arm, folder = trial.arm, self._folder
-        parent = arm.truncate_from or (arm.continue_from if arm.cut is not None else None)
+        cut = arm.truncate_from
         return TrialFolders(
             folder.checkpoint(trial.trial_id),
             folder.trial_adapter(trial.trial_id),
             None if arm.continue_from is None else folder.checkpoint(arm.continue_from),
-            None if arm.truncate_from is None else folder.trial_adapter(arm.truncate_from),
-            None if parent is None else folder.checkpoint(parent).with_suffix(".moments.safetensors"),
+            None if cut is None else folder.trial_adapter(cut),
+            None if cut is None else folder.checkpoint(cut).with_suffix(".moments.safetensors"),
             folder.answers(trial.trial_id),
         )

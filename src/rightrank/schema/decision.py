@@ -165,7 +165,7 @@ class DifferenceSpread(Record):
     worst_tenth: float  # the mean difference of the tenth of the examples that gets worst
 
 
-AdapterOrigin: TypeAlias = Literal["trained", "truncated", "branched"]
+AdapterOrigin: TypeAlias = Literal["trained", "truncated"]
 
 
 class AdapterCandidate(Record):

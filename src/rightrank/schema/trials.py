@@ -48,21 +48,11 @@ def content_hash(value: JsonValue | dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Cut(Record):
-    """A truncation inside a training, which continues at the lower rank: the same batches, schedule and number of steps."""
-
-    step: Whole = Field(gt=0)  # after which the adapter is truncated; `continue_from` stopped there
-    rank: Whole = Field(gt=0)  # until then
-    by: Literal["kfac", "svd"] = "kfac"  # moments of its own last batches, or singular values alone
-    optimizer: Literal["projected", "fresh"] = "projected"  # its state after the cut
-    warmup: Whole = Field(default=0, ge=0)  # steps over which the learning rate rises again to that of the schedule
-
-
 class ArmFields(Record):
     """Everything that may differ between the trainings of a selection.
 
-    A training may be stopped early (`stop_at`), and another arm may resume it (`continue_from`), at a lower rank where
-    it has a `cut`. An adapter may be truncated to a lower rank (`truncate_from`); `steps` are then 0.
+    A training may be stopped early (`stop_at`), and another arm may resume it (`continue_from`). An adapter may be
+    truncated to a lower rank (`truncate_from`); `steps` are then 0.
     """
 
     rank: Whole = Field(ge=0)  # 0: the base model, which is evaluated and not trained
@@ -75,31 +65,15 @@ class ArmFields(Record):
     truncate_from: str | None = None  # id of a finished trial at this rank or a higher one
     # From this step the learning rate decays linearly to 0 at `stop_at`: a copy that is compared and thrown away.
     anneal_from: Whole | None = None
-    cut: Cut | None = None  # the last one, where `continue_from` had cuts of its own
-
-    @model_validator(mode="after")
-    def _cut_fits(self) -> ArmFields:
-        cut = self.cut
-        if cut is not None and (self.continue_from is None or not self.rank < cut.rank or not cut.step < self.end):
-            raise ValueError(
-                f"a cut from rank {cut.rank} to {self.rank} at step {cut.step} of {self.end}: give continue_from, a lower rank, and "
-                "an earlier step"
-            )
-        return self
 
     @property
     def arm(self) -> Arm:
         return Arm(**{name: getattr(self, name) for name in ArmFields.model_fields})
 
     @property
-    def is_whole(self) -> bool:
-        """Whether this is a complete training, at one rank or with cuts."""
-        return self.stop_at is None and self.truncate_from is None
-
-    @property
     def is_direct(self) -> bool:
-        """Whether this is a complete training at one rank, as the comparison of ranks requires."""
-        return self.is_whole and self.cut is None
+        """Whether this is a complete training, as the comparison of ranks requires."""
+        return self.stop_at is None and self.truncate_from is None
 
     @property
     def end(self) -> int:
@@ -119,13 +93,11 @@ class Arm(ArmFields):
 
     def stage(self) -> str:
         """How the arm differs from a complete training; empty if it does not."""
-        if self.truncate_from is not None and self.cut is None:
+        if self.truncate_from is not None:
             return "truncated"
         if self.anneal_from is not None:
             return f"annealed to step {self.stop_at}"
-        cut = "" if self.cut is None else f"cut from rank {self.cut.rank} at step {self.cut.step}"
-        end = "" if self.stop_at is None else f"to step {self.stop_at}"
-        return ", ".join(filter(None, (cut, end)))
+        return "" if self.stop_at is None else f"to step {self.stop_at}"
 
 
 class Trial(Record):

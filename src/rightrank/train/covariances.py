@@ -44,9 +44,7 @@ class Gathered:
     notices: tuple[str, ...] = ()  # what is truncated by the plain SVD instead, and why
 
 
-def gather_moments(
-    runtime: Runtime, peft_model: Any, examples: Sequence[int], tokens: int = MOMENT_TOKENS, adapter: str = ADAPTER
-) -> Gathered:
+def gather_moments(runtime: Runtime, peft_model: Any, examples: Sequence[int], tokens: int = MOMENT_TOKENS) -> Gathered:
     """Moments of the adapter that PEFT has on the runtime's base, over training examples in the order given.
 
     Modules whose update is not a plain product of matrices (DoRA, embeddings, experts), and all modules where memory
@@ -59,9 +57,7 @@ def gather_moments(
     """
     adapted = lora_modules(peft_model)
     # Modules that add s·B·(A·x) to their output.
-    plain = [
-        name for name, module in adapted.items() if adapter in module.lora_A and isinstance(kind_of(module), Linear)
-    ]
+    plain = [name for name, module in adapted.items() if isinstance(kind_of(module), Linear)]
     left_out = len(adapted) - len(plain)
     note = f"{left_out} modules have no moments (DoRA, embeddings or experts): the plain SVD is used there"
     notices = (note,) if left_out else ()
@@ -81,7 +77,7 @@ def gather_moments(
             yield len(indices), read, sum(map(runtime.data.loss_weight, encoded))
 
     with memory_permitting() as reasons, runtime.recomputing(), runtime.without_dropout():
-        gathered = gather_passes(peft_model, plain, passes(), adapter)
+        gathered = gather_passes(peft_model, plain, passes())
     if reasons:
         return Gathered({}, 0, 0, (f"no moments for truncation: {reasons[0]}; the plain SVD is used",))
     return replace(gathered, notices=(*notices, *gathered.notices))
@@ -139,21 +135,10 @@ def gather_unseen_moments(runtime: Runtime, peft_model: Any, seed: int, steps: i
     They are `MOMENT_TOKENS`, or the share of the training's tokens that gathering may take where that is less.
     """
     examples = [index for batch in runtime.batch_plan(seed, 2 * steps)[steps:] for index in batch]
-    return gather_moments(runtime, peft_model, examples, _tokens_to_read(runtime, steps))
-
-
-def gather_recent_moments(runtime: Runtime, peft_model: Any, arm: Arm, adapter: str) -> Gathered:
-    """Moments over the last batches before the arm's cut, of as many tokens as those of a truncation at the end."""
-    assert arm.cut is not None
-    examples = [index for batch in reversed(runtime.batch_plan(arm.seed, arm.steps)[: arm.cut.step]) for index in batch]
-    return gather_moments(runtime, peft_model, examples, _tokens_to_read(runtime, arm.steps), adapter)
-
-
-def _tokens_to_read(runtime: Runtime, steps: int) -> int:
     encoded = runtime.data.splits["train"]
     mean = sum(encoded[index].length for index in range(min(len(encoded), 256))) / min(len(encoded), 256)
     training = steps * runtime.settings.items_per_step * mean
-    return max(1, min(MOMENT_TOKENS, int(MAX_SHARE * training)))
+    return gather_moments(runtime, peft_model, examples, max(1, min(MOMENT_TOKENS, int(MAX_SHARE * training))))
 
 
 def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tuple[str, ...]:
@@ -168,14 +153,10 @@ def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tup
         return ()
     with adapter_attached(runtime, adapter) as peft_model:
         gathered = gather_unseen_moments(runtime, peft_model, arm.seed, runtime.steps)
-    write_moments(path, gathered)
-    return gathered.notices
-
-
-def write_moments(path: Path, gathered: Gathered) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_moments(temporary, gathered.moments)
+    return gathered.notices
 
 
 def _micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
@@ -192,10 +173,7 @@ def _micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) -> It
 
 @contextmanager
 def rank_space(peft_model: Any, names: Sequence[str], see: See, adapter: str = ADAPTER) -> Iterator[None]:
-    """Within the block, every backward pass gives `see(name, h [n, r], δ [n, r])` of the named modules.
-
-    Whether PEFT's forward pass or that of `multi_lora` runs does not matter. No parameter gets a gradient.
-    """
+    """Within the block, every backward pass gives `see(name, h [n, r], δ [n, r])` of the named modules; no parameter gets a gradient."""
     modules = lora_modules(peft_model)
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     handles = [modules[name].register_forward_hook(partial(_hook, name, see, adapter)) for name in names]

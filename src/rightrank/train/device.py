@@ -65,21 +65,16 @@ def gradient_checkpointing_on(model: Any) -> Iterator[None]:
     """Within the block, the backward pass recomputes the activations inside the model's blocks.
 
     transformers checkpoints only blocks in training mode. Only the blocks are put in training mode, so that the base's
-    own dropout stays off. Blocks may be nested.
+    own dropout stays off.
     """
-    is_nested = bool(_checkpointed(model))
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-    if not is_nested:
-        enable()
+    enable()
     try:
-        with training_is(
-            True, _checkpointed(model)
-        ):  # inside another block too: a wrapper may have ended the training mode
+        with training_is(True, _checkpointed(model)):
             yield
     finally:
-        if not is_nested:
-            disable()
+        disable()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rightrank.schema.errors import InterruptedRun, MetricError, ModelError
+from rightrank.schema.errors import InterruptedRun, MetricError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, TrialStarted
 from rightrank.train.batches import Batch
@@ -64,9 +64,6 @@ def train_trials(
             listener.on_event(TrialStarted(**trial.fields))
             yield _evaluate_base(runtime, trial, folders(trial))
     trained = [trial for trial in trials if trial.arm.rank > 0]
-    reason = runtime.targets.why_not_truncated or runtime.targets.start_line or None
-    if reason is not None and (cut := next((trial.arm for trial in trained if trial.arm.cut is not None), None)):
-        raise ModelError(f"{cut.label()}: no adapter can be cut ({reason}); train at one rank")
     for trial in trained:
         places = folders(trial)
         if places.truncate_from is not None and places.moments is not None:
@@ -130,7 +127,8 @@ class _TrainingLoop:
 
     def _start_waiting(self) -> Iterator[TrialOutcome]:
         """Add arms up to the limit; yield the outcomes of those that do not fit in memory even alone."""
-        while len(self._running) < self._limit and (trial := self._next_waiting()) is not None:
+        while self._waiting and len(self._running) < self._limit:
+            trial = self._waiting.popleft()
             if trial.trial_id not in self._started:
                 self._listener.on_event(TrialStarted(**trial.fields))
                 self._started.add(trial.trial_id)
@@ -151,16 +149,6 @@ class _TrainingLoop:
             if len(self._running) > len(training.pass_ranks):  # the fullest pass of this arm so far
                 others = [other.trial.arm.rank for other in self._running if other is not training]
                 training.pass_ranks = [training.trial.arm.rank, *others]
-
-    def _next_waiting(self) -> Trial | None:
-        """The first waiting trial, which waits no longer; one that continues another of these trials waits for its end."""
-        unfinished = {training.trial.trial_id for training in self._running} | {
-            waiting.trial_id for waiting in self._waiting
-        }
-        trial = next((waiting for waiting in self._waiting if waiting.arm.continue_from not in unfinished), None)
-        if trial is not None:
-            self._waiting.remove(trial)
-        return trial
 
     def _step(self) -> None:
         """One step of every running arm. Where memory runs out, fewer arms continue."""

@@ -12,7 +12,6 @@ from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import Arm
 from rightrank.train.batches import Batch
 from rightrank.train.checkpoints import Progress
 from rightrank.train.runtime import Runtime
@@ -124,24 +123,15 @@ class ArmOptimizer:
         for index, parameter in enumerate(self._parameters):
             prefix = f"optimizer.{index}."
             saved = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            if saved:  # none after a cut: the state stays fresh
-                self._optimizer.state[parameter] = {
-                    key: value.to(parameter.device) if value.dim() > 0 or _is_fused(parameter) else value
-                    for key, value in saved.items()
-                }
+            self._optimizer.state[parameter] = {
+                key: value.to(parameter.device) if value.dim() > 0 or _is_fused(parameter) else value
+                for key, value in saved.items()
+            }
         if self._mean_after is not None and with_mean and MEAN_COUNT in tensors:
             for name, value in self.sums.items():
                 value.copy_(tensors[f"{MEAN}{name}"])
             self.summed = int(tensors[MEAN_COUNT])
         self.progress = Progress.model_validate(state)
-
-
-def schedule_of(settings: SelectSettings, arm: Arm) -> Schedule:
-    """The schedule of an arm, which rises again from 0 over the warm-up of its cut."""
-    factor, cut = learning_rate_schedule(settings, arm.steps, arm.anneal_from, arm.stop_at), arm.cut
-    if cut is None or not cut.warmup:
-        return factor
-    return lambda step: factor(step) * min(1.0, (step - cut.step + 1) / (cut.warmup + 1))
 
 
 def learning_rate_schedule(

@@ -24,11 +24,10 @@ from rightrank.schema.settings import LOOK_ITEMS
 from rightrank.schema.trials import EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
 from rightrank.train.batches import Batch
 from rightrank.train.checkpoints import Progress, load_checkpoint, save_checkpoint
-from rightrank.train.cut import cut_checkpoint
 from rightrank.train.evaluation import Measured, Scores
 from rightrank.train.metrics import measure
 from rightrank.train.multi_lora import ArmBatch, MultiLora
-from rightrank.train.optimizer import ArmOptimizer, schedule_of
+from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule
 from rightrank.train.runtime import Runtime
 
 CHECKPOINT_SHARE = 0.015  # the largest share of the time that writing checkpoints may take
@@ -71,12 +70,9 @@ class ArmTraining:
         self._truncation: Literal["svd", "kfac"] | None = None
         config = runtime.config(arm)
         truncated = self._truncated(config)
-        begun = time.perf_counter()
-        checkpoint = self._checkpoint(config)
-        seconds = time.perf_counter() - begun
         plan = runtime.batch_plan(arm.seed, arm.steps) if arm.steps else []  # a truncation is not trained
         named = multi_lora.add(self.adapter, arm, config)
-        schedule = schedule_of(runtime.settings, arm)
+        schedule = learning_rate_schedule(runtime.settings, arm.steps, arm.anneal_from, arm.stop_at)
         self._last_step = arm.end
         has_mean = arm.stop_at is not None and arm.continue_from is None  # later stages compare no means
         mean_after = self._last_step // 2 if has_mean else None
@@ -89,16 +85,12 @@ class ArmTraining:
         self._scores: Scores | None = None  # of the last evaluation
         self._measured: tuple[int, Measured] | None = None  # the step, and the metrics after it
         self.ended: TrialDiverged | TrialFailed | None = None
-        self._rank_pattern = dict(config.rank_pattern or {})
+        checkpoint = self._checkpoint()
         if checkpoint is not None:
             tensors, state = checkpoint
             self.optimizer.restore(tensors, state, with_mean=state["trial_id"] == self.trial.trial_id)
-            self.progress.train_seconds += seconds  # a cut reads some batches again
         elif truncated:
             set_peft_model_state_dict(multi_lora.peft_model, truncated, adapter_name=self.adapter)
-        elif arm.cut is not None:
-            reason = f"{arm.label()}: the training that it continues has left no checkpoint; train that one again first"
-            self.ended = TrialFailed(**self.trial.fields, error="error", reason=reason)
 
     def _truncated(self, config: LoraConfig) -> dict[str, torch.Tensor]:
         """The tensors of a truncation, whose ranks go into `config`; none for an arm that starts from its first draw."""
@@ -109,14 +101,13 @@ class ArmTraining:
         self._truncation = "kfac" if moments else "svd"
         return truncated_tensors(folders.truncate_from, arm.rank, config, moments)
 
-    def _checkpoint(self, config: LoraConfig) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]] | None:
-        """This trial's checkpoint, else that of the trial that it resumes, cut where the arm says so; None: from step 0.
+    def _checkpoint(self) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]] | None:
+        """This trial's checkpoint, else that of the trial that it resumes; None: from step 0.
 
-        A missing checkpoint of the resumed trial costs its steps again and changes no result. The ranks of modules go into
-        `config`.
+        A missing checkpoint of the resumed trial costs its steps again and changes no result.
         """
-        arm, folders = self.trial.arm, self.folders
-        sources = ((folders.checkpoint, self.trial.trial_id), (folders.continue_from, arm.continue_from))
+        folders = self.folders
+        sources = ((folders.checkpoint, self.trial.trial_id), (folders.continue_from, self.trial.arm.continue_from))
         stored = (
             (tensors, state)
             for path, trial_id in sources
@@ -124,20 +115,7 @@ class ArmTraining:
             for tensors, state in filter(None, [load_checkpoint(path)])
             if state.get("trial_id") == trial_id
         )
-        checkpoint = next(stored, None)
-        if checkpoint is None:
-            return None
-        tensors, state = checkpoint
-        if arm.cut is not None:
-            self._truncation = arm.cut.by
-        if arm.cut is not None and state["step"] == arm.cut.step and state["trial_id"] == arm.continue_from:
-            assert folders.moments is not None
-            tensors, notices = cut_checkpoint(self._runtime, self._multi_lora, arm, config, checkpoint, folders.moments)
-            for notice in notices:
-                self._listener.notice(notice)
-        else:
-            config.rank_pattern = state.get("rank_pattern") or config.rank_pattern
-        return tensors, state
+        return next(stored, None)
 
     @property
     def progress(self) -> Progress:
@@ -200,10 +178,8 @@ class ArmTraining:
                 self.optimizer.best = self.optimizer.parameters()
 
     def _best_point(self) -> EvalPoint:
-        """The evaluation with the best value, the earliest of equal ones; after a cut, of those at the lower rank."""
-        cut = self.trial.arm.cut
-        points = [point for point in self.progress.points if cut is None or point.step > cut.step]
-        return best_point(points, self._settings.is_higher_better(self._settings.points_metric))
+        """The evaluation with the best value, the earliest of equal ones."""
+        return best_point(self.progress.points, self._settings.is_higher_better(self._settings.points_metric))
 
     def _compare_with_base(self, loss: float, which: str) -> None:
         base = self._base_loss
@@ -251,7 +227,7 @@ class ArmTraining:
                 averaged = self._evaluate().loss
             finally:
                 self.optimizer.put(last)
-        kept = self._take_best() if arm.is_whole and self.optimizer.best else None
+        kept = self._take_best() if arm.is_direct and self.optimizer.best else None
         if arm.stop_at is None:
             scores = scores if kept is None else self._evaluate()
             measured = self._measure()
@@ -296,11 +272,7 @@ class ArmTraining:
 
     def save(self) -> None:
         begun = time.perf_counter()
-        state = {
-            "trial_id": self.trial.trial_id,
-            "rank_pattern": self._rank_pattern,
-            **self.progress.model_dump(),
-        }
+        state = {"trial_id": self.trial.trial_id, **self.progress.model_dump()}
         save_checkpoint(self.folders.checkpoint, self.optimizer.tensors(), state)
         self._saved = time.perf_counter()
         self._save_seconds = self._saved - begun
