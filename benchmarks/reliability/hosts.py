@@ -113,14 +113,22 @@ class Field:
         """Start what is missing of the Ray cluster, as a supervisor does."""
         if self.executor != "ray":
             return
-        for host in self.hosts:
-            running = self.nodes.get(host.number)
-            if host.init and not host.link.is_cut and (running is None or running.poll() is not None):
-                self._clear(host)
-                log = self._node_log(host)
-                begin = len(log.read_text(errors="replace")) if log.exists() else 0
-                self.nodes[host.number] = self.start(host, self._node_command(host), log.name)
+        for hosts in (self.hosts[:1], self.hosts[1:]):  # the head first
+            begun = [(host, self._begin(host)) for host in hosts if self._is_missing(host)]
+            for host, begin in begun:
                 self._await(host, begin)
+
+    def _is_missing(self, host: Host) -> bool:
+        running = self.nodes.get(host.number)
+        return bool(host.init) and not host.link.is_cut and (running is None or running.poll() is not None)
+
+    def _begin(self, host: Host) -> int:
+        """Start a node; where in its log that begins."""
+        self._clear(host)
+        log = self._node_log(host)
+        begin = len(log.read_text(errors="replace")) if log.exists() else 0
+        self.nodes[host.number] = self.start(host, self._node_command(host), log.name)
+        return begin
 
     def _node_command(self, host: Host) -> list[str]:
         ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
@@ -433,7 +441,7 @@ def reference_of(place: Field) -> Found:
 
 
 def one_run(place: Field, name: str, kinds: Sequence[str], right: Found) -> tuple[dict[str, Any], list[str]]:
-    """A run, what came of it, and the kinds of fault for which it was too short."""
+    """A run, what came of it against the one without a fault, and the kinds of fault for which it was too short."""
     run, begun, left = Run(place, name), time.monotonic(), list(kinds)
     try:
         left = run.go(kinds)
@@ -465,17 +473,14 @@ class Campaign:
         chosen, tried = random.Random(f"{self.work.name} {self.executor} {self.seed} {self.runs}"), 0
         with Network(3) as network:
             place = Field(network, chosen, self.work, self.executor, self.folder)
-            right = self._open(place)
+            self.work.put_on(network.shared)
+            right = reference_of(place)
             row: dict[str, Any] = {}
             while tried < faults and time.monotonic() < self.until and "error" not in row:
                 self.runs, self.bag = self.runs + 1, self.bag or bag_of(self.kinds, chosen)
                 row, self.bag = one_run(place, f"{self.executor}-{self.work.name}-{self.runs}", self.bag, right)
                 tried += len(row["faults"])
                 yield row
-
-    def _open(self, place: Field) -> Found:
-        self.work.put_on(place.network.shared)
-        return reference_of(place)
 
 
 def tiny(folder: Path, strategy: str, steps: int) -> Work:

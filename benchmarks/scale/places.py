@@ -45,12 +45,12 @@ STORE = {"object_store_memory": 80 * 2**20}
 
 
 class Nodes:
-    """A Ray cluster of a head without cores, a node of two and a node of four, all on this machine."""
+    """A Ray cluster of a head without cores, and nodes of so many cores, all on this machine."""
 
-    SIZES = (2, 4)
-
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sequence[int] = (2, 4)) -> None:
         from ray.cluster_utils import Cluster
+
+        self._sizes = sizes
 
         os.environ.setdefault(
             "RAY_worker_niceness", "0"
@@ -67,7 +67,7 @@ class Nodes:
 
     def make_whole(self) -> None:
         """Put back what was taken away."""
-        for cores in self.SIZES:
+        for cores in self._sizes:
             if cores not in self._nodes:
                 self._nodes[cores] = self._cluster.add_node(num_cpus=cores, **STORE)
 

@@ -22,7 +22,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     pytest.importorskip("ray")
-    nodes = Nodes()
+    nodes = Nodes(sizes=(2,))  # actors take the longest to start
     yield nodes
     nodes.shutdown()
 
