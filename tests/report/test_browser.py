@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from benchmarks.report.screenshots import docs_screenshots
 
-from rightrank.decision.records import Records, answers_of, decide_run, decision_so_far
-from rightrank.report.figures import AT_MARGIN, margin_steps
+from rightrank.decision.records import answers_of, decide_run, decision_so_far
 from rightrank.report.html import render_report
 from tests.report.chromium import CHROMIUM, FLAGS
 from tests.report.runs import made_up_run
@@ -91,30 +90,6 @@ def test_no_error_no_request_no_overflow_and_no_barrier(
     assert serious == []
     assert seen.complaints == []
     assert [url for url in seen.requests if not url.startswith(("file:", "data:"))] == []
-
-
-def test_the_slider_moves_the_answer(browser: Any, files: dict[int, Path]) -> None:
-    records: Records = RUNS[9]()
-    made = decide_run(records)
-    steps = margin_steps(made)
-    page = opened(browser, files[9], **SCREENS["desktop"]).page
-    answer = page.locator("#answer")
-    before = page.locator('svg[data-figure="rank_curve"]').inner_html()
-
-    def sentence(rank: int) -> str:
-        return (
-            AT_MARGIN["best" if rank == made.reference_rank else "smaller"].partition("{margin}")[2].format(rank=rank)
-        )
-
-    assert answer.inner_text().endswith(sentence([rank for needed, rank in steps if needed <= made.margin][-1]))
-    page.focus("#margin")
-    page.keyboard.press("Home")
-    assert answer.inner_text().endswith(sentence(steps[0][1]))
-    page.keyboard.press("End")
-    assert answer.inner_text().endswith(sentence(steps[-1][1]))
-    assert steps[0][1] != steps[-1][1]  # both sentences
-    assert page.locator('svg[data-figure="rank_curve"]').inner_html() != before
-    assert "nats" in page.get_attribute("#margin", "aria-valuetext")
 
 
 def test_trials_are_sorted_by_their_heads_and_bands_are_in_the_legend(browser: Any, files: dict[int, Path]) -> None:

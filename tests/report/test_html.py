@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from html import unescape
 
@@ -55,7 +54,7 @@ def test_what_comes_from_data_is_shown_as_text() -> None:
     found = Elements(page_of(records))
     shown = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}␀␛[31m��end"
     assert shown in found.text
-    assert [tag for tag, _ in found.tags].count("script") == 2
+    assert [tag for tag, _ in found.tags].count("script") == 1
     assert not [tag for tag, attributes in found.tags if tag == "img" or "onerror" in attributes]
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", page_of(records))
 
@@ -73,17 +72,6 @@ def test_the_policy_names_exactly_the_scripts_of_the_file() -> None:
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     assert re.findall(r"'sha256-([^']+)'", policy) == hashes
     assert len(page.encode()) < 300_000
-
-
-def test_the_page_data_is_the_slider_s_staircase() -> None:
-    records = made_up_run()
-    data = re.search(r'id="page-data">(.*?)</script>', page_of(records))
-    assert data is not None
-    answer = json.loads(data[1])["answer"]
-    made = decide_run(records)
-    for step in made.staircase:
-        enough = [rank for needed, rank in answer["steps"] if needed <= step.margin]
-        assert enough[-1] == step.rank
 
 
 def test_before_two_ranks_the_report_has_no_answer() -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import log2, log10
+from math import log2
 from statistics import fmean
-from typing import Any
 
 from rightrank.decision.records import Records, compared
 from rightrank.report.evidence_tables import ENOUGH, coverage, metric_unit
@@ -150,32 +149,6 @@ def _margin_range(decision: Decision) -> tuple[float, float]:
     """The interesting margins: from below the first step to above the one at which the smallest rank is enough."""
     needed = [margin for margin, _ in margin_steps(decision) if margin > 0]
     return min([decision.margin / 5, *(m / 2 for m in needed)]), max([decision.margin * 5, *(m * 2 for m in needed)])
-
-
-AT_MARGIN = {  # of the rank that the bounds give: the best one, or a smaller one
-    "best": "At a margin of {margin}, no rank below the best one, {rank}, has its bound within it.",
-    "smaller": "At a margin of {margin}, {rank} is the smallest rank whose bound is within it.",
-}
-
-
-def margin_slider(decision: Decision) -> dict[str, Any]:
-    """The slider's start, 0 to 1000 along the logarithm of the margin, its text, and its data: which rank the bounds give from which margin."""
-    steps, (low, high) = margin_steps(decision), _margin_range(decision)
-    data = {
-        "steps": steps,
-        "margin": decision.margin,
-        "range": (low, high),
-        "unit": metric_unit(decision.metric),
-        "values": {str(evidence.rank): evidence.value for evidence in decision.ranks},
-        "reference": decision.reference_rank,
-        "higher_is_better": decision.higher_is_better,
-        "sentences": AT_MARGIN,
-    }
-    rank, unit = _rank_at(steps, decision.margin), metric_unit(decision.metric)
-    text = AT_MARGIN["best" if rank == decision.reference_rank else "smaller"]
-    text = text.format(margin=f"{decision.margin:.4g} {unit}", rank=rank)
-    start = round(1000 * log10(decision.margin / low) / log10(high / low))
-    return {"start": start, "text": text, "data": data}
 
 
 def _staircase_figure(decision: Decision) -> Figure:

@@ -1,6 +1,6 @@
 """`report.html`: one file that opens from disk without a network and shows everything from data as text.
 
-Plots are SVG in the page. With JavaScript, a point shows its numbers, a legend hides a series and a slider moves the margin.
+Plots are SVG in the page. With JavaScript, a point shows its numbers, and a legend hides a series.
 The Content-Security-Policy allows the one script of this file by its hash, and no other source. The card of an adapter and the page of its
 truncations come from templates too.
 """
@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path, PurePath
@@ -27,7 +27,7 @@ from rightrank.models.ranks import peft_scaling
 from rightrank.report.answer import answer_view
 from rightrank.report.evidence_tables import candidate_table, certainty_rows, evidence_table, metric_unit
 from rightrank.report.figure import Figure, parts_of
-from rightrank.report.figures import figures_of, margin_slider
+from rightrank.report.figures import figures_of
 from rightrank.report.format import quantity, size, visible
 from rightrank.report.status import cost_sentence, end_text
 from rightrank.report.svg import inline_svg, swatch
@@ -62,7 +62,6 @@ def render_report(
     """
     adapter, decision, started = answers.adapter, answers.decision, records.started
     plots = {figure.name: figure for figure in (*figures_of(records, decision), *further_figures)}
-    slider = None if decision is None else margin_slider(decision)
     script = _asset("figures.js") + "\n" + _asset("page.js")
     return (
         templates()
@@ -84,7 +83,6 @@ def render_report(
             evidence=evidence_table(decision) if decision else [],
             certainty=certainty_rows(decision) if decision else [],
             margin=f"{decision.margin:.4g} {metric_unit(decision.metric)}" if decision else "",
-            slider=slider,
             plots=plots,
             further_plots=[figure for name, figure in plots.items() if name not in IN_THEIR_SECTIONS],
             rows=[_row(outcome) for outcome in records.outcomes[-MAX_ROWS:]],
@@ -94,7 +92,8 @@ def render_report(
             not_tested=_not_tested(records, decision),
             is_alone=command is not None,  # without files beside it
             command=command or reproduce_command(started.model_name, started.data_name, records.settings),
-            **page_script(script, {"answer": slider and slider["data"]}),
+            script=script,
+            script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         )
     )
 
@@ -178,25 +177,6 @@ def _cell(value: Any) -> str:
 def _asset(name: str) -> str:
     """A file beside the templates, as it goes into a page."""
     return files("rightrank.report").joinpath("templates", name).read_text(encoding="utf-8").strip("\n")
-
-
-def page_script(script: str, data: Any) -> dict[str, str]:
-    """A page's one script, the source expression that allows it in a Content-Security-Policy, and its data.
-
-    The data are JSON that is safe inside a script element, whatever its strings contain.
-    """
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = json.dumps(_visible_in(data), ensure_ascii=True, allow_nan=False)
-    safe = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return {"script": script, "script_hash": f"sha256-{digest}", "page_data": safe}
-
-
-def _visible_in(value: Any) -> Any:
-    if isinstance(value, str):
-        return visible(value)
-    if isinstance(value, Mapping):
-        return {key: _visible_in(inner) for key, inner in value.items()}
-    return [_visible_in(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _row(outcome: TrialOutcome) -> dict[str, Any]:
