@@ -159,8 +159,11 @@ def by_llama_factory(train: Sequence[Row], held_out: Sequence[Row], unseen: Sequ
 
 
 def by_ms_swift(train: Sequence[Row], held_out: Sequence[Row], unseen: Sequence[Row], given: Any) -> Row:
-    from rightrank.interop import ms_swift
-
+    plugin = given.work / "plugin.py"
+    plugin.write_text(
+        "from swift.callbacks import callbacks_map\n\nfrom rightrank import SmallestAdapter\n\n"
+        'callbacks_map["rightrank"] = lambda args, trainer: SmallestAdapter()\n'
+    )
     command = [
         *("swift", "sft", "--model", str(given.model), "--model_type", "llama", "--template", "dummy"),
         *("--dataset", str(_write(given.work / "train.jsonl", _messages(train)))),
@@ -180,7 +183,7 @@ def by_ms_swift(train: Sequence[Row], held_out: Sequence[Row], unseen: Sequence[
         *("--output_dir", str(given.work / "outputs"), "--add_version", "false", "--seed", str(given.seed)),
         *("--save_strategy", "no", "--eval_strategy", "no", "--report_to", "none", "--use_cpu", "true"),
         *("--dataset_num_proc", "1", "--dataloader_num_workers", "0", "--gradient_checkpointing", "false"),
-        *("--external_plugins", str(ms_swift.__file__), "--callbacks", "rightrank"),
+        *("--external_plugins", str(plugin), "--callbacks", "rightrank"),
     ]
     _run([str(Path(sys.executable).parent / "swift"), *command[1:]], given.work / "log.txt")
     return answered(given.work / "outputs" / "rightrank", unseen, given)

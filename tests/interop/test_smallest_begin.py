@@ -233,7 +233,7 @@ def test_the_end_of_a_training_on_images(model_folder: Path, tmp_path: Path, cap
     pixels = torch.stack([row["pixel_values"] for row in rows[80:]])
     labels = torch.tensor([row["labels"] for row in rows[80:]])
     with torch.no_grad():
-        assert callback.result.value == pytest.approx(
+        assert callback.result.top.value == pytest.approx(
             float((model.eval()(pixels).logits.argmax(-1) == labels).float().mean())
         )
     assert "are in the training set" in shared(rows, model, arguments, caplog)

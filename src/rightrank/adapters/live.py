@@ -23,14 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rightrank.adapters.live_scores import (
-    BETA,
-    Batch,
-    batch_loss,
-    is_partitioned,
-    positions,
-    together,
-)
+from rightrank.adapters.live_scores import BETA, Batch, batch_loss, is_partitioned, positions, together
 from rightrank.adapters.resize import candidate_ranks, require_plain_update
 from rightrank.data.files import write_text
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter
@@ -112,11 +105,6 @@ def base_name(model: Any, name: str) -> str:
 
 
 def _require_truncatable(model: Any, name: str) -> None:
-    """Refuse what no truncation can be made of.
-
-    Raises:
-        ModelError: no PEFT model, no adapter of that name, another kind than LoRA of linear layers, a merged one, or rank 1.
-    """
     config = getattr(model, "peft_config", {}).get(name)
     if config is None:
         raise ModelError(
@@ -150,10 +138,11 @@ def trained_adapter(model: Any) -> str:
     """The name of the adapter that trains: of several active ones, the one whose factors have gradients.
 
     Raises:
-        ModelError: several adapters train, or no truncation can be made of it.
+        ModelError: no PEFT model, several adapters that train or are active, another kind than LoRA of linear layers, a merged one, rank 1,
+            or FSDP1.
     """
     active = getattr(model, "active_adapters", None)
-    names = [active] if isinstance(active, str) else list(active if isinstance(active, list) else ["default"])
+    names = active if isinstance(active, list) else ["default"]
     training = names
     if len(names) > 1:
         factors = [layer.lora_A for layer in lora_modules(model).values()]
@@ -166,19 +155,6 @@ def trained_adapter(model: Any) -> str:
         )
     _require_truncatable(model, training[0])
     return training[0]
-
-
-def require_scorable(model: Any, name: str) -> None:
-    """Refuse an adapter whose truncations can't be put in its place.
-
-    Raises:
-        ModelError: no truncation can be made of it, or DeepSpeed holds the parameters.
-    """
-    _require_truncatable(model, name)
-    if is_partitioned(model):
-        raise ModelError(
-            "ZeRO-3 holds parts of each parameter, which no truncation can be written into; measure in a fresh process"
-        )
 
 
 def put_in_place(model: Any, name: str, adapter: AdapterFolder) -> None:
@@ -242,7 +218,7 @@ def as_it_came(model: Any, name: str, *sources: Any) -> Iterator[None]:
     """In the block the model evaluates with the adapter `name`; afterwards it and random states are as before, to the bit."""
     layers = lora_modules(model).values()
     factors = [part[name].weight for layer in layers for part in (layer.lora_A, layer.lora_B) if name in part]
-    weights = {id(factor): (factor, factor.detach().clone()) for factor in factors}
+    weights = [(factor, factor.detach().clone()) for factor in factors]
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
@@ -253,7 +229,7 @@ def as_it_came(model: Any, name: str, *sources: Any) -> Iterator[None]:
             yield
     finally:
         with torch.no_grad():
-            for weight, value in weights.values():
+            for weight, value in weights:
                 weight.copy_(value)
         for parameter, required, gradient in parameters:
             parameter.requires_grad_(required)

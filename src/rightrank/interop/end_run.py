@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +22,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from rightrank.adapters.live import (
-    LiveAdapter,
-    as_it_came,
-    base_name,
-    gather,
-    put_in_place,
-    require_scorable,
-    save_trained,
-)
+from rightrank.adapters.live import LiveAdapter, as_it_came, base_name, gather, put_in_place, save_trained
 from rightrank.adapters.live_scores import Batch, HeldOutBatches, gathered, is_of_classes, together
 from rightrank.adapters.resize import candidate_ranks, capped, write_truncated
 from rightrank.data.files import read_json_object, report_disk_errors, write_text
@@ -40,7 +32,7 @@ from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.base_models import base_identity
 from rightrank.models.places import BASE_FILE
 from rightrank.runs.executor import Run
-from rightrank.runs.folder import SQUEEZED, RunFolder
+from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Answered, Hook
 from rightrank.runs.prepare import environment_of
 from rightrank.runs.run import select
@@ -50,15 +42,7 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError, NotFiniteError, RunFolderError, first_line
 from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import (
-    Arm,
-    Trial,
-    TrialFinished,
-    TrialOutcome,
-    TrialStarted,
-    content_hash,
-    trial_id,
-)
+from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialOutcome, TrialStarted, content_hash, trial_id
 from rightrank.search.bracket import truncation
 from rightrank.search.history import Space, Trials, space_of
 from rightrank.search.learning_rates import Requests
@@ -72,15 +56,9 @@ from rightrank.train.targets import without_peft_noise
 from rightrank.train.trial import finished
 from rightrank.version import __version__
 
-DataForm = Literal["preference", "classification", "own"]
 KEPT = "measure.json"  # in the run's cache
-ELSEWHERE = (
-    "model",
-    "held_out",
-    "train",
-    "name",
-    "write_beside",
-)  # of a `LiveAdapter`: in files of their own, or as by default
+# Of a `LiveAdapter`: what a fresh process can't read elsewhere.
+OF_THE_END = ("margin", "ranks", "metric", "beta", "moment_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +81,12 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The answer, and what it took."""
+    """The answer, whose last note says what it took."""
 
     answer: AdapterAnswer
     top: TrialFinished  # the adapter as it was trained
-    cost: str  # in a sentence
     folder: RunFolder
     notes: tuple[str, ...]  # on how truncations were made
-
-    @property
-    def value(self) -> float:
-        """Of the adapter as it was trained, on the held-out examples."""
-        return self.top.value
 
     @property
     def examples(self) -> int:
@@ -135,8 +107,7 @@ def begin_run(live: LiveAdapter, out: Path, training: Training) -> RunFolder:
     if folder.is_locked():
         raise RunFolderError(f"{out}: another process is using this folder; wait for it")
     for entry in out.iterdir() if folder.journal.path.is_file() else ():
-        if entry.name != SQUEEZED:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     with folder.locked(), report_disk_errors(out):
         with gathered(live.model):
             adapter = save_trained(live, folder.trial_adapter("trained"))
@@ -151,7 +122,6 @@ def finish_run(live: LiveAdapter, folder: RunFolder, training: Training, hooks: 
     """Walk down over the truncations of a live adapter until one loses more than the margin, and hand over.
 
     Raises:
-        ModelError: the adapter cannot be truncated.
         NotFiniteError: a held-out loss is NaN or infinite.
     """
     end = _End(live, training)
@@ -159,12 +129,12 @@ def finish_run(live: LiveAdapter, folder: RunFolder, training: Training, hooks: 
         select(end, folder, [end, *hooks], end.workplace)
     records = end.begun.records
     answer = records.adapters[-1].answer
-    return Ending(answer, records.by_id[answer.trained_id], end.cost, folder, end.moments.notices)
+    return Ending(answer, records.by_id[answer.trained_id], folder, end.moments.notices)
 
 
-def measure(live: LiveAdapter, out: Path, training: Training | None = None) -> Ending:
+def measure(live: LiveAdapter, out: Path) -> Ending:
     """Begin a run and finish it at once, without views."""
-    training = training or Training({})
+    training = Training({})
     return finish_run(live, begin_run(live, out, training), training)
 
 
@@ -200,10 +170,10 @@ def _top(started: RunStarted, steps: int) -> str:
 
 def _started(live: LiveAdapter, training: Training, ranks: Sequence[int]) -> RunStarted:
     base = live.model.get_base_model()
-    batch, labels = live.held_out[0], None
-    form: DataForm = "preference" if "completion_mask" in batch else "own"
+    batch, classes = live.held_out[0], None
+    form: Literal["preference", "classification", "own"] = "preference" if "completion_mask" in batch else "own"
     if form == "own" and is_of_classes(batch):
-        form, labels = "classification", base.config.id2label
+        form, classes = "classification", [str(name) for _, name in sorted(base.config.id2label.items())]
     given: dict[str, Any] = {"goal": "adapter", "metric": live.metric, "ranks": ranks}
     given |= {} if live.margin is None else {"margin": live.margin}
     settings = SelectSettings(**{**training.settings, **given})
@@ -219,13 +189,7 @@ def _started(live: LiveAdapter, training: Training, ranks: Sequence[int]) -> Run
         fingerprint=content_hash({"settings": values, "steps": training.steps, "checkpoint": training.checkpoint}),
         settings=values,
         environment=environment_of(str(next(live.model.parameters()).device)),
-        data=DataSummary(
-            form=form,
-            splits={},
-            splits_given=True,
-            duplicates_across_splits=0,
-            classes=None if labels is None else [str(labels[number]) for number in sorted(labels)],
-        ),
+        data=DataSummary(form=form, splits={}, splits_given=True, duplicates_across_splits=0, classes=classes),
         evaluation_items=[],
         metric=live.metric,
         higher_is_better=live.metric == "accuracy",
@@ -238,12 +202,10 @@ class _End(Hook):
     trained adapter, and what a person should know of it, as notes of the answer."""
 
     def __init__(self, live: LiveAdapter, training: Training) -> None:
-        require_scorable(live.model, live.name)
         self._live, self._training = live, training
         self._began = time.monotonic()
         self._held_out = HeldOutBatches(live.model, live.held_out, live.beta)
         self.moments = Gathered({}, 0, 0)  # before the first truncation
-        self.cost = ""
         self.begun: Run
 
     def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None = None) -> Plan:
@@ -267,12 +229,14 @@ class _End(Hook):
             yield self._outcome(trial, trial.arm, self.begun.folder.trial_adapter(trial.trial_id))
 
     def _outcome(self, trial: Trial, arm: Arm, target: Path) -> TrialFinished:
-        training, begun, progress = self._training, time.monotonic(), Progress()
+        training, begun, progress, moments = self._training, time.monotonic(), Progress(), self.moments.moments
         changes: dict[str, Any]
         if arm.truncate_from is not None:
             trained = open_adapter(self.begun.folder.trial_adapter(arm.truncate_from))
-            scores, method = self.truncated(trained, arm.rank, target), "kfac" if self.moments.moments else "svd"
-            changes = {"truncation": method}
+            with together():
+                write_truncated(trained, target, capped(trained, arm.rank, moments), moments)
+            put_in_place(self._live.model, self._live.name, open_adapter(target))
+            scores, changes = self._scores(f"rank {arm.rank}"), {"truncation": "kfac" if moments else "svd"}
         else:
             progress = Progress(step=training.steps, train_seconds=training.seconds or 0.0)
             size = sum(module.parameters for module in open_adapter(target).modules)
@@ -280,14 +244,6 @@ class _End(Hook):
             scores = self._scores("as trained")
         outcome = finished(trial, self._live.metric, scores, Measured(), progress)
         return outcome.model_copy(update={"eval_seconds": time.monotonic() - begun, **changes})
-
-    def truncated(self, adapter: AdapterFolder, rank: int, folder: Path) -> Scores:
-        """Of the truncation to `rank`, which is written to `folder`."""
-        moments = self.moments.moments
-        with together():
-            write_truncated(adapter, folder, capped(adapter, rank, moments), moments)
-        put_in_place(self._live.model, self._live.name, open_adapter(folder))
-        return self._scores(f"rank {rank}")
 
     def _scores(self, what: str) -> Scores:
         """Of the model as it now is."""
@@ -303,8 +259,8 @@ class _End(Hook):
         training, answer, records = self._training, answered.answer, answered.records
         notes = [*training.notes, *answer.notes, *self.moments.notices]
         notes.append(next_training(answer, records.started))
-        self.cost = self._cost(len(records.by_id[answer.trained_id].item_losses))
-        return answer.model_copy(update={"notes": [*notes, self.cost]}), None
+        notes.append(self._cost(len(records.by_id[answer.trained_id].item_losses)))
+        return answer.model_copy(update={"notes": notes}), None
 
     def _cost(self, examples: int) -> str:
         seconds, training = time.monotonic() - self._began, self._training
@@ -342,7 +298,7 @@ def _keep(live: LiveAdapter, folder: RunFolder, training: Training) -> None:
     asked = {
         "base_class": type(base).__name__,
         "dtype": str(next(iter(base.parameters())).dtype).removeprefix("torch."),
-        "live": {field.name: getattr(live, field.name) for field in fields(live) if field.name not in ELSEWHERE},
+        "live": {name: getattr(live, name) for name in OF_THE_END},
         "training": asdict(training),
     }
     write_text(folder.cache / KEPT, json.dumps(asked, indent=2, default=list))
@@ -371,7 +327,7 @@ def measure_again(out: Path, hooks: Sequence[Hook] = ()) -> str:
     batches = _read_batches(folder.cache / "batches.safetensors")
     live = LiveAdapter(model, batches["held_out"], batches.get("train", ()), **asked["live"])
     ending = finish_run(live, folder, training, hooks)
-    return f"{ending.answer.sentence} {folder.adapter}\n{ending.cost}"
+    return f"{ending.answer.sentence} {folder.adapter}\n{ending.answer.notes[-1]}"
 
 
 def _base(name: str, folder: RunFolder, asked: Mapping[str, Any], adapter: AdapterFolder) -> Any:
@@ -390,8 +346,6 @@ def _base(name: str, folder: RunFolder, asked: Mapping[str, Any], adapter: Adapt
 
 
 def _read_batches(file: Path) -> dict[str, list[Batch]]:
-    if not file.is_file():
-        raise ModelError(f"{file}: missing; the training did not reach its end")
     splits: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
     for name, tensor in load_file(file).items():
         split, number, key = name.split(".", 2)

@@ -15,9 +15,8 @@ from peft import PeftModel
 from rightrank.adapters.live import as_it_came, require_end
 from rightrank.adapters.live_scores import FAILURES, Batch, batch_loss
 from rightrank.interop.end_run import Ending
-from rightrank.interop.live_cut import LiveCut, require_cut
 from rightrank.interop.smallest import checked, keep_smallest
-from rightrank.interop.squeeze import cut_sentence, cut_step, squeeze
+from rightrank.interop.squeeze import LiveCut, cut_sentence, cut_step, require_cut, squeeze
 from rightrank.schema.errors import DataError, ModelError, SettingsError, first_line
 
 log = logging.getLogger("rightrank")
@@ -39,13 +38,11 @@ class SmallestAdapter(Callback):
         checked(self._margin, None, self._metric)
         model = _peft_model(pl_module)
         name = require_end(model)
-        if hasattr(self._held_out, "__next__"):  # one that can be read once is read at the begin
-            self._held_out = list(self._held_out)
         with as_it_came(model, name, self._held_out):
-            batches = list(islice(self._held_out, 1))
-            if not batches:
+            self._held_out = list(self._held_out)
+            if not self._held_out:
                 raise DataError("SmallestAdapter has no held-out batches: give a loader of examples to hold out")
-            batch_loss(model, batches[0])
+            batch_loss(model, self._held_out[0])
         self._started = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

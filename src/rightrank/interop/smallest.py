@@ -18,8 +18,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
@@ -45,12 +44,12 @@ from rightrank.adapters.live_scores import (
 )
 from rightrank.data.token_store import IGNORED
 from rightrank.hooks.report import Report
-from rightrank.interop.end_run import Ending, Training, begin_run, finish_run, measure_again, peak_so_far
+from rightrank.interop.end_run import KEPT, Ending, Training, begin_run, finish_run, measure_again, peak_so_far
 from rightrank.runs import plugins
-from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook
 from rightrank.schema.configs import stated_settings
-from rightrank.schema.errors import DataError, RightrankError, SettingsError, first_line
+from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.errors import DataError, ModelError, RightrankError, SettingsError, first_line
 from rightrank.schema.settings import SelectSettings
 from rightrank.train.covariances import MOMENT_TOKENS
 
@@ -102,7 +101,6 @@ class SmallestAdapter(TrainerCallback):
     _loaders: Mapping[str, Any] = field(default_factory=dict, init=False)
     _trainer: Trainer | None = field(default=None, init=False)
     _held_out: Sequence[Mapping[str, Any]] = field(default=(), init=False)
-    _groups: Sequence[int] = field(default=(), init=False)  # of the held-out rows
     _is_training: bool = field(default=False, init=False)
     _first_step: int = field(default=0, init=False)
     _started: float = field(default_factory=time.monotonic, init=False)
@@ -131,11 +129,11 @@ class SmallestAdapter(TrainerCallback):
             raise SettingsError(f"max_examples {self.max_examples!r}: give a whole number from 2")
         self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None
         name = require_end(model, self.ranks)
-        given = self.eval_dataset if self.eval_dataset is not None else self._evaluated_rows()
-        loader = kwargs["train_dataloader"]
+        evaluated, loader = getattr(trainer, "eval_dataset", None), kwargs["train_dataloader"]
+        given = evaluated if self.eval_dataset is None else self.eval_dataset
         with as_it_came(model, name, given, loader.dataset, loader.collate_fn):
-            self._held_out = self._rows_to_score(given)
-            self._groups = _groups(self._held_out, self.group)
+            self._held_out = self._rows_to_score(given, given is not evaluated)
+            _groups(self._held_out, self.group)  # refuses a column that groups nothing
             self._require_scores(model, args)
         self._is_training = True
         self._started = time.monotonic()
@@ -144,18 +142,19 @@ class SmallestAdapter(TrainerCallback):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # a folder that can't be written fails here
 
-    def _rows_to_score(self, rows: Any) -> Sequence[Mapping[str, Any]]:
+    def _rows_to_score(self, rows: Any, is_own: bool) -> Sequence[Mapping[str, Any]]:
         """The held-out rows, without those of the training set.
 
+        Args:
+            is_own: whether this callback alone reads them.
+
         Raises:
-            DataError: none were given, and the trainer has not evaluated yet; rows that can be read once, by the trainer; rows that are no
-                mappings; or fewer than two are left.
+            DataError: no rows; rows that can be read once, by the trainer; rows that are no mappings; or fewer than two are left.
         """
         if isinstance(rows, Mapping):
             raise DataError(f"SmallestAdapter: {len(rows)} held-out sets ({', '.join(rows)}); give one of them")
-        is_own = rows is not None and rows is not self._evaluated_rows()
         count = self.max_examples or MOST
-        held_out = list(islice(iter(rows), count)) if is_own and not _can_be_read(rows) else _some(rows, count)
+        held_out = _some(rows, count, is_own)
         if len(held_out) < 2:
             raise DataError(
                 "SmallestAdapter has no held-out rows that can be read twice: give the trainer an eval_dataset with a length, or "
@@ -184,11 +183,6 @@ class SmallestAdapter(TrainerCallback):
         if len(unseen) < MIN_EXAMPLES:
             log.warning("rightrank: %d held-out examples can show little; give some hundred", len(unseen))
         return unseen
-
-    def _evaluated_rows(self) -> Any:
-        """The held-out rows of the trainer itself, None where it has none."""
-        rows = getattr(self._trainer, "eval_dataset", None)
-        return getattr(self._loaders.get("eval_dataloader"), "dataset", None) if rows is None else rows
 
     def _require_scores(self, model: Any, args: TrainingArguments) -> None:
         """Score two examples in the way of the end.
@@ -221,31 +215,15 @@ class SmallestAdapter(TrainerCallback):
         if not self._is_training:
             return  # refused, or a trial of a search
         self._is_training = False
-        out, model = Path(args.output_dir or ".") / "rightrank", kwargs["model"]
-        again = ""
+        out = Path(args.output_dir or ".") / "rightrank"
         try:
-            live = self._live(model, args, state)
-            training = self._training(live, args, state)
-            with _begun(live, out, training) as folder:
-                again = f"; to measure again: {_command_to_measure(out)}"
-                if not self.measure or is_partitioned(model):
-                    if state.is_world_process_zero:
-                        log.warning("rightrank: kept what is measured with: %s", _command_to_measure(out))
-                    return
-                if state.is_world_process_zero:
-                    log.warning("rightrank: measuring truncations on %d batches%s", len(live.held_out), again)
-                self.result = finish_run(live, folder, training, _hooks())
+            live = self._live(kwargs["model"], args, state)
+            self.result = _ended(live, out, self._training(live, args, state), self.measure)
         except FAILURES as error:
+            again = f"; to measure again: {_command_to_measure(out)}" if (out / "cache" / KEPT).is_file() else ""
             log.warning("rightrank: no smaller adapter was looked for: %s%s", first_line(error), again)
-            return
-        if not state.is_world_process_zero:
-            return
-        answer = self.result.answer
-        bound = {} if answer.difference_high is None else {"rightrank/difference_high": answer.difference_high}
-        self._report(args, state, control, {"rightrank/rank": answer.rank} | bound)
-        for note in answer.notes:
-            log.warning("rightrank: %s", note)
-        log.warning("%s %s", answer.sentence, out / "adapter")
+        if self.result is not None and state.is_world_process_zero:
+            self._report(self.result.answer)
 
     def _training(self, live: LiveAdapter, args: TrainingArguments, state: TrainerState) -> Training:
         is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
@@ -281,37 +259,45 @@ class SmallestAdapter(TrainerCallback):
                     _tokens(sample) / min(len(rows), MIN_EXAMPLES) * (1 + (passes - 1) * (upper := upper_share(model)))
                 )
                 count = max(FEWEST, int((MAX_SHARE * tokens - moment_tokens) * (1 + upper) / cost))
-            chosen = _spread(count, len(rows))
-            groups = torch.tensor([self._groups[number] for number in chosen])
-            batches = _batches([rows[number] for number in chosen], loader, size)
-            held_out = [{**batch, GROUP: part} for batch, part in zip(batches, torch.split(groups, size), strict=True)]
+            rows = _some(rows, count)
+            groups = torch.split(torch.tensor(_groups(rows, self.group)), size)
+            held_out = [
+                {**batch, GROUP: part} for batch, part in zip(_batches(rows, loader, size), groups, strict=True)
+            ]
         beta = _beta(args, held_out[0])
         write = getattr(self._loaders.get("processing_class"), "save_pretrained", None)
         return LiveAdapter(
             model, held_out, train, self.margin, self.ranks, name, self.metric, beta, moment_tokens, write
         )
 
-    def _report(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, values: dict[str, float]
-    ) -> None:
-        """As `Trainer.log`: to the trainer's history and to its trackers."""
-        logs = values | ({} if state.epoch is None else {"epoch": state.epoch})
-        state.log_history.append(logs | {"step": state.global_step})
+    def _report(self, answer: AdapterAnswer) -> None:
+        """To the trainer's history and to its trackers, without what a trainer of TRL's adds."""
+        bound = {} if answer.difference_high is None else {"rightrank/difference_high": answer.difference_high}
         try:
             if self._trainer is not None:
-                self._trainer.callback_handler.on_log(args, state, control, logs)
+                Trainer.log(self._trainer, {"rightrank/rank": answer.rank} | bound)
         except FAILURES as error:
             log.warning("rightrank: a tracker did not take the values: %s", first_line(error))
 
 
-@contextmanager
-def _begun(live: LiveAdapter, out: Path, training: Training) -> Iterator[RunFolder]:
-    """The run that each process begins: the first one of several in `out`."""
+def _ended(live: LiveAdapter, out: Path, training: Training, measures: bool = True) -> Ending | None:
+    """Begin the run of an end and finish it; None where it is left to a fresh process. The first of several processes writes and speaks."""
+    level = logging.DEBUG if process_index() else logging.WARNING
     with tempfile.TemporaryDirectory(prefix="rightrank-") as unused:
-        place = Path(unused) / "run" if process_index() else out
         with together():
-            folder = begin_run(live, place, training)
-        yield folder
+            folder = begin_run(live, Path(unused) / "run" if process_index() else out, training)
+        command = _command_to_measure(out)
+        if not measures or is_partitioned(live.model):
+            log.log(level, "rightrank: kept what is measured with: %s", command)
+            return None
+        log.log(
+            level, "rightrank: measuring truncations on %d batches; to measure again: %s", len(live.held_out), command
+        )
+        ending = finish_run(live, folder, training, _hooks())
+    for note in ending.answer.notes:
+        log.log(level, "rightrank: %s", note)
+    log.log(level, "%s %s", ending.answer.sentence, out / "adapter")
+    return ending
 
 
 def _hooks() -> list[Hook]:
@@ -347,7 +333,7 @@ def keep_smallest(
 
     Raises:
         DataError: no held-out batches.
-        ModelError: an adapter that cannot be truncated.
+        ModelError: an adapter that cannot be truncated, or parameters that ZeRO-3 holds.
         RunError: `out` cannot be written.
     """
     settings = checked(margin, None, metric)
@@ -357,11 +343,11 @@ def keep_smallest(
     if not live.held_out:
         raise DataError("there are no held-out batches; give some hundred examples that the training did not see")
     stated, notes = _stated(live, None)
-    training = Training(stated, seconds=seconds, peak_bytes=peak_so_far(), notes=notes)
-    with _begun(live, Path(out), training) as folder:
-        log.warning("rightrank: measuring truncations; to measure again: %s", _command_to_measure(Path(out)))
-        ending = finish_run(live, folder, training, _hooks())
-    log.warning("%s %s", ending.answer.sentence, Path(out) / "adapter")
+    ending = _ended(live, Path(out), Training(stated, seconds=seconds, peak_bytes=peak_so_far(), notes=notes))
+    if ending is None:
+        raise ModelError(
+            "ZeRO-3 holds parts of each parameter, which no truncation can be written into; measure in a fresh process"
+        )
     return ending
 
 
@@ -417,24 +403,15 @@ def _stated(live: LiveAdapter, args: TrainingArguments | None) -> tuple[dict[str
     return stated, [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
 
 
-def _can_be_read(rows: Any) -> bool:
-    """Whether rows can be read without taking them from who reads them next: by number, or by an iterable of `datasets`."""
-    has_numbers = hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
-    return has_numbers or type(rows).__module__.partition(".")[0] == "datasets"
+def _some(rows: Any, count: int, is_own: bool = False) -> list[Any]:
+    """Rows at even distances, since a data set may be in the order of its classes or topics; the first ones of an iterable.
 
-
-def _some(rows: Any, count: int) -> list[Any]:
-    """Rows at even distances, since a data set may be in the order of its classes or topics; the first ones of an iterable, none that can't be
-    read again."""
+    None of one that is read by another too, and can't be read again, as an iterable of `datasets` can.
+    """
     if hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
-        return [rows[index] for index in _spread(count, len(rows))]
-    return list(islice(iter(rows), count)) if _can_be_read(rows) else []
-
-
-def _spread(count: int, of: int) -> list[int]:
-    """So many numbers below `of`, or all, at even distances."""
-    count = min(count, of)
-    return [number * of // count for number in range(count)]
+        count = min(count, len(rows))
+        return [rows[number * len(rows) // count] for number in range(count)]
+    return list(islice(iter(rows), count)) if is_own or type(rows).__module__.partition(".")[0] == "datasets" else []
 
 
 def _columns(train: Any) -> frozenset[str]:

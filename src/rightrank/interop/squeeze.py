@@ -10,8 +10,8 @@ What cannot work is refused before the first step.
 
 from __future__ import annotations
 
-import json
 import logging
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,15 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from rightrank.adapters.live import LiveAdapter, as_it_came
-from rightrank.adapters.live_scores import Batch
-from rightrank.data.files import write_text
-from rightrank.interop.live_cut import LiveCut, cut_live, require_cut
+from rightrank.adapters.live import LiveAdapter, as_it_came, gather, require_end, save_trained
+from rightrank.adapters.live_scores import Batch, is_sharded, world_size
+from rightrank.adapters.resize import capped, write_truncated
+from rightrank.interop.end_run import Ending, measure
 from rightrank.interop.smallest import MOMENT_BATCHES, SmallestAdapter, checked
-from rightrank.runs.folder import SQUEEZED
-from rightrank.schema.errors import DataError, SettingsError
+from rightrank.models.adapter_files import PREFIX, AdapterFolder, open_adapter
+from rightrank.models.truncation import POWERS, projected_state
+from rightrank.schema.errors import DataError, ModelError, SettingsError
+from rightrank.train.multi_lora import lora_modules
 
 log = logging.getLogger("rightrank")
 
@@ -76,10 +80,10 @@ class Squeeze(SmallestAdapter):
             )
         super().on_train_begin(args, state, control, **kwargs)
 
-    def _rows_to_score(self, rows: Any) -> Sequence[Mapping[str, Any]]:
+    def _rows_to_score(self, rows: Any, is_own: bool) -> Sequence[Mapping[str, Any]]:
         """The held-out rows; where the rank is given nothing is measured, and the training's own first rows stand for them."""
         if self.rank is None:
-            return super()._rows_to_score(rows)
+            return super()._rows_to_score(rows, is_own)
         return list(islice(iter(self._loaders["train_dataloader"].dataset), 2))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -99,7 +103,12 @@ class Squeeze(SmallestAdapter):
     ) -> None:
         self._is_training = False
         if self.cut is not None and state.is_world_process_zero:
-            write_recipe(self.cut, self._step, state.global_step, Path(args.output_dir or "."))
+            top = self.cut.from_rank
+            log.warning(
+                "rank %d to step %d, then rank %d to step %d. %s. No top was trained to its end, so nothing certifies this result; SmallestAdapter in a "
+                "training at rank %d certifies its truncations",
+                top, self._step, self.cut.rank, state.global_step, STUDY, top,
+            )  # fmt: skip
 
 
 def squeeze(
@@ -163,25 +172,98 @@ def cut_sentence(cut: LiveCut, step: int) -> str:
     )
 
 
-def write_recipe(cut: LiveCut, step: int, steps: int, output: Path) -> None:
-    """`rightrank/squeeze.json` in the training's output folder, and a line that says how to prove it."""
-    answer = None if cut.measured is None else cut.measured.answer
-    recipe = {
-        "from_rank": cut.from_rank,
-        "rank": cut.rank,
-        "cut_step": step,
-        "steps": steps,
-        "parameters": cut.parameters,
-        "measured": None
-        if answer is None
-        else answer.model_dump(mode="json", include={"difference", "difference_high", "margin"}),
-        "sentence": cut_sentence(cut, step),
-        "study": STUDY,
+@dataclass(frozen=True, slots=True)
+class LiveCut:
+    """What a cut did."""
+
+    from_rank: int
+    rank: int  # `from_rank` where no truncation holds: nothing was cut
+    parameters: int  # of the factors afterwards
+    measured: Ending | None  # None where the rank was given
+    notes: tuple[str, ...] = ()
+
+
+def require_cut(model: Any, rank: int | None) -> str:
+    """The name of the adapter that trains and can be cut to a rank; None: to one that is measured.
+
+    Raises:
+        ModelError: no truncation can be made of it, or several processes, or a sharded or compiled model, hold its shapes.
+        SettingsError: not a whole number from 1 and below the adapter's rank.
+    """
+    if world_size() > 1 or is_sharded(model) or isinstance(model, torch._dynamo.OptimizedModule):
+        raise ModelError(
+            "several processes (DDP, FSDP, DeepSpeed) or a compiled model hold the adapter's first shapes: cut it in a training of one "
+            "process that compiles none, or use SmallestAdapter"
+        )
+    name = require_end(model)
+    top = model.peft_config[name].r
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < top):
+        raise SettingsError(f"rank {rank!r}: give a whole number from 1 to {top - 1}, below the adapter's rank {top}")
+    return name
+
+
+def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | None) -> LiveCut:
+    """Cut a live adapter between two steps, to `rank`, or to the smallest rank whose truncation holds by the held-out batches.
+
+    Raises:
+        ModelError: the adapter cannot be truncated.
+        NotFiniteError: a held-out loss is NaN or infinite.
+    """
+    measured = None
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as working:
+        if rank is None:
+            measured = measure(live, Path(working) / "run")
+            rank, notes, lower = measured.answer.rank, measured.notes, measured.folder.adapter
+            before = open_adapter(measured.folder.trial_adapter(measured.answer.trained_id))
+        else:
+            before, lower = save_trained(live, Path(working) / "trained"), Path(working) / "lower"
+            with as_it_came(live.model, live.name):
+                gathered = gather(live)
+            notes = gathered.notices
+            write_truncated(before, lower, capped(before, rank, gathered.moments), gathered.moments)
+        is_cut = rank < before.rank
+        parameters = _replace(live, optimizer, before, open_adapter(lower)) if is_cut else before.trained
+        return LiveCut(before.rank, rank, parameters, measured, notes)
+
+
+@torch.no_grad()
+def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, before: AdapterFolder, after: AdapterFolder) -> int:
+    """Put the factors of `after` in the place of those of `before`; returns their number of elements.
+
+    alpha stays, so that the scale is that of the new rank. A state that is no mean of gradients (8 bits, factored) starts afresh.
+    """
+    name, layers = live.name, lora_modules(live.model)
+    lower, config = load_file(after.weights), LoraConfig.from_pretrained(str(after.path))
+    factors = {
+        f"{PREFIX}{module.name}.lora_{side}.weight": table[name].weight
+        for module in after.modules
+        for side, table in (("A", layers[module.name].lora_A), ("B", layers[module.name].lora_B))
     }
-    (output / "rightrank").mkdir(parents=True, exist_ok=True)
-    write_text(output / "rightrank" / SQUEEZED, json.dumps(recipe, indent=1) + "\n")
-    log.warning(
-        "rank %d to step %d, then rank %d to step %d. %s. No top was trained to its end, so nothing certifies this result; SmallestAdapter in a training at "
-        "rank %d certifies its truncations",
-        cut.from_rank, step, cut.rank, steps, STUDY, cut.from_rank,
-    )  # fmt: skip
+    parts = _parts([optimizer.state.get(parameter) or {} for parameter in factors.values()])
+    means = {part: {key: optimizer.state[factor][part].cpu() for key, factor in factors.items()} for part in parts}
+    states = {part: projected_state(before.path, config, lower, means[part], POWERS[part]) for part in parts}
+    swap: Any = torch.utils.swap_tensors  # untyped in torch
+    for key, parameter in factors.items():
+        parameter.grad = None  # its gradients have the old shape, as has the graph of a loss that the loop still holds
+        swap(parameter, torch.nn.Parameter(lower[key].to(parameter)))
+        if not parts:
+            optimizer.state.pop(parameter, None)
+        for part in parts:
+            optimizer.state[parameter][part] = states[part][key].to(optimizer.state[parameter][part])
+    for module in after.modules:
+        layer = layers[module.name]
+        layer.r[name], layer.scaling[name] = module.rank, module.scaling
+        layer.lora_A[name].out_features = layer.lora_B[name].in_features = module.rank
+    live.model.peft_config[name].r, live.model.peft_config[name].rank_pattern = config.r, config.rank_pattern
+    return sum(parameter.numel() for parameter in factors.values())
+
+
+def _parts(states: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The parts of an optimizer's state that are projected; none where one of them can't be, or a factor has no state."""
+    shaped = [
+        {part: tensor for part, tensor in state.items() if isinstance(tensor, torch.Tensor) and tensor.dim()}
+        for state in states
+    ]
+    names = sorted(shaped[0]) if shaped else []
+    fits = all(sorted(own) == names and all(tensor.is_floating_point() for tensor in own.values()) for own in shaped)
+    return tuple(names) if fits and POWERS.keys() >= set(names) else ()

@@ -15,7 +15,6 @@ from rightrank.schema.errors import RunError, RunFolderError
 from rightrank.schema.trials import TrialFinished
 
 PROGRESS_FILE = "progress.json"  # in the run folder while a process works
-SQUEEZED = "squeeze.json"  # what cut an adapter on its way, beside the run of the training's end
 
 
 class RunFolder:
@@ -96,7 +95,7 @@ class RunFolder:
                 f"{self.path}: can't write there ({error.strerror or error}); give a writable --out"
             ) from None
         try:
-            known = {".lock", "base_model", PROGRESS_FILE, SQUEEZED}
+            known = {".lock", "base_model", PROGRESS_FILE}
             if not self.journal.path.exists() and any(entry.name not in known for entry in self.path.iterdir()):
                 raise RunFolderError(
                     f"{self.path}: the folder holds files but no journal.jsonl; give an empty or a new folder"
