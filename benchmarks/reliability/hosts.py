@@ -113,10 +113,10 @@ class Field:
         """Start what is missing of the Ray cluster, as a supervisor does."""
         if self.executor != "ray":
             return
-        for hosts in (self.hosts[:1], self.hosts[1:]):  # the head first
+        for hosts in (self.hosts[:1], self.hosts[1:]):  # the head first, then one with workers
             begun = [(host, self._begin(host)) for host in hosts if self._is_missing(host)]
-            for host, begin in begun:
-                self._await(host, begin)
+            if len(begun) == len(hosts):
+                self._await(*begun[0])
 
     def _is_missing(self, host: Host) -> bool:
         running = self.nodes.get(host.number)
