@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -57,8 +57,8 @@ from rightrank.train.trial import finished
 from rightrank.version import __version__
 
 KEPT = "measure.json"  # in the run's cache
-# Of a `LiveAdapter`: what a fresh process can't read elsewhere.
-OF_THE_END = ("margin", "ranks", "metric", "beta", "moment_tokens")
+# Of a `LiveAdapter`: in files of their own, or as by default.
+ELSEWHERE = ("model", "held_out", "train", "name", "write_beside")
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +298,7 @@ def _keep(live: LiveAdapter, folder: RunFolder, training: Training) -> None:
     asked = {
         "base_class": type(base).__name__,
         "dtype": str(next(iter(base.parameters())).dtype).removeprefix("torch."),
-        "live": {name: getattr(live, name) for name in OF_THE_END},
+        "live": {field.name: getattr(live, field.name) for field in fields(live) if field.name not in ELSEWHERE},
         "training": asdict(training),
     }
     write_text(folder.cache / KEPT, json.dumps(asked, indent=2, default=list))

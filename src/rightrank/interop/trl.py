@@ -13,6 +13,7 @@ run that has collapsed, restores the best checkpoint by the validation rows, and
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,8 +39,7 @@ class GRPOTrain:
     """One training with `GRPOTrainer`: the adapter, the looks, the best checkpoint, and its test by the reward of one greedy
     completion of each held-out prompt.
 
-    Rows have `prompt`, a string or a list of messages, and the columns that the reward functions read. The function can be
-    sent to another process, so it works with every executor.
+    Rows have `prompt`, a string or a list of messages, and the columns that the reward functions read.
     """
 
     metric = "reward"
@@ -63,6 +63,7 @@ class GRPOTrain:
 
     def __call__(self, task: TrialTask) -> TrialResult:
         """Train the task. Rank 0 is the base, which is measured and not trained."""
+        gc.collect()  # the trainer before, and the model with which it is in a cycle
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         if task.rank == 0:
             base = AutoModelForCausalLM.from_pretrained(self.model, **(self.args.model_init_kwargs or {}))
