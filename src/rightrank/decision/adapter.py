@@ -189,7 +189,7 @@ def test_difference(
     if sides[0] is None or sides[1] is None:
         return sign * (chosen.value - reference.value), None
     (ours, weights), (theirs, _) = sides[0], sides[1]
-    span = span_of(metric_kind(criterion.metric, criterion.higher_is_better), [ours, theirs], weights)
+    span = span_of(metric_kind(criterion.metric, criterion.higher_is_better), [ours, theirs])
     groups = groups_of(chosen.item_groups, len(weights))
     paired = estimate(sign * (ours - theirs)[None, :], weights, span, groups)
     return paired.mean, bounds_of(paired).high if paired.examples else None

@@ -464,6 +464,12 @@ class Comparison:
         """That the rank is enough; None where the evidence gives none."""
         return self.evidence.probability(rank, self.margin)
 
+    def likely(self, rank: int) -> float:
+        """`probability` where the evidence gives one."""
+        probability = self.probability(rank)
+        assert probability is not None
+        return probability
+
     def at_confidence(self, confidence: float) -> Comparison:
         """With the smallest rank whose probability is at least `confidence`, else the smallest that is not probably worse than the best.
 
@@ -471,7 +477,7 @@ class Comparison:
         """
         if self.evidence.no_probability:
             return self
-        likely = [rank for rank in self.ranks if (self.probability(rank) or 0.0) >= confidence]
+        likely = [rank for rank in self.ranks if self.likely(rank) >= confidence]
         chosen = min(likely or self.evidence.alike(confidence))
         return replace(self, chosen=chosen, confidence=confidence)
 
@@ -479,7 +485,7 @@ class Comparison:
     def base_is_enough(self) -> bool:
         if 0 not in self.by_rank:
             return False
-        return self.by_rank[0].within if self.confidence is None else (self.probability(0) or 0.0) >= self.confidence
+        return self.by_rank[0].within if self.confidence is None else self.likely(0) >= self.confidence
 
     @property
     def is_indication(self) -> bool:
@@ -504,7 +510,7 @@ class Comparison:
     def is_worse(self, rank: int) -> bool:
         """Whether the rank is shown to be worse than the margin allows, or probably is, or is read to be in a point reading."""
         compared = self.by_rank[rank]
-        if self.confidence is not None and (self.probability(rank) or 0.0) <= 1 - self.confidence:
+        if self.confidence is not None and self.likely(rank) <= 1 - self.confidence:
             return True
         return not compared.within if self.evidence.is_point_reading else compared.non_inferior is False
 

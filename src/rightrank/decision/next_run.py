@@ -29,7 +29,6 @@ from rightrank.decision.verdicts import (
     lengths,
     possible_rival,
     shown_rank,
-    underpowered,
 )
 from rightrank.schema.decision import Decision, NextRun, Verdict
 from rightrank.schema.events import RunStarted
@@ -59,7 +58,7 @@ def next_runs(tested: Comparison, verdict: Verdict, flags: list[str]) -> list[Ne
     if "unequal_length" in flags:
         runs.append(_equal_lengths(tested.evidence))
     if verdict not in ("no_gain", "undecided"):
-        if tested.evidence.is_point_reading and underpowered(tested, verdict):
+        if tested.evidence.is_point_reading and "underpowered" in flags:
             runs.append(_prove(tested))
         else:
             runs.append(_further_seeds(tested) if tested.rests_on_examples else _confirm(tested))
@@ -103,7 +102,8 @@ def _settle(tested: Comparison, rank: int, difference: Estimate) -> list[NextRun
 
 def _purchases(tested: Comparison) -> list[NextRun]:
     """What would give a rank the probability that was asked for: more examples, more seeds, or both; the cheaper first."""
-    evidence, asked, margin = tested.evidence, tested.confidence or 0.0, tested.margin
+    evidence, asked, margin = tested.evidence, tested.confidence, tested.margin
+    assert asked is not None
     (seeds, examples), ranks = evidence.size, evidence.alike(asked)
     cells = [cell for rank in ranks for cell in evidence.contenders[rank].cells.values()]
 
@@ -122,13 +122,13 @@ def _purchases(tested: Comparison) -> list[NextRun]:
         sentence = f"To test the margin, score about {items:,} held-out examples (now {examples:,}) at {_ranks(ranks)}{time_told(minutes)}{told}."
         runs.append(NextRun(action="items", ranks=ranks, items=items, minutes=minutes, sentence=sentence))
     if trained is not None or items is None:
-        both = (
-            None if trained is not None else next(((n, size) for n in counts for size in sizes if reach(n, size)), None)
-        )
-        if trained is None and both is None:
+        wanted: tuple[int, int | None] | None = (trained, None) if trained is not None else None
+        if wanted is None:
+            wanted = next(((count, size) for count in counts for size in sizes if reach(count, size)), None)
+        if wanted is None:
             sentence = f"Not even {MAX_SEEDS} seeds would settle it at this noise: take rank {tested.chosen}, or choose another margin."
             return [NextRun(action="none", ranks=[tested.chosen], sentence=sentence)]
-        count, size = both or (trained or 0, None)
+        count, size = wanted
         trials = sum(max(0, count - len(evidence.contenders[rank].cells)) for rank in ranks)
         minutes = _minutes(trials * sum(cell.train_seconds + cell.eval_seconds for cell in cells) / len(cells))
         scored = "" if size is None else f" and score about {size:,} held-out examples (now {examples:,})"

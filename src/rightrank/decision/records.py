@@ -237,7 +237,7 @@ def trainings(records: Records) -> float:
     """Optimizer steps of all outcomes over those of a whole training; an arm that resumes pays for the rest."""
     by_id = records.by_id
     finished = [trial for trial in by_id.values() if trial.rank > 0]
-    whole = max((trial.steps for trial in finished if trial.truncate_from is None), default=0)
+    whole = max([0, *(trial.steps for trial in finished if trial.truncate_from is None)])
     steps = sum(steps_of(trial, by_id) for trial in finished)
     return round(steps / whole, 3) if whole else float(len(finished))
 

@@ -33,7 +33,7 @@ def amount(value: str, evidence: Evidence) -> str:
 def sentence_of(tested: Comparison, margin: float, verdict: Verdict, unit: Unit) -> str:
     """The answer in a sentence or two. `margin` is in the metric's unit."""
     answer = _answer(tested, margin, verdict, unit)
-    return answer if verdict in ("undecided", "no_gain") else " ".join(filter(None, (answer, _base_too(tested))))
+    return answer if verdict == "no_gain" else " ".join(filter(None, (answer, _base_too(tested))))
 
 
 def _answer(tested: Comparison, margin: float, verdict: Verdict, unit: Unit) -> str:
@@ -86,7 +86,7 @@ def _answer(tested: Comparison, margin: float, verdict: Verdict, unit: Unit) -> 
                 return f"{start}, and the smallest tried{caution}."
             next_lower = f"{start}, and the next lower rank ({tested.next_lower}) is"
             if tested.confidence is not None and not tested.is_worse(tested.next_lower):
-                return f"{next_lower} {chance(tested.probability(tested.next_lower) or 0.0)} likely{caution}."
+                return f"{next_lower} {chance(tested.likely(tested.next_lower))} likely{caution}."
             if not tested.is_worse(tested.next_lower):
                 return f"{next_lower} inconclusive at {_compared(tested, tested.next_lower, unit)}{caution}."
             return f"{next_lower} {_compared(tested, tested.next_lower, unit)}{caution}."
@@ -189,9 +189,8 @@ def cannot_tell(tested: Comparison, asked: float, within: str, unit: Unit) -> st
     parts = [
         f"{names(alike).capitalize()} cannot be told apart (±{width}; the margin is {within}).",
         f"{names(worse).capitalize()} {'is' if len(worse) == 1 else 'are'} probably worse." if worse else "",
-        f"Take rank {take}: {asked:.0%} likely to be within {enough} of the best, {chance(tested.probability(take) or 0.0)} within the margin.",
+        f"Take rank {take}: {asked:.0%} likely to be within {enough} of the best, {chance(tested.likely(take))} within the margin.",
         f"The smallest margin that these data resolve is {least}." if least != enough else "",
-        _base_too(tested),
     ]
     return " ".join(filter(None, parts))
 

@@ -180,7 +180,7 @@ def _rows(lists: Sequence[Sequence[float]]) -> Floats:
 
 def _oriented(scores: ArrayLike, kind: MetricKind, higher: bool) -> Floats:
     """Scores with lower as better, and perplexities as logarithms."""
-    values = np.asarray(scores, dtype=np.float64)
+    values = np.asarray(scores)
     return np.log(values) if kind == "perplexity" else -values if higher else values
 
 
@@ -243,7 +243,7 @@ def other_tables(results: ResultsTable) -> list[ScoreTable]:
 
 def _cell_of_result(result: Result, value: float, kind: MetricKind, higher_is_better: bool) -> Cell:
     scores = result.item_values or [value]
-    weights = np.asarray(result.item_weights or np.ones(len(scores)), dtype=np.float64)
+    weights = np.asarray(result.item_weights or np.ones(len(scores)))
     deviation = result.std
     if deviation is not None and kind == "perplexity":
         deviation = math.log1p(deviation / value)

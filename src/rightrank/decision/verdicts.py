@@ -86,7 +86,7 @@ def inconclusive_rank(tested: Comparison) -> int | None:
 
 def is_unlikely(tested: Comparison) -> bool:
     """Whether no rank has the probability that was asked for."""
-    return tested.confidence is not None and (tested.probability(tested.chosen) or 0.0) < tested.confidence
+    return tested.confidence is not None and tested.likely(tested.chosen) < tested.confidence
 
 
 def grade_of(tested: Comparison, verdict: Verdict) -> Grade | None:
@@ -236,7 +236,6 @@ def _conflicts_in(evidence: Evidence, chosen: int, name: str) -> bool:
 
 
 MIN_POINTS = 3
-CHECKPOINTS: tuple[Checkpoint, Checkpoint] = ("last", "best")
 
 
 def _late_growth(tested: Comparison) -> float | None:
@@ -264,9 +263,9 @@ def checkpoint_note(table: ScoreTable, evidence: Evidence, used: Checkpoint, mar
     """
     if not any(cell.points for (rank, _, _), cell in table.cells.items() if rank > 0):
         return None
-    tables = [evidence.table if at == used else at_checkpoint(table, at) for at in CHECKPOINTS]
-    last, best = (_pick(evidence if at is evidence.table else Evidence(at), margin) for at in tables)
-    return CheckpointNote(used=used, last=last, best=best)
+    other: Checkpoint = "best" if used == "last" else "last"
+    picks = {used: _pick(evidence, margin), other: _pick(Evidence(at_checkpoint(table, other)), margin)}
+    return CheckpointNote(used=used, last=picks["last"], best=picks["best"])
 
 
 def _pick(evidence: Evidence, margin: float) -> int:

@@ -144,12 +144,12 @@ class Journal:
         """
         body, torn = _split_torn(self.path.read_bytes())
         lines = body.split(b"\n")[:-1] + ([torn] if torn else [])
-        read = [read_line(line) for line in lines]
-        kept = [line for line, record in zip(lines, read, strict=True) if not isinstance(record, str)]
-        damaged = [line for line, record in zip(lines, read, strict=True) if isinstance(record, str)]
+        read = [(line, read_line(line)) for line in lines]
+        kept = [line for line, record in read if not isinstance(record, str)]
+        damaged = [line for line, record in read if isinstance(record, str)]
         if not damaged:
             return Repaired(len(kept), 0, None)
-        if not isinstance(read[0], RunStarted):
+        if not isinstance(read[0][1], RunStarted):
             raise RunFolderError(
                 f"{self.path}: the first line, the run's start, is damaged, and a run can't be resumed without it; "
                 f"restore the file, or start again in another folder (the other {len(kept)} records are undamaged and stay)"

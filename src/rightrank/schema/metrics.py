@@ -210,7 +210,7 @@ def default_margin(kind: MetricKind, reference: float, values: list[float]) -> f
         return PERCENT_MARGIN if is_percent(values) else ACCURACY_MARGIN
     if kind == "perplexity":
         return abs(reference) * TOKEN_LOSS_MARGIN
-    return RELATIVE_MARGIN * (abs(reference) or max(map(abs, values), default=0.0) or 1.0)
+    return RELATIVE_MARGIN * (abs(reference) or max(map(abs, values)) or 1.0)
 
 
 def published_deviation(kind: MetricKind, reference: float, values: list[float]) -> float:
