@@ -1,15 +1,23 @@
-"""The power calculation does what it says, checked by simulation; and the next runs as commands."""
+"""The power calculation does what it says, checked by simulation; what a next run buys and costs; and the next runs as commands."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from rightrank.decision.comparison import CONFIDENCE, estimate, examples_needed, seeds_needed, settles
-from rightrank.decision.next_run import next_commands, time_told
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.next_run import SIZES, next_commands, time_told
 from rightrank.decision.records import decide_run
-from rightrank.schema.decision import NextRun
+from rightrank.decision.rule import ASKED_CONFIDENCE, decision_of
+from rightrank.decision.table import ScoreTable, table_of_results
+from rightrank.schema.decision import Decision, NextRun, Result, ResultsTable
 from rightrank.schema.events import RunStarted
+from tests.decision.tables import bare, scored
 from tests.report.runs import made_up_run
 
 
@@ -85,6 +93,8 @@ def command(wanted: dict[str, object], run: str = "out", margin: float | None = 
         ({"action": "items", "items": 51}, None),  # more than there are
         ({"action": "items", "items": 30}, None),  # no more than now
         ({"action": "seeds", "seeds": 3, "items": 31}, "--eval-items 31 --seeds 0,1,2"),
+        ({"action": "rank", "ranks": [8], "items": 31}, "--eval-items 31 --ranks 1,4,8"),
+        ({"action": "rates", "learning_rates": [0.1], "items": 31}, "--eval-items 31 --learning-rates 0.001,0.003,0.1"),
         ({"action": "steps", "ranks": [8], "seeds": 9, "learning_rates": [0.1]}, None),
         ({"action": "test", "ranks": [8]}, None),
         ({"action": "data", "learning_rates": [0.1]}, None),
@@ -133,3 +143,138 @@ def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
 def test_a_time_is_told_in_the_unit_that_it_is_read_in(minutes: float | None, told: str) -> None:
     assert time_told(minutes) == told
     assert time_told(minutes, ", ") == told.replace(" (", ", ").replace(")", "")
+
+
+TRAIN, EVALUATE = 601.0, 33.0  # seconds
+
+
+def timed(table: ScoreTable) -> ScoreTable:
+    cells = {
+        key: replace(cell, train_seconds=TRAIN, eval_seconds=EVALUATE if key[0] else 0.0)
+        for key, cell in table.cells.items()
+    }
+    return replace(table, cells=cells)
+
+
+def without(table: ScoreTable, *dropped: tuple[int, int]) -> ScoreTable:
+    """The table without trainings of a rank and a seed."""
+    return replace(table, cells={key: cell for key, cell in table.cells.items() if (key[0], key[2]) not in dropped})
+
+
+def require_counted(decision: Decision) -> list[NextRun]:
+    """The runs that train further seeds; each counts the trainings that are missing, in its field and in its sentence."""
+    at_hand = {evidence.rank: evidence.seeds for evidence in decision.ranks}
+    runs = [run for run in decision.next_runs if run.action == "seeds"]
+    for run in runs:
+        assert run.seeds is not None
+        assert run.trials == sum(max(0, run.seeds - at_hand[rank]) for rank in run.ranks) > 0
+        assert re.findall(r"\b(\d+) trainings?\b", run.sentence) == [str(run.trials)]
+        assert f" with {run.seeds} seeds" in run.sentence
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("margin", "actions"),
+    [
+        (0.0001, ["seeds"]),
+        (0.0005, ["seeds"]),
+        (0.001, ["items"]),
+        (0.0015, ["items", "seeds"]),
+        (0.002, ["items", "seeds"]),
+    ],
+)
+def test_what_is_bought_is_enough_and_less_is_not(margin: float, actions: list[str]) -> None:
+    table = timed(scored({4: 2.002, 64: 2.0}, seeds=(0, 1), items=100, noise=0.03))
+    evidence, decision = Evidence(table), decision_of(table, margin)
+    sizes = (100, *SIZES)
+
+    def reached(seeds: int, items: int) -> bool:
+        return any(evidence.margin_of(rank, ASKED_CONFIDENCE, seeds, items) <= margin for rank in (4, 64))
+
+    assert [run.action for run in decision.next_runs] == actions
+    for run in decision.next_runs:
+        seeds, items = run.seeds or 2, run.items or 100
+        assert run.ranks == [4, 64]
+        assert reached(seeds, items)
+        if run.action == "items":
+            assert not reached(seeds, sizes[sizes.index(items) - 1])
+            assert ("further seeds alone would not do it" in run.sentence) is (actions == ["items"])
+            assert run.minutes == round(items * 4 * EVALUATE / 100 / 60, 1)
+        else:
+            assert not reached(seeds - 1, items if items == 100 else SIZES[-1])
+            assert run.minutes == round(run.trials * (TRAIN + EVALUATE) / 60, 1)
+            assert ("examples" in run.sentence) is (run.items is not None)
+        assert time_told(run.minutes, "") in run.sentence
+        assert (f"score about {items:,} held-out examples (now 100)" in run.sentence) is (run.items is not None)
+    assert len(require_counted(decision)) == ("seeds" in actions)
+
+
+def test_where_nothing_that_can_be_bought_is_enough_the_smallest_rank_is_to_be_taken() -> None:
+    table = scored({4: 2.0}, seeds=(0, 1), items=100)
+    tilted = {
+        (64, lr, seed): replace(cell, trial_id=f"64-{seed}", sums=cell.sums + np.resize([0.03, -0.03], 100))
+        for (_, lr, seed), cell in table.cells.items()
+    }
+    (run,) = decision_of(replace(table, cells={**table.cells, **tilted}), 1e-9).next_runs
+    assert (run.action, run.ranks, run.trials) == ("none", [4], 0)
+    assert re.search(r"Not even 32 seeds .* take rank 4, or choose another margin", run.sentence)
+
+
+@pytest.mark.parametrize("confidence", [ASKED_CONFIDENCE, None])
+@pytest.mark.parametrize("margin", [0.001, 0.005, 0.01, 0.05])
+@pytest.mark.parametrize("left", [{4: (0, 1, 2, 3, 4), 64: (0, 1)}, {4: (0, 1, 2, 3), 64: (4,)}, {4: (0,), 64: (0, 1)}])
+def test_seeds_that_a_rank_has_are_not_trained_again(
+    left: dict[int, tuple[int, ...]], margin: float, confidence: float | None
+) -> None:
+    table = scored({4: 2.002, 64: 2.0}, seeds=(0, 1, 2, 3, 4), items=100, noise=0.03)
+    few = without(table, *((rank, seed) for rank in (4, 64) for seed in range(5) if seed not in left[rank]))
+    require_counted(decision_of(few, margin, confidence=confidence))
+
+
+def rated(values: Mapping[tuple[int, float], float]) -> ScoreTable:
+    """One number for each rank and learning rate."""
+    results = [
+        Result(trial_id=f"{rank} {rate}", rank=rank, learning_rate=rate, value=value)
+        for (rank, rate), value in values.items()
+    ]
+    return table_of_results(ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[]))
+
+
+@pytest.mark.parametrize(
+    ("values", "ranks", "rate"),
+    [
+        # the last step outward once more, on the side of the best, rounded to a digit
+        ({(4, 1e-3): 2.0, (4, 3e-3): 2.1, (16, 1e-3): 2.0}, [4], 3e-4),
+        ({(4, 1e-3): 2.1, (4, 3e-3): 2.0, (16, 3e-3): 2.0}, [4], 0.009),
+        ({(4, 1e-4): 2.2, (4, 1e-3): 2.1, (4, 2.5e-3): 2.0, (16, 3e-3): 2.001}, [4], 0.006),
+        ({(4, 1e-3): 2.1, (4, 1.2e-3): 2.0, (16, 3e-3): 2.001}, [4], 0.00144),  # no round number is as near as a step
+        # a rate of another rank where one is near
+        ({(4, 1e-3): 2.1, (4, 3e-3): 2.0, (16, 3e-3): 2.0, (16, 8e-3): 2.2}, [4], 8e-3),
+        ({(4, 1e-3): 2.1, (4, 3e-3): 2.0, (16, 3e-3): 2.0, (16, 5e-3): 2.2}, [4], 0.009),
+        # of the answer and of the reference
+        ({(4, 1e-3): 2.0, (4, 3e-3): 2.1, (16, 1e-3): 1.999}, [4, 16], 3e-4),
+        # a rate of 0 has no factor
+        ({(4, 0.0): 2.1, (4, 3e-3): 2.0, (16, 3e-3): 2.0}, [4], 9e-3),
+        ({(4, 0.0): 2.0, (4, 3e-3): 2.1, (16, 3e-3): 2.0}, [4], 1e-3),
+    ],
+)
+def test_beyond_the_edge_is_one_step_further(
+    values: dict[tuple[int, float], float], ranks: list[int], rate: float
+) -> None:
+    decision = decision_of(rated(values), 0.01)
+    assert "lr_edge" in decision.flags
+    (run,) = [run for run in decision.next_runs if run.action == "rates"]
+    assert (run.ranks, run.trials) == (ranks, len(ranks))
+    assert run.learning_rates == [pytest.approx(rate)]
+    assert f" at {rate:.2g} too" in run.sentence
+
+
+def test_a_larger_rank_has_a_learning_rate_where_one_is_known() -> None:
+    losses = {(1, 1e-3): 2.2, (4, 1e-3): 2.1, (16, 1e-3): 2.0}
+    rates = decision_of(rated(losses), 0.01).next_runs[0]
+    assert (rates.action, rates.ranks, rates.trials) == ("rank", [32], 2)
+    assert rates.learning_rates == [pytest.approx(3e-4), 1e-3]  # lower too: larger ranks often want less
+    assert rates.sentence.startswith("Train rank 32 at learning rates 0.0003 and 0.001 (2 trainings)")
+    none = decision_of(bare({1: 2.2, 4: 2.1, 16: 2.0}), 0.01).next_runs[0]
+    assert (none.action, none.ranks, none.learning_rates, none.trials) == ("rank", [32], [], 1)
+    assert none.sentence.startswith("Train rank 32 (1 training)")

@@ -88,9 +88,8 @@ def _settle(tested: Comparison, rank: int, difference: Estimate) -> list[NextRun
         sentence = f"Score about {examples:,} {noun} (now {difference.examples:,}) at {compared} to settle it."
         runs.append(NextRun(action="items", ranks=ranks, items=round(examples * size), sentence=sentence))
     if seeds is not None:
-        trials = len(ranks) * (seeds - difference.seeds)
         sentence = f"Train {compared} with {seeds} seeds (now {difference.seeds}) to settle it ({{cost}})."
-        runs.append(_train_seeds(ranks, seeds, trials, sentence))
+        runs.append(_train_seeds(tested.evidence, ranks, seeds, sentence))
     if examples is not None and seeds is not None and examples > CHEAP_EXAMPLE_GROWTH * difference.examples:
         runs.reverse()
     if tested.rests_on_examples:
@@ -129,11 +128,14 @@ def _purchases(tested: Comparison) -> list[NextRun]:
             sentence = f"Not even {MAX_SEEDS} seeds would settle it at this noise: take rank {tested.chosen}, or choose another margin."
             return [NextRun(action="none", ranks=[tested.chosen], sentence=sentence)]
         count, size = wanted
-        trials = sum(max(0, count - len(evidence.contenders[rank].cells)) for rank in ranks)
-        minutes = _minutes(trials * sum(cell.train_seconds + cell.eval_seconds for cell in cells) / len(cells))
+        minutes = _minutes(
+            _missing(evidence, ranks, count)
+            * sum(cell.train_seconds + cell.eval_seconds for cell in cells)
+            / len(cells)
+        )
         scored = "" if size is None else f" and score about {size:,} held-out examples (now {examples:,})"
         sentence = f"Train {_ranks(ranks)} with {count} seeds (now {seeds}){scored} to test it ({{cost}}{time_told(minutes, ', ')})."
-        runs.append(_train_seeds(ranks, count, trials, sentence, size).model_copy(update={"minutes": minutes}))
+        runs.append(_train_seeds(evidence, ranks, count, sentence, size).model_copy(update={"minutes": minutes}))
     return sorted(runs, key=lambda run: math.inf if run.minutes is None else run.minutes)
 
 
@@ -161,13 +163,12 @@ def _more_of_both(tested: Comparison, rank: int, difference: Estimate) -> NextRu
     for seeds in range(difference.seeds + 1, MAX_SEEDS + 1):
         examples = examples_needed(difference.at(difference.examples, seeds), tested.margin)
         if examples is not None:
-            trials = len(ranks) * (seeds - difference.seeds)
             noun, size = _drawn(tested)
             sentence = (
                 f"Train {_ranks(ranks)} with {seeds} seeds (now {difference.seeds}) and score about {examples:,} {noun} "
                 f"(now {difference.examples:,}) to settle it ({{cost}})."
             )
-            return _train_seeds(ranks, seeds, trials, sentence, round(examples * size))
+            return _train_seeds(tested.evidence, ranks, seeds, sentence, round(examples * size))
     at_hand = shown_rank(tested) or tested.reference.rank
     examples_too = f" with {MAX_EXAMPLE_GROWTH} times the examples" if difference.examples else ""
     sentence = f"Not even {MAX_SEEDS} seeds{examples_too} would settle {_name(rank)} at this noise: take rank {at_hand}, or choose another margin."
@@ -197,7 +198,6 @@ def _further_seeds(tested: Comparison, undecided: int | None = None) -> NextRun:
     enough = [seeds for seeds in needed if seeds is not None]
     seeds = max(enough, default=MIN_SEEDS) if len(enough) == len(needed) else MIN_SEEDS
     ranks = sorted(compared | {reference})
-    missing = sum(max(0, seeds - len(evidence.contenders[rank].cells)) for rank in ranks)
     start = f"Train {_ranks(ranks)} with {seeds} seeds (now 1)"
     if len(enough) == len(needed):
         sentence = f"{start} to make it a decision, if the seed noise is that of earlier grids ({{cost}})."
@@ -206,7 +206,7 @@ def _further_seeds(tested: Comparison, undecided: int | None = None) -> NextRun:
             f"{start} to measure the noise over seeds ({{cost}}); at that of earlier grids, {MAX_SEEDS} seeds "
             "would not make it a decision at this margin."
         )
-    return _train_seeds(ranks, seeds, missing, sentence)
+    return _train_seeds(evidence, ranks, seeds, sentence)
 
 
 def _equal_lengths(evidence: Evidence) -> NextRun:
@@ -275,19 +275,17 @@ def _prove(tested: Comparison) -> NextRun:
         )
         return NextRun(action="items", ranks=ranks, seeds=CONFIRM_SEEDS, sentence=sentence)
     sentence = f"Train {_ranks(ranks)} with {needed} seeds each to show it ({{cost}})."
-    return _train_seeds(ranks, needed, len(ranks) * (needed - 1), sentence)
+    return _train_seeds(tested.evidence, ranks, needed, sentence)
 
 
 def _confirm(tested: Comparison) -> NextRun:
     """`CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference."""
-    evidence = tested.evidence
     ranks = sorted({tested.chosen, tested.reference.rank, tested.next_lower or tested.chosen})
-    missing = sum(max(0, CONFIRM_SEEDS - len(evidence.contenders[rank].cells)) for rank in ranks)
-    if missing == 0:
+    if _missing(tested.evidence, ranks, CONFIRM_SEEDS) == 0:
         sentence = f"No further training is needed: evaluate {_ranks(ranks)} once on held-out data that no choice was based on."
         return NextRun(action="test", ranks=ranks, sentence=sentence)
     sentence = f"Train {_ranks(ranks)} with {CONFIRM_SEEDS} seeds to confirm it ({{cost}})."
-    return _train_seeds(ranks, CONFIRM_SEEDS, missing, sentence)
+    return _train_seeds(tested.evidence, ranks, CONFIRM_SEEDS, sentence)
 
 
 def _after_no_gain(evidence: Evidence) -> NextRun:
@@ -298,8 +296,16 @@ def _after_no_gain(evidence: Evidence) -> NextRun:
     return NextRun(action="data", ranks=[min(evidence.contenders)], learning_rates=lrs, trials=1, sentence=sentence)
 
 
-def _train_seeds(ranks: list[int], seeds: int, trials: int, sentence: str, examples: int | None = None) -> NextRun:
-    """`trials` further trainings, so that each of the ranks has `seeds` seeds; the sentence has `{cost}` for what they take."""
+def _missing(evidence: Evidence, ranks: list[int], seeds: int) -> int:
+    """The further trainings with which each of the ranks has `seeds` seeds."""
+    return sum(max(0, seeds - len(evidence.contenders[rank].cells)) for rank in ranks)
+
+
+def _train_seeds(
+    evidence: Evidence, ranks: list[int], seeds: int, sentence: str, examples: int | None = None
+) -> NextRun:
+    """Each of the ranks with `seeds` seeds; the sentence has `{cost}` for the trainings that this takes."""
+    trials = _missing(evidence, ranks, seeds)
     return NextRun(
         action="seeds",
         ranks=ranks,
