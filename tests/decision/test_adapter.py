@@ -420,3 +420,49 @@ def test_a_trained_adapter_is_measured_against_the_reference_that_is_given() -> 
     assert [one.trial_id for one in beside.candidates] == ["small"]
     assert trained_answer(small, Criterion("loss", False, None), TOP).margin == 0.005
     assert beside.sentence == "The adapter is the one trained at rank 8; no truncation was compared."
+
+
+def test_the_spread_of_a_perplexity_is_in_its_own_unit() -> None:
+    """By example it is a ratio: half as much again of 4 is 2."""
+    scores = {"top": [4.0] * 40, "cut": [4.0] * 36 + [6.0] * 4}
+    trials = [
+        one.model_copy(
+            update={
+                "item_losses": [],
+                "item_tokens": [],
+                "item_scores": scores[one.trial_id],
+                "metrics": {"perplexity": 4.0},
+                "value": 4.0,
+            }
+        )
+        for one in (TOP, trial("cut", 32, 0.0, parent="top"))
+    ]
+    found = answer(*trials, criterion=Criterion("perplexity", False, 1.0))
+    cut = found.candidates[1]
+    assert cut.spread is not None
+    assert cut.spread.worst_tenth == pytest.approx(2.0)
+    assert cut.difference == pytest.approx(4 * (1.5**0.1 - 1))
+    assert "on average over held-out examples (difference" in found.sentence
+
+
+def test_a_truncation_of_the_rank_of_the_top_is_no_lower_rank() -> None:
+    found = answer(TOP, trial("as large", 64, 0.0, parent="top"))
+    assert (found.trial_id, found.sentence) == (
+        "top",
+        "The adapter keeps rank 64: no lower rank is measured to be within the margin of 0.005.",
+    )
+
+
+def test_groups_of_the_test_split_widen_the_bound() -> None:
+    losses = np.repeat(np.random.default_rng(2).normal(2.0, 0.5, 40), 10).tolist()
+    sides = [
+        on_test(2.0, item_losses=values, item_tokens=[1] * 400, item_groups=groups)
+        for values, groups in ((losses, None), (losses, np.repeat(range(40), 10).tolist()), ([2.0] * 400, None))
+    ]
+    alone, grouped = (difference_on_test(side, sides[2], LOSS) for side in sides[:2])
+    assert alone is not None
+    assert grouped is not None
+    assert grouped[0] == alone[0]
+    assert grouped[1] is not None
+    assert alone[1] is not None
+    assert grouped[1] - grouped[0] > 2 * (alone[1] - alone[0])

@@ -18,7 +18,8 @@ from rightrank.decision.comparison import (
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import decision_of
 from rightrank.decision.seeds import pair_noise
-from rightrank.decision.table import Cell, ScoreTable, groups_of, minus
+from rightrank.decision.table import Cell, ScoreTable, groups_of, minus, table_of_results
+from rightrank.schema.decision import Result, ResultsTable
 from rightrank.schema.trials import Floats, Groups
 
 ROWS = 10
@@ -150,3 +151,14 @@ def test_more_examples_of_groups_that_say_the_same_count_as_so_many_groups() -> 
         # not quite the same: the noise within a seed is estimated from 800 rows and not from 80
         assert of_groups.margin_of(4, 0.95, examples=ROWS * examples) == pytest.approx(margin, rel=0.01)
     assert margin < 0.9 * of_rows.margin_of(4, 0.95)
+
+
+def test_a_table_of_results_keeps_the_groups_of_its_examples() -> None:
+    results = [
+        Result(trial_id=f"{rank}", rank=rank, value=2.0, item_values=[1.0, 3.0, 2.0, 2.0], item_groups=groups)
+        for rank, groups in ((4, [5, 5, 1, 1]), (16, None))
+    ]
+    read = ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[])
+    cells = table_of_results(read).cells
+    assert cells[4, 0.0, 0].groups.tolist() == [1, 1, 0, 0]  # type: ignore[union-attr]
+    assert cells[16, 0.0, 0].groups is None

@@ -262,3 +262,23 @@ def _one(loss: float) -> tuple[object, object]:
     import numpy as np
 
     return np.array([loss]), np.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "std", "shown", "lower", "underpowered"),
+    [
+        ({1: 2.0, 4: 1.81, 16: 1.8}, 0.001, True, False, False),
+        ({1: 2.0, 4: 1.81, 16: 1.8}, 0.01, None, False, True),  # the chosen rank is not shown to be enough
+        ({1: 1.825, 4: 1.81, 16: 1.8}, 0.003, True, None, True),  # the next lower one not to be too small
+        ({4: 1.81, 16: 1.8}, 0.001, True, None, False),  # there is none
+    ],
+)
+def test_stated_deviations_may_be_too_wide_for_the_answer(
+    losses: dict[int, float], std: float, shown: bool | None, lower: bool | None, underpowered: bool
+) -> None:
+    decision = decision_of(bare(losses, std=std), 0.02)
+    judged = {evidence.rank: evidence.non_inferior for evidence in decision.ranks}
+    assert decision.rank == 4
+    assert (judged[4], judged.get(1)) == (shown, lower)
+    assert ("underpowered" in decision.flags) is underpowered
+    assert decision_of(bare(losses), 0.02).flags == ["underpowered", "one_seed"]

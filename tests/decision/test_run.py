@@ -24,7 +24,7 @@ from rightrank.decision.table import table_of
 from rightrank.report.status import last_decided, run_status
 from rightrank.schema.decision import Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
-from rightrank.schema.events import DecisionRecorded, GuardEvaluated, JournalRecord, RunContinued
+from rightrank.schema.events import DecisionRecorded, GuardEvaluated, JournalRecord, RunContinued, TestEvaluated
 from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, TrialFinished, TrialLook, TrialStarted
 from tests.report import runs
 from tests.report.runs import ITEMS, TOKENS, answered_run, made_up_run
@@ -469,3 +469,24 @@ def test_the_range_of_a_weighted_score_is_that_of_the_score() -> None:
     scored = altered(one, metrics={"score": 4.0}, item_scores=[5.0, 2.0], item_weights=[2.0, 1.0])
     (cell,) = table_of([scored], "score", True).cells.values()
     assert (cell.sums.tolist(), cell.span) == ([-10.0, -2.0], 5.0)
+
+
+def test_a_copy_has_the_same_records_and_changes_alone() -> None:
+    made, trial = answered_run(), made_up_run().finished()[1]
+    guard = GuardEvaluated(
+        file="g", fingerprint="f", trial_id=trial.trial_id, rank=trial.rank, item_losses=[1.0], item_tokens=[1]
+    )
+    look = TrialLook(trial_id="other", step=5, value=5.0)
+    on_test = TestEvaluated(trial_id=trial.trial_id, rank=trial.rank, value=1.0, item_losses=[], item_tokens=[])
+    made = Records.of(made.started, [*made.outcomes, *made.adapters, on_test, guard, look])
+    copied, before = made.copy(), made.copy()
+    assert copied == made
+    again = altered(made.finished()[-1], value=9.0)
+    for record in (again, trial, *made.tests, *made.adapters, guard, look.model_copy(update={"trial_id": "third"})):
+        copied.keep(record)
+    assert made == before
+    assert copied.by_id[again.trial_id] == again
+    assert len(copied.outcomes) == len(made.outcomes) + (trial.trial_id not in made.by_id)
+    assert all(
+        len(getattr(copied, kind)) > len(getattr(made, kind)) for kind in ("tests", "adapters", "guards", "looks")
+    )

@@ -121,3 +121,28 @@ def test_one_number_a_rank_may_rise_and_a_stated_deviation_is_part_of_the_thresh
     assert decision_of(bare(losses, std=0.05), 0.02).verdict == "rising"
     assert decision_of(bare(losses, std=0.11), 0.02).verdict != "rising"
     assert decision_of(bare(losses), 0.11).verdict != "rising"
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ({1: 2.3, 16: 2.002, 64: 2.0}, "Rank 1 is probably worse."),
+        ({1: 2.3, 4: 2.2, 16: 2.002, 64: 2.0}, "Ranks 1 and 4 are probably worse."),
+        ({16: 2.002, 64: 2.0}, ""),
+    ],
+)
+def test_the_ranks_that_are_probably_worse_are_named(losses: dict[int, float], told: str) -> None:
+    found = answer(losses, 0.002, 0.95, items=100, seeds=(0,), noise=0.05)
+    assert found.sentence.startswith("Ranks 16 and 64 cannot be told apart")
+    assert told in found.sentence
+    assert ("probably worse" in found.sentence) is bool(told)
+
+
+def test_no_gain_is_probable_unless_the_bounds_show_it() -> None:
+    losses = {0: 2.001, 4: 2.0, 64: 2.0}
+    shown, likely = (answer(losses, 0.02, seeds=seeds, noise=0.02) for seeds in ((0, 1), (0,)))
+    assert [(found.verdict, found.grade) for found in (shown, likely)] == [("no_gain", "shown"), ("no_gain", "likely")]
+    assert shown.sentence.startswith("No gain: the base itself is within 0.02 nats")
+    assert likely.sentence.startswith("No gain: the base itself is probably within 0.02 nats")
+    for found in (shown, likely):
+        assert found.sentence.count("base itself") == 1
