@@ -287,3 +287,26 @@ def test_a_rare_difference_in_percent_is_that_of_a_fraction_in_another_unit() ->
     fraction, percent = estimate(sums, np.ones(100), 1.0), estimate(100 * sums, np.ones(100), 100.0)
     assert percent.bound(0.95) == pytest.approx(100 * fraction.bound(0.95))
     assert percent.examples_variance == pytest.approx(100**2 * fraction.examples_variance)
+
+
+SMALL = np.linspace(1e-7, 2e-6, 60).tolist()
+
+
+@pytest.mark.parametrize(
+    ("scores", "is_rare"),
+    [
+        ([0.0] * 100, True),
+        ([0.01] * 3 + [0.0] * 97, True),
+        ([0.01] * 4 + [0.0] * 96, False),
+        # shares, of which one other prediction moves most a little: what counts is how many carry the variance
+        ([0.01] * 2 + SMALL[:60] + [0.0] * 38, True),
+        ([0.01] * 6 + SMALL[:60] + [0.0] * 34, False),
+        ([-0.01] + [-small for small in SMALL[:24]] + [0.0] * 50 + SMALL[:24] + [0.01], False),  # half of them differ
+    ],
+)
+def test_where_three_examples_or_fewer_carry_a_difference_the_rule_of_three_is_its_error(
+    scores: list[float], is_rare: bool
+) -> None:
+    found = estimate(np.array([scores]), np.ones(100), 1.0)
+    assert (found.examples_variance == pytest.approx((3 / 1.645 / 100) ** 2)) is is_rare
+    assert estimate(np.array([scores]), np.ones(100)).examples_variance < 1e-6  # a loss has no such bound

@@ -12,6 +12,7 @@ from rightrank.decision.table import (
     Cell,
     Contender,
     ScoreTable,
+    best_learning_rate,
     contender_of,
     on_common_seeds,
     paired_cells,
@@ -217,3 +218,23 @@ def test_late_growth_is_read_at_three_shared_steps_or_more_as_the_mean_of_the_se
     assert "may_be_capacity_limited" not in two.flags
     slow = [[(10, 2.0), (20, 2.0), (40, 2.002)]] * 2
     assert "may_be_capacity_limited" not in decision_of(with_points(slow, [LEVEL, LEVEL], False), 0.005).flags
+
+
+@pytest.mark.parametrize(
+    ("seeds", "best"),
+    [
+        ({1e-3: (0, 1), 3e-3: (0, 1)}, 1e-3),  # of equal ones the lower
+        ({3e-3: (0, 1), 1e-3: (0, 1)}, 1e-3),
+        ({1e-3: (0, 1, 2), 3e-3: (0, 1), 1e-2: (0,)}, 1e-2),  # each takes the place of the one before
+        ({1e-3: (0, 1, 2), 3e-3: (0,), 1e-4: (0, 1)}, 3e-3),  # those with more seeds first
+        ({1e-3: (0, 1, 2), 3e-3: (1,), 1e-2: (1,)}, 1e-2),  # then the lower ones
+        ({1e-3: (0, 1, 2), 3e-3: (1,), 1e-2: (2,)}, 3e-3),  # without a seed in common there is nothing to compare
+        ({1e-3: (0, 1), 3e-3: (5,), 1e-2: (1,)}, 1e-2),
+    ],
+)
+def test_learning_rates_with_fewer_seeds_are_compared_one_after_the_other(
+    seeds: dict[float, tuple[int, ...]], best: float
+) -> None:
+    losses = {rate: dict.fromkeys(of_rate, 2.0) for rate, of_rate in seeds.items()}
+    assert best_learning_rate(losses, lambda rate, other: True) == best
+    assert best_learning_rate(losses, lambda rate, other: False) == 1e-3

@@ -9,15 +9,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rightrank.decision.comparison import CONFIDENCE, estimate, examples_needed, seeds_needed, settles
+from rightrank.decision.comparison import CONFIDENCE, MAX_SEEDS, estimate, examples_needed, seeds_needed, settles
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.next_run import SIZES, next_commands, time_told
 from rightrank.decision.records import decide_run
 from rightrank.decision.rule import ASKED_CONFIDENCE, decision_of
+from rightrank.decision.seeds import BOUND_DEGREES, NOISE
 from rightrank.decision.table import ScoreTable, table_of_results
 from rightrank.schema.decision import Decision, NextRun, Result, ResultsTable
 from rightrank.schema.events import RunStarted
 from tests.decision.tables import bare, scored
+from tests.decision.worlds import World, table_in
 from tests.report.runs import made_up_run
 
 
@@ -278,3 +280,38 @@ def test_a_larger_rank_has_a_learning_rate_where_one_is_known() -> None:
     none = decision_of(bare({1: 2.2, 4: 2.1, 16: 2.0}), 0.01).next_runs[0]
     assert (none.action, none.ranks, none.learning_rates, none.trials) == ("rank", [32], [], 1)
     assert none.sentence.startswith("Train rank 32 (1 training)")
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 9])
+def test_so_many_seeds_are_expected_to_show_a_difference_at_the_noise_of_earlier_grids(seeds: int) -> None:
+    table = table_in(World("flat", items=80, seeds=(0, 1), learning_rates=(1e-3, 9e-4, 8e-4), noise=0.02))
+    evidence = Evidence(table)
+    worse = next(one for one in evidence.contenders.values() if one.rank != evidence.reference.rank)
+    now, then = evidence.difference(worse), evidence.expected(worse, seeds)
+    each = [worse.cells[seed].sums - evidence.reference.cells[seed].sums for seed in (0, 1)]
+    spread = float(np.mean([of_seed.var(ddof=1) for of_seed in each]))
+    assert worse.gap != evidence.reference.gap
+    assert (then.mean, then.examples_variance) == pytest.approx((now.mean, now.examples_variance))
+    assert (then.seeds, then.seeds_variance) == (seeds, pytest.approx(NOISE.over_seeds(80) * spread / seeds))
+    assert then.seeds_degrees == pytest.approx(BOUND_DEGREES + seeds - 1)
+
+
+@pytest.mark.parametrize("margin", [0.003, 0.005, 0.006, 0.007, 0.008, 0.01, 0.02])
+def test_further_seeds_make_a_decision_of_an_indication_and_one_less_does_not(margin: float) -> None:
+    table = scored({4: 2.003, 64: 2.0}, seeds=(0,), items=400, noise=0.02)
+    evidence, decision = Evidence(table), decision_of(table, margin, confidence=None)
+    assert "one_seed" in decision.flags
+    (run,) = require_counted(decision)
+    assert run.seeds is not None
+    assert run.ranks == [4, 64]
+
+    def is_enough(seeds: int) -> bool:
+        return settles(evidence.expected(evidence.contenders[4], seeds), margin)
+
+    if is_enough(MAX_SEEDS):
+        assert is_enough(run.seeds)
+        assert run.seeds == 2 or not is_enough(run.seeds - 1)
+        assert "to make it a decision" in run.sentence
+    else:
+        assert run.seeds == 2
+        assert f"{MAX_SEEDS} seeds would not make it a decision" in run.sentence

@@ -9,7 +9,8 @@ import pytest
 from rightrank.decision.comparison import INDEPENDENT
 from rightrank.decision.rule import decision_of
 from rightrank.decision.sentences import chance, number
-from rightrank.schema.decision import Decision
+from rightrank.decision.table import table_of_results
+from rightrank.schema.decision import Decision, Result, ResultsTable
 from tests.decision.tables import bare, scored
 
 
@@ -121,6 +122,18 @@ def test_one_number_a_rank_may_rise_and_a_stated_deviation_is_part_of_the_thresh
     assert decision_of(bare(losses, std=0.05), 0.02).verdict == "rising"
     assert decision_of(bare(losses, std=0.11), 0.02).verdict != "rising"
     assert decision_of(bare(losses), 0.11).verdict != "rising"
+    only_lower = table_of_results(
+        ResultsTable(
+            metric="eval_loss",
+            higher_is_better=False,
+            results=[
+                Result(trial_id=f"{rank}", rank=rank, value=value, std=None if rank == 16 else 0.01)
+                for rank, value in losses.items()
+            ],
+            understood=[],
+        )
+    )
+    assert decision_of(only_lower, 0.02).verdict == "rising"  # the best has no deviation
 
 
 @pytest.mark.parametrize(

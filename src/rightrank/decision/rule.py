@@ -163,8 +163,8 @@ def _record(tested: Comparison, compared: Compared, unit: Unit) -> RankEvidence:
     unknown = tested.evidence.basis == "values" and compared.difference.variance == 0 and not is_reference
     further: dict[str, float] = {}
     if compared.further is not None:
-        further_ends = (unit.difference(compared.further.bound(level)) for level in TWO_SIDED)
-        further = dict(zip(("further_seed_low", "further_seed_high"), further_ends, strict=True))
+        low, high = (unit.difference(compared.further.bound(level)) for level in TWO_SIDED)
+        further = {"further_seed_low": low, "further_seed_high": high}
     ends = sorted(unit.value(compared.mean.bound(level)) for level in TWO_SIDED)
     return RankEvidence(
         rank=contender.rank,

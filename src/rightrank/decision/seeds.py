@@ -127,11 +127,10 @@ def prior_of(others: Sequence[PairNoise], start: Prior, within: float) -> Prior:
         within: how alike the ratios of ranks are, as degrees of freedom; infinite where `start` counts it already.
     """
     measured = [pair for pair in others if pair.degrees > 0 and pair.spread > 0]
-    weights = [SHARED_REFERENCE * pair.degrees for pair in measured]
-    degrees = start.degrees + sum(weights)
+    degrees = start.degrees + sum(SHARED_REFERENCE * pair.degrees for pair in measured)
     if degrees == 0:
         return start
-    known = sum(weight * pair.ratio for weight, pair in zip(weights, measured, strict=True))
+    known = sum(SHARED_REFERENCE * pair.degrees * pair.ratio for pair in measured)
     return Prior((start.degrees * start.ratio + known) / degrees, 1 / (1 / within + 1 / degrees))
 
 

@@ -385,8 +385,7 @@ def estimate_of_pairs(pairs: list[Pair], shift: float = 0.0) -> Estimate:
 
 def differences(pairs: list[Pair]) -> Floats:
     """[pairs, examples] how much worse the first of each pair is on each example, times the example's weight."""
-    firsts, seconds = zip(*pairs, strict=True)
-    worse: Floats = np.stack([cell.sums for cell in firsts]) - np.stack([cell.sums for cell in seconds])
+    worse: Floats = np.stack([first.sums for first, _ in pairs]) - np.stack([second.sums for _, second in pairs])
     return worse
 
 
