@@ -9,7 +9,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rightrank.decision.comparison import CONFIDENCE, MAX_SEEDS, estimate, examples_needed, seeds_needed, settles
+from rightrank.decision.comparison import (
+    CONFIDENCE,
+    MAX_SEEDS,
+    NORMAL,
+    POWER,
+    Estimate,
+    estimate,
+    examples_needed,
+    seeds_needed,
+    settles,
+)
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.next_run import SIZES, next_commands, time_told
 from rightrank.decision.records import decide_run
@@ -315,3 +325,43 @@ def test_further_seeds_make_a_decision_of_an_indication_and_one_less_does_not(ma
     else:
         assert run.seeds == 2
         assert f"{MAX_SEEDS} seeds would not make it a decision" in run.sentence
+
+
+def smallest_margin(planned: Estimate) -> float:
+    """From which a run of this size is expected to settle the difference."""
+    return planned.bound(CONFIDENCE) + NORMAL.inv_cdf(POWER) * planned.standard_error
+
+
+NEAR = 1e-6
+
+
+def test_a_plan_ends_at_64_times_the_examples_and_at_32_seeds() -> None:
+    found = replace(estimate(np.random.default_rng(5).normal(size=(1, 100)), np.ones(100)), mean=0.0, skewness=0.0)
+    most = smallest_margin(found.at(5800, 1))  # 58 times as many; the next step is 66 times
+    assert examples_needed(found, most * (1 + NEAR)) == 5800
+    assert examples_needed(found, most * (1 - NEAR)) is None
+    noisy = Estimate(0.0, 0.0, 0.01, 0.0, 0, 2, 1.0, 0.0)
+    most = smallest_margin(noisy.at(0, MAX_SEEDS))
+    assert seeds_needed(noisy, most * (1 + NEAR)) == MAX_SEEDS == 32
+    assert seeds_needed(noisy, most * (1 - NEAR)) is None
+    assert seeds_needed(noisy, 10.0) == 3  # at least one more
+
+
+def test_no_more_than_32_seeds_are_bought_or_planned() -> None:
+    table = scored({4: 2.002, 64: 2.0}, seeds=(0, 1), items=100, noise=0.03)
+    most = min(Evidence(table).margin_of(rank, ASKED_CONFIDENCE, MAX_SEEDS) for rank in (4, 64))
+    bought = [[run.seeds for run in decision_of(table, most * near).next_runs] for near in (1 + NEAR, 1 - NEAR)]
+    assert bought == [[None, MAX_SEEDS], [None]]
+    one_seed = scored({4: 2.003, 64: 2.0}, seeds=(0,), items=400, noise=0.02)
+    evidence = Evidence(one_seed)
+    most = smallest_margin(evidence.expected(evidence.contenders[4], MAX_SEEDS))
+    planned = [decision_of(one_seed, most * near, confidence=None).next_runs[-1] for near in (1 + NEAR, 1 - NEAR)]
+    assert [run.seeds for run in planned] == [MAX_SEEDS, 2]
+
+
+@pytest.mark.parametrize(("rate", "told"), [(0.0, "at a higher learning rate"), (2e-3, "at learning rate 0.006")])
+def test_without_a_gain_the_data_are_checked_and_a_higher_rate_tried(rate: float, told: str) -> None:
+    (run,) = decision_of(rated({(0, 0.0): 2.0, (4, 1e-3 if rate else 0.0): 2.0, (16, rate): 2.0}), 0.02).next_runs
+    assert (run.action, run.ranks, run.trials) == ("data", [4], 1)
+    assert run.learning_rates == ([pytest.approx(3 * rate)] if rate else [])
+    assert f"then train once {told}, or longer" in run.sentence

@@ -7,6 +7,7 @@ adapters needs a correction: with k adapters that are enough on the task, each g
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -153,4 +154,4 @@ def _sentence(chosen: _Measured, worst: GuardFile, task: _Measured, margin: floa
 
 
 def _name(file: str) -> str:
-    return file.replace("\\", "/").rsplit("/", 1)[-1]
+    return re.split(r"[\\/]", file)[-1]

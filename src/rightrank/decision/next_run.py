@@ -178,7 +178,7 @@ def _more_of_both(tested: Comparison, rank: int, difference: Estimate) -> NextRu
 def _drawn(tested: Comparison) -> tuple[str, float]:
     """What a bound is over, and the examples of each."""
     cell = next(iter(tested.reference.cells.values()))
-    return f"{'' if cell.groups is None else 'groups of '}held-out examples", cell.examples / max(1, cell.units)
+    return f"{'' if cell.groups is None else 'groups of '}held-out examples", cell.examples / cell.units
 
 
 def _further_seeds(tested: Comparison, undecided: int | None = None) -> NextRun:
