@@ -141,6 +141,8 @@ def test_bounds_of_files_follow_the_kurtosis_and_widen_with_skewness_alone() -> 
     assert bounds_of(found).low == pytest.approx(found.mean - reach)  # skewed upward: the lower bound is plain
     assert bounds_of(found).high > found.mean + reach
     assert found.degrees < 79
+    mild = estimate_of_files(np.random.default_rng(0).gamma(20, 1, 80), np.ones(80))
+    assert bounds_of(mild).high > mild.mean + 1.001 * stats.t.ppf(0.95, mild.degrees) * mild.standard_error
     small = estimate_of_files(scores / 100, np.ones(80))  # in another unit
     assert (small.kurtosis, small.degrees) == pytest.approx((found.kurtosis, found.degrees))
     assert estimate_of_files(np.zeros(80), np.ones(80)).kurtosis == estimate(np.zeros((1, 80)), np.ones(80)).kurtosis

@@ -287,8 +287,8 @@ def estimate(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | 
     interaction_variance = 0.0
     if seeds > 1:
         rest = (sums - np.outer(by_seed, weights)) / weights.mean() - influence
-        interaction_variance = float((rest**2 / free).sum()) / ((seeds - 1) * count * seeds)
-    interaction_variance = min(interaction_variance, examples_variance, seeds_variance)
+        of_both = float((rest**2 / free).sum()) / ((seeds - 1) * count * seeds)
+        interaction_variance = min(of_both, examples_variance, seeds_variance)
     skewness = float(np.mean(influence**3)) / spread**1.5 if spread > 0 else 0.0
     parts = (examples_variance, seeds_variance, interaction_variance)
     grouped = None if groups is None else degrees_of_groups(weights)

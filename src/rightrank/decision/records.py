@@ -263,7 +263,7 @@ class Answers:
         """The object of `decision.json`, and of `select --json`."""
         started, adapter = self.started, self.adapter
         fields: dict[str, Any] = dict.fromkeys(("rank", "verdict", "confidence", "sentence"))
-        fields |= _json(self.decision) or {}
+        fields |= _fields(self.decision) or {}
         of_run = {} if started is None else started.model_dump(include={"metric", "higher_is_better"})
         return (
             {**of_run, "goal": self.goal}
@@ -272,10 +272,10 @@ class Answers:
                 "adapter_sentence": adapter and adapter.answer.sentence,
                 "cost": self.cost,
                 "adapter_making": self.making,
-                "handed_over": _json(adapter and adapter.handed_over),
-                "guard": _json(adapter and adapter.guard),
-                "adapter_answer": _json(adapter and adapter.answer),
-                "training_rank_estimate": _json(self.estimate),
+                "handed_over": _fields(adapter and adapter.handed_over),
+                "guard": _fields(adapter and adapter.guard),
+                "adapter_answer": _fields(adapter and adapter.answer),
+                "training_rank_estimate": _fields(self.estimate),
             }
         )
 
@@ -292,5 +292,5 @@ def answers_of(
     return Answers(decision, goal, adapter, making, trainings(records), estimate, records.started)
 
 
-def _json(record: Record | None) -> Any:
-    return record and record.model_dump(mode="json")
+def _fields(record: Record | None) -> Any:
+    return record and record.model_dump()
