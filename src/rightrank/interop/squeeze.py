@@ -3,8 +3,8 @@
     trainer.add_callback(Squeeze(margin=0.005))        # the rank whose truncation holds, measured half-way
     trainer.add_callback(Squeeze(rank=4, at=0.5))      # this rank
 
-From the cut on the trainer trains the lower rank, with the optimizer's state, schedule and batches that it has: its checkpoints and its result are
-adapters of that rank. To resume after the cut, load the model from the checkpoint: `PeftModel.from_pretrained(base, checkpoint, is_trainable=True)`.
+From the cut on the trainer trains the lower rank, with the schedule and the batches that it has and a fresh state of the optimizer: its checkpoints and
+its result are adapters of that rank. To resume after the cut, load the model from the checkpoint: `PeftModel.from_pretrained(base, checkpoint, is_trainable=True)`.
 What cannot work is refused before the first step.
 """
 
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -29,7 +28,6 @@ from rightrank.adapters.resize import capped, write_truncated
 from rightrank.interop.end_run import Ending, measure
 from rightrank.interop.smallest import MOMENT_BATCHES, SmallestAdapter, checked
 from rightrank.models.adapter_files import PREFIX, AdapterFolder, open_adapter
-from rightrank.models.truncation import POWERS, projected_state
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.train.multi_lora import lora_modules
 
@@ -222,48 +220,32 @@ def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | No
             notes = gathered.notices
             write_truncated(before, lower, capped(before, rank, gathered.moments), gathered.moments)
         is_cut = rank < before.rank
-        parameters = _replace(live, optimizer, before, open_adapter(lower)) if is_cut else before.trained
+        parameters = _replace(live, optimizer, open_adapter(lower)) if is_cut else before.trained
         return LiveCut(before.rank, rank, parameters, measured, notes)
 
 
 @torch.no_grad()
-def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, before: AdapterFolder, after: AdapterFolder) -> int:
-    """Put the factors of `after` in the place of those of `before`; returns their number of elements.
+def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, after: AdapterFolder) -> int:
+    """Put the factors of `after` in the place of those that train; returns their number of elements.
 
-    alpha stays, so that the scale is that of the new rank. A state that is no mean of gradients (8 bits, factored) starts afresh.
+    alpha stays, so that the scale is that of the new rank. The optimizer's state of them starts afresh, which ends better than one that is
+    projected on the new factors (benchmarks/squeeze).
     """
     name, layers = live.name, lora_modules(live.model)
-    lower, config = load_file(after.weights), LoraConfig.from_pretrained(str(after.path))
-    factors = {
-        f"{PREFIX}{module.name}.lora_{side}.weight": table[name].weight
-        for module in after.modules
-        for side, table in (("A", layers[module.name].lora_A), ("B", layers[module.name].lora_B))
-    }
-    parts = _parts([optimizer.state.get(parameter) or {} for parameter in factors.values()])
-    means = {part: {key: optimizer.state[factor][part].cpu() for key, factor in factors.items()} for part in parts}
-    states = {part: projected_state(before.path, config, lower, means[part], POWERS[part]) for part in parts}
+    lower, config = load_file(after.weights), live.model.peft_config[name]
     swap: Any = torch.utils.swap_tensors  # untyped in torch
-    for key, parameter in factors.items():
-        parameter.grad = None  # its gradients have the old shape, as has the graph of a loss that the loop still holds
-        swap(parameter, torch.nn.Parameter(lower[key].to(parameter)))
-        if not parts:
-            optimizer.state.pop(parameter, None)
-        for part in parts:
-            optimizer.state[parameter][part] = states[part][key].to(optimizer.state[parameter][part])
+    parameters = 0
     for module in after.modules:
         layer = layers[module.name]
+        for side, factors in (("A", layer.lora_A), ("B", layer.lora_B)):
+            parameter = factors[name].weight
+            parameter.grad = (
+                None  # its gradients have the old shape, as has the graph of a loss that the loop still holds
+            )
+            optimizer.state.pop(parameter, None)
+            swap(parameter, torch.nn.Parameter(lower[f"{PREFIX}{module.name}.lora_{side}.weight"].to(parameter)))
+            parameters += parameter.numel()
         layer.r[name], layer.scaling[name] = module.rank, module.scaling
         layer.lora_A[name].out_features = layer.lora_B[name].in_features = module.rank
-    live.model.peft_config[name].r, live.model.peft_config[name].rank_pattern = config.r, config.rank_pattern
-    return sum(parameter.numel() for parameter in factors.values())
-
-
-def _parts(states: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The parts of an optimizer's state that are projected; none where one of them can't be, or a factor has no state."""
-    shaped = [
-        {part: tensor for part, tensor in state.items() if isinstance(tensor, torch.Tensor) and tensor.dim()}
-        for state in states
-    ]
-    names = sorted(shaped[0]) if shaped else []
-    fits = all(sorted(own) == names and all(tensor.is_floating_point() for tensor in own.values()) for own in shaped)
-    return tuple(names) if fits and POWERS.keys() >= set(names) else ()
+    config.r, config.rank_pattern = after.config["r"], after.config.get("rank_pattern") or {}
+    return parameters

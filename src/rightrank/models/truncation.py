@@ -19,7 +19,6 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_adapter
-from rightrank.models.places import WEIGHTS_FILE
 from rightrank.models.ranks import exact_pattern, lora_scaling, max_module_rank, pattern_value
 from rightrank.schema.trials import Floats
 
@@ -163,47 +162,6 @@ def new_tensors(
     if first.magnitude_key is not None:
         tensors[first.magnitude_key] = adapter.tensor(first.magnitude_key)
     return tensors
-
-
-# State tensors of torch's optimizers that have a parameter's shape: means of gradients, and of their squares.
-POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2}
-
-
-def projected_state(
-    folder: Path,
-    config: LoraConfig,
-    truncated: Mapping[str, torch.Tensor],
-    state: Mapping[str, torch.Tensor],
-    power: int,
-) -> dict[str, torch.Tensor]:
-    """A running mean of gradients of the adapter in `folder` as one of the truncated adapter; others as they are.
-
-    With A' = P·A and B' = B·Q, the gradient G of ΔW gives those of the new factors from those of the old:
-    s'·B'ᵀ·G = s'/s·Qᵀ·(s·Bᵀ·G) and s'·G·A'ᵀ = (s·G·Aᵀ)·Pᵀ·s'/s. The entries of a second moment are taken as uncorrelated.
-
-    Args:
-        config: of the truncated adapter, with the ranks of its modules.
-        state: by PEFT's names, a tensor for every A and B.
-        power: That of the part of the state in `POWERS`.
-    """
-    tensors, result = load_file(folder / WEIGHTS_FILE), dict(state)
-    for first, *_ in open_adapter(folder).pairs:
-        new_rank = int(pattern_value(config.rank_pattern or {}, first.address, config.r))
-        alpha = pattern_value(config.alpha_pattern or {}, first.address, config.lora_alpha)
-        ratio = lora_scaling(alpha, new_rank, bool(config.use_rslora)) / first.scaling
-        a, b = state[first.a_key], state[first.b_key]
-        projected = []
-        for old, new, (of_b, of_a) in zip(
-            first.kind.matrices(tensors[first.a_key].double(), tensors[first.b_key].double(), first.rank),
-            first.kind.matrices(truncated[first.a_key].double(), truncated[first.b_key].double(), new_rank),
-            first.kind.matrices(a.double(), b.double(), first.rank),
-            strict=True,
-        ):
-            q, p = torch.linalg.pinv(old[0]) @ new[0], new[1] @ torch.linalg.pinv(old[1])
-            projected.append((of_b @ (ratio * p.T) ** power, (ratio * q.T) ** power @ of_a))
-        new_a, new_b = first.kind.tensors(projected, a, b)
-        result[first.a_key], result[first.b_key] = new_a.to(a.dtype).contiguous(), new_b.to(b.dtype).contiguous()
-    return result
 
 
 def shared_ranks(
