@@ -100,3 +100,25 @@ def test_three_ranks_are_listed_and_two_seeds_show_their_noise() -> None:
         r"take about \d+ seeds a rank\.",
         told,
     )
+
+
+@pytest.mark.parametrize(
+    ("shifts", "deviation"),
+    [
+        # what the ranks share is part of the noise, and no part of the seeds that a difference takes
+        ({(1, 0): 0.0, (1, 1): 0.03, (4, 0): 0.0, (4, 1): 0.03}, r"0\.021"),
+        ({(1, 0): 0.0, (1, 1): 0.0, (4, 0): 0.0, (4, 1): -0.004}, r"0\.00\d+"),
+    ],
+)
+def test_the_seeds_of_a_difference_follow_the_noise_that_ranks_do_not_share(
+    shifts: dict[tuple[int, int], float], deviation: str
+) -> None:
+    generator = np.random.default_rng(5)
+    ease = generator.normal(0.5, 0.1, 40)
+    scores = {1: ease + 0.001, 4: ease + generator.normal(0, 0.2, 40)}
+    scores[4] += ease.mean() - scores[4].mean()
+    found = sentence(*((rank, seed, list(scores[rank] + shift)) for (rank, seed), shift in shifts.items()))
+    start = r"No difference between ranks 1 and 4 can be shown at this noise \(seed standard deviation "
+    assert re.fullmatch(
+        rf"{start}{deviation}\): .*; a difference of 0\.02 in reward would take about 1 seed a rank\.", found
+    )

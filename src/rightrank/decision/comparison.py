@@ -38,7 +38,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import takewhile
+from itertools import count, takewhile
 from statistics import NormalDist
 
 import numpy as np
@@ -119,10 +119,11 @@ def examples_needed(estimate: Estimate, margin: float, confidence: float = CONFI
     """
     if estimate.examples < 2:
         return None
-    for factor in (1.15**power for power in range(1, 31)):
+    factors = (1.15**power for power in count(1))
+    for factor in takewhile(lambda factor: factor <= MAX_EXAMPLE_GROWTH, factors):
         step = 10 ** max(0, math.floor(math.log10(estimate.examples * factor)) - 1)
         size = int(math.ceil(estimate.examples * factor / step) * step)
-        if factor <= MAX_EXAMPLE_GROWTH and settles(estimate.at(size, estimate.seeds), margin, confidence):
+        if settles(estimate.at(size, estimate.seeds), margin, confidence):
             return size
     return None
 
