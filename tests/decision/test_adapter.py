@@ -395,6 +395,15 @@ def test_one_answer_that_differs_on_the_test_split_has_the_bound_of_a_rare_diffe
     assert found[1] > scale * (1 + 3) / 40
 
 
+def test_a_share_on_the_test_split_has_the_range_of_a_share() -> None:
+    """Of which none reaches 1: the bound is still that of a score between 0 and 1."""
+    ours, theirs = [0.5] * 40, [*[0.5] * 39, 0.0]
+    sides = [on_test(0.5, item_metrics={"f1": one}) for one in (theirs, ours)]
+    found = difference_on_test(sides[0], sides[1], Criterion("f1", True, None))
+    expected = estimate(np.subtract(ours, theirs)[None, :], np.ones(40), 1.0)
+    assert found == (pytest.approx(0.5 / 40), pytest.approx(bounds_of(expected).high))
+
+
 def test_how_an_adapter_was_made() -> None:
     cut = TRUNCATED.model_copy(update={"truncation": "kfac"})
     plain = trial("plain", 8, 0.0, parent="top")

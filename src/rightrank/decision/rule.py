@@ -125,7 +125,7 @@ def _beside(
 ) -> MetricAnswer:
     """The answer by another metric, and whether the two disagree."""
     answer = decision_of(other, confidence=confidence, checkpoint=checkpoint)
-    ours = {rank: compared.non_inferior for rank, compared in by_rank.items() if rank > 0}
+    ours = {rank: compared.non_inferior for rank, compared in by_rank.items()}
     theirs = {evidence.rank: evidence for evidence in answer.ranks if evidence.rank > 0}
     against = [rank for rank in ours if rank in theirs and {ours[rank], theirs[rank].non_inferior} == {True, False}]
     return MetricAnswer(
