@@ -217,6 +217,12 @@ def test_what_is_bought_is_enough_and_less_is_not(margin: float, actions: list[s
             assert run.minutes == round(run.trials * (TRAIN + EVALUATE) / 60, 1)
             assert ("examples" in run.sentence) is (run.items is not None)
         assert time_told(run.minutes, "") in run.sentence
+        assert re.fullmatch(
+            r"To test the margin, score about [\d,]+ held-out examples \(now 100\) at ranks 4 and 64 \(about [^()]+\)(; [^()]+)?\."
+            r"|Train ranks 4 and 64 with \d+ seeds \(now 2\)( and score about [\d,]+ held-out examples \(now 100\))? to test it "
+            r"\(\d+ trainings?, about [^()]+\)\.",
+            run.sentence,
+        )
         assert (f"score about {items:,} held-out examples (now 100)" in run.sentence) is (run.items is not None)
     assert len(require_counted(decision)) == ("seeds" in actions)
 
