@@ -25,7 +25,15 @@ from rightrank.report.status import last_decided, run_status
 from rightrank.schema.decision import Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import DecisionRecorded, GuardEvaluated, JournalRecord, RunContinued, TestEvaluated
-from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, TrialFinished, TrialLook, TrialStarted
+from rightrank.schema.trials import (
+    EvalPoint,
+    TrialCollapsed,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialLook,
+    TrialStarted,
+)
 from tests.report import runs
 from tests.report.runs import ITEMS, TOKENS, answered_run, made_up_run
 
@@ -182,6 +190,14 @@ def test_a_cell_holds_what_its_trial_measured() -> None:
     assert (cell.steps, cell.train_value, cell.others) == (trial.steps, trial.train_value, {})
     assert cell.points == tuple(trial.points)
     assert run_table(records).missing == {4: 1}
+
+
+def test_a_cell_has_the_seconds_of_its_training_and_of_one_evaluation() -> None:
+    trial = altered(made_up_run().finished()[1], train_seconds=12.0, eval_seconds=6.0)
+    points = [EvalPoint(step=step, value=2.0, train_value=None) for step in (10, 20, 30)]
+    for along, seconds in (([], 6.0), (points[:1], 6.0), (points, 2.0)):
+        (cell,) = table_of([altered(trial, points=along)], "loss", False).cells.values()
+        assert (cell.train_seconds, cell.eval_seconds) == (12.0, seconds)
 
 
 def test_like_is_compared_with_like() -> None:
