@@ -200,6 +200,15 @@ def test_a_cell_has_the_seconds_of_its_training_and_of_one_evaluation() -> None:
         assert (cell.train_seconds, cell.eval_seconds) == (12.0, seconds)
 
 
+def test_a_cell_has_the_groups_of_its_examples() -> None:
+    trial = made_up_run().finished()[1]
+    grouped = altered(trial, item_groups=[number // 2 for number in range(ITEMS)])
+    (cell,) = table_of([grouped], "loss", False).cells.values()
+    assert (cell.units, cell.examples) == (ITEMS // 2, ITEMS)
+    (alone,) = table_of([trial], "loss", False).cells.values()
+    assert (alone.groups, alone.units) == (None, ITEMS)
+
+
 def test_like_is_compared_with_like() -> None:
     records = made_up_run((1, 4, 16), (1e-3,))
     base, one, four, sixteen = records.finished()
