@@ -260,6 +260,8 @@ def test_notes_offer_a_direct_training_and_name_a_top_that_overfits() -> None:
         "Rank 16 is better than rank 64 by 0.03: the top rank overfits; train again with --ranks up to 16, or fewer steps.",
         INDEPENDENT,
     ]
+    half = answer(TOP, trial("a", 32, -0.03, parent="top"))  # within a factor of two of the top
+    assert half.notes == [INDEPENDENT]
     alike = answer(TOP, trial("a", 16, -1e-5, parent="top"))
     assert alike.notes == [INDEPENDENT]
 

@@ -257,6 +257,9 @@ def test_each_part_of_the_variance_scales_with_what_it_is_of() -> None:
     assert replace(found, seeds_degrees=0.0).at(100, 9).seeds_degrees == 0.0
     assert replace(found, seeds_degrees=1.0, seeds=2).at(100, 4).seeds_degrees == 3.0
     assert found.at(100, 1).seeds_degrees == 1.0
+    assert found.at(200, 3).grouped_degrees is None
+    grouped = replace(found, grouped_degrees=9.0)
+    assert [grouped.at(examples, 3).grouped_degrees for examples in (100, 200, 5)] == [9.0, 18.0, 1.0]
 
 
 def test_a_settled_difference_needs_the_next_larger_set_of_examples_and_more_confidence_more() -> None:

@@ -153,12 +153,25 @@ def test_more_examples_of_groups_that_say_the_same_count_as_so_many_groups() -> 
     assert margin < 0.9 * of_rows.margin_of(4, 0.95)
 
 
-def test_a_table_of_results_keeps_the_groups_of_its_examples() -> None:
+def test_a_table_of_results_keeps_the_steps_and_the_groups_of_its_examples() -> None:
     results = [
-        Result(trial_id=f"{rank}", rank=rank, value=2.0, item_values=[1.0, 3.0, 2.0, 2.0], item_groups=groups)
+        Result(trial_id=f"{rank}", rank=rank, value=2.0, steps=7, item_values=[1.0, 3.0, 2.0, 2.0], item_groups=groups)
         for rank, groups in ((4, [5, 5, 1, 1]), (16, None))
     ]
     read = ResultsTable(metric="eval_loss", higher_is_better=False, results=results, understood=[])
     cells = table_of_results(read).cells
     assert cells[4, 0.0, 0].groups.tolist() == [1, 1, 0, 0]  # type: ignore[union-attr]
     assert cells[16, 0.0, 0].groups is None
+    assert [cell.steps for cell in cells.values()] == [7, 7]
+
+
+def test_the_winner_s_curse_of_a_learning_rate_follows_the_groups() -> None:
+    draw, cells = np.random.default_rng(8), {}
+    for rank, rate in ((4, 1e-3), (4, 2e-3), (16, 1e-3)):
+        sums, groups = world(draw, [10] * 80, 0.9)
+        cells[rank, rate, 0] = Cell(f"{rank} {rate}", 2.0, 2 + 0.1 * sums, np.ones(len(sums)), groups=groups)
+    grouped = ScoreTable("loss", False, cells)
+    alone = replace(grouped, cells={key: replace(cell, groups=None) for key, cell in cells.items()})
+    wide, narrow = (Evidence(table).contenders for table in (grouped, alone))
+    assert wide[4].gap > 1.5 * narrow[4].gap > 0
+    assert wide[16].gap == narrow[16].gap == 0
