@@ -294,6 +294,23 @@ def test_what_fails_at_the_end_is_one_line(
     assert "\n" not in last
 
 
+def test_an_end_that_has_not_begun_names_no_measurement_of_an_earlier_training(
+    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = SmallestAdapter(Listed(rows[140:]), measure=False)
+    trained(model_folder, rows, tmp_path, [kept], max_steps=2)
+    assert (tmp_path / "rightrank" / "cache" / "measure.json").is_file()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SmallestAdapter, "_live", full)
+    with caplog.at_level(logging.WARNING, "rightrank"):
+        trained(model_folder, rows, tmp_path, [SmallestAdapter(Listed(rows[140:]))], max_steps=2)
+    last = [record.getMessage() for record in caplog.records if record.name == "rightrank"][-1]
+    assert last == "rightrank: no smaller adapter was looked for: [Errno 28] No space left on device"
+
+
 class Recorded(TrainerCallback):
     """A tracker that ends its run where the training ends."""
 

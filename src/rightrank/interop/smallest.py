@@ -215,12 +215,14 @@ class SmallestAdapter(TrainerCallback):
         if not self._is_training:
             return  # refused, or a trial of a search
         self._is_training = False
-        out = Path(args.output_dir or ".") / "rightrank"
+        out, live = Path(args.output_dir or ".") / "rightrank", None
         try:
             live = self._live(kwargs["model"], args, state)
             self.result = _ended(live, out, self._training(live, args, state), self.measure)
         except FAILURES as error:
-            again = f"; to measure again: {_command_to_measure(out)}" if (out / "cache" / KEPT).is_file() else ""
+            # What lies there before the run has begun is of an earlier training.
+            has_begun = live is not None and (out / "cache" / KEPT).is_file()
+            again = f"; to measure again: {_command_to_measure(out)}" if has_begun else ""
             log.warning("rightrank: no smaller adapter was looked for: %s%s", first_line(error), again)
         if self.result is not None and state.is_world_process_zero:
             self._report(self.result.answer)
