@@ -477,8 +477,8 @@ class Comparison:
         """
         if self.evidence.no_probability:
             return self
-        likely = [rank for rank in self.ranks if self.likely(rank) >= confidence]
-        chosen = min(likely or self.evidence.alike(confidence))
+        enough = [rank for rank in self.ranks if self.likely(rank) >= confidence]
+        chosen = min(enough or self.evidence.alike(confidence))
         return replace(self, chosen=chosen, confidence=confidence)
 
     @property

@@ -239,9 +239,8 @@ def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, after: Adapter
         layer = layers[module.name]
         for side, factors in (("A", layer.lora_A), ("B", layer.lora_B)):
             parameter = factors[name].weight
-            parameter.grad = (
-                None  # its gradients have the old shape, as has the graph of a loss that the loop still holds
-            )
+            # Gradients have the old shape, as has the graph of a loss that the loop still holds.
+            parameter.grad = None
             optimizer.state.pop(parameter, None)
             swap(parameter, torch.nn.Parameter(lower[f"{PREFIX}{module.name}.lora_{side}.weight"].to(parameter)))
             parameters += parameter.numel()

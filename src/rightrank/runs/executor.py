@@ -117,12 +117,12 @@ class LocalExecutor:
 
     def _folders(self, trial: Trial) -> TrialFolders:
         arm, folder = trial.arm, self._folder
-        cut = arm.truncate_from
+        parent = arm.truncate_from
         return TrialFolders(
             folder.checkpoint(trial.trial_id),
             folder.trial_adapter(trial.trial_id),
             None if arm.continue_from is None else folder.checkpoint(arm.continue_from),
-            None if cut is None else folder.trial_adapter(cut),
-            None if cut is None else folder.checkpoint(cut).with_suffix(".moments.safetensors"),
+            None if parent is None else folder.trial_adapter(parent),
+            None if parent is None else folder.checkpoint(parent).with_suffix(".moments.safetensors"),
             folder.answers(trial.trial_id),
         )
