@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rightrank.data.splits import SPLITS, load_data
-from rightrank.hooks.terminal import left_out
+from rightrank.report.terminal import left_out
 from rightrank.schema.errors import DataError
 from tests.tiny import sentences, small_settings, write_jsonl
 

@@ -14,8 +14,8 @@ import pytest
 
 from rightrank.data.splits import load_data
 from rightrank.decision.records import answers_of
-from rightrank.hooks.terminal import plan_line
 from rightrank.report.html import render_report
+from rightrank.report.terminal import plan_line
 from rightrank.schema.errors import DataError
 from rightrank.train.tokens import EncodedData, encode
 from tests.commands import run

@@ -17,7 +17,7 @@ from rightrank import compare, export, resize, select_rank
 from rightrank.adapters.compare import labels_of_side
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import adopted_labels
-from rightrank.report.html import loading_lines
+from rightrank.models.places import loading_lines
 from rightrank.runs.values import Selected
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.settings import SelectSettings

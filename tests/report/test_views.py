@@ -20,11 +20,11 @@ from rightrank.api.runs import decide, status
 from rightrank.cli import cli
 from rightrank.decision.records import Answers, Records, decide_run, trials_frame
 from rightrank.hooks.process import JsonLog, ProgressFile
-from rightrank.hooks.terminal import LiveView, View, make_view, plan_line
+from rightrank.hooks.terminal import LiveView, View, make_view
 from rightrank.report.answer import answer_view, notebook_html
 from rightrank.report.figures import rank_figure
 from rightrank.report.svg import svg_file
-from rightrank.report.terminal import CURVE_ROWS, terminal_curve
+from rightrank.report.terminal import CURVE_ROWS, plan_line, terminal_curve
 from rightrank.schema.events import Notice, SelectionPlanned, StepDone
 from rightrank.schema.trials import TrialFinished
 from tests.commands import COMMANDS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rightrank.api.selecting import select_rank
-from rightrank.hooks.terminal import plan_line
+from rightrank.report.terminal import plan_line
 from rightrank.runs.journal import Journal
 from rightrank.schema.events import RunStarted, TestEvaluated
 from tests.tiny import sentences, small_settings, write_jsonl

@@ -22,11 +22,11 @@ from rightrank.decision.comparison import (
     settles,
 )
 from rightrank.decision.evidence import Comparison, Evidence
-from rightrank.decision.sentences import names
 from rightrank.decision.verdicts import (
     inconclusive_rank,
     is_unlikely,
     lengths,
+    names,
     possible_rival,
     shown_rank,
 )

@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from rightrank.decision.comparison import is_within
 from rightrank.decision.evidence import Comparison, Evidence, Unit
 from rightrank.decision.seeds import needed_seeds
-from rightrank.decision.verdicts import alike_ranks, grade_of, inconclusive_rank, lengths, possible_rival, shown_rank
+from rightrank.decision.verdicts import (
+    alike_ranks,
+    grade_of,
+    inconclusive_rank,
+    lengths,
+    names,
+    possible_rival,
+    shown_rank,
+)
 from rightrank.schema.decision import RankEvidence, Verdict
 from rightrank.schema.metrics import LOSS_KINDS
 
@@ -201,12 +209,6 @@ def _base_too(tested: Comparison) -> str:
     if likely is None or tested.confidence is None or likely <= 1 - tested.confidence:
         return ""
     return f"The base itself is {chance(likely)} likely to be within the margin."
-
-
-def names(ranks: Sequence[int]) -> str:
-    """`rank 4`, `ranks 4, 16 and 64`."""
-    *first, last = map(str, ranks)
-    return f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"
 
 
 def conflict_sentence(metric: str, against: Sequence[int], theirs: Mapping[int, RankEvidence], margin: float) -> str:

@@ -280,3 +280,9 @@ def _curve(contender: Contender) -> dict[int, float]:
     by_seed = [{point.step: point.value for point in cell.points} for cell in contender.cells.values()]
     shared = set.intersection(*(set(points) for points in by_seed))
     return {step: sum(points[step] for points in by_seed) / len(by_seed) for step in shared}
+
+
+def names(ranks: Sequence[int]) -> str:
+    """`rank 4`, `ranks 4, 16 and 64`."""
+    *first, last = map(str, ranks)
+    return f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"

@@ -10,9 +10,8 @@ from statistics import fmean
 
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
 from rightrank.decision.seeds import NOISE
-from rightrank.hooks.terminal import left_out
 from rightrank.report.format import duration, quantity
-from rightrank.report.terminal import preflight_lines, time_line
+from rightrank.report.terminal import left_out, preflight_lines, time_line
 from rightrank.runs.hook import Hook, Started
 from rightrank.runs.prepare import prepare
 from rightrank.runs.values import Prepared, Request

@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from rightrank.report.evidence_tables import end_text
 from rightrank.report.format import duration, size
-from rightrank.report.status import end_text
 from rightrank.schema.events import Evaluating, Event, SelectionPlanned, StepDone, TimeExpected
 from rightrank.schema.trials import (
     ArmFields,

@@ -11,10 +11,10 @@ from rich.text import Text
 
 from rightrank.hooks.progress import Progress
 from rightrank.report.format import quantity
-from rightrank.report.terminal import terminal_curve
+from rightrank.report.terminal import plan_line, terminal_curve
 from rightrank.runs.hook import Hook
-from rightrank.schema.events import DataSummary, Event, Notice, RunStarted, SelectionPlanned
-from rightrank.schema.trials import OUTCOMES, split_name
+from rightrank.schema.events import Event, Notice, SelectionPlanned
+from rightrank.schema.trials import OUTCOMES
 
 PLAIN_SECONDS = 15.0  # between progress lines
 
@@ -98,44 +98,3 @@ def make_view(quiet: bool, console: Console | None = None) -> View:
     """On stderr, or `console`: `LiveView` on a terminal; plain lines in a pipe or a notebook, with `NO_COLOR` or if `quiet`."""
     console = console or Console(stderr=True)
     return LiveView(console) if console.is_terminal and not (quiet or console.no_color) else View(console, quiet)
-
-
-def plan_line(started: RunStarted, steps: int) -> str:
-    if started.data.form == "own":
-        better = "higher" if started.higher_is_better else "lower"
-        length = f"trainings of {steps} steps" if steps else "trainings of the trainer's own length"
-        return f"trainer {started.trainer}, by {started.metric} ({better} is better); {length}"
-    splits = started.data.splits
-    counts = ", ".join(f"{summary.items} {split_name(name)}" for name, summary in splits.items())
-    notes = left_out(started.data)
-    read = f"{started.data.rows:,} rows; " if started.data.rows else ""
-    form = started.data.form + (f" (from {started.data.shape})" if started.data.shape else "")
-    return (
-        f"{read}examples: {counts}{' (' + '; '.join(notes) + ')' if notes else ''}; form: {form}; "
-        f"trainings of {steps} steps on {started.environment['device']}"
-    )
-
-
-def left_out(data: DataSummary) -> list[str]:
-    """What was left out, truncated or found doubtful while reading, with its number."""
-    splits = data.splits.values()
-    counts = (
-        (data.repeated, "equal held-out rows left out"),
-        (data.not_evaluated, "held-out rows not evaluated, beyond --eval-items"),
-        (sum(summary.truncated for summary in splits), "truncated to the maximum length"),
-        (sum(summary.dropped for summary in splits), "dropped, no label token left"),
-        (data.equal_pairs, "pairs left out: `chosen` and `rejected` are the same"),
-        (sum(summary.equal for summary in splits), "pairs left out: the same within the maximum length"),
-        (data.unreadable, "rows skipped: lone surrogates, which no tokenizer accepts"),
-        (data.groups, f"groups of validation examples (rows with one `{data.grouped_by}`), over which the bounds are"),
-        (data.groups_across_splits, f"held-out groups (`{data.grouped_by}`) of which train has rows too"),
-        (
-            data.duplicates_across_splits,
-            "held-out examples are in another split too (exact duplicates across splits), which favours high ranks",
-        ),
-        (
-            data.near_duplicates_across_splits,
-            "held-out examples differ from a training example in white space or case alone, which favours high ranks",
-        ),
-    )
-    return [f"{count:,} {what}" for count, what in counts if count]

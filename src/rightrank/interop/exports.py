@@ -16,10 +16,9 @@ import yaml
 from rightrank.data.files import replacing_folder
 from rightrank.data.rows import split_of
 from rightrank.interop.recipe import Recipe
-from rightrank.models.places import WEIGHTS_FILE, read_header
+from rightrank.models.places import WEIGHTS_FILE, loading_lines, read_header
 from rightrank.models.ranks import SERVER_RANKS, SERVING, max_module_rank, rank_change_line, rate_warning, slot_bytes
 from rightrank.report.format import size
-from rightrank.report.html import loading_lines
 from rightrank.schema.errors import ResultsError, SettingsError, did_you_mean
 from rightrank.schema.settings import TRAINER_FIELDS
 

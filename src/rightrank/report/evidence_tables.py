@@ -1,14 +1,16 @@
-"""The evidence of both answers as rows of text, a heading first, and what the second answer rests on."""
+"""The evidence of both answers as rows of text, a heading first; what the second rests on; how trials ended, and what they cost."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
 from rightrank.decision.comparison import is_within
+from rightrank.decision.records import Records, trainings
 from rightrank.decision.sentences import chance
 from rightrank.report.answer import brief
-from rightrank.report.format import visible
+from rightrank.report.format import duration, quantity, visible
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, RankEvidence
+from rightrank.schema.trials import TrialCollapsed, TrialDiverged, TrialFailed, seconds_of
 
 FLAGS = {
     "underpowered": "the data cannot show this",
@@ -135,3 +137,25 @@ def table_lines(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> li
         ).rstrip()
         for row in rows
     ]
+
+
+def end_text(outcome: TrialCollapsed | TrialDiverged | TrialFailed) -> str:
+    """How a trial without a result ended."""
+    if isinstance(outcome, TrialCollapsed):
+        return f"collapsed: {outcome.reason}"
+    return (
+        f"diverged at step {outcome.step}: {outcome.reason}" if isinstance(outcome, TrialDiverged) else outcome.reason
+    )
+
+
+def cost_sentence(records: Records) -> str:
+    """The cost of all trials so far: trainings, truncations, trials without a result, and the time with the base's evaluation."""
+    by_id = records.by_id
+    finished = by_id.values()
+    truncations = sum(trial.truncate_from is not None for trial in finished)
+    lost = len(records.outcomes) - len(finished)
+    parts = [quantity(trainings(records), "training")]
+    parts += [quantity(truncations, "truncation")] if truncations else []
+    parts += [f"{quantity(lost, 'trial')} without a result"] if lost else []
+    seconds = sum(seconds_of(trial, by_id) for trial in finished)
+    return ", ".join([*parts, *([duration(seconds)] if seconds else [])])

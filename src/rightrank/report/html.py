@@ -22,14 +22,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.decision.adapter import making_of
 from rightrank.decision.records import Answers, Records
-from rightrank.models.places import CLASSIFIER_FILE
+from rightrank.models.places import base_arguments, loading_lines
 from rightrank.models.ranks import peft_scaling
 from rightrank.report.answer import answer_view
-from rightrank.report.evidence_tables import candidate_table, certainty_rows, evidence_table, metric_unit
+from rightrank.report.evidence_tables import (
+    candidate_table,
+    certainty_rows,
+    cost_sentence,
+    end_text,
+    evidence_table,
+    metric_unit,
+)
 from rightrank.report.figure import Figure, parts_of
 from rightrank.report.figures import figures_of
 from rightrank.report.format import quantity, size, visible
-from rightrank.report.status import cost_sentence, end_text
 from rightrank.report.svg import inline_svg, swatch
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.decision import Decision, HandedOver, Result, ResultsTable
@@ -254,7 +260,7 @@ def _use_it(handed_over: HandedOver, records: Records) -> dict[str, str] | None:
     rank = handed_over.loads_as or trial.rank
     alpha *= (rank / trial.rank) ** (0.5 if use_rslora else 1)  # at the same scale
     loading = loading_lines("adapter", model, records.started.data.classes is not None)
-    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({_base_arguments(model)})"
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({base_arguments(model)})"
     return {
         "r": str(rank),
         "alpha": f"{alpha:g}",
@@ -314,28 +320,3 @@ def _not_tested(records: Records, decision: Decision | None) -> list[str]:
     if not records.tests and not records.started.is_table:
         limits.append("The test split, which is evaluated at the end of the run.")
     return limits
-
-
-def loading_lines(folder: str, base: str | None, is_classifier: bool) -> list[str]:
-    """Python that loads a model with the adapter in `folder`: PEFT finds the base, but for one in a GGUF file."""
-    kind, more = "AutoPeftModelFor" + ("SequenceClassification" if is_classifier else "CausalLM"), ""
-    head: list[str] = []
-    if is_classifier:
-        more = ", **head"
-        head = [
-            f"head = json.load(open({f'{folder}/{CLASSIFIER_FILE}'!r}, encoding='utf-8'))",
-            "head['id2label'] = {int(number): label for number, label in head['id2label'].items()}",  # JSON has no numbers as keys
-        ]
-    imports = ["import json"] if is_classifier else []
-    if base is None or not base.lower().endswith(".gguf"):
-        return [*imports, f"from peft import {kind}", *head, f"model = {kind}.from_pretrained({folder!r}{more})"]
-    plain = kind.replace("AutoPeft", "Auto")
-    imports += ["from peft import PeftModel", f"from transformers import {plain}"]
-    loaded = f"base = {plain}.from_pretrained({_base_arguments(base)}{more})"
-    return [*imports, *head, loaded, f"model = PeftModel.from_pretrained(base, {folder!r})"]
-
-
-def _base_arguments(base: str) -> str:
-    """What `from_pretrained` takes for a base: its name, or the folder and the name of a GGUF file."""
-    path = PurePath(base)
-    return f"{str(path.parent)!r}, gguf_file={path.name!r}" if path.suffix.lower() == ".gguf" else repr(base)

@@ -11,18 +11,15 @@ from pydantic import Field
 from rightrank.decision.next_run import next_commands
 from rightrank.decision.records import Records, answers_of, decision_so_far, trainings
 from rightrank.report.answer import answer_view, labelled
-from rightrank.report.format import duration, quantity
+from rightrank.report.evidence_tables import cost_sentence
+from rightrank.report.format import quantity
 from rightrank.report.terminal import terminal_curve
 from rightrank.schema.events import DecisionRecorded, JournalRecord, RunStarted
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import (
     OUTCOMES,
     Record,
-    TrialCollapsed,
-    TrialDiverged,
-    TrialFailed,
     TrialStarted,
-    seconds_of,
 )
 
 NO_ANSWER = "no answer yet"
@@ -147,28 +144,6 @@ def _best_by_rank(records: Records, trained: bool) -> list[tuple[int, float]]:
         if trial.rank > 0 and trial.stop_at is None and (trial.truncate_from is None) == trained:
             best[trial.rank] = better(trial.value, best.get(trial.rank, trial.value))
     return sorted(best.items())
-
-
-def cost_sentence(records: Records) -> str:
-    """The cost of all trials so far: trainings, truncations, trials without a result, and the time with the base's evaluation."""
-    by_id = records.by_id
-    finished = by_id.values()
-    truncations = sum(trial.truncate_from is not None for trial in finished)
-    lost = len(records.outcomes) - len(finished)
-    parts = [quantity(trainings(records), "training")]
-    parts += [quantity(truncations, "truncation")] if truncations else []
-    parts += [f"{quantity(lost, 'trial')} without a result"] if lost else []
-    seconds = sum(seconds_of(trial, by_id) for trial in finished)
-    return ", ".join([*parts, *([duration(seconds)] if seconds else [])])
-
-
-def end_text(outcome: TrialCollapsed | TrialDiverged | TrialFailed) -> str:
-    """How a trial without a result ended."""
-    if isinstance(outcome, TrialCollapsed):
-        return f"collapsed: {outcome.reason}"
-    return (
-        f"diverged at step {outcome.step}: {outcome.reason}" if isinstance(outcome, TrialDiverged) else outcome.reason
-    )
 
 
 def last_decided(journal: Sequence[JournalRecord]) -> DecisionRecorded | None:

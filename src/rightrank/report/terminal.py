@@ -11,6 +11,8 @@ from rightrank.report.answer import answer_view, brief, labelled
 from rightrank.report.evidence_tables import certainty_rows, evidence_table, table_lines
 from rightrank.report.format import duration, size, visible
 from rightrank.schema.decision import Decision
+from rightrank.schema.events import DataSummary, RunStarted
+from rightrank.schema.trials import split_name
 
 if TYPE_CHECKING:
     from rightrank.schema.results import Preflight, PreflightCost
@@ -83,6 +85,47 @@ def time_line(expected: float, most: float, measured: str, budget_hours: float |
         without = "" if expected <= allowed else f"; without the budget of time about {duration(expected)}"
         return f"time: about {duration(min(expected, allowed))}, at most {duration(allowed)}{without} ({basis})"
     return f"time: about {duration(expected)}, at most {duration(most)} ({basis})"
+
+
+def plan_line(started: RunStarted, steps: int) -> str:
+    if started.data.form == "own":
+        better = "higher" if started.higher_is_better else "lower"
+        length = f"trainings of {steps} steps" if steps else "trainings of the trainer's own length"
+        return f"trainer {started.trainer}, by {started.metric} ({better} is better); {length}"
+    splits = started.data.splits
+    counts = ", ".join(f"{summary.items} {split_name(name)}" for name, summary in splits.items())
+    notes = left_out(started.data)
+    read = f"{started.data.rows:,} rows; " if started.data.rows else ""
+    form = started.data.form + (f" (from {started.data.shape})" if started.data.shape else "")
+    return (
+        f"{read}examples: {counts}{' (' + '; '.join(notes) + ')' if notes else ''}; form: {form}; "
+        f"trainings of {steps} steps on {started.environment['device']}"
+    )
+
+
+def left_out(data: DataSummary) -> list[str]:
+    """What was left out, truncated or found doubtful while reading, with its number."""
+    splits = data.splits.values()
+    counts = (
+        (data.repeated, "equal held-out rows left out"),
+        (data.not_evaluated, "held-out rows not evaluated, beyond --eval-items"),
+        (sum(summary.truncated for summary in splits), "truncated to the maximum length"),
+        (sum(summary.dropped for summary in splits), "dropped, no label token left"),
+        (data.equal_pairs, "pairs left out: `chosen` and `rejected` are the same"),
+        (sum(summary.equal for summary in splits), "pairs left out: the same within the maximum length"),
+        (data.unreadable, "rows skipped: lone surrogates, which no tokenizer accepts"),
+        (data.groups, f"groups of validation examples (rows with one `{data.grouped_by}`), over which the bounds are"),
+        (data.groups_across_splits, f"held-out groups (`{data.grouped_by}`) of which train has rows too"),
+        (
+            data.duplicates_across_splits,
+            "held-out examples are in another split too (exact duplicates across splits), which favours high ranks",
+        ),
+        (
+            data.near_duplicates_across_splits,
+            "held-out examples differ from a training example in white space or case alone, which favours high ranks",
+        ),
+    )
+    return [f"{count:,} {what}" for count, what in counts if count]
 
 
 MAX_CURVE_WIDTH, CURVE_ROWS = 72, 10  # characters
