@@ -48,4 +48,4 @@ def test_a_variable_is_a_noun_of_the_field(path: Path) -> None:
 
 def test_a_file_name_says_where_one_is() -> None:
     names = Counter(path.name for path in SOURCES if path.name != "__init__.py")
-    assert {name for name, count in names.items() if count > 1} <= {"guard.py", "metrics.py", "terminal.py"}
+    assert {name for name, count in names.items() if count > 1} <= {"metrics.py", "terminal.py"}

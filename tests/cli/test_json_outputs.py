@@ -117,7 +117,6 @@ FAILING = [
     "compare of_model of_model --model model --data nowhere.jsonl",
     "fleet of_model empty --model model --data data.jsonl --out out",
     "fleet of_model adapter --model model --data data.jsonl --out out",
-    "select model data.jsonl --out run --guard nowhere.jsonl",
     "resize empty out --rank 4",
     "resize adapter out",
     "resize adapter out --rank 0",

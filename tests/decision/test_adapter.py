@@ -15,7 +15,6 @@ from rightrank.decision.adapter import (
     probable_ranks,
     smallest_holding_truncation,
     trained_answer,
-    with_adapter,
 )
 from rightrank.decision.adapter import (
     test_difference as difference_on_test,
@@ -223,7 +222,7 @@ def test_every_adapter_is_compared_with_the_reference_the_best_of_a_rank_and_all
     assert [(one.rank, one.trial_id) for one in shown] == [(64, "top"), (16, "better"), (16, "cut"), (4, "small")]
     assert [one.difference for one in shown[:1]] == [0.0]
     assert [one.holds for one in shown] == [True, True, True, False]
-    named = found.model_copy(update={"trial_id": "worse"})  # a guard may name another run of a rank
+    named = found.model_copy(update={"trial_id": "worse"})  # a better training of a rank may be handed over
     assert {one.trial_id for one in compared_adapters(named, [worse, better, TOP, cut], LOSS)} >= {"worse", "top"}
     wider = Criterion("loss", False, 0.5)  # the margin is the answer's
     assert [one.holds for one in compared_adapters(found, [cut, small, TOP], wider)] == [True, True, False]
@@ -234,17 +233,6 @@ def test_every_adapter_is_compared_with_the_reference_the_best_of_a_rank_and_all
     assert [one.trial_id for one in both] == ["top", "a second top", "cut"]  # the better one first
     assert compared_adapters(found, [cut, small], LOSS) == found.candidates  # the reference is not in the journal
     assert len(compared_adapters(found, [cut, TOP], LOSS)) == 2
-
-
-def test_another_adapter_is_handed_over_and_listed_once() -> None:
-    before = trained_answer(TOP, LOSS)
-    other = answer(TOP, trial("a", 32, 0.001, parent="top")).candidates[1]
-    after = with_adapter(before, other, "Another one.")
-    assert (after.trial_id, after.rank, after.how, after.sentence) == ("a", 32, "truncated", "Another one.")
-    assert (after.difference, after.difference_high) == (other.difference, other.difference_high)
-    assert [one.trial_id for one in after.candidates] == ["top", "a"]
-    assert AdapterAnswer.model_validate(after.model_dump()) == after
-    assert with_adapter(after, other, "Again.").candidates == after.candidates
 
 
 def test_no_answer_before_a_training_is_truncated() -> None:
@@ -311,6 +299,8 @@ def test_a_direct_training_takes_the_place_of_the_truncation_where_it_is_better(
     assert after is not None
     assert (after.trial_id, after.rank, after.how) == ("direct", rank, "trained")
     assert (after.reference_id, after.margin) == (before.reference_id, before.margin)
+    assert [one.trial_id for one in after.candidates] == [*(one.trial_id for one in before.candidates), "direct"]
+    assert AdapterAnswer.model_validate(after.model_dump()) == after
     assert after.difference_high is not None
     assert after.spread is not None
     assert after.sentence == (

@@ -24,7 +24,7 @@ from rightrank.decision.table import table_of
 from rightrank.report.status import last_decided, run_status
 from rightrank.schema.decision import Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
-from rightrank.schema.events import DecisionRecorded, GuardEvaluated, JournalRecord, RunContinued, TestEvaluated
+from rightrank.schema.events import DecisionRecorded, JournalRecord, RunContinued, TestEvaluated
 from rightrank.schema.trials import (
     EvalPoint,
     TrialCollapsed,
@@ -75,14 +75,9 @@ def test_the_last_word_on_a_trial_counts() -> None:
 
 def test_every_kind_of_record_is_kept_apart() -> None:
     made = made_up_run()
-    trial = made.finished()[1]
-    guard = GuardEvaluated(
-        file="g", fingerprint="f", trial_id=trial.trial_id, rank=trial.rank, item_losses=[1.0], item_tokens=[1]
-    )
     answered = answered_run().adapters
-    found = Records.of(made.started, [guard, *answered, *made.tests])
-    assert (found.guards, found.adapters) == ([guard], answered)
-    assert (found.tests, found.outcomes, found.looks) == (made.tests, [], {})
+    found = Records.of(made.started, [*answered, *made.tests])
+    assert (found.adapters, found.tests, found.outcomes, found.looks) == (answered, made.tests, [], {})
 
 
 def test_a_look_that_is_reported_again_replaces_all_later_ones_and_a_new_start_drops_them() -> None:
@@ -392,7 +387,7 @@ def test_both_answers_are_one_document() -> None:
     assert found["adapter_making"].startswith("trained at rank 64 (learning rate 0.003, 40 steps), truncated to rank ")
     assert found["handed_over"] == adapter.handed_over.model_dump(mode="json")
     assert found["adapter_answer"] == adapter.answer.model_dump(mode="json")
-    assert (found["guard"], found["training_rank_estimate"]) == (None, None)
+    assert found["training_rank_estimate"] is None
 
 
 def test_a_question_that_was_not_asked_is_none_in_the_document() -> None:
@@ -404,7 +399,7 @@ def test_a_question_that_was_not_asked_is_none_in_the_document() -> None:
     assert (first["metric"], first["higher_is_better"], first["goal"]) == ("loss", False, "adapter")
     records = made_up_run()
     second = answers_of(records, decide_run(records), "training-rank").document()
-    of_the_adapter = ("adapter_sentence", "adapter_making", "handed_over", "guard", "adapter_answer")
+    of_the_adapter = ("adapter_sentence", "adapter_making", "handed_over", "adapter_answer")
     assert {name: second[name] for name in of_the_adapter} == dict.fromkeys(of_the_adapter)
     assert second["cost"] == {"trainings": 8.0, "trainings_to_adapter": None}
 
@@ -498,20 +493,15 @@ def test_the_range_of_a_weighted_score_is_that_of_the_score() -> None:
 
 def test_a_copy_has_the_same_records_and_changes_alone() -> None:
     made, trial = answered_run(), made_up_run().finished()[1]
-    guard = GuardEvaluated(
-        file="g", fingerprint="f", trial_id=trial.trial_id, rank=trial.rank, item_losses=[1.0], item_tokens=[1]
-    )
     look = TrialLook(trial_id="other", step=5, value=5.0)
     on_test = TestEvaluated(trial_id=trial.trial_id, rank=trial.rank, value=1.0, item_losses=[], item_tokens=[])
-    made = Records.of(made.started, [*made.outcomes, *made.adapters, on_test, guard, look])
+    made = Records.of(made.started, [*made.outcomes, *made.adapters, on_test, look])
     copied, before = made.copy(), made.copy()
     assert copied == made
     again = altered(made.finished()[-1], value=9.0)
-    for record in (again, trial, *made.tests, *made.adapters, guard, look.model_copy(update={"trial_id": "third"})):
+    for record in (again, trial, *made.tests, *made.adapters, look.model_copy(update={"trial_id": "third"})):
         copied.keep(record)
     assert made == before
     assert copied.by_id[again.trial_id] == again
     assert len(copied.outcomes) == len(made.outcomes) + (trial.trial_id not in made.by_id)
-    assert all(
-        len(getattr(copied, kind)) > len(getattr(made, kind)) for kind in ("tests", "adapters", "guards", "looks")
-    )
+    assert all(len(getattr(copied, kind)) > len(getattr(made, kind)) for kind in ("tests", "adapters", "looks"))

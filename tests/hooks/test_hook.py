@@ -12,8 +12,9 @@ from rightrank import Selected, TrialTask, select_rank_with
 from rightrank.hooks import Hook
 from rightrank.runs.hook import Answered, Finished, Started
 from rightrank.runs.journal import Journal
+from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, InterruptedRun, RunError
-from rightrank.schema.events import Event, SelectionPlanned
+from rightrank.schema.events import AdapterRecorded, Event, SelectionPlanned
 from rightrank.schema.trials import TrialFinished
 
 RANKS = (1, 4, 16)
@@ -128,6 +129,21 @@ def test_it_stops_the_run_which_then_resumes_with_what_has_ended(tmp_path: Path)
     resumed: Any = select(run, Resumed())
     assert found == ended
     assert resumed.decision == select(tmp_path / "whole").decision
+
+
+def test_a_hook_returns_another_answer_which_the_next_one_gets(tmp_path: Path) -> None:
+    class Noting(Hook):
+        def __init__(self, note: str) -> None:
+            self._note = note
+
+        def on_adapter(self, answered: Answered) -> AdapterAnswer:
+            return answered.answer.model_copy(update={"notes": [*answered.answer.notes, self._note]})
+
+    select(tmp_path / "run", Noting("first"), Seen(), Noting("second"))
+    recorded = [
+        record for record in Journal(tmp_path / "run" / "journal.jsonl").read() if isinstance(record, AdapterRecorded)
+    ]
+    assert [record.answer.notes for record in recorded] == [["first", "second"]]
 
 
 def test_a_hook_gets_nothing_that_it_could_change(tmp_path: Path) -> None:

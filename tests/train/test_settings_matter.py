@@ -80,8 +80,7 @@ PLANS_TRAININGS = {  # they choose which trainings there are, and change none of
     "max_steps", "num_train_epochs",
 }  # fmt: skip
 JUDGES = {  # they measure and judge what was trained
-    "metric", "margin", "confidence", "metrics", "max_new_tokens", "guard",
-    "guard_margin", "eval_points", "eval_batch_size", "report_to", "checkpoint",
+    "metric", "margin", "confidence", "metrics", "max_new_tokens", "eval_points", "eval_batch_size", "report_to", "checkpoint",
 }  # fmt: skip
 CHANGES_NO_LOSS = {  # they say where and how trainings run; tests of each show equal losses
     "memory_bytes", "gradient_checkpointing", "cache_prefix", "adapters_per_pass", "checkpoint_seconds",

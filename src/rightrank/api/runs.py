@@ -161,8 +161,6 @@ def export(
             return write_whole(
                 to, WholeModel(recipe.adapter, model, recipe.settings, kind, files, data, on_event), place
             )
-        if records.adapters and records.adapters[-1].guard:
-            recipe = replace(recipe, guard=records.adapters[-1].guard.sentence)
         exported = write_export(to, recipe, place)
     return exported if push_to_hub is None else replace(exported, address=_uploaded(exported.folder, push_to_hub))
 

@@ -74,14 +74,13 @@ def select_rank(
         views = _views(progress, opened)
         stop = opened.enter_context(Interrupts(Hooks([*views, *callbacks]).notice))
         # These imports bring torch, so they follow the lock: a folder that can't be used is refused at once.
-        from rightrank.hooks.guard import Guard
         from rightrank.hooks.preflight import Outlook
         from rightrank.hooks.report import Report
         from rightrank.runs.prepare import Preparation
         from rightrank.runs.run import select
 
         added = plugins.listed(lambda plugin: plugin.hooks())
-        hooks = [*views, stop, Outlook(), Guard(), trackers, Report(), *added, *callbacks]
+        hooks = [*views, stop, Outlook(), trackers, Report(), *added, *callbacks]
         try:
             return select(Preparation(request), folder, hooks)
         except InterruptedRun as stopped:

@@ -165,22 +165,18 @@ def load_data(
 
 
 def load_all(
-    source: Path,
-    settings: SelectSettings,
-    classes: Sequence[str] | None = None,
-    *,
-    least: int = 2,
+    source: Path, settings: SelectSettings, classes: Sequence[str] | None = None
 ) -> tuple[DataSplits, SelectSettings]:
     """Every row as a held-out example, the same in each split, and settings that evaluate all of them.
 
     Of given splits they are the test rows, or the validation rows where there are none.
 
     Raises:
-        DataError: rows that can't be used, or fewer than `least`.
+        DataError: rows that can't be used, or fewer than two.
     """
     listed = held_out_fields(source)
-    if len(listed) < least:
-        raise DataError(f"{source}: {len(listed)} rows; {least} or more are needed to tell a difference from noise")
+    if len(listed) < 2:
+        raise DataError(f"{source}: {len(listed)} rows; 2 or more are needed to tell a difference from noise")
     settings = settings.model_copy(update={"eval_items": len(listed), "ranks": (1,)})
     rows = {"train": listed, "validation": listed, "test": listed}
     splits = load_data(rows, settings.model_copy(update=OF_ANY_NUMBER), classes=classes)

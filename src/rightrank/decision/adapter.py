@@ -127,7 +127,7 @@ def improved_by_training(
     files = files_of(outcomes, criterion)
     if answer.reference_id not in files or answer.trial_id not in files:
         return None
-    against, present = against_reference(answer, files, criterion), files[answer.trial_id]
+    against, present = _against_reference(answer, files, criterion), files[answer.trial_id]
     better: list[AdapterCandidate] = []
     for file in files.values():
         if file.how != "trained" or file.trial.rank > answer.rank or file is present:
@@ -139,19 +139,11 @@ def improved_by_training(
     if not better:
         return None
     best = min(better, key=lambda candidate: (candidate.rank, candidate.difference, candidate.trial_id))
-    return with_adapter(
-        answer,
-        best,
-        f"The smallest adapter within the margin has rank {best.rank}, trained at that rank: {claim(best, 'the reference', against)}",
-    )
-
-
-def with_adapter(answer: AdapterAnswer, candidate: AdapterCandidate, sentence: str) -> AdapterAnswer:
-    """The answer with another adapter handed over."""
-    is_listed = any(listed.trial_id == candidate.trial_id for listed in answer.candidates)
+    shown = _claim(best, "the reference", against)
+    sentence = f"The smallest adapter within the margin has rank {best.rank}, trained at that rank: {shown}"
     return answer.model_copy(
-        update={name: getattr(candidate, name) for name in NAMED}
-        | {"candidates": answer.candidates if is_listed else [*answer.candidates, candidate], "sentence": sentence}
+        update={name: getattr(best, name) for name in NAMED}
+        | {"candidates": [*answer.candidates, best], "sentence": sentence}
     )
 
 
@@ -160,14 +152,14 @@ def compared_adapters(
 ) -> list[AdapterCandidate]:
     """Every adapter of a run against the reference of `answer`, by descending rank.
 
-    Of several runs of a rank, the best is shown, and every one that the answer names: a guard may hand over another
-    learning rate of the reference's rank. Where the journal lacks a run that the answer names, there are its candidates alone.
+    Of several runs of a rank, the best is shown, and every one that the answer names: a better training of the reference's rank
+    may be handed over. Where the journal lacks a run that the answer names, there are its candidates alone.
     """
     files = files_of(outcomes, criterion)
     named = {answer.trial_id, answer.reference_id, answer.trained_id}
     if not named <= files.keys():
         return answer.candidates
-    against = against_reference(answer, files, criterion)
+    against = _against_reference(answer, files, criterion)
     shown = [files[trial_id] for trial_id in sorted(named, key=lambda trial_id: files[trial_id].cell.loss)]
     places = {(file.trial.rank, file.how) for file in shown}
     for file in sorted(files.values(), key=lambda file: file.cell.loss):
@@ -261,7 +253,7 @@ class Against:
         )
 
 
-def against_reference(answer: AdapterAnswer, files: Mapping[str, AdapterFile], criterion: Criterion) -> Against:
+def _against_reference(answer: AdapterAnswer, files: Mapping[str, AdapterFile], criterion: Criterion) -> Against:
     """Comparison with the reference of an answer, at its margin."""
     return Against(files[answer.reference_id], files, replace(criterion, margin=answer.margin))
 
@@ -285,7 +277,7 @@ def files_of(outcomes: Sequence[TrialOutcome], criterion: Criterion) -> dict[str
     return files
 
 
-def claim(candidate: AdapterCandidate, other: str, against: Against) -> str:
+def _claim(candidate: AdapterCandidate, other: str, against: Against) -> str:
     """What is shown of a file that holds, and how the difference spreads over examples: the end of a sentence, and another one."""
     margin = f"{against.margin:.4g}"
     if candidate.trial_id == against.reference.trial.trial_id:
@@ -316,7 +308,7 @@ def _sentence(answer: AdapterCandidate, top: AdapterFile, against: Against, chil
     if answer.rank < top.trial.rank:
         return (
             f"The smallest adapter of this training within the margin has rank {answer.rank}: "
-            f"{claim(answer, f'the rank {top.trial.rank} adapter', against)}"
+            f"{_claim(answer, f'the rank {top.trial.rank} adapter', against)}"
         )
     lower = max((file.trial.rank for file in children if file.trial.rank < top.trial.rank), default=None)
     why = "no lower rank is measured" if lower is None else f"rank {lower} is not shown"

@@ -1,6 +1,6 @@
 """One comparison: enough, not enough or cannot tell, from the one-sided 95% bounds of a paired difference.
 
-`select`, `resize`, `compare` and the guard ask it. A difference is above 0 where something is worse.
+`select`, `resize` and `compare` ask it. A difference is above 0 where something is worse.
 
     ===========  ===================================
     enough       the upper bound is within the margin
@@ -90,8 +90,8 @@ class Bounds:
         return None if is_within(self.low, margin) else False
 
 
-def bounds_of(estimate: Estimate, confidence: float = CONFIDENCE) -> Bounds:
-    return Bounds(estimate.mean, estimate.bound(1 - confidence), estimate.bound(confidence))
+def bounds_of(estimate: Estimate) -> Bounds:
+    return Bounds(estimate.mean, estimate.bound(1 - CONFIDENCE), estimate.bound(CONFIDENCE))
 
 
 def bounds_of_files(sums: Floats, weights: Floats, span: float = 0.0, groups: Groups | None = None) -> Bounds:
@@ -112,7 +112,7 @@ def bounds_of_files(sums: Floats, weights: Floats, span: float = 0.0, groups: Gr
     return bounds_of(estimate_of_files(sums, weights, span, groups))
 
 
-def examples_needed(estimate: Estimate, margin: float, confidence: float = CONFIDENCE) -> int | None:
+def examples_needed(estimate: Estimate, margin: float) -> int | None:
     """The fewest examples that are expected to settle the difference, rounded up to two digits.
 
     None if `MAX_EXAMPLE_GROWTH` times as many are not enough, or if examples were not scored one by one.
@@ -123,7 +123,7 @@ def examples_needed(estimate: Estimate, margin: float, confidence: float = CONFI
     for factor in takewhile(lambda factor: factor <= MAX_EXAMPLE_GROWTH, factors):
         step = 10 ** max(0, math.floor(math.log10(estimate.examples * factor)) - 1)
         size = int(math.ceil(estimate.examples * factor / step) * step)
-        if settles(estimate.at(size, estimate.seeds), margin, confidence):
+        if settles(estimate.at(size, estimate.seeds), margin):
             return size
     return None
 
@@ -134,12 +134,12 @@ def seeds_needed(estimate: Estimate, margin: float) -> int | None:
     return next((size for size in sizes if settles(estimate.at(estimate.examples, size), margin)), None)
 
 
-def settles(estimate: Estimate, margin: float, confidence: float = CONFIDENCE) -> bool:
+def settles(estimate: Estimate, margin: float) -> bool:
     """Whether such runs tell enough from not enough with a chance of `POWER`, if the true mean is the estimated one."""
     error = NORMAL.inv_cdf(POWER) * estimate.standard_error
     if estimate.mean < margin:
-        return is_within(estimate.bound(confidence) + error, margin)
-    return not is_within(estimate.bound(1 - confidence) - error, margin)
+        return is_within(estimate.bound(CONFIDENCE) + error, margin)
+    return not is_within(estimate.bound(1 - CONFIDENCE) - error, margin)
 
 
 def walk_down(ranks: Iterable[int], reference: int, holds: Callable[[int], bool]) -> int:

@@ -13,7 +13,6 @@ from rightrank.schema.decision import AdapterCandidate, Decision, TrainingRankEs
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import (
     AdapterRecorded,
-    GuardEvaluated,
     JournalRecord,
     RunContinued,
     RunStarted,
@@ -44,7 +43,6 @@ class Records:
     outcomes: list[TrialOutcome] = field(default_factory=list)  # the last one of each trial
     tests: list[TestEvaluated] = field(default_factory=list)
     adapters: list[AdapterRecorded] = field(default_factory=list)  # answers to the first question, the last one valid
-    guards: list[GuardEvaluated] = field(default_factory=list)
     looks: dict[str, list[EvalPoint]] = field(default_factory=dict)  # by trial: what custom trainers reported
     _places: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # in `outcomes`, by trial
 
@@ -65,8 +63,6 @@ class Records:
                 self.tests.append(record)
             case AdapterRecorded():
                 self.adapters.append(record)
-            case GuardEvaluated():
-                self.guards.append(record)
             case TrialStarted():
                 self.looks.pop(record.trial_id, None)
             case TrialLook():
@@ -82,8 +78,8 @@ class Records:
 
     def copy(self) -> Records:
         """The same records, for a reader whose own changes are nobody else's."""
-        outcomes, tests, adapters, guards = [*self.outcomes], [*self.tests], [*self.adapters], [*self.guards]
-        return Records(self.started, outcomes, tests, adapters, guards, {**self.looks}, {**self._places})
+        outcomes, tests, adapters = [*self.outcomes], [*self.tests], [*self.adapters]
+        return Records(self.started, outcomes, tests, adapters, {**self.looks}, {**self._places})
 
     def finished(self) -> list[TrialFinished]:
         return [outcome for outcome in self.outcomes if isinstance(outcome, TrialFinished)]
@@ -276,7 +272,6 @@ class Answers:
                 "cost": self.cost,
                 "adapter_making": self.making,
                 "handed_over": _fields(adapter and adapter.handed_over),
-                "guard": _fields(adapter and adapter.guard),
                 "adapter_answer": _fields(adapter and adapter.answer),
                 "training_rank_estimate": _fields(self.estimate),
             }

@@ -254,13 +254,13 @@ class _End(Hook):
             raise DataError("fewer than two held-out examples have a label; give more")
         return scores
 
-    def on_adapter(self, answered: Answered) -> tuple[AdapterAnswer, None]:
+    def on_adapter(self, answered: Answered) -> AdapterAnswer:
         """With the cost, and an estimate of the rank to train at."""
         training, answer, records = self._training, answered.answer, answered.records
         notes = [*training.notes, *answer.notes, *self.moments.notices]
         notes.append(next_training(answer, records.started))
         notes.append(self._cost(len(records.by_id[answer.trained_id].item_losses)))
-        return answer.model_copy(update={"notes": notes}), None
+        return answer.model_copy(update={"notes": notes})
 
     def _cost(self, examples: int) -> str:
         seconds, training = time.monotonic() - self._began, self._training

@@ -46,7 +46,6 @@ class Recipe:
     settings: SelectSettings  # of the run
     making: Making
     trained_alpha: float  # PEFT's lora_alpha at the rank that was trained
-    guard: str = ""  # how the adapter does on the guard's data, in a sentence
     shape: str | None = None  # how rows of other columns became the form: see `data.forms`
     columns: Mapping[str, str] = field(default_factory=dict)  # a column of the form → its other name in the file
     use_rslora: bool = False
@@ -98,18 +97,19 @@ class Recipe:
         )
 
     def comments(self) -> list[str]:
-        """How the adapter does on the guard's data, and how to make it again where training alone does not give it."""
-        guard = [self.guard] if self.guard else []
+        """How to make the adapter again, where training alone does not give it."""
         if not self._is_made_smaller:
-            return guard
-        made = [*guard, f"The adapter of rank {self.making.rank} was {self.making.sentence()}."]
+            return []
         rank, data = str(self.making.rank), self.data
         rule = ["--data", data, "--train", data, "--ranks", rank, "--base", self.model]
         given = {name: value for name in OF_MEASURING if (value := getattr(self.settings, name)) is not None}
         rule += set_arguments(given)
         rule = ["--rank", rank] if self.making.truncation == METHODS["svd"] else rule
         command = shlex.join(["rightrank", "resize", "TRAINED", "SMALLER", *rule])
-        return [*made, f"To make it again, train at rank {self.making.trained_rank}, then: {command}"]
+        return [
+            f"The adapter of rank {self.making.rank} was {self.making.sentence()}.",
+            f"To make it again, train at rank {self.making.trained_rank}, then: {command}",
+        ]
 
     @property
     def explicit_targets(self) -> list[str]:

@@ -20,7 +20,9 @@ class AnswerView:
     adapter_headline: str  # the first question in a few words
     rank_headline: str  # the second
     adapter: str  # the first question in a sentence
-    adapter_notes: tuple[str, ...]  # how it was made, what it learned, the guard's data, the test split
+    adapter_notes: tuple[
+        str, ...
+    ]  # how it was made, what it loads as, whether a larger one may be better, the test split
     training_rank: str  # the second; before its answer, what is missing
     estimate: str  # of the second, where it was not asked
     verdict: str  # with the flags in brackets
@@ -93,12 +95,11 @@ def labelled(rows: Iterable[tuple[str, str | None]], width: int) -> list[str]:
 def _adapter_notes(answers: Answers) -> list[str]:
     if answers.adapter is None:
         return []
-    guard, answer, handed_over = answers.adapter.guard, answers.adapter.answer, answers.adapter.handed_over
+    answer, handed_over = answers.adapter.answer, answers.adapter.handed_over
     return [
         f"It was {answers.making}." if answers.making else "",
         f"It loads as rank {handed_over.loads_as}." if handed_over.loads_as else "",
         _top_text(answer) if answer.keeps_the_top else "",
-        guard.sentence if guard else "",
         _test_text(handed_over),
     ]
 

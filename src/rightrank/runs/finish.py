@@ -19,7 +19,7 @@ from rightrank.runs.hook import FailingAs, Finished
 from rightrank.runs.values import Answer, Selected, answers
 from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
 from rightrank.schema.errors import AllTrialsFailedError
-from rightrank.schema.events import AdapterRecorded, DecisionRecorded, GuardAnswer, TestEvaluated
+from rightrank.schema.events import AdapterRecorded, DecisionRecorded, TestEvaluated
 from rightrank.schema.trials import TrialFinished
 from rightrank.train.evaluation import Measured
 from rightrank.train.metrics import measure
@@ -36,11 +36,10 @@ def answer_early(run: Run) -> None:
         return  # not known yet, or recorded: a continued run may ask at another margin or top rank
     if run.prepared is None:
         return  # a custom trainer's adapter is handed over at the end
-    guard = None
     if run.plan.settings.executor == "local":  # while workers have the base, nothing is evaluated here
-        answer, guard = run.hooks.guarded(answer, run.records.copy)
+        answer = run.hooks.agreed(answer, run.records.copy)
         _read_test_split(run, run.prepared.runtime, [answer.trial_id, answer.reference_id])
-    hand_over(run, answer, guard)
+    hand_over(run, answer)
     run.notice(f"adapter: {answer.sentence} It is in {run.folder.adapter}.")
     for note in answer.notes:
         run.notice(note)
@@ -52,8 +51,7 @@ def finish(run: Run, decision: Decision | None) -> Selected:
     What an interrupted run has done of this already is not done again.
     """
     records, folder = run.records, run.folder
-    answer = _final_answer(records, decision)
-    answer, guard = run.hooks.guarded(answer, run.records.copy)
+    answer = run.hooks.agreed(_final_answer(records, decision), run.records.copy)
     if run.prepared is not None:
         shown = [next(trial.trial_id for trial in records.finished() if trial.rank == 0)]
         shown += [answer.trial_id, answer.reference_id]
@@ -61,7 +59,7 @@ def finish(run: Run, decision: Decision | None) -> Selected:
             ranks = (decision.rank_at_hand, decision.reference_rank)
             shown += [best_trial(records, decision, rank).trial_id for rank in ranks]
         _read_test_split(run, run.prepared.runtime, shown)
-    saved = hand_over(run, answer, guard)
+    saved = hand_over(run, answer)
     if decision is not None:
         run.on_event(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
     with FailingAs("the answer"):
@@ -114,7 +112,7 @@ def _read_test_split(run: Run, runtime: Runtime, trial_ids: Iterable[str]) -> No
         )
 
 
-def hand_over(run: Run, answer: AdapterAnswer, guard: GuardAnswer | None) -> bool:
+def hand_over(run: Run, answer: AdapterAnswer) -> bool:
     """Make `adapter/` the answer to the first question, and record it. False where a custom trainer saved nothing.
 
     The recorded cost is that of the trials so far, or of the first answer.
@@ -124,7 +122,7 @@ def hand_over(run: Run, answer: AdapterAnswer, guard: GuardAnswer | None) -> boo
     if not files:
         return False
     handed_over, known = _handed_over(run.records, answer, saved), run.records.adapters
-    is_new = not known or (known[-1].answer, known[-1].handed_over, known[-1].guard) != (answer, handed_over, guard)
+    is_new = not known or (known[-1].answer, known[-1].handed_over) != (answer, handed_over)
     if is_new or not target.is_dir():
         with replacing_folder(target) as temporary:
             for path in files:
@@ -133,7 +131,7 @@ def hand_over(run: Run, answer: AdapterAnswer, guard: GuardAnswer | None) -> boo
                 (temporary / BASE_FILE).write_bytes(run.prepared.runtime.loaded.identity.content())
     if is_new:
         cost = known[0].trainings if known else trainings(run.records)
-        run.on_event(AdapterRecorded(answer=answer, handed_over=handed_over, trainings=cost, guard=guard))
+        run.on_event(AdapterRecorded(answer=answer, handed_over=handed_over, trainings=cost))
     return True
 
 

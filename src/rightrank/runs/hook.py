@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rightrank.runs.folder import RunFolder
     from rightrank.runs.values import Plan, Selected
     from rightrank.schema.decision import AdapterAnswer
-    from rightrank.schema.events import GuardAnswer
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +67,8 @@ class Hook(Listener):
     def on_start(self, started: Started) -> None:
         """Called first; an `InputError` refuses the selection. Called again where a selection is extended."""
 
-    def on_adapter(self, answered: Answered) -> tuple[AdapterAnswer, GuardAnswer | None] | None:
-        """Called before an adapter is handed over. May return another one in its place, with the evidence."""
+    def on_adapter(self, answered: Answered) -> AdapterAnswer | None:
+        """Called before an adapter is handed over. May return another answer in its place."""
 
     def on_end(self, finished: Finished) -> None:
         """Called last."""
@@ -93,12 +92,10 @@ class Hooks(Hook):
         self._each(lambda hook: asked.append(hook.should_stop()))
         return any(asked)
 
-    def guarded(
-        self, answer: AdapterAnswer, records: Callable[[], Records]
-    ) -> tuple[AdapterAnswer, GuardAnswer | None]:
-        """The answer that the hooks agree to, with the evidence of the last one that changed it or vouched for it."""
-        answers: list[tuple[AdapterAnswer, GuardAnswer | None]] = [(answer, None)]
-        self._each(lambda hook: answers.append(hook.on_adapter(Answered(answers[-1][0], records())) or answers[-1]))
+    def agreed(self, answer: AdapterAnswer, records: Callable[[], Records]) -> AdapterAnswer:
+        """The answer after each hook in turn had the chance to return another one."""
+        answers = [answer]
+        self._each(lambda hook: answers.append(hook.on_adapter(Answered(answers[-1], records())) or answers[-1]))
         return answers[-1]
 
     def on_end(self, finished: Finished) -> None:

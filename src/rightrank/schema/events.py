@@ -25,44 +25,6 @@ from rightrank.schema.trials import (
 )
 
 
-class GuardEvaluated(Record):
-    """The losses of one adapter, or of the base (rank 0), on one guard file. Lists have the file's order of examples."""
-
-    type: Literal["guard_evaluated"] = "guard_evaluated"
-    schema_version: Whole = SCHEMA_VERSION
-    file: str
-    fingerprint: str  # of the examples
-    trial_id: str
-    rank: Whole
-    item_losses: list[float]
-    item_tokens: list[Whole]
-    item_groups: list[Whole] | None = None
-
-
-class GuardFile(Record):
-    """The handed-over adapter against the base on one guard file. Differences above 0 are worse, in nats."""
-
-    file: str
-    difference: float
-    difference_high: float  # upper bound; see `GuardAnswer.confidence`
-    holds: bool  # the bound is below the guard's margin
-    examples: Whole
-
-
-class GuardAnswer(Record):
-    """Whether the handed-over adapter is no worse than the base on every guard file. The outer figures are the worst file's."""
-
-    difference: float
-    difference_high: float
-    holds: bool
-    margin: float
-    confidence: float  # of each bound, so that the chosen adapter keeps the guard with 95%
-    files: list[GuardFile]
-    task_rank: Whole  # the answer by the task alone
-    task_trial_id: str
-    sentence: str
-
-
 class SplitSummary(Record):
     """Counts of a split after tokenising."""
 
@@ -209,7 +171,6 @@ class AdapterRecorded(Record):
     answer: AdapterAnswer
     handed_over: HandedOver
     trainings: float  # cost up to the answer, in whole trainings
-    guard: GuardAnswer | None = None  # of the handed-over adapter; None without guard data
 
 
 class DecisionRecorded(Record):
@@ -230,7 +191,6 @@ Journaled: TypeAlias = (
     | TrialDiverged
     | TrialFailed
     | TestEvaluated
-    | GuardEvaluated
     | RunContinued
     | AdapterRecorded
     | DecisionRecorded

@@ -20,7 +20,6 @@ class SelectKeywords(TypedDict, total=False):
     confidence: float
     checkpoint: Literal["last", "best"]
     metrics: Sequence[str] | str
-    guard: Sequence[str] | str
     budget_hours: float
     target_modules: Sequence[str] | str
     layers_to_transform: Sequence[int] | int

@@ -315,19 +315,6 @@ class SelectSettings(PeftFields, _TrainerFields):
         "a further metric to measure; may be repeated",
     )
     max_new_tokens: int = setting(64, DECIDE, "maximum length of an answer, in tokens", gt=0)
-    guard: tuple[str, ...] = option(
-        (),
-        DECIDE,
-        "files or folders, of any form, whose loss must not get worse than the base's ([guard](../how-to/guard.md))",
-        identity=False,
-    )
-    guard_margin: float | None = setting(
-        None,
-        DECIDE,
-        "how much worse it may get, in nats; by default 0.02 per token, for classes 1% of the base's loss",
-        identity=False,
-        gt=0,
-    )
 
     budget_trainings: float | None = setting(
         None,
