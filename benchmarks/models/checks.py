@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks.models.generator import Case, make_case, model_of
 from rightrank import resize
-from rightrank.runs.prepare import Prepared, prepare
+from rightrank.runs.local import Prepared
+from rightrank.runs.prepare import prepare
 from rightrank.runs.values import Request
 from rightrank.schema.errors import RightrankError
 from rightrank.schema.events import Listener

@@ -20,8 +20,8 @@ from tests.tiny import save_tiny_llama, small_settings, write_completions
 from tests.watch import Watch
 
 from benchmarks.machine import machine
-from rightrank.runs.executor import LocalExecutor
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.local import LocalExecutor
 from rightrank.schema.events import Event
 from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialStarted, trial_id
 

@@ -26,10 +26,11 @@ from rightrank.plugins.cluster.on_ray import RayCrew
 from rightrank.plugins.cluster.pool import Crew, Pool
 from rightrank.plugins.cluster.processes import ProcessCrew
 from rightrank.plugins.cluster.worker import versions
+from rightrank.runs.executor import Plan
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Finished, Hooks
 from rightrank.runs.run import begin, final_decision, loop, opened
-from rightrank.runs.values import Plan, Selected, answers
+from rightrank.runs.values import Selected, answers
 from rightrank.schema.events import DataSummary, Event, JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished

@@ -12,7 +12,7 @@ from rightrank.plugins.cluster.worker import Setup, Worker, WorkerMessage
 from rightrank.schema.trials import Trial, TrialOutcome, TrialStarted
 
 if TYPE_CHECKING:
-    from rightrank.runs.executor import Executor  # which brings torch: a sleeping worker is to start soon
+    from rightrank.runs.executor import Executor
 
 SIGN_SECONDS = 0.2  # between two signs of progress
 

@@ -24,8 +24,8 @@ from benchmarks.machine import machine
 from benchmarks.selection.compare import judge
 from benchmarks.selection.tables import GridCurve, each_seed_first, read_grids, replay, space_of_grid
 from rightrank.search import bracket, learning_rates
-from rightrank.search.history import Trials, base_arm
-from rightrank.search.learning_rates import LOOK, QUARTER, Requests
+from rightrank.search.history import Requests, Trials, base_arm
+from rightrank.search.learning_rates import LOOK, QUARTER
 
 MARGINS = (0.005, 0.02, 0.05)
 PARTS = (LOOK, QUARTER)

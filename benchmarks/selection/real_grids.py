@@ -19,8 +19,8 @@ from typing import Any
 from benchmarks.machine import machine
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_base
-from rightrank.runs.executor import LocalExecutor
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.local import LocalExecutor
 from rightrank.schema.events import JournalRecord, Listener, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, trial_id

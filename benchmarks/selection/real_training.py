@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from benchmarks.machine import machine
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_base
-from rightrank.runs.executor import LocalExecutor
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.local import LocalExecutor
 from rightrank.schema.events import Listener
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import (

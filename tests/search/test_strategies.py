@@ -13,8 +13,8 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.search import STRATEGIES, make_strategy
 from rightrank.search.bracket import outside_in
-from rightrank.search.history import Trials, base_arm, space_of
-from rightrank.search.learning_rates import Requests, find_learning_rate, try_rank
+from rightrank.search.history import Requests, Trials, base_arm, space_of
+from rightrank.search.learning_rates import find_learning_rate, try_rank
 from rightrank.search.protocol import Strategy
 from tests.search.worlds import STEPS, World, make_space, rounds, run_all
 

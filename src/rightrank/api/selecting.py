@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -122,9 +123,13 @@ def preflight(
     request = Request(model, tokenizer, data, _overridden(settings, keywords, peft_config, args))
     check(request)  # before what brings torch
     require_trackers(request.settings.report_to)
-    from rightrank.hooks.preflight import preflight as prepare_only
+    from rightrank.hooks.preflight import outlook_of
+    from rightrank.runs.prepare import prepare
 
-    return prepare_only(request)
+    notes: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
+        outlook = outlook_of(prepare(request, Path(folder) / "cache", notes.append))
+    return outlook.model_copy(update={"notes": [*notes, *outlook.notes]})
 
 
 def _overridden(
@@ -184,4 +189,4 @@ def select_rank_with(
     with folder.locked(), report_disk_errors(folder.path), ExitStack() as opened:
         views = _views(settings.get("progress", False), opened)
         added = plugins.listed(lambda plugin: plugin.hooks())
-        return select(request, folder, [*views, Report(), *added, *callbacks], request.workplace)
+        return select(request, folder, [*views, Report(), *added, *callbacks])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import fmean
 
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
@@ -13,8 +11,7 @@ from rightrank.decision.seeds import NOISE
 from rightrank.report.format import duration, quantity
 from rightrank.report.terminal import left_out, preflight_lines, time_line
 from rightrank.runs.hook import Hook, Started
-from rightrank.runs.prepare import prepare
-from rightrank.runs.values import Prepared, Request
+from rightrank.runs.local import Prepared
 from rightrank.schema.events import Event, Notice, SelectionPlanned, TimeExpected
 from rightrank.schema.metrics import MetricKind
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank, Resolution
@@ -25,17 +22,9 @@ from rightrank.train.pace import RUN_EVALUATIONS, Pace, measure_pace
 WITH_MARGIN = ("token_loss", "pair_loss", "accuracy")  # kinds of metrics whose default margin is a number
 
 
-def preflight(request: Request) -> Preflight:
-    """Prepare the selection in a temporary folder, and say what it will do.
-
-    Raises:
-        InputError: as a selection raises it before its first training.
-    """
-    notes: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
-        prepared = prepare(request, Path(folder) / "cache", notes.append)
-        outlook = _outlook(prepared, _pace_of(prepared))
-    return outlook.model_copy(update={"notes": [*notes, *outlook.notes]})
+def outlook_of(prepared: Prepared) -> Preflight:
+    """What a prepared selection will do and cost, by a few real steps of its highest rank."""
+    return _outlook(prepared, _pace_of(prepared))
 
 
 def _pace_of(prepared: Prepared) -> Pace | None:

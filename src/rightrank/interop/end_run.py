@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,25 +27,23 @@ from rightrank.adapters.live_scores import Batch, HeldOutBatches, gathered, is_o
 from rightrank.adapters.resize import candidate_ranks, capped, write_truncated
 from rightrank.data.files import read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import adapter_answer, probable_ranks
-from rightrank.decision.records import records_of
+from rightrank.decision.records import Records, records_of
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.base_models import base_identity
 from rightrank.models.places import BASE_FILE
-from rightrank.runs.executor import Run
+from rightrank.runs.executor import Executor, Plan
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Answered, Hook
 from rightrank.runs.prepare import environment_of
 from rightrank.runs.run import select
-from rightrank.runs.values import Plan
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError, NotFiniteError, RunFolderError, first_line
-from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
+from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunStarted
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialOutcome, TrialStarted, content_hash, trial_id
 from rightrank.search.bracket import truncation
-from rightrank.search.history import Space, Trials, space_of
-from rightrank.search.learning_rates import Requests
+from rightrank.search.history import Requests, Space, Trials, space_of
 from rightrank.search.protocol import Strategy
 from rightrank.train.adapter_runtime import read_identity
 from rightrank.train.checkpoints import Progress
@@ -126,8 +124,8 @@ def finish_run(live: LiveAdapter, folder: RunFolder, training: Training, hooks: 
     """
     end = _End(live, training)
     with together(), folder.locked(), report_disk_errors(folder.path):
-        select(end, folder, [end, *hooks], end.workplace)
-    records = end.begun.records
+        select(end, folder, [end, *hooks])
+    records = end.records
     answer = records.adapters[-1].answer
     return Ending(answer, records.by_id[answer.trained_id], folder, end.moments.notices)
 
@@ -197,6 +195,14 @@ def _started(live: LiveAdapter, training: Training, ranks: Sequence[int]) -> Run
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _EndPlan(Plan):
+    end: _End
+
+    def workplace(self, folder: RunFolder, listener: Listener, records: Records) -> AbstractContextManager[Executor]:
+        return self.end.workplace(folder, listener, records)
+
+
 class _End(Hook):
     """The end of a training: the request for the run that `begin_run` has begun, its executor, which puts the truncations in the place of the
     trained adapter, and what a person should know of it, as notes of the answer."""
@@ -206,33 +212,37 @@ class _End(Hook):
         self._began = time.monotonic()
         self._held_out = HeldOutBatches(live.model, live.held_out, live.beta)
         self.moments = Gathered({}, 0, 0)  # before the first truncation
-        self.begun: Run
+        self.folder: RunFolder
+        self.listener: Listener
+        self.records: Records
 
     def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None = None) -> Plan:
-        """As `rightrank.runs.values.Asked`."""
+        """As `rightrank.runs.executor.Asked`."""
         started, steps = records_of(journal, str(folder.path)).started, self._training.steps
-        return Plan(started=started, settings=started.select_settings, steps=steps, strategy=_strategy(started, steps))
+        strategy = _strategy(started, steps)
+        return _EndPlan(end=self, started=started, settings=started.select_settings, steps=steps, strategy=strategy)
 
     def extended(self, settings: SelectSettings) -> _End:
         return self
 
     @contextmanager
-    def workplace(self, run: Run) -> Iterator[_End]:
-        self.begun = run
+    def workplace(self, folder: RunFolder, listener: Listener, records: Records) -> Iterator[_End]:
+        """As `rightrank.runs.executor.Plan`."""
+        self.folder, self.listener, self.records = folder, listener, records
         with as_it_came(self._live.model, self._live.name):
             self.moments = gather(self._live)  # of the adapter as it is in memory, which no truncation has replaced yet
             yield self
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         for trial in trials:
-            self.begun.on_event(TrialStarted(**trial.fields))
-            yield self._outcome(trial, trial.arm, self.begun.folder.trial_adapter(trial.trial_id))
+            self.listener.on_event(TrialStarted(**trial.fields))
+            yield self._outcome(trial, trial.arm, self.folder.trial_adapter(trial.trial_id))
 
     def _outcome(self, trial: Trial, arm: Arm, target: Path) -> TrialFinished:
         training, begun, progress, moments = self._training, time.monotonic(), Progress(), self.moments.moments
         changes: dict[str, Any]
         if arm.truncate_from is not None:
-            trained = open_adapter(self.begun.folder.trial_adapter(arm.truncate_from))
+            trained = open_adapter(self.folder.trial_adapter(arm.truncate_from))
             with together():
                 write_truncated(trained, target, capped(trained, arm.rank, moments), moments)
             put_in_place(self._live.model, self._live.name, open_adapter(target))

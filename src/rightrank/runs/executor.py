@@ -1,55 +1,19 @@
-"""A run at work: what it has to do, what the journal says by now, and where its trials run."""
+"""What a selection is asked for, what is to be done for it, and what runs its trials."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from pathlib import Path
+from typing import Protocol
 
 from rightrank.decision.records import Records
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Hooks
-from rightrank.runs.plugins import MemoryPlan
-from rightrank.runs.values import Plan, Prepared
-from rightrank.schema.events import Event, Journaled, JournalRecord, Listener, RunContinued, RunStarted
-from rightrank.schema.trials import Trial, TrialOutcome
-from rightrank.train.loop import train_trials
-from rightrank.train.pace import adapters_per_pass_for
-from rightrank.train.runtime import Runtime
-from rightrank.train.trial import TrialFolders
-
-
-@dataclass(frozen=True, eq=False)
-class Run(Listener):
-    """What is to be done, where, and what the journal says by now. What happens is kept there, and passed to the hooks."""
-
-    plan: Plan
-    folder: RunFolder
-    hooks: Hooks
-    records: Records
-    opening: (
-        RunStarted | RunContinued | None
-    )  # its first record, or other settings with which it continues; None: as it was
-
-    @property
-    def prepared(self) -> Prepared | None:
-        """The plan, with base and data loaded; None: a custom trainer has them."""
-        return self.plan if isinstance(self.plan, Prepared) else None
-
-    def on_event(self, event: Event) -> None:
-        """Keep the event in the journal, if it is a record, and pass it on to the hooks."""
-        if isinstance(event, Journaled):
-            self.record(event)
-        self.hooks.on_event(event)
-
-    def record(self, record: JournalRecord) -> None:
-        """Keep a record in the journal."""
-        self.folder.journal.append(record)
-        self.records.keep(record)
-
-    def should_stop(self) -> bool:
-        return self.hooks.should_stop()
+from rightrank.schema.events import JournalRecord, Listener, RunStarted, TestEvaluated
+from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
+from rightrank.search.protocol import Strategy
 
 
 class Executor(Protocol):
@@ -87,42 +51,53 @@ class Executor(Protocol):
         ...
 
 
-# An executor, within whose context workers run.
-Workplace: TypeAlias = Callable[[Run], AbstractContextManager[Executor]]
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be done, and where. A trainer of one's own has its base elsewhere: what needs one here is then left as it is."""
+
+    started: RunStarted
+    settings: SelectSettings  # with the settled ranks
+    steps: int  # optimizer steps of a whole training; 0: a custom trainer's own number
+    strategy: Strategy
+    notes: tuple[str, ...] = ()  # of the preparation, for a person
+    advice: str = "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # if every trial fails
+
+    @property
+    def base_identity(self) -> bytes | None:
+        """The file beside an adapter that its base is known by; None without a base in this process."""
+        return None
+
+    def workplace(self, folder: RunFolder, listener: Listener, records: Records) -> AbstractContextManager[Executor]:
+        """What runs the trials, as long as the block; `records` are those of the journal, as it grows."""
+        raise NotImplementedError
+
+    def peak_of(self, ranks: Sequence[int]) -> int | None:
+        """Bytes of tensors at the peak of these ranks in one pass; None: not planned."""
+        return None
+
+    def scored(self, trial: TrialFinished, adapter: Path | None) -> TrialFinished:
+        """The trial with the scores of its adapter, or of the base, on the validation examples of this plan."""
+        return trial
+
+    def tested(self, trial: TrialFinished, adapter: Path | None) -> TestEvaluated | None:
+        """The same on the test split; None without one."""
+        return None
 
 
-@dataclass(slots=True)
-class LocalExecutor:
-    """The executor of a single process. Errors other than running out of memory propagate with their traceback."""
+class Asked(Protocol):
+    """A request: what a selection is asked for."""
 
-    _runtime: Runtime
-    _folder: RunFolder
-    _listener: Listener
-    _planned: MemoryPlan | None = None
-    _is_prepared: bool = False
+    def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None) -> Plan:
+        """What is to be done, where the folder has this journal; nothing is written.
 
-    def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-        base = [trial for trial in trials if trial.arm.rank == 0]
-        trained = [trial for trial in trials if trial.arm.rank > 0]
-        yield from train_trials(self._runtime, base, base_loss, self._folders, self._listener)
-        if not trained:
-            return
-        if not self._is_prepared:
-            self._runtime.prepare(self._listener.on_event, self._listener.should_stop)
-            self._is_prepared = True
-        arms = [trial.arm for trial in trained]
-        largest = self._planned.max_adapters_per_pass if self._planned else None
-        size = adapters_per_pass_for(self._runtime, arms, self._listener.notice, largest)
-        yield from train_trials(self._runtime, trained, base_loss, self._folders, self._listener, size)
+        Args:
+            before: The plan of the same request with fewer ranks or learning rates, whose base is loaded.
 
-    def _folders(self, trial: Trial) -> TrialFolders:
-        arm, folder = trial.arm, self._folder
-        parent = arm.truncate_from
-        return TrialFolders(
-            folder.checkpoint(trial.trial_id),
-            folder.trial_adapter(trial.trial_id),
-            None if arm.continue_from is None else folder.checkpoint(arm.continue_from),
-            None if parent is None else folder.trial_adapter(parent),
-            None if parent is None else folder.checkpoint(parent).with_suffix(".moments.safetensors"),
-            folder.answers(trial.trial_id),
-        )
+        Raises:
+            InputError: model, data, settings or folder can't be used.
+        """
+        ...
+
+    def extended(self, settings: SelectSettings) -> Asked:
+        """The request with further ranks or learning rates."""
+        ...

@@ -14,16 +14,11 @@ from rightrank.decision.adapter import adapter_answer, improved_by_training, tes
 from rightrank.decision.next_run import next_commands
 from rightrank.decision.records import Records, best_trial, compared, criterion_of, trainings
 from rightrank.models.places import BASE_FILE
-from rightrank.runs.executor import Run
-from rightrank.runs.hook import FailingAs, Finished
+from rightrank.runs.hook import FailingAs, Finished, Run
 from rightrank.runs.values import Answer, Selected, answers
 from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
 from rightrank.schema.errors import AllTrialsFailedError
-from rightrank.schema.events import AdapterRecorded, DecisionRecorded, TestEvaluated
-from rightrank.schema.trials import TrialFinished
-from rightrank.train.evaluation import Measured
-from rightrank.train.metrics import measure
-from rightrank.train.runtime import Runtime, adapter_attached
+from rightrank.schema.events import AdapterRecorded, DecisionRecorded
 
 CONFIG = "adapter_config.json"
 
@@ -34,11 +29,11 @@ def answer_early(run: Run) -> None:
     last = run.records.adapters[-1].answer if run.records.adapters else None
     if answer is None or (last and (last.margin, last.trained_id) == (answer.margin, answer.trained_id)):
         return  # not known yet, or recorded: a continued run may ask at another margin or top rank
-    if run.prepared is None:
+    if run.plan.base_identity is None:
         return  # a custom trainer's adapter is handed over at the end
     if run.plan.settings.executor == "local":  # while workers have the base, nothing is evaluated here
         answer = run.hooks.agreed(answer, run.records.copy)
-        _read_test_split(run, run.prepared.runtime, [answer.trial_id, answer.reference_id])
+        _read_test_split(run, [answer.trial_id, answer.reference_id])
     hand_over(run, answer)
     run.notice(f"adapter: {answer.sentence} It is in {run.folder.adapter}.")
     for note in answer.notes:
@@ -52,13 +47,12 @@ def finish(run: Run, decision: Decision | None) -> Selected:
     """
     records, folder = run.records, run.folder
     answer = run.hooks.agreed(_final_answer(records, decision), run.records.copy)
-    if run.prepared is not None:
-        shown = [next(trial.trial_id for trial in records.finished() if trial.rank == 0)]
-        shown += [answer.trial_id, answer.reference_id]
-        if decision is not None:
-            ranks = (decision.rank_at_hand, decision.reference_rank)
-            shown += [best_trial(records, decision, rank).trial_id for rank in ranks]
-        _read_test_split(run, run.prepared.runtime, shown)
+    shown = [trial.trial_id for trial in records.finished() if trial.rank == 0]
+    shown += [answer.trial_id, answer.reference_id]
+    if decision is not None:
+        ranks = (decision.rank_at_hand, decision.reference_rank)
+        shown += [best_trial(records, decision, rank).trial_id for rank in ranks]
+    _read_test_split(run, shown)
     saved = hand_over(run, answer)
     if decision is not None:
         run.on_event(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
@@ -86,30 +80,13 @@ def _training(run: Run, decision: Decision | None) -> Answer | None:
     return Answer(decision.rank, decision.sentence, path if has_files else None)
 
 
-def _read_test_split(run: Run, runtime: Runtime, trial_ids: Iterable[str]) -> None:
-    """Evaluate trials on the test split, each once in a run; without a test split, none."""
-    if not runtime.data.splits["test"]:
-        return
-    metric = run.plan.started.metric
-    for trial_id in trial_ids:
-        if any(test.trial_id == trial_id for test in run.records.tests):
-            continue
-        trial = run.records.by_id[trial_id]
-        with adapter_attached(runtime, run.folder.adapter_of(trial)):
-            scores = runtime.evaluate("test")
-            measured = measure(runtime, "test")
-        measured.require([metric])
-        values = scores.metrics | measured.values
-        run.on_event(
-            TestEvaluated(
-                trial_id=trial.trial_id,
-                rank=trial.rank,
-                value=values.get(metric, scores.loss),
-                metric=None if metric in values else "loss",
-                metrics=values,
-                **scores.fields(Measured()),
-            )
-        )
+def _read_test_split(run: Run, trial_ids: Iterable[str]) -> None:
+    """Evaluate trials on the test split, each once in a run; a custom trainer has none."""
+    for trial_id in trial_ids if run.plan.base_identity is not None else ():
+        if all(test.trial_id != trial_id for test in run.records.tests):
+            trial = run.records.by_id[trial_id]
+            if (tested := run.plan.tested(trial, run.folder.adapter_of(trial))) is not None:
+                run.on_event(tested)
 
 
 def hand_over(run: Run, answer: AdapterAnswer) -> bool:
@@ -127,8 +104,8 @@ def hand_over(run: Run, answer: AdapterAnswer) -> bool:
         with replacing_folder(target) as temporary:
             for path in files:
                 shutil.copy2(path, temporary / path.name)
-            if run.prepared is not None:
-                (temporary / BASE_FILE).write_bytes(run.prepared.runtime.loaded.identity.content())
+            if (identity := run.plan.base_identity) is not None:
+                (temporary / BASE_FILE).write_bytes(identity)
     if is_new:
         cost = known[0].trainings if known else trainings(run.records)
         run.on_event(AdapterRecorded(answer=answer, handed_over=handed_over, trainings=cost))
@@ -179,8 +156,6 @@ def rescore(run: Run) -> None:
 
     Training that stopped early keeps its score: it has no adapter, and is compared with others of its stage alone.
     """
-    if run.prepared is None:
-        return
     records, folder = run.records, run.folder
     count = len(records.started.evaluation_items)
     stale = [trial for trial in records.finished() if trial.item_losses and len(trial.item_losses) < count]
@@ -191,20 +166,4 @@ def rescore(run: Run) -> None:
     run.notice(f"scoring {len(stale)} adapters on {count:,} validation examples, in place of {before:,}")
     records.adapters.clear()  # the first question is answered again, on all examples
     for trial in stale:
-        with adapter_attached(run.prepared.runtime, folder.adapter_of(trial)):
-            run.record(_scored_again(run.prepared.runtime, trial, records.started.metric))
-
-
-def _scored_again(runtime: Runtime, trial: TrialFinished, metric: str) -> TrialFinished:
-    """The trial with the scores of the adapter that is on the base now."""
-    scores = runtime.evaluate("selection")
-    measured = measure(runtime, "selection")
-    values = scores.metrics | measured.values
-    return trial.model_copy(
-        update=scores.fields(measured)
-        | {
-            "value": values.get(trial.value_metric or metric, scores.loss),
-            "metrics": values,
-            "failed_metrics": measured.failed,
-        }
-    )
+        run.record(run.plan.scored(trial, folder.adapter_of(trial)))

@@ -8,12 +8,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rightrank.schema.errors import RightrankError, RunError, described
-from rightrank.schema.events import Event, Listener
+from rightrank.schema.events import Event, Journaled, JournalRecord, Listener, RunContinued, RunStarted
 
 if TYPE_CHECKING:
     from rightrank.decision.records import Records
+    from rightrank.runs.executor import Plan
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.values import Plan, Selected
+    from rightrank.runs.values import Selected
     from rightrank.schema.decision import AdapterAnswer
 
 
@@ -119,6 +120,33 @@ class Hooks(Hook):
                 if hook.ends_run:
                     raise
                 self._faults[hook] = fault
+
+
+@dataclass(frozen=True, eq=False)
+class Run(Listener):
+    """What is to be done, where, and what the journal says by now. What happens is kept there, and passed to the hooks."""
+
+    plan: Plan
+    folder: RunFolder
+    hooks: Hooks
+    records: Records
+    opening: (
+        RunStarted | RunContinued | None
+    )  # its first record, or other settings with which it continues; None: as it was
+
+    def on_event(self, event: Event) -> None:
+        """Keep the event in the journal, if it is a record, and pass it on to the hooks."""
+        if isinstance(event, Journaled):
+            self.record(event)
+        self.hooks.on_event(event)
+
+    def record(self, record: JournalRecord) -> None:
+        """Keep a record in the journal."""
+        self.folder.journal.append(record)
+        self.records.keep(record)
+
+    def should_stop(self) -> bool:
+        return self.hooks.should_stop()
 
 
 class HookError(RunError):

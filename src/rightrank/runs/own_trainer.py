@@ -12,9 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
+from typing import Literal, TypeAlias, TypedDict
 
 from rightrank.decision.collapse import DROP_IN_MARGINS, collapse_of
+from rightrank.decision.records import Records
 from rightrank.runs.calls import (
     CALL_ERRORS,
     EvaluateFunction,
@@ -25,8 +26,8 @@ from rightrank.runs.calls import (
     call,
     parse_result,
 )
+from rightrank.runs.executor import Executor, Plan
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.values import Plan
 from rightrank.schema.errors import (
     AllTrialsFailedError,
     InputError,
@@ -36,7 +37,7 @@ from rightrank.schema.errors import (
     SettingsError,
     did_you_mean,
 )
-from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
+from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunStarted
 from rightrank.schema.metrics import direction, unknown_direction
 from rightrank.schema.settings import PROFILES, Goal, SelectSettings, settings_of_identity
 from rightrank.schema.trials import (
@@ -55,10 +56,6 @@ from rightrank.schema.trials import (
 from rightrank.search import make_strategy
 from rightrank.search.history import space_of
 from rightrank.version import __version__
-
-if TYPE_CHECKING:
-    from rightrank.runs.executor import Executor, Run
-
 
 CALL_FAULTS = (*CALL_ERRORS, InputError)  # the last: there is no adapter that can be truncated
 _Called: TypeAlias = tuple[Trial, object, float]  # what the function returned, or the error that it raised; seconds
@@ -105,7 +102,7 @@ class OwnRequest:
         return None if self.given.get("profile") != "rl" or margin is None else DROP_IN_MARGINS * margin
 
     def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None = None) -> Plan:
-        """As `rightrank.runs.values.Asked`."""
+        """As `rightrank.runs.executor.Asked`."""
         settings, steps = self.settings, self.settings.max_steps or 0
         space = replace(
             space_of(settings, steps),
@@ -114,7 +111,8 @@ class OwnRequest:
             truncates="evaluate" in self.functions,
             higher_is_better=self.higher_is_better,
         )
-        return Plan(
+        return _OwnPlan(
+            request=self,
             started=self._started(journal, steps),
             settings=settings,
             steps=steps,
@@ -124,9 +122,6 @@ class OwnRequest:
 
     def extended(self, settings: SelectSettings) -> OwnRequest:
         return replace(self, settings=settings)
-
-    def workplace(self, run: Run) -> AbstractContextManager[Executor]:
-        return nullcontext(_Executor(self, run))
 
     def _started(self, journal: Sequence[JournalRecord], steps: int) -> RunStarted:
         stated = {"trainer": self.name, "steps": steps}
@@ -212,20 +207,28 @@ def own_request(
     return OwnRequest(settings, metric, higher, name, functions, with_base, given)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _OwnPlan(Plan):
+    request: OwnRequest
+
+    def workplace(self, folder: RunFolder, listener: Listener, records: Records) -> AbstractContextManager[Executor]:
+        return nullcontext(_Executor(self.request, folder, listener, records))
+
+
 class _Executor:
     """Runs trials through a function. An error inside it fails the trial and not the run.
 
     A result that can't be used ends the run at once, unless the same function has returned a good one before.
     """
 
-    def __init__(self, request: OwnRequest, run: Run) -> None:
-        self._request, self._run = request, run
+    def __init__(self, request: OwnRequest, folder: RunFolder, listener: Listener, records: Records) -> None:
+        self._request, self._folder, self._listener, self._records = request, folder, listener, records
         self._wrong: str | None = None  # what the first result was that can't be used
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         for ended, called in enumerate(self._calls(trials), 1):
             yield self._outcome(*called)
-            if self._wrong is None and self._run.should_stop():
+            if self._wrong is None and self._listener.should_stop():
                 raise InterruptedRun(f"stopped after {ended} trials")
         if self._wrong is not None:
             raise AllTrialsFailedError(
@@ -244,9 +247,9 @@ class _Executor:
             while (waiting and self._wrong is None) or running:
                 while waiting and self._wrong is None and running < parallel:
                     trial = waiting.popleft()
-                    self._run.on_event(TrialStarted(**trial.fields))
+                    self._listener.on_event(TrialStarted(**trial.fields))
                     if parallel == 1:
-                        yield self._call(trial, self._run.on_event)
+                        yield self._call(trial, self._listener.on_event)
                         continue
                     threads.submit(self._call, trial, arrived.put).add_done_callback(arrived.put)
                     running += 1
@@ -254,13 +257,13 @@ class _Executor:
                     return
                 event = arrived.get()
                 if isinstance(event, TrialLook):
-                    self._run.on_event(event)
+                    self._listener.on_event(event)
                 else:
                     running -= 1
                     yield event.result()
 
     def _call(self, trial: Trial, on_look: Callable[[TrialLook], None]) -> _Called:
-        arm, request, folder = trial.arm, self._request, self._run.folder.trial_adapter(trial.trial_id)
+        arm, request, folder = trial.arm, self._request, self._folder.trial_adapter(trial.trial_id)
 
         def receive(point: EvalPoint) -> None:
             on_look(TrialLook(trial_id=trial.trial_id, **point.model_dump(exclude={"train_value"})))
@@ -270,7 +273,7 @@ class _Executor:
         begun = time.perf_counter()
         try:
             if arm.truncate_from is not None:
-                _write_truncated(self._run.folder, arm.truncate_from, trial)
+                _write_truncated(self._folder, arm.truncate_from, trial)
             folder.mkdir(parents=True, exist_ok=True)
             returned = call(request.functions[_function_of(arm)], task.reporting_to(receive))
         except CALL_FAULTS as error:
@@ -279,7 +282,7 @@ class _Executor:
 
     def _outcome(self, trial: Trial, returned: object, seconds: float) -> TrialOutcome:
         """What a call comes to; of a training that fell along its looks, or to an end below the base, its collapse."""
-        arm, request, records = trial.arm, self._request, self._run.records
+        arm, request, records = trial.arm, self._request, self._records
         looks, finished, name = records.looks.get(trial.trial_id, []), records.finished(), _function_of(trial.arm)
         examples = next((len(other.item_scores) for other in finished if other.item_scores), None)
         try:

@@ -23,10 +23,6 @@ from rightrank.schema.errors import LIBRARY_ERRORS, one_line
 if TYPE_CHECKING:
     import click
 
-    from rightrank.models.base_models import LoadedModel
-    from rightrank.schema.settings import SelectSettings
-    from rightrank.train.tokens import EncodedData
-
 GROUP = "rightrank.plugins"
 FAULTS = (ImportError, SyntaxError, NameError, *LIBRARY_ERRORS)
 
@@ -54,13 +50,11 @@ class Plugin:
 
     It gives a context, within which workers run, whose value is a `rightrank.runs.executor.Executor`.
     """
-    memory_plan: Callable[
-        [LoadedModel, EncodedData, int | None, SelectSettings, Callable[[str], None]], MemoryPlan | None
-    ] = lambda *selection: None
+    memory_plan: Callable[..., MemoryPlan | None] = lambda *selection: None
     """The memory of a selection's ranks, and those that fit; None where this plug-in can't tell.
 
-    From the base, the data, the classes of a classification (None for others), the settings, and what receives each line for a
-    person. Ranks that the user did not give may be chosen here. It raises SettingsError where fewer ranks fit than a comparison needs.
+    From the base (`LoadedModel`), the data (`EncodedData`), the classes of a classification (None for others), the `SelectSettings`, and
+    what receives each line for a person. Ranks that the user did not give may be chosen here. It raises SettingsError where fewer ranks fit than a comparison needs.
     """
 
 

@@ -25,9 +25,11 @@ from rightrank.models.base_models import (
     model_skeleton,
     resolve_dtype,
 )
+from rightrank.runs.executor import Plan
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.local import Prepared
 from rightrank.runs.plugins import MemoryPlan, first
-from rightrank.runs.values import Plan, Prepared, Request
+from rightrank.runs.values import Request
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, RunStarted
 from rightrank.schema.settings import SelectSettings, settings_of_identity
@@ -125,7 +127,7 @@ def _strategy(runtime: Runtime, settings: SelectSettings, steps: int, started: R
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """A request whose base and data are loaded here; see `rightrank.runs.values.Asked`."""
+    """A request whose base and data are loaded here; see `rightrank.runs.executor.Asked`."""
 
     request: Request
 

@@ -7,8 +7,7 @@ The journal is the only state, so a run that was killed resumes where it stopped
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import yaml
@@ -16,12 +15,11 @@ import yaml
 from rightrank.data.files import write_text
 from rightrank.decision.records import Records, decide_run, settled_start
 from rightrank.report.format import size
-from rightrank.runs.executor import Executor, LocalExecutor, Run, Workplace
+from rightrank.runs.executor import Asked, Executor, Plan
 from rightrank.runs.finish import answer_early, finish, rescore
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import FailingAs, Hook, Hooks, Started
-from rightrank.runs.plugins import merged
-from rightrank.runs.values import Asked, Plan, Selected
+from rightrank.runs.hook import FailingAs, Hook, Hooks, Run, Started
+from rightrank.runs.values import Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import (
     AllTrialsFailedError,
@@ -46,13 +44,10 @@ MAX_EXTENSIONS = 3
 MAX_FAILED_AT_START = 3  # trials that fail before any finishes: then the cause is no single arm
 
 
-def select(request: Asked, folder: RunFolder, hooks: Sequence[Hook], workplace: Workplace | None = None) -> Selected:
+def select(request: Asked, folder: RunFolder, hooks: Sequence[Hook]) -> Selected:
     """Prepare, loop, finish; and again with what the answer asks for, as long as `extend`, memory and budget allow.
 
     What an interrupted run in `folder` has done is not done again.
-
-    Args:
-        workplace: Where trials run; None for the one that the settings name.
 
     Raises:
         InputError: model, data, settings or folder can't be used.
@@ -66,7 +61,7 @@ def select(request: Asked, folder: RunFolder, hooks: Sequence[Hook], workplace: 
         begin(run)
         rescore(run)
         try:
-            with (workplace or _workplace_of)(run) as executor:
+            with run.plan.workplace(folder, run, run.records) as executor:
                 loop(run, executor)
             decision = final_decision(run) if run.plan.settings.goal == "training-rank" else None
         except (AllTrialsFailedError, DeviceMemoryError, InterruptedRun) as stopped:
@@ -213,30 +208,15 @@ def final_decision(run: Run) -> Decision:
 
 def _with_plan(run: Run, outcome: TrialOutcome) -> TrialOutcome:
     """The outcome with the peak memory that was planned for it, where there is a plan."""
-    planned = run.prepared and run.prepared.planned
-    if not planned or outcome.rank == 0 or outcome.arm.steps == 0:
+    if outcome.rank == 0 or outcome.arm.steps == 0:
         return outcome
     if isinstance(outcome, TrialFinished):
-        predicted = planned.peak_of(outcome.pass_ranks or [outcome.rank])
-        return outcome.model_copy(update={"predicted_peak_bytes": predicted})
-    if isinstance(outcome, TrialFailed) and outcome.error == "out_of_memory":
-        predicted = planned.peak_of([outcome.rank])
-        told = "" if predicted is None else f"; the plan said {size(predicted)}"
-        return outcome.model_copy(update={"reason": f"{outcome.reason}{told}"})
-    return outcome
-
-
-@contextmanager
-def _workplace_of(run: Run) -> Iterator[Executor]:
-    """The executor that the settings name; workers run as long as the block."""
-    prepared = run.prepared
-    assert prepared is not None
-    if prepared.settings.executor == "local":
-        yield LocalExecutor(prepared.runtime, run.folder, run, prepared.planned)
-        return
-    executors = merged(lambda plugin: plugin.executors)
-    with executors[prepared.settings.executor](prepared, run.folder, run) as executor:
-        yield executor
+        predicted = run.plan.peak_of(outcome.pass_ranks or [outcome.rank])
+        return outcome if predicted is None else outcome.model_copy(update={"predicted_peak_bytes": predicted})
+    predicted = run.plan.peak_of([outcome.rank])
+    if predicted is None or not isinstance(outcome, TrialFailed) or outcome.error != "out_of_memory":
+        return outcome
+    return outcome.model_copy(update={"reason": f"{outcome.reason}; the plan said {size(predicted)}"})
 
 
 def _continued(journal: Sequence[JournalRecord], started: RunStarted) -> RunContinued | None:

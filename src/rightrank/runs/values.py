@@ -1,11 +1,11 @@
-"""The values of a selection: what is asked, and what refuses it at once before torch is imported; what is loaded; what is returned."""
+"""The values of a selection: what is asked, and what refuses it at once before torch is imported; and what is returned."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.data.rows import require_rows
 from rightrank.decision.adapter import probable_ranks, smallest_holding_truncation
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rightrank.report.answer import AnswerView
-    from rightrank.runs.plugins import MemoryPlan
-    from rightrank.schema.events import JournalRecord, RunStarted
-    from rightrank.search.protocol import Strategy
-    from rightrank.train.runtime import Runtime
 
 Rows: TypeAlias = Iterable[Mapping[str, object]]  # a `datasets.Dataset` is one
 
@@ -52,47 +48,6 @@ class Request:
         if not isinstance(self.data, str | Path):
             return f"in memory ({type(self.data).__name__})"
         return str(self.data).encode("utf-8", "backslashreplace").decode()  # a file's name may hold what JSON can't
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is to be done."""
-
-    started: RunStarted
-    settings: SelectSettings  # with the settled ranks
-    steps: int  # optimizer steps of a whole training; 0: a custom trainer's own number
-    strategy: Strategy
-    notes: tuple[str, ...] = ()  # of the preparation, for a person
-    advice: str = "give lower learning rates, a smaller batch_size or seq_len, and a new --out"  # if every trial fails
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared(Plan):
-    """What is to be done with a base and data that are loaded."""
-
-    request: Request  # as it is resumed
-    runtime: Runtime
-    planned: MemoryPlan | None  # None: an architecture that can't be planned
-    top_origin: str  # where the highest rank comes from, in words
-
-
-class Asked(Protocol):
-    """A request: what a selection is asked for."""
-
-    def plan(self, folder: RunFolder, journal: Sequence[JournalRecord], before: Plan | None) -> Plan:
-        """What is to be done, where the folder has this journal; nothing is written.
-
-        Args:
-            before: The plan of the same request with fewer ranks or learning rates, whose base is loaded.
-
-        Raises:
-            InputError: model, data, settings or folder can't be used.
-        """
-        ...
-
-    def extended(self, settings: SelectSettings) -> Asked:
-        """The request with further ranks or learning rates."""
-        ...
 
 
 def check(request: Request) -> None:

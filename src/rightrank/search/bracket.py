@@ -15,8 +15,8 @@ from itertools import product
 from rightrank.decision.adapter import adapter_answer
 from rightrank.decision.comparison import is_within, walk_down
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search.history import Space, Trials, is_likely_within
-from rightrank.search.learning_rates import ANNEAL, Requests, find_learning_rate, find_learning_rate_cost, try_rank
+from rightrank.search.history import Requests, Space, Trials, is_likely_within
+from rightrank.search.learning_rates import ANNEAL, find_learning_rate, find_learning_rate_cost, try_rank
 from rightrank.search.protocol import CostEstimate, Strategy
 
 DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
+from typing import TypeAlias
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.metrics import LossKind, MetricKind, default_margin, metric_kind
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome
+
+Requests: TypeAlias = Iterator[Sequence[Arm]]  # what a script yields: arms that may run at the same time
 
 
 @dataclass(frozen=True, slots=True)

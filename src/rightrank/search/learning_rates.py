@@ -27,14 +27,12 @@ A further rank starts from the learning rate that was found (`try_rank`).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Generator, Sequence
 
 from rightrank.decision.comparison import is_within
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search.history import Space, Trials, base_arm, oriented
+from rightrank.search.history import Requests, Space, Trials, base_arm, oriented
 
-Requests: TypeAlias = Iterator[Sequence[Arm]]  # what a script yields: arms that may run at the same time
 Choice = Generator[Sequence[Arm], None, float | None]
 
 QUARTER, HALF = 0.25, 0.5  # parts of a training after which learning rates are compared

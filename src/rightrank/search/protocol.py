@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, seconds_of, steps_of
-from rightrank.search.history import Space, Trials, base_arm
-from rightrank.search.learning_rates import Requests
+from rightrank.search.history import Requests, Space, Trials, base_arm
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,7 @@ import numpy as np
 
 from rightrank.decision.seeds import detectable_difference, needed_seeds
 from rightrank.schema.trials import Arm
-from rightrank.search.history import Space, Trials, oriented
-from rightrank.search.learning_rates import Requests
+from rightrank.search.history import Requests, Space, Trials, oriented
 from rightrank.search.protocol import CostEstimate, Strategy
 
 MEASURING_SEEDS = 3  # of the smallest rank at its best learning rate, before any other rank is trained

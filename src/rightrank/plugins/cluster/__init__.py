@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rightrank.plugins.cluster.pool import Crew, Pool
     from rightrank.plugins.cluster.worker import Setup
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.values import Prepared
+    from rightrank.runs.local import Prepared
     from rightrank.schema.events import Listener
     from rightrank.schema.settings import SelectSettings
     from rightrank.train.runtime import Runtime

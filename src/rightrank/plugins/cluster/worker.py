@@ -168,8 +168,8 @@ class Worker(Listener):
         Raises:
             RunError: what is prepared here has another fingerprint than the driver's.
         """
-        from rightrank.runs.executor import LocalExecutor
         from rightrank.runs.folder import RunFolder
+        from rightrank.runs.local import LocalExecutor
         from rightrank.runs.prepare import prepare
 
         request = setup.request
