@@ -53,7 +53,6 @@ _CONTAINER_LIKE = re.compile(r"(params?|config|args|kwargs)$")
 _OPTUNA_PREFIX = re.compile(r"^(params|user_attrs)_")  # of the columns of Optuna's trials_dataframe()
 _MEASURED = re.compile(r"(metrics|summary)[./]", re.IGNORECASE)
 _MAX_NAMES = 12
-DATABASES = (".db", ".sqlite", ".sqlite3")
 STATE = "trainer_state.json"
 BLANKS = ("", "-", "–", "—", "none", "null", "n/a")  # texts of cells that hold nothing
 # Parts of a name such as r16, r=16, rank_16, lora-r-16; lr1e-4, lr=0.0003; seed3.
@@ -201,16 +200,8 @@ def import_rows(source: Path) -> list[Row] | None:
     Raises:
         ResultsError: a file that can't be read, or a folder without known results.
     """
-    if source.suffix.lower() in DATABASES:
-        raise ResultsError(
-            f"{source}: databases are not read; give Optuna's study.trials_dataframe() or mlflow.search_runs(), as a CSV file or in Python"
-        )
     if not source.is_dir():
         return None
-    if any(source.glob("**/meta.yaml")):
-        raise ResultsError(
-            f"{source}: MLflow's folders are not read; give mlflow.search_runs(), as a CSV file or in Python"
-        )
     if states := sorted(source.rglob(STATE)):
         return _trainer_rows(source, [path.parent for path in states])
     if not any(path.suffix.lower() in FILE_TYPES for path in source.iterdir()):
