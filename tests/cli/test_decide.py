@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from click.testing import CliRunner
 
 from rightrank import decide
 from rightrank.cli import cli, main
-from rightrank.schema.errors import MissingExtraError, ResultsError
+from rightrank.schema.errors import ResultsError
 from tests.report.runs import answered_folder
 
 
@@ -65,13 +64,6 @@ def test_wins_against_a_fixed_reference_decide(tmp_path: Path) -> None:
     assert "300 groups of 600 examples" in decision["basis_note"]
 
 
-@pytest.mark.parametrize(("ending", "begins"), [("svg", b"<svg xmlns="), ("pdf", b"%PDF-"), ("PNG", b"\x89PNG")])
-def test_plot_writes_a_picture(table: Path, ending: str, begins: bytes) -> None:
-    target = table.with_name(f"curve.{ending}")
-    assert CliRunner().invoke(cli, ["decide", str(table), "--plot", str(target)]).exit_code == 0
-    assert target.read_bytes().startswith(begins)
-
-
 def test_a_table_has_a_report(table: Path) -> None:
     page = table.with_name("page.html")
     table.write_text(
@@ -96,13 +88,6 @@ def test_scores_by_example_have_a_report_and_a_run_folder_its_own(tmp_path: Path
         of_run.write_report(tmp_path / "other.html")
 
 
-def test_a_picture_without_its_extra_is_refused(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vl_convert", None)
-    done = CliRunner().invoke(cli, ["decide", str(table), "--plot", str(table.with_name("curve.pdf"))])
-    assert isinstance(done.exception, MissingExtraError)
-    assert "pip install 'rightrank[figures]'" in str(done.exception)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,7 +95,6 @@ def test_a_picture_without_its_extra_is_refused(table: Path, monkeypatch: pytest
         (["--margin", "nan"], "margin nan is not allowed"),
         (["--metric", "nothing_like_it", "--columns", "value=x"], "has no column 'x'"),
         (["--columns", "rank"], "give NAME=COLUMN"),
-        (["--plot", "curve.gif"], "written as .svg, .pdf or .png"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 import xml.etree.ElementTree as ET
 from io import StringIO
 from pathlib import Path
@@ -15,7 +16,7 @@ from rightrank.report.figure import Figure, log_ticks
 from rightrank.report.figures import figures_of, margin_steps, rank_figure
 from rightrank.report.svg import inline_svg, svg_file, write_figures
 from rightrank.schema.decision import Decision
-from rightrank.schema.errors import SettingsError
+from rightrank.schema.errors import MissingExtraError, SettingsError
 from tests.report.runs import answered_folder, made_up_run
 
 
@@ -150,6 +151,12 @@ def test_further_formats_of_every_figure(tmp_path: Path) -> None:
         assert all(path.read_bytes().startswith(begins) for path in files)
     with pytest.raises(SettingsError, match=r"written as .svg, .pdf or .png"):
         write_report(run, ["gif"])
+
+
+def test_a_format_without_its_extra_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'rightrank\[figures\]'"):
+        write_report(answered_folder(tmp_path / "run"), ["pdf"])
 
 
 def test_names_from_outside_can_not_break_a_drawing() -> None:

@@ -170,13 +170,10 @@ def _mapping(context: click.Context, parameter: click.Parameter, text: str | Non
     help="Which evaluation of each training counts, where there are several; by default that of the run, else the last.",
 )
 @click.option(
-    "--plot", "plot_file", type=click.Path(path_type=Path), help="Write the curve to this .svg, .pdf or .png file."
-)
-@click.option(
     "--report", type=click.Path(path_type=Path), help="Of a table: write the whole report to this .html file."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
-def _decide(results: Path, plot_file: Path | None, report: Path | None, as_json: bool, **asked: Any) -> None:
+def _decide(results: Path, report: Path | None, as_json: bool, **asked: Any) -> None:
     """Decide on finished trainings, whoever ran them.
 
     RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
@@ -185,11 +182,6 @@ def _decide(results: Path, plot_file: Path | None, report: Path | None, as_json:
     from rightrank.api import runs as api
 
     decided = api.decide(results, **asked)
-    if plot_file is not None:
-        from rightrank.report.figures import rank_figure
-        from rightrank.report.svg import write_plot
-
-        write_plot(rank_figure(decided.decision), plot_file)
     if report is not None:
         decided.write_report(report, results.name, _command_of(results, asked))
     if as_json:
