@@ -167,7 +167,3 @@ def test_a_checkpoint_with_nan(capsys: pytest.CaptureFixture[str], base: Path, t
     tensors["model.layers.0.self_attn.q_proj.weight"][3, 4] = torch.nan
     save_file(tensors, broken / "model.safetensors")
     assert "NaN" in complaint(capsys, "inspect", "--base", base, "--finetuned", broken)
-
-
-def test_figures_and_plots(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
-    assert "written as .svg, .pdf or .png" in complaint(capsys, "inspect", adapter, "--plot", tmp_path / "x.gif")

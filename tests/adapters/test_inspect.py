@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rightrank.api.adapters import inspect
 from rightrank.cli import main
-from rightrank.report.figures import layer_figure
-from rightrank.report.svg import svg_file
-from tests.adapters.adapters import KINDS, deltas, load_strictly, make_adapter, make_base, rewrite, tensors_of
+from tests.adapters.adapters import deltas, load_strictly, make_adapter, make_base, rewrite, tensors_of
 
 pytestmark = pytest.mark.trains
 
@@ -103,9 +101,8 @@ def test_json_is_one_object_with_the_promised_keys(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", "embedding")
-    plot = tmp_path / "layers.svg"
     with pytest.raises(SystemExit) as stop:
-        main(["inspect", str(adapter), "--json", "--plot", str(plot)])
+        main(["inspect", str(adapter), "--json"])
     assert stop.value.code == 0
     answer: dict[str, Any] = json.loads(capsys.readouterr().out)
     promised = {
@@ -115,7 +112,6 @@ def test_json_is_one_object_with_the_promised_keys(
     assert all(promised <= module.keys() for module in answer["modules"])
     assert set(answer["modules"][0]["energy_rank"]) == {"0.9", "0.95", "0.99"}
     assert "held-out data decide" in answer["summary"]["sentence"]
-    assert plot.read_text().lstrip().startswith("<svg")
 
 
 def test_the_table_for_a_person(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,17 +121,3 @@ def test_the_table_for_a_person(base: Path, tmp_path: Path, capsys: pytest.Captu
     out = capsys.readouterr().out
     assert "0.self_attn.q_proj" in out
     assert "held-out data decide" in out
-
-
-def test_the_figure_has_a_point_a_module(base: Path, tmp_path: Path) -> None:
-    modules = inspect(make_adapter(base, tmp_path / "adapter", "layers")).modules
-    data = layer_figure(modules)
-    assert {series.label for series in data.series} == set(KINDS["layers"]["target_modules"])
-    assert {series.x for series in data.series} == {(1, 2)}
-    by_name = {module.name: module.effective_rank for module in modules}
-    found = next(series for series in data.series if series.label == "q_proj")
-    assert found.y[1] == by_name["model.layers.2.self_attn.q_proj"]
-    assert svg_file(data) == svg_file(data)
-    gpt2 = modules[0].model_copy(update={"name": "transformer.h.11.attn.c_proj"})
-    outside = gpt2.model_copy(update={"name": "lm_head"})
-    assert [row[:2] for row in layer_figure([gpt2, outside]).rows] == [(11, "attn.c_proj")]

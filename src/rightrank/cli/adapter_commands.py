@@ -25,29 +25,22 @@ EXIT = {"not_worse": 0, "worse": 3, "broken": 3, "cannot_tell": 4}
 @click.command(
     "inspect",
     short_help="Show the singular spectrum of an adapter's modules.",
-    epilog="Example: rightrank inspect run/adapter --plot spectrum.svg",
+    epilog="Example: rightrank inspect run/adapter",
 )
 @click.argument("adapter", required=False, type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="With --finetuned: the base model's folder.")
 @click.option(
     "--finetuned", type=click.Path(path_type=Path), help="Fully fine-tuned model folder, compared with --base."
 )
-@click.option(
-    "--plot", type=click.Path(path_type=Path), help="Draw the effective rank by layer to this .svg, .pdf or .png file."
-)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def _inspect(plot: Path | None, as_json: bool, **places: Path | None) -> None:
+def _inspect(as_json: bool, **places: Path | None) -> None:
     """Show the singular spectrum of every module of a LoRA ADAPTER.
 
     With --base A --finetuned B: of every matrix that full fine-tuning changed.
     """
     from rightrank.api import adapters as api
-    from rightrank.report.figures import layer_figure
-    from rightrank.report.svg import write_plot
 
     inspection = api.inspect(**places)
-    if plot is not None:
-        write_plot(layer_figure(inspection.modules), plot)
     click.echo(inspection.model_dump_json() if as_json else _inspection_text(inspection))
 
 

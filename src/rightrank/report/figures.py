@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import log2
@@ -24,8 +23,6 @@ from rightrank.report.figure import (
     rank_axis,
 )
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, RankEvidence
-from rightrank.schema.errors import SettingsError
-from rightrank.schema.results import ModuleSpectrum
 from rightrank.schema.trials import TrialFinished
 
 
@@ -391,40 +388,3 @@ def _ends(adapter: AdapterCandidate) -> tuple[float, float]:
     """The bounds of the difference; the difference itself where there are none."""
     low = adapter.difference if adapter.difference_low is None else adapter.difference_low
     return low, adapter.difference if adapter.difference_high is None else adapter.difference_high
-
-
-def layer_figure(modules: Sequence[ModuleSpectrum]) -> Figure:
-    """The effective rank by layer, a series for each kind of module; where too little is known of it, the stable rank.
-
-    Raises:
-        SettingsError: no module is in a numbered layer.
-    """
-    points: list[tuple[int, str, float]] = []
-    for module in modules:
-        if match := re.match(r"(?:.*?\.)?(\d+)\.(.+)$", module.name):
-            parts = match[2].split(".")
-            kind = ".".join(parts[-2:]) if parts[-1] == "c_proj" else parts[-1]
-            points.append((int(match[1]), kind, module.effective_rank or module.stable_rank))
-    points.sort()
-    if not points:
-        raise SettingsError("--plot: no module is in a numbered layer; leave it out, and see the table")
-    names = list(dict.fromkeys(name for _, name, _ in points))
-    series = [
-        Series(
-            name,
-            tuple(layer for layer, kind, _ in points if kind == name),
-            tuple(value for _, kind, value in points if kind == name),
-            tone=place,
-        )
-        for place, name in enumerate(names)
-    ]
-    return Figure(
-        name="effective_rank",
-        title="Effective rank, by layer and module",
-        alt=f"Effective rank of {len(points)} modules by layer.",
-        x=Axis("layer"),
-        y=axis_from_zero("effective rank", [value for *_, value in points]),
-        series=tuple(series),
-        columns=("layer", "module", "effective rank"),
-        rows=tuple(points),
-    )

@@ -223,34 +223,18 @@ def write_figures(folder: Path, figures: Sequence[Figure], formats: Collection[s
         SettingsError: another format.
         MissingExtraError: vl-convert, which makes them, is not installed.
     """
+    unknown = next((ending for ending in formats if ending not in FORMATS), None)
+    if unknown is not None:
+        raise SettingsError(f"{unknown!r}: figures are written as .svg, .pdf or .png; give pdf, png or both")
     for figure in figures:
+        drawing = svg_file(figure)
         for ending in ("svg", *formats):
-            _write(folder / f"{figure.name}.{ending}", figure, ending)
+            made = drawing.encode() if ending == "svg" else _converted(drawing, ending)
+            with replacing(folder / f"{figure.name}.{ending}") as temporary:
+                temporary.write_bytes(made)
         numbers = StringIO()
         csv.writer(numbers, lineterminator="\n").writerows([figure.columns, *figure.rows])
         write_text(folder / f"{figure.name}.csv", numbers.getvalue())
-
-
-def write_plot(figure: Figure, path: Path) -> None:
-    """Draw one figure to a file that ends in `.svg`, `.pdf` or `.png`.
-
-    Raises:
-        SettingsError: another ending, or a file that can't be written.
-        MissingExtraError: as `write_figures`.
-    """
-    try:
-        _write(path, figure, path.suffix.lower().removeprefix("."))
-    except OSError as error:
-        raise SettingsError(f"--plot {path}: can't write there ({error.strerror or error})") from None
-
-
-def _write(path: Path, figure: Figure, ending: str) -> None:
-    if ending not in FORMATS:
-        raise SettingsError(f"{path}: figures are written as .svg, .pdf or .png; give a file that ends in one of them")
-    drawing = svg_file(figure)
-    made = drawing.encode() if ending == "svg" else _converted(drawing, ending)
-    with replacing(path) as temporary:
-        temporary.write_bytes(made)
 
 
 def _converted(drawing: str, ending: str) -> bytes:
