@@ -32,7 +32,7 @@ LEAST_MIB, MOST_MIB = 10, 400  # beside what the process has once it is loaded
 RANKS = (1, 4, 64, 1024)
 LIMITED = """
 import resource, sys
-import rightrank.runs.run  # loaded before the limit
+import rightrank.runs.prepare  # loaded before the limit
 from rightrank.cli import main
 size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize:")) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]), resource.RLIM_INFINITY))

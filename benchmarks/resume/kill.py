@@ -30,7 +30,7 @@ from typing import Any
 from tests.tiny import save_tiny_llama, write_completions
 
 import rightrank.runs.prepare
-import rightrank.runs.run  # noqa: F401 - what every forked run has loaded
+import rightrank.runs.prepare  # noqa: F401 - what every forked run has loaded
 from benchmarks.machine import machine
 from benchmarks.results import store
 from benchmarks.resume.moments import PHASES, Moments, watch_phases
