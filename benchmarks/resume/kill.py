@@ -29,8 +29,6 @@ from typing import Any
 
 from tests.tiny import save_tiny_llama, write_completions
 
-import rightrank.runs.prepare
-import rightrank.runs.prepare  # noqa: F401 - what every forked run has loaded
 from benchmarks.machine import machine
 from benchmarks.results import store
 from benchmarks.resume.moments import PHASES, Moments, watch_phases

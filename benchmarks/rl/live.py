@@ -23,8 +23,11 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from benchmarks.rl.addition import reward, rows
-from rightrank.interop.trl import GRPOTrain
 from rightrank.runs.calls import TrialTask
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+
+from trl_grpo import GRPOTrain
 
 RESULTS = Path(__file__).with_name("live.json")
 RANKS, LEARNING_RATES, SEEDS = (1, 4, 16), (1e-4, 4e-4, 2e-3), (0, 1, 2)

@@ -1,8 +1,9 @@
-"""The ready `train` functions for TRL: seeds, held-out scores, the best checkpoint, the collapse guard, bad rewards."""
+"""`GRPOTrain` of `examples/trl_grpo.py`: seeds, held-out scores, the best checkpoint, collapses, bad rewards."""
 
 from __future__ import annotations
 
 import math
+import runpy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # a trainer's own deprecations
 ]
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPTS = [{"prompt": f"{text} ", "answer": text.split()[0]} for text in sentences(24, 5)]
 QUIET = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False, "logging_steps": 100}
+
+
+@pytest.fixture(autouse=True)
+def beside_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 def letters(completions: list[str], **_: Any) -> list[float]:
@@ -34,12 +41,11 @@ def letters(completions: list[str], **_: Any) -> list[float]:
 def grpo(model: Path, reward: Any = letters, **more: Any) -> Any:
     from trl import GRPOConfig
 
-    from rightrank.interop.trl import GRPOTrain
-
+    train = runpy.run_path(str(EXAMPLES / "trl_grpo.py"))["GRPOTrain"]
     settings = GRPOConfig(per_device_train_batch_size=8, num_generations=4, max_completion_length=6, **QUIET)
     given = {"looks": 2, "train_dataset": PROMPTS[8:], "validation": PROMPTS[:4], "test": PROMPTS[4:8]} | more
     given["train_dataset"] = as_dataset(given["train_dataset"])
-    return GRPOTrain(model=str(model), args=settings, reward_funcs=reward, **given)
+    return train(model=str(model), args=settings, reward_funcs=reward, **given)
 
 
 def as_dataset(rows: list[dict[str, str]]) -> Any:
