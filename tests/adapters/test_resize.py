@@ -15,9 +15,9 @@ from rightrank.adapters.held_out import scored_data
 from rightrank.adapters.resize import capped, write_resized
 from rightrank.cli import main
 from rightrank.data.splits import load_data
-from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_in_bits
+from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.truncation import Moments, components, ranks_within
-from rightrank.schema.errors import DataError, SettingsError
+from rightrank.schema.errors import DataError
 from rightrank.schema.events import Evaluating, Listener, Notice
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
@@ -181,40 +181,6 @@ def test_a_module_to_save_is_restored(model_folder: Path, completion_file: Path,
     after = runtime.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
-
-
-def test_the_smallest_file_of_ranks_and_bits_that_holds_is_written(
-    trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ("--data", completion_file, "--margin", 5, "--ranks", "2,8", *SETTINGS)
-    plain = answer_of(capsys, trained, tmp_path / "plain", *words)
-    small = answer_of(capsys, trained, tmp_path / "small", *words, "--bits", "16,8")
-    assert small["bytes_after"] < plain["bytes_after"]
-    assert [one["bytes"] for one in small["stored"]] == sorted(one["bytes"] for one in small["stored"])
-    taken = small["stored"][-1]
-    assert taken["holds"]
-    assert not any(one["holds"] for one in small["stored"][:-1])
-    assert (small["rank"], small["bytes_after"]) == (taken["rank"], taken["bytes"])
-    assert taken["bytes"] == (tmp_path / "small" / "adapter_model.safetensors").stat().st_size
-    assert small["chosen_by"].endswith(f"{taken['bits']} bits")
-
-
-@pytest.mark.parametrize(("bits", "error"), [(16, 2.0**-8), (8, 2.0**-4)])
-@pytest.mark.parametrize("kind", ["plain", "rslora", "alpha_pattern", "dora"])
-def test_fewer_bits_change_an_update_by_their_rounding(kind: str, bits: int, error: float, tmp_path: Path) -> None:
-    """As PEFT loads the file, whose scale takes back what fills the range of the type."""
-    base = make_base(tmp_path / "base")
-    whole = open_adapter(make_adapter(base, tmp_path / "adapter", kind))
-    write_in_bits(whole, tmp_path / "small", bits)
-    before, after = (deltas(load_strictly(base, folder)) for folder in (whole.path, tmp_path / "small"))
-    for name, update in before.items():
-        assert float((after[name] - update).norm() / update.norm()) < error
-    assert (tmp_path / "small" / "adapter_model.safetensors").stat().st_size < whole.weights.stat().st_size
-
-
-def test_bits_that_nothing_loads_are_refused(trained: Path, completion_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="--bits 4: PEFT loads adapters in 16 and in 8 bits"):
-        resize(trained, tmp_path / "out", data=completion_file, bits=(4,))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,7 +22,7 @@ from rightrank.data.splits import DataSplits, load_all, load_data
 from rightrank.decision.adapter import SEARCH, Criterion, adapter_answer, trained_answer
 from rightrank.decision.comparison import bounds_of_files
 from rightrank.decision.table import minus, table_of
-from rightrank.models.adapter_files import AdapterFolder, open_adapter, write_in_bits
+from rightrank.models.adapter_files import AdapterFolder, open_adapter
 from rightrank.models.places import BASE_FILE
 from rightrank.models.truncation import Moments
 from rightrank.schema.command import reproduce_command
@@ -31,7 +30,7 @@ from rightrank.schema.configs import stated_settings
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.events import Evaluating, Notice
-from rightrank.schema.results import HeldOut, Resized, StoredCandidate
+from rightrank.schema.results import HeldOut, Resized
 from rightrank.schema.setting_table import given_values
 from rightrank.schema.settings import OF_ANY_NUMBER, SelectSettings
 from rightrank.schema.trials import TrialFinished
@@ -133,7 +132,6 @@ class DataRule:
     settings: SelectSettings
     ranks: Sequence[int] | None
     on_event: Callable[[Evaluating | Notice], None]
-    bits: Sequence[int] = ()
 
 
 def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized:
@@ -161,53 +159,11 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
         halves = scored.scores_training_examples
         curve = truncation_curve(adapter, runtime, ranks, Path(name), by_halves=halves, on_event=rule.on_event)
         chosen = open_adapter(Path(name) / curve.answer.trial_id)
-        stored, smaller = _in_fewer_bits(curve, chosen, runtime, Path(name), rule)
-        chosen = smaller or chosen
         tensors = {key: chosen.tensor(key) for key in chosen.keys}
         write_like(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.content()})
         resized = _resized(curve, chosen, runtime, rule)
-    further = {"out": str(out), "notes": [*resized.notes, scored.note], "scored_examples": count, "stored": stored}
-    if smaller is not None:
-        taken = next(candidate for candidate in stored if candidate.holds)
-        further |= {"rank": taken.rank, "chosen_by": f"{resized.chosen_by}, {taken.bits} bits"}
+    further = {"out": str(out), "notes": [*resized.notes, scored.note], "scored_examples": count}
     return resized.model_copy(update=further)
-
-
-def _in_fewer_bits(
-    curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, working: Path, rule: DataRule
-) -> tuple[list[StoredCandidate], AdapterFolder | None]:
-    """The ranks that hold, in fewer bits, from the smallest file up to the first that holds; and that one, None where none does."""
-    holding = [candidate for candidate in curve.answer.candidates if candidate.holds]
-    made: list[tuple[int, int, int, Path]] = []
-    for candidate, bits in product(holding, rule.bits):
-        folder = working / f"{candidate.trial_id}-{bits}bits"
-        write_in_bits(open_adapter(working / candidate.trial_id), folder, bits)
-        made.append((open_adapter(folder).weights.stat().st_size, candidate.rank, bits, folder))
-    measured: list[StoredCandidate] = []
-    top = f"r{max(trial.rank for trial in curve.trials)}"
-    for size, rank, bits, folder in sorted(made):
-        if size >= chosen.weights.stat().st_size:
-            break
-        report_evaluations(runtime, f"rank {rank} in {bits} bits", rule.on_event)
-        with adapter_attached(runtime, folder):
-            scores = runtime.evaluate("selection")
-        trial = finished_trial(folder.name, rank, scores, runtime.settings.metric, truncate_from=top)
-        against = smallest_of([*curve.trials, trial], _criterion(runtime)).candidates
-        candidate = next(candidate for candidate in against if candidate.trial_id == trial.trial_id)
-        high = candidate.difference if candidate.difference_high is None else candidate.difference_high
-        measured.append(
-            StoredCandidate(
-                rank=rank,
-                bits=bits,
-                bytes=size,
-                difference=candidate.difference,
-                difference_high=high,
-                holds=candidate.holds,
-            )
-        )
-        if candidate.holds:
-            return measured, open_adapter(folder)
-    return measured, None
 
 
 def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, rule: DataRule) -> Resized:
@@ -275,14 +231,14 @@ def truncation_curve(
     Raises:
         ModelError: the adapter does not fit the base.
     """
+    settings = runtime.settings
     # Over the examples that `select` reads after a training with these settings: which ones another training saw is not known.
-    steps = runtime.settings.training_steps(len(runtime.data.splits["train"]))
+    steps = settings.training_steps(len(runtime.data.splits["train"]))
     with adapter_attached(runtime, adapter.path) as peft_model:
-        gathered = gather_unseen_moments(runtime, peft_model, runtime.settings.seeds[0], steps)
+        gathered = gather_unseen_moments(runtime, peft_model, settings.seeds[0], steps)
     halves = _halves(adapter, runtime) if by_halves else []
-    metric = runtime.settings.metric
     report_evaluations(runtime, "the base", on_event)
-    trials = [finished_trial("base", 0, runtime.evaluate("selection"), metric)]
+    trials = [finished_trial("base", 0, runtime.evaluate("selection"), settings.metric)]
     written: dict[int, Resized] = {}
     top = f"r{max(ranks)}"
     for rank in sorted(ranks, reverse=True):
@@ -295,15 +251,11 @@ def truncation_curve(
             with adapter_attached(runtime, folder):
                 scores = runtime.evaluate("selection")
         parent = None if folder.name == top else top
-        trials.append(finished_trial(folder.name, rank, scores, metric, truncate_from=parent))
+        trials.append(finished_trial(folder.name, rank, scores, settings.metric, truncate_from=parent))
         on_event(Notice(text=f"rank {rank}: held-out {trials[-1].value:.4f}"))
-    return TruncationCurve(trials, written, gathered, smallest_of(trials, _criterion(runtime)))
-
-
-def _criterion(runtime: Runtime) -> Criterion:
-    settings = runtime.settings
     higher = settings.is_higher_better(settings.metric_name)
-    return Criterion(settings.metric_name, higher, settings.margin, runtime.data.summary.loss_kind)
+    criterion = Criterion(settings.metric_name, higher, settings.margin, runtime.data.summary.loss_kind)
+    return TruncationCurve(trials, written, gathered, smallest_of(trials, criterion))
 
 
 def smallest_of(trials: Sequence[TrialFinished], criterion: Criterion) -> AdapterAnswer:

@@ -49,7 +49,6 @@ def resize(
     margin: float | None = None,
     train: str | Path | None = None,
     ranks: Sequence[int] | None = None,
-    bits: Sequence[int] = (),
     base: str | None = None,
     uniform: bool = False,
     settings: SelectSettings | None = None,
@@ -67,7 +66,6 @@ def resize(
         margin: with data: how much worse is still enough; None for the metric's default.
         train: with data: what the adapter was trained on. These rows are not scored.
         ranks: with data: those to measure; None for the powers of two.
-        bits: with data: 16 or 8, or both; the ranks that hold are measured in these bits too, and the smallest file that holds is written.
         base: with data: the base model; None for the one that the adapter names.
         uniform: with energy: one rank for all modules, the largest needed.
         settings: with data: how models and rows are read; see `SelectSettings`.
@@ -89,21 +87,17 @@ def resize(
 
     from rightrank.adapters.resize import by_energy, by_rank, require_plain_update, write_resized
     from rightrank.data.files import require_absent
-    from rightrank.models.adapter_files import BITS, open_adapter
+    from rightrank.models.adapter_files import open_adapter
 
     require_absent(Path(out))
-    if wrong := [count for count in bits if count not in BITS]:
-        raise SettingsError(f"--bits {wrong[0]}: PEFT loads adapters in 16 and in 8 bits; give 16, 8, or both")
     opened = open_adapter(place)
-    if bits and opened.mlx is not None:
-        raise SettingsError(f"{place}: --bits writes adapters of PEFT; convert it first, or leave --bits out")
     require_plain_update(opened)
     if data is not None:
         from rightrank.adapters.held_out import DataRule, resize_by_data  # heavier: they measure
 
         read = SelectSettings(**given_values(settings) | ({} if margin is None else {"margin": margin}))
         trained = None if train is None else Path(train)
-        rule = DataRule(Path(data), trained, base, read, ranks, on_event, bits)
+        rule = DataRule(Path(data), trained, base, read, ranks, on_event)
         resized = resize_by_data(opened, Path(out), rule)
     else:
         chosen_ranks = by_rank(opened, rank) if rank is not None else by_energy(opened, energy or 0.0, uniform)

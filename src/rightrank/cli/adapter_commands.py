@@ -67,9 +67,6 @@ def _inspect(as_json: bool, **places: Path | None) -> None:
     help="With --data: how much worse than the best is still enough (default 0.005 nats a token).",
 )
 @click.option("--ranks", callback=comma, help="With --data: ranks to measure (default: powers of two).")
-@click.option(
-    "--bits", callback=comma, help="With --data: 16,8 measures these bits of a value too; the smallest file that holds."
-)
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
 @click.option("--uniform", is_flag=True, help="With --energy: one rank for all modules, the largest needed.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
@@ -80,7 +77,6 @@ def _resize(
     out: Path,
     margin: float | None,
     ranks: list[str] | None,
-    bits: list[str] | None,
     assignments: tuple[str, ...],
     as_json: bool,
     quiet: bool,
@@ -92,7 +88,6 @@ def _resize(
     needing = {
         "--margin": margin,
         "--ranks": ranks,
-        "--bits": bits,
         "--set": assignments,
         "--train": rule["train"],
         "--base": rule["base"],
@@ -105,7 +100,6 @@ def _resize(
             adapter,
             out,
             ranks=whole_numbers(ranks, "--ranks"),
-            bits=whole_numbers(bits, "--bits") or (),
             settings=SelectSettings(**gather(None, assignments, {"margin": margin})),
             on_event=view.on_event,
             **rule,
@@ -239,11 +233,6 @@ def _resized_text(resized: Resized) -> str:
     if resized.answer is not None:
         lines += [*table_lines(candidate_table(resized.answer, "held-out")), resized.answer.sentence]
         lines += resized.answer.notes
-    lines += [
-        f"rank {candidate.rank} in {candidate.bits} bits, {candidate.bytes:,} bytes: worse by {candidate.difference:+.4f} (95% bound {candidate.difference_high:+.4f}), "
-        f"{'holds' if candidate.holds else 'not shown to hold'}"
-        for candidate in resized.stored
-    ]
     return "\n".join([*lines, *(f"note: {note}" for note in resized.notes)])
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import re
 import shutil
 import tempfile
@@ -335,26 +334,6 @@ def write_adapter(
                     shutil.copy2(file, temporary)
         for name, content in (files or {}).items():
             (temporary / name).write_bytes(content)
-
-
-BITS = {16: torch.bfloat16, 8: torch.float8_e4m3fn}  # of a stored value; PEFT loads both, and none in 4 bits
-
-
-def write_in_bits(adapter: AdapterFolder, out: Path, bits: int) -> None:
-    """Write the adapter with its factors in fewer bits.
-
-    In 8 bits all A and all B are multiplied by a power of two each, which fills the range of the type and which the alphas take back.
-    """
-    own = [{getattr(pair[0], f"{side}_key") for pair in adapter.pairs} for side in "ab"]
-    tensors, config, power = {key: adapter.tensor(key) for key in adapter.keys}, dict(adapter.config), 0
-    for keys in own:
-        largest = max(float(tensors[key].abs().max()) for key in keys)
-        shift = math.floor(math.log2(torch.finfo(BITS[bits]).max / largest)) if bits == 8 and largest > 0 else 0
-        tensors |= {key: (tensors[key].float() * 2.0**shift).to(BITS[bits]) for key in keys}
-        power += shift
-    config["lora_alpha"] *= 2.0**-power
-    config["alpha_pattern"] = {name: alpha * 2.0**-power for name, alpha in config["alpha_pattern"].items()}
-    write_adapter(out, config, tensors, adapter.path)
 
 
 def _write_classifier(folder: Path, config: Any) -> None:

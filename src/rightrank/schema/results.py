@@ -163,17 +163,6 @@ class HeldOut(Record):
     value: float
 
 
-class StoredCandidate(Record):
-    """A rank whose factors are stored in fewer bits, against the reference."""
-
-    rank: Whole
-    bits: Whole  # of each value of a factor
-    bytes: Whole  # of the file
-    difference: float  # worse than the reference by this much
-    difference_high: float  # its 95% upper bound
-    holds: bool
-
-
 class Resized(Record):
     """`resize --json`."""
 
@@ -189,9 +178,6 @@ class Resized(Record):
     held_out: list[HeldOut] = Field(default_factory=list)
     scored_examples: int | None = None  # with data: how many held-out examples every candidate was measured on
     answer: AdapterAnswer | None = None  # with data: the truncation that is enough, and every candidate
-    stored: list[StoredCandidate] = Field(
-        default_factory=list
-    )  # with bits: those that were measured, the smallest first
     no_gain: bool = False  # with data: the base alone is not worse than the adapter by more than the margin
     notes: list[str] = Field(default_factory=list)
 
