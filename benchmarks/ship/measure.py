@@ -3,7 +3,8 @@
 python -m benchmarks.ship.measure smollm2 WORK            (the demo's model and text; causal)
 python -m benchmarks.ship.measure encoder WORK --model M  (an encoder that classifies which module of Python a docstring is from)
 
-Each row is appended to `results.jsonl`. Without bitsandbytes, bases in 8 and 4 bits are left out.
+Each row is appended to `results.jsonl`. Without bitsandbytes, bases in 8 and 4 bits are left out. `--converted` names GGUF files and MLX folders that
+other programs made of WORK/merged-f32, which alone are measured then.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from rightrank.train.trial import TrialFolders
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 RANK, ALPHA, CLASSES, HELD_OUT = 8, 32.0, 6, 48
-WHOLE = {"smollm2": [("merged", "f32"), ("merged", "bf16"), ("merged", "f16"), ("gguf", "q8_0"), ("gguf", "q4_0"), ("mlx", "q8"), ("mlx", "q4")]}  # fmt: skip
 
 
 def rows_of(which: str, docstrings: Path, folder: Path) -> tuple[Path, Path]:
@@ -66,7 +65,7 @@ def trained(model: str, train: Path, folder: Path, steps: int, **changes: Any) -
 
 
 def faults(which: str, model: str, adapter: Path, work: Path) -> Iterator[tuple[str, Path]]:
-    """Merged models with a fault each, by its name."""
+    """Merged models with a fault each, by its name in the table."""
     auto: Any = AutoModelForCausalLM if which == "smollm2" else AutoModelForSequenceClassification
     classes = json.loads((adapter / "classifier.json").read_text())["id2label"] if which == "encoder" else None
     extra: dict[str, Any] = {} if classes is None else {"num_labels": len(classes), "id2label": classes}
@@ -77,7 +76,7 @@ def faults(which: str, model: str, adapter: Path, work: Path) -> Iterator[tuple[
         tokenizer = AutoTokenizer.from_pretrained(model)
         tokenizer.chat_template = template or tokenizer.chat_template
         tokenizer.save_pretrained(work / name)
-        return name, work / name
+        return f"fault: {name}", work / name
 
     def base() -> Any:
         return auto.from_pretrained(model, dtype=torch.float32, **extra)
@@ -106,7 +105,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rows", type=int, help="the first so many of the ways to ship alone")
+    parser.add_argument("--converted", type=Path, nargs="+", default=())
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     model = given.model or str(prepare_model_folder(given.work / "base", print))
@@ -127,13 +126,12 @@ def main() -> None:
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    for to, kind in islice(WHOLE.get(given.which, [("merged", kind) for kind in ("f32", "bf16", "f16")]), given.rows):
-        begun, out = time.process_time(), given.work / f"{to}-{kind}"
+    for kind in ("f32", "bf16", "f16") if not given.converted else ():
+        begun, out = time.process_time(), given.work / f"merged-{kind}"
         shutil.rmtree(out, ignore_errors=True)
-        done = export(adapter, to, out, check=held_out, kind=kind, base=model, settings=settings)
-        size = sum(file.stat().st_size for file in out.iterdir() if file.suffix in (".safetensors", ".gguf"))
-        write(f"{to} {kind}", begun, done.check or {}, size)
-    for bits in ("8bit", "4bit") if find_spec("bitsandbytes") and not given.rows else ():
+        done = export(adapter, "merged", out, check=held_out, kind=kind, base=model, settings=settings)
+        write(f"merged {kind}", begun, done.check or {}, (out / "model.safetensors").stat().st_size)
+    for bits in ("8bit", "4bit") if find_spec("bitsandbytes") and not given.converted else ():
         begun = time.process_time()
         try:
             found = compare(adapter, adapter, model=model, data=held_out, base_b=bits, settings=settings)
@@ -141,10 +139,11 @@ def main() -> None:
             print(f"{bits}: {error}")
             continue
         write(f"adapter over a base in {bits}", begun, found.model_dump(mode="json"), 0)
-    for name, place in faults(given.which, model, adapter, given.work) if not given.rows else ():
+    converted = [(place.name, place) for place in given.converted]
+    for name, place in converted or faults(given.which, model, adapter, given.work):
         begun = time.process_time()
         found = compare(adapter, place, model=model, data=held_out, settings=settings)
-        write(f"fault: {name}", begun, found.model_dump(mode="json"), 0)
+        write(name, begun, found.model_dump(mode="json"), 0)
 
 
 if __name__ == "__main__":

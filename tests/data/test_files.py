@@ -145,8 +145,7 @@ def test_nothing_else_in_the_source_opens_a_final_file_for_writing() -> None:
         ("train/device.py", "_CLEAR"),  # a switch of the system
         ("plugins/cluster/processes.py", "log"),  # a worker's stderr, as it comes
         ("adapters/broken.py", "(copy / CONFIG_FILE)"),  # a copy in a temporary folder
-        ("models/formats.py", '(copy / "config.json")'),  # the same
-        ("models/formats.py", '(folder / "config.json")'),  # of an export, which has its name when it is whole
+        ("models/mlx.py", '(copy / "config.json")'),  # the same
     }
     found: set[tuple[str, str]] = set()
     for source in SOURCE.rglob("*.py"):

@@ -35,6 +35,8 @@ OF_OTHERS = {  # options of other programs that pages name
         "--external_plugins",
         "--callbacks",
         "--val_dataset",
+        "--hf-path",
+        "--mlx-path",
     ),
 }
 

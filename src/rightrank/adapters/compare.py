@@ -21,7 +21,7 @@ from rightrank.data.splits import DataSplits, load_all, load_data
 from rightrank.decision.comparison import bounds_of_files, estimate_of_files, examples_needed
 from rightrank.decision.table import minus, spread_of, spread_sentence, table_of
 from rightrank.models.base_models import are_unnamed, load_base
-from rightrank.models.formats import torch_folder
+from rightrank.models.mlx import torch_folder
 from rightrank.models.places import BASE, CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE, read_header
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import DataError, ModelError, SettingsError

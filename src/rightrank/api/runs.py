@@ -115,16 +115,16 @@ def export(
 ) -> Exported:
     """Write what another program needs to train or serve the run's adapter.
 
-    A whole model (merged, gguf, mlx) is loaded back and compared with the adapter over its base.
+    A merged model is loaded back and compared with the adapter over its base.
 
     Args:
-        run: a run folder whose selection has ended; for a whole model an adapter folder too.
-        to: peft, trl, axolotl, llamafactory, unsloth, vllm, merged, gguf or mlx.
+        run: a run folder whose selection has ended; for a merged model an adapter folder too.
+        to: peft, trl, axolotl, llamafactory, unsloth, vllm or merged.
         out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, replaced whole.
-        check: of a whole model: held-out rows to compare on; the run's test split by default.
-        kind: of a whole model: the type of its values, such as f16 or q8_0; None: q8_0 for gguf, else the base's.
-        base: of a whole model from an adapter folder; None for the base that the adapter names.
-        settings: of a whole model from an adapter folder, as in `compare`.
+        check: of a merged model: held-out rows to compare on; the run's test split by default.
+        kind: of a merged model: the type of its values, f32, bf16 or f16; None for f32.
+        base: of a merged model from an adapter folder; None for the base that the adapter names.
+        settings: of a merged model from an adapter folder, as in `compare`.
         push_to_hub: of peft: `OWNER/NAME` on the Hugging Face hub, where the folder is uploaded with its card, as who `hf auth login` says. A
             repository that does not exist is made, private.
         on_event: receives the progress of each evaluation.
@@ -133,34 +133,34 @@ def export(
         SettingsError: an unknown target, or an argument that goes with another one.
         RunFolderError: no run there, one without a decision or an adapter, or `out` exists.
         ResultsError: a rank that the server does not serve.
-        ModelError: a whole model that can't be written.
+        ModelError: a merged model that can't be made.
         RunError: the hub can't be reached, or refuses the upload.
     """
-    from rightrank.interop.exports import WHOLE, absolute, require_target, write_export
+    from rightrank.interop.exports import MERGED, absolute, require_target, write_export
 
     require_target(to)
     if push_to_hub is not None and to != "peft":
         raise SettingsError(f"push_to_hub uploads an adapter with its card; it goes with peft, not {to}")
     files = [Path(check)] if isinstance(check, str | Path) else list(map(Path, check))
-    if to not in WHOLE and (files or kind or base):
-        raise SettingsError(f"--to {to}: check, type and base go with {', '.join(WHOLE)}; leave them out")
+    if to != MERGED and (files or kind or base):
+        raise SettingsError(f"--to {to}: check, type and base go with {MERGED}; leave them out")
     if out is not None:
         require_absent(Path(out))
     if (Path(run) / CONFIG_FILE).is_file():
-        return _export_adapter(Path(run), to, out, files, kind, base, settings or SelectSettings(), on_event)
+        if to != MERGED:
+            raise RunFolderError(f"{run}: an adapter folder, of which {MERGED} is made; for {to} give a run folder")
+        return _merge_adapter(Path(run), out, files, kind, base, settings or SelectSettings(), on_event)
     from rightrank.interop.recipe import recipe_of
 
     folder, journal, records = _opened(run, settled=False)
     recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
     place = folder.path / "exports" / to if out is None else Path(out)
     with report_disk_errors(folder.path):
-        if to in WHOLE:
-            from rightrank.interop.whole import WholeModel, write_whole
+        if to == MERGED:
+            from rightrank.interop.merge import Merge, write_merged
 
             model, data = (absolute(name, recipe.adapter) for name in (base or recipe.model, recipe.data))
-            return write_whole(
-                to, WholeModel(recipe.adapter, model, recipe.settings, kind, files, data, on_event), place
-            )
+            return write_merged(Merge(recipe.adapter, model, recipe.settings, kind, files, data, on_event), place)
         exported = write_export(to, recipe, place)
     return exported if push_to_hub is None else replace(exported, address=_uploaded(exported.folder, push_to_hub))
 
@@ -185,9 +185,8 @@ def _uploaded(adapter: Path, repo_id: str) -> str:
     return f"{hub.endpoint}/{made}"
 
 
-def _export_adapter(
+def _merge_adapter(
     adapter: Path,
-    to: str,
     out: str | Path | None,
     files: Sequence[Path],
     kind: str | None,
@@ -195,22 +194,14 @@ def _export_adapter(
     settings: SelectSettings,
     on_event: Callable[[Evaluating], None],
 ) -> Exported:
-    """A whole model from an adapter of no run."""
-    from rightrank.interop.exports import WHOLE
+    """A merged model from an adapter of no run."""
+    from rightrank.interop.merge import Merge, write_merged
 
     named = read_json_object(adapter / CONFIG_FILE).get("base_model_name_or_path")
-    if to not in WHOLE:
-        raise RunFolderError(
-            f"{adapter}: an adapter folder, of which {', '.join(WHOLE)} are made; for {to} give a run folder"
-        )
     if out is None or (base or named) is None:
         raise SettingsError(f"{adapter}: an adapter folder; give --out FOLDER, and --base MODEL where it names none")
-    from rightrank.interop.whole import WholeModel, write_whole
-
     with report_disk_errors(Path(out)):
-        return write_whole(
-            to, WholeModel(adapter, base or str(named), settings, kind, files, None, on_event), Path(out)
-        )
+        return write_merged(Merge(adapter, base or str(named), settings, kind, files, None, on_event), Path(out))
 
 
 def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:

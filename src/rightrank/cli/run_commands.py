@@ -28,7 +28,7 @@ def _status(run: Path, as_json: bool) -> None:
     click.echo(status.model_dump_json() if as_json else status_lines(status, shutil.get_terminal_size().columns))
 
 
-TARGETS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "vllm", "merged", "gguf", "mlx")
+TARGETS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "vllm", "merged")
 
 
 @click.command(
@@ -61,13 +61,9 @@ def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
     "--check",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="merged, gguf, mlx: held-out rows (default: the run's test split).",
+    help="merged: held-out rows (default: the run's test split).",
 )
-@click.option(
-    "--type",
-    "kind",
-    help="merged, gguf, mlx: f32, bf16 or f16; gguf: q8_0, q5_1, q5_0, q4_1 or q4_0 too; mlx: q8 or q4.",
-)
+@click.option("--type", "kind", help="merged: f32 (default), bf16 or f16.")
 @click.option("--base", help="Of an adapter folder in place of RUN (default: the base that it names).")
 @click.option(
     "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With an adapter folder: a setting of select."
@@ -85,7 +81,7 @@ def _export(
 ) -> int:
     """Write what another program needs to train with RUN's rank or to serve its adapter.
 
-    A whole model (merged, gguf, mlx) is loaded back and compared with the adapter over its base; RUN may be an adapter folder then. Exit
+    A merged model is loaded back and compared with the adapter over its base; RUN may be an adapter folder then. Exit
     status: 0 not worse, 3 worse by more than the margin or broken, 4 the examples cannot tell.
     """
     from rightrank.api import runs as api

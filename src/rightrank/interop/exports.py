@@ -25,7 +25,7 @@ from rightrank.schema.settings import TRAINER_FIELDS
 PATTERNS = ("rank_pattern", "alpha_pattern")
 EXPLICIT = ("layers_to_transform", "exclude_modules", "layers_pattern")  # said by the full names of the modules
 OF_LOADING = ("load_in_4bit", "load_in_8bit", "trust_remote_code")
-WHOLE = ("merged", "gguf", "mlx")  # models without an adapter: `interop.whole`
+MERGED = "merged"  # a model without an adapter: `interop.merge`
 AROUND = 4  # folders around an adapter: trials, the run, and two around the run
 LOOPBACK = "127.0.0.1"  # vLLM's default is every interface; the others default to this one
 SERVED_NAME = "rightrank"
@@ -82,7 +82,7 @@ class Exported:
     files: list[str]
     command: str
     notes: list[str]
-    check: dict[str, Any] | None = None  # of a whole model: the comparison with the adapter
+    check: dict[str, Any] | None = None  # of a merged model: the comparison with the adapter
     address: str | None = None  # of a repository of the hub that it was pushed to
 
 
@@ -92,7 +92,7 @@ def require_target(name: str) -> None:
     Raises:
         SettingsError: such a target, with the nearest known one.
     """
-    known = [*TARGETS, *WHOLE]
+    known = [*TARGETS, MERGED]
     if name not in known:
         raise SettingsError(
             f"export target {name!r} is not known{did_you_mean(name, known)}; allowed: {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""`export --to merged`, `gguf`, `mlx`: what is written is what was measured, and six faults that others make are found and named."""
+"""`export --to merged`: what is written is what was measured. `compare`: six faults that others make are found and named in each format."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rightrank import compare, export
 from rightrank.cli import main
-from rightrank.interop.whole import TEST_SPLIT
+from rightrank.interop.merge import TEST_SPLIT
 from rightrank.models.base_models import load_base
-from rightrank.models.formats import GGUF_TYPES, MLX_TYPES, torch_folder
+from rightrank.models.mlx import torch_folder
 from rightrank.schema.errors import DataError, ModelError, RunError, SettingsError
 from rightrank.schema.results import AdapterComparison
 from rightrank.schema.settings import SelectSettings
 from tests.adapters.adapters import edit_config, make_adapter
+from tests.interop.converted import write_gguf, write_mlx
 from tests.tiny import make_tokenizer, sentences, tiny_llama_config, write_jsonl
 
 pytestmark = pytest.mark.trains
@@ -93,45 +94,46 @@ def test_a_merged_model_is_that_of_peft(kind: str, base: Path, rows: Path, tmp_p
     assert done.check["sentence"] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("kind", GGUF_TYPES)
+@pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_0"])
 def test_a_gguf_file_is_read_as_transformers_reads_it(
     kind: str, base: Path, adapter: Path, rows: Path, tmp_path: Path
 ) -> None:
-    done = export(adapter, "gguf", tmp_path / "out", check=rows, kind=kind, settings=SETTINGS)
-    assert done.check is not None
-    assert done.check["cause"] is None
-    assert abs(done.check["difference"]) < {"q4": 0.2, "q5": 0.1, "q8": 0.02}.get(kind[:2], 0.005)
     whole, tokenizer = by_hand(base, adapter), AutoTokenizer.from_pretrained(base)
-    read = load_base(
-        str(tmp_path / "out" / f"model-{kind}.gguf"), SETTINGS.model_copy(update={"dtype": "float32"}), None
-    )
+    file = write_gguf(whole, tokenizer, tmp_path / "model.gguf", kind)
+    answer = compared(adapter, file, base, rows)
+    assert answer.cause is None
+    assert abs(answer.difference) < {"q4_0": 0.2, "q8_0": 0.02}.get(kind, 0.005)
+    read = load_base(str(file), SETTINGS.model_copy(update={"dtype": "float32"}), None)
     assert read.tokenizer.chat_template == tokenizer.chat_template
     assert read.tokenizer("one dog, 12")["input_ids"] == tokenizer("one dog, 12")["input_ids"]
     for name, value in whole.state_dict().items():
         off = torch.linalg.vector_norm(read.model.state_dict()[name] - value) / torch.linalg.vector_norm(value)
-        assert float(off) < {"q4": 0.15, "q5": 0.08, "q8": 0.02}.get(kind[:2], 0.01), name
+        assert float(off) < {"q4_0": 0.15, "q8_0": 0.02}.get(kind, 0.01), name
 
 
-@pytest.mark.parametrize("kind", MLX_TYPES)
+@pytest.mark.parametrize("bits", [8, 4])
 def test_an_mlx_folder_is_read_as_mlx_computes(
-    kind: str, base: Path, adapter: Path, rows: Path, tmp_path: Path
+    bits: int, base: Path, adapter: Path, rows: Path, tmp_path: Path
 ) -> None:
-    done = export(adapter, "mlx", tmp_path / "out", check=rows, kind=kind, settings=SETTINGS)
-    assert done.check is not None
-    assert done.check["cause"] is None
-    assert abs(done.check["difference"]) < {"q4": 0.2, "q8": 0.02}.get(kind, 0.005)
-    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    assert config.get("quantization", {}).get("bits") == (int(kind[1:]) if kind.startswith("q") else None)
-    mlx_lm = pytest.importorskip("mlx_lm")  # the consumer itself, where it is installed
-    import mlx.core as mx
-    import numpy as np
+    whole = saved(by_hand(base, adapter), base, tmp_path / "whole")
+    folder, values = write_mlx(whole, tmp_path / "mlx", bits)
+    answer = compared(adapter, folder, base, rows)
+    assert answer.cause is None
+    assert abs(answer.difference) < {4: 0.2, 8: 0.02}[bits]
+    with torch_folder(str(folder)) as place:
+        read = load_file(Path(place) / "model.safetensors")
+    assert read.keys() == load_file(whole / "model.safetensors").keys()
+    assert all(torch.equal(read[name], value) for name, value in values.items())
 
-    model, _ = mlx_lm.load(str(tmp_path / "out"))
-    ids = torch.arange(4, 24)[None]
-    theirs = np.array(model(mx.array(ids.tolist())).astype(mx.float32))
-    with torch_folder(str(tmp_path / "out")) as place, torch.no_grad():
-        ours = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)(ids).logits.numpy()
-    assert np.abs(ours - theirs).max() < 0.05
+
+def test_what_mlx_packs_in_other_ways_is_refused(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    folder, _ = write_mlx(base, tmp_path / "mlx", 4)
+    for change, what in (({"mode": "mxfp4"}, "mode 'mxfp4'"), ({"bits": 6}, "6 bits"), ({"lm_head": {}}, "lm_head")):
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config["quantization"] = {"group_size": 64, "bits": 4, "mode": "affine"} | change
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(ModelError, match=f"quantised by MLX with .*{what}"):
+            compared(adapter, folder, base, rows)
 
 
 def dropped(base: Path, adapter: Path) -> Any:
@@ -178,13 +180,7 @@ def test_a_planted_fault_is_found_and_named(fault: str, form: str, base: Path, r
     adapter = make_adapter(base, tmp_path / "adapter", kind)
     whole = saved(make(base, adapter), base, tmp_path / "whole")
     if form == "mlx":  # what another converter did to it in 8 bits
-        from rightrank.models.formats import write_mlx
-
-        (tmp_path / "mlx").mkdir()
-        write_mlx(
-            AutoModelForCausalLM.from_pretrained(whole), AutoTokenizer.from_pretrained(whole), tmp_path / "mlx", "q8"
-        )
-        whole = tmp_path / "mlx"
+        whole, _ = write_mlx(whole, tmp_path / "mlx", 8)
     found = compared(adapter, whole, base, rows)
     assert found.verdict == "broken"
     assert found.cause is not None
@@ -272,10 +268,8 @@ def test_an_adapter_over_a_quantised_base(bits: str, base: Path, adapter: Path, 
 
 
 def test_an_adapter_over_another_form_of_its_base(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
-    from rightrank.models.formats import write_gguf
-
-    file = tmp_path / "base.gguf"
-    write_gguf(AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base), file, "q4_0")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    file = write_gguf(model, tokenizer, tmp_path / "base.gguf", "q4_0")
     found = compare(adapter, adapter, model=str(base), data=rows, base_b=str(file), settings=SETTINGS)
     assert 0 < abs(found.difference) < 0.5
 
@@ -284,29 +278,18 @@ def test_bad_input_is_one_line_and_nothing_is_lost(
     base: Path, adapter: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(SettingsError, match="--type 'q3': gguf is written as f32"):
-        export(adapter, "gguf", out, check=rows, kind="q3", settings=SETTINGS)
+    with pytest.raises(SettingsError, match="--type 'q3': merged is written as f32, bf16, f16"):
+        export(adapter, "merged", out, check=rows, kind="q3", settings=SETTINGS)
     with pytest.raises(DataError, match="give them with --check DATA"):
         export(adapter, "merged", out, settings=SETTINGS)
     with pytest.raises(SettingsError, match="give --out FOLDER"):
         export(adapter, "merged", check=rows, settings=SETTINGS)
     with monkeypatch.context() as patch:
-        patch.setattr("rightrank.interop.whole.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+        patch.setattr("rightrank.interop.merge.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
         with pytest.raises(RunError, match=r"the model needs .* and 1 B are free; make room"):
             export(adapter, "merged", out, check=rows, settings=SETTINGS)
     assert not out.exists()
     assert not list(tmp_path.glob("*tmp*"))
-
-
-def test_an_architecture_that_is_not_written_is_refused(tmp_path: Path, rows: Path) -> None:
-    from tests.adapters.adapters import make_base
-
-    base = make_base(tmp_path / "gpt2", "conv1d")
-    make_tokenizer().save_pretrained(base)
-    adapter = make_adapter(base, tmp_path / "adapter", "conv1d")
-    with pytest.raises(ModelError, match=r"GPT2LMHeadModel is not written as GGUF .*convert_hf_to_gguf"):
-        export(adapter, "gguf", tmp_path / "out", check=rows, settings=SETTINGS)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_half_written_folder_is_refused(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
