@@ -92,8 +92,7 @@ def watch_phases(moments: Moments) -> None:
     from rightrank.report.svg import write_figures
     from rightrank.runs.finish import hand_over
     from rightrank.runs.journal import Journal
-    from rightrank.train.checkpoints import save_checkpoint
-    from rightrank.train.optimizer import take_step
+    from rightrank.train.optimizer import save_checkpoint, take_step
     from rightrank.train.runtime import Runtime
 
     phases: dict[str, list[Callable[..., Any]]] = {

@@ -44,7 +44,7 @@ from rightrank.schema.trials import (
 from rightrank.search.bracket import outside_in
 from rightrank.search.history import Space, base_arm, space_of
 from rightrank.search.learning_rates import ANNEAL, LOOK
-from rightrank.train.checkpoints import load_checkpoint
+from rightrank.train.optimizer import load_checkpoint
 from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.tokens import encode
 

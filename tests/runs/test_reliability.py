@@ -32,7 +32,7 @@ from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFailed, TrialFinished, TrialStarted
 from rightrank.train import loop as training_loop
 from rightrank.train import trial as arm_training
-from rightrank.train.checkpoints import load_checkpoint
+from rightrank.train.optimizer import load_checkpoint
 from rightrank.train.trial import TrialFolders
 from tests.commands import SELECT, run, start, wait_for_trial
 from tests.helpers import make_runtime

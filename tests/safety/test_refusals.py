@@ -25,7 +25,7 @@ from rightrank.models.base_models import load_base
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import DataError, InputError, ModelError, ResultsError, RunFolderError, SettingsError
 from rightrank.schema.plan_settings import PlanSettings
-from rightrank.train.checkpoints import load_checkpoint
+from rightrank.train.optimizer import load_checkpoint
 from tests.report.runs import made_up_run
 from tests.tiny import ON_CPU, sentences, small_settings, write_jsonl
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rightrank.decision.comparison import bounds_of, bounds_of_files, estimate
-from rightrank.train.scores import exact_match, macro_f1, rouge_l, rouge_n, token_f1
+from rightrank.train.metrics import exact_match, macro_f1, rouge_l, rouge_n, token_f1
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ from rightrank.schema.results import AdapterComparison, ComparisonVerdict, Metri
 from rightrank.schema.settings import OF_SPLITS, SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.adapter_runtime import report_evaluations, require_base
-from rightrank.train.checkpoints import Progress
 from rightrank.train.evaluation import Measured, Scores
 from rightrank.train.metrics import measure, require_scorers
+from rightrank.train.optimizer import Progress
 from rightrank.train.runtime import Runtime, adapter_attached
 from rightrank.train.tokens import encode
 from rightrank.train.trial import finished

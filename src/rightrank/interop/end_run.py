@@ -46,10 +46,10 @@ from rightrank.search.bracket import truncation
 from rightrank.search.history import Requests, Space, Trials, space_of
 from rightrank.search.protocol import Strategy
 from rightrank.train.adapter_runtime import read_identity
-from rightrank.train.checkpoints import Progress
 from rightrank.train.covariances import Gathered
 from rightrank.train.device import peak_bytes
 from rightrank.train.evaluation import Measured, Scores
+from rightrank.train.optimizer import Progress
 from rightrank.train.targets import without_peft_noise
 from rightrank.train.trial import finished
 from rightrank.version import __version__

@@ -19,12 +19,11 @@ from rightrank.schema.errors import InterruptedRun, MetricError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, TrialStarted
 from rightrank.train.batches import Batch
-from rightrank.train.checkpoints import Progress
 from rightrank.train.covariances import ensure_moments
 from rightrank.train.device import free_memory, memory_permitting, peak_bytes, reset_peak
 from rightrank.train.metrics import measure
 from rightrank.train.multi_lora import MultiLora
-from rightrank.train.optimizer import take_step
+from rightrank.train.optimizer import Progress, take_step
 from rightrank.train.runtime import Runtime
 from rightrank.train.trial import ArmTraining, TrialFolders, adapter_name, evaluate_looks, finished
 

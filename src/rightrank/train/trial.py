@@ -23,11 +23,10 @@ from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.settings import LOOK_ITEMS
 from rightrank.schema.trials import EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
 from rightrank.train.batches import Batch
-from rightrank.train.checkpoints import Progress, load_checkpoint, save_checkpoint
 from rightrank.train.evaluation import Measured, Scores
 from rightrank.train.metrics import measure
 from rightrank.train.multi_lora import ArmBatch, MultiLora
-from rightrank.train.optimizer import ArmOptimizer, learning_rate_schedule
+from rightrank.train.optimizer import ArmOptimizer, Progress, learning_rate_schedule, load_checkpoint, save_checkpoint
 from rightrank.train.runtime import Runtime
 
 CHECKPOINT_SHARE = 0.015  # the largest share of the time that writing checkpoints may take
