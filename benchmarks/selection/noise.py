@@ -37,8 +37,6 @@ from benchmarks.selection.real_training import COMMON, LONG, Workshop, open_work
 from benchmarks.selection.study import run_study
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
-from rightrank.train import trial
-from rightrank.train.optimizer import ArmOptimizer
 from rightrank.train.runtime import Runtime
 
 HERE = Path(__file__).parent
@@ -118,7 +116,7 @@ def planted_rows() -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def batches_of(plan: Plan, steps: int) -> Iterator[None]:
-    """Within the block, a seed reads the batches that `plan` says, and running means are over the last tenth."""
+    """Within the block, a seed reads the batches that `plan` says."""
     plain = Runtime.batch_plan
 
     def ordered(self: Runtime, seed: int, wanted: int | None = None) -> list[list[int]]:
@@ -126,11 +124,7 @@ def batches_of(plan: Plan, steps: int) -> Iterator[None]:
         found = plain(self, source, wanted)
         return found[steps - 1 :: -1] + found[steps:] if reverse else found
 
-    def late(*arguments: Any) -> ArmOptimizer:
-        *others, after = arguments
-        return ArmOptimizer(*others, None if after is None else round((1 - LAST) * steps))
-
-    with patch.object(Runtime, "batch_plan", ordered), patch.object(trial, "ArmOptimizer", late):
+    with patch.object(Runtime, "batch_plan", ordered):
         yield
 
 
@@ -149,9 +143,6 @@ def real_losses(shop: Workshop, way: str) -> Losses:
         outcome = shop.outcomes[arm]
         assert isinstance(outcome, TrialFinished)
         found.setdefault("end", {}).setdefault(str(arm.rank), []).append(outcome.metrics["loss"])
-        if outcome.averaged_loss is not None:
-            means = found.setdefault("mean of the last tenth", {})
-            means.setdefault(str(arm.rank), []).append(outcome.averaged_loss)
     return found
 
 

@@ -2,7 +2,6 @@
 
     python -m benchmarks.selection.parts --out benchmarks/selection/parts.json
 
-means       the running mean of a look, whose loss counts where it is the lower one
 neighbours  the neighbouring learning rates of a rank below the top that does not hold
 stages      the checks at a quarter and at half for a loss that rises
 """
@@ -24,7 +23,6 @@ from benchmarks.selection.replay import Judged, replay_all
 from rightrank.search import STRATEGIES, learning_rates
 
 PARTS: dict[str, tuple[Any, str, Any]] = {
-    "means": (learning_rates, "_score", learning_rates._look_loss),
     "neighbours": (learning_rates, "_promising_neighbours", lambda *_: ()),
     "stages": (learning_rates, "STAGES", ()),
 }

@@ -273,7 +273,6 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
     name_of_metric = shop.settings.metric_name
     seeds = whole_seeds(shop)
     finished = [o for o in shop.outcomes.values() if isinstance(o, TrialFinished) and o.rank > 0 and o.seed in seeds]
-    looks = [o for o in finished if o.averaged_loss is not None and o.arm.anneal_from is None and horizon == 1.0]
     trained = [o for o in finished if o.truncate_from is None and o.arm.anneal_from is None]
     whole = sorted(
         (o for o in trained if (o.stop_at or o.steps) == wanted), key=lambda o: (o.rank, o.learning_rate, o.seed)
@@ -306,7 +305,6 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
         return [round(score, 3) for score in found[0]]
 
     grid = grid_of(whole, value_of)
-    averaged = grid_of(looks, lambda o: round(o.averaged_loss or 0.0, DIGITS))
     annealed = grid_of((o for o in finished if o.arm.anneal_from is not None), loss_of)
     base = shop.outcomes[base_arm(shop.settings.lora_alpha)]
     assert isinstance(base, TrialFinished)
@@ -330,7 +328,6 @@ def curve_of(name: str, shop: Workshop, horizon: float, extra: Mapping[str, obje
         "losses": {}
         if name_of_metric == "loss"
         else {f"{part:g}": grid_of(at(part), loss_of) for part in (*shop.checkpoints, 1.0)},
-        "averaged": {f"{LOOK:g}": averaged} if averaged else {},
         "annealed": {f"{LOOK:g}": annealed} if annealed else {},
         "truncation_grid": grid_of([*cuts, *tops], value_of),
         "truncation_items": grid_of(cuts, scores_of),

@@ -259,7 +259,6 @@ class TableRunner:
             **arm.model_dump(),
             value=value,
             metrics={metric: value} | ({} if loss is None else {"loss": loss}),
-            averaged_loss=self._averaged(arm),
             item_losses=items if is_loss else [],
             item_tokens=self._curve.item_tokens if items and is_loss else [],
             item_scores=items if items and not is_loss else None,
@@ -317,11 +316,6 @@ class TableRunner:
         if arm.anneal_from is not None:
             return _cell(curve.annealed.get(arm.anneal_from / arm.steps, {}), key)
         return _cell(curve.losses.get((arm.stop_at or arm.steps) / arm.steps, {}), key)
-
-    def _averaged(self, arm: Arm) -> float | None:
-        if arm.stop_at is None or arm.anneal_from is not None:
-            return None
-        return _cell(self._curve.averaged.get(arm.stop_at / arm.steps, {}), self._key(arm))
 
 
 def _cell(grid: SeedGrid, key: tuple[int, float, int]) -> float | None:

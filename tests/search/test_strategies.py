@@ -82,27 +82,6 @@ def test_a_look_far_behind_needs_no_annealed_copy() -> None:
     assert stages(known, 64, 3e-3) == {12}
 
 
-def test_the_running_mean_counts_where_it_is_lower() -> None:
-    """A high learning rate oscillates: its weights look bad and their mean is good."""
-
-    class Oscillates(World):
-        def loss(self, arm: Any) -> float:
-            return super().loss(arm) + (0.3 if arm.learning_rate > 2e-3 and self.is_look(arm) else 0.0)
-
-        def is_look(self, arm: Any) -> bool:
-            return arm.stop_at is not None and arm.anneal_from is None
-
-        def run(self, arm: Any) -> Any:
-            outcome = super().run(arm)
-            if isinstance(outcome, TrialFinished) and self.is_look(arm):
-                return outcome.model_copy(update={"averaged_loss": World.loss(self, arm)})
-            return outcome
-
-    strategy = STRATEGIES["bracket"](make_space())
-    known = run_all(strategy, Oscillates(best_learning_rate=2.4e-3))
-    assert recommend(strategy, known).learning_rate == 3e-3
-
-
 def test_a_lower_learning_rate_takes_over_where_the_winner_gets_worse() -> None:
     """On few examples a high learning rate is ahead early and overfits."""
 

@@ -54,7 +54,6 @@ def test_looks_score_the_first_examples_and_the_end_scores_all(
     look = run(runtime, "look", ARM.model_copy(update={"stop_at": 4}), tmp_path)
     assert look.item_tokens == whole.item_tokens[:5]
     assert look.value == pytest.approx(whole.points[1].value, rel=1e-6)
-    assert look.averaged_loss is not None
 
 
 def test_a_missing_checkpoint_costs_steps_and_changes_nothing(runtime: object, tmp_path: Path) -> None:
@@ -78,18 +77,6 @@ def test_an_annealed_copy_decays_and_leaves_the_training_as_it_is(runtime: objec
     assert not (tmp_path / "copy.safetensors").exists()  # nobody resumes from it
     second = run(runtime, "second", ARM.model_copy(update={"continue_from": "first"}), tmp_path, **parent)
     assert second.value == pytest.approx(whole.value, rel=1e-6)
-
-
-def test_an_early_look_also_measures_the_mean_of_its_second_half(runtime: object, tmp_path: Path) -> None:
-    look = run(runtime, "look", ARM.model_copy(update={"stop_at": 1}), tmp_path)
-    assert look.averaged_loss == pytest.approx(look.value, rel=1e-6)  # the mean of one step
-    later = run(runtime, "later", ARM.model_copy(update={"stop_at": 6}), tmp_path)
-    assert later.averaged_loss is not None
-    assert later.averaged_loss != pytest.approx(later.value, rel=1e-6)
-    stage = ARM.model_copy(update={"stop_at": 8, "continue_from": "later"})
-    resumed = run(runtime, "stage", stage, tmp_path, continue_from=tmp_path / "later.safetensors")
-    assert resumed.averaged_loss is None  # it would cost an evaluation, and nothing compares it
-    assert run(runtime, "whole", ARM, tmp_path).averaged_loss is None
 
 
 def test_a_truncation_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: Path) -> None:

@@ -158,8 +158,6 @@ class TrialFinished(ArmFields):
     truncation: Literal["svd", "kfac"] | None = None  # how an adapter was truncated; None: it was not
     kept_step: Whole | None = None  # of the best checkpoint, where that was kept; None: the last one
     value_metric: str | None = None  # of `value`, if not the deciding metric: early stopping measures no answers
-    # held-out, of the mean of A and of B over the second half of the steps; early looks
-    averaged_loss: float | None = None
     train_value: float | None  # mean training loss since the last point
     points: list[EvalPoint]
     trainable_parameters: Whole

@@ -1,14 +1,13 @@
 """The search for the learning rate of one rank, for about a third of a training beside the winner's own.
 
-Every learning rate that is tried is trained to an eighth of the full schedule (a *look*) and measured twice: as it is, and
-as the running mean of A and of B over the second half of its steps. The score is the lower of the two: current weights
-alone favor low learning rates, which oscillate less, and means alone favor high ones. Then two learning rates compare so:
+Every learning rate that is tried is trained to an eighth of the full schedule (a *look*) and measured. Then two compare so:
 
     ==============================================  =====================================================
-    the worse score is behind by                    then
+    the worse one is behind by                      then
     ==============================================  =====================================================
-    more than CLOSE of all that the better one has  the better score wins
-    learned since the base
+    more than CLOSE of all that the better one has  the better one wins
+    learned since the base (CLOSE_ABOVE, where it
+    is the higher one)
     less                                            both are copied with their optimizer state and annealed:
                                                     a linear decay to 0 over ANNEAL of the steps. The lower loss
                                                     wins, and the copies are thrown away
@@ -39,7 +38,7 @@ QUARTER, HALF = 0.25, 0.5  # parts of a training after which learning rates are 
 LOOK = 0.125  # of a training; earlier looks name a wrong learning rate
 ANNEAL = 0.05  # of a training
 CLOSE = 0.1  # of what the better learning rate has learned since the base
-CLOSE_WITHOUT_MEAN = 0.5  # the same for a higher learning rate of which only the current weights were measured
+CLOSE_ABOVE = 0.5  # the same for a higher learning rate, whose weights oscillate and look worse than they will end
 STAGES = (QUARTER, HALF)  # where the winner is checked for a loss that rises
 # A climb upward that gains more than this share of the loss is checked downward. On 16 published grids a higher learning
 # rate gained at most .026 where training worked, and .08 where the higher one was too high to train.
@@ -95,14 +94,12 @@ def _compare(trials: Trials, rank: int, pair: tuple[float, float], part: float) 
     """The better of two learning rates with a look at `part`; a look without a result loses."""
     space = trials.space
     looks = {lr: _early_arm(space, rank, lr, part) for lr in pair}
-    scores = {lr: score for lr, look in looks.items() if (score := _score(trials, look)) is not None}
+    scores = {lr: loss for lr, look in looks.items() if (loss := _look_loss(trials, look)) is not None}
     if len(scores) < 2:
         return next(iter(scores), None)
     better, worse = sorted(pair, key=lambda lr: (scores[lr], lr))
     base = _look_loss(trials, base_arm(space.lora_alpha))
-    worse_look = trials.finished(looks[worse])
-    has_mean = worse_look is not None and worse_look.averaged_loss is not None
-    close = CLOSE if has_mean or worse < better else CLOSE_WITHOUT_MEAN
+    close = CLOSE if worse < better else CLOSE_ABOVE
     if base is not None and scores[worse] - scores[better] > close * (base - scores[better]):
         return better
     copies = {lr: _annealed(trials, look) for lr, look in looks.items()}
@@ -241,7 +238,7 @@ def _train(trials: Trials, rank: int, learning_rate: float) -> Requests:
 def _challenge(trials: Trials, rank: int, holder: float, challenger: float) -> Requests:
     """Train `rank` at `challenger`, whole only if its look beats that of `holder`."""
     space = trials.space
-    looked = (part for part in (LOOK, QUARTER) if _score(trials, _early_arm(space, rank, holder, part)) is not None)
+    looked = (part for part in (LOOK, QUARTER) if trials.finished(_early_arm(space, rank, holder, part)) is not None)
     part = next(looked, None)
     if part is None or not _can_look(space):
         yield [space.arm(rank, challenger)]
@@ -367,17 +364,8 @@ def _resumed(trials: Trials, stopped: Arm, stop_at: int | None = None) -> Arm:
 
 def _is_worse_than_base(trials: Trials, look: Arm) -> bool:
     """Whether a look learned nothing. Learning rates that are too high to train level off, and a higher one may look better."""
-    base = _look_loss(trials, base_arm(trials.space.lora_alpha))
-    score = _score(trials, look)
-    return base is not None and score is not None and score > base
-
-
-def _score(trials: Trials, look: Arm) -> float | None:
-    """The lower of the loss and the loss of the running mean; None without a result."""
-    outcome, loss = trials.finished(look), _look_loss(trials, look)
-    if outcome is None or loss is None or outcome.averaged_loss is None:
-        return loss
-    return min(loss, outcome.averaged_loss)
+    base, loss = _look_loss(trials, base_arm(trials.space.lora_alpha)), _look_loss(trials, look)
+    return base is not None and loss is not None and loss > base
 
 
 def _look_loss(trials: Trials, look: Arm) -> float | None:

@@ -23,7 +23,7 @@ from rightrank.schema.trials import EvalPoint
 from rightrank.train.batches import Batch
 from rightrank.train.runtime import Runtime
 
-MEAN, MEAN_COUNT, BEST = "average.", "average_count", "best."  # of a checkpoint's tensors
+BEST = "best."  # of a checkpoint's tensors
 Schedule: TypeAlias = Callable[[int], float]  # the factor on the learning rate by step, counted from 0
 UNDECAYED = [
     r"bias",
@@ -70,16 +70,11 @@ class ArmOptimizer:
     _learning_rate: float  # what the schedule's factor multiplies
     _plan: Sequence[Sequence[int]]  # example indices of each step
     _schedule: Schedule
-    _mean_after: int | None = None  # the step after which the parameters are summed for their mean; None: not at all
 
     def __post_init__(self) -> None:
         self._parameters = list(self.named.values())
         self._optimizer = _make_optimizer(self._parameters, self._learning_rate, self._runtime)
         self.progress = Progress()
-        self.sums: dict[str, torch.Tensor] = {}  # of the parameters as they are after each step, in float32
-        if self._mean_after is not None:
-            self.sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in self.named.items()}
-        self.summed = 0  # steps in the sums
         self.best: Mapping[str, torch.Tensor] = {}  # the parameters at the best evaluation so far
         # Of the step under way:
         self.loss_sum = 0.0
@@ -109,10 +104,6 @@ class ArmOptimizer:
         self.progress.train_losses.append(self.loss_sum / self.labels)
         self.progress.step += 1
         self.progress.train_tokens += self._tokens
-        if self._mean_after is not None and self.progress.step > self._mean_after:
-            for name, value in self.named.items():
-                self.sums[name] += value.detach()
-            self.summed += 1
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those of a checkpoint."""
@@ -120,11 +111,7 @@ class ArmOptimizer:
         for index, parameter in enumerate(self._parameters):
             state = self._optimizer.state[parameter]
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-        tensors |= {f"{BEST}{name}": value for name, value in self.best.items()}
-        if self._mean_after is not None:
-            tensors |= {f"{MEAN}{name}": value for name, value in self.sums.items()}
-            tensors[MEAN_COUNT] = torch.tensor(self.summed)
-        return tensors
+        return tensors | {f"{BEST}{name}": value for name, value in self.best.items()}
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """A copy of them, outside the device."""
@@ -135,7 +122,7 @@ class ArmOptimizer:
         for name, value in self.named.items():
             value.copy_(parameters[name])
 
-    def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, with_mean: bool) -> None:
+    def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Continue from the tensors and the progress of a checkpoint."""
         self.put({name: tensors[f"parameter.{name}"] for name in self.named})
         self.best = {name: tensors[f"{BEST}{name}"] for name in self.named if f"{BEST}{name}" in tensors}
@@ -146,10 +133,6 @@ class ArmOptimizer:
                 key: value.to(parameter.device) if value.dim() > 0 or _is_fused(parameter) else value
                 for key, value in saved.items()
             }
-        if self._mean_after is not None and with_mean and MEAN_COUNT in tensors:
-            for name, value in self.sums.items():
-                value.copy_(tensors[f"{MEAN}{name}"])
-            self.summed = int(tensors[MEAN_COUNT])
         self.progress = Progress.model_validate(state)
 
 

@@ -73,9 +73,7 @@ class ArmTraining:
         named = multi_lora.add(self.adapter, arm, config)
         schedule = learning_rate_schedule(runtime.settings, arm.steps, arm.anneal_from, arm.stop_at)
         self._last_step = arm.end
-        has_mean = arm.stop_at is not None and arm.continue_from is None  # later stages compare no means
-        mean_after = self._last_step // 2 if has_mean else None
-        self.optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule, mean_after)
+        self.optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule)
         points = runtime.settings.eval_points
         self._evaluate_at = {max(1, round(arm.steps * number / points)) for number in range(1, points + 1)}
         self._saved = time.perf_counter()
@@ -86,8 +84,7 @@ class ArmTraining:
         self.ended: TrialDiverged | TrialFailed | None = None
         checkpoint = self._checkpoint()
         if checkpoint is not None:
-            tensors, state = checkpoint
-            self.optimizer.restore(tensors, state, with_mean=state["trial_id"] == self.trial.trial_id)
+            self.optimizer.restore(*checkpoint)
         elif truncated:
             set_peft_model_state_dict(multi_lora.peft_model, truncated, adapter_name=self.adapter)
 
@@ -217,15 +214,8 @@ class ArmTraining:
         Raises:
             MetricError: the deciding metric gave no score; the adapter is still on the base.
         """
-        arm, measured, averaged = self.trial.arm, Measured(), None
+        arm, measured = self.trial.arm, Measured()
         scores = self._evaluate() if self._scores is None else self._scores  # None: resumed at its last step
-        if self.optimizer.summed > 0:
-            last = self.optimizer.parameters()
-            self.optimizer.put({name: total / self.optimizer.summed for name, total in self.optimizer.sums.items()})
-            try:
-                averaged = self._evaluate().loss
-            finally:
-                self.optimizer.put(last)
         kept = self._take_best() if arm.is_direct and self.optimizer.best else None
         if arm.stop_at is None:
             scores = scores if kept is None else self._evaluate()
@@ -238,7 +228,6 @@ class ArmTraining:
         record = finished(self.trial, self._settings.metric_name, scores, measured, self.progress)
         return record.model_copy(
             update={
-                "averaged_loss": averaged,
                 "trainable_parameters": sum(parameter.numel() for parameter in self.optimizer.named.values()),
                 "peak_bytes": peak_bytes,
                 "adapters_per_pass": len(self.pass_ranks),
