@@ -572,24 +572,6 @@ def test_logits_that_the_model_changes_after_the_head_are_scored_whole(rows: Row
     assert found.losses[0] / found.tokens[0] == pytest.approx(float(model(**row).loss.detach()), rel=1e-4)
 
 
-def test_blocks_below_the_adapter_are_computed_once(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """And the answer is the same as where they are computed each time."""
-    model = peft_model(
-        model_folder, target_modules=["q_proj", "down_proj"], layers_to_transform=[2], init_lora_weights=False
-    )
-    batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[:40]]
-    calls: list[int] = []
-    handle = model.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
-    kept = measure(LiveAdapter(model, batches, margin=10.0), tmp_path / "kept")
-    assert len(calls) == len(batches) + 1  # the first is checked, once with its blocks
-    handle.remove()
-    handle = model.base_model.model.model.layers[0].register_forward_hook(lambda *_: None)  # then nothing is kept
-    whole = measure(LiveAdapter(model, batches, margin=10.0), tmp_path / "whole")
-    for one, other in zip(kept.answer.candidates, whole.answer.candidates, strict=True):
-        assert one.value == pytest.approx(other.value, abs=1e-6)
-    assert len(kept.answer.candidates) == 5
-
-
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_path: Path, metric: str) -> None:
     """With the trainer's own collator; the head is trained whole, and stays."""

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.tensor import DTensor
 
 from rightrank.data.token_store import IGNORED
@@ -31,8 +30,6 @@ from rightrank.train.loss import (
     own_pass_labels,
     with_adapter,
 )
-from rightrank.train.multi_lora import lora_modules
-from rightrank.train.prefix import find_blocks, frozen_blocks, output_of, returning
 
 Batch = Mapping[str, Any]  # as the trainer's collator makes it
 BETA = 0.1  # of preference pairs, as TRL's default
@@ -41,10 +38,9 @@ BETA = 0.1  # of preference pairs, as TRL's default
 FAILURES = (RightrankError, MemoryError, *LIBRARY_ERRORS)
 
 AGREED = "is_known_to_all"  # of an error: every process has raised
-KEPT_BYTES = 2**30  # hidden states that are kept between passes, at most
-ROUNDING = 1e-5  # relative: what a kept hidden state may change in a loss
 GROUP = "group"  # of a batch's rows: numbers that say which of all rows belong together
-NOT_FOR_THE_MODEL = (GROUP, "labels", "num_items_in_batch", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+REFERENCE = "ref_chosen_logps", "ref_rejected_logps"  # of TRL's batches of pairs
+NOT_FOR_THE_MODEL = (GROUP, "labels", "num_items_in_batch", "completion_mask")
 LIKELIHOOD = Likelihood(own_pass_labels)
 
 
@@ -58,7 +54,7 @@ class TrainerBatch:
     rows: torch.Tensor  # [s]: of each sequence
     is_pairs: bool
     groups: Sequence[int]  # of the batch's rows, or of its examples; empty where it says none
-    reference: torch.Tensor | None = None  # of pairs, once it is known
+    reference: torch.Tensor | None = None  # [s], of pairs
 
     @property
     def sequences(self) -> int:
@@ -108,7 +104,8 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
             "collator that makes a tensor of it, or save the adapter and use rightrank resize --data"
         )
     base, device = base_of(model), next(model.parameters()).device
-    tensors = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    given = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor) and key not in REFERENCE}
+    tensors = {key: value.to(device) for key, value in given.items()}
     inputs: dict[str, Any] = {key: value for key, value in tensors.items() if key not in NOT_FOR_THE_MODEL}
     if "use_cache" in inspect.signature(base.forward).parameters:
         inputs["use_cache"] = False
@@ -136,7 +133,8 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
         starts |= positions.expand(len(labels), -1) == 0
     labels = labels.masked_fill(starts, IGNORED)  # no example predicts the first token of the next one
     numbers = (starts.flatten().cumsum(0) - 1).view(labels.shape)
-    return TrainerBatch(inputs, labels, numbers, starts.nonzero()[:, 0], is_pairs, groups)
+    reference = torch.cat([batch[name] for name in REFERENCE]) if REFERENCE[0] in batch else None
+    return TrainerBatch(inputs, labels, numbers, starts.nonzero()[:, 0], is_pairs, groups, reference)
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -146,37 +144,31 @@ def _holds_tensor(value: Any) -> bool:
 
 def batch_loss(model: Any, batch: Batch, beta: float = BETA) -> BatchLoss:
     """The losses of one batch; `beta` is that of the loss of preference pairs, TRL's `sigmoid`."""
-    return with_reference(model, batch, read_batch(model, batch)).loss(model, beta)
+    return read_batch(model, with_reference(model, batch)).loss(model, beta)
 
 
 @torch.no_grad()
-def with_reference(model: Any, batch: Batch, rows: TrainerBatch) -> TrainerBatch:
+def with_reference(model: Any, batch: Batch) -> Batch:
     """Pairs with their log-probabilities under the reference: precomputed, of the adapter `ref`, or of the base."""
-    if not rows.is_pairs:
-        return rows
-    if "ref_chosen_logps" in batch:
-        return replace(rows, reference=torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]))
+    if "completion_mask" not in batch or REFERENCE[0] in batch:
+        return batch
     with with_adapter(model, "ref" if "ref" in model.peft_config else None):
-        return replace(rows, reference=-LIKELIHOOD(model, rows, 1.0).example_losses)
+        losses = LIKELIHOOD(model, read_batch(model, batch), 1.0).example_losses
+    return {**batch, **dict(zip(REFERENCE, (-losses).chunk(2), strict=True))}
 
 
 class HeldOutBatches:
     """Batches that one model scores again and again, with other LoRA factors each time.
 
-    What no factor changes is computed once: the hidden states below the first adapted block, and the reference of pairs. With several
-    processes each scores its share of the batches; where the model is sharded all of them call it equally often.
+    The reference of pairs, which no factor changes, is computed once. With several processes each scores its share of the batches; where
+    the model is sharded all of them call it equally often.
     """
 
     def __init__(self, model: Any, batches: Sequence[Batch], beta: float = BETA) -> None:
         self._model, self._beta = model, beta
-        self._batches = batches[process_index() :: world_size()]
+        self._batches = list(batches[process_index() :: world_size()])
         fewer = len(self._batches) < -(-len(batches) // world_size())
         self._in_step = batches[0] if fewer and is_sharded(model) else None
-        self._references: dict[int, torch.Tensor | None] = {}
-        self._lower = None if is_sharded(model) else _lower_blocks(model)
-        self._is_checked = False
-        # A module that is trained whole is off in the reference, whose lower blocks are then others.
-        self._shares_reference = not any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
 
     @torch.no_grad()
     def scores(self) -> Scores:
@@ -187,7 +179,9 @@ class HeldOutBatches:
         groups: list[int] = []
         with together():
             for number, batch in enumerate(self._batches):
-                rows, scored = self._scored(number, batch)
+                self._batches[number] = with_reference(self._model, batch)
+                rows = read_batch(self._model, self._batches[number])
+                scored = rows.loss(self._model, self._beta)
                 kept = scored.example_tokens.nonzero()[:, 0]
                 losses += scored.example_losses[kept].tolist()
                 tokens += scored.example_tokens[kept].tolist()
@@ -200,27 +194,6 @@ class HeldOutBatches:
         )
         by_example = {"accuracy": correct} if correct else {}
         return Scores(losses, tokens, by_example, groups if len(groups) == len(losses) else None)
-
-    def _scored(self, number: int, batch: Batch) -> tuple[TrainerBatch, BatchLoss]:
-        rows = read_batch(self._model, batch)
-        if number not in self._references:
-            with self._serving(number, rows) if rows.is_pairs and self._shares_reference else nullcontext():
-                self._references[number] = with_reference(self._model, batch, rows).reference
-        rows = replace(rows, reference=self._references[number])
-        with self._serving(number, rows):
-            scored = rows.loss(self._model, self._beta)
-        if self._lower is None or self._is_checked:
-            return rows, scored
-        self._is_checked = True
-        whole = rows.loss(self._model, self._beta)
-        with self._serving(number, rows):
-            again = rows.loss(self._model, self._beta)
-        if not torch.allclose(again.example_losses, whole.example_losses, rtol=ROUNDING, atol=ROUNDING):
-            self._lower = None  # the model's lower blocks do more than to pass hidden states on
-        return rows, whole
-
-    def _serving(self, number: int, rows: TrainerBatch) -> AbstractContextManager[None]:
-        return nullcontext() if self._lower is None else self._lower.serving(number, rows.inputs)
 
 
 @contextmanager
@@ -293,62 +266,3 @@ def gathered(model: Any) -> Iterator[None]:
     ]
     with import_module("deepspeed").zero.GatheredParameters(parts) if parts else nullcontext():
         yield
-
-
-def _lower_blocks(model: Any) -> _LowerBlocks | None:
-    """The blocks below the first adapted one; None where there are none, or where others have replaced or hooked
-    their passes."""
-    stack = find_blocks(model.get_base_model())
-    if stack is None:
-        return None
-    adapted, head = lora_modules(model), model.get_base_model().get_output_embeddings()
-    if any(not name.startswith(f"{stack[0]}.") and layer is not head for name, layer in adapted.items()):
-        return None  # a projector below the blocks, say
-    blocks = frozen_blocks(model.get_base_model(), list(adapted))
-    if not blocks or any(
-        "forward" in vars(block) or block._forward_pre_hooks or block._forward_hooks for block in blocks
-    ):
-        return None
-    return _LowerBlocks(model, blocks)
-
-
-def upper_share(model: Any) -> float:
-    """The share of a pass, by parameters, from the first adapted block on."""
-    stack, lower = find_blocks(model.get_base_model()), _lower_blocks(model)
-    if stack is None or lower is None:
-        return 1.0
-    head = model.get_base_model().get_output_embeddings()
-    whole = _size(stack[1]) + (0 if head is None else _size(head))
-    return 1 - sum(map(_size, lower.blocks)) / whole
-
-
-def _size(module: Any) -> int:
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
-
-
-class _LowerBlocks:
-    """The output of the last of some blocks, computed once for each batch number and kept."""
-
-    def __init__(self, model: Any, blocks: Sequence[Any]) -> None:
-        self._model, self.blocks = model, blocks
-        self._kept: dict[int, tuple[torch.Tensor, bool]] = {}  # hidden states, and whether the block returns a tuple
-        self._room = KEPT_BYTES
-
-    @contextmanager
-    def serving(self, number: int, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """In the block, a model's pass over batch `number` takes the kept output."""
-        if number not in self._kept and self._room > 0:
-            output = output_of(self._model, self.blocks, inputs)
-            hidden, *others = output if isinstance(output, tuple) else (output,)
-            self._room = (
-                0 if others else self._room - hidden.numel() * hidden.element_size()
-            )  # with attention weights, say
-            if self._room > 0:
-                self._kept[number] = hidden.cpu(), isinstance(output, tuple)
-        if number not in self._kept:
-            yield
-            return
-        hidden, is_tuple = self._kept[number]
-        hidden = hidden.to(next(self.blocks[-1].parameters()).device)
-        with returning(self.blocks, (hidden,) if is_tuple else hidden):
-            yield

@@ -40,7 +40,6 @@ from rightrank.adapters.live_scores import (
     process_index,
     read_batch,
     together,
-    upper_share,
 )
 from rightrank.data.token_store import IGNORED
 from rightrank.hooks.report import Report
@@ -257,10 +256,9 @@ class SmallestAdapter(TrainerCallback):
             if self.max_examples is None:
                 sample = _batches(rows[:MIN_EXAMPLES], loader, size)
                 passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
-                cost = (
-                    _tokens(sample) / min(len(rows), MIN_EXAMPLES) * (1 + (passes - 1) * (upper := upper_share(model)))
-                )
-                count = max(FEWEST, int((MAX_SHARE * tokens - moment_tokens) * (1 + upper) / cost))
+                cost = passes * _tokens(sample) / min(len(rows), MIN_EXAMPLES)
+                # A step of the training is two passes, forward and backward.
+                count = max(FEWEST, int(2 * (MAX_SHARE * tokens - moment_tokens) / cost))
             rows = _some(rows, count)
             groups = torch.split(torch.tensor(_groups(rows, self.group)), size)
             held_out = [

@@ -102,8 +102,14 @@ class FrozenPrefix:
         else:
             moved = [row.to(self._device) for row in rows]
             hidden = torch.cat([moved[number] for number in numbers])[None]
-        with returning(self._blocks, (hidden,) if self._returns_tuple else hidden):
+        output = (hidden,) if self._returns_tuple else hidden
+        for block in self._blocks:
+            block.forward = lambda *_, **__: output
+        try:
             yield
+        finally:
+            for block in self._blocks:
+                del block.forward
 
     @torch.no_grad()
     def _compute(self, model: Any, store: _Store, split: str, indices: Sequence[int]) -> None:
@@ -146,18 +152,6 @@ def output_of(model: Any, blocks: Sequence[Any], inputs: Mapping[str, Any]) -> A
         return reached.args[0]
     finally:
         handle.remove()
-
-
-@contextmanager
-def returning(blocks: Sequence[Any], output: Any) -> Iterator[None]:
-    """Within the block, each of some blocks of a model returns this in place of its own output."""
-    for block in blocks:
-        block.forward = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
 
 
 def find_blocks(model: Any) -> tuple[str, torch.nn.ModuleList] | None:
