@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from rightrank import TrialTask, select_rank_with
+from rightrank.runs.calls import call
 from rightrank.runs.journal import Journal
-from rightrank.schema.errors import AllTrialsFailedError, NotFiniteError, ReportError
+from rightrank.schema.errors import AllTrialsFailedError, NotFiniteError, ReportError, RunError
 from rightrank.schema.trials import TrialCollapsed
 from tests.tiny import sentences
 
@@ -132,15 +133,16 @@ def broken(completions: list[str], **_: Any) -> list[float]:
     ("reward", "error", "reason"),
     [
         (short, ReportError, "got 3 rewards for 4 completions"),
-        (nan, NotFiniteError, "step 0: reported nan"),
-        (broken, ZeroDivisionError, "no judge"),
+        (nan, NotFiniteError, "gave value = nan: Input should be a finite number"),
+        (broken, RunError, "raised ZeroDivisionError: no judge"),
     ],
 )
 def test_a_bad_reward_is_one_clear_line(
     model_folder: Path, tmp_path: Path, reward: Any, error: type[Exception], reason: str
 ) -> None:
-    with pytest.raises(error, match=reason):
-        grpo(model_folder, [reward])(task(tmp_path / "a"))
+    with pytest.raises(error, match=reason) as raised:
+        call(grpo(model_folder, [reward]), task(tmp_path / "a"))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_bad_reward_ends_the_selection_before_the_first_step_and_the_metric_is_named_by_the_function(

@@ -179,8 +179,8 @@ def test_a_bad_look_ends_its_trial_and_no_other(tmp_path: Path) -> None:
     select_rank_with(bad_in_every_way, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), metric="reward")
     outcomes = {one.rank: one for one in records_in(tmp_path / "run").outcomes}
     expected = {
-        2: (TrialDiverged, "step 2: reported nan"),
-        4: (TrialDiverged, "a point's score is not a finite number"),
+        2: (TrialDiverged, "train gave value = nan"),
+        4: (TrialDiverged, "train gave item_scores.0 = nan"),
         8: (TrialFailed, "train raised ZeroDivisionError: a reward of 1 / 0"),
     }
     assert {rank for rank in ranks if isinstance(outcomes[rank], TrialFinished)} == {1, 16}
@@ -204,5 +204,5 @@ def test_all_failed_is_one_line(tmp_path: Path) -> None:
         task.report(3, math.inf)
         return result(task)
 
-    with pytest.raises(AllTrialsFailedError, match="step 3: reported inf"):
+    with pytest.raises(AllTrialsFailedError, match="train gave value = inf: Input should be a finite number"):
         run(train, tmp_path / "run")

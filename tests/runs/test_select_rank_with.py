@@ -155,9 +155,9 @@ def gives(value: Any) -> Any:
         (gives([1.0]), "train returned list"),
         (gives({}), "train returned no 'loss' (it returned nothing)"),
         (gives({"eval_loss": 1.0}), "train returned no 'loss' (it returned 'eval_loss')"),
-        (gives({"loss": "1"}), "train returned 'loss': str '1'; return names with numbers"),
-        (gives({"loss": math.nan}), "loss is not a finite number"),
-        (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[1.0, math.inf])), "an example's score is not a finite"),
+        (gives({"loss": "low"}), "train gave metrics.loss = 'low': Input should be a valid number"),
+        (gives({"loss": math.nan}), "train gave metrics.loss = nan: Input should be a finite number"),
+        (lambda _: TrialResult(metrics={"loss": 1.0}, item_scores=[1.0, math.inf]), "train gave item_scores.1 = inf"),
         (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[])), "train returned 0 item_scores"),
         (gives(TrialResult(metrics={"loss": 1.0}, item_weights=[1.0])), "item_weights that do not match"),
         (gives(TrialResult(metrics={"loss": 1.0}, item_scores=[1.0], item_groups=[0, 1])), "item_groups that do not"),
@@ -174,13 +174,16 @@ def test_nonsense_is_one_clear_line(tmp_path: Path, train: Any, reason: str) -> 
     ("train", "reason"),
     [
         (gives(0.5), "train returned float 0.5; return a mapping such as {'loss': 1.23}, or a TrialResult"),
-        (lambda task: TrialResult(metrics={"loss": "low"}), "train made a TrialResult of metrics.loss = 'low'"),  # type: ignore[dict-item]
+        (lambda task: TrialResult(metrics={"loss": "low"}), "train gave metrics.loss = 'low': Input"),  # type: ignore[dict-item]
         (lambda task: TrialResult(metrics={"loss": 1.0}, scores=[1.0]), "the fields: metrics, item_scores,"),  # type: ignore[call-arg]
         (
             lambda task: task.report(1, {"loss": 1.0}),
-            "train reported the value as dict {'loss': 1.0}; report a number",
+            "train gave value = {'loss': 1.0}: Input should be a valid number",
         ),
-        (lambda task: task.report(1, 0.5, {"a": 0.5}), "train reported item_scores {'a': 0.5}; report one number for"),
+        (
+            lambda task: task.report(1, 0.5, {"a": 0.5}),
+            "train gave item_scores = {'a': 0.5}: Input should be a valid list",
+        ),
     ],
 )
 def test_a_wrong_result_ends_the_selection_after_the_first_training(tmp_path: Path, train: Any, reason: str) -> None:

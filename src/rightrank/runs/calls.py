@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import Field, ValidationError
 
-from rightrank.schema.errors import NotFiniteError, ReportError, quoted
+from rightrank.schema.errors import NotFiniteError, ReportError, RunError, quoted
 from rightrank.schema.trials import EvalPoint, Record, Whole
 
 
@@ -25,7 +24,8 @@ class TrialTask(Record):
     folder: Path  # exists; an adapter saved here is the result if the trial is chosen
     collapse_drop: float | None = None  # a fall of the held-out value by more than this is a collapse; None: not judged
 
-    _receive: Callable[[EvalPoint], None] | None = PrivateAttr(default=None)  # None: nobody listens
+    # What takes each report; None: nobody listens.
+    receive: Callable[[EvalPoint], None] | None = Field(default=None, exclude=True, repr=False)
 
     def report(self, step: int, value: float, item_scores: Sequence[float] | None = None) -> None:
         """Report the held-out value after `step` optimizer steps. It is in the journal at once.
@@ -37,38 +37,15 @@ class TrialTask(Record):
             item_scores: that metric for each validation example, the same examples at every look of every trial.
 
         Raises:
-            NotFiniteError: a value or a score is NaN or infinite. A function that lets it pass has diverged.
-            ReportError: a step, a value or scores that are no numbers.
+            ValueError: what is no finite number. A function that lets it pass ends its trial; with NaN or infinity it has diverged.
         """
-        step, value = int(_reported(step, "the step")), _reported(value, "the value")
-        if item_scores is not None and (isinstance(item_scores, str | dict) or not hasattr(item_scores, "__iter__")):
-            raise ReportError(
-                f"reported item_scores {quoted(item_scores)}; report one number for each example, or None"
-            )
-        scores = None if item_scores is None else [_reported(score, "a score") for score in item_scores]
-        bad = next((score for score in (float(value), *(scores or ())) if not math.isfinite(score)), None)
-        if bad is not None:
-            raise NotFiniteError(f"step {step}: reported {bad}; report finite numbers")
-        if self._receive is not None:
-            self._receive(EvalPoint(step=step, value=float(value), item_scores=scores))
-
-    def reporting_to(self, receive: Callable[[EvalPoint], None]) -> TrialTask:
-        """A copy of the task whose `report` calls `receive`."""
-        task = self.model_copy()
-        task._receive = receive
-        return task
-
-
-def _reported(value: Any, what: str) -> float:
-    if isinstance(value, str | bool) or not hasattr(value, "__float__"):
-        raise ReportError(f"reported {what} as {type(value).__name__} {quoted(value)}; report a number")
-    return float(value)
+        point = EvalPoint(step=step, value=value, item_scores=item_scores)
+        if self.receive is not None:
+            self.receive(point)
 
 
 class TrialResult(Record):
-    """What a custom trainer may return instead of a mapping of metrics. NaN counts as diverged."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+    """What a custom trainer may return instead of a mapping of metrics. A function that makes one of NaN has diverged."""
 
     metrics: dict[str, float]  # held-out; includes the deciding metric
     item_scores: list[float] | None = None  # that metric for each held-out example; the same examples in every trial
@@ -83,44 +60,35 @@ class TrialResult(Record):
     eval_seconds: float = 0.0
     peak_bytes: Whole = 0
 
-    def not_finite(self) -> str | None:
-        """The first of the values that is NaN or infinite; None where there is none."""
-        numbers = [*self.metrics.items(), *(("an example's score", score) for score in self.item_scores or [])]
-        numbers += [] if self.train_value is None else [("train_value", self.train_value)]
-        numbers += [("a point's value", point.value) for point in self.points]
-        numbers += [("a point's score", score) for point in self.points for score in point.item_scores or []]
-        return next((name for name, value in numbers if not math.isfinite(value)), None)
-
 
 TrainFunction: TypeAlias = Callable[[TrialTask], Mapping[str, float] | TrialResult]
 EvaluateFunction: TypeAlias = Callable[[Path, TrialTask], Mapping[str, float] | TrialResult]
 RESULT_RECORDS = ("TrialResult", "EvalPoint")
 
 
-class TrainerError(Exception):
-    """The function gave no usable result; the message says why, after the function's name."""
-
-
-CALL_ERRORS = (TrainerError, NotFiniteError, ReportError)  # what a call raises; with the last, the function is wrong
-
-
 def call(function: TrainFunction, task: TrialTask) -> object:
-    """What the function returns, unchecked; each of its errors as one of `CALL_ERRORS`."""
+    """What the function returns, a mapping as a `TrialResult`.
+
+    Raises:
+        NotFiniteError: a number that it reports or returns is NaN or infinite.
+        ReportError: it reports or returns no numbers; the function is wrong.
+        RunError: it raises another error.
+    """
     try:
-        return function(task)
+        returned = function(task)
+        return TrialResult(metrics=dict(returned)) if isinstance(returned, Mapping) else returned
     except (NotFiniteError, ReportError):
         raise
     except ValidationError as error:
         if error.title not in RESULT_RECORDS:
-            raise TrainerError(_raised(error)) from error
+            raise RunError(_raised(error)) from error
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "its fields"
         fields = f"; the fields: {', '.join(TrialResult.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise ReportError(
-            f"made a {error.title} of {place} = {quoted(first['input'])}: {first['msg']}{fields}"
-        ) from error
+        kind = NotFiniteError if first["type"] == "finite_number" else ReportError
+        raise kind(f"gave {place} = {quoted(first['input'])}: {first['msg']}{fields}") from error
     except Exception as error:
-        raise TrainerError(_raised(error)) from error
+        raise RunError(_raised(error)) from error
 
 
 def _raised(error: BaseException) -> str:
@@ -129,18 +97,11 @@ def _raised(error: BaseException) -> str:
 
 
 def parse_result(returned: object, metric: str, examples: int | None) -> TrialResult:
-    """Check what a function returned and convert it to a `TrialResult`.
+    """Check what a call returned.
 
     Raises:
-        ReportError: not a mapping of numbers, the metric is missing, or scores of other examples than before.
+        ReportError: no result, the metric is missing, or scores of other examples than before.
     """
-    if isinstance(returned, Mapping):
-        for name, value in returned.items():
-            if not isinstance(name, str) or isinstance(value, bool) or not hasattr(value, "__float__"):
-                raise ReportError(
-                    f"returned {name!r}: {type(value).__name__} {quoted(value)}; return names with numbers"
-                )
-        returned = TrialResult(metrics={name: float(value) for name, value in returned.items()})
     if not isinstance(returned, TrialResult):
         raise ReportError(
             f"returned {type(returned).__name__} {quoted(returned)}; return a mapping such as {{{metric!r}: 1.23}}, or a TrialResult"

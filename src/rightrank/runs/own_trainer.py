@@ -16,16 +16,7 @@ from typing import Literal, TypeAlias, TypedDict
 
 from rightrank.decision.collapse import DROP_IN_MARGINS, collapse_of
 from rightrank.decision.records import Records
-from rightrank.runs.calls import (
-    CALL_ERRORS,
-    EvaluateFunction,
-    TrainerError,
-    TrainFunction,
-    TrialResult,
-    TrialTask,
-    call,
-    parse_result,
-)
+from rightrank.runs.calls import EvaluateFunction, TrainFunction, TrialResult, TrialTask, call, parse_result
 from rightrank.runs.executor import Executor, Plan
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import (
@@ -34,6 +25,7 @@ from rightrank.schema.errors import (
     InterruptedRun,
     NotFiniteError,
     ReportError,
+    RightrankError,
     SettingsError,
     did_you_mean,
 )
@@ -57,7 +49,6 @@ from rightrank.search import make_strategy
 from rightrank.search.history import space_of
 from rightrank.version import __version__
 
-CALL_FAULTS = (*CALL_ERRORS, InputError)  # the last: there is no adapter that can be truncated
 _Called: TypeAlias = tuple[Trial, object, float]  # what the function returned, or the error that it raised; seconds
 
 
@@ -269,14 +260,15 @@ class _Executor:
             on_look(TrialLook(trial_id=trial.trial_id, **point.model_dump(exclude={"train_value"})))
 
         fields = arm.model_dump(include={"rank", "learning_rate", "lora_alpha", "seed", "steps"})
-        task = TrialTask(trial_id=trial.trial_id, folder=folder, collapse_drop=request.collapse_drop, **fields)
+        drop = request.collapse_drop
+        task = TrialTask(trial_id=trial.trial_id, folder=folder, collapse_drop=drop, receive=receive, **fields)
         begun = time.perf_counter()
         try:
             if arm.truncate_from is not None:
                 _write_truncated(self._folder, arm.truncate_from, trial)
             folder.mkdir(parents=True, exist_ok=True)
-            returned = call(request.functions[_function_of(arm)], task.reporting_to(receive))
-        except CALL_FAULTS as error:
+            returned = call(request.functions[_function_of(arm)], task)
+        except RightrankError as error:
             returned = error
         return trial, returned, time.perf_counter() - begun
 
@@ -286,20 +278,18 @@ class _Executor:
         looks, finished, name = records.looks.get(trial.trial_id, []), records.finished(), _function_of(trial.arm)
         examples = next((len(other.item_scores) for other in finished if other.item_scores), None)
         try:
-            if isinstance(returned, CALL_FAULTS):
+            if isinstance(returned, RightrankError):
                 raise returned
             result = parse_result(returned, request.metric, examples)
         except NotFiniteError as error:
-            return TrialDiverged(**trial.fields, step=looks[-1].step if looks else 0, reason=str(error))
-        except (TrainerError, ReportError, InputError) as error:
+            return TrialDiverged(**trial.fields, step=looks[-1].step if looks else 0, reason=f"{name} {error}")
+        except RightrankError as error:  # of `InputError`, there is no adapter that can be truncated
             reason = str(error) if isinstance(error, InputError) else f"{name} {error}"
             if isinstance(error, ReportError) and name not in {_function_of(other.arm) for other in finished}:
                 self._wrong = self._wrong or reason
             return TrialFailed(**trial.fields, error="error", reason=reason)
         by_step = {point.step: point for point in (*looks, *result.points)}  # one that was returned replaces a report
         result = result.model_copy(update={"points": [by_step[step] for step in sorted(by_step)]})
-        if (bad := result.not_finite()) is not None:
-            return TrialDiverged(**trial.fields, step=arm.steps, reason=f"{bad} is not a finite number")
         outcome = outcome_of(trial, result, request.metric, seconds)
         if (drop := request.collapse_drop) is not None and arm.rank > 0:
             ends = [(0, base) for base in finished if base.rank == 0] + [(arm.steps, outcome)]

@@ -122,9 +122,7 @@ def trial_id(context_fingerprint: str, arm: Arm) -> str:
 
 
 class EvalPoint(Record):
-    """The held-out value at a step of a training. A custom trainer's NaN means that the trial diverged."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+    """The held-out value at a step of a training. A custom trainer that makes one of NaN has diverged."""
 
     step: Whole
     value: float
