@@ -107,7 +107,7 @@ def test_an_adapter_active_beside_the_trained_one_is_refused(model_folder: Path,
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("default" in name)
     trainer = trainer_of(model, model_folder, tmp_path, Listed(rows[:40]), None, SmallestAdapter(Listed(rows[140:])))
-    assert "the adapter frozen is active beside 'default'" in refused(trainer, ModelError)
+    assert "the adapters default, frozen are active together" in refused(trainer, ModelError)
 
 
 @pytest.mark.parametrize("way", ["set_scale", "scale_layer", "config"])

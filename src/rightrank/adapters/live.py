@@ -25,12 +25,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rightrank.adapters.live_scores import BETA, Batch, batch_loss, is_partitioned, positions, together
 from rightrank.adapters.resize import candidate_ranks, require_plain_update
-from rightrank.data.files import write_text
 from rightrank.models.adapter_files import AdapterFolder, open_adapter, save_adapter
-from rightrank.models.base_models import base_identity
 from rightrank.models.kinds import kind_of
 from rightrank.models.kinds.linear import Linear
-from rightrank.models.places import BASE_FILE
 from rightrank.schema.errors import ModelError
 from rightrank.train.covariances import MOMENT_TOKENS, Gathered, gather_passes
 from rightrank.train.loss import with_adapter
@@ -57,21 +54,14 @@ class LiveAdapter:
     write_beside: Callable[[Path], object] | None = None  # writes the tokenizer into the adapter's folder
 
 
-def save_trained(live: LiveAdapter, folder: Path) -> AdapterFolder:
-    """The adapter as it was trained, with the tokenizer and what its base is known by beside it.
+def save_trained(model: Any, name: str, folder: Path) -> AdapterFolder:
+    """An adapter as it is in memory.
 
     Raises:
-        ModelError: what PEFT saves is another adapter than the one that was trained.
+        ModelError: what PEFT saves is another adapter, or none that can be truncated.
     """
-    name = base_name(live.model, live.name)
-    save_adapter(live.model, folder, name, live.name)
-    write_text(folder / BASE_FILE, base_identity(live.model.get_base_model(), name).content().decode())
-    if live.write_beside is not None:
-        live.write_beside(folder)
-    return _opened(live.model, live.name, folder)
-
-
-def _opened(model: Any, name: str, folder: Path) -> AdapterFolder:
+    base = model.peft_config[name].base_model_name_or_path or model.get_base_model().config.name_or_path
+    save_adapter(model, folder, base or "", name)
     adapter, layers = open_adapter(folder), lora_modules(model)
     require_plain_update(adapter)
     for module in adapter.modules:
@@ -94,29 +84,27 @@ def require_end(model: Any, ranks: Sequence[int] | None = None) -> str:
     name = trained_adapter(model)
     if not is_partitioned(model):  # a fresh process measures that
         with together(), tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
-            save_adapter(model, Path(folder) / "begin", "", name)
-            candidate_ranks(_opened(model, name, Path(folder) / "begin"), ranks)
+            candidate_ranks(save_trained(model, name, Path(folder) / "begin"), ranks)
     return name
 
 
-def base_name(model: Any, name: str) -> str:
-    """What the adapter calls its base, or the base itself; empty where it was made in memory."""
-    return str(model.peft_config[name].base_model_name_or_path or model.get_base_model().config.name_or_path or "")
+def trained_adapter(model: Any) -> str:
+    """The name of the adapter that trains, which is the only active one.
 
-
-def _require_truncatable(model: Any, name: str) -> None:
+    Raises:
+        ModelError: no PEFT model, several active adapters, another kind than LoRA of linear layers, a merged one, rank 1, or FSDP1.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    active: list[str] = sorted({name for layer in layers for name in layer.active_adapters}) or ["default"]
+    if len(active) > 1:
+        raise ModelError(
+            f"the adapters {', '.join(active)} are active together, so that each alone is another model than the trained one; one adapter is "
+            "truncated at a time: merge the others into the base, and train on that"
+        )
+    name = active[0]
     config = getattr(model, "peft_config", {}).get(name)
     if config is None:
-        raise ModelError(
-            f"the model has no PEFT adapter {name!r}; give a model that PEFT has wrapped, or the adapter's name"
-        )
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    active = {adapter for layer in layers for adapter in layer.active_adapters if name in layer.active_adapters}
-    if others := sorted(active - {name}):
-        raise ModelError(
-            f"the adapter {', '.join(others)} is active beside {name!r}, so that {name!r} alone is another model than the trained one; "
-            "merge it into the base, and train on that"
-        )
+        raise ModelError("the model has no PEFT adapter; give a model that PEFT has wrapped")
     modules = {module: layer for module, layer in lora_modules(model).items() if name in layer.r}
     odd = [module for module, layer in modules.items() if not isinstance(kind_of(layer), Linear)]
     if not modules or odd or config.use_dora:
@@ -132,29 +120,7 @@ def _require_truncatable(model: Any, name: str) -> None:
         raise ModelError(
             "FSDP1 holds the factors in flat parameters; shard by FSDP2 (fsdp_version 2), or use rightrank resize --data"
         )
-
-
-def trained_adapter(model: Any) -> str:
-    """The name of the adapter that trains: of several active ones, the one whose factors have gradients.
-
-    Raises:
-        ModelError: no PEFT model, several adapters that train or are active, another kind than LoRA of linear layers, a merged one, rank 1,
-            or FSDP1.
-    """
-    active = getattr(model, "active_adapters", None)
-    names = active if isinstance(active, list) else ["default"]
-    training = names
-    if len(names) > 1:
-        factors = [layer.lora_A for layer in lora_modules(model).values()]
-        training = [
-            name for name in names if any(name in factor and factor[name].weight.requires_grad for factor in factors)
-        ]
-    if len(training) != 1:
-        raise ModelError(
-            f"the adapters {', '.join(training or names)} train together; one adapter is truncated at a time"
-        )
-    _require_truncatable(model, training[0])
-    return training[0]
+    return name
 
 
 def put_in_place(model: Any, name: str, adapter: AdapterFolder) -> None:

@@ -22,7 +22,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from rightrank.adapters.live import LiveAdapter, as_it_came, base_name, gather, put_in_place, save_trained
+from rightrank.adapters.live import LiveAdapter, as_it_came, gather, put_in_place, save_trained
 from rightrank.adapters.live_scores import Batch, HeldOutBatches, gathered, is_of_classes, together
 from rightrank.adapters.resize import candidate_ranks, capped, write_truncated
 from rightrank.data.files import read_json_object, report_disk_errors, write_text
@@ -108,8 +108,12 @@ def begin_run(live: LiveAdapter, out: Path, training: Training) -> RunFolder:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     with folder.locked(), report_disk_errors(out):
         with gathered(live.model):
-            adapter = save_trained(live, folder.trial_adapter("trained"))
-        started = _started(live, training, candidate_ranks(adapter, live.ranks))
+            adapter = save_trained(live.model, live.name, folder.trial_adapter("trained"))
+            identity = base_identity(live.model.get_base_model(), adapter.base_model or "")
+        write_text(adapter.path / BASE_FILE, identity.content().decode())
+        if live.write_beside is not None:
+            live.write_beside(adapter.path)
+        started = _started(live, training, adapter)
         adapter.path.rename(folder.trial_adapter(_top(started, training.steps)))
         _keep(live, folder, training)
         folder.journal.append(started)
@@ -166,19 +170,20 @@ def _top(started: RunStarted, steps: int) -> str:
     return trial_id(started.fingerprint, top)
 
 
-def _started(live: LiveAdapter, training: Training, ranks: Sequence[int]) -> RunStarted:
+def _started(live: LiveAdapter, training: Training, adapter: AdapterFolder) -> RunStarted:
     base = live.model.get_base_model()
     batch, classes = live.held_out[0], None
     form: Literal["preference", "classification", "own"] = "preference" if "completion_mask" in batch else "own"
     if form == "own" and is_of_classes(batch):
         form, classes = "classification", [str(name) for _, name in sorted(base.config.id2label.items())]
+    ranks = candidate_ranks(adapter, live.ranks)
     given: dict[str, Any] = {"goal": "adapter", "metric": live.metric, "ranks": ranks}
     given |= {} if live.margin is None else {"margin": live.margin}
     settings = SelectSettings(**{**training.settings, **given})
     stated = {*training.settings, *given}
     values = {"trainer": "its own trainer", **settings.model_dump(mode="json", include=stated)}
-    values["model"] = base_name(live.model, live.name) or None
-    is_classifier = live.model.peft_config[live.name].task_type == "SEQ_CLS"
+    values["model"] = adapter.base_model
+    is_classifier = adapter.config["task_type"] == "SEQ_CLS"
     values["is_text"] = values["model"] is not None and (
         is_classifier if form == "classification" else base.can_generate()
     )

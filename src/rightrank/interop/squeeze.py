@@ -214,7 +214,7 @@ def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | No
             rank, notes, lower = measured.answer.rank, measured.notes, measured.folder.adapter
             before = open_adapter(measured.folder.trial_adapter(measured.answer.trained_id))
         else:
-            before, lower = save_trained(live, Path(working) / "trained"), Path(working) / "lower"
+            before, lower = save_trained(live.model, live.name, Path(working) / "trained"), Path(working) / "lower"
             with as_it_came(live.model, live.name):
                 gathered = gather(live)
             notes = gathered.notices
