@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import copy
 import gc
-import hashlib
 import logging
 import random
 import re
-import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
@@ -46,6 +44,7 @@ from rightrank.hooks.report import Report
 from rightrank.interop.end_run import KEPT, Ending, Training, begin_run, finish_run, measure_again, peak_so_far
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook
+from rightrank.schema.command import measure_command
 from rightrank.schema.configs import stated_settings
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError, RightrankError, SettingsError, first_line
@@ -221,7 +220,7 @@ class SmallestAdapter(TrainerCallback):
         except FAILURES as error:
             # What lies there before the run has begun is of an earlier training.
             has_begun = live is not None and (out / "cache" / KEPT).is_file()
-            again = f"; to measure again: {_command_to_measure(out)}" if has_begun else ""
+            again = f"; to measure again: {measure_command(str(out))}" if has_begun else ""
             log.warning("rightrank: no smaller adapter was looked for: %s%s", first_line(error), again)
         if self.result is not None and state.is_world_process_zero:
             self._report(self.result.answer)
@@ -250,13 +249,13 @@ class SmallestAdapter(TrainerCallback):
             random.Random(0).shuffle(train_rows)  # moments are read of the first ones
             # In evaluation mode no activation is recomputed, so a row at a time stays below the memory of checkpointed training.
             train = _batches(train_rows, loader, 1 if args.gradient_checkpointing else size)
-            tokens = trained * _tokens(train) / max(1, len(train_rows))
+            tokens = trained * sum(map(positions, train)) / max(1, len(train_rows))
             moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_SHARE * tokens)))
             rows, count = self._held_out, len(self._held_out)
             if self.max_examples is None:
                 sample = _batches(rows[:MIN_EXAMPLES], loader, size)
                 passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
-                cost = passes * _tokens(sample) / min(len(rows), MIN_EXAMPLES)
+                cost = passes * sum(map(positions, sample)) / min(len(rows), MIN_EXAMPLES)
                 # A step of the training is two passes, forward and backward.
                 count = max(FEWEST, int(2 * (MAX_SHARE * tokens - moment_tokens) / cost))
             rows = _some(rows, count)
@@ -286,7 +285,7 @@ def _ended(live: LiveAdapter, out: Path, training: Training, measures: bool = Tr
     with tempfile.TemporaryDirectory(prefix="rightrank-") as unused:
         with together():
             folder = begin_run(live, Path(unused) / "run" if process_index() else out, training)
-        command = _command_to_measure(out)
+        command = measure_command(str(out))
         if not measures or is_partitioned(live.model):
             log.log(level, "rightrank: kept what is measured with: %s", command)
             return None
@@ -303,10 +302,6 @@ def _ended(live: LiveAdapter, out: Path, training: Training, measures: bool = Tr
 def _hooks() -> list[Hook]:
     """What renders a selection; for the first process."""
     return [] if process_index() else [Report(), *plugins.listed(lambda plugin: plugin.hooks())]
-
-
-def _command_to_measure(out: Path) -> str:
-    return shlex.join(["python", "-m", "rightrank.interop.smallest", str(out)])
 
 
 def keep_smallest(
@@ -419,30 +414,21 @@ def _columns(train: Any) -> frozenset[str]:
     return frozenset(next((row for row in _some(train, 1) if isinstance(row, Mapping)), ()))
 
 
-def _content(row: Mapping[str, Any], columns: frozenset[str]) -> bytes:
+def _content(row: Mapping[str, Any], columns: frozenset[str]) -> int:
     """A hash of what makes two rows the same example: all bytes of its inputs."""
     names = [name for name in sorted(row) if not columns or name in columns]
     inputs = [name for name in names if not NOT_CONTENT.search(name)] or names
-    return _hash(repr([(name, _plain(row[name])) for name in inputs]).encode())
+    return hash(tuple((name, _plain(row[name])) for name in inputs))
 
 
-def _plain(value: Any) -> Any:
-    """A value whose text differs wherever its bytes do: of numbers in lists, arrays, tensors and images alike."""
+def _plain(value: Any) -> Hashable:
+    """A value that differs wherever its bytes do: of numbers in lists, arrays, tensors and images alike."""
     if isinstance(value, Mapping):
-        return [(name, _plain(value[name])) for name in sorted(value)]
+        return tuple((name, _plain(value[name])) for name in sorted(value))
     if isinstance(value, list | tuple) and not all(isinstance(part, int | float) for part in value):
-        return [_plain(part) for part in value]
+        return tuple(map(_plain, value))
     array = np.asarray(value.detach().cpu().double() if isinstance(value, torch.Tensor) else value)
-    is_numeric = array.dtype.kind in "biuf"
-    return (array.shape, _hash(array.astype(np.float64).tobytes())) if is_numeric else repr(value)
-
-
-def _hash(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _tokens(batches: Sequence[Batch]) -> int:
-    return sum(map(positions, batches))
+    return (array.shape, array.astype(np.float64).tobytes()) if array.dtype.kind in "biuf" else repr(value)
 
 
 def _batches(rows: Sequence[Mapping[str, Any]], loader: Any, size: int) -> list[Batch]:

@@ -14,6 +14,7 @@ from rightrank.report.answer import answer_view, labelled
 from rightrank.report.evidence_tables import cost_sentence
 from rightrank.report.format import quantity
 from rightrank.report.terminal import terminal_curve
+from rightrank.schema.command import measure_command
 from rightrank.schema.events import DecisionRecorded, JournalRecord, RunStarted
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import (
@@ -100,7 +101,7 @@ def _resume(started: RunStarted, run: str) -> str | None:
     """The command that resumes a run; the end of a training has one of its own, and a function is called again."""
     if not started.is_own:
         return shlex.join(["rightrank", "select", "--out", run])
-    return shlex.join(["python", "-m", "rightrank.interop.smallest", run]) if started.is_end else None
+    return measure_command(run) if started.is_end else None
 
 
 def _at_work(journal: Sequence[JournalRecord], records: Records) -> str | None:

@@ -25,6 +25,11 @@ def reproduce_command(model: str | None, data: str | None, settings: SelectSetti
     return shlex.join(["rightrank", "select", model, data, "--out", "run", *arguments])
 
 
+def measure_command(run: str) -> str:
+    """The command that measures the end of a training in a fresh process."""
+    return shlex.join(["python", "-m", "rightrank.interop.smallest", run])
+
+
 def set_arguments(settings: Mapping[str, Any]) -> list[str]:
     """Settings that are not as by default, for a command that takes them by `--set` alone."""
     rows = (
