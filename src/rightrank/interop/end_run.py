@@ -48,7 +48,7 @@ from rightrank.search.protocol import Strategy
 from rightrank.train.adapter_runtime import read_identity
 from rightrank.train.covariances import Gathered
 from rightrank.train.device import peak_bytes
-from rightrank.train.evaluation import Measured, Scores
+from rightrank.train.evaluation import Measured
 from rightrank.train.optimizer import Progress
 from rightrank.train.targets import without_peft_noise
 from rightrank.train.trial import finished
@@ -251,23 +251,18 @@ class _End(Hook):
             with together():
                 write_truncated(trained, target, capped(trained, arm.rank, moments), moments)
             put_in_place(self._live.model, self._live.name, open_adapter(target))
-            scores, changes = self._scores(f"rank {arm.rank}"), {"truncation": "kfac" if moments else "svd"}
+            changes = {"truncation": "kfac" if moments else "svd"}
         else:
             progress = Progress(step=training.steps, train_seconds=training.seconds or 0.0)
             size = sum(module.parameters for module in open_adapter(target).modules)
             changes = {"kept_step": training.kept_step, "trainable_parameters": size, "peak_bytes": training.peak_bytes}
-            scores = self._scores("as trained")
-        outcome = finished(trial, self._live.metric, scores, Measured(), progress)
-        return outcome.model_copy(update={"eval_seconds": time.monotonic() - begun, **changes})
-
-    def _scores(self, what: str) -> Scores:
-        """Of the model as it now is."""
         scores = self._held_out.scores()
         if not np.isfinite(scores.losses).all():
-            raise NotFiniteError(f"{what}: a held-out loss is NaN or infinite; the training may have diverged")
+            raise NotFiniteError(f"rank {arm.rank}: a held-out loss is NaN or infinite; the training may have diverged")
         if len(scores.losses) < 2:
             raise DataError("fewer than two held-out examples have a label; give more")
-        return scores
+        outcome = finished(trial, self._live.metric, scores, Measured(), progress)
+        return outcome.model_copy(update={"eval_seconds": time.monotonic() - begun, **changes})
 
     def on_adapter(self, answered: Answered) -> AdapterAnswer:
         """With the cost, and an estimate of the rank to train at."""
