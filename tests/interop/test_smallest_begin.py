@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, Trainin
 from rightrank import SmallestAdapter
 from rightrank.interop.end_run import measure_again
 from rightrank.schema.errors import DataError, InputError, ModelError, SettingsError
-from tests.interop.trainings import Listed, Rows, peft_model
+from tests.interop.trainings import Listed, OneShot, Rows, peft_model
 
 pytestmark = pytest.mark.trains
 
@@ -161,14 +161,6 @@ def test_reading_rows_changes_no_random_state(model_folder: Path, rows: Rows, tm
         weights.append(dict(model.named_parameters()))
     assert callbacks[0].result is not None
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-
-
-class OneShot(torch.utils.data.IterableDataset[Any]):
-    def __init__(self, rows: Rows) -> None:
-        self.left = iter(rows)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.left
 
 
 def test_an_iterable_that_is_read_once_loses_no_row(

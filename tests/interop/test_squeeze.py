@@ -24,7 +24,7 @@ from transformers import (
 from rightrank import Squeeze
 from rightrank.interop.squeeze import squeeze
 from rightrank.schema.errors import DataError, ModelError, SettingsError
-from tests.interop.trainings import Listed, Rows, peft_model
+from tests.interop.trainings import Listed, OneShot, Rows, peft_model
 from tests.tiny import write_pairs
 
 pytestmark = pytest.mark.trains
@@ -266,3 +266,17 @@ def test_a_training_with_lightning(model_folder: Path, rows: Rows, tmp_path: Pat
     assert model.peft_config["default"].r <= 8
     with pytest.raises(SettingsError, match="a rank or held-out batches"):
         fitted(peft_model(model_folder), LightningSqueeze(), batches, tmp_path)
+
+
+def test_an_iterable_that_is_read_once_loses_no_row(
+    model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A training that is cut reads the same rows as one that is not."""
+    left = []
+    for number, callbacks in enumerate(([], [Squeeze(rank=2)])):
+        trainer = trainer_of(peft_model(model_folder), model_folder, rows, tmp_path / str(number), callbacks)
+        trainer.train_dataset = train = OneShot(rows[:140])
+        trainer.train()
+        left.append(list(train.left))
+    assert left[0] == left[1] != []
+    assert "truncated by singular values" in caplog.text

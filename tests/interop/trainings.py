@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +29,13 @@ def peft_model(folder: Path, **changes: Any) -> Any:
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = LoraConfig(**{"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.1} | changes)
     return get_peft_model(base, config)
+
+
+class OneShot(torch.utils.data.IterableDataset[Any]):
+    """Rows that can be read once."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.left = iter(rows)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.left

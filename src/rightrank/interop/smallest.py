@@ -152,7 +152,7 @@ class SmallestAdapter(TrainerCallback):
         if isinstance(rows, Mapping):
             raise DataError(f"SmallestAdapter: {len(rows)} held-out sets ({', '.join(rows)}); give one of them")
         count = self.max_examples or MOST
-        held_out = _some(rows, count, is_own)
+        held_out = some_rows(rows, count, is_own)
         if len(held_out) < 2:
             raise DataError(
                 "SmallestAdapter has no held-out rows that can be read twice: give the trainer an eval_dataset with a length, or "
@@ -164,7 +164,7 @@ class SmallestAdapter(TrainerCallback):
                 count,
             )
         columns = _columns(self._loaders["train_dataloader"].dataset)
-        train = _some(self._loaders["train_dataloader"].dataset, COMPARED_ROWS)
+        train = some_rows(self._loaders["train_dataloader"].dataset, COMPARED_ROWS)
         if odd := next((row for row in [*held_out, *train[:1]] if not isinstance(row, Mapping)), None):
             raise DataError(
                 f"SmallestAdapter: a row is a {type(odd).__name__}; give rows that are mappings, with input_ids and labels"
@@ -189,6 +189,8 @@ class SmallestAdapter(TrainerCallback):
             DataError: the collator's batches give no loss by example.
             SettingsError: the metric has no value by example.
         """
+        if not self._held_out:
+            return  # nothing is measured
         loader = self._loaders["train_dataloader"]
         try:
             batch = _batches(self._held_out[:2], loader, 2)[0]
@@ -245,25 +247,26 @@ class SmallestAdapter(TrainerCallback):
         steps = state.global_step - self._first_step
         trained = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         with as_it_came(model, name, loader.dataset, loader.collate_fn):  # which may draw random numbers
-            train_rows = _some(loader.dataset, 64 * size)
+            train_rows = some_rows(loader.dataset, 64 * size)
             random.Random(0).shuffle(train_rows)  # moments are read of the first ones
             # In evaluation mode no activation is recomputed, so a row at a time stays below the memory of checkpointed training.
             train = _batches(train_rows, loader, 1 if args.gradient_checkpointing else size)
             tokens = trained * sum(map(positions, train)) / max(1, len(train_rows))
             moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_SHARE * tokens)))
             rows, count = self._held_out, len(self._held_out)
-            if self.max_examples is None:
+            if self.max_examples is None and rows:
                 sample = _batches(rows[:MIN_EXAMPLES], loader, size)
                 passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
                 cost = passes * sum(map(positions, sample)) / min(len(rows), MIN_EXAMPLES)
                 # A step of the training is two passes, forward and backward.
                 count = max(FEWEST, int(2 * (MAX_SHARE * tokens - moment_tokens) / cost))
-            rows = _some(rows, count)
-            groups = torch.split(torch.tensor(_groups(rows, self.group)), size)
+            rows = some_rows(rows, count)
+            groups = torch.tensor(_groups(rows, self.group))
             held_out = [
-                {**batch, GROUP: part} for batch, part in zip(_batches(rows, loader, size), groups, strict=True)
+                {**batch, GROUP: groups[place * size : (place + 1) * size]}
+                for place, batch in enumerate(_batches(rows, loader, size))
             ]
-        beta = _beta(args, held_out[0])
+        beta = _beta(args, (held_out or train or [{}])[0])
         write = getattr(self._loaders.get("processing_class"), "save_pretrained", None)
         return LiveAdapter(
             model, held_out, train, self.margin, self.ranks, name, self.metric, beta, moment_tokens, write
@@ -398,7 +401,7 @@ def _stated(live: LiveAdapter, args: TrainingArguments | None) -> tuple[dict[str
     return stated, [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
 
 
-def _some(rows: Any, count: int, is_own: bool = False) -> list[Any]:
+def some_rows(rows: Any, count: int, is_own: bool = False) -> list[Any]:
     """Rows at even distances, since a data set may be in the order of its classes or topics; the first ones of an iterable.
 
     None of one that is read by another too, and can't be read again, as an iterable of `datasets` can.
@@ -411,7 +414,7 @@ def _some(rows: Any, count: int, is_own: bool = False) -> list[Any]:
 
 def _columns(train: Any) -> frozenset[str]:
     """The columns that reach the collator in training; empty where they are not known."""
-    return frozenset(next((row for row in _some(train, 1) if isinstance(row, Mapping)), ()))
+    return frozenset(next((row for row in some_rows(train, 1) if isinstance(row, Mapping)), ()))
 
 
 def _content(row: Mapping[str, Any], columns: frozenset[str]) -> int:

@@ -26,7 +26,7 @@ from rightrank.adapters.live import LiveAdapter, as_it_came, gather, require_end
 from rightrank.adapters.live_scores import Batch, is_sharded, world_size
 from rightrank.adapters.resize import capped, write_truncated
 from rightrank.interop.end_run import Ending, measure
-from rightrank.interop.smallest import MOMENT_BATCHES, SmallestAdapter, checked
+from rightrank.interop.smallest import MOMENT_BATCHES, SmallestAdapter, checked, some_rows
 from rightrank.models.adapter_files import PREFIX, AdapterFolder, open_adapter
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.train.multi_lora import lora_modules
@@ -79,10 +79,10 @@ class Squeeze(SmallestAdapter):
         super().on_train_begin(args, state, control, **kwargs)
 
     def _rows_to_score(self, rows: Any, is_own: bool) -> Sequence[Mapping[str, Any]]:
-        """The held-out rows; where the rank is given nothing is measured, and the training's own first rows stand for them."""
+        """The held-out rows; where the rank is given nothing is measured, and the training's own stand for them, if they can be read again."""
         if self.rank is None:
             return super()._rows_to_score(rows, is_own)
-        return list(islice(iter(self._loaders["train_dataloader"].dataset), 2))
+        return some_rows(self._loaders["train_dataloader"].dataset, 2)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self._is_training or state.global_step != self._step:
