@@ -25,9 +25,8 @@ from typing import Any
 
 from tests.tiny import UNMEASURED
 
-from rightrank.decision.collapse import DROP_IN_MARGINS, collapse_of
 from rightrank.decision.rule import decision_of
-from rightrank.decision.table import best_point, table_of, without_collapsing
+from rightrank.decision.table import DROP_IN_MARGINS, best_point, collapse_of, table_of, without_collapsing
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.settings import PROFILES

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.rl import simulated
 from benchmarks.rl.replay import MODEL, RESULTS, common_rates, early_leader, live_grid, public_grid, replay, study
 
-from rightrank.decision.collapse import collapse_of
+from rightrank.decision.table import collapse_of
 
 
 def test_the_stored_case_is_decided_as_stored() -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from click.testing import CliRunner
 
 from rightrank.cli import cli
-from rightrank.cli.run_commands import TARGETS as OFFERED
-from rightrank.interop.exports import TARGETS, WHOLE
+from rightrank.interop.exports import MERGED, TARGETS
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
+from tests.commands import COMMANDS
 
 
 def test_every_target_is_offered() -> None:
-    assert set(OFFERED) == {*TARGETS, *WHOLE}
+    (option,) = (option for option in COMMANDS["export"].params if option.name == "to")
+    assert set(re.findall(r"\w+", option.help)) == {*TARGETS, MERGED, "or"}
 
 
 def test_an_unknown_setting_is_answered_with_the_nearest_names() -> None:

@@ -132,8 +132,8 @@ def test_a_custom_trainer_has_no_commands_and_without_a_decision_there_are_none(
 def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
     records = made_up_run((1, 4, 16), (1e-3,))
     base, one, four, sixteen = records.finished()
-    outcomes = [base, one.model_copy(update={"steps": 10}), four.model_copy(update={"steps": 20}), sixteen]
-    (found,) = [one for one in decide_run(records, outcomes).next_runs if one.action == "steps"]
+    records.outcomes[:] = [base, one.model_copy(update={"steps": 10}), four.model_copy(update={"steps": 20}), sixteen]
+    (found,) = [one for one in decide_run(records).next_runs if one.action == "steps"]
     assert (found.ranks, found.steps, found.trials) == ([1, 4], sixteen.steps, 2)
     assert found.sentence == (
         f"Train ranks 1 and 4 for {sixteen.steps} steps too (2 trainings): trainings of unequal length are compared."

@@ -152,12 +152,13 @@ def test_a_run_is_decided_at_its_own_margin_and_kind_of_loss() -> None:
         assert decide_run(other).margin == pytest.approx(margin, rel=0.01)
 
 
-def test_outcomes_may_be_given() -> None:
+def test_a_decision_so_far_needs_two_ranks() -> None:
     records = made_up_run((1, 4, 16))
-    few = [outcome for outcome in records.outcomes if outcome.rank < 16]
-    assert [evidence.rank for evidence in decide_run(records, few).ranks] == [0, 1, 4]
-    assert decision_so_far(records, [outcome for outcome in few if outcome.rank < 4]) is None
-    assert decision_so_far(records, few) == decide_run(records, few)
+    records.outcomes[:] = [outcome for outcome in records.outcomes if outcome.rank < 16]
+    assert [evidence.rank for evidence in decide_run(records).ranks] == [0, 1, 4]
+    assert decision_so_far(records) == decide_run(records)
+    records.outcomes[:] = [outcome for outcome in records.outcomes if outcome.rank < 4]
+    assert decision_so_far(records) is None
 
 
 def test_accuracy_is_read_from_the_correct_examples() -> None:

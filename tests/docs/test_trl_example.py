@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rightrank import TrialTask, select_rank_with
+from rightrank import EvalPoint, TrialTask, select_rank_with
 from rightrank.runs.calls import call
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import AllTrialsFailedError, NotFiniteError, ReportError, RunError
@@ -115,6 +115,25 @@ def test_a_run_that_collapses_ends_there_and_has_no_result(model_folder: Path, t
     collapsed = [record for record in journal if isinstance(record, TrialCollapsed)]
     assert {record.rank for record in collapsed} == {1, 2}
     assert all(record.step < 40 for record in collapsed)
+
+
+@pytest.mark.parametrize(
+    ("values", "stops"),
+    [
+        ((0.18, 0.83, 0.51, 0.47, 0.82), False),  # a published run that recovers
+        ((0.18, 0.83, 0.51, 0.47), False),
+        ((0.2, 0.8, 0.45, 0.3), True),
+        ((0.2, 0.8, 0.7, 0.3, 0.3), True),
+        ((0.18, 0.86, 0.78, 0.77), False),
+        ((0.18, 0.82, 0.1), False),
+        ((0.18, 0.82, 0.1, 0.05), True),
+        ((0.37, 0.0), False),
+        ((0.37, 0.0, 0.0), True),
+    ],
+)
+def test_a_run_stops_early_after_two_looks_far_below(values: tuple[float, ...], stops: bool) -> None:
+    points = [EvalPoint(step=step, value=value) for step, value in enumerate(values)]
+    assert runpy.run_path(str(EXAMPLES / "trl_grpo.py"))["should_stop_early"](points, 0.05) is stops
 
 
 def short(completions: list[str], **_: Any) -> list[float]:

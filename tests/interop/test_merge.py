@@ -234,6 +234,13 @@ def test_the_command_checks_on_the_run_s_own_test_split(
     assert answer["check"]["comparisons"][0]["data"] == TEST_SPLIT
     assert answer["check"]["examples"] > 2
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "run", "--to", "merged", "--set", "seq_len=8"])
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == "rightrank: run: a run has its own settings; leave them out, or give an adapter folder\n"
+    )
 
 
 def test_a_fault_ends_the_command_with_status_3(

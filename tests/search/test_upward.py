@@ -8,9 +8,8 @@ import random
 import pytest
 from benchmarks.selection.tables import recommend
 
-from rightrank.decision.collapse import collapse_of, should_stop_early
 from rightrank.decision.seeds import detectable_difference, needed_seeds
-from rightrank.decision.table import without_collapsing
+from rightrank.decision.table import collapse_of, without_collapsing
 from rightrank.schema.trials import Arm, EvalPoint, TrialCollapsed, TrialFinished, TrialOutcome
 from rightrank.search.history import Space
 from rightrank.search.upward import Upward
@@ -160,25 +159,6 @@ def test_a_fall_within_the_noise_of_few_prompts_is_no_collapse() -> None:
 def test_a_collapse_is_more_than_three_standard_errors(scores: list[list[float]], collapses: bool) -> None:
     best, last = (sum(values) / len(values) for values in scores)
     assert (collapse_of(points(best, last, scores=scores), 0.05) is not None) is collapses
-
-
-@pytest.mark.parametrize(
-    ("values", "stops"),
-    [
-        ((0.18, 0.83, 0.51, 0.47, 0.82), False),  # a published run that recovers
-        ((0.18, 0.83, 0.51, 0.47), False),
-        ((0.2, 0.8, 0.45, 0.3), True),
-        ((0.2, 0.8, 0.7, 0.3, 0.3), True),
-        ((0.18, 0.86, 0.78, 0.77), False),
-        ((0.18, 0.82, 0.1), False),
-        ((0.18, 0.82, 0.1, 0.05), True),
-        ((0.37, 0.0), False),
-        ((0.37, 0.0, 0.0), True),
-    ],
-)
-def test_a_run_stops_early_after_two_looks_far_below(values: tuple[float, ...], stops: bool) -> None:
-    assert should_stop_early(points(*values), 0.05) is stops
-    assert should_stop_early(points(*(-value for value in values)), 0.05, higher_is_better=False) is stops
 
 
 def test_seeds_that_agree_exactly_measure_no_noise() -> None:

@@ -137,30 +137,38 @@ def export(
         RunError: the hub can't be reached, or refuses the upload.
     """
     from rightrank.interop.exports import MERGED, absolute, require_target, write_export
+    from rightrank.interop.recipe import recipe_of
 
     require_target(to)
     if push_to_hub is not None and to != "peft":
         raise SettingsError(f"push_to_hub uploads an adapter with its card; it goes with peft, not {to}")
     files = [Path(check)] if isinstance(check, str | Path) else list(map(Path, check))
+    is_adapter = (Path(run) / CONFIG_FILE).is_file()
     if to != MERGED and (files or kind or base):
         raise SettingsError(f"--to {to}: check, type and base go with {MERGED}; leave them out")
+    if settings is not None and not is_adapter:
+        raise SettingsError(f"{run}: a run has its own settings; leave them out, or give an adapter folder")
+    if is_adapter and to != MERGED:
+        raise RunFolderError(f"{run}: an adapter folder, of which {MERGED} is made; for {to} give a run folder")
     if out is not None:
         require_absent(Path(out))
-    if (Path(run) / CONFIG_FILE).is_file():
-        if to != MERGED:
-            raise RunFolderError(f"{run}: an adapter folder, of which {MERGED} is made; for {to} give a run folder")
-        return _merge_adapter(Path(run), out, files, kind, base, settings or SelectSettings(), on_event)
-    from rightrank.interop.recipe import recipe_of
-
-    folder, journal, records = _opened(run, settled=False)
-    recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
-    place = folder.path / "exports" / to if out is None else Path(out)
-    with report_disk_errors(folder.path):
+    if is_adapter:
+        base = base or read_json_object(Path(run) / CONFIG_FILE).get("base_model_name_or_path")
+        if out is None or base is None:
+            raise SettingsError(f"{run}: an adapter folder; give --out FOLDER, and --base MODEL where it names none")
+        place = Path(out)
+        source: tuple[Path, str, SelectSettings, str | None] = Path(run), base, settings or SelectSettings(), None
+    else:
+        folder, journal, records = _opened(run, settled=False)
+        recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
+        place = folder.path / "exports" / to if out is None else Path(out)
+        model, data = (absolute(name, recipe.adapter) for name in (base or recipe.model, recipe.data))
+        source = recipe.adapter, model, recipe.settings, data
+    with report_disk_errors(place):
         if to == MERGED:
             from rightrank.interop.merge import Merge, write_merged
 
-            model, data = (absolute(name, recipe.adapter) for name in (base or recipe.model, recipe.data))
-            return write_merged(Merge(recipe.adapter, model, recipe.settings, kind, files, data, on_event), place)
+            return write_merged(Merge(*source, kind or "f32", files, on_event), place)
         exported = write_export(to, recipe, place)
     return exported if push_to_hub is None else replace(exported, address=_uploaded(exported.folder, push_to_hub))
 
@@ -183,25 +191,6 @@ def _uploaded(adapter: Path, repo_id: str) -> str:
             f"{repo_id}: not uploaded ({first_line(error)}); the files are in {adapter}: try again"
         ) from None
     return f"{hub.endpoint}/{made}"
-
-
-def _merge_adapter(
-    adapter: Path,
-    out: str | Path | None,
-    files: Sequence[Path],
-    kind: str | None,
-    base: str | None,
-    settings: SelectSettings,
-    on_event: Callable[[Evaluating], None],
-) -> Exported:
-    """A merged model from an adapter of no run."""
-    from rightrank.interop.merge import Merge, write_merged
-
-    named = read_json_object(adapter / CONFIG_FILE).get("base_model_name_or_path")
-    if out is None or (base or named) is None:
-        raise SettingsError(f"{adapter}: an adapter folder; give --out FOLDER, and --base MODEL where it names none")
-    with report_disk_errors(Path(out)):
-        return write_merged(Merge(adapter, base or str(named), settings, kind, files, None, on_event), Path(out))
 
 
 def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: Records) -> TrialFinished:

@@ -28,9 +28,6 @@ def _status(run: Path, as_json: bool) -> None:
     click.echo(status.model_dump_json() if as_json else status_lines(status, shutil.get_terminal_size().columns))
 
 
-TARGETS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "vllm", "merged")
-
-
 @click.command(
     "report", short_help="Write the report and figures of a run again.", epilog="Example: rightrank report run"
 )
@@ -54,7 +51,7 @@ def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
     epilog="Example: rightrank export run --to axolotl",
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--to", required=True, help=f"{', '.join(TARGETS[:-1])}, or {TARGETS[-1]}.")
+@click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, vllm, or merged.")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="peft: upload it with its card; a new repository is private.")
 @click.option(

@@ -88,10 +88,20 @@ def _select(
 
 def _print_selected(selected: Selected, as_json: bool) -> None:
     """Print the answer; a fault in its text is one line, as the run is complete by then."""
+    from rightrank.report.answer import labelled
     from rightrank.runs.hook import FailingAs
 
     with FailingAs("the text of the answer"):
-        (_print_json if as_json else _print_answer)(selected)
+        assert selected.adapter is not None
+        if not as_json:
+            click.echo("\n".join(["", *labelled(selected.view.rows(), 9)]))
+            click.echo(
+                f"\nreport:  {selected.report}\nadapter: {selected.adapter.path}  (rank {selected.adapter.rank})"
+            )
+            return
+        places = {"run": selected.run, "adapter": selected.adapter.path, "report": selected.report}
+        further = {"next_command": selected.next_command} | {name: str(place) for name, place in places.items()}
+        click.echo(json.dumps(selected.answers.document() | further))
 
 
 def _dry_run(model: str, data: Path, values: dict[str, Any], as_json: bool) -> None:
@@ -150,28 +160,6 @@ def _watched(run: Callable[[list[Hook]], Selected], quiet: bool, out: Path, log_
             kind = TerminatedRun if stop.terminated else InterruptedRun
             command = shlex.join(click.get_current_context().find_root().obj or ["rightrank"])  # as it was typed
             raise kind(f"{stopped}; run the same command again to resume {out}: {command}") from None
-
-
-def _print_json(selected: Selected) -> None:
-    click.echo(
-        json.dumps(
-            selected.answers.document()
-            | {
-                "next_command": selected.next_command,
-                "run": str(selected.run),
-                "adapter": str(selected.adapter and selected.adapter.path),
-                "report": str(selected.report),
-            }
-        )
-    )
-
-
-def _print_answer(selected: Selected) -> None:
-    from rightrank.report.answer import labelled
-
-    click.echo("\n".join(["", *labelled(selected.view.rows(), 9)]))
-    assert selected.adapter is not None
-    click.echo(f"\nreport:  {selected.report}\nadapter: {selected.adapter.path}  (rank {selected.adapter.rank})")
 
 
 COMMANDS = (_select, _demo)

@@ -114,14 +114,13 @@ def settled_start(journal: Sequence[JournalRecord]) -> RunStarted:
     return started.model_copy(update=update) if update else started
 
 
-def decide_run(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> Decision:
-    """The decision on `outcomes` at the margin and by the metric of the run. `outcomes` defaults to `comparable(records)`.
+def decide_run(records: Records) -> Decision:
+    """The decision at the margin and by the metric of the run.
 
     Raises:
         ResultsError: fewer than two ranks have a finished trial.
     """
-    outcomes = comparable(records) if outcomes is None else outcomes
-    return decide_on(records, outcomes, records.started.metric, records.settings.margin)
+    return decide_on(records, comparable(records), records.started.metric, records.settings.margin)
 
 
 def decide_on(
@@ -205,10 +204,10 @@ def best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished
     return min(trials, key=lambda trial: (sign * trial.value, trial.seed))
 
 
-def decision_so_far(records: Records, outcomes: Sequence[TrialOutcome] | None = None) -> Decision | None:
+def decision_so_far(records: Records) -> Decision | None:
     """The decision, or None while fewer than two ranks have a result."""
     try:
-        return decide_run(records, outcomes)
+        return decide_run(records)
     except ResultsError:
         return None
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,6 +31,8 @@ from rightrank.schema.trials import (
 )
 
 SPREAD_MARGINS = 10.0  # a difference of one example that is named: the mean of a rare one is within the margin
+DROP_IN_MARGINS = 2.5  # the fall that counts as a collapse: five points at a margin of two
+SURE_DEVIATIONS = 3.0  # of the paired fall over examples: the best of several looks is optimistic by about two
 RIDGE = 1e-4  # keeps seed effects at 0 where the seeds that rows share do not determine them
 
 
@@ -430,6 +432,28 @@ def best_point(points: Sequence[EvalPoint], higher_is_better: bool) -> EvalPoint
     """The look with the best value; the earliest of equal ones."""
     sign = -1.0 if higher_is_better else 1.0
     return min(points, key=lambda point: (sign * point.value, point.step))
+
+
+def collapse_of(points: Sequence[EvalPoint], drop: float, higher_is_better: bool = True) -> dict[str, Any] | None:
+    """The collapse that the looks of a training show at their end, as fields of `TrialCollapsed`; None if there is none.
+
+    The last value is worse than the best one by more than `drop` and, where both looks have scores of the same examples, by
+    more than `SURE_DEVIATIONS` standard errors of their paired difference.
+    """
+    if len(points) < 2:
+        return None
+    ordered = sorted(points, key=lambda point: point.step)
+    best, last = best_point(ordered, higher_is_better), ordered[-1]
+    fall = (best.value - last.value) * (1.0 if higher_is_better else -1.0)
+    left, right = best.item_scores or [], last.item_scores or []
+    noise = 0.0  # the standard error of the mean paired difference
+    if len(left) == len(right) >= 2:
+        noise = float(np.std(np.subtract(left, right), ddof=1) / np.sqrt(len(left)))
+    if fall <= max(drop, SURE_DEVIATIONS * noise):
+        return None
+    told = f"the held-out value fell from {best.value:.4g} at step {best.step} to {last.value:.4g} at step {last.step}"
+    at = {"step": last.step, "value": last.value, "best_step": best.step, "best_value": best.value}
+    return {**at, "reason": told}
 
 
 def collapsing_cells(outcomes: Collection[TrialOutcome]) -> set[tuple[int, float]]:

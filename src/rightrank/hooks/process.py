@@ -47,15 +47,12 @@ class JsonLog(Hook):
             case TimeExpected():
                 self._write("time", expected_seconds=event.expected_seconds)
             case StepDone() | Evaluating():
-                self._write_step(event)
+                is_last = event.step == event.steps if isinstance(event, StepDone) else event.items == event.of_items
+                if is_last or time.monotonic() - self._last_step >= 1:
+                    self._last_step = time.monotonic()
+                    self._write(event.type, **_fields(event))
             case _ if isinstance(event, LOGGED_WHOLE):
                 self._write(event.type, **_fields(event))
-
-    def _write_step(self, event: StepDone | Evaluating) -> None:
-        is_last = event.step == event.steps if isinstance(event, StepDone) else event.items == event.of_items
-        if is_last or time.monotonic() - self._last_step >= 1:
-            self._last_step = time.monotonic()
-            self._write(event.type, **_fields(event))
 
     def _write(self, name: str, **values: Any) -> None:
         line = {"event": name, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), **values}

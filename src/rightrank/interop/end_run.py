@@ -23,7 +23,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from rightrank.adapters.live import LiveAdapter, as_it_came, gather, put_in_place, save_trained
-from rightrank.adapters.live_scores import Batch, HeldOutBatches, gathered, is_of_classes, together
+from rightrank.adapters.live_scores import HeldOutBatches, gathered, is_of_classes, together
 from rightrank.adapters.resize import candidate_ranks, capped, write_truncated
 from rightrank.data.files import read_json_object, report_disk_errors, write_text
 from rightrank.decision.adapter import adapter_answer, probable_ranks
@@ -334,8 +334,12 @@ def measure_again(out: Path, hooks: Sequence[Hook] = ()) -> str:
     base = _base(started.model_name or "", folder, asked, adapter)
     with without_peft_noise():
         model: Any = PeftModel.from_pretrained(base, str(adapter.path))
-    batches = _read_batches(folder.cache / "batches.safetensors")
-    live = LiveAdapter(model, batches["held_out"], batches.get("train", ()), **asked["live"])
+    splits: dict[str, dict[int, dict[str, torch.Tensor]]] = {"held_out": {}, "train": {}}
+    for name, tensor in load_file(folder.cache / "batches.safetensors").items():
+        split, number, key = name.split(".", 2)
+        splits[split].setdefault(int(number), {})[key] = tensor
+    held_out, train = ([batches[number] for number in sorted(batches)] for batches in splits.values())
+    live = LiveAdapter(model, held_out, train, **asked["live"])
     ending = finish_run(live, folder, training, hooks)
     return f"{ending.answer.sentence} {folder.adapter}\n{ending.answer.notes[-1]}"
 
@@ -353,11 +357,3 @@ def _base(name: str, folder: RunFolder, asked: Mapping[str, Any], adapter: Adapt
     if difference is not None:
         raise ModelError(f"{name}: this is not the base that was trained on ({difference})")
     return base
-
-
-def _read_batches(file: Path) -> dict[str, list[Batch]]:
-    splits: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
-    for name, tensor in load_file(file).items():
-        split, number, key = name.split(".", 2)
-        splits.setdefault(split, {}).setdefault(int(number), {})[key] = tensor
-    return {split: [batches[number] for number in sorted(batches)] for split, batches in splits.items()}

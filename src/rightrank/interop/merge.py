@@ -38,9 +38,9 @@ class Merge:
     adapter: Path
     base: str
     settings: SelectSettings  # with which base and rows are read, the metric and the margin
-    kind: str | None  # of the values, of `TYPES`; None: f32
-    check: Sequence[Path]  # held-out rows; empty: the test split of `data`
     data: str | None  # of the adapter's run
+    kind: str  # of the values, of `TYPES`
+    check: Sequence[Path]  # held-out rows; empty: the test split of `data`
     on_event: Callable[[Evaluating], None]
 
 
@@ -53,14 +53,13 @@ def write_merged(merge: Merge, folder: Path) -> Exported:
         DataError: rows that can't be used.
         RunError: the disk is full; what was there before stays.
     """
-    kind = merge.kind or "f32"
-    if kind not in TYPES:
-        raise SettingsError(f"--type {kind!r}: {MERGED} is written as {', '.join(TYPES)}")
+    if merge.kind not in TYPES:
+        raise SettingsError(f"--type {merge.kind!r}: {MERGED} is written as {', '.join(TYPES)}")
     rows, splits = merge.check, None
     if not rows:
         splits, rows = _test_split(merge), [Path(TEST_SPLIT)]
     with replacing_folder(folder) as temporary:
-        _write(merge, TYPES[kind], temporary)
+        _write(merge, TYPES[merge.kind], temporary)
     comparison = compare_adapters(
         (str(merge.adapter), str(folder)), merge.base, rows, merge.settings, merge.on_event, of_run=splits
     )
@@ -68,7 +67,7 @@ def write_merged(merge: Merge, folder: Path) -> Exported:
     check = comparison.model_dump(mode="json")
     exported = Exported(MERGED, folder, files, "vllm serve .", [comparison.sentence], check)
     write_text(folder / "export.json", json.dumps(asdict(exported) | {"folder": str(folder)}, indent=1) + "\n")
-    write_text(folder / "README.md", _card(kind, merge, comparison.sentence))
+    write_text(folder / "README.md", _card(merge, comparison.sentence))
     return exported
 
 
@@ -114,8 +113,8 @@ def _test_split(merge: Merge) -> DataSplits:
     return replace(splits, examples={"train": rows, "selection": rows, "test": rows})
 
 
-def _card(kind: str, merge: Merge, sentence: str) -> str:
+def _card(merge: Merge, sentence: str) -> str:
     return (
-        f"---\nbase_model: {merge.base}\ntags: [rightrank, {MERGED}]\n---\n\n# {Path(merge.base).name} with an adapter, {MERGED} in {kind}\n\n"
+        f"---\nbase_model: {merge.base}\ntags: [rightrank, {MERGED}]\n---\n\n# {Path(merge.base).name} with an adapter, {MERGED} in {merge.kind}\n\n"
         f"Compared with the adapter over its base, on {', '.join(map(str, merge.check)) or TEST_SPLIT}:\n\n> {sentence}\n"
     )

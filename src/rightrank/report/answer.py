@@ -10,7 +10,7 @@ from itertools import zip_longest
 from rightrank.decision.records import Answers
 from rightrank.decision.sentences import number
 from rightrank.report.format import quantity, visible
-from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver, MetricAnswer
+from rightrank.schema.decision import Decision, HandedOver, MetricAnswer
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +99,12 @@ def _adapter_notes(answers: Answers) -> list[str]:
     return [
         f"It was {answers.making}." if answers.making else "",
         f"It loads as rank {handed_over.loads_as}." if handed_over.loads_as else "",
-        _top_text(answer) if answer.keeps_the_top else "",
-        _test_text(handed_over),
-    ]
-
-
-def _top_text(answer: AdapterAnswer) -> str:
-    """What would show whether a larger top is better, where even its largest truncation loses more than the margin."""
-    return (
         f"Rank {answer.rank} is the largest that was trained, so a larger one may be better: --extend trains rank "
         f"{2 * answer.rank} too, for about the price of this answer."
-    )
+        if answer.keeps_the_top
+        else "",
+        _test_text(handed_over),
+    ]
 
 
 def _test_text(handed_over: HandedOver) -> str:

@@ -142,16 +142,15 @@ def _rank_at(steps: Sequence[tuple[float, int]], margin: float) -> int:
     return next(rank for needed, rank in reversed(steps) if needed <= margin)
 
 
-def _margin_range(decision: Decision) -> tuple[float, float]:
-    """The interesting margins: from below the first step to above the one at which the smallest rank is enough."""
-    needed = [margin for margin, _ in margin_steps(decision) if margin > 0]
-    return min([decision.margin / 5, *(m / 2 for m in needed)]), max([decision.margin * 5, *(m * 2 for m in needed)])
-
-
 def _staircase_figure(decision: Decision) -> Figure:
     """Margin → rank as a staircase."""
     steps = margin_steps(decision)
-    low, high = _margin_range(decision)
+    needed = [margin for margin, _ in steps if margin > 0]
+    # From below the first step to above the one at which the smallest rank is enough.
+    low, high = (
+        min([decision.margin / 5, *(m / 2 for m in needed)]),
+        max([decision.margin * 5, *(m * 2 for m in needed)]),
+    )
     corners = [(low, _rank_at(steps, low))] + [step for step in steps if low < step[0] < high]
     corners.append((high, _rank_at(steps, high)))
     ranks = sorted({rank for _, rank in corners})

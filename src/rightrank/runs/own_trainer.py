@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal, TypeAlias, TypedDict
 
-from rightrank.decision.collapse import DROP_IN_MARGINS, collapse_of
 from rightrank.decision.records import Records
+from rightrank.decision.table import DROP_IN_MARGINS, collapse_of
 from rightrank.runs.calls import EvaluateFunction, TrainFunction, TrialResult, TrialTask, call, parse_result
 from rightrank.runs.executor import Executor, Plan
 from rightrank.runs.folder import RunFolder

@@ -1,4 +1,4 @@
-"""The search for the learning rate of one rank, for about a third of a training beside the winner's own.
+"""The search for the learning rate of one rank, for about two fifths of a training beside the winner's own.
 
 Every learning rate that is tried is trained to an eighth of the full schedule (a *look*) and measured. Then two compare so:
 

@@ -14,7 +14,7 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -134,7 +134,7 @@ def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Mea
 
     Args:
         split: the examples to answer.
-        keep: a file for the answers.
+        keep: a file for the answers, one JSON object a line: item_id, prompt, completion, expected.
     """
     specs = [spec for spec in runtime.settings.metric_specs if not spec.is_measured_along]
     measured = Measured()
@@ -142,7 +142,9 @@ def measure(runtime: Runtime, split: SplitName, keep: Path | None = None) -> Mea
         return measured
     answered = answers(runtime, split)
     if keep is not None and answered:
-        _write_answers(answered, keep)
+        with replacing(keep) as temporary:
+            lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answered)
+            temporary.write_text("".join(lines), encoding="utf-8")
     for spec in specs:
         try:
             scored = score(spec, answered)
@@ -198,13 +200,6 @@ def require_scorers(settings: SelectSettings) -> None:
     for spec in settings.metric_specs:
         if spec.kind == "function":
             _function(spec)
-
-
-def _write_answers(answered: Iterable[ModelAnswer], path: Path) -> None:
-    """Write one JSON object per line: item_id, prompt, completion, expected."""
-    with replacing(path) as temporary:
-        lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answered)
-        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def _returned(spec: MetricSpec, answered: Sequence[ModelAnswer]) -> Any:
