@@ -85,13 +85,8 @@ def _resize(
     """Write ADAPTER to OUT at another rank and report the truncation error."""
     from rightrank.api import adapters as api
 
-    needing = {
-        "--margin": margin,
-        "--ranks": ranks,
-        "--set": assignments,
-        "--train": rule["train"],
-        "--base": rule["base"],
-    }
+    needing = {"--margin": margin, "--ranks": ranks, "--set": assignments}
+    needing |= {f"--{name}": rule[name] for name in ("train", "base")}
     alone = next((option for option, value in needing.items() if value), None)
     if alone is not None and rule["data"] is None:
         raise SettingsError(f"{alone} goes with --data FILE, which was not given; give both, or leave it out")
@@ -132,15 +127,7 @@ def progress_view(quiet: bool, log_json: bool = False) -> AbstractContextManager
     type=click.Path(path_type=Path),
     help="Held-out rows; all are read. May be repeated.",
 )
-@setting_options(
-    SelectSettings,
-    "margin",
-    "metric",
-    "metrics",
-    "columns",
-    "seq_len",
-    "device",
-)
+@setting_options(SelectSettings, "margin", "metric", "metrics", "columns", "seq_len", "device")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")

@@ -22,14 +22,7 @@ from rightrank.decision.comparison import (
     settles,
 )
 from rightrank.decision.evidence import Comparison, Evidence
-from rightrank.decision.verdicts import (
-    inconclusive_rank,
-    is_unlikely,
-    lengths,
-    names,
-    possible_rival,
-    shown_rank,
-)
+from rightrank.decision.verdicts import inconclusive_rank, is_unlikely, lengths, names, possible_rival, shown_rank
 from rightrank.schema.decision import Decision, NextRun, Verdict
 from rightrank.schema.events import RunStarted
 from rightrank.schema.settings import MAX_SEED

@@ -11,13 +11,7 @@ from rightrank.decision.rule import ASKED_CONFIDENCE, decision_of
 from rightrank.decision.table import ScoreTable, table_of, without_collapsing
 from rightrank.schema.decision import AdapterCandidate, Decision, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
-from rightrank.schema.events import (
-    AdapterRecorded,
-    JournalRecord,
-    RunContinued,
-    RunStarted,
-    TestEvaluated,
-)
+from rightrank.schema.events import AdapterRecorded, JournalRecord, RunContinued, RunStarted, TestEvaluated
 from rightrank.schema.metrics import REPORTED_ONLY, Checkpoint, unknown_direction
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import (

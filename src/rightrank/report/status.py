@@ -17,11 +17,7 @@ from rightrank.report.terminal import terminal_curve
 from rightrank.schema.command import measure_command
 from rightrank.schema.events import DecisionRecorded, JournalRecord, RunStarted
 from rightrank.schema.settings import Goal
-from rightrank.schema.trials import (
-    OUTCOMES,
-    Record,
-    TrialStarted,
-)
+from rightrank.schema.trials import OUTCOMES, Record, TrialStarted
 
 NO_ANSWER = "no answer yet"
 STALE_SECONDS = 600  # an older progress file belongs to a process that ended, or to one very long step

@@ -30,13 +30,7 @@ from rightrank.schema.errors import (
     RunFolderError,
     SettingsError,
 )
-from rightrank.schema.events import (
-    JournalRecord,
-    RunContinued,
-    RunStarted,
-    RunStopped,
-    SelectionPlanned,
-)
+from rightrank.schema.events import JournalRecord, RunContinued, RunStarted, RunStopped, SelectionPlanned
 from rightrank.schema.settings import CONTINUABLE, SelectSettings, settings_of_identity
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, trial_id
 

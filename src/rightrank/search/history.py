@@ -13,13 +13,7 @@ import numpy as np
 from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import Bounds, Estimate, bounds_of, estimate, is_within, span_of, walk_down
 from rightrank.decision.seeds import MIN_EXAMPLES, NOISE, NOISE_DEGREES, probability_within
-from rightrank.decision.table import (
-    adjusted_means,
-    best_learning_rate,
-    collapsing_cells,
-    groups_of,
-    of_shared_seeds,
-)
+from rightrank.decision.table import adjusted_means, best_learning_rate, collapsing_cells, groups_of, of_shared_seeds
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.metrics import LossKind, MetricKind, default_margin, metric_kind

@@ -25,13 +25,8 @@ from rightrank.train.runtime import Runtime
 
 BEST = "best."  # of a checkpoint's tensors
 Schedule: TypeAlias = Callable[[int], float]  # the factor on the learning rate by step, counted from 0
-UNDECAYED = [
-    r"bias",
-    r"layernorm",
-    r"rmsnorm",
-    r"(?:^|\.)norm(?:$|\.)",
-    r"_norm(?:$|\.)",
-]  # as in transformers' Trainer
+# As in transformers' Trainer.
+UNDECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 Pass: TypeAlias = Callable[[Sequence[Batch], int], Sequence[torch.Tensor]]
 
 
