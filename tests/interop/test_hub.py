@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 
 import rightrank
 from rightrank.cli import cli
-from rightrank.cli.run_commands import TARGETS
+from rightrank.interop.exports import TARGETS
 from rightrank.schema.errors import RunError, SettingsError
 from tests.tiny import save_tiny_llama, small_settings, write_completions
 
@@ -112,7 +112,7 @@ def test_the_command_uploads_and_says_where(hub: type[Hub], run: Path) -> None:
     assert "adapter_model.safetensors" in hub.files
 
 
-@pytest.mark.parametrize("target", [target for target in TARGETS if target != "peft"])
+@pytest.mark.parametrize("target", ["merged", *(target for target in TARGETS if target != "peft")])
 def test_settings_of_a_trainer_are_not_uploaded(run: Path, target: str) -> None:
     done = CliRunner().invoke(cli, ["export", str(run), "--to", target, "--push-to-hub", "me/small"])
     assert (done.exit_code, "goes with peft" in str(done.exception)) == (1, True)  # main() turns it into status 2

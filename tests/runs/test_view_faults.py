@@ -28,7 +28,7 @@ VIEWS = [
     "rightrank.runs.finish.answers",
     "rightrank.runs.finish.compared",
     "rightrank.runs.finish.next_commands",
-    "rightrank.cli.select._print_answer",
+    "rightrank.report.answer.labelled",
 ]
 FAULTS = [StopIteration(), KeyError("x"), ZeroDivisionError("division by zero"), AttributeError("no such field")]
 
