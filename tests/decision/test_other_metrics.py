@@ -118,3 +118,16 @@ def test_the_other_columns_of_a_table_are_tables_of_their_own_values() -> None:
         (0.25, 0),
         (0.5, 0),
     ]  # no examples: those of the loss say nothing of it
+
+
+def test_the_other_columns_of_weighted_examples_are_one_number_a_training() -> None:
+    """A logger's `eval/accuracy` has a direction, and the weights of examples are those of the loss."""
+    scored = {"item_values": [1.0, 3.0], "item_weights": [2.0, 5.0]}
+    results = [
+        Result(trial_id=f"{rank}", rank=rank, value=2.0, others={"eval/accuracy": right}, **scored)
+        for rank, right in ((4, 0.25), (16, 0.5))
+    ]
+    read = ResultsTable(metric="loss", higher_is_better=False, results=results, understood=[])
+    (table,) = other_tables(read)
+    assert (table.metric, table.higher_is_better) == ("eval/accuracy", True)
+    assert [cell.weights.tolist() for cell in table.cells.values()] == [[1.0], [1.0]]

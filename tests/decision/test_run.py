@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rightrank.api.runs import decide
+from rightrank.decision.adapter import Making
 from rightrank.decision.records import (
     Records,
     answers_of,
@@ -18,8 +20,10 @@ from rightrank.decision.records import (
     records_of,
     run_table,
     trainings,
+    trials_frame,
 )
-from rightrank.decision.rule import ASKED_CONFIDENCE
+from rightrank.decision.rule import ASKED_CONFIDENCE, decision_of
+from rightrank.decision.sentences import chance
 from rightrank.decision.table import table_of
 from rightrank.report.status import last_decided, run_status
 from rightrank.schema.decision import Decision, TrainingRankEstimate
@@ -506,3 +510,42 @@ def test_a_copy_has_the_same_records_and_changes_alone() -> None:
     assert copied.by_id[again.trial_id] == again
     assert len(copied.outcomes) == len(made.outcomes) + (trial.trial_id not in made.by_id)
     assert all(len(getattr(copied, kind)) > len(getattr(made, kind)) for kind in ("tests", "adapters", "looks"))
+
+
+def test_an_undecided_sentence_says_how_likely_the_open_rank_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "ITEMS", 200)
+    table = run_table(made_up_run((16, 64), (3e-3,), (0, 1), with_base=False))
+    decision = decision_of(table, 0.01, confidence=None)
+    assert decision.verdict == "undecided"
+    assert decision.sentence.endswith(f", {chance(decision.ranks[0].probability or 0.0)} likely enough).")
+
+
+def test_an_adapter_of_which_only_the_rank_is_known_is_said_so() -> None:
+    assert Making(4, 4, 0.0, 0, None, None).sentence() == "trained at rank 4"
+    assert Making(2, 8, 0.0, 50, None, "SVD").sentence() == "trained at rank 8 (50 steps), truncated to rank 2 by SVD"
+
+
+def test_trials_are_a_table() -> None:
+    records = made_up_run(diverged=[(4, 1e-3)], seeds=(0, 1))
+    table = trials_frame(records, examples=False)
+    assert list(table.trial_id) == [outcome.trial_id for outcome in records.outcomes]
+    assert set(table.status) == {"finished", "diverged"}
+    assert list(table[table.stage == "base"]["rank"]) == [0]
+    finished = [outcome for outcome in records.outcomes if isinstance(outcome, TrialFinished)]
+    assert list(table[table.status == "finished"].loss) == [outcome.metrics["loss"] for outcome in finished]
+    assert list(table[table.status == "diverged"].reason) == ["training loss is nan"] * 2
+    assert trials_frame(Records.of(records.started, []), examples=False).empty
+    assert trials_frame(Records.of(records.started, []), examples=True).empty
+
+
+def test_the_table_of_examples_decides_as_the_run() -> None:
+    records = made_up_run(seeds=(0, 1))
+    table = trials_frame(records, examples=True)
+    of_run = decide_run(records)
+    assert len(table) == sum(len(t.item_losses) for t in records.outcomes if isinstance(t, TrialFinished))
+    of_stages = table[table.stage.isin(["whole", "base"])]
+    read = decide(of_stages, metric="loss", higher_is_better=False, margin=of_run.margin).decision
+    assert (read.rank, read.verdict) == (of_run.rank, of_run.verdict)
+    for ours, theirs in zip(read.ranks, of_run.ranks, strict=True):
+        assert (ours.rank, ours.value) == (theirs.rank, pytest.approx(theirs.value))
+        assert (ours.low, ours.high) == (pytest.approx(theirs.low), pytest.approx(theirs.high))

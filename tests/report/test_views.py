@@ -16,9 +16,9 @@ from rich.console import Console
 
 import rightrank
 from rightrank import TrialResult, TrialTask
-from rightrank.api.runs import decide, status
+from rightrank.api.runs import status
 from rightrank.cli import cli
-from rightrank.decision.records import Answers, Records, decide_run, trials_frame
+from rightrank.decision.records import Answers, decide_run
 from rightrank.hooks.process import JsonLog, ProgressFile
 from rightrank.hooks.terminal import LiveView, View, make_view
 from rightrank.report.answer import answer_view, notebook_html
@@ -26,7 +26,6 @@ from rightrank.report.figures import rank_figure
 from rightrank.report.svg import svg_file
 from rightrank.report.terminal import CURVE_ROWS, plan_line, terminal_curve
 from rightrank.schema.events import Notice, SelectionPlanned, StepDone
-from rightrank.schema.trials import TrialFinished
 from tests.commands import COMMANDS
 from tests.report.elements import Elements
 from tests.report.runs import STARTED, answered_folder, journal_of, made_up_run
@@ -205,32 +204,6 @@ def test_the_terminal_curve_stays_in_its_width_and_shows_every_rank(width: int, 
     assert len([line for line in text.splitlines() if "│" in line]) == CURVE_ROWS
     assert sum(line.count("●") for line in text.splitlines() if "│" in line) == 3
     assert sum(line.count("○") for line in text.splitlines() if "│" in line) == 1
-
-
-def test_trials_are_a_table() -> None:
-    records = made_up_run(diverged=[(4, 1e-3)], seeds=(0, 1))
-    table = trials_frame(records, examples=False)
-    assert list(table.trial_id) == [outcome.trial_id for outcome in records.outcomes]
-    assert set(table.status) == {"finished", "diverged"}
-    assert list(table[table.stage == "base"]["rank"]) == [0]
-    finished = [outcome for outcome in records.outcomes if isinstance(outcome, TrialFinished)]
-    assert list(table[table.status == "finished"].loss) == [outcome.metrics["loss"] for outcome in finished]
-    assert list(table[table.status == "diverged"].reason) == ["training loss is nan"] * 2
-    assert trials_frame(Records.of(records.started, []), examples=False).empty
-    assert trials_frame(Records.of(records.started, []), examples=True).empty
-
-
-def test_the_table_of_examples_decides_as_the_run() -> None:
-    records = made_up_run(seeds=(0, 1))
-    table = trials_frame(records, examples=True)
-    of_run = decide_run(records)
-    assert len(table) == sum(len(t.item_losses) for t in records.outcomes if isinstance(t, TrialFinished))
-    of_stages = table[table.stage.isin(["whole", "base"])]
-    read = decide(of_stages, metric="loss", higher_is_better=False, margin=of_run.margin).decision
-    assert (read.rank, read.verdict) == (of_run.rank, of_run.verdict)
-    for ours, theirs in zip(read.ranks, of_run.ranks, strict=True):
-        assert (ours.rank, ours.value) == (theirs.rank, pytest.approx(theirs.value))
-        assert (ours.low, ours.high) == (pytest.approx(theirs.low), pytest.approx(theirs.high))
 
 
 def test_scores_of_a_custom_trainer_stand_below_the_metric_that_they_are_of(tmp_path: Path) -> None:
