@@ -222,7 +222,7 @@ def other_tables(results: ResultsTable) -> list[ScoreTable]:
     """The same trainings by each other metric of the table whose direction is known, one number a training."""
     tables = []
     for name in dict.fromkeys(name for result in results.results for name in result.others):
-        if (higher := direction(name.lower().replace("/", "_"))) is None:
+        if (higher := direction(name)) is None:
             continue
         rows = [
             result.model_copy(
