@@ -20,9 +20,8 @@ class AnswerView:
     adapter_headline: str  # the first question in a few words
     rank_headline: str  # the second
     adapter: str  # the first question in a sentence
-    adapter_notes: tuple[
-        str, ...
-    ]  # how it was made, what it loads as, whether a larger one may be better, the test split
+    # How it was made, what it loads as, whether a larger one may be better, the test split.
+    adapter_notes: tuple[str, ...]
     training_rank: str  # the second; before its answer, what is missing
     estimate: str  # of the second, where it was not asked
     verdict: str  # with the flags in brackets

@@ -25,9 +25,8 @@ class Started:
     plan: Plan
     folder: RunFolder
     records: Callable[[], Records]  # what the journal says by now: a copy
-    tell: Callable[
-        [Event], None
-    ]  # what the hook has to say: to the other hooks, and to the journal if it is a record of it
+    # What the hook has to say: to the other hooks, and to the journal if it is a record of it.
+    tell: Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +129,8 @@ class Run(Listener):
     folder: RunFolder
     hooks: Hooks
     records: Records
-    opening: (
-        RunStarted | RunContinued | None
-    )  # its first record, or other settings with which it continues; None: as it was
+    # Its first record, or other settings with which it continues; None: as it was.
+    opening: RunStarted | RunContinued | None
 
     def on_event(self, event: Event) -> None:
         """Keep the event in the journal, if it is a record, and pass it on to the hooks."""

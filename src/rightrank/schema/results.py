@@ -76,9 +76,8 @@ class Resolution(Record):
     examples: Whole
     expected_half_width: float  # of a difference between ranks, one seed, 95% on one side, in the metric's unit
     expected_half_width_of_two_seeds: float
-    seconds: (
-        float | None
-    )  # further ones, for the whole selection, against the examples that it scores; None: not measured
+    # Further ones, for the whole selection, against the examples that it scores; None: not measured.
+    seconds: float | None
 
 
 class Preflight(Record):

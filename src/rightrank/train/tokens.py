@@ -311,9 +311,8 @@ class EncodedData:
     splits: Mapping[SplitName, TokenStore]
     texts: Mapping[SplitName, Sequence[Example]]  # the held-out examples, for generation
     summary: DataSummary
-    groups: Mapping[SplitName, list[int] | None] = field(
-        default_factory=dict
-    )  # of the held-out examples; None: ungrouped
+    # Of the held-out examples; None: ungrouped.
+    groups: Mapping[SplitName, list[int] | None] = field(default_factory=dict)
 
     @property
     def is_classification(self) -> bool:
