@@ -99,6 +99,17 @@ def test_learning_curves_have_the_training_loss_between_evaluations() -> None:
     held, training = (next(s for s in figure.series if s.dashed == dashed) for dashed in (False, True))
     assert held.x == (0, 10, 20, 40)
     assert training.x == (10, 20, 40)
+    assert figure.title == "Learning curves (training dashed)"
+
+
+def test_a_training_loss_of_one_evaluation_is_in_the_table_of_the_learning_curves_alone() -> None:
+    records = made_up_run((4,), (1e-3,))
+    whole = records.finished()[-1]
+    records.outcomes[-1] = whole.model_copy(update={"points": whole.points[-1:]})
+    figure = figure_named("learning_curves", records)
+    assert [series.dashed for series in figure.series] == [False]
+    assert figure.title == "Learning curves"
+    assert figure.rows[-1][-1] == whole.points[-1].train_value
 
 
 def test_learning_curves_have_the_values_at_which_a_training_was_stopped() -> None:

@@ -273,7 +273,7 @@ def _learning_figure(records: Records, decision: Decision | None) -> Figure | No
             held = {0: base, **held}
         if held:
             series.append(Series(f"rank {rank}", tuple(held), tuple(held.values()), tone=place))
-        if before and metric == "loss":
+        if len(before) > 1 and metric == "loss":  # one value is no line
             x, y = tuple(before), tuple(before.values())
             series.append(Series(f"rank {rank}", x, y, kind="line", dashed=True, tone=place))
     if not series:
@@ -285,7 +285,7 @@ def _learning_figure(records: Records, decision: Decision | None) -> Figure | No
     ends = ", ".join(f"rank {rank} {mean:.4g}" for rank, mean in means.items())
     return Figure(
         name="learning_curves",
-        title="Learning curves (training dashed)" if metric == "loss" else "Learning curves",
+        title=f"Learning curves{' (training dashed)' if any(curve.dashed for curve in series) else ''}",
         alt=f"Held-out {metric} by step, each rank at its best learning rate. At the end: {ends}.",
         x=Axis("step"),
         y=metric_axis(metric, (min(late) - room, max(late) + room)),
