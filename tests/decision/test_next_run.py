@@ -81,8 +81,7 @@ def command(wanted: dict[str, object], run: str = "out", margin: float | None = 
     if own:
         begun = begun.model_copy(update={"settings": begun.settings | {"trainer": "train"}})
     next_run = NextRun.model_validate({"sentence": "x"} | wanted)
-    decision = decide_run(made_up_run()).model_copy(update={"next_runs": [next_run]})
-    found = next_commands(begun, decision, run, margin)
+    found = next_commands(begun, [next_run], run, margin)
     assert len(found) == 1
     return found[0]
 
@@ -124,9 +123,8 @@ def test_the_command_can_be_pasted_and_has_another_margin_where_one_is_given() -
     assert command({"action": "test"}, margin=0.01) is None
 
 
-def test_a_custom_trainer_has_no_commands_and_without_a_decision_there_are_none() -> None:
+def test_a_custom_trainer_has_no_commands() -> None:
     assert command({"action": "seeds", "seeds": 3}, own=True) is None
-    assert next_commands(started(), None, "out") == []
 
 
 def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:

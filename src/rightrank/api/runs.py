@@ -362,5 +362,5 @@ def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, fur
         margin = records.settings.margin if margin is None else margin
     decision = decide_on(records, outcomes, metric, margin, **further)
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
-    commands = next_commands(started, decision, str(folder.path), asked) if metric == started.metric else []
+    commands = next_commands(started, decision.next_runs, str(folder.path), asked) if metric == started.metric else []
     return Decided(decision, [f"{len(direct)} trainings of a run folder"], adapter, commands)

@@ -196,8 +196,7 @@ class Evidence:
 
     def is_at_edge(self, rank: int) -> bool:
         """Whether the rank's best learning rate is the lowest or the highest of several that were tried."""
-        tried = self.table.tried_learning_rates(rank)
-        return len(tried) > 1 and self.contenders[rank].learning_rate in (tried[0], tried[-1])
+        return bool(self.table.rates_ending_at(self.contenders[rank].learning_rate, rank))
 
     def value(self, contender: Contender) -> Estimate:
         """The contender's own mean."""

@@ -22,8 +22,9 @@ from rightrank.decision.comparison import (
     settles,
 )
 from rightrank.decision.evidence import Comparison, Evidence
+from rightrank.decision.table import ScoreTable
 from rightrank.decision.verdicts import inconclusive_rank, is_unlikely, lengths, names, possible_rival, shown_rank
-from rightrank.schema.decision import Decision, NextRun, Verdict
+from rightrank.schema.decision import NextRun, Verdict
 from rightrank.schema.events import RunStarted
 from rightrank.schema.settings import MAX_SEED
 
@@ -219,7 +220,7 @@ def _equal_lengths(evidence: Evidence) -> NextRun:
 def _extend(evidence: Evidence) -> NextRun:
     top = evidence.reference
     rate = top.learning_rate
-    lrs = [_beyond(rate, EDGE_FACTOR * rate, _known_rates(evidence)), rate] if rate > 0 else []
+    lrs = [_beyond(rate, EDGE_FACTOR * rate, _known_rates(evidence.table)), rate] if rate > 0 else []
     trials = len(lrs) or 1
     at = f" at learning rates {' and '.join(f'{lr:.2g}' for lr in lrs)}" if lrs else ""
     sentence = f"Train rank {2 * top.rank}{at} ({_cost(trials)}), or accept a larger margin."
@@ -229,9 +230,18 @@ def _extend(evidence: Evidence) -> NextRun:
 def _beyond_the_edge(tested: Comparison) -> NextRun:
     evidence, ranks = tested.evidence, sorted({tested.chosen, tested.reference.rank})
     rank = next(rank for rank in ranks if evidence.is_at_edge(rank))
-    lrs = evidence.table.tried_learning_rates(rank)
-    edge, inner = (lrs[0], lrs[1]) if evidence.contenders[rank].learning_rate == lrs[0] else (lrs[-1], lrs[-2])
-    lr = _beyond(edge, inner, _known_rates(evidence))
+    run = run_beyond_the_edge(evidence.table, rank, evidence.contenders[rank].learning_rate, ranks)
+    assert run is not None
+    return run
+
+
+def run_beyond_the_edge(table: ScoreTable, rank: int, learning_rate: float, ranks: list[int]) -> NextRun | None:
+    """Return the run of `ranks` at the learning rate beyond the rank's best one; None where that is inside those tried."""
+    rates = table.rates_ending_at(learning_rate, rank)
+    if not rates:
+        return None
+    edge, inner = (rates[0], rates[1]) if learning_rate == rates[0] else (rates[-1], rates[-2])
+    lr = _beyond(edge, inner, _known_rates(table))
     sentence = (
         f"The best learning rate of rank {rank} is at the edge of those tried: train {_ranks(ranks)} at {lr:.2g} too "
         f"({_cost(len(ranks))})."
@@ -239,8 +249,8 @@ def _beyond_the_edge(tested: Comparison) -> NextRun:
     return NextRun(action="rates", ranks=ranks, learning_rates=[lr], trials=len(ranks), sentence=sentence)
 
 
-def _known_rates(evidence: Evidence) -> set[float]:
-    return {rate for rank in evidence.table.ranks() for rate in evidence.table.tried_learning_rates(rank)}
+def _known_rates(table: ScoreTable) -> set[float]:
+    return {rate for rank in table.ranks() for rate in table.tried_learning_rates(rank)}
 
 
 def _beyond(edge: float, inner: float, known: Iterable[float]) -> float:
@@ -323,20 +333,18 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def next_commands(
-    started: RunStarted, decision: Decision | None, run: str, margin: float | None = None
+    started: RunStarted, runs: Sequence[NextRun], run: str, margin: float | None = None
 ) -> list[str | None]:
-    """For each of the decision's next runs its command, or None if options of `select` can't express it.
+    """Return the command of each next run, or None if options of `select` can't express it.
 
     `margin` is one that is not the run's own: part of the command, so that the continued run answers at this margin.
     """
-    if decision is None:
-        return []
     if started.is_own:
-        return [None] * len(decision.next_runs)
+        return [None] * len(runs)
     further = [] if margin is None else ["--margin", f"{margin:g}"]
     return [
         shlex.join(["rightrank", "select", "--out", run, *options, *further]) if options else None
-        for options in (_further_options(started, wanted) for wanted in decision.next_runs)
+        for options in (_further_options(started, wanted) for wanted in runs)
     ]
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rightrank.decision.adapter import Criterion, compared_adapters, making_of
+from rightrank.decision.next_run import run_beyond_the_edge
 from rightrank.decision.rule import ASKED_CONFIDENCE, decision_of
 from rightrank.decision.table import ScoreTable, table_of, without_collapsing
-from rightrank.schema.decision import AdapterCandidate, Decision, TrainingRankEstimate
+from rightrank.schema.decision import AdapterCandidate, Decision, NextRun, TrainingRankEstimate
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import AdapterRecorded, JournalRecord, RunContinued, RunStarted, TestEvaluated
 from rightrank.schema.metrics import REPORTED_ONLY, Checkpoint, unknown_direction
@@ -245,6 +246,16 @@ class Answers:
     trainings: float = 0.0  # so far
     estimate: TrainingRankEstimate | None = None  # of the training rank, where it was not asked
     started: RunStarted | None = None  # None: the results come from no run
+    # beyond the learning rate of the adapter, where that is the lowest or the highest tried
+    adapter_run: NextRun | None = None
+
+    @property
+    def next_runs(self) -> list[NextRun]:
+        """Return the next runs of both answers, those of the decision first."""
+        runs = [] if self.decision is None else self.decision.next_runs
+        planned = {rate for run in runs if run.action == "rates" for rate in run.learning_rates}
+        is_new = self.adapter_run is not None and not planned.issuperset(self.adapter_run.learning_rates)
+        return [*runs, self.adapter_run] if self.adapter_run is not None and is_new else runs
 
     @property
     def cost(self) -> dict[str, float | None]:
@@ -264,6 +275,7 @@ class Answers:
                 "adapter_sentence": adapter and adapter.answer.sentence,
                 "cost": self.cost,
                 "adapter_making": self.making,
+                "adapter_flags": [] if self.adapter_run is None else ["lr_edge"],
                 "handed_over": _fields(adapter and adapter.handed_over),
                 "adapter_answer": _fields(adapter and adapter.answer),
                 "training_rank_estimate": _fields(self.estimate),
@@ -279,8 +291,12 @@ def answers_of(
 ) -> Answers:
     adapter = records.adapters[-1] if records.adapters else None
     chosen = records.by_id.get(adapter.answer.trial_id) if adapter else None
-    making = None if chosen is None else making_of(chosen, records.finished()).sentence()
-    return Answers(decision, goal, adapter, making, trainings(records), estimate, records.started)
+    making, run = None if chosen is None else making_of(chosen, records.finished()), None
+    if making is not None:
+        rank = making.trained_rank
+        run = run_beyond_the_edge(run_table(records), rank, making.learning_rate, [rank])
+    sentence = making and making.sentence()
+    return Answers(decision, goal, adapter, sentence, trainings(records), estimate, records.started, run)
 
 
 def _fields(record: Record | None) -> Any:

@@ -68,9 +68,7 @@ def answer_view(answers: Answers, commands: Sequence[str | None] = ()) -> Answer
         else decision.verdict + (f" ({', '.join(decision.flags)})" if decision.flags else ""),
         safe_choice="" if decision is None or decision.verdict != "undecided" else _safe_choice(decision),
         metrics=() if decision is None else tuple(map(_metric_text, decision.other_metrics)),
-        next_runs=()
-        if decision is None
-        else tuple((run.sentence, command) for run, command in zip_longest(decision.next_runs, commands)),
+        next_runs=tuple((run.sentence, command) for run, command in zip_longest(answers.next_runs, commands)),
     )
 
 
@@ -101,6 +99,9 @@ def _adapter_notes(answers: Answers) -> list[str]:
         f"Rank {answer.rank} is the largest that was trained, so a larger one may be better: --extend trains rank "
         f"{2 * answer.rank} too, for about the price of this answer."
         if answer.keeps_the_top
+        else "",
+        "Its learning rate is the lowest or the highest tried (lr_edge), so another one may be better."
+        if answers.adapter_run
         else "",
         _test_text(handed_over),
     ]

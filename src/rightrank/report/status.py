@@ -67,8 +67,9 @@ def run_status(
     adapter = records.adapters[-1].answer if records.adapters else None
     if goal == "adapter":
         decision = None
-    commands = next_commands(records.started, decision, run)
-    view = answer_view(answers_of(records, decision, goal), commands)
+    answers = answers_of(records, decision, goal)
+    commands = next_commands(records.started, answers.next_runs, run)
+    view = answer_view(answers, commands)
     is_done = decided is not None or (goal == "adapter" and adapter is not None)
     state = "running" if locked else "done" if is_done else "stopped"
     return RunStatus(

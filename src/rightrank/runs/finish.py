@@ -57,13 +57,14 @@ def finish(run: Run, decision: Decision | None) -> Selected:
     if decision is not None:
         run.on_event(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
     with FailingAs("the answer"):
+        final_answers = answers(records, decision, run.plan.settings.goal)
         selected = Selected(
             folder.path,
             Answer(records.adapters[-1].handed_over.rank, answer.sentence, folder.adapter) if saved else None,
             _training(run, decision),
             folder.report,
-            answers(records, decision, run.plan.settings.goal),
-            next_commands(records.started, decision, str(folder.path)),
+            final_answers,
+            next_commands(records.started, final_answers.next_runs, str(folder.path)),
             compared(records),
         )
     run.hooks.on_end(Finished(selected, folder, records.copy()))

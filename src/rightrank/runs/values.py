@@ -198,7 +198,7 @@ class Selected:
         rows = [("run", str(self.run)), ("adapter", view.adapter)]
         if self.decided is not None:
             rows += [("training rank", view.training_rank), ("verdict", view.verdict), ("", view.safe_choice)]
-            rows += view.next_rows()[:2]
+        rows += view.next_rows()[:2]
         if self.adapter is not None:  # a custom trainer may save none
             rows.append(("folder", f"{self.adapter.path}  (rank {self.adapter.rank})"))
         rows.append(("report", str(self.report)))
