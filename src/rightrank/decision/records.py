@@ -137,7 +137,7 @@ def decide_on(
     asked = [started.metric, *settings.metrics]
     known = metrics_of(records) if started.data.form != "own" else ()
     beside = [name for name in known if name != metric and (name in asked or name not in REPORTED_ONLY)]
-    others = [run_table(records, outcomes, name) for name in beside if _direction_in(started, name) is not None]
+    others = [run_table(records, outcomes, name) for name in beside if metric_direction(started, name) is not None]
     wanted = settings.confidence if confidence is None else confidence
     return decision_of(
         run_table(records, outcomes, metric, higher),
@@ -172,14 +172,14 @@ def run_table(
         return table_of(outcomes, started.metric, started.higher_is_better if higher is None else higher)
     metric = metric or started.metric
     if higher is None:
-        higher = _direction_in(started, metric)
+        higher = metric_direction(started, metric)
     if higher is None:
         raise ResultsError(f"{unknown_direction(metric)}; give --higher-is-better or --lower-is-better")
     along = started.points_metric or started.metric
     return table_of(outcomes, metric, higher, along, looks=records.outcomes, loss=started.data.loss_kind)
 
 
-def _direction_in(started: RunStarted, metric: str) -> bool | None:
+def metric_direction(started: RunStarted, metric: str) -> bool | None:
     """Whether higher is better by a metric of the run: from its settings, else from the metric's name; None: not known."""
     if metric == started.metric:
         return started.higher_is_better
@@ -291,11 +291,11 @@ def answers_of(
 ) -> Answers:
     adapter = records.adapters[-1] if records.adapters else None
     chosen = records.by_id.get(adapter.answer.trial_id) if adapter else None
-    making, run = None if chosen is None else making_of(chosen, records.finished()), None
+    making = None if chosen is None else making_of(chosen, records.finished())
+    sentence = run = None
     if making is not None:
-        rank = making.trained_rank
+        sentence, rank = making.sentence(), making.trained_rank
         run = run_beyond_the_edge(run_table(records), rank, making.learning_rate, [rank])
-    sentence = making and making.sentence()
     return Answers(decision, goal, adapter, sentence, trainings(records), estimate, records.started, run)
 
 

@@ -28,9 +28,15 @@ class Axis:
     limits: tuple[float, float] | None = None  # None: all values, with a small margin
 
 
-def metric_axis(metric: str, limits: tuple[float, float]) -> Axis:
+def metric_label(metric: str, higher_is_better: bool | None) -> str:
+    """Return the name of an axis of held-out values, with the better direction where that is known."""
     label = "held-out loss, nats" if metric == "loss" else f"held-out {visible(metric)}"
-    return Axis(label, limits=limits)
+    better = "" if higher_is_better is None else f" ({'higher' if higher_is_better else 'lower'} is better)"
+    return label + better
+
+
+def metric_axis(metric: str, higher_is_better: bool | None, limits: tuple[float, float]) -> Axis:
+    return Axis(metric_label(metric, higher_is_better), limits=limits)
 
 
 def rank_axis(ranks: Sequence[int]) -> Axis:

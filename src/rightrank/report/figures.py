@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import log2
 from statistics import fmean
 
-from rightrank.decision.records import Records, compared
+from rightrank.decision.records import Records, compared, metric_direction
 from rightrank.report.evidence_tables import ENOUGH, coverage, metric_unit
 from rightrank.report.figure import (
     Axis,
@@ -63,7 +63,7 @@ def rank_figure(decision: Decision) -> Figure:
         + (f"; base without an adapter {base:.4f}" if base is not None else "")
         + f". {decision.sentence}",
         x=rank_axis(ranks),
-        y=metric_axis(decision.metric, limits),
+        y=metric_axis(decision.metric, decision.higher_is_better, limits),
         series=(points,),
         bands=(band,),
         levels=tuple(levels),
@@ -288,7 +288,7 @@ def _learning_figure(records: Records, decision: Decision | None) -> Figure | No
         title=f"Learning curves{' (training dashed)' if any(curve.dashed for curve in series) else ''}",
         alt=f"Held-out {metric} by step, each rank at its best learning rate. At the end: {ends}.",
         x=Axis("step"),
-        y=metric_axis(metric, (min(late) - room, max(late) + room)),
+        y=metric_axis(metric, metric_direction(records.started, metric), (min(late) - room, max(late) + room)),
         series=tuple(series),
         columns=("rank", "step", "held-out", "training"),
         rows=tuple(rows),
@@ -346,7 +346,7 @@ def figure_of(
         + " ".join(f"Rank {adapter.rank}, {adapter.how}: worse by {adapter.difference:.2g}." for adapter in adapters)
         + f" {answer.sentence}",
         x=rank_axis([adapter.rank for adapter in adapters]),
-        y=metric_axis(metric, (min(ends) - room, max(ends) + room)),
+        y=metric_axis(metric, higher_is_better, (min(ends) - room, max(ends) + room)),
         series=tuple(
             _adapter_series(how, adapters, reference, sign) for how in SERIES if any(a.how == how for a in adapters)
         ),

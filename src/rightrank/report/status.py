@@ -12,6 +12,7 @@ from rightrank.decision.next_run import next_commands
 from rightrank.decision.records import Records, answers_of, decision_so_far, trainings
 from rightrank.report.answer import answer_view, labelled
 from rightrank.report.evidence_tables import cost_sentence
+from rightrank.report.figure import metric_label
 from rightrank.report.format import quantity
 from rightrank.report.terminal import terminal_curve
 from rightrank.schema.command import measure_command
@@ -42,6 +43,8 @@ class RunStatus(Record):
     verdict: str | None
     next_runs: list[str] = Field(default_factory=list)  # every next run, the most useful first
     next_commands: list[str | None] = Field(default_factory=list)  # each of them as a command that can be pasted
+    metric: str  # of the values of both curves
+    higher_is_better: bool
     curve: list[tuple[int, float]]  # of the trained ranks
     truncated_curve: list[tuple[int, float]]  # of the truncations: the best of each rank
 
@@ -89,6 +92,8 @@ def run_status(
         verdict=decision.verdict if decision is not None else None,
         next_runs=[sentence for sentence, _ in view.next_runs],
         next_commands=commands,
+        metric=records.started.metric,
+        higher_is_better=records.started.higher_is_better,
         curve=[(e.rank, e.value) for e in decision.ranks if e.rank > 0] if decision else _best_by_rank(records, True),
         truncated_curve=_best_by_rank(records, False),
     )
@@ -129,7 +134,8 @@ def status_lines(status: RunStatus, width: int) -> str:
     if status.state == "stopped":
         rows.append(("resume", status.resume))
     first = f"{status.run}: {status.state}, {quantity(status.trainings, 'training')}{so_far}"
-    curve = terminal_curve(status.curve, width, status.truncated_curve)
+    label = metric_label(status.metric, status.higher_is_better)
+    curve = terminal_curve(status.curve, width, status.truncated_curve, label=label)
     lines = labelled(rows, 8)
     return "\n".join([first, *lines, *([curve] if curve else [])])
 

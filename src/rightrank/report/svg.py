@@ -22,8 +22,8 @@ from rightrank.report.figure import MAX_LABELS, Axis, Figure, Part, Series, Tone
 from rightrank.report.format import visible
 from rightrank.schema.errors import MissingExtraError, SettingsError
 
-WIDTH, HEIGHT = 460, 290  # of a drawing in its own units, which are pixels at its natural size
-LEFT, RIGHT, TOP, BOTTOM = 66, 12, 8, 46  # its margins
+WIDTH, HEIGHT = 460, 310  # of a drawing in its own units, which are pixels at its natural size
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 30, 46  # its margins
 FONT, LETTER, LINE = 12, 6.6, 17  # of texts: the size, the mean width of a letter, the height of a line
 FORMATS = ("svg", "pdf", "png")
 PIXELS = 3  # of a PNG file for each unit of the drawing
@@ -117,7 +117,11 @@ def _ticks(axis: Axis, scale: _Scale) -> list[tuple[float, str]]:
     step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda width: abs(width - rough))
     digits = max(0, -floor(log10(step) + 1e-9))
     count = range(ceil(scale.low / step - 1e-9), floor(scale.high / step + 1e-9) + 1)
-    return [(n * step, f"{n * step:,.{digits}f}" if step < 1e5 else f"{n * step:g}") for n in count]
+    if step < 1e5:
+        return [(n * step, f"{n * step:,.{digits}f}") for n in count]
+    largest = max(abs(scale.low), abs(scale.high))
+    significant = max(6, floor(log10(largest)) - floor(log10(step)) + 1)  # fewer would give several ticks one text
+    return [(n * step, f"{n * step:.{significant}g}") for n in count]
 
 
 def _plot(figure: Figure) -> str:
@@ -134,12 +138,14 @@ def _plot(figure: Figure) -> str:
         path = f'<path d="M{LEFT} 0H{right}" transform="translate(0 {y(level.value)})" stroke="var(--faint)"'
         drawn = f'{path} stroke-width="1.4" stroke-dasharray="2 3"/>'
         parts.append(f'<g class="level" data-label="{_text(level.label)}">{drawn}</g>')
-    parts += [*(_series(series, x, y) for series in figure.series), "</g>"]
-    for mark in figure.marks:
-        place = f'transform="translate({x(mark.x)} {y(mark.y)})"'
-        drawn = f'<circle r="10" {place} fill="none" stroke="{_colour(mark.tone)}" stroke-width="2.4"/>'
+    parts.append("</g>")
+    for number, mark in enumerate(figure.marks):  # below the points, and around each other, so that none is hidden
+        inner = sum((mark.x, mark.y) == (other.x, other.y) for other in figure.marks[:number])
+        place = f'r="{10 + 4 * inner}" transform="translate({x(mark.x)} {y(mark.y)})"'
+        drawn = f'<circle {place} fill="none" stroke="{_colour(mark.tone)}" stroke-width="2.4"/>'
         parts.append(f'<g class="ring {mark.tone}" data-label="{_text(mark.label)}">{drawn}</g>')
-    return "\n".join(parts)
+    series = "\n".join(_series(series, x, y) for series in figure.series)
+    return "\n".join([*parts, f'<g clip-path="url(#{_text(clip)})">{series}</g>'])
 
 
 def _axes(figure: Figure, x: _Scale, y: _Scale) -> Iterable[str]:
@@ -155,11 +161,11 @@ def _axes(figure: Figure, x: _Scale, y: _Scale) -> Iterable[str]:
             yield _label(text, x(value), bottom + 18, "middle")
             end = x(value) + LETTER * (len(text) / 2 + 1)
     yield _label(figure.x.label, (left + right) / 2, HEIGHT - 6, "middle", "ink")
-    yield _label(figure.y.label, 0, 0, "middle", "ink", f' transform="translate(13 {(TOP + bottom) / 2}) rotate(-90)"')
+    yield _label(figure.y.label, 12, 14, "start", "ink")  # above the numbers, which it would cover beside them
 
 
-def _label(text: str, x: float, y: float, anchor: str, colour: str = "faint", further: str = "") -> str:
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="var(--{colour})"{further}>{_text(text)}</text>'
+def _label(text: str, x: float, y: float, anchor: str, colour: str = "faint") -> str:
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="var(--{colour})">{_text(text)}</text>'
 
 
 def _series(series: Series, x: _Scale, y: _Scale) -> str:

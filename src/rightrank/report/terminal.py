@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import log2
+from math import floor, log2, log10
+from textwrap import wrap
 from typing import TYPE_CHECKING, TypeAlias
 
 from rightrank.decision.records import Answers
 from rightrank.report.answer import answer_view, brief, labelled
 from rightrank.report.evidence_tables import certainty_rows, evidence_table, table_lines
+from rightrank.report.figure import metric_label
 from rightrank.report.format import duration, size, visible
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import DataSummary, RunStarted
@@ -23,7 +25,7 @@ def decision_text(decision: Decision, understood: list[str], width: int, command
     view = answer_view(Answers(decision), commands)
     read = [visible(f"read:    {'; '.join(understood)}")] if understood else []
     trained = [(evidence.rank, evidence.value) for evidence in decision.ranks if evidence.rank > 0]
-    curve = terminal_curve(trained, width)
+    curve = terminal_curve(trained, width, label=metric_label(decision.metric, decision.higher_is_better))
     stairs = ", ".join(f"{step.rank} from {brief(step.margin)}" for step in decision.staircase)
     rows = [
         ("verdict", decision.verdict.replace("_", " ")),
@@ -132,26 +134,31 @@ MAX_CURVE_WIDTH, CURVE_ROWS = 72, 10  # characters
 Points: TypeAlias = Sequence[tuple[int, float]]  # rank and value, by ascending rank
 
 
-def terminal_curve(points: Points, width: int, truncated: Points = ()) -> str:
-    """Values against the logarithm of the rank as text, at most `width` characters wide; empty below two ranks.
+def terminal_curve(points: Points, width: int, truncated: Points = (), *, label: str) -> str:
+    """Draw values against the logarithm of the rank as text, at most `width` characters wide; empty below two ranks.
 
-    `points` are trained adapters (●), `truncated` those truncated from a higher rank (○).
+    Args:
+        points: trained adapters (●).
+        truncated: adapters truncated from a higher rank (○; ◉ where both fall on one place).
+        label: the name of the values, with the better direction.
     """
     ranks = sorted({rank for rank, _ in (*points, *truncated)})
     if len(ranks) < 2:
         return ""
     values = [value for _, value in (*points, *truncated)]
-    low, span = min(values), (max(values) - min(values)) or 1.0
+    low, span = min(values), (max(values) - min(values)) or abs(values[0]) or 1.0
     at = {row: low + span * (1 - row / (CURVE_ROWS - 1)) for row in range(0, CURVE_ROWS, 3)}
-    ticks = {row: f"{value:#.4g}".rstrip(".") for row, value in at.items()}  # with zeros, so that they line up
+    # Two digits of the step between ticks, so that no two have the same text; with zeros, so that they line up.
+    digits = max(4, 2 + floor(log10(max(map(abs, at.values())))) - floor(log10(span / (len(at) - 1))))
+    ticks = {row: f"{value:#.{digits}g}".rstrip(".") for row, value in at.items()}
     margin = max(map(len, ticks.values()))
     columns = max(len(ranks), min(width, MAX_CURVE_WIDTH) - margin - 1 - len(str(ranks[-1])))
     column = {rank: round((columns - 1) * log2(rank / ranks[0]) / log2(ranks[-1] / ranks[0])) for rank in ranks}
-    cells = {
-        (round((CURVE_ROWS - 1) * (1 - (value - low) / span)), column[rank]): sign
-        for sign, drawn in (("○", truncated), ("●", points))
-        for rank, value in drawn
-    }
+    hollow, full = (
+        {(round((CURVE_ROWS - 1) * (1 - (value - low) / span)), column[rank]) for rank, value in adapters}
+        for adapters in (truncated, points)
+    )
+    cells = dict.fromkeys(hollow, "○") | dict.fromkeys(full, "●") | dict.fromkeys(hollow & full, "◉")
     lines = [
         f"{ticks.get(row, ''):>{margin}}{'┤' if row in ticks else '│'}"
         + "".join(cells.get((row, x), " ") for x in range(columns))
@@ -159,10 +166,18 @@ def terminal_curve(points: Points, width: int, truncated: Points = ()) -> str:
         for row in range(CURVE_ROWS)
     ]
     frame = f"{'':{margin}}┌{'─' * columns}┐", f"{'':{margin}}└{'─' * columns}┘"
-    legend = " (● trained, ○ truncated)" if truncated and columns > 33 else ""
+    both = ", ◉ both" if hollow & full else ""
+    legend = f" (● trained, ○ truncated{both})" if truncated and columns > 33 + len(both) else ""
     names = " " * (margin + 1) + _rank_names({column[rank]: str(rank) for rank in ranks})
     return "\n".join(
-        [frame[0], *lines, frame[1], names, f"{'':{margin + 1}}{'LoRA rank' + legend:^{columns}}".rstrip()]
+        [
+            *wrap(label, width),
+            frame[0],
+            *lines,
+            frame[1],
+            names,
+            f"{'':{margin + 1}}{'LoRA rank' + legend:^{columns}}".rstrip(),
+        ]
     )
 
 
