@@ -432,7 +432,11 @@ def spread_of(worse: Cell, margin: float, in_unit: Callable[[float], float] = fl
 
 
 def spread_sentence(spread: DifferenceSpread) -> str:
-    share = f"{spread.worse:.1%}".replace(".0%", "%")
+    """Say how many examples get much worse; the tenth that gets worst only where some do."""
+    if spread.worse == 0:
+        return f"No held-out example gets worse by more than {spread.amount:.2g}."
+    rounded = f"{spread.worse:.1%}"
+    share = "Fewer than 0.1%" if rounded == "0.0%" else rounded.replace(".0%", "%")
     return (
         f"{share} of the examples get worse by more than {spread.amount:.2g}, and the worst tenth by "
         f"{spread.worst_tenth:.2g} on average."
