@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
 
 from rightrank.data.files import UnreadableError, parse_json, path_kind
-from rightrank.data.rows import FILE_TYPES, Row, read_rows, records_of_frame
+from rightrank.data.rows import FILE_TYPES, Row, cell_delimiter, read_rows, records_of_frame
 from rightrank.interop.columns import (
     SYNONYMS,
     Columns,
@@ -29,11 +32,16 @@ from rightrank.schema.errors import MAX_WHOLE, DataError, ResultsError, quoted
 from rightrank.schema.metrics import is_percent, metric_kind, unknown_direction
 from rightrank.schema.settings import TRAINER_FIELDS, PeftFields, SelectSettings
 
-FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "oom", "out of memory"}
+FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "collapsed", "oom", "out of memory"}
 NO_NUMBERS = {"nan", "inf", "+inf", "-inf", "infinity", "-infinity"}  # of a training that diverged
 UNFINISHED = {"running", "unfinished", "in_progress", "scheduled", "pending", "waiting", "queued", "preempting"}
 PRUNED = {"pruned"}  # stopped by a tuner because others were better: neither a result nor a failure
+DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+(e[-+]?\d+)?", re.IGNORECASE)
+DECIMAL_POINT = re.compile(r"[-+]?\d*\.\d+(e[-+]?\d+)?", re.IGNORECASE)
+THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+")
 MAX_DEPTH = 8
+STAGES = re.compile(r"base|whole|truncated|(annealed )?to step \d+")  # cells of the column `stage` of an exported run
+COMPARED_STAGES = {"base", "whole"}
 # Columns that say that trainings can't be compared: the task, the kind of adapter, and a setting of all trainings by any of its names.
 OF_ALL = ("batch_size", "seq_len", "num_train_epochs")
 KINDS = {
@@ -44,32 +52,41 @@ KINDS = {
 }  # fmt: skip
 ALPHAS = {"lora_alpha", "alpha", "network_alpha"}
 MAX_RANK = 2**20
+MAX_NUMBER = 1e60  # above what any metric is; squares and sums of such numbers are still finite
 WHOLE: tuple[str, Callable[[float], bool]] = ("a whole number from 0", lambda n: n.is_integer() and 0 <= n <= MAX_WHOLE)
-ABOVE_0: tuple[str, Callable[[float], bool]] = ("a number above 0", lambda n: n > 0)
+ABOVE_0: tuple[str, Callable[[float], bool]] = (
+    f"a number above 0 (from {1 / MAX_NUMBER:g} to {MAX_NUMBER:g})",
+    lambda n: 1 / MAX_NUMBER <= n <= MAX_NUMBER,
+)
 ROLES: dict[str, tuple[str, Callable[[float], bool]]] = {  # what a cell may hold, in words, and whether a number is it
     "rank": (f"a whole number up to {MAX_RANK:,}; 0 is the base", lambda n: n.is_integer() and 0 <= n <= MAX_RANK),
     **{"lr": ABOVE_0, "weight": ABOVE_0, "seed": WHOLE, "step": WHOLE},
-    "std": ("a standard deviation, which is 0 or above", lambda n: n >= 0),
+    "std": (f"a standard deviation, from 0 to {MAX_NUMBER:g}", lambda n: 0 <= n <= MAX_NUMBER),
     "std_seeds": ("a whole number from 1", lambda n: n.is_integer() and n >= 1),
 }
 
 Key: TypeAlias = tuple[int, float, int]  # rank, learning rate, seed
+Outcome: TypeAlias = Literal["value", "blank", "failed", "unfinished", "pruned"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Line:
     """A row of a training."""
 
-    where: str
+    row: Row
     trial: str
     key: Key
-    status: str
-    value: float | None  # None: the training failed
+    outcome: Outcome
+    value: float | None  # None: every other outcome
     item: str  # empty: of all examples
     group: str  # of the example; empty: it stands for itself
     step: int
     weight: float
     details: dict[str, float]
+
+    @property
+    def where(self) -> str:
+        return self.row.where
 
 
 def raw_rows(source: Path) -> list[Row]:
@@ -96,13 +113,33 @@ def _file_rows(path: Path, named: bool) -> list[Row]:
         raise ResultsError(f"{path}: the file is empty; give a header and one row for each training")
     try:
         rows = [row for split in read_rows(path).values() for row in split]
+        if path.suffix.lower() in (".csv", ".tsv") and cell_delimiter(path) != ",":
+            rows = _with_decimal_points(rows)
     except DataError as error:
         raise ResultsError(str(error)) from None
     if not named:
         return rows
     roles = set(map(plain, names_of(rows)))
-    settings = {name: value for name, value in settings_of_name(path.stem).items() if not roles & set(SYNONYMS[name])}
+    settings = settings_of_name(path.stem, [name for name in ("rank", "lr", "seed") if not roles & set(SYNONYMS[name])])
     return [Row({**settings, **row.fields}, row.where) for row in rows]
+
+
+def _with_decimal_points(rows: list[Row]) -> list[Row]:
+    """Return the rows of a table whose cells no comma separates, with decimal commas as points; of a column with both none is read."""
+    cells = {name: [str(row.fields.get(name) or "").strip() for row in rows] for name in names_of(rows)}
+    has_points = any(map(DECIMAL_POINT.fullmatch, chain.from_iterable(cells.values())))
+    converted = set()
+    for name, texts in cells.items():
+        commas = [text for text in texts if DECIMAL_COMMA.fullmatch(text)]
+        may_be_thousands = has_points and all(map(THOUSANDS.fullmatch, commas))
+        if commas and not may_be_thousands and not any(map(DECIMAL_POINT.fullmatch, texts)):
+            converted.add(name)
+
+    def read_cell(name: str, cell: Any) -> Any:
+        is_decimal = name in converted and DECIMAL_COMMA.fullmatch(str(cell).strip())
+        return str(cell).replace(",", ".") if is_decimal else cell
+
+    return [Row({name: read_cell(name, cell) for name, cell in row.fields.items()}, row.where) for row in rows]
 
 
 def rows_of_mappings(mappings: Any) -> list[Row]:
@@ -153,7 +190,7 @@ def results_of_rows(
     Raises:
         ResultsError: rows that can't be compared; the message names file and row.
     """
-    flat = _flat_rows(rows)
+    flat, num_stages = _compared_stages(_flat_rows(rows), where)
     named = _rows_of_names(flat, mapping)
     notes = ["rank from the names of the trainings"] if named is not flat else []
     columns = identify_columns(named, metric, mapping, where)
@@ -181,22 +218,65 @@ def results_of_rows(
     left = [f"not used: {listed(unused)}"] if unused else []
     rankless = len(named) - len(with_rank)
     left += [f"{rankless} row{'s' * (rankless != 1)} without a rank left out"] if rankless else []
+    left += (
+        [f"{num_stages} row{'s' * (num_stages != 1)} of truncated or stopped trainings left out"] if num_stages else []
+    )
     return ResultsTable(
         metric=metric, higher_is_better=higher, results=results, understood=[*roles, *notes, *left, *counts]
     )
 
 
+def _compared_stages(rows: list[Row], where: str) -> tuple[list[Row], int]:
+    """Return the rows of complete trainings and of the base of an exported run, and the number of the others; another table as it is.
+
+    Raises:
+        ResultsError: a run whose complete trainings have fewer than two ranks.
+    """
+    column = next((name for name in names_of(rows) if plain(name) == "stage"), None)
+    if column is None:
+        return rows, 0
+    stages = [str(row.fields.get(column)).strip() for row in rows]
+    if not all(map(STAGES.fullmatch, stages)):
+        return rows, 0
+    compared = [row for row, stage in zip(rows, stages, strict=True) if stage in COMPARED_STAGES]
+    ranks = {str(row.fields.get("rank")) for row, stage in zip(rows, stages, strict=True) if stage == "whole"}
+    if len(ranks) < 2 and len(compared) < len(rows):
+        raise ResultsError(
+            f"{where}: column {column} says that {len(ranks)} rank{'s were' if not ranks else ' was'} trained to the end; truncated and stopped "
+            "trainings are not compared; decide on the run folder itself, or continue its run with --goal training-rank"
+        )
+    return compared, len(rows) - len(compared)
+
+
 def _rows_of_names(rows: list[Row], mapping: Mapping[str, str]) -> list[Row]:
     """Rows whose rank is in their name alone (`lora-r16-seed0`), with what the names say as columns; others as they are."""
     names = names_of(rows)
-    if "rank" in mapping or set(map(plain, names)) & set(SYNONYMS["rank"]):
+    roles = set(map(plain, names))
+    if "rank" in mapping or roles & set(SYNONYMS["rank"]):
         return rows
+    wanted = ["rank", *(name for name in ("lr", "seed") if name not in mapping and not roles & set(SYNONYMS[name]))]
+    columns: dict[str, list[dict[str, str]]] = {}
+    unclear: ResultsError | None = None
     for name in names:
-        told = [settings_of_name(str(row.fields.get(name) or "")) for row in rows]
-        ranks = {settings.get("rank") for settings in told}
+        try:
+            settings = [settings_of_name(str(row.fields.get(name) or ""), wanted) for row in rows]
+        except ResultsError as error:
+            unclear = unclear or error
+            continue
+        ranks = {by_name.get("rank") for by_name in settings}
         if len(ranks) > 1 and None not in ranks:
-            return [Row({**settings, **row.fields}, row.where) for settings, row in zip(told, rows, strict=True)]
-    return rows
+            columns[name] = settings
+    if not columns and unclear is not None:
+        raise unclear
+    if not columns:
+        return rows
+    (column, chosen), *others = columns.items()
+    for other, settings in others:
+        if [by_name["rank"] for by_name in settings] != [by_name["rank"] for by_name in chosen]:
+            raise ResultsError(
+                f"{rows[0].where}: columns {column} and {other} name other ranks; give a column rank, or leave one of them out"
+            )
+    return [Row({**by_name, **row.fields}, row.where) for by_name, row in zip(chosen, rows, strict=True)]
 
 
 def _texts_of(rows: Iterable[Row], column: str) -> list[str]:
@@ -241,26 +321,39 @@ def _direction(metric: str, asked: bool | None, where: str) -> tuple[bool, str]:
 
 
 def _line(row: Row, columns: Columns, metric: str) -> _Line:
-    status = str(_cell(row, columns, "status")).strip().lower()
-    failed = status in FAILED or str(row.fields.get(columns.value)).strip().lower() in FAILED | NO_NUMBERS
-    value = None if failed or status in UNFINISHED | PRUNED else _number(row, columns.value)
+    outcome = _outcome(row, columns)
+    value = _number(row, columns.value) if outcome == "value" else None
     if value is not None and value <= 0 and ("perplexity" in metric.lower() or metric.lower() == "ppl"):
         raise ResultsError(f"{row.where}: a perplexity of {value:g} is not possible; perplexities are above 0")
     item, group = (_cell(row, columns, name) for name in ("item", "group"))
     rank, seed, step = (int(_of_role(row, columns, name) or 0) for name in ("rank", "seed", "step"))
     rate = _of_role(row, columns, "lr") if rank else None
+    weight = (
+        None if value is None else _of_role(row, columns, "weight")
+    )  # an example without a score may have no tokens
     return _Line(
-        row.where,
+        row,
         str(_cell(row, columns, "trial") or row.where),
         (rank, rate or 0.0, seed),
-        status,
+        outcome,
         value,
         "" if is_blank(item) else str(item),
         "" if is_blank(group) else str(group),
         step,
-        _of_role(row, columns, "weight") or 1.0,
+        weight or 1.0,
         _details(row, columns),
     )
+
+
+def _outcome(row: Row, columns: Columns) -> Outcome:
+    status, value = str(_cell(row, columns, "status")).strip().lower(), row.fields.get(columns.value)
+    if status in UNFINISHED:
+        return "unfinished"
+    if status in PRUNED:
+        return "pruned"
+    if status in FAILED or str(value).strip().lower() in FAILED | NO_NUMBERS:
+        return "failed"
+    return "blank" if is_blank(value) else "value"
 
 
 def _cell(row: Row, columns: Columns, role: str) -> Any:
@@ -273,7 +366,7 @@ def _of_role(row: Row, columns: Columns, role: str) -> float | None:
     value, (allowed, fits) = _cell(row, columns, role), ROLES[role]
     if is_blank(value):
         return None
-    number = None if isinstance(value, bool) else _float(value)
+    number = _float(value)
     if number is None or not math.isfinite(number) or not fits(number):
         name, advice = "learning rate" if role == "lr" else role, _advice(str(value).strip())
         raise ResultsError(f"{row.where}: {name} {quoted(value, 40)} is not allowed: give {allowed}{advice}")
@@ -281,35 +374,66 @@ def _of_role(row: Row, columns: Columns, role: str) -> float | None:
 
 
 def _details(row: Row, columns: Columns) -> dict[str, float]:
-    """The row's further numbers: those of a result by role, those of other metrics by column; later rows override earlier ones."""
+    """Return the row's further numbers, also those that are not finite: by role, and those of other metrics by column."""
     numbers = {name: _of_role(row, columns, name) for name in ("std", "std_seeds")}
     numbers["train_value"] = _float(_cell(row, columns, "train_value"))
     numbers |= {column: _float(row.fields.get(column)) for column in columns.others}
-    return {name: number for name, number in numbers.items() if number is not None and math.isfinite(number)}
+    for name, number in numbers.items():
+        if number is not None and math.isfinite(number):
+            _require_size(row, columns.by_name.get(name, name), number)
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _merged_details(lines: Sequence[_Line]) -> dict[str, float]:
+    """Return the further numbers of a training by its last evaluation; of rows of examples those that all of them share."""
+    details: dict[str, float] = {}
+    for line in sorted(lines, key=lambda line: line.step):
+        if not line.item:
+            details |= line.details
+    of_items = [line.details for line in lines if line.item]
+    for name in {name for by_name in of_items for name in by_name} - details.keys():
+        numbers = {by_name.get(name) for by_name in of_items}
+        if len(numbers) == 1 and (number := numbers.pop()) is not None:
+            details[name] = number
+    return {name: number for name, number in details.items() if math.isfinite(number)}
 
 
 def _results(lines: Sequence[_Line], columns: Columns) -> tuple[list[Result], list[str]]:
     """`(one result for each training, notes on what was left out)`."""
     trainings: dict[Key, dict[tuple[str, int], _Line]] = {}
-    left: dict[str, dict[Key, _Line]] = {"failed": {}, "unfinished": {}, "pruned": {}}
+    left: dict[Outcome, dict[Key, list[_Line]]] = {name: {} for name in ("failed", "unfinished", "pruned")}
     repeated = 0
     for line in lines:
-        if line.value is None:
-            kind = "unfinished" if line.status in UNFINISHED else "pruned" if line.status in PRUNED else "failed"
-            left[kind].setdefault(line.key, line)
+        if line.outcome != "value":
+            left["failed" if line.outcome == "blank" else line.outcome].setdefault(line.key, []).append(line)
             continue
         first = trainings.setdefault(line.key, {}).setdefault((line.item, line.step), line)
         if first.value != line.value:
             raise _two_values(line, first, columns)
         repeated += first is not line
+    steps = {step for training in trainings.values() for item, step in training if not item}
+    unscored: dict[Key, dict[str, _Line]] = {}
+    for key, without in left["failed"].items():
+        training = trainings.get(key, {})
+        if _ends_without_value(without, list(training.values()), steps, "trial" in columns.by_name):
+            del trainings[key]
+            continue
+        unscored[key] = _unscored_examples(without, training)
+        for item, step in list(training):
+            if item in unscored[key]:
+                del training[item, step]
+        if not training:
+            trainings.pop(key, None)
+    _require_same_examples(trainings, unscored)
     results = [_result(list(training.values()), columns) for training in trainings.values()]
-    _require_same_examples(list(trainings.values()))
-    failed = [line for key, line in left["failed"].items() if key not in trainings]
+    failed = [without[0] for key, without in left["failed"].items() if key not in trainings]
     for line in failed:
         rank, learning_rate, seed = line.key
         results.append(Result(trial_id=line.where, rank=rank, learning_rate=learning_rate, seed=seed, value=None))
+    examples = sorted({item for key in trainings for item in unscored.get(key, ())})
     counts = (
         (repeated, "repeated row", "left out"),
+        (len(examples), "example", f"without a score left out ({listed(examples)})"),
         (len(failed), "training", "without a result"),
         (len(left["unfinished"]), "unfinished training", "left out"),
         (len(left["pruned"].keys() - trainings.keys()), "pruned training", "left out"),
@@ -317,13 +441,46 @@ def _results(lines: Sequence[_Line], columns: Columns) -> tuple[list[Result], li
     return results, [f"{count} {noun}{'s' * (count != 1)} {what}" for count, noun, what in counts if count]
 
 
+def _ends_without_value(
+    without: Sequence[_Line], measured: Sequence[_Line], steps: Collection[int], has_trials: bool
+) -> bool:
+    """Whether the last evaluation of a training has no value, so that an earlier one is not its result.
+
+    A blank cell is an evaluation only at a step at which some training has a value: logs have rows of the training loss alone.
+    """
+    last = max((line.step for line in measured if not line.item), default=None)
+    trials = {line.trial for line in measured}
+    return last is not None and any(
+        line.step > last and (line.outcome == "failed" or line.step in steps)
+        for line in without
+        if not line.item and (line.trial in trials or not has_trials)
+    )
+
+
+def _unscored_examples(without: Sequence[_Line], training: Mapping[tuple[str, int], _Line]) -> dict[str, _Line]:
+    """Return the examples whose last row has no score, each with that row."""
+    last: dict[str, int] = {}
+    for item, step in training:
+        last[item] = max(step, last.get(item, step))
+    return {line.item: line for line in without if line.item and line.step > last.get(line.item, -1)}
+
+
 def _two_values(line: _Line, first: _Line, columns: Columns) -> ResultsError:
     rank, learning_rate, seed = line.key
     rate = f", lr {learning_rate:g}" if learning_rate else ""
     what = f", example {line.item}" if line.item else f", step {line.step}" if columns.by_name.get("step") else ""
+    taken = {*columns.by_name.values(), columns.value, *columns.others}
+    fields, other = line.row.fields, first.row.fields
+    differing = [
+        name for name in names_of([line.row, first.row]) if fields.get(name) != other.get(name) and name not in taken
+    ]
+    advice = (
+        f"they differ in {listed(differing)} too; keep the rows of one training for each rank, learning rate and seed"
+        if differing
+        else "add the column that distinguishes them (seed, lr or item), or remove one"
+    )
     return ResultsError(
-        f"{line.where}: rank {rank}{rate}, seed {seed}{what} occurs twice with different values (also {first.where}); add the "
-        "column that distinguishes them (seed, lr or item), or remove one"
+        f"{line.where}: rank {rank}{rate}, seed {seed}{what} occurs twice with different values (also {first.where}); {advice}"
     )
 
 
@@ -341,7 +498,7 @@ def _result(lines: Sequence[_Line], columns: Columns) -> Result:
     weights = [line.weight for line in examples]
     mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights) if values else points[-1][1]
     steps = max((step for step, _ in points), default=0)
-    details = {name: number for line in lines for name, number in line.details.items()}
+    details = _merged_details(lines)
     return Result(
         trial_id=lines[0].trial,
         rank=rank,
@@ -382,9 +539,18 @@ def _groups(lines: Iterable[_Line], asked: str | None, where: str) -> list[int] 
     return None
 
 
-def _require_same_examples(trainings: Sequence[Mapping[tuple[str, int], _Line]]) -> None:
+def _require_same_examples(
+    trainings: Mapping[Key, Mapping[tuple[str, int], _Line]], unscored: Mapping[Key, Mapping[str, _Line]]
+) -> None:
+    scored_anywhere = {item for training in trainings.values() for item, _ in training}
     before: dict[str, float] = {}
-    for training in trainings:
+    for key, training in trainings.items():
+        for item, line in unscored.get(key, {}).items():
+            if item in scored_anywhere:
+                raise ResultsError(
+                    f"{line.where}: rank {key[0]} has no score for example {item}, which other trainings have; score every training on the "
+                    "same examples, or leave this one out of all"
+                )
         scored = _scored(training.values())
         own = {item: line.weight for item, line in scored.items()}
         if not own:
@@ -432,31 +598,38 @@ def _require_one_unit(results: list[Result], metric: str, where: str) -> None:
         )
 
 
-def _number(row: Row, column: str) -> float | None:
-    """The finite number in a cell; None for an empty one."""
+def _number(row: Row, column: str) -> float:
+    """Return the finite number in a cell that is not blank."""
     value: Any = row.fields.get(column)
-    if is_blank(value):
-        return None
     number = _float(value)
     if number is None:
         raise ResultsError(f"{row.where}: {column} is {quoted(value, 40)}, not a number{_advice(str(value).strip())}")
-    if not math.isfinite(number):
-        raise ResultsError(
-            f"{row.where}: {column} is {number}; leave the cell empty where a training ended without a result"
-        )
+    _require_size(row, column, number)
     return number
 
 
+def _require_size(row: Row, column: str, number: float) -> None:
+    if not abs(number) <= MAX_NUMBER:
+        raise ResultsError(
+            f"{row.where}: {column} is {number:g}; give a number from -{MAX_NUMBER:g} to {MAX_NUMBER:g}, or leave the cell empty where a "
+            "training ended without a result"
+        )
+
+
 def _advice(text: str) -> str:
-    """How to write a number with a decimal comma or a percent sign."""
+    """Return how to write a number with a decimal comma or a percent sign, or a truth value."""
     if re.fullmatch(r"[-+]?\d*,\d+", text):
         return f"; write it with a decimal point ({text.replace(',', '.')})"
     if re.fullmatch(r"[-+]?[\d.,]+\s*%", text):
         return f"; write it without the percent sign ({text.rstrip('% ').replace(',', '.')}), in every row alike"
+    if text.lower() in ("true", "false"):
+        return "; give the held-out number, or scores of 1 and 0 where a right answer counts"
     return ""
 
 
 def _float(value: Any) -> float | None:
+    if isinstance(value, bool | np.bool_):
+        return None
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
