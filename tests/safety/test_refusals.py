@@ -210,6 +210,12 @@ def test_archives_are_not_opened(tmp_path: Path, name: str) -> None:
     [
         ({"num_hidden_layers": 10**9}, "more than any model has"),
         ({"hidden_size": 2**60}, "more than any model has"),
+        ({"vocab_size": 10**12}, r"vocab_size is 1000000000000, more than any model has \(at most 4194304\)"),
+        ({"vocab_size": 2**24}, "vocab_size is 16777216, more than any model has"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 10**9},
+            "num_local_experts is 1000000000, more than any model has",
+        ),
         ({"num_key_value_heads": 3}, "are not a multiple of"),
         ({"num_attention_heads": 0}, "cannot build|knows no such model|are not a multiple of"),
         ({"hidden_size": -8}, "cannot build|knows no such model"),
@@ -223,6 +229,11 @@ def test_model_configurations_without_end(
     (tmp_path / "config.json").write_text(json.dumps(config))
     settings = PlanSettings(ranks=(2,), batch_size=1, seq_len=16)
     require_refused(lambda: rightrank.plan(str(tmp_path), settings=settings), message, ModelError)
+
+
+@pytest.mark.plug_in("plan")
+def test_a_head_of_labels_without_end() -> None:
+    require_refused(lambda: PlanSettings(num_labels=10**12), "num_labels", SettingsError)
 
 
 # names and links that lead elsewhere

@@ -239,11 +239,12 @@ def _compared_stages(rows: list[Row], where: str) -> tuple[list[Row], int]:
     if not all(map(STAGES.fullmatch, stages)):
         return rows, 0
     compared = [row for row, stage in zip(rows, stages, strict=True) if stage in COMPARED_STAGES]
-    ranks = {str(row.fields.get("rank")) for row, stage in zip(rows, stages, strict=True) if stage == "whole"}
-    if len(ranks) < 2 and len(compared) < len(rows):
+    rank = next((name for name in names_of(rows) if plain(name) in SYNONYMS["rank"]), None)
+    ranks = {str(row.fields.get(rank)) for row, stage in zip(rows, stages, strict=True) if stage == "whole"}
+    if rank is not None and len(ranks) < 2 and len(compared) < len(rows):
         raise ResultsError(
-            f"{where}: column {column} says that {len(ranks)} rank{'s were' if not ranks else ' was'} trained to the end; truncated and stopped "
-            "trainings are not compared; decide on the run folder itself, or continue its run with --goal training-rank"
+            f"{where}: column {column} says that {len(ranks) or 'no'} rank was trained to the end, and truncated and stopped trainings are "
+            "not compared; decide on the run folder itself, or continue its run with --goal training-rank"
         )
     return compared, len(rows) - len(compared)
 

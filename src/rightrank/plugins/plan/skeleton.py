@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +44,9 @@ from rightrank.train.targets import (
     require_targets,
 )
 
-MAX_LAYERS = 1000
 MAX_SIZE = 2**40
+# Counts that the plan iterates over: layers, experts, and the vocabulary, of which a chunked loss takes a piece at a time.
+MAX_COUNTS = {re.compile(r"num_.*layers"): 1000, re.compile(r".*experts"): 2**14, re.compile(r"vocab_size"): 2**22}
 SAFETENSORS_CODES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -90,12 +92,13 @@ def _require_sane_sizes(reference: str, text: Any) -> None:
         raise ModelError(
             f"{reference}: {heads} heads are not a multiple of {groups} key-value heads; restore config.json"
         )
-    layers = getattr(text, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > MAX_LAYERS:
-        raise ModelError(f"{reference}: {layers} layers are more than any model has (at most {MAX_LAYERS})")
-    for name, value in text.to_dict().items():
-        if isinstance(value, int) and abs(value) > MAX_SIZE:
-            raise ModelError(f"{reference}: {name} is {value}, more than any model has (at most {MAX_SIZE})")
+    sizes = {**text.to_dict(), **{name: getattr(text, name, None) for name in ("num_hidden_layers", "vocab_size")}}
+    for name, value in sizes.items():
+        limit = min([MAX_SIZE, *(most for pattern, most in MAX_COUNTS.items() if pattern.fullmatch(name))])
+        if isinstance(value, int) and abs(value) > limit:
+            raise ModelError(
+                f"{reference}: {name} is {value}, more than any model has (at most {limit}); restore config.json"
+            )
 
 
 def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skeleton:
