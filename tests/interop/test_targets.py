@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
 from rightrank import Selected, export, inspect, select_rank, write_report
+from rightrank.cli import cli
 from rightrank.decision.records import records_of
 from rightrank.interop.exports import TARGETS, write_export
 from rightrank.interop.recipe import Recipe, recipe_of
@@ -140,6 +142,16 @@ def test_names_with_spaces_and_quotes_stay_one_word(recipe: Recipe) -> None:
 def test_snippets_are_python_whatever_the_names(recipe: Recipe, target: str) -> None:
     for text in TARGETS[target](replace(recipe, model='it\'s "a" \\ model\n')).files.values():
         ast.parse(text)
+
+
+def test_the_printed_line_can_be_pasted_and_stands_alone_if_quiet(selected: Selected, tmp_path: Path) -> None:
+    run = tmp_path / "my run; $(x)"
+    shutil.copytree(selected.run, run)
+    shown = CliRunner().invoke(cli, ["export", str(run), "--to", "trl"])
+    assert shlex.split(shown.stdout)[:4] == ["cd", str(run / "exports" / "trl"), "&&", "trl"]
+    assert "note: " in shown.stderr
+    quiet = CliRunner().invoke(cli, ["export", str(run), "--to", "trl", "--quiet"])
+    assert (quiet.stdout, quiet.stderr) == (shown.stdout, "")
 
 
 def test_what_a_target_cannot_express_is_a_note(recipe: Recipe) -> None:

@@ -66,7 +66,7 @@ def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
     "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With an adapter folder: a setting of select."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
-@click.option("--quiet", is_flag=True, help="Print no progress.")
+@click.option("--quiet", is_flag=True, help="Print no progress and no notes.")
 def _export(
     run: Path,
     to: str,
@@ -91,9 +91,9 @@ def _export(
     if as_json:
         click.echo(json.dumps(asdict(exported) | {"folder": str(exported.folder)}))
     else:
-        for note in exported.notes:
+        for note in () if quiet else exported.notes:
             click.echo(f"note: {note}", err=True)
-        click.echo(exported.address or f"cd {exported.folder} && {exported.command}")
+        click.echo(exported.address or f"cd {shlex.quote(str(exported.folder))} && {exported.command}")
     return 0 if exported.check is None else EXIT[exported.check["verdict"]]
 
 
