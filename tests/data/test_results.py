@@ -575,3 +575,12 @@ def test_rows_that_occur_twice_name_the_columns_in_which_they_differ() -> None:
         ResultsError, match=r"occurs twice with different values .*; they differ in warmup too; keep the rows of one"
     ):
         decide([*rows, {"rank": 16, "warmup": "a", "eval_loss": 1.9}])
+
+
+def test_an_example_without_tokens_has_no_weight() -> None:
+    """As `to_pandas(run, examples=True)` writes an example whose answer was cut away."""
+    rows = [
+        row | {"tokens": 0, "eval_loss": None} if row["item"] == "q3" else row | {"tokens": 5}
+        for row in scored_rows(lambda rank, item: 2 + item / 80 + 1 / rank)
+    ]
+    assert "1 example without a score left out (q3)" in decide(rows).understood

@@ -105,11 +105,12 @@ def settings_of_name(name: str, wanted: Collection[str] = tuple(_NAMED)) -> dict
     Raises:
         ResultsError: a name with several numbers of which none is certain.
     """
-    found = {setting: _number_in(_MODELS.sub(" ", name), setting, name) for setting in _NAMED if setting in wanted}
-    return {setting: number for setting, number in found.items() if number is not None}
+    numbers = {setting: _number_in(_MODELS.sub(" ", name), setting, name) for setting in _NAMED if setting in wanted}
+    return {setting: number for setting, number in numbers.items() if number is not None}
 
 
 def _number_in(text: str, setting: str, name: str) -> str | None:
+    """Return the number of a setting in `text`, the name without those of models; None if it has none."""
     matches: list[re.Match[str]] = []
     for pattern in _NAMED[setting]:
         matches = list(re.finditer(pattern, text, re.IGNORECASE))
@@ -251,10 +252,10 @@ def settings_from_path(folder: Path, root: Path) -> dict[str, Any]:
         ResultsError: an adapter_config.json that isn't JSON, or names that say several ranks, learning rates or seeds.
     """
     folders = [folder, *(parent for parent in folder.parents if parent == root or root in parent.parents)]
-    recorded = next(filter(None, map(_recorded_ranks, folders)), set[int]())
-    settings: dict[str, Any] = {"rank": recorded.pop()} if len(recorded) == 1 else {}
-    inside = "/".join(path.name for path in reversed(folders) if path != root)
-    for name in (inside, root.name):  # the name of the root is of all trainings
+    ranks = next(filter(None, map(_recorded_ranks, folders)), set[int]())
+    settings: dict[str, Any] = {"rank": ranks.pop()} if len(ranks) == 1 else {}
+    relative_path = "/".join(path.name for path in reversed(folders) if path != root)
+    for name in (relative_path, root.name):  # the name of the root is of all trainings
         settings = settings_of_name(name, _NAMED.keys() - settings.keys()) | settings
     return settings
 

@@ -128,15 +128,15 @@ def _with_decimal_points(rows: list[Row]) -> list[Row]:
     """Return the rows of a table whose cells no comma separates, with decimal commas as points; of a column with both none is read."""
     cells = {name: [str(row.fields.get(name) or "").strip() for row in rows] for name in names_of(rows)}
     has_points = any(map(DECIMAL_POINT.fullmatch, chain.from_iterable(cells.values())))
-    converted = set()
+    comma_columns = set()
     for name, texts in cells.items():
         commas = [text for text in texts if DECIMAL_COMMA.fullmatch(text)]
         may_be_thousands = has_points and all(map(THOUSANDS.fullmatch, commas))
         if commas and not may_be_thousands and not any(map(DECIMAL_POINT.fullmatch, texts)):
-            converted.add(name)
+            comma_columns.add(name)
 
     def read_cell(name: str, cell: Any) -> Any:
-        is_decimal = name in converted and DECIMAL_COMMA.fullmatch(str(cell).strip())
+        is_decimal = name in comma_columns and DECIMAL_COMMA.fullmatch(str(cell).strip())
         return str(cell).replace(",", ".") if is_decimal else cell
 
     return [Row({name: read_cell(name, cell) for name, cell in row.fields.items()}, row.where) for row in rows]
@@ -190,7 +190,7 @@ def results_of_rows(
     Raises:
         ResultsError: rows that can't be compared; the message names file and row.
     """
-    flat, num_stages = _compared_stages(_flat_rows(rows), where)
+    flat, num_partial = _compared_stages(_flat_rows(rows), where)
     named = _rows_of_names(flat, mapping)
     notes = ["rank from the names of the trainings"] if named is not flat else []
     columns = identify_columns(named, metric, mapping, where)
@@ -219,7 +219,9 @@ def results_of_rows(
     rankless = len(named) - len(with_rank)
     left += [f"{rankless} row{'s' * (rankless != 1)} without a rank left out"] if rankless else []
     left += (
-        [f"{num_stages} row{'s' * (num_stages != 1)} of truncated or stopped trainings left out"] if num_stages else []
+        [f"{num_partial} row{'s' * (num_partial != 1)} of truncated or stopped trainings left out"]
+        if num_partial
+        else []
     )
     return ResultsTable(
         metric=metric, higher_is_better=higher, results=results, understood=[*roles, *notes, *left, *counts]
@@ -238,15 +240,15 @@ def _compared_stages(rows: list[Row], where: str) -> tuple[list[Row], int]:
     stages = [str(row.fields.get(column)).strip() for row in rows]
     if not all(map(STAGES.fullmatch, stages)):
         return rows, 0
-    compared = [row for row, stage in zip(rows, stages, strict=True) if stage in COMPARED_STAGES]
-    rank = next((name for name in names_of(rows) if plain(name) in SYNONYMS["rank"]), None)
+    complete_rows = [row for row, stage in zip(rows, stages, strict=True) if stage in COMPARED_STAGES]
+    rank = next((name for name in names_of(rows) if plain(name) in SYNONYMS["rank"]), "")
     ranks = {str(row.fields.get(rank)) for row, stage in zip(rows, stages, strict=True) if stage == "whole"}
-    if rank is not None and len(ranks) < 2 and len(compared) < len(rows):
+    if rank and len(ranks) < 2 and len(complete_rows) < len(rows):
         raise ResultsError(
             f"{where}: column {column} says that {len(ranks) or 'no'} rank was trained to the end, and truncated and stopped trainings are "
             "not compared; decide on the run folder itself, or continue its run with --goal training-rank"
         )
-    return compared, len(rows) - len(compared)
+    return complete_rows, len(rows) - len(complete_rows)
 
 
 def _rows_of_names(rows: list[Row], mapping: Mapping[str, str]) -> list[Row]:
@@ -329,9 +331,8 @@ def _line(row: Row, columns: Columns, metric: str) -> _Line:
     item, group = (_cell(row, columns, name) for name in ("item", "group"))
     rank, seed, step = (int(_of_role(row, columns, name) or 0) for name in ("rank", "seed", "step"))
     rate = _of_role(row, columns, "lr") if rank else None
-    weight = (
-        None if value is None else _of_role(row, columns, "weight")
-    )  # an example without a score may have no tokens
+    # An example without a score may have no tokens.
+    weight = None if value is None else _of_role(row, columns, "weight")
     return _Line(
         row,
         str(_cell(row, columns, "trial") or row.where),
@@ -413,25 +414,25 @@ def _results(lines: Sequence[_Line], columns: Columns) -> tuple[list[Result], li
             raise _two_values(line, first, columns)
         repeated += first is not line
     steps = {step for training in trainings.values() for item, step in training if not item}
-    unscored: dict[Key, dict[str, _Line]] = {}
-    for key, without in left["failed"].items():
+    missing_scores: dict[Key, dict[str, _Line]] = {}
+    for key, failures in left["failed"].items():
         training = trainings.get(key, {})
-        if _ends_without_value(without, list(training.values()), steps, "trial" in columns.by_name):
+        if _ends_without_value(failures, list(training.values()), steps, "trial" in columns.by_name):
             del trainings[key]
             continue
-        unscored[key] = _unscored_examples(without, training)
+        missing_scores[key] = _unscored_examples(failures, training)
         for item, step in list(training):
-            if item in unscored[key]:
+            if item in missing_scores[key]:
                 del training[item, step]
         if not training:
             trainings.pop(key, None)
-    _require_same_examples(trainings, unscored)
+    _require_same_examples(trainings, missing_scores)
     results = [_result(list(training.values()), columns) for training in trainings.values()]
-    failed = [without[0] for key, without in left["failed"].items() if key not in trainings]
+    failed = [failures[0] for key, failures in left["failed"].items() if key not in trainings]
     for line in failed:
         rank, learning_rate, seed = line.key
         results.append(Result(trial_id=line.where, rank=rank, learning_rate=learning_rate, seed=seed, value=None))
-    examples = sorted({item for key in trainings for item in unscored.get(key, ())})
+    examples = sorted({item for key in trainings for item in missing_scores.get(key, ())})
     counts = (
         (repeated, "repeated row", "left out"),
         (len(examples), "example", f"without a score left out ({listed(examples)})"),
@@ -443,27 +444,27 @@ def _results(lines: Sequence[_Line], columns: Columns) -> tuple[list[Result], li
 
 
 def _ends_without_value(
-    without: Sequence[_Line], measured: Sequence[_Line], steps: Collection[int], has_trials: bool
+    failures: Sequence[_Line], evaluations: Sequence[_Line], steps: Collection[int], has_trials: bool
 ) -> bool:
     """Whether the last evaluation of a training has no value, so that an earlier one is not its result.
 
     A blank cell is an evaluation only at a step at which some training has a value: logs have rows of the training loss alone.
     """
-    last = max((line.step for line in measured if not line.item), default=None)
-    trials = {line.trial for line in measured}
+    last = max((line.step for line in evaluations if not line.item), default=None)
+    trials = {line.trial for line in evaluations}
     return last is not None and any(
         line.step > last and (line.outcome == "failed" or line.step in steps)
-        for line in without
+        for line in failures
         if not line.item and (line.trial in trials or not has_trials)
     )
 
 
-def _unscored_examples(without: Sequence[_Line], training: Mapping[tuple[str, int], _Line]) -> dict[str, _Line]:
+def _unscored_examples(failures: Sequence[_Line], training: Mapping[tuple[str, int], _Line]) -> dict[str, _Line]:
     """Return the examples whose last row has no score, each with that row."""
     last: dict[str, int] = {}
     for item, step in training:
         last[item] = max(step, last.get(item, step))
-    return {line.item: line for line in without if line.item and line.step > last.get(line.item, -1)}
+    return {line.item: line for line in failures if line.item and line.step > last.get(line.item, -1)}
 
 
 def _two_values(line: _Line, first: _Line, columns: Columns) -> ResultsError:
@@ -472,12 +473,12 @@ def _two_values(line: _Line, first: _Line, columns: Columns) -> ResultsError:
     what = f", example {line.item}" if line.item else f", step {line.step}" if columns.by_name.get("step") else ""
     taken = {*columns.by_name.values(), columns.value, *columns.others}
     fields, other = line.row.fields, first.row.fields
-    differing = [
+    other_columns = [
         name for name in names_of([line.row, first.row]) if fields.get(name) != other.get(name) and name not in taken
     ]
     advice = (
-        f"they differ in {listed(differing)} too; keep the rows of one training for each rank, learning rate and seed"
-        if differing
+        f"they differ in {listed(other_columns)} too; keep the rows of one training for each rank, learning rate and seed"
+        if other_columns
         else "add the column that distinguishes them (seed, lr or item), or remove one"
     )
     return ResultsError(
@@ -541,13 +542,13 @@ def _groups(lines: Iterable[_Line], asked: str | None, where: str) -> list[int] 
 
 
 def _require_same_examples(
-    trainings: Mapping[Key, Mapping[tuple[str, int], _Line]], unscored: Mapping[Key, Mapping[str, _Line]]
+    trainings: Mapping[Key, Mapping[tuple[str, int], _Line]], missing_scores: Mapping[Key, Mapping[str, _Line]]
 ) -> None:
-    scored_anywhere = {item for training in trainings.values() for item, _ in training}
+    scored_items = {item for training in trainings.values() for item, _ in training}
     before: dict[str, float] = {}
     for key, training in trainings.items():
-        for item, line in unscored.get(key, {}).items():
-            if item in scored_anywhere:
+        for item, line in missing_scores.get(key, {}).items():
+            if item in scored_items:
                 raise ResultsError(
                     f"{line.where}: rank {key[0]} has no score for example {item}, which other trainings have; score every training on the "
                     "same examples, or leave this one out of all"
