@@ -213,6 +213,10 @@ def test_archives_are_not_opened(tmp_path: Path, name: str) -> None:
         ({"vocab_size": 10**12}, r"vocab_size is 1000000000000, more than any model has \(at most 4194304\)"),
         ({"vocab_size": 2**24}, "vocab_size is 16777216, more than any model has"),
         (
+            {"model_type": "gemma3", "text_config": {}, "vision_config": {"num_hidden_layers": 10**9}},
+            "num_hidden_layers is 1000000000, more than any model has",
+        ),
+        (
             {"model_type": "mixtral", "num_local_experts": 10**9},
             "num_local_experts is 1000000000, more than any model has",
         ),

@@ -20,6 +20,7 @@ import copy
 import math
 import re
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,25 +81,34 @@ def read_config(reference: str, trust_remote_code: bool, classification: bool = 
     require_model(reference)
     config = model_config(reference, trust_remote_code, classification)
     text = config.get_text_config()
-    _require_sane_sizes(reference, text)
+    _require_sane_sizes(reference, config, text)
     text.use_cache = False  # as Trainer trains
     return config
 
 
-def _require_sane_sizes(reference: str, text: Any) -> None:
+def _require_sane_sizes(reference: str, config: Any, text: Any) -> None:
     """Refuse a configuration that would take for ever to build."""
     heads, groups = getattr(text, "num_attention_heads", 1), getattr(text, "num_key_value_heads", None) or 1
     if isinstance(heads, int) and isinstance(groups, int) and (heads < 1 or groups < 1 or heads % min(heads, groups)):
         raise ModelError(
             f"{reference}: {heads} heads are not a multiple of {groups} key-value heads; restore config.json"
         )
-    sizes = {**text.to_dict(), **{name: getattr(text, name, None) for name in ("num_hidden_layers", "vocab_size")}}
-    for name, value in sizes.items():
+    aliases = {name: getattr(text, name, None) for name in ("num_hidden_layers", "vocab_size")}
+    for name, value in _numbers_in(config.to_dict() | {"text": aliases}):
         limit = min([MAX_SIZE, *(most for pattern, most in MAX_COUNTS.items() if pattern.fullmatch(name))])
-        if isinstance(value, int) and abs(value) > limit:
+        if abs(value) > limit:
             raise ModelError(
                 f"{reference}: {name} is {value}, more than any model has (at most {limit}); restore config.json"
             )
+
+
+def _numbers_in(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers of a configuration and of those inside it, such as that of an image encoder."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers_in(value)
+        elif isinstance(value, int):
+            yield str(name), value
 
 
 def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skeleton:
