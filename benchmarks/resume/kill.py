@@ -117,8 +117,8 @@ def outcome(out: Path) -> dict[str, Any]:
         "finished": Counter(line["trial_id"] for line in finished),
         "adapter": adapter,
         "report": (out / "report.html").read_text().rstrip().endswith("</html>"),
-        "left_over": sorted(path.name for path in out.rglob(".*.tmp"))
-        + sorted(path.name for path in out.rglob(".*.old")),
+        "left_over": sorted(path.name for path in out.rglob(".*.rightrank-tmp"))
+        + sorted(path.name for path in out.rglob(".*.rightrank-old")),
     }
 
 

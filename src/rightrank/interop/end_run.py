@@ -7,7 +7,7 @@ truncations, here or in a fresh process; the hooks of a selection render it, and
 from __future__ import annotations
 
 import json
-import shutil
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from rightrank.adapters.live import LiveAdapter, as_it_came, gather, put_in_place, save_trained
 from rightrank.adapters.live_scores import HeldOutBatches, gathered, is_of_classes, together
 from rightrank.adapters.resize import candidate_ranks, capped, write_truncated
-from rightrank.data.files import read_json_object, report_disk_errors, write_text
+from rightrank.data.files import read_json_object, report_disk_errors, temporary_folder, write_text
 from rightrank.decision.adapter import adapter_answer, probable_ranks
 from rightrank.decision.records import Records, records_of
 from rightrank.models.adapter_files import AdapterFolder, open_adapter
@@ -54,7 +54,10 @@ from rightrank.train.targets import without_peft_noise
 from rightrank.train.trial import finished
 from rightrank.version import __version__
 
+log = logging.getLogger("rightrank")
+
 KEPT = "measure.json"  # in the run's cache
+TRAINER = "its own trainer"  # the trainer by which the journal of such a run names its kind
 # Of a `LiveAdapter`: in files of their own, or as by default.
 ELSEWHERE = ("model", "held_out", "train", "name", "write_beside")
 
@@ -96,28 +99,61 @@ def peak_so_far() -> int:
 
 
 def begin_run(live: LiveAdapter, out: Path, training: Training) -> RunFolder:
-    """A new run in `out`, with what a fresh process needs; the run of an earlier training is replaced.
+    """Begin a run in `out` with everything that a fresh process needs, and move the result of an earlier training aside.
 
     Raises:
-        RunFolderError: the folder is in use, holds other files, or cannot be written.
+        RunFolderError: the folder is in use, holds another kind of run or other files, or cannot be written.
     """
     folder = RunFolder(out)
-    if folder.is_locked():
-        raise RunFolderError(f"{out}: another process is using this folder; wait for it")
-    for entry in out.iterdir() if folder.journal.path.is_file() else ():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     with folder.locked(), report_disk_errors(out):
-        with gathered(live.model):
-            adapter = save_trained(live.model, live.name, folder.trial_adapter("trained"))
-            identity = base_identity(live.model.get_base_model(), adapter.base_model or "")
-        write_text(adapter.path / BASE_FILE, identity.content().decode())
-        if live.write_beside is not None:
-            live.write_beside(adapter.path)
-        started = _started(live, training, adapter)
-        adapter.path.rename(folder.trial_adapter(_top(started, training.steps)))
-        _keep(live, folder, training)
-        folder.journal.append(started)
+        _require_end_run(folder)
+        # A failure leaves neither a folder without a journal, which no later run could use, nor an earlier result aside.
+        with temporary_folder(out / "begun") as temporary:
+            begun = RunFolder(temporary)
+            with gathered(live.model):
+                adapter = save_trained(live.model, live.name, begun.trial_adapter("trained"))
+                identity = base_identity(live.model.get_base_model(), adapter.base_model or "")
+            write_text(adapter.path / BASE_FILE, identity.content().decode())
+            if live.write_beside is not None:
+                live.write_beside(adapter.path)
+            started = _started(live, training, adapter)
+            adapter.path.rename(begun.trial_adapter(_top(started, training.steps)))
+            _keep(live, begun, training)
+            begun.journal.append(started)
+            if (aside := folder.set_aside()) is not None:
+                log.warning("rightrank: the result of an earlier training was moved to %s", aside)
+            folder.adopt(begun)
     return folder
+
+
+def require_end_folder(out: Path) -> None:
+    """Require that a training can put its result in `out`; nothing is written there.
+
+    Raises:
+        RunFolderError: the folder is in use, or holds another kind of run or other files.
+    """
+    folder = RunFolder(out)
+    folder.require_usable()
+    if folder.is_locked():
+        raise RunFolderError(f"{out}: another process is using this folder; wait for it, or give another folder")
+    _require_end_run(folder)
+
+
+def _require_end_run(folder: RunFolder) -> None:
+    """Raise if the folder holds a run that no end of a training wrote; of another version, it is recognised too."""
+    if not folder.journal.path.is_file():
+        return
+    with folder.journal.path.open("rb") as file:
+        line = file.readline()
+    try:
+        first = json.loads(line)
+    except ValueError:  # also bytes that are no text
+        first = None
+    settings = first.get("settings") if isinstance(first, dict) else None
+    if not isinstance(settings, dict) or settings.get("trainer") != TRAINER:
+        raise RunFolderError(
+            f"{folder.path}: holds a run that is not the result of a training's end, and it stays as it is; give another folder"
+        )
 
 
 def finish_run(live: LiveAdapter, folder: RunFolder, training: Training, hooks: Sequence[Hook] = ()) -> Ending:
@@ -181,7 +217,7 @@ def _started(live: LiveAdapter, training: Training, adapter: AdapterFolder) -> R
     given |= {} if live.margin is None else {"margin": live.margin}
     settings = SelectSettings(**{**training.settings, **given})
     stated = {*training.settings, *given}
-    values = {"trainer": "its own trainer", **settings.model_dump(mode="json", include=stated)}
+    values = {"trainer": TRAINER, **settings.model_dump(mode="json", include=stated)}
     values["model"] = adapter.base_model
     is_classifier = adapter.config["task_type"] == "SEQ_CLS"
     values["is_text"] = values["model"] is not None and (

@@ -20,7 +20,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,7 +41,16 @@ from rightrank.adapters.live_scores import (
 )
 from rightrank.data.token_store import IGNORED
 from rightrank.hooks.report import Report
-from rightrank.interop.end_run import KEPT, Ending, Training, begin_run, finish_run, measure_again, peak_so_far
+from rightrank.interop.end_run import (
+    KEPT,
+    Ending,
+    Training,
+    begin_run,
+    finish_run,
+    measure_again,
+    peak_so_far,
+    require_end_folder,
+)
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook
 from rightrank.schema.command import measure_command
@@ -87,6 +96,7 @@ class SmallestAdapter(TrainerCallback):
         SettingsError: a value that is not allowed, or a loss without a value by example.
     """
 
+    _writes_run: ClassVar[bool] = True
     eval_dataset: Any = None
     _: KW_ONLY
     margin: float | None = None
@@ -139,6 +149,8 @@ class SmallestAdapter(TrainerCallback):
             folder = Path(args.output_dir or ".")
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # a folder that can't be written fails here
+            if self._writes_run:
+                require_end_folder(folder / "rightrank")
 
     def _rows_to_score(self, rows: Any, is_own: bool) -> Sequence[Mapping[str, Any]]:
         """The held-out rows, without those of the training set.
@@ -317,14 +329,15 @@ def keep_smallest(
     metric: str = "loss",
     seconds: float | None = None,
 ) -> Ending:
-    """The smallest adapter within the margin, at the end of a loop of your own or accelerate's; it is written to `out`.
+    """Write the smallest adapter within the margin to `out`, at the end of a loop of your own or accelerate's.
 
     Args:
         model: PEFT's model, as it is in memory; of accelerate, `accelerator.unwrap_model(model)`.
         held_out: Batches that the training did not see: dictionaries of tensors with `labels`, as the model takes them. A tensor `group` of a
             number for each row says which rows belong together.
         train: Batches of the training, of which the first are read for second moments.
-        out: The run folder.
+        out: The run folder, new or with the result of an earlier training, which is moved to `earlier-N` in it, with its exports. Files that no
+            run writes stay where they are.
         margin: How much worse is still enough, in nats a token or accuracy; None for the metric's default.
         metric: `loss`, or `accuracy` of a classifier.
         seconds: How long the training took, for the share that the end takes.
@@ -332,7 +345,8 @@ def keep_smallest(
     Raises:
         DataError: no held-out batches.
         ModelError: an adapter that cannot be truncated, or parameters that ZeRO-3 holds.
-        RunError: `out` cannot be written.
+        RunFolderError: `out` holds another kind of run or other files, which stay as they are, is in use, or cannot be written.
+        RunError: the disk is full.
     """
     settings = checked(margin, None, metric)
     name, margin = require_end(model), settings.margin

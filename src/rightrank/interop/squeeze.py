@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -56,6 +56,7 @@ class Squeeze(SmallestAdapter):
         DataError: no held-out rows to measure on, where no rank is given.
     """
 
+    _writes_run: ClassVar[bool] = False
     rank: int | None = None
     at: float = 0.5
     measure: bool = field(default=True, init=False)

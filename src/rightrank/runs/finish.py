@@ -14,6 +14,7 @@ from rightrank.decision.adapter import adapter_answer, improved_by_training, tes
 from rightrank.decision.next_run import next_commands
 from rightrank.decision.records import Records, best_trial, compared, criterion_of, trainings
 from rightrank.models.places import BASE_FILE
+from rightrank.report.html import CURVE, PICTURE
 from rightrank.runs.hook import FailingAs, Finished, Run
 from rightrank.runs.values import Answer, Selected, answers
 from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
@@ -21,6 +22,7 @@ from rightrank.schema.errors import AllTrialsFailedError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded
 
 CONFIG = "adapter_config.json"
+CARD_FILES = ("README.md", PICTURE, CURVE)  # in `adapter/`, by the hook that writes the views
 
 
 def answer_early(run: Run) -> None:
@@ -68,7 +70,7 @@ def finish(run: Run, decision: Decision | None) -> Selected:
             compared(records),
         )
     run.hooks.on_end(Finished(selected, folder, records.copy()))
-    for working in (folder.cache, folder.path / "checkpoints"):
+    for working in (folder.cache, folder.path / "checkpoints") if run.plan.owns_working_folders else ():
         shutil.rmtree(working, ignore_errors=True)
     return selected
 
@@ -102,6 +104,7 @@ def hand_over(run: Run, answer: AdapterAnswer) -> bool:
     handed_over, known = _handed_over(run.records, answer, saved), run.records.adapters
     is_new = not known or (known[-1].answer, known[-1].handed_over) != (answer, handed_over)
     if is_new or not target.is_dir():
+        _keep_own_files(run)
         with replacing_folder(target) as temporary:
             for path in files:
                 shutil.copy2(path, temporary / path.name)
@@ -111,6 +114,15 @@ def hand_over(run: Run, answer: AdapterAnswer) -> bool:
         cost = known[0].trainings if known else trainings(run.records)
         run.on_event(AdapterRecorded(answer=answer, handed_over=handed_over, trainings=cost))
     return True
+
+
+def _keep_own_files(run: Run) -> None:
+    """Move an adapter that is to be replaced aside where it holds files that no run wrote, such as a conversion."""
+    target = run.folder.adapter
+    written = {BASE_FILE, *CARD_FILES, *(path.name for path in run.folder.path.glob("trials/*/*"))}
+    own = sorted(path.name for path in target.iterdir() if path.name not in written) if target.is_dir() else []
+    if own and (aside := run.folder.set_aside([target.name])) is not None:
+        run.notice(f"{target} held files of your own ({', '.join(own)}) and was moved to {aside / target.name}")
 
 
 def _final_answer(records: Records, decision: Decision | None) -> AdapterAnswer:

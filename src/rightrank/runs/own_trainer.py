@@ -108,6 +108,7 @@ class OwnRequest:
             settings=settings,
             steps=steps,
             strategy=make_strategy(settings.strategy, space),
+            owns_working_folders=False,
             advice="give another range of learning rates, and a new out",
         )
 
