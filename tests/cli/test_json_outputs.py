@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rightrank import Selected, demo, select_rank
 from rightrank.api import selecting
+from rightrank.schema.trials import SCHEMA_VERSION
 from tests.adapters.adapters import make_adapter, make_base
 from tests.commands import COMMANDS, of_its_plug_in, run
 from tests.report.runs import journal_of
@@ -154,7 +155,7 @@ def one_object(text: str) -> dict[str, object]:
 def test_an_answer_is_one_object(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run([*command.split(), "--json"], capsys)
     assert status == 0, err
-    assert one_object(out)
+    assert one_object(out)["schema_version"] == SCHEMA_VERSION
 
 
 @pytest.mark.parametrize(

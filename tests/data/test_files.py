@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.data.files import replacing, replacing_folder, sweep_leftovers, write_text
+from rightrank.data.files import replacing, replacing_folder, report_disk_errors, sweep_leftovers, write_text
+from rightrank.schema.errors import RunError
 
 SOURCE = Path(__file__).parents[2] / "src" / "rightrank"
 
@@ -156,3 +157,17 @@ def test_nothing_else_in_the_source_opens_a_final_file_for_writing() -> None:
             if "temporary" not in target:
                 found.add((str(source.relative_to(SOURCE)), target))
     assert found == allowed
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "make room and run the same command again"),
+        (errno.EROFS, "give a folder that you may write to"),
+        (errno.EACCES, "give a folder that you may write to"),
+    ],
+)
+def test_a_disk_error_names_what_helps(number: int, advice: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=advice) as caught, report_disk_errors(tmp_path):
+        raise OSError(number, "can't")
+    assert ("make room" in str(caught.value)) == (number == errno.ENOSPC)

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 
 from rightrank import SmallestAdapter, export
 from rightrank.api.runs import status
 from rightrank.interop.end_run import measure_again, require_end_folder
 from rightrank.interop.smallest import keep_smallest
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.errors import RunError, RunFolderError
+from rightrank.schema.errors import ModelError, RunError, RunFolderError
 from tests.interop.test_smallest import trained
 from tests.interop.trainings import Rows, peft_model
 
@@ -152,3 +154,14 @@ def test_a_folder_that_no_end_wrote_is_refused_and_stays_as_it_is(
     with pytest.raises(RunFolderError, match=r"give (another|an empty or a new) folder"):
         keep_smallest(peft_model(model_folder), batches(rows[140:170]), out=out, margin=1.0)
     assert read_files(tmp_path) == before
+
+
+def test_an_encoder_without_a_head_is_refused_in_one_line(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = get_peft_model(transformers.BertModel(config), LoraConfig(r=4, target_modules=["query", "value"]))
+    rows = [{"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.tensor([0, 1])}]
+    with pytest.raises(ModelError, match=r"BertModel gives no logits: .*; give a model with one"):
+        keep_smallest(model, rows, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -103,6 +103,7 @@ def test_the_end_of_a_training_has_the_smallest_adapter(
     assert "of the training's time; peak memory" in caplog.text
     command = next(note for note in answer.notes if note.startswith("An estimate")).partition("prove it: ")[2]
     words = shlex.split(command)
+    assert words[:4] == ["rightrank", "select", str(model_folder), "DATA"]  # the name of the rows' file is not known
     options = dict(zip(words[4::2], words[5::2], strict=True))
     assert options["--learning-rates"] == "0.01"
     assert options["--max-steps"] == "60"
@@ -124,6 +125,7 @@ def verbs_work_on(run: Path, rank: int, model_folder: Path) -> None:
     """Status, report, export and compare read the folder as that of a selection."""
     state = status(run)
     assert (state.state, state.goal, state.adapter_sentence is not None) == ("done", "adapter", True)
+    assert state.resume is None
     assert state.truncated_curve
     first = (run / "report.html").read_text(encoding="utf-8")
     assert write_report(run).read_text(encoding="utf-8") == first
@@ -477,8 +479,12 @@ def test_a_search_for_hyperparameters_is_not_measured(model_folder: Path, rows: 
     assert not (tmp_path / "rightrank").exists()
 
 
-def test_a_resumed_training_is_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    _, whole = trained(model_folder, rows, tmp_path, [], max_steps=8, save_strategy="steps", save_steps=4)
+def test_a_resumed_training_is_measured_as_the_whole_one(
+    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rightrank.interop.smallest.MOMENT_SHARE", 0.5)  # several batches, of a training this short
+    uninterrupted = SmallestAdapter(Listed(rows[140:]), margin=0.1)
+    _, whole = trained(model_folder, rows, tmp_path, [uninterrupted], max_steps=8, save_strategy="steps", save_steps=4)
     callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=8, learning_rate=1e-2, per_device_train_batch_size=8, seed=0, save_strategy="no", report_to=[],
@@ -490,8 +496,11 @@ def test_a_resumed_training_is_measured(model_folder: Path, rows: Rows, tmp_path
     )
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert callback.result is not None
+    assert uninterrupted.result is not None
     batches = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows[140:]]
     assert callback.result.top.value == pytest.approx(scored(whole.eval(), batches).loss, rel=1e-4)
+    values = [[one.value for one in each.result.answer.candidates] for each in (uninterrupted, callback)]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)  # the same examples and the same second moments
 
 
 def test_of_several_adapters_the_trained_one_is_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:

@@ -127,6 +127,30 @@ def test_a_training_resumed_after_the_cut_ends_the_same(model_folder: Path, rows
         assert again.read_bytes() == end.read_bytes(), step
 
 
+def test_a_training_resumed_after_the_cut_at_the_first_rank_is_one_line(
+    model_folder: Path, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 9}
+    with caplog.at_level(logging.WARNING, "rightrank"):
+        trainer_of(peft_model(model_folder), model_folder, rows, tmp_path, [Squeeze(rank=3)], **options).train()
+    way = "give the trainer the model PeftModel.from_pretrained(base, "
+    assert f"to resume from a checkpoint after this step: {way}checkpoint, is_trainable=True)" in caplog.text
+    checkpoint = str(tmp_path / "checkpoint-9")
+    trainer = trainer_of(peft_model(model_folder), model_folder, rows, tmp_path, [Squeeze(rank=3)], **options)
+    with pytest.raises(ModelError, match="another rank than the model") as caught:
+        trainer.train(checkpoint)
+    assert f"{way}{checkpoint!r}, is_trainable=True)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_model_loads_adapters_as_before_once_the_training_has_begun(
+    model_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    model = peft_model(model_folder)
+    trainer_of(model, model_folder, rows, tmp_path, [Squeeze(rank=3)]).train()
+    assert "load_adapter" not in vars(model)
+
+
 def test_the_best_model_is_one_after_the_cut(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
     options |= {

@@ -343,6 +343,8 @@ def decide(
 
 def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, further: Mapping[str, Any]) -> Decided:
     """Decide on a run folder, at the run's own metric and margin unless the question gives others."""
+    from rightrank.runs.run import with_base_note
+
     records = records_of(folder.journal.read(), str(folder.path))
     started = records.started
     direct = [outcome for outcome in records.outcomes if outcome.arm.is_direct]
@@ -360,7 +362,8 @@ def _decide_run(folder: RunFolder, metric: str | None, margin: float | None, fur
     if metric == started.metric:
         outcomes = comparable(records)
         margin = records.settings.margin if margin is None else margin
-    decision = decide_on(records, outcomes, metric, margin, **further)
+    decision = with_base_note(decide_on(records, outcomes, metric, margin, **further), records)
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
+    decision = decision.model_copy(update={"adapter_sentence": adapter})
     commands = next_commands(started, decision.next_runs, str(folder.path), asked) if metric == started.metric else []
     return Decided(decision, [f"{len(direct)} trainings of a run folder"], adapter, commands)

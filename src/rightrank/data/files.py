@@ -22,6 +22,7 @@ from rightrank.schema.errors import RunError, RunFolderError, SettingsError
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
 }  # fmt: skip
+_NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM}  # more room does not help
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # from network file systems that can't flush a folder
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.rightrank-(?P<kind>tmp|old)")  # as no other program names its own
 
@@ -171,6 +172,9 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
         RunError: in place of the system's error.
     """
     advice = "make room and run the same command again to resume"
+    permission = (
+        "give a folder that you may write to, or change its permissions and run the same command again to resume"
+    )
     try:
         yield
     except SafetensorError as error:
@@ -180,7 +184,9 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        raise RunError(f"{folder}: can't write there ({error.strerror}); {advice}") from None
+        raise RunError(
+            f"{folder}: can't write there ({error.strerror}); {permission if error.errno in _NOT_ALLOWED else advice}"
+        ) from None
 
 
 MAX_TEXT_BYTES = 64 * 2**20  # of a file that is read at once

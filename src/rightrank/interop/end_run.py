@@ -23,7 +23,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from rightrank.adapters.live import LiveAdapter, as_it_came, gather, put_in_place, save_trained
-from rightrank.adapters.live_scores import HeldOutBatches, gathered, is_of_classes, together
+from rightrank.adapters.live_scores import HeldOutBatches, gathered, is_of_classes, is_partitioned, read_batch, together
 from rightrank.adapters.resize import candidate_ranks, capped, write_truncated
 from rightrank.data.files import read_json_object, report_disk_errors, temporary_folder, write_text
 from rightrank.decision.adapter import adapter_answer, probable_ranks
@@ -102,11 +102,13 @@ def begin_run(live: LiveAdapter, out: Path, training: Training) -> RunFolder:
     """Begin a run in `out` with everything that a fresh process needs, and move the result of an earlier training aside.
 
     Raises:
+        ModelError: the model gives no logits.
         RunFolderError: the folder is in use, holds another kind of run or other files, or cannot be written.
     """
     folder = RunFolder(out)
     with folder.locked(), report_disk_errors(out):
         _require_end_run(folder)
+        _require_logits(live)
         # A failure leaves neither a folder without a journal, which no later run could use, nor an earlier result aside.
         with temporary_folder(out / "begun") as temporary:
             begun = RunFolder(temporary)
@@ -124,6 +126,21 @@ def begin_run(live: LiveAdapter, out: Path, training: Training) -> RunFolder:
                 log.warning("rightrank: the result of an earlier training was moved to %s", aside)
             folder.adopt(begun)
     return folder
+
+
+def _require_logits(live: LiveAdapter) -> None:
+    """Raise if the model is an encoder without a head, whose rows of one class have no scores."""
+    batch = next(iter(live.held_out), {})
+    if is_partitioned(live.model) or "labels" not in batch or not is_of_classes(batch):
+        return
+    with as_it_came(live.model, live.name), torch.no_grad():
+        output = live.model(**read_batch(live.model, batch).inputs)
+    if getattr(output, "logits", None) is None:
+        name = type(live.model.get_base_model()).__name__
+        raise ModelError(
+            f"{name} gives no logits: an encoder without a head has no scores of classes; give a model with one, such as of "
+            "AutoModelForSequenceClassification"
+        )
 
 
 def require_end_folder(out: Path) -> None:
@@ -324,9 +341,10 @@ def next_training(answer: AdapterAnswer, started: RunStarted) -> str:
     where = f"{low}" if low == high else f"{low} to {high}"
     ranks = sorted({max(1, low // 2), low, high, answer.trained_rank})
     settings = started.select_settings.model_copy(update={"goal": "training-rank", "ranks": tuple(ranks)})
-    command = reproduce_command(started.model_name or "MODEL", "data.jsonl", settings)
+    command = reproduce_command(started.model_name or "MODEL", "DATA", settings)
     return (
-        f"An estimate, not evidence: the rank to train at next time probably is {where}. This would prove it: {command}"
+        f"An estimate, not evidence: the rank to train at next time probably is {where}. "
+        f"With the file of your rows for DATA, this would prove it: {command}"
     )
 
 

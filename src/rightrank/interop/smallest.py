@@ -110,7 +110,6 @@ class SmallestAdapter(TrainerCallback):
     _trainer: Trainer | None = field(default=None, init=False)
     _held_out: Sequence[Mapping[str, Any]] = field(default=(), init=False)
     _is_training: bool = field(default=False, init=False)
-    _first_step: int = field(default=0, init=False)
     _started: float = field(default_factory=time.monotonic, init=False)
     _shared: str = field(default="", init=False)  # a line on rows that are held out and trained on
 
@@ -121,7 +120,7 @@ class SmallestAdapter(TrainerCallback):
         self._is_training = False
         if state.is_hyper_param_search:
             return  # a search ends many trainings, and none of them is the one to hand over
-        self._loaders, self._first_step, self._shared = kwargs, state.global_step, ""
+        self._loaders, self._shared = kwargs, ""
         self.result = None
         self._trainer = trainer = _trainer_of(self, control)
         if trainer is not None:  # trackers end their runs at the training's end: this callback comes before them
@@ -256,8 +255,8 @@ class SmallestAdapter(TrainerCallback):
     def _live(self, model: Any, args: TrainingArguments, state: TrainerState) -> LiveAdapter:
         loader, name = self._loaders["train_dataloader"], trained_adapter(model)
         size = min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
-        steps = state.global_step - self._first_step
-        trained = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        # With the steps before a checkpoint from which it was resumed, so that its end is that of the whole training.
+        trained = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         with as_it_came(model, name, loader.dataset, loader.collate_fn):  # which may draw random numbers
             train_rows = some_rows(loader.dataset, 64 * size)
             random.Random(0).shuffle(train_rows)  # moments are read of the first ones

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +36,7 @@ log = logging.getLogger("rightrank")
 
 # Against a training at the lower rank, at that rank's own best learning rate (benchmarks/squeeze).
 STUDY = "In a study, 35 of 45 such cuts ended no worse than a training at the low rank by half a margin; differences were -28% to +5% of what training gains"
+RESUME = "give the trainer the model PeftModel.from_pretrained(base, {path}, is_trainable=True)"
 LAYERWISE = ("layerwise", "lomo")  # in the names of optimizers that step inside the backward pass
 
 
@@ -63,9 +65,15 @@ class Squeeze(SmallestAdapter):
     cut: LiveCut | None = field(default=None, init=False)
     _step: int = field(default=0, init=False)
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Explain in one line why the model cannot load a checkpoint after the cut, until the training begins."""
+        if hasattr(kwargs["model"], "load_adapter"):
+            kwargs["model"].load_adapter = MethodType(load_or_explain, kwargs["model"])
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        vars(kwargs["model"]).pop("load_adapter", None)  # a checkpoint has been loaded by now
         model, self._is_training, self.cut = kwargs["model"], False, None
         self._step = cut_step(self.at, state.max_steps)
         if state.global_step >= self._step:
@@ -96,6 +104,10 @@ class Squeeze(SmallestAdapter):
         if state.is_world_process_zero:
             for line in [*self.cut.notes, cut_sentence(self.cut, self._step)]:
                 log.warning("rightrank: %s", line)
+            if self.cut.rank < self.cut.from_rank:
+                log.warning(
+                    "rightrank: to resume from a checkpoint after this step: %s", RESUME.format(path="checkpoint")
+                )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -108,6 +120,22 @@ class Squeeze(SmallestAdapter):
                 "training at rank %d certifies its truncations",
                 top, self._step, self.cut.rank, state.global_step, STUDY, top,
             )  # fmt: skip
+
+
+def load_or_explain(model: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+    """Load a checkpoint's adapter as PEFT does.
+
+    Raises:
+        ModelError: its factors have another shape than the model's.
+    """
+    try:
+        return type(model).load_adapter(model, path, *args, **kwargs)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ModelError(
+            f"{path}: its adapter has another rank than the model, as after a cut; to resume there: {RESUME.format(path=repr(str(path)))}"
+        ) from None
 
 
 def squeeze(

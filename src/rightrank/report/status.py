@@ -34,7 +34,7 @@ class RunStatus(Record):
     trials_ended: int
     trials_without_result: int
     running: str | None  # the trial at work
-    resume: str | None  # the command that continues it; None: the call of an own trainer
+    resume: str | None  # the command that continues it; None: it is done, or by the call of an own trainer
     progress: str | None  # its step and the time left, as the process reports them
     cost: str
     answer: str
@@ -83,7 +83,7 @@ def run_status(
         trials_ended=len(records.outcomes),
         trials_without_result=len(records.outcomes) - len(records.finished()),
         running=_at_work(journal, records) if locked else None,
-        resume=_resume(records.started, run),
+        resume=None if state == "done" else _resume(records.started, run),
         progress=str(progress["progress"]) if locked and is_fresh and "progress" in progress else None,
         cost=cost_sentence(records),
         answer=NO_ANSWER if decision is None and adapter is None else view.headline,

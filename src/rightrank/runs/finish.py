@@ -48,7 +48,7 @@ def finish(run: Run, decision: Decision | None) -> Selected:
     What an interrupted run has done of this already is not done again.
     """
     records, folder = run.records, run.folder
-    answer = run.hooks.agreed(_final_answer(records, decision), run.records.copy)
+    answer = run.hooks.agreed(_final_answer(run, decision), run.records.copy)
     shown = [trial.trial_id for trial in records.finished() if trial.rank == 0]
     shown += [answer.trial_id, answer.reference_id]
     if decision is not None:
@@ -57,6 +57,7 @@ def finish(run: Run, decision: Decision | None) -> Selected:
     _read_test_split(run, shown)
     saved = hand_over(run, answer)
     if decision is not None:
+        decision = decision.model_copy(update={"adapter_sentence": answer.sentence if saved else None})
         run.on_event(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
     with FailingAs("the answer"):
         final_answers = answers(records, decision, run.plan.settings.goal)
@@ -125,14 +126,17 @@ def _keep_own_files(run: Run) -> None:
         run.notice(f"{target} held files of your own ({', '.join(own)}) and was moved to {aside / target.name}")
 
 
-def _final_answer(records: Records, decision: Decision | None) -> AdapterAnswer:
+def _final_answer(run: Run, decision: Decision | None) -> AdapterAnswer:
     """The answer to the first question at the end of a run.
 
     It is the recorded one, or one from the candidates that a budget left, or the best trained adapter. A direct training of
     the second question takes its place where it is better.
     """
+    records = run.records
     criterion, plain = criterion_of(records), records.outcomes
-    known = records.adapters[-1].answer if records.adapters else adapter_answer(plain, criterion)
+    # Without a base in this process no answer was recorded early, and the recorded one is of an earlier call with other settings.
+    is_recorded = bool(records.adapters) and run.plan.base_identity is not None
+    known = records.adapters[-1].answer if is_recorded else adapter_answer(plain, criterion)
     if known is not None:
         return improved_by_training(known, plain, criterion) or known
     if decision is not None:

@@ -17,6 +17,7 @@ from rightrank.schema.trials import TrialFinished
 
 PROGRESS_FILE = "progress.json"  # in the run folder while a process works
 WITHOUT_A_RUN = {".lock", "base_model", PROGRESS_FILE}  # what may lie in a folder in which no run has begun
+EARLIER = re.compile(r"earlier-\d+")  # runs that were moved aside
 # Everything that a run and its views write into the folder, and exports of it; the journal is moved last.
 WRITTEN = (
     "config.yaml", "decision.json", "report.html", "figures", "adapter", "cache", "trials", "checkpoints", "answers", "exports",
@@ -92,7 +93,8 @@ class RunFolder:
             raise RunFolderError(f"{self.path}: a file and not a folder; give an empty or a new folder")
         if not self.path.is_dir() or self.journal.path.exists():
             return
-        if any(entry.name not in WITHOUT_A_RUN and not is_leftover(entry) for entry in self.path.iterdir()):
+        own = (entry for entry in self.path.iterdir() if entry.name not in WITHOUT_A_RUN and not is_leftover(entry))
+        if any(EARLIER.fullmatch(entry.name) is None for entry in own):
             raise RunFolderError(
                 f"{self.path}: the folder holds files but no journal.jsonl; give an empty or a new folder"
             )

@@ -155,6 +155,9 @@ class Decision(Record):
     winner_gap: float = 0.0  # the largest of the compared ranks, in the metric's unit
     checkpoint: CheckpointNote | None = None  # if evaluations during the training were given
     other_metrics: list[MetricAnswer] = Field(default_factory=list)  # metrics other than the one that decides
+    adapter_sentence: str | None = (
+        None  # the answer to the first question; None: no run, or one that handed nothing over
+    )
 
 
 class DifferenceSpread(Record):

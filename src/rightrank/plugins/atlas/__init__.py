@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import click
 
-from rightrank.cli.options import comma, whole_numbers
+from rightrank.cli.options import comma, json_line, whole_numbers
 from rightrank.plugins.atlas.counts import FAMILIES, Expectation, Question, ask, counted, group_of_metric
 from rightrank.runs.plugins import Plugin
 
@@ -67,7 +66,7 @@ def _expect(ranks: list[str] | None, as_json: bool, **known: Any) -> None:
     Every part may be left out. No network, no model and no GPU. What your data need is what `select` measures.
     """
     answer = expect(**known, ranks=whole_numbers(ranks, "--ranks"))
-    click.echo(json.dumps(asdict(answer)) if as_json else _text(answer))
+    click.echo(json_line(asdict(answer)) if as_json else _text(answer))
 
 
 def _text(answer: Expectation) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rightrank.cli.options import gather
+from rightrank.cli.options import gather, json_line
 from rightrank.runs.plugins import Plugin
 from rightrank.schema.settings import SelectSettings
 
@@ -100,7 +100,7 @@ def _fleet(margin: float | None, assignments: tuple[str, ...], as_json: bool, **
     """Find the smallest rank that all ADAPTERs can be truncated to without losing more than the margin, and write them."""
     settings = SelectSettings(**gather(None, assignments, {"margin": margin}))
     answer = fleet(**asked, settings=settings, notice=lambda line: click.echo(line, err=True))
-    click.echo(answer.model_dump_json() if as_json else _fleet_text(answer))
+    click.echo(json_line(answer) if as_json else _fleet_text(answer))
 
 
 PLUGIN = Plugin(name="fleet", commands=[_fleet], functions={"fleet": fleet})

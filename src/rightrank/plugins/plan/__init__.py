@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
-from rightrank.cli.options import SettingsCommand, announce, collector_paused, gather, setting_options
+from rightrank.cli.options import SettingsCommand, announce, collector_paused, gather, json_line, setting_options
 from rightrank.models.ranks import LARGE_RANK, rank_change_line, rate_warning
 from rightrank.report.format import size
 from rightrank.runs.plugins import Plugin
@@ -92,7 +92,7 @@ def _plan(model: str, config_file: Path | None, assignments: tuple[str, ...], as
 
     with collector_paused():
         answer: Plan = plan(model, settings=PlanSettings(**values), on_progress=say)
-    click.echo(answer.model_dump_json() if as_json else _plan_text(answer))
+    click.echo(json_line(answer) if as_json else _plan_text(answer))
     return 1 if answer.memory_bytes is not None and answer.max_rank is None else 0
 
 
