@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,7 +121,8 @@ def export(
     Args:
         run: a run folder whose selection has ended; for a merged model an adapter folder too.
         to: peft, trl, axolotl, llamafactory, unsloth, vllm or merged.
-        out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, replaced whole.
+        out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, which is replaced; one with
+            files of your own is moved to `earlier-N` in the run folder.
         check: of a merged model: held-out rows to compare on; the run's test split by default.
         kind: of a merged model: the type of its values, f32, bf16 or f16; None for f32.
         base: of a merged model from an adapter folder; None for the base that the adapter names.
@@ -164,13 +166,37 @@ def export(
         place = folder.path / "exports" / to if out is None else Path(out)
         model, data = (absolute(name, recipe.adapter) for name in (base or recipe.model, recipe.data))
         source = recipe.adapter, model, recipe.settings, data
-    with report_disk_errors(place):
+
+    def write() -> Exported:
         if to == MERGED:
             from rightrank.interop.merge import Merge, write_merged
 
             return write_merged(Merge(*source, kind or "f32", files, on_event), place)
-        exported = write_export(to, recipe, place)
+        return write_export(to, recipe, place)
+
+    with report_disk_errors(place):
+        exported = write() if out is not None else _replacing_export(folder, place, write)
     return exported if push_to_hub is None else replace(exported, address=_uploaded(exported.folder, push_to_hub))
+
+
+def _replacing_export(folder: RunFolder, place: Path, write: Callable[[], Exported]) -> Exported:
+    """Write an export over an earlier one, which stays in `earlier-N` where it holds files that the new one does not write."""
+    aside = folder.set_aside([str(place.relative_to(folder.path))])
+    try:
+        exported = write()
+    finally:
+        if aside is not None and not place.exists():
+            (aside / place.name).rename(place)
+            aside.rmdir()
+    if aside is None:
+        return exported
+    names, former = ({path.name for path in export.iterdir()} for export in (place, aside / place.name))
+    if not former - names:
+        shutil.rmtree(aside)
+        return exported
+    own = ", ".join(sorted(former - names))
+    note = f"the earlier export held files that this one does not write ({own}); it was moved to {aside / place.name}"
+    return replace(exported, notes=[*exported.notes, note])
 
 
 def _uploaded(adapter: Path, repo_id: str) -> str:
