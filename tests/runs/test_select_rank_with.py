@@ -361,6 +361,12 @@ def test_with_evaluate_the_adapter_is_truncated_and_handed_over(tmp_path: Path) 
     assert json.loads((selected.adapter.path / "adapter_config.json").read_text())["r"] == 4
     assert (selected.run / handed_over.reference_adapter / "adapter_config.json").is_file()
     assert (selected.adapter.rank, selected.training) == (4, None)
+    decision = select_rank_with(
+        train, tmp_path / "run", evaluate=evaluate, ranks=(1, 8), learning_rates=(1e-3,), margin=0.01, strategy="bracket"
+    ).decision
+    assert decision.adapter_sentence == decide(tmp_path / "run").decision.adapter_sentence
+    assert decision.adapter_sentence is not None
+    assert decision.adapter_sentence.startswith("The smallest adapter")
 
 
 def test_the_adapter_goal_needs_evaluate(tmp_path: Path) -> None:
