@@ -362,7 +362,13 @@ def test_with_evaluate_the_adapter_is_truncated_and_handed_over(tmp_path: Path) 
     assert (selected.run / handed_over.reference_adapter / "adapter_config.json").is_file()
     assert (selected.adapter.rank, selected.training) == (4, None)
     decision = select_rank_with(
-        train, tmp_path / "run", evaluate=evaluate, ranks=(1, 8), learning_rates=(1e-3,), margin=0.01, strategy="bracket"
+        train,
+        tmp_path / "run",
+        evaluate=evaluate,
+        ranks=(1, 8),
+        learning_rates=(1e-3,),
+        margin=0.01,
+        strategy="bracket",
     ).decision
     assert decision.adapter_sentence == decide(tmp_path / "run").decision.adapter_sentence
     assert decision.adapter_sentence is not None
