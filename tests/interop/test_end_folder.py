@@ -19,8 +19,7 @@ from rightrank.interop.end_run import measure_again, require_end_folder
 from rightrank.interop.smallest import keep_smallest
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ModelError, RunError, RunFolderError
-from tests.interop.test_smallest import trained
-from tests.interop.trainings import Rows, peft_model
+from tests.interop.trainings import Rows, peft_model, trained
 
 pytestmark = pytest.mark.trains
 

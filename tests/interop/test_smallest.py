@@ -46,22 +46,10 @@ from rightrank.train.covariances import gather_unseen_moments
 from rightrank.train.evaluation import Scores
 from rightrank.train.runtime import adapter_attached
 from tests.helpers import make_runtime
-from tests.interop.trainings import Listed, Rows, peft_model
+from tests.interop.trainings import Listed, Rows, peft_model, trained
 from tests.tiny import small_settings, write_completions, write_pairs
 
 pytestmark = pytest.mark.trains
-
-
-def trained(folder: Path, rows: Rows, out: Path, callbacks: Sequence[Any], **changes: Any) -> tuple[Trainer, Any]:
-    model = peft_model(folder)
-    settings: dict[str, Any] = {"max_steps": 60, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "seed": 0}
-    settings |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True}
-    arguments = TrainingArguments(output_dir=str(out), **settings | changes)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    trainer = Trainer(model, arguments, collator, Listed(rows[:140]), Listed(rows[140:]), callbacks=list(callbacks))
-    trainer.train()
-    return trainer, model
 
 
 def scored(model: Any, batches: Sequence[Any]) -> Scores:
