@@ -72,12 +72,12 @@ class SmallestAdapter(TrainerCallback):
     """Truncates the trained adapter at the end of `train()` and keeps the smallest one within the margin.
 
     Args:
-        eval_dataset: Held-out rows as the trainer has them, tokenized. None: the trainer's own `eval_dataset`.
+        eval_dataset: Held-out rows as the trainer has them, tokenized, with a length and numbers. None: the trainer's own `eval_dataset`.
         margin: How much worse is still enough, in nats a token; None for the default: 0.005, half a point of accuracy, 0.02 for
             preference pairs, or 1% of the loss of a classifier.
         ranks: Candidates; None for the powers of two below the adapter's rank.
         metric: `loss`, or `accuracy` of a classifier.
-        max_examples: Held-out examples to score at most. None: as many as a tenth of the training's time allows, from 100 to 1000.
+        max_examples: Held-out examples to score at most, a random sample. None: as many as a tenth of the training's time allows, from 100 to 1000.
         group: The column of `eval_dataset` that says which rows belong together, such as a document's; bounds are then over groups. None: rows
             with one prompt, which the labels leave out, belong together.
         measure: False: at the end keep what a fresh process needs, log its command, and leave the measurement to it.
@@ -86,7 +86,7 @@ class SmallestAdapter(TrainerCallback):
         result: The answer after `train()`; None before, and where it failed.
 
     Raises at the training's begin:
-        DataError: no held-out rows, fewer than two that are not in the training set, or rows that give no loss by example.
+        DataError: no held-out rows, a stream of them, fewer than two that are not in the training set, or rows that give no loss by example.
         ModelError: an adapter that cannot be truncated, or beside which another one is active.
         SettingsError: a value that is not allowed, or a loss without a value by example.
     """
@@ -114,7 +114,7 @@ class SmallestAdapter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what cannot work at the end, by scoring two examples."""
+        """Refuse what cannot work at the end: read the held-out rows, compare training rows with them, and score two examples."""
         self._is_training = False
         if state.is_hyper_param_search:
             return  # a search ends many trainings, and none of them is the one to hand over
@@ -375,7 +375,7 @@ def keep_smallest(
         model: PEFT's model, as it is in memory; of accelerate, `accelerator.unwrap_model(model)`.
         held_out: Batches that the training did not see: dictionaries of tensors with `labels`, as the model takes them. A tensor `group` of a
             number for each row says which rows belong together.
-        train: Batches of the training, of which the first are read for second moments.
+        train: Batches of the training for second moments: of a list a random sample is read, of a loader the first ones.
         out: The run folder.
         margin: How much worse is still enough, in nats a token or accuracy; None for the metric's default.
         metric: `loss`, or `accuracy` of a classifier.

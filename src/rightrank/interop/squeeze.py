@@ -126,7 +126,8 @@ def squeeze(
     Args:
         model: PEFT's model, as it is in memory; of accelerate, `accelerator.unwrap_model(model)`.
         optimizer: That of the adapter; of accelerate, its `optimizer`.
-        train: Batches of the training, of which the first are read for second moments: dictionaries of tensors with `labels`.
+        train: Batches of the training for second moments, dictionaries of tensors with `labels`: of a list a random sample is read, of a loader the
+            first ones.
         held_out: Batches that the training did not see, to measure truncations on where no rank is given.
         rank: The rank to cut to; None for the smallest whose truncation is worse by no more than the margin.
         margin: As for `SmallestAdapter`; `metric` too.
