@@ -107,9 +107,8 @@ class SmallestAdapter(TrainerCallback):
     _is_training: bool = field(default=False, init=False)
     _first_step: int = field(default=0, init=False)
     _started: float = field(default_factory=time.monotonic, init=False)
-    _notes: list[str] = field(
-        default_factory=list, init=False
-    )  # on rows that are held out and trained on, or were not compared
+    # On rows that are held out and trained on, or were not compared.
+    _notes: list[str] = field(default_factory=list, init=False)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
