@@ -215,15 +215,15 @@ class SmallestAdapter(TrainerCallback):
             return set()
         numbers = {content: at for at, content in reversed(list(enumerate(contents)))}
         order = sample_indices(len(reader.rows), COMPARED_ROWS)[process_index() :: world_size()]
-        end, compared, found = time.monotonic() + COMPARED_SECONDS, 0, set()
+        end, compared, leaked = time.monotonic() + COMPARED_SECONDS, 0, set()
         with together():
             for index in order:
                 if time.monotonic() > end:
                     break
                 number = numbers.get(_content(reader.rows[index], reader.columns))
-                found |= set() if number is None else {number}
+                leaked |= set() if number is None else {number}
                 compared += 1
-        by_process = gather_objects((compared, found))  # numbers of rows: processes have other hashes of strings
+        by_process = gather_objects((compared, leaked))  # numbers of rows: processes have other hashes of strings
         total = sum(count for count, _ in by_process)
         if total < len(reader.rows):
             self._note(
