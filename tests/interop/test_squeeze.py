@@ -304,3 +304,50 @@ def test_an_iterable_that_is_read_once_loses_no_row(
         left.append(list(train.left))
     assert left[0] == left[1] != []
     assert "truncated by singular values" in caplog.text
+
+
+class LazyCollator:
+    """A collator that creates its generator at first use, and notes the labels of the batches that it makes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.collate = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder))
+        self.generator: torch.Generator | None = None
+        self.labels: list[Any] = []
+
+    def __call__(self, rows: list[Any]) -> Any:
+        self.generator = self.generator or torch.Generator().manual_seed(3)
+        batch = self.collate(rows)
+        batch["labels"][torch.rand(batch["labels"].shape, generator=self.generator) < 0.2] = -100
+        self.labels.append(batch["labels"])
+        return batch
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["SmallestAdapter", "Squeeze", "loop"])
+def test_a_collator_of_both_loaders_is_left_to_the_training(
+    model_folder: Path, rows: Rows, tmp_path: Path, kind: str
+) -> None:
+    """Of Lightning's callbacks, and of a cut in a loop of one's own: the training has the same batches as without them."""
+    pytest.importorskip("lightning")
+    from tests.interop import with_lightning
+
+    labels = []
+    for is_alone in (True, False):
+        collator, model = LazyCollator(model_folder), peft_model(model_folder)
+        train, held_out = (
+            torch.utils.data.DataLoader(Listed(part), 8, shuffle=True, collate_fn=collator)
+            for part in (rows[:140], rows[140:])
+        )
+        torch.manual_seed(7)
+        if kind == "loop":
+            optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad])
+            for number, _ in enumerate(train):
+                if number == 8 and not is_alone:
+                    squeeze(model, optimizer, train, held_out, margin=10.0)
+        else:
+            options = {"rank": None, "margin": 10.0} if kind == "Squeeze" else {"margin": 10.0}
+            callback = None if is_alone else getattr(with_lightning, kind)(held_out, **options)
+            with_lightning.fitted(model, callback, train, tmp_path / str(is_alone))
+        labels.append(collator.labels)
+    assert len(labels[0]) == len(labels[1]) > 10
+    assert all(torch.equal(*pair) for pair in zip(*labels, strict=True))

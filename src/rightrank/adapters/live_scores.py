@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from rightrank.data.token_store import IGNORED
-from rightrank.schema.errors import LIBRARY_ERRORS, DataError, RightrankError, RunError
+from rightrank.schema.errors import LIBRARY_ERRORS, DataError, RightrankError, RunError, described
 from rightrank.train.evaluation import Scores
 from rightrank.train.loss import (
     BatchLoss,
@@ -40,6 +40,8 @@ FAILURES = (RightrankError, MemoryError, *LIBRARY_ERRORS)
 AGREED = "is_known_to_all"  # of an error: every process has raised
 GROUP = "group"  # of a batch's rows: numbers that say which of all rows belong together
 REFERENCE = "ref_chosen_logps", "ref_rejected_logps"  # of TRL's batches of pairs
+# What to do where examples cannot be scored here; see docs/how-to/own-trainers.md.
+OWN_EVALUATION = 'score adapters with a function of your own: rightrank.select_rank_with(train, "run", evaluate=evaluate, goal="adapter")'
 NOT_FOR_THE_MODEL = (GROUP, "labels", "num_items_in_batch", "completion_mask")
 LIKELIHOOD = Likelihood(own_pass_labels)
 
@@ -101,7 +103,7 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
     if nested is not None:
         raise DataError(
             f"the batches have {nested} as a {type(batch[nested]).__name__} of tensors, without which the model would be another one; give a "
-            "collator that makes a tensor of it, or save the adapter and use rightrank resize --data"
+            f"collator that makes a tensor of it, or {OWN_EVALUATION}"
         )
     base, device = base_of(model), next(model.parameters()).device
     given = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor) and key not in REFERENCE}
@@ -114,16 +116,23 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
         labels, positions = tensors["input_ids"].masked_fill(tensors["completion_mask"] == 0, IGNORED), None
     if labels is None or labels.is_floating_point() or not 1 <= labels.dim() <= 2:
         raise DataError(
-            "the batches have no labels of classes or tokens; a regression, several labels a row, or a loss of one's own has no scores here"
+            "the batches have no labels of classes or tokens; a regression, several labels a row, a reranker, a contrastive loss or a loss of one's "
+            f"own has no scores here: {OWN_EVALUATION}"
         )
     groups = batch[GROUP].tolist() if GROUP in batch else ()
     if not is_pairs and is_of_classes(batch):
+        is_of_tokens = hasattr(base, "can_generate") and base.can_generate()
+        if is_of_tokens or getattr(base.config, "num_labels", 2) == 1:
+            output = "predicts tokens" if is_of_tokens else "has one output, as a regression or a reranker"
+            raise DataError(
+                f"{type(base).__name__} {output}, and the batches have one label a row, which has no scores here: {OWN_EVALUATION}"
+            )
         rows = torch.arange(len(labels), device=device)
         return TrainerBatch(inputs, labels.flatten(), rows[:, None], rows, False, groups)
     if base.config.is_encoder_decoder or not base.can_generate():
         raise DataError(
-            f"{type(base).__name__}: examples are scored of causal language models and of classifiers of whole rows; save the adapter "
-            "and use rightrank resize --data"
+            f"{type(base).__name__}: examples are scored of causal language models and of classifiers of whole rows; for others "
+            f"{OWN_EVALUATION}"
         )
     # Examples that are packed into one row begin where `position_ids` is 0. Of left-padded rows the padding has position 0 too, or 1: it
     # holds no label and makes no example.
@@ -143,8 +152,19 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def batch_loss(model: Any, batch: Batch, beta: float = BETA) -> BatchLoss:
-    """The losses of one batch; `beta` is that of the loss of preference pairs, TRL's `sigmoid`."""
-    return read_batch(model, with_reference(model, batch)).loss(model, beta)
+    """Return the losses of one batch; `beta` is that of the loss of preference pairs, TRL's `sigmoid`.
+
+    Raises:
+        DataError: the model and the batch give no loss by example.
+    """
+    try:
+        return read_batch(model, with_reference(model, batch)).loss(model, beta)
+    except RightrankError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{type(base_of(model)).__name__}: these batches give no loss by example ({described(error)}); {OWN_EVALUATION}"
+        ) from error
 
 
 @torch.no_grad()
@@ -190,7 +210,7 @@ class HeldOutBatches:
             if self._in_step is not None:
                 batch_loss(self._model, self._in_step, self._beta)
         losses, tokens, correct, groups = (
-            list(chain(*parts)) for parts in zip(*_over_processes((losses, tokens, correct, groups)), strict=True)
+            list(chain(*parts)) for parts in zip(*gather_objects((losses, tokens, correct, groups)), strict=True)
         )
         by_example = {"accuracy": correct} if correct else {}
         return Scores(losses, tokens, by_example, groups if len(groups) == len(losses) else None)
@@ -210,15 +230,15 @@ def together() -> Iterator[None]:
         if hasattr(error, AGREED):
             raise  # in a block within this one
         failure = error
-    failed = any(_over_processes(failure is not None))
+    failed = any(gather_objects(failure is not None))
     if failed:
         failure = failure or RunError("another process of the training failed")
         setattr(failure, AGREED, True)
         raise failure
 
 
-def _over_processes(mine: Any) -> list[Any]:
-    """What every process has, by their numbers."""
+def gather_objects(mine: Any) -> list[Any]:
+    """Return the values of all processes, in the order of their numbers."""
     every = [mine] * world_size()
     if len(every) > 1:
         dist.all_gather_object(every, mine)

@@ -12,22 +12,23 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import Subset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rightrank.adapters.live import LiveAdapter, as_it_came, gather, require_end, save_trained
 from rightrank.adapters.live_scores import Batch, is_sharded, world_size
 from rightrank.adapters.resize import capped, write_truncated
+from rightrank.data.splits import sample_indices
 from rightrank.interop.end_run import Ending, measure
-from rightrank.interop.smallest import MOMENT_BATCHES, SmallestAdapter, checked, some_rows
+from rightrank.interop.smallest import MIN_EXAMPLES, Reader, SmallestAdapter, checked, readable_copy, sample_batches
 from rightrank.models.adapter_files import PREFIX, AdapterFolder, open_adapter
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.train.multi_lora import lora_modules
@@ -59,6 +60,7 @@ class Squeeze(SmallestAdapter):
     """
 
     _writes_run: ClassVar[bool] = False
+    reads_between_steps: ClassVar[bool] = True
     rank: int | None = None
     at: float = 0.5
     measure: bool = field(default=True, init=False)
@@ -87,11 +89,11 @@ class Squeeze(SmallestAdapter):
             )
         super().on_train_begin(args, state, control, **kwargs)
 
-    def _rows_to_score(self, rows: Any, is_own: bool) -> Sequence[Mapping[str, Any]]:
-        """The held-out rows; where the rank is given nothing is measured, and the training's own stand for them, if they can be read again."""
+    def _rows_to_score(self, rows: Any, is_own: bool, reader: Reader) -> Subset[Any]:
+        """Return the held-out rows; some of the training where the rank is given and nothing is measured, or none of a stream."""
         if self.rank is None:
-            return super()._rows_to_score(rows, is_own)
-        return some_rows(self._loaders["train_dataloader"].dataset, 2)
+            return super()._rows_to_score(rows, is_own, reader)
+        return Subset(reader.rows, sample_indices(len(reader.rows), MIN_EXAMPLES))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self._is_training or state.global_step != self._step:
@@ -153,7 +155,8 @@ def squeeze(
     Args:
         model: PEFT's model, as it is in memory; of accelerate, `accelerator.unwrap_model(model)`.
         optimizer: That of the adapter; of accelerate, its `optimizer`.
-        train: Batches of the training, of which the first are read for second moments: dictionaries of tensors with `labels`.
+        train: Batches of the training for second moments, dictionaries of tensors with `labels`: of a list a random sample is read, of a loader the
+            first ones.
         held_out: Batches that the training did not see, to measure truncations on where no rank is given.
         rank: The rank to cut to; None for the smallest whose truncation is worse by no more than the margin.
         margin: As for `SmallestAdapter`; `metric` too.
@@ -165,7 +168,8 @@ def squeeze(
     """
     margin, name = checked(margin, None, metric).margin, require_cut(model, rank)
     with as_it_came(model, name, held_out, train):
-        live = LiveAdapter(model, list(held_out), list(islice(train, MOMENT_BATCHES)), margin, name=name, metric=metric)
+        batches = list(readable_copy(held_out)), sample_batches(train)
+        live = LiveAdapter(model, *batches, margin, name=name, metric=metric)
     if rank is None and not live.held_out:
         raise DataError("squeeze: give a rank, or held-out batches to measure truncations on")
     return cut_live(live, optimizer, rank)
