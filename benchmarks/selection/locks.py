@@ -1,6 +1,6 @@
 """Locks a grid: brings its file into `locked/`, where no one reads it until the rules that it judges are fixed.
 
-    python -m benchmarks.selection.locks FOLDER/tweets.json --commit COMMIT_IT_WAS_TRAINED_FROM
+    python -m benchmarks.selection.locks FOLDER/tweets.json.xz --commit COMMIT_IT_WAS_TRAINED_FROM
 
 A grid that has a lock may be locked again only while it is partial, with more seeds.
 """
@@ -14,6 +14,8 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypedDict
+
+from benchmarks.results import read_bytes, read_json
 
 LOCKED = Path(__file__).parent / "locked"
 LOCK = LOCKED / "lock.json"
@@ -30,7 +32,8 @@ class Lock(TypedDict):
 
 
 def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    """Return the SHA-256 of the JSON text, whether or not the file is compressed."""
+    return hashlib.sha256(read_bytes(file)).hexdigest()
 
 
 def read_lock() -> dict[str, Lock]:
@@ -45,7 +48,7 @@ def files() -> list[Path]:
 
 def lock(file: Path, commit: str) -> None:
     """Bring the file into the locked folder, with its hash, the date and the commit that it was trained from."""
-    (curve,) = json.loads(file.read_text())["curves"]
+    (curve,) = read_json(file)["curves"]
     known = read_lock()
     if file.name in known:
         before = known[file.name]

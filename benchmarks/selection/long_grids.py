@@ -11,13 +11,13 @@ the missing ones, with or without FOLDER.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.results import read_json
 from benchmarks.selection.real_training import (
     COMMON,
     LONG,
@@ -113,7 +113,7 @@ def run_all(shop: Workshop, arms: Sequence[Arm]) -> None:
 
 def store_grid(name: str, shop: Workshop, model: str, out: Path) -> None:
     """The whole seeds so far, joined to those that the grid's file has."""
-    settings, file = shop.settings, out / f"{name}.json"
+    settings, file = shop.settings, out / f"{name}.json.xz"
     extra = {"model": model, "settings": changed(settings)}
     curve = curve_of(name, shop, 1.0, extra) | {"source": "benchmarks/selection/long_grids.py"}
     curve["test_grids"], curve["test_items"] = test_grids(shop, set(curve["seeds"]))
@@ -148,7 +148,7 @@ def stored_seeds(file: Path) -> set[int]:
     """The seeds of a grid's file; none before it is there."""
     if not file.exists():
         return set()
-    (curve,) = json.loads(file.read_text())["curves"]
+    (curve,) = read_json(file)["curves"]
     return set(curve["seeds"])
 
 
@@ -165,7 +165,7 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = SelectSettings(**GRIDS[options.name])
     shop = open_workshop(options.model, options.data, settings, options.work)
-    missing = [seed for seed in settings.seeds if seed not in stored_seeds(options.out / f"{options.name}.json")]
+    missing = [seed for seed in settings.seeds if seed not in stored_seeds(options.out / f"{options.name}.json.xz")]
     for seed in () if options.store_only else missing:
         train_seed(shop, seed)
         store_grid(options.name, shop, options.model_name, options.out)

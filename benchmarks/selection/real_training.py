@@ -1,6 +1,6 @@
 """Exhaustive grids on real models and texts: every rank × learning rate × seed is trained, with values during training.
 
-    python -m benchmarks.selection.real_training NAME MODEL DATA --work FOLDER --out benchmarks/selection/real_grids.json \\
+    python -m benchmarks.selection.real_training NAME MODEL DATA --work FOLDER --out benchmarks/selection/real_grids.json.xz \\
         [--steps 80] [--seeds 1]
 
 NAME is one of `GRIDS`. Its horizon and seeds can be changed, and new seeds join those in the file. Where the learning rate is
@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.machine import machine
+from benchmarks.results import read_json, write_json
 from rightrank.data.splits import load_data
 from rightrank.models.base_models import load_base
 from rightrank.runs.folder import RunFolder
@@ -357,11 +358,11 @@ def place(grid: dict[str, Any], rank: int, rate: float, seed: int, value: object
 
 
 def store(curves: list[dict[str, Any]], out: Path) -> None:
-    known = json.loads(out.read_text())["curves"] if out.exists() else []
+    known = read_json(out)["curves"] if out.exists() else []
     merged = {curve["id"]: curve for curve in known}
     for curve in curves:
         merged[curve["id"]] = with_seeds_of(curve, merged[curve["id"]]) if curve["id"] in merged else curve
-    out.write_text(json.dumps({"curves": list(merged.values())}, separators=(",", ":")) + "\n")
+    write_json({"curves": list(merged.values())}, out)
 
 
 def with_seeds_of(curve: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

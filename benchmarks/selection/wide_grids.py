@@ -171,7 +171,7 @@ def store_grid(name: str, shop: Workshop, model: str, out: Path) -> None:
     curve = curve_of(name, shop, 1.0, {"model": model, "settings": changed(shop.settings)})
     curve["source"] = "benchmarks/selection/wide_grids.py"
     curve["partial"] = set(curve["seeds"]) != set(shop.settings.seeds)
-    store([curve], out / f"{name}.json")
+    store([curve], out / f"{name}.json.xz")
     parts = [np.load(shop.folder.path / f"test_{seed}.npz") for seed in curve["seeds"]]
     joined = {key: np.concatenate([part[key] for part in parts]) for key in ("cells", "losses", "scores")}
     np.savez_compressed(out / f"{name}.npz", **joined, tokens=parts[0]["tokens"])
@@ -195,7 +195,7 @@ def main() -> None:
     print(options.name, sizes, flush=True)
     speed_up(shop)
     for seed in settings.seeds:
-        if seed in stored_seeds(options.out / f"{options.name}.json"):
+        if seed in stored_seeds(options.out / f"{options.name}.json.xz"):
             continue
         begun = time.perf_counter()
         train_seed(shop, seed)

@@ -1,60 +1,59 @@
-"""The families of grids: that what is planted is planted, that texts are read right, that stored files are whole."""
+"""The families of grids: that texts are read right, that stored files are whole."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from benchmarks.selection import linear, texts
+from benchmarks.results import read_json
+from benchmarks.selection import texts
+from benchmarks.selection.judge_wide import FOLDER, read_grid
 from benchmarks.selection.long_grids import GRIDS
-from benchmarks.selection.planted import teachers
-from benchmarks.selection.ray_asha import ray_asha, reports
-from benchmarks.selection.tables import GridCurve, read_grids
+from benchmarks.selection.tables import read_grids
 
 from rightrank.schema.settings import SelectSettings
 
 pytestmark = pytest.mark.trains
 
-STORED = Path(linear.__file__).parent
+STORED = Path(texts.__file__).parent
 
 
-@pytest.mark.parametrize("layer", linear.layers()[::5], ids=lambda layer: layer.name)
-def test_the_optimum_of_a_rank_is_that_of_the_best_approximation(layer: linear.Layer) -> None:
-    target = linear.planted(layer)
-    u, sigma, vt = torch.linalg.svd(target)
-    for rank in linear.RANKS:
-        best = (u[:, :rank] * sigma[:rank]) @ vt[:rank]
-        assert linear.optimal_risk(layer, rank) == pytest.approx(float(linear.risk(best[None], target)), abs=1e-5)
-    assert linear.optimal_risk(layer, 0) == pytest.approx(linear.RISK)
+@pytest.mark.parametrize(
+    ("name", "grids", "cells", "seeds"),
+    [("planted", 64, 20, 2), ("planted_new", 40, 20, 3), ("linear", 36, 24, 2)],
+)
+def test_stored_grids_are_whole(name: str, grids: int, cells: int, seeds: int) -> None:
+    curves = read_grids(STORED / f"{name}_grids.json.xz")
+    assert len({curve.name for curve in curves}) == len(curves) == grids
+    assert {curve.size for curve in curves} == {cells}
+    assert {len(curve.seeds) for curve in curves} == {seeds}
 
 
-def test_no_training_beats_the_optimum_and_good_ones_come_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "STEPS", 120)
-    layer = linear.Layer("geometric", 6, 0.0)
-    risks, _ = linear.train(layer, 2)
-    optimum = linear.optimal_risk(layer, 2)
-    assert all(bool((found >= optimum - 1e-5).all()) for found in risks)
-    assert float(risks[-1].min()) == pytest.approx(optimum, rel=0.1)
-
-
-def test_stored_grids_are_whole() -> None:
-    planted = {curve.name for curve in read_grids(STORED / "planted_grids.json")}
-    assert planted == {teacher.name for teacher in teachers(64)}
-    for curve in read_grids(STORED / "linear_grids.json"):
-        assert curve.seeds == list(linear.SEEDS)
-        assert curve.size == len(linear.RANKS) * len(linear.RATES)
+def test_wide_grids_are_whole() -> None:
+    """Each has six seeds, and the values of 4,096 test examples under every adapter."""
+    files = sorted(FOLDER.glob("*.json.xz"))
+    assert len(files) == 8
+    for file in files:
+        grid = read_grid(file)
+        (curve,) = read_grids(file)
+        assert curve.seeds == list(range(6))
+        assert grid.ranks == curve.ranks
+        assert len(grid.weights) == 4096
+        assert {len(values) for values in grid.values.values()} == {4096}
+        cells = {
+            (rank, rate, seed) for rank, by_rate in curve.cells.items() for rate, row in by_rate.items() for seed in row
+        }
+        assert cells == set(grid.values)
 
 
 def test_long_grids_are_whole() -> None:
     """Of locked ones, only how many cells and seeds they have."""
-    files = [*(STORED / "grids").glob("*.json"), *(STORED / "locked").glob("*.json")]
-    for file in (one for one in files if one.name != "lock.json"):
-        (curve,), (entry,) = read_grids(file), json.loads(file.read_text())["curves"]
+    files = [*(STORED / "grids").glob("*.json.xz"), *(STORED / "locked").glob("*.json.xz")]
+    assert len(files) == 9
+    for file in files:
+        (curve,), (entry,) = read_grids(file), read_json(file)["curves"]
         cells = [seeds for by_rate in curve.cells.values() for seeds in by_rate.values()]
-        settings = SelectSettings(**GRIDS[file.stem])
+        settings = SelectSettings(**GRIDS[file.name.partition(".")[0]])
         assert len(cells) <= len(settings.ranks) * len(settings.learning_rates)  # diverged ones are missing
         assert len(curve.items) == sum(len(seeds) for seeds in cells)
         assert (curve.seeds == list(settings.seeds)) != entry["partial"]
@@ -102,16 +101,3 @@ def test_newsgroups_reports_tweets_and_dialogue(tmp_path: Path) -> None:
     (tmp_path / "friends-transcripts.tab").write_text(header + "".join(lines))
     prompt = "Ann: Where is the cat?\nBo: "
     assert list(texts.dialogue(tmp_path)) == [{"prompt": prompt, "completion": "On the red mat.", "group": "0101"}]
-
-
-def test_ray_tunes_asha_stops_what_is_behind() -> None:
-    pytest.importorskip("ray")
-    values = {1: 3.0, 2: 2.0, 4: 1.0}
-    cells = {rank: {1e-3: {0: value}} for rank, value in values.items()}
-    curve = GridCurve("", "", False, cells, checkpoints={0.25: cells})
-    assert reports(curve, (2, 1e-3)) == [(0.25, 2.0), (1.0, 2.0)]
-    picks = [ray_asha(curve, 0.1, 9.0, np.random.default_rng(seed)) for seed in range(6)]
-    assert {pick.rank for pick in picks} <= {4, 2, 1}
-    spent = {pick.trainings for pick in picks}
-    assert min(spent) < 3  # where the best came early, the others were stopped at a quarter
-    assert 1.5 in spent
