@@ -29,6 +29,8 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from tests.watch import GENEROUS_SECONDS
+
 Fetch = Callable[[str], str]
 OURS = Path(__file__).parents[3] / "benchmarks" / "selection"
 csv.field_size_limit(1 << 27)
@@ -165,7 +167,7 @@ def online(repo: str, commit: str) -> Fetch:
     """Reads files of a public repository."""
 
     def fetch(path: str) -> str:
-        with urlopen(f"https://raw.githubusercontent.com/{repo}/{commit}/{path}", timeout=30) as answer:
+        with urlopen(f"https://raw.githubusercontent.com/{repo}/{commit}/{path}", timeout=GENEROUS_SECONDS) as answer:
             text: str = answer.read().decode("utf-8", "replace")
         return text
 

@@ -27,8 +27,11 @@ from typing import Any
 import psutil
 
 from tests.plugins.cluster.namespaces import Host, Network
+from tests.watch import GENEROUS_SECONDS
 
 PORT = 6379
+POLL_SECONDS = 0.3  # between two checks of what a process has done
+OFF_SECONDS = 1.0  # for which a killed node or head is gone
 CORES = 2  # of each host with workers
 LIMIT_SECONDS = 420.0  # without a new trial: the run counts as hung
 LONGEST = 60.0  # seconds that a fault lasts, at most; at least 1
@@ -136,11 +139,11 @@ class Field:
 
     def _await(self, host: Host, begin: int) -> None:
         """Until a node has joined the cluster, or has failed."""
-        until = time.monotonic() + 90
+        until = time.monotonic() + GENEROUS_SECONDS
         while self.nodes[host.number].poll() is None and time.monotonic() < until:
             if "Ray runtime started" in self._node_log(host).read_text(errors="replace")[begin:]:
                 return
-            time.sleep(0.3)
+            time.sleep(POLL_SECONDS)
 
     def _node_log(self, host: Host) -> Path:
         return self.folder / f"ray-{host.number}.log"
@@ -224,7 +227,7 @@ class Run:
                         next_at, last = time.monotonic() + self.field.random.uniform(*PAUSE), time.monotonic()
                     else:
                         waiting.append(kind)
-                time.sleep(0.3)
+                time.sleep(POLL_SECONDS)
         finally:
             self.over.set()
             for thread in self.lasting:
@@ -305,14 +308,14 @@ def pause_worker(run: Run, _host: Host, seconds: float) -> None:
 
 
 def kill_node(run: Run, host: Host, _seconds: float) -> None:
-    run.field.reboot(host, 1.0)
+    run.field.reboot(host, OFF_SECONDS)
 
 
 def kill_head(run: Run, _host: Host, _seconds: float) -> None:
     for process in run.field.hosts[0].matching("gcs_server", "raylet", "ray start"):
         with suppress(psutil.Error):
             process.kill()
-    time.sleep(1.0)
+    time.sleep(OFF_SECONDS)
 
 
 def partition(run: Run, host: Host, seconds: float) -> None:

@@ -29,8 +29,11 @@ from pathlib import Path
 
 import psutil
 
+from tests.watch import GENEROUS_SECONDS
+
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 MTU = 9000
+POLL_SECONDS = 0.02  # between two checks whether a host is up
 QUEUE_SECONDS = 4.0  # frames that would wait longer at a slow link are dropped
 NETWORK = "10.77.0."
 ROOT = Path(__file__).resolve().parents[2]  # of the code, which all hosts share
@@ -170,7 +173,7 @@ class Host:
         kinds = ["--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
         command = ["ip", "netns", "exec", self.name, "unshare", *kinds, "bash", "-c", script]
         self.holder = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        until = time.monotonic() + 60
+        until = time.monotonic() + GENEROUS_SECONDS
         while time.monotonic() < until and self.holder.poll() is None:
             children = psutil.Process(self.holder.pid).children()
             if children and Path(f"/proc/{children[0].pid}/root/tmp/is-up").exists():
@@ -178,7 +181,7 @@ class Host:
                 (self.root / "tmp/shim/sitecustomize.py").write_text(CLOCK_SHIM)
                 self.set_clock(self.clock)
                 return
-            time.sleep(0.02)
+            time.sleep(POLL_SECONDS)
         raise RuntimeError(f"host {self.name} did not start")
 
     def set_clock(self, seconds: int) -> None:

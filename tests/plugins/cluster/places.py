@@ -34,11 +34,12 @@ from rightrank.schema.trials import TrialFinished
 from rightrank.search import make_strategy
 from rightrank.search.history import space_of
 from tests.plugins.cluster.stub_worker import StubRayWorker, StubWorker
-from tests.watch import Watch
+from tests.watch import GENEROUS_SECONDS, Watch
 
 WORKERS = 3
 STEPS = 700  # of a sleeping trial: milliseconds
 HANG_SECONDS = 15.0  # where a worker is made to hang; elsewhere the default
+POLL_SECONDS = 0.01  # between two checks whether a worker is at work
 PAUSE_SECONDS = 4.0  # of a slow worker
 LIMIT_SECONDS = 240.0  # for a try, on a machine with other work
 STORE = {"object_store_memory": 80 * 2**20}
@@ -96,12 +97,12 @@ class Place:
 
 def worker_at_work(place: Place) -> psutil.Process:
     """A worker that has a trial under way, where that can be told; else any."""
-    until = time.monotonic() + 20
+    until = time.monotonic() + GENEROUS_SECONDS
     while time.monotonic() < until:
         found = list(map(psutil.Process, place.busy())) if place.busy is not None else _workers_below(place.executor)
         if found:
             return random.choice(found)
-        time.sleep(0.01)
+        time.sleep(POLL_SECONDS)
     raise RuntimeError("no worker was there to be hit")
 
 
