@@ -1,4 +1,4 @@
-"""What holds for every kind of adapter (`benchmarks.kinds` stores the table of kinds and checks)."""
+"""What holds for every kind of adapter."""
 
 from __future__ import annotations
 
