@@ -24,9 +24,3 @@ def read_bytes(path: Path) -> bytes:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file, which may be compressed (`.json.xz`)."""
     return json.loads(read_bytes(path))
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write compact JSON, compressed where the name ends with `.xz`."""
-    text = (json.dumps(content, separators=(",", ":")) + "\n").encode()
-    path.write_bytes(lzma.compress(text) if path.suffix == ".xz" else text)

@@ -1,21 +1,21 @@
-"""The families of grids: that texts are read right, that stored files are whole."""
+"""The stored grids are whole, and the locked ones are as they were when they were locked."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import hashlib
+import json
 
+import numpy as np
 import pytest
-from benchmarks.results import read_json
-from benchmarks.selection import texts
+from benchmarks.results import read_bytes, read_json
+from benchmarks.selection import compare
 from benchmarks.selection.judge_wide import FOLDER, read_grid
-from benchmarks.selection.long_grids import GRIDS
 from benchmarks.selection.tables import read_grids
 
-from rightrank.schema.settings import SelectSettings
+pytestmark = pytest.mark.trains  # it takes seconds to read them
 
-pytestmark = pytest.mark.trains
-
-STORED = Path(texts.__file__).parent
+STORED = compare.HERE
+LOCK = json.loads((STORED / "locked" / "lock.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -29,75 +29,55 @@ def test_stored_grids_are_whole(name: str, grids: int, cells: int, seeds: int) -
     assert {len(curve.seeds) for curve in curves} == {seeds}
 
 
+def test_long_grids_are_whole() -> None:
+    files = [*(STORED / "grids").glob("*.json.xz"), *(STORED / "locked").glob("*.json.xz")]
+    assert len(files) == 9
+    for file in files:
+        (curve,), (entry,) = read_grids(file), read_json(file)["curves"]
+        assert curve.ranks == [1, 4, 16, 64]
+        assert curve.seeds == [0, 1, 2]
+        cells = [seeds for by_rate in curve.cells.values() for seeds in by_rate.values()]
+        assert len(cells) <= 4 * len(curve.learning_rates)  # those that diverged are missing
+        assert len(curve.items) == sum(len(seeds) for seeds in cells)
+        assert not entry["partial"]
+        assert set(curve.checkpoints) == {0.125, 0.25, 0.5} == {float(part) for part in entry["checkpoint_items"]}
+        assert set(curve.tests) <= {"trained", "truncated"} | {"recovered"} == set(entry["test_items"])
+
+
 def test_wide_grids_are_whole() -> None:
     """Each has six seeds, and the values of 4,096 test examples under every adapter."""
     files = sorted(FOLDER.glob("*.json.xz"))
     assert len(files) == 8
     for file in files:
-        grid = read_grid(file)
-        (curve,) = read_grids(file)
+        grid, (curve,) = read_grid(file), read_grids(file)
         assert curve.seeds == list(range(6))
         assert grid.ranks == curve.ranks
-        assert len(grid.weights) == 4096
-        assert {len(values) for values in grid.values.values()} == {4096}
+        assert {len(values) for values in grid.values.values()} == {len(grid.weights)} == {4096}
         cells = {
             (rank, rate, seed) for rank, by_rate in curve.cells.items() for rate, row in by_rate.items() for seed in row
         }
         assert cells == set(grid.values)
 
 
-def test_long_grids_are_whole() -> None:
-    """Of locked ones, only how many cells and seeds they have."""
-    files = [*(STORED / "grids").glob("*.json.xz"), *(STORED / "locked").glob("*.json.xz")]
-    assert len(files) == 9
-    for file in files:
-        (curve,), (entry,) = read_grids(file), read_json(file)["curves"]
-        cells = [seeds for by_rate in curve.cells.values() for seeds in by_rate.values()]
-        settings = SelectSettings(**GRIDS[file.name.partition(".")[0]])
-        assert len(cells) <= len(settings.ranks) * len(settings.learning_rates)  # diverged ones are missing
-        assert len(curve.items) == sum(len(seeds) for seeds in cells)
-        assert (curve.seeds == list(settings.seeds)) != entry["partial"]
-        assert set(curve.checkpoints) == {0.125, 0.25, 0.5} == {float(part) for part in entry["checkpoint_items"]}
-        assert set(curve.tests) <= {"trained", "truncated"} | {"recovered"} == set(entry["test_items"])
+@pytest.mark.parametrize("name", LOCK)
+def test_a_locked_file_has_its_hash(name: str) -> None:
+    content = read_bytes(STORED / "locked" / name)
+    assert hashlib.sha256(content).hexdigest() == LOCK[name]["sha256"], f"{name} was touched after its lock"
 
 
-def test_package_descriptions(tmp_path: Path) -> None:
-    file = tmp_path / "available"
-    file.write_text(
-        "Package: vim\nSection: editors\nSource: vim (2:9)\nDescription: Vi IMproved\n more of it\n\n"
-        "Package: bare\nVersion: 1\n"
-    )
-    prompt = "Package: vim\nSection: editors\nDescription: "
-    assert list(texts.packages(file)) == [{"prompt": prompt, "completion": "Vi IMproved", "group": "vim"}]
+def test_every_locked_file_has_a_lock() -> None:
+    assert {file.name for file in (STORED / "locked").glob("*.json.xz")} == set(LOCK)
 
 
-def test_glosses(tmp_path: Path) -> None:
-    for part in texts.PARTS_OF_SPEECH:
-        (tmp_path / f"data.{part}").write_text("  1 a licence\n")
-    (tmp_path / "data.noun").write_text(
-        '  1 a licence\n00001740 03 n 01 gas_lamp 0 000 | a lamp that burns gas; "the gas lamp went out"  \n'
-    )
-    assert list(texts.glosses(tmp_path)) == [{"prompt": "gas lamp: ", "completion": "a lamp that burns gas"}]
+def test_no_table_reads_a_locked_grid() -> None:
+    patterns = {pattern for files, _, _ in compare.FAMILIES.values() for pattern in files.split()}
+    paths = {path for pattern in patterns for path in compare.HERE.glob(pattern)}
+    assert {path.parent.name for path in paths} == {"selection", "grids"}
+    assert not {path.name for path in paths} & set(LOCK)
 
 
-def test_reviews_near_zero_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "movieReviewSnippets_GroundTruth.txt").write_text("1\t-2.5\tDull.\n2\t0.1\tSo so.\n3\t1.5\tFine.\n")
-    assert [row["label"] for row in texts.movies(tmp_path)] == ["negative", "positive"]
-
-
-def test_newsgroups_reports_tweets_and_dialogue(tmp_path: Path) -> None:
-    header = "\n".join("\t".join([part] * 12) for part in ("name", "string", "meta")) + "\n\n"
-    (tmp_path / "20newsgroups-train.tab").write_text("Category\tText\nd\tstring\nclass\t\n\nsci.space\tthe moon\n")
-    assert list(texts.newsgroups(tmp_path)) == [{"text": "the moon", "label": "sci.space"}]
-    (tmp_path / "reuters-r52-train.tab").write_text(
-        "Category\tText\nd\tstring\nclass\t\n" + 50 * "gold\tGold rose.\n" + "tin\tTin.\n"
-    )
-    assert list(texts.reuters(tmp_path)) == 50 * [{"text": "Gold rose.", "label": "gold"}]
-    tweet = "False\t\ten\t\t\t\t\tAnn\t\tVote. https://t.co/x\t\t\n"
-    (tmp_path / "election-tweets-2016.tab").write_text(header + tweet + tweet.replace("False", "True"))
-    assert list(texts.tweets(tmp_path)) == [{"text": "Vote.", "label": "Ann"}]
-    line = "01\t01\t0101\tOne\t{}\t {}\n"
-    lines = [line.format("Ann", "Where is the cat?"), line.format("Bo", "On the red mat."), line.format("Ann", "Ah.")]
-    (tmp_path / "friends-transcripts.tab").write_text(header + "".join(lines))
-    prompt = "Ann: Where is the cat?\nBo: "
-    assert list(texts.dialogue(tmp_path)) == [{"prompt": prompt, "completion": "On the red mat.", "group": "0101"}]
+def test_an_interval_over_grids_holds_the_mean_and_is_exact_where_all_agree() -> None:
+    low, high = compare.share_interval(np.array([0.0, 1.0, 0.5, 1.0]), np.array([3.0, 3.0, 6.0, 3.0]))
+    assert low < 0.6 < high
+    assert compare.share_interval(np.ones(16), np.ones(16)) == [0.794, 1.0]
+    assert compare.share_interval(np.zeros(16), np.ones(16)) == [0.0, 0.206]
