@@ -41,7 +41,7 @@ from rightrank.schema.metrics import metric_kind
 from rightrank.schema.trials import Floats
 
 HERE = Path(__file__).parent
-FILES = ("seeded_grids.json", "grids/*.json", "locked/*.json")
+FILES = ("seeded_grids.json.xz", "grids/*.json.xz", "locked/*.json.xz")
 RESULT, PICTURE = HERE / "noise_model.json", HERE / "trade_off.svg"
 MARGINS = (0.005, 0.02, 0.05)
 CONFIDENCES = tuple(np.round(np.arange(0.5, 0.96, 0.05), 2).tolist())
@@ -51,7 +51,7 @@ DEGREES = (2.0, 3.0, 4.0, 6.0, 8.0, 15.0, 30.0)
 
 def grids() -> list[GridCurve]:
     """The long grids with three seeds and the losses of examples."""
-    files = [path for pattern in FILES for path in sorted(HERE.glob(pattern)) if path.name != "lock.json"]
+    files = [path for pattern in FILES for path in sorted(HERE.glob(pattern))]
     return [curve for file in files for curve in read_grids(file) if curve.items and len(curve.seeds) > 2]
 
 

@@ -63,7 +63,6 @@ def identified(adapter: Path, base: Path) -> Path:
     [
         "compare {0} base --model {base} --data {data} --device cpu --seq-len 32",
         "resize {0} {out} --data {data} --base {base} SMALL",
-        "fleet {0} {1} --model {base} --data {data} --out {out} SMALL",
     ],
 )
 def test_another_base_of_the_same_shapes_is_refused_in_one_line(

@@ -84,8 +84,6 @@ FINE = [
     "resize adapter small --rank 2",
     "resize adapter small --energy 0.9",
     "compare of_model of_model --model model --data data.jsonl --seq-len 32 --device cpu",
-    "fleet of_model also_of_model --model model --data data.jsonl --out common --margin 9 "
-    "--set seq_len=32 --set eval_items=8 --set max_steps=2 --set device=cpu",
     f"select model data.jsonl --dry-run {SMALL}",
     *[f"export done --to {target}" for target in ("peft", "trl", "vllm")],
     f"select model data.jsonl --out run {SMALL}",
@@ -116,8 +114,6 @@ FAILING = [
     "inspect --base base --finetuned empty",
     "compare empty of_model --model model --data data.jsonl",
     "compare of_model of_model --model model --data nowhere.jsonl",
-    "fleet of_model empty --model model --data data.jsonl --out out",
-    "fleet of_model adapter --model model --data data.jsonl --out out",
     "resize empty out --rank 4",
     "resize adapter out",
     "resize adapter out --rank 0",

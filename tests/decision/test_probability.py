@@ -12,7 +12,6 @@ import pytest
 from click.testing import CliRunner
 from scipy.stats import t as student
 
-import benchmarks
 from rightrank.cli import cli
 from rightrank.decision.records import decide_run
 from rightrank.decision.rule import ASKED_CONFIDENCE, decision_of
@@ -24,7 +23,7 @@ from rightrank.schema.errors import ResultsError
 from tests.decision.tables import bare, scored
 from tests.report import runs
 
-STUDY = Path(benchmarks.__file__).parent / "selection" / "noise_model.json"
+STUDY = Path(__file__).parents[2] / "benchmarks" / "selection" / "noise_model.json"
 LOSSES = {1: 2.3, 4: 2.012, 16: 2.002, 64: 2.0}
 
 

@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.kinds.checks import peft_updates
-from benchmarks.kinds.images import (
+from examples.text_to_image import TextToImageTrain
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from rightrank import TrialTask, inspect, resize, select_rank_with
+from rightrank.models.adapter_files import open_adapter
+from tests.interop.images import (
     UNET_TARGETS,
     ResNetTrain,
     captioned,
@@ -18,12 +23,7 @@ from benchmarks.kinds.images import (
     save_resnet,
     unet_output,
 )
-from examples.text_to_image import TextToImageTrain
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-
-from rightrank import TrialTask, inspect, resize, select_rank_with
-from rightrank.models.adapter_files import open_adapter
+from tests.models.kind_checks import peft_updates
 
 pytestmark = pytest.mark.trains
 

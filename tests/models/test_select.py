@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.kinds.cases import case_named, make_model
-from benchmarks.kinds.checks import Suite
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -18,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from rightrank import inspect
 from rightrank.models.adapter_files import open_adapter
 from tests import commands
+from tests.models.kind_cases import case_named, make_model
+from tests.models.kind_checks import Suite
 from tests.tiny import make_tokenizer, write_completions
 
 pytestmark = pytest.mark.trains

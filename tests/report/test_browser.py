@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.report.screenshots import docs_screenshots
 
 from rightrank.decision.records import answers_of, decide_run, decision_so_far
 from rightrank.report.figure import metric_axis
@@ -17,6 +16,7 @@ from rightrank.report.figures import figures_of
 from rightrank.report.html import render_report
 from tests.report.chromium import CHROMIUM, FLAGS
 from tests.report.runs import answered_run, made_up_run
+from tests.report.screenshots import docs_screenshots
 
 pytestmark = [
     pytest.mark.trains,

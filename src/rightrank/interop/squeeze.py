@@ -35,7 +35,7 @@ from rightrank.train.multi_lora import lora_modules
 
 log = logging.getLogger("rightrank")
 
-# Against a training at the lower rank, at that rank's own best learning rate (benchmarks/squeeze).
+# Against a training at the lower rank, at that rank's own best learning rate (docs/explanation/science.md, archive).
 STUDY = "In a study, 35 of 45 such cuts ended no worse than a training at the low rank by half a margin; differences were -28% to +5% of what training gains"
 RESUME = "give the trainer the model PeftModel.from_pretrained(base, {path}, is_trainable=True)"
 LAYERWISE = ("layerwise", "lomo")  # in the names of optimizers that step inside the backward pass
@@ -262,7 +262,7 @@ def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, after: Adapter
     """Put the factors of `after` in the place of those that train; returns their number of elements.
 
     alpha stays, so that the scale is that of the new rank. The optimizer's state of them starts afresh, which ends better than one that is
-    projected on the new factors (benchmarks/squeeze).
+    projected on the new factors (docs/explanation/science.md, archive).
     """
     name, layers = live.name, lora_modules(live.model)
     lower, config = load_file(after.weights), live.model.peft_config[name]

@@ -70,7 +70,7 @@ def peft_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[float,
 
 
 def rank_change_line(rank: int, to: int, alpha: float = 32, scaling: Scaling = "alpha/r") -> str:
-    """What becomes of alpha and the learning rate when the rank changes; the figures are of `benchmarks/atlas/rates.json`.
+    """What becomes of alpha and the learning rate when the rank changes; the figures are of docs/explanation/science.md, archive.
 
     `alpha` is PEFT's at `rank`.
     """

@@ -28,7 +28,7 @@ from rightrank.train.device import memory_permitting
 from rightrank.train.multi_lora import ADAPTER, lora_modules
 from rightrank.train.runtime import Runtime, adapter_attached
 
-MOMENT_TOKENS = 4096  # see benchmarks/truncation
+MOMENT_TOKENS = 4096  # see docs/explanation/science.md, archive
 MAX_SHARE = 0.1  # of the tokens of a training
 LENGTH_ROWS = 256  # by which the mean length of a training's rows is estimated
 ROUNDING = 1e-6  # of a batch's largest gradient: below it a position has none

@@ -1,7 +1,7 @@
 """Public sweeps of ranks: those like a question, and in how many of them each rank was enough.
 
 `atlas.json` holds facts only: figures, their address, the licence that the source states, and how a program reads each row again
-(`benchmarks/atlas/readings.py`). A row is one sweep: the value of every rank at its best rate, a mean over seeds.
+(`tests/plugins/atlas/readings.py`). A row is one sweep: the value of every rank at its best rate, a mean over seeds.
 
 A sweep is like a question where it agrees in all that is known; where none does, less is asked. Likeness did not tell which rank is enough
 on sources that were left out: a count is what others found, no estimate.
