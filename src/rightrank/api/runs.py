@@ -119,7 +119,7 @@ def export(
 
     Args:
         run: a run folder whose selection has ended; for a merged model an adapter folder too.
-        to: peft, trl, axolotl, llamafactory, unsloth, vllm or merged.
+        to: peft, trl, axolotl, llamafactory, unsloth, vllm, sglang or merged.
         out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, replaced whole.
         check: of a merged model: held-out rows to compare on; the run's test split by default.
         kind: of a merged model: the type of its values, f32, bf16 or f16; None for f32.
