@@ -107,7 +107,7 @@ def _by_probability(tested: Comparison, unit: Unit) -> dict[str, Any]:
     if asked is None:
         return {}
     alike = evidence.alike(asked)
-    margins = {rank: max(0.0, unit.difference(evidence.margin_of(rank, asked))) for rank in tested.ranks}
+    margins = {rank: unit.difference(margin) for rank, margin in evidence.margins_at(asked).items()}
     return {
         "asked": asked,
         "take": take,
