@@ -103,3 +103,16 @@ def test_a_probability_is_of_all_other_ranks_at_once() -> None:
     means, together = (dict(zip(joint.ranks, rows, strict=True)) for rows in (joint.means, joint.worse_than_best()))
     each = [student.cdf((0.02 - means[4] + means[other]) / joint.error(4, other), joint.degrees) for other in (16, 64)]
     assert 1 - sum(1 - one for one in each) - ROUNDING < np.mean(together[4] <= 0.02) < min(each) - ROUNDING
+
+
+def test_what_is_said_to_be_likely_is_so() -> None:
+    """Said .76, so the smallest probability over the other ranks came true in .72 here."""
+    generator, events = np.random.default_rng(3), []
+    for _ in range(400):
+        true = 2.0 * generator.standard_normal(5)
+        measured = true + generator.standard_normal(5) / np.sqrt(generator.chisquare(8) / 8)
+        order = np.argsort(measured)
+        worse = sample_joint_means([1, 4, 8, 16, 64], measured[order], apart(5), 8.0).worse_than_best()
+        events += zip(np.mean(worse <= 1.0, axis=1), true[order] - true.min() <= 1.0, strict=True)
+    said, held = np.mean([event for event in events if 0.65 < event[0] < 0.85], axis=0)
+    assert said - 0.03 < held < said + 0.08
