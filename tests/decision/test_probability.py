@@ -241,3 +241,13 @@ def test_its_constants_are_those_of_the_study_and_it_is_calibrated_there() -> No
     for rows in study["reliability"].values():  # the truth has noise of its own, which draws what held to the middle
         assert all(abs(row["forecast"] - row["held"]) < 0.21 for row in rows if row["events"] >= 100)
         assert all(before["held"] < after["held"] + 0.05 for before, after in pairwise(rows))
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_answers_beside_a_larger_rank_that_is_worse_were_mostly_too_small(seeds: int) -> None:
+    counts = json.loads(STUDY.read_text(encoding="utf-8"))["larger rank worse"]
+    doubted, others = (counts[f"{seeds} seeds, {which}"] for which in ("doubted", "others"))
+    assert doubted["too small"] > doubted["answers"] / 2
+    assert others["too small"] < others["answers"] / 8
+    told = (STUDY.parent / "README.md").read_text(encoding="utf-8")
+    assert all(f"{count['too small']} of {count['answers']}" in told for count in (doubted, others))

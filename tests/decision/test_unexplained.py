@@ -135,3 +135,11 @@ def test_a_little_worse_is_no_failure() -> None:
         decision = decision_of(table, 0.01)
         assert FLAG not in decision.flags
         assert decision.rank is not None
+
+
+def test_where_an_answer_is_wanted_all_the_same_it_is_that_of_the_other_ranks() -> None:
+    for losses in (DIVERGED, {rank: loss for rank, loss in DIVERGED.items() if rank < 64}):
+        decision = decision_of(of_seeds(losses), 0.02, smallest_if_alike=True, confidence=None)
+        assert (decision.rank, decision.verdict) == (4, "saturated")
+        assert (FLAG in decision.flags) is (64 in losses)
+        assert decision.next_run.startswith("Train rank 64 again") is (64 in losses)

@@ -152,7 +152,7 @@ def unexplained_rank(tested: Comparison) -> int | None:
     """The smallest rank above the reference that is clearly worse without a reason; None if there is none.
 
     A larger rank is expected to be about as good. Where one is not, its training went wrong (a learning rate that is too high, an unlucky seed), and it may
-    be the best in truth: on twelve long grids, ten of twelve answers beside such a rank were too small. Or it overfits: then its training values are
+    be the best in truth: most answers beside such a rank were too small on twelve long grids (benchmarks/selection/noise_model.json). Or it overfits: then its training values are
     better than the reference's, or the results get worse rank by rank. Two seeds that show it by their bounds settle it too, unless it fell by
     `FALL_IN_MARGINS` at the lowest of its learning rates. One number a rank has to fall as far.
     """
