@@ -301,7 +301,7 @@ class Evidence:
     @cached_property
     def joint(self) -> JointMeans:
         """The joint distribution of the true means of ranks and base, which there must be (`no_probability`)."""
-        ranks, losses = zip(*((one.rank, one.fair_loss) for one in self._everyone), strict=True)
+        ranks, losses = zip(*((contender.rank, contender.fair_loss) for contender in self._everyone), strict=True)
         return sample_joint_means(ranks, losses, *self._apart)
 
     @property
