@@ -34,9 +34,7 @@ from rightrank.decision.table import Contender, ScoreTable, at_checkpoint
 from rightrank.schema.decision import CheckpointNote, Grade, MetricAnswer, Verdict
 from rightrank.schema.metrics import Checkpoint, default_margin, direction, metric_kind, published_deviation
 
-FALL_IN_MARGINS = (
-    20.0  # below the best; the largest fall in a published curve that does not go on is 21, by trainings that diverged
-)
+FALL_IN_MARGINS = 20.0  # below the best; without a further fall at the next rank no published curve has more than 16 (benchmarks/decide)
 RISE = 1 / 8  # of a rank's distance from the best, that its neighbour has where results get worse rank by rank
 
 
