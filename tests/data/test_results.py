@@ -68,7 +68,7 @@ def test_a_wandb_export_in_json_is_flattened(tmp_path: Path) -> None:
 def test_the_metric_says_its_direction_and_the_user_overrules_it(tmp_path: Path) -> None:
     path = write(tmp_path, "rank,accuracy\n1,0.5\n4,0.7\n16,0.701\n")
     assert decide(path).decision.rank == 4
-    assert decide(path, higher_is_better=False).decision.rank == 1
+    assert decide(path, higher_is_better=False).decision.reference_rank == 1
 
 
 def test_a_metric_of_any_known_name_is_found_and_never_a_training_one(tmp_path: Path) -> None:

@@ -23,7 +23,17 @@ from rightrank.decision.comparison import (
 )
 from rightrank.decision.evidence import Comparison, Evidence
 from rightrank.decision.table import ScoreTable
-from rightrank.decision.verdicts import inconclusive_rank, is_unlikely, lengths, names, possible_rival, shown_rank
+from rightrank.decision.verdicts import (
+    has_lower_rate,
+    inconclusive_rank,
+    is_open,
+    is_unlikely,
+    lengths,
+    names,
+    possible_rival,
+    shown_rank,
+    unexplained_rank,
+)
 from rightrank.schema.decision import NextRun, Verdict
 from rightrank.schema.events import RunStarted
 from rightrank.schema.settings import MAX_SEED
@@ -40,11 +50,13 @@ def next_runs(tested: Comparison, verdict: Verdict, flags: list[str]) -> list[Ne
     runs: list[NextRun] = []
     if verdict == "no_gain":
         runs.append(_after_no_gain(tested.evidence))
-    elif verdict == "undecided" and is_unlikely(tested):
-        runs.extend(_purchases(tested))
     elif verdict == "undecided":
-        rank, difference = _undecided_rank(tested)
-        runs.extend(_settle(tested, rank, difference))
+        if (unexplained := unexplained_rank(tested)) is not None:
+            runs.append(_repeat(tested, unexplained))
+        if is_unlikely(tested):
+            runs.extend(_purchases(tested))
+        elif is_open(tested):
+            runs.extend(_settle(tested, *_undecided_rank(tested)))
     elif tested.chosen == tested.ranks[-1] and (verdict == "rising" or not tested.evidence.is_point_reading):
         runs.append(_extend(tested.evidence))
     if "lr_edge" in flags:
@@ -57,6 +69,24 @@ def next_runs(tested: Comparison, verdict: Verdict, flags: list[str]) -> list[Ne
         else:
             runs.append(_further_seeds(tested) if tested.rests_on_examples else _confirm(tested))
     return runs
+
+
+def _repeat(tested: Comparison, rank: int) -> NextRun:
+    """The training that probably failed once more: at a lower learning rate where none was tried, else with another seed."""
+    evidence, start = tested.evidence, f"Train rank {rank} again"
+    if has_lower_rate(tested, rank):
+        return _train_seeds(
+            evidence,
+            [rank],
+            len(evidence.contenders[rank].cells) + 1,
+            f"{start} with another seed ({{cost}}): it may have failed.",
+        )
+    rate = evidence.contenders[rank].learning_rate
+    lower = [_beyond(rate, EDGE_FACTOR * rate, _known_rates(evidence.table))] if rate > 0 else []
+    at = f"at learning rate {lower[0]:.2g} (now {rate:.2g})" if lower else "at a lower learning rate"
+    return NextRun(
+        action="rates", ranks=[rank], learning_rates=lower, trials=1, sentence=f"{start} {at}: it may have failed."
+    )
 
 
 def _undecided_rank(tested: Comparison) -> tuple[int, Estimate]:
@@ -101,8 +131,7 @@ def _purchases(tested: Comparison) -> list[NextRun]:
     cells = [cell for rank in ranks for cell in evidence.contenders[rank].cells.values()]
 
     def reach(more_seeds: int, more_examples: int) -> bool:
-        margins = (evidence.margin_of(rank, asked, more_seeds, more_examples) for rank in ranks)
-        return any(is_within(needed, margin) for needed in margins)
+        return is_within(min(evidence.margins_at(asked, more_seeds, more_examples).values()), margin)
 
     sizes = [size for size in SIZES if size > examples]
     counts = range(seeds + 1, MAX_SEEDS + 1)
@@ -117,7 +146,9 @@ def _purchases(tested: Comparison) -> list[NextRun]:
     if trained is not None or items is None:
         wanted: tuple[int, int | None] | None = (trained, None) if trained is not None else None
         if wanted is None:
-            wanted = next(((count, size) for count in counts for size in sizes if reach(count, size)), None)
+            fewest = next((count for count in counts if sizes and reach(count, sizes[-1])), None)
+            if fewest is not None:
+                wanted = fewest, next(size for size in sizes if reach(fewest, size))
         if wanted is None:
             sentence = f"Not even {MAX_SEEDS} seeds would settle it at this noise: take rank {tested.chosen}, or choose another margin."
             return [NextRun(action="none", ranks=[tested.chosen], sentence=sentence)]

@@ -17,6 +17,7 @@ FLAGS = {
     "rising": "the largest rank tried is the best by more than the margin",
     "lr_edge": "the best learning rate is the smallest or largest tried",
     "unstable": "some trainings ended without a result",
+    "larger_rank_worse": "a larger rank is clearly worse than the best: its training may have failed",
     "collapsed": "some trainings fell far below their own best: their learning rate is too high",
     "one_seed": "a rank that the answer rests on has one seed: the answer is an indication",
     "unequal_length": "trainings of unequal length are compared",

@@ -143,11 +143,11 @@ class Decision(Record):
     grade: Grade | None = None  # how far the answer is known; None for one number a rank
     # by probabilities, where there are any; differences and margins are in the metric's unit
     asked: float | None = None  # the probability that was asked for; None: bounds decided
-    take: Whole | None = None  # the answer, or where no rank is as probable, the smallest of `alike`
+    take: Whole | None = None  # the answer, or where no rank is as probable, the likeliest
     probability: float | None = None  # of `take` at the margin
     take_within: float | None = None  # the smallest margin at which `take` is as probable
     resolves: float | None = None  # the smallest margin at which any rank is
-    alike: list[Whole] = Field(default_factory=list)  # ranks that can't be told apart from the best
+    alike: list[Whole] = Field(default_factory=list)  # ranks that are not shown to be worse than the best
     alike_within: float | None = None  # how far their differences from it are known, either way
     probably_worse: list[Whole] = Field(default_factory=list)  # the others
     # the first is the cheapest that is expected to settle the answer
