@@ -96,6 +96,16 @@ def test_the_training_goes_on_at_the_rank(
     assert callback.cut.parameters == sum(one.numel() for one in model.parameters() if one.requires_grad)
 
 
+def test_an_orthogonal_start_does_not_forbid_an_odd_rank(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    model = peft_model(model_folder, init_lora_weights="orthogonal")
+    trainer = trainer_of(model, model_folder, rows, tmp_path, [Squeeze(rank=3)])
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert loss_of(loaded(model_folder, tmp_path / "saved"), rows[140:145]) == pytest.approx(
+        loss_of(model, rows[140:145]), rel=1e-5
+    )
+
+
 def test_the_steps_before_the_cut_are_those_of_a_training_without_it(
     model_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:

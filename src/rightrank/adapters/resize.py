@@ -88,6 +88,8 @@ def _resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[st
         "r": largest,
         "rank_pattern": exact_pattern(by_address, largest, by_address),
         "alpha_pattern": used,
+        "init_lora_weights": True,  # loading replaces the first values, and other names of PEFT do not take every rank
+        "eva_config": None,
     }
 
 

@@ -264,20 +264,21 @@ def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, after: Adapter
     alpha stays, so that the scale is that of the new rank. The optimizer's state of them starts afresh, which ends better than one that is
     projected on the new factors (benchmarks/squeeze).
     """
-    name, layers = live.name, lora_modules(live.model)
-    lower, config = load_file(after.weights), live.model.peft_config[name]
+    adapter, layers = live.name, lora_modules(live.model)
+    lower, config = load_file(after.weights), live.model.peft_config[adapter]
     swap: Any = torch.utils.swap_tensors  # untyped in torch
     parameters = 0
     for module in after.modules:
         layer = layers[module.name]
         for side, factors in (("A", layer.lora_A), ("B", layer.lora_B)):
-            parameter = factors[name].weight
+            parameter = factors[adapter].weight
             # Gradients have the old shape, as has the graph of a loss that the loop still holds.
             parameter.grad = None
             optimizer.state.pop(parameter, None)
             swap(parameter, torch.nn.Parameter(lower[f"{PREFIX}{module.name}.lora_{side}.weight"].to(parameter)))
             parameters += parameter.numel()
-        layer.r[name], layer.scaling[name] = module.rank, module.scaling
-        layer.lora_A[name].out_features = layer.lora_B[name].in_features = module.rank
-    config.r, config.rank_pattern = after.config["r"], after.config.get("rank_pattern") or {}
+        layer.r[adapter], layer.scaling[adapter] = module.rank, module.scaling
+        layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = module.rank
+    for name in ("r", "rank_pattern", "init_lora_weights"):
+        setattr(config, name, after.config[name])
     return parameters

@@ -313,15 +313,18 @@ def write_adapter(
     source: Path | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a new adapter folder, whole or not at all.
+    """Write a new adapter folder that PEFT loads, whole or not at all.
 
     Args:
         source: the adapter that it comes from, of which it keeps what lies beside the weights (`BESIDE`).
         files: further ones, by name.
 
     Raises:
+        ModelError: PEFT can't load it.
         RunFolderError: `out` exists, or can't be written.
     """
+    from rightrank.models.loading import require_loadable  # it reads adapters by this module
+
     with creating(out), replacing_folder(out) as temporary:
         save_file(
             {key: value.contiguous() for key, value in tensors.items()}, temporary / WEIGHTS_FILE, {"format": "pt"}
@@ -334,6 +337,7 @@ def write_adapter(
                     shutil.copy2(file, temporary)
         for name, content in (files or {}).items():
             (temporary / name).write_bytes(content)
+        require_loadable(open_adapter(temporary))
 
 
 def _write_classifier(folder: Path, config: Any) -> None:
@@ -377,6 +381,9 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
     whole = {name: parameter.full_tensor().detach().cpu() for name, parameter in sharded.items()} or None
     saved = peft_model.peft_config[adapter] = copy.deepcopy(config)  # PEFT writes into the one that it saves
     saved.base_model_name_or_path = base_name
+    if not str(saved.init_lora_weights).startswith(BASE_CHANGING_INITS):
+        # Loading replaces the first values, and other names of PEFT do not take every rank.
+        saved.init_lora_weights, saved.eva_config = True, None
     if factors := whole_factors(peft_model, adapter):
         whole = {**peft_model.state_dict(), **factors}
         saved.r, saved.lora_alpha = 2 * config.r, config.lora_alpha * (2**0.5 if config.use_rslora else 2)

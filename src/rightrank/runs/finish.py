@@ -13,15 +13,14 @@ from rightrank.data.files import UnreadableError, read_json_object, replacing_fo
 from rightrank.decision.adapter import adapter_answer, improved_by_training, test_difference, trained_answer
 from rightrank.decision.next_run import next_commands
 from rightrank.decision.records import Records, best_trial, compared, criterion_of, trainings
-from rightrank.models.places import BASE_FILE
+from rightrank.models.places import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from rightrank.report.html import CURVE, PICTURE
 from rightrank.runs.hook import FailingAs, Finished, Run
 from rightrank.runs.values import Answer, Selected, answers
 from rightrank.schema.decision import AdapterAnswer, Decision, HandedOver
-from rightrank.schema.errors import AllTrialsFailedError
+from rightrank.schema.errors import AllTrialsFailedError, ModelError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded
 
-CONFIG = "adapter_config.json"
 CARD_FILES = ("README.md", PICTURE, CURVE)  # in `adapter/`, by the hook that writes the views
 
 
@@ -105,6 +104,7 @@ def hand_over(run: Run, answer: AdapterAnswer) -> bool:
     handed_over, known = _handed_over(run.records, answer, saved), run.records.adapters
     is_new = not known or (known[-1].answer, known[-1].handed_over) != (answer, handed_over)
     if is_new or not target.is_dir():
+        _require_loadable(saved)
         _keep_own_files(run)
         with replacing_folder(target) as temporary:
             for path in files:
@@ -124,6 +124,24 @@ def _keep_own_files(run: Run) -> None:
     own = sorted(path.name for path in target.iterdir() if path.name not in written) if target.is_dir() else []
     if own and (aside := run.folder.set_aside([target.name])) is not None:
         run.notice(f"{target} held files of your own ({', '.join(own)}) and was moved to {aside / target.name}")
+
+
+def _require_loadable(folder: Path) -> None:
+    """Load a LoRA adapter by PEFT; a custom trainer may save files of another kind, which are handed over as they are.
+
+    Raises:
+        ModelError: PEFT refuses it.
+    """
+    if not all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        return
+    from rightrank.models.adapter_files import open_adapter  # these bring torch, which a trainer may not need
+    from rightrank.models.loading import require_loadable
+
+    try:
+        adapter = open_adapter(folder)
+    except ModelError:
+        return
+    require_loadable(adapter)
 
 
 def _final_answer(run: Run, decision: Decision | None) -> AdapterAnswer:
@@ -154,7 +172,7 @@ def _handed_over(records: Records, answer: AdapterAnswer, saved: Path) -> Handed
     tests = {test.trial_id: test for test in records.tests}
     test = test_difference(tests.get(answer.trial_id), tests.get(answer.reference_id), criterion_of(records))
     try:
-        config = read_json_object(saved / CONFIG)
+        config = read_json_object(saved / CONFIG_FILE)
     except UnreadableError:  # a custom trainer may write none
         config = {}
     pattern = config.get("rank_pattern")
