@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,26 @@ def random_moments(adapter: AdapterFolder) -> dict[str, Moments]:
     return found
 
 
+def equal_scales(base: Path, folder: Path) -> bool:
+    """Whether PEFT scales every module as a server does: by `lora_alpha` and `r` of the configuration alone."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    model = load_strictly(base, folder)
+    scales = [module.scaling["default"] for module in model.modules() if hasattr(module, "get_delta_weight")]
+    return scales == pytest.approx([scale] * len(scales), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["plain", "rslora", "rank_pattern", "alpha_pattern", "dora"])
+@pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.8}, {"rank": 14}])
+def test_every_module_has_one_scale(base: Path, tmp_path: Path, kind: str, rule: dict[str, Any]) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", kind)
+    resize(adapter, tmp_path / "out", **rule)
+    assert equal_scales(base, tmp_path / "out")
+    if rule == {"rank": 14}:  # the function is the same
+        before, after = deltas(load_strictly(base, adapter)), deltas(load_strictly(base, tmp_path / "out"))
+        assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
+
+
 @pytest.mark.parametrize("kind", ["plain", "rslora"])
 @pytest.mark.parametrize("max_rank", [2, 6])
 def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: Path, kind: str, max_rank: int) -> None:
@@ -209,8 +230,9 @@ def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: P
     chosen = dict(zip(parts, ranks, strict=True))
     resized = write_resized(adapter, tmp_path / "small", chosen, moments)
     config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
-    assert config["r"] == max(ranks) <= max_rank
-    assert (len(set(ranks)) > 1) == (max_rank > 2) == bool(config["rank_pattern"])
+    assert config["r"] == 2 <= max(ranks) <= max_rank
+    assert (len(set(ranks)) > 1) == (max_rank > 2) == bool(config["rank_pattern"]) == bool(config["alpha_pattern"])
+    assert equal_scales(base, tmp_path / "small")
     assert resized.parameters_after <= 2 * sum(costs)
     loaded = deltas(load_strictly(base, tmp_path / "small"))
     for module in adapter.modules:

@@ -188,6 +188,8 @@ def test_an_adapter_whose_alpha_verl_did_not_know_is_refused(base: Path, tmp_pat
     folder = make_adapter(base, tmp_path / "lora_adapter", lora_alpha=0)
     with pytest.raises(ModelError, match="lora_alpha is 0, so that the adapter changes nothing"):
         resize(folder, tmp_path / "small", data=tmp_path / "rows.jsonl")
+    with pytest.raises(ModelError, match="lora_alpha is 0, so that the adapter changes nothing"):
+        resize(folder, tmp_path / "small", rank=2)
 
 
 def test_a_base_that_mlx_has_quantised_is_one_line(tmp_path: Path) -> None:

@@ -15,7 +15,14 @@ from typing import TypeAlias
 from peft import LoraConfig
 
 from rightrank.adapters.compare import finished_trial, labels_of_side, splits_of_run
-from rightrank.adapters.resize import candidate_ranks, capped, write_like, write_resized, write_truncated
+from rightrank.adapters.resize import (
+    candidate_ranks,
+    capped,
+    require_plain_update,
+    write_like,
+    write_resized,
+    write_truncated,
+)
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_all, load_data
@@ -28,7 +35,7 @@ from rightrank.models.truncation import Moments
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.configs import stated_settings
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import DataError, ModelError
+from rightrank.schema.errors import DataError
 from rightrank.schema.events import Evaluating, Notice
 from rightrank.schema.results import HeldOut, Resized
 from rightrank.schema.setting_table import given_values
@@ -140,11 +147,7 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
     Raises:
         InputError: the adapter or the data can't be used, or the adapter does not fit the base.
     """
-    if not any(module.scaling for module in adapter.modules):
-        raise ModelError(
-            f"{adapter.path}: lora_alpha is 0, so that the adapter changes nothing; verl's merger writes 0 where it does not know it: "
-            "set it in adapter_config.json"
-        )
+    require_plain_update(adapter)
     ranks = candidate_ranks(adapter, rule.ranks)
     scored = scored_data(adapter, rule.data, rule.train, rule.settings)
     rule.on_event(Notice(text=scored.note))
@@ -172,10 +175,10 @@ def _resized(curve: TruncationCurve, chosen: AdapterFolder, runtime: Runtime, ru
     notes = [*written.notes, *curve.gathered.notices]
     if curve.gathered.moments:
         notes.append(f"truncated by K-FAC over {curve.gathered.tokens} tokens of the training split")
-    if chosen.rank != answer.rank:
+    if chosen.config["rank_pattern"]:
         notes.append(
-            f"r is {chosen.rank} in the written configuration: the parameters of rank {answer.rank} are shared out over the "
-            f"modules, which have ranks up to {chosen.rank} (rank_pattern)"
+            f"rank {chosen.rank_text}: the parameters of rank {answer.rank} are shared out over the modules (rank_pattern), all at the scale "
+            "of lora_alpha and r (alpha_pattern)"
         )
     gain = _gain(curve.trials, answer, runtime)
     ranks = tuple(sorted({candidate.rank for candidate in answer.candidates}))

@@ -206,9 +206,13 @@ def _module_row(module: ModuleSpectrum) -> list[str]:
 
 def _resized_text(resized: Resized) -> str:
     """What was written, and the error of the truncation."""
+    from rightrank.models.ranks import rank_text
     from rightrank.report.evidence_tables import candidate_table, table_lines
 
-    rank = f"rank {resized.rank}" if resized.rank is not None else "ranks by module"
+    lowest, highest = (limit(module.rank for module in resized.modules) for limit in (min, max))
+    rank = f"ranks by module, from {lowest} to {highest}"
+    if resized.rank is not None:
+        rank = f"rank {rank_text(resized.rank, lowest, highest)}"
     worst = max(resized.modules, key=lambda module: module.relative_delta_error)
     lines = [
         f"{resized.out}: {rank} (by {resized.chosen_by})",

@@ -261,7 +261,7 @@ def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | No
 def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, after: AdapterFolder) -> int:
     """Put the factors of `after` in the place of those that train; returns their number of elements.
 
-    alpha stays, so that the scale is that of the new rank. The optimizer's state of them starts afresh, which ends better than one that is
+    lora_alpha stays, so that the scale of every module is that of the new rank. The optimizer's state of them starts afresh, which ends better than one that is
     projected on the new factors (benchmarks/squeeze).
     """
     adapter, layers = live.name, lora_modules(live.model)
@@ -277,8 +277,12 @@ def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, after: Adapter
             optimizer.state.pop(parameter, None)
             swap(parameter, torch.nn.Parameter(lower[f"{PREFIX}{module.name}.lora_{side}.weight"].to(parameter)))
             parameters += parameter.numel()
-        layer.r[adapter], layer.scaling[adapter] = module.rank, module.scaling
+        layer.r[adapter], layer.lora_alpha[adapter], layer.scaling[adapter] = (
+            module.rank,
+            module.lora_alpha,
+            module.scaling,
+        )
         layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = module.rank
-    for name in ("r", "rank_pattern", "init_lora_weights"):
+    for name in ("r", "rank_pattern", "alpha_pattern", "init_lora_weights"):
         setattr(config, name, after.config[name])
     return parameters

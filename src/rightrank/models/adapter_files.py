@@ -39,7 +39,7 @@ from rightrank.models.places import (
     read_header,
     require_adapter_folder,
 )
-from rightrank.models.ranks import lora_scaling, pattern_matches, pattern_value
+from rightrank.models.ranks import equivalent_rank, lora_scaling, pattern_matches, pattern_value, rank_text
 from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Floats
 
@@ -143,6 +143,13 @@ class AdapterFolder:
     def rank(self) -> int:
         """The largest rank of any module."""
         return max(module.rank for module in self.modules)
+
+    @property
+    def rank_text(self) -> str:
+        """The rank in words: that of all modules, or of as many parameters, with the range of the modules."""
+        ranks = [module.rank for module in self.modules]
+        sizes = [module.rows + module.columns for module in self.modules]
+        return rank_text(equivalent_rank(ranks, sizes), min(ranks), max(ranks))
 
     @property
     def trained(self) -> int:

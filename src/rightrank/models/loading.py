@@ -7,6 +7,7 @@ an initialisation that does not take the rank, a pattern or a shape that the ten
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +23,14 @@ from rightrank.schema.errors import ModelError, first_line
 
 CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the dimensions of A
 # They concern modules and tensors beside the factors, which the skeleton lacks, or the base's own weights.
-BESIDE_FACTORS = ("modules_to_save", "trainable_token_indices", "layer_replication", "megatron_config", "loftq_config")
+BESIDE_FACTORS = (
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "megatron_config",
+    "loftq_config",
+    "runtime_config",
+)
 
 
 def require_loadable(adapter: AdapterFolder) -> None:
@@ -45,7 +53,14 @@ def require_loadable(adapter: AdapterFolder) -> None:
         with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[]):
             model = inject_adapter_in_model(_lora_config(adapter), _skeleton(adapter, shapes), low_cpu_mem_usage=True)
             result: Any = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        re.error,
+    ) as error:  # a value of another type
         raise ModelError(
             f"{adapter.path}: PEFT can't load it ({first_line(error)}); correct its {CONFIG_FILE}"
         ) from None
