@@ -25,7 +25,7 @@ from rightrank.api.runs import status
 from rightrank.cli import cli
 from rightrank.cli.options import gather
 from rightrank.decision.adapter import Making
-from rightrank.interop.exports import TARGETS
+from rightrank.interop.exports import SERVERS, TARGETS
 from rightrank.interop.recipe import OF_MEASURING, Recipe
 from rightrank.models.ranks import peft_scaling
 from rightrank.schema.command import reproduce_command
@@ -40,7 +40,7 @@ MODULES = tuple(
     for layer in range(3)
     for name in LINEAR
 )
-TRAINERS = [name for name in TARGETS if name != "vllm"]
+TRAINERS = [name for name in TARGETS if name not in SERVERS]
 SHARES = st.floats(0.01, 0.9)
 
 # Of every setting that shapes an adapter or its training, and of how the base is read.

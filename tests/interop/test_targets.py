@@ -77,6 +77,7 @@ def test_every_target_contains_the_rank(selected: Selected, target: str) -> None
     handed_over = selected.handed_over
     assert handed_over is not None
     ranks = {"vllm": max_module_rank(handed_over.rank), "peft": handed_over.rank}
+    ranks["sglang"] = handed_over.max_module_rank
     assert str(ranks.get(target, handed_over.trained_rank)) in text
     assert exported.command
     assert exported.files == sorted(path.name for path in exported.folder.iterdir())

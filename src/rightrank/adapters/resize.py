@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,22 @@ def write_truncated(
         tensors |= new_tensors(adapter, pair, _common(pair, chosen), ratio, moments or {})
     write_like(adapter, out, config, tensors)
     return tensors
+
+
+def write_uniform(adapter: AdapterFolder, out: Path) -> None:
+    """Write the same function with one rank for all modules, the largest: further directions are zero.
+
+    Where every module has the scale of `lora_alpha` and `r`, no value of a factor changes.
+
+    Raises:
+        ModelError: an initialisation that changes the base, or `lora_alpha` is 0.
+        RunFolderError: `out` exists or cannot be written.
+    """
+    require_plain_update(adapter)
+    config, largest = adapter.config, adapter.rank
+    (alpha,) = equal_scale_alphas({"": largest}, config["r"], config["lora_alpha"], adapter.use_rslora).values()
+    widened = replace(adapter, config=dict(config) | {"lora_alpha": alpha})
+    write_truncated(widened, out, {module.name: largest for module in adapter.modules})
 
 
 def _distances(

@@ -120,7 +120,7 @@ def export(
 
     Args:
         run: a run folder whose selection has ended; for a merged model an adapter folder too.
-        to: peft, trl, axolotl, llamafactory, unsloth, vllm or merged.
+        to: peft, trl, axolotl, llamafactory, unsloth, vllm, sglang or merged.
         out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, which is replaced; one with
             files of your own is moved to `earlier-N` in the run folder.
         check: of a merged model: held-out rows to compare on; the run's test split by default.

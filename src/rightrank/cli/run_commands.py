@@ -50,7 +50,7 @@ def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
     epilog="Example: rightrank export run --to axolotl",
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, vllm, or merged.")
+@click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, vllm, sglang, or merged.")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="peft: upload it with its card; a new repository is private.")
 @click.option(

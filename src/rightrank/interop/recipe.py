@@ -59,6 +59,7 @@ class Recipe:
     exclude_modules: Sequence[str] | str = ()
     init_lora_weights: bool | str = True
     held_out: int = 0  # rows of `data` that the training did not see
+    served: Path | None = None  # the folder that a server loads, where it is another than `adapter`
 
     @property
     def unusual(self) -> dict[str, Any]:
@@ -75,6 +76,11 @@ class Recipe:
         given = {"use_dora": self.use_dora, "target_parameters": list(self.target_parameters)}
         given |= self.settings.peft_options
         return {name: value for name, value in given.items() if value}
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether modules differ in rank, or in alpha."""
+        return bool(self.rank_pattern or self.alpha_pattern)
 
     @property
     def alpha(self) -> int | float:
