@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from benchmarks.consumers.check import require_one_rank
+
 from rightrank.adapters.resize import write_resized
 from rightrank.decision.adapter import Making
 from rightrank.interop.exports import write_export

@@ -23,6 +23,7 @@ from rightrank.cli import cli
 from rightrank.decision.records import records_of
 from rightrank.interop.exports import TARGETS, write_export
 from rightrank.interop.recipe import Recipe, recipe_of
+from rightrank.models.adapter_files import open_adapter
 from rightrank.models.ranks import SERVER_RANKS, max_module_rank
 from rightrank.report.html import model_card
 from rightrank.runs.folder import RunFolder
@@ -188,6 +189,61 @@ def test_trl_s_own_parser_reads_it(selected: Selected) -> None:
     _, _, model, _ = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true"])
     assert selected.handed_over is not None
     assert trl_module.get_peft_config(model).r == selected.handed_over.trained_rank
+
+
+def test_another_rank_is_exported_by_its_own_training(selected: Selected, truncated: Selected, tmp_path: Path) -> None:
+    """A trainer gets a training at the rank, a server the run's adapter of it; a rank that was not trained is refused with those that were."""
+    trials = [trial for trial in RunFolder(selected.run).journal.read() if isinstance(trial, TrialFinished)]
+    for rank in {trial.rank for trial in trials if trial.rank and trial.arm.is_direct}:
+        folder = export(selected.run, "trl", tmp_path / f"trl{rank}", rank=rank).folder
+        assert yaml.safe_load((folder / "trl_sft.yaml").read_text())["lora_r"] == rank
+        folder = export(selected.run, "peft", tmp_path / f"peft{rank}", rank=rank).folder
+        assert open_adapter(folder).config["r"] == rank
+    assert truncated.handed_over is not None
+    assert (truncated.handed_over.rank, truncated.handed_over.trained_rank) == (1, 4)
+    with pytest.raises(ResultsError, match="the run has no training at rank 1; give one of 4, or leave rank out"):
+        export(truncated.run, "trl", rank=1)
+    with pytest.raises(ResultsError, match="the run has no adapter of rank 3; give one of 1, 2, 4, or leave rank out"):
+        export(truncated.run, "sglang", rank=3)
+    recipe = yaml.safe_load((written(truncated, "trl") / "trl_sft.yaml").read_text())
+    assert recipe["lora_r"] == 4  # the recipe of the adapter that is handed over
+
+
+def test_one_line_says_what_to_do(selected: Selected, truncated: Selected) -> None:
+    assert truncated.handed_over is not None
+    again = "To train again, start at rank 4 and truncate."
+    assert truncated.advice == f"Use {truncated.run / 'adapter'} now (rank 1). {again}"
+    assert selected.adapter is not None
+    assert selected.decided is not None
+    assert truncated.advice in str(truncated)
+    assert selected.advice in str(selected)
+
+
+@pytest.mark.parametrize(
+    ("handed_over", "trained", "text"),
+    [
+        ({"how": "truncated", "rank": 2, "min_module_rank": 1, "max_module_rank": 4}, 4,
+         "Use my-run/adapter now (rank 2, modules from 1 to 4). To train again, start at rank 16 and truncate, or train at rank 4."),
+        ({"how": "truncated", "rank": 8, "min_module_rank": 8, "max_module_rank": 8}, None,
+         "Use my-run/adapter now (rank 8). To train again, start at rank 16 and truncate."),
+        ({"how": "trained", "rank": 16, "min_module_rank": 16, "max_module_rank": 16}, 16,
+         "Use my-run/adapter now (rank 16). To train again, train at rank 16."),
+    ],
+)  # fmt: skip
+def test_the_line_names_each_way_to_train_again(
+    selected: Selected, handed_over: dict[str, Any], trained: int | None, text: str
+) -> None:
+    recorded = selected.answers.adapter
+    assert recorded is not None
+    assert selected.decided is not None
+    given = recorded.handed_over.model_copy(update=handed_over | {"trained_rank": 16})
+    answers = replace(
+        selected.answers,
+        adapter=recorded.model_copy(update={"handed_over": given}),
+        decision=selected.decided.model_copy(update={"rank": trained}),
+    )
+    adapter = replace(selected.adapter, path=Path("my-run/adapter"))
+    assert replace(selected, adapter=adapter, answers=answers).advice == text
 
 
 def test_with_goal_adapter_servers_get_the_small_adapter(truncated: Selected) -> None:

@@ -107,6 +107,7 @@ def export(
     to: str,
     out: str | Path | None = None,
     *,
+    rank: int | None = None,
     check: str | Path | Sequence[str | Path] = (),
     kind: str | None = None,
     base: str | None = None,
@@ -123,6 +124,8 @@ def export(
         to: peft, trl, axolotl, llamafactory, unsloth, vllm, sglang or merged.
         out: the folder to write, which must not exist; None for `exports/<to>` in the run folder, which is replaced; one with
             files of your own is moved to `earlier-N` in the run folder.
+        rank: of the run's best adapter of this rank, or for a trainer of its best training at this rank; None for the adapter that was handed
+            over, and the training that it comes from.
         check: of a merged model: held-out rows to compare on; the run's test split by default.
         kind: of a merged model: the type of its values, f32, bf16 or f16; None for f32.
         base: of a merged model from an adapter folder; None for the base that the adapter names.
@@ -134,11 +137,11 @@ def export(
     Raises:
         SettingsError: an unknown target, or an argument that goes with another one.
         RunFolderError: no run there, one without a decision or an adapter, or `out` exists.
-        ResultsError: a rank that the server does not serve.
+        ResultsError: a rank that the server does not serve, or that the run has not trained.
         ModelError: a merged model that can't be made.
         RunError: the hub can't be reached, or refuses the upload.
     """
-    from rightrank.interop.exports import MERGED, absolute, require_target, write_export
+    from rightrank.interop.exports import LOADED, MERGED, absolute, require_target, write_export
     from rightrank.interop.recipe import recipe_of
 
     require_target(to)
@@ -150,6 +153,8 @@ def export(
         raise SettingsError(f"--to {to}: check, type and base go with {MERGED}; leave them out")
     if settings is not None and not is_adapter:
         raise SettingsError(f"{run}: a run has its own settings; leave them out, or give an adapter folder")
+    if is_adapter and rank is not None:
+        raise SettingsError(f"{run}: an adapter folder has one rank; leave rank out, or give a run folder")
     if is_adapter and to != MERGED:
         raise RunFolderError(f"{run}: an adapter folder, of which {MERGED} is made; for {to} give a run folder")
     if out is not None:
@@ -162,7 +167,12 @@ def export(
         source: tuple[Path, str, SelectSettings, str | None] = Path(run), base, settings or SelectSettings(), None
     else:
         folder, journal, records = _opened(run, settled=False)
-        recipe = recipe_of(records.started, _handed_over(folder, journal, records), folder.adapter, records.finished())
+        if rank is None:
+            trial, adapter = _handed_over(folder, journal, records), folder.adapter
+        else:
+            trial = _trial_at(records, rank, to in (*LOADED, MERGED))
+            adapter = folder.finished_adapter(trial.trial_id)
+        recipe = recipe_of(records.started, trial, adapter, records.finished())
         place = folder.path / "exports" / to if out is None else Path(out)
         model, data = (absolute(name, recipe.adapter) for name in (base or recipe.model, recipe.data))
         source = recipe.adapter, model, recipe.settings, data
@@ -234,6 +244,19 @@ def _handed_over(folder: RunFolder, journal: Sequence[JournalRecord], records: R
             f"{folder.path}: the journal lacks the trial {chosen} of the adapter; run `rightrank repair`"
         )
     return trial
+
+
+def _trial_at(records: Records, rank: int, with_truncations: bool) -> TrialFinished:
+    """The trial of a rank with the best held-out value, among trainings to their end, and truncations where these count."""
+    finished = [trial for trial in records.finished() if trial.rank > 0 and trial.arm.stop_at is None]
+    trials = [trial for trial in finished if with_truncations or trial.arm.is_direct]
+    of_rank = [trial for trial in trials if trial.rank == rank]
+    if not of_rank:
+        ranks = ", ".join(map(str, sorted({trial.rank for trial in trials}))) or "none"
+        what = "no adapter of" if with_truncations else "no training at"
+        raise ResultsError(f"the run has {what} rank {rank}; give one of {ranks}, or leave rank out")
+    sign = -1 if records.started.higher_is_better else 1
+    return min(of_rank, key=lambda trial: (sign * trial.value, trial.seed))
 
 
 def repair(run: str | Path) -> Repaired:

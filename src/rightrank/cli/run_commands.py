@@ -52,6 +52,7 @@ def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--to", required=True, help="peft, trl, axolotl, llamafactory, unsloth, vllm, sglang, or merged.")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder to write (default: RUN/exports/TARGET).")
+@click.option("--rank", type=int, help="Another rank of the run (default: the adapter handed over, and its training).")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="peft: upload it with its card; a new repository is private.")
 @click.option(
     "--check",

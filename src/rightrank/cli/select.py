@@ -94,9 +94,7 @@ def _print_selected(selected: Selected, as_json: bool) -> None:
         assert selected.adapter is not None
         if not as_json:
             click.echo("\n".join(["", *labelled(selected.view.rows(), 9)]))
-            click.echo(
-                f"\nreport:  {selected.report}\nadapter: {selected.adapter.path}  (rank {selected.adapter.rank})"
-            )
+            click.echo(f"\nreport:  {selected.report}\n{selected.advice}")
             return
         places = {"run": selected.run, "adapter": selected.adapter.path, "report": selected.report}
         further = {"next_command": selected.next_command} | {name: str(place) for name, place in places.items()}

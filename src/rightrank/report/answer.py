@@ -57,7 +57,7 @@ def answer_view(answers: Answers, commands: Sequence[str | None] = ()) -> Answer
         so_far = quantity(answers.trainings, "training")
         missing = f"{so_far} so far. A comparison needs two ranks with a result."
     return AnswerView(
-        adapter_headline=f"Adapter: rank {adapter.answer.rank}" if adapter else "",
+        adapter_headline=f"Adapter: rank {adapter.handed_over.rank_text}" if adapter else "",
         rank_headline="" if not asked or not (adapter or decision) else f"Training rank: {rank}",
         adapter=adapter.answer.sentence if adapter else "",
         adapter_notes=tuple(filter(None, _adapter_notes(answers))),

@@ -177,9 +177,11 @@ def _handed_over(records: Records, answer: AdapterAnswer, saved: Path) -> Handed
         config = {}
     pattern = config.get("rank_pattern")
     of_modules = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    ranks = [answer.rank, *(rank for rank in of_modules if isinstance(rank, int))]
     return HandedOver(
         **answer.model_dump(include={*HandedOver.model_fields}),
-        max_module_rank=max([answer.rank, *(rank for rank in of_modules if isinstance(rank, int))]),
+        min_module_rank=min(ranks),
+        max_module_rank=max(ranks),
         reference_adapter=f"trials/{answer.reference_id}",
         test_difference=test and test[0],
         test_difference_high=test and test[1],

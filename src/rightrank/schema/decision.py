@@ -235,6 +235,7 @@ class HandedOver(Record):
     """What `adapter/` holds. Differences are from the reference adapter, in the metric's unit; above 0 is worse."""
 
     rank: Whole
+    min_module_rank: Whole | None = None  # None: not known
     max_module_rank: Whole
     how: AdapterOrigin
     trained_rank: Whole
@@ -243,6 +244,19 @@ class HandedOver(Record):
     difference_high: float | None
     test_difference: float | None = None  # None without a test split
     test_difference_high: float | None = None
+
+    @property
+    def module_range(self) -> str:
+        """`modules from 1 to 4` where a truncation gave them different ranks; else empty."""
+        lowest = self.min_module_rank
+        if self.how == "trained" or lowest is None or lowest == self.max_module_rank:
+            return ""
+        return f"modules from {lowest} to {self.max_module_rank}"
+
+    @property
+    def rank_text(self) -> str:
+        """The rank, with the range of the modules where they differ."""
+        return f"{self.rank} ({self.module_range})" if self.module_range else f"{self.rank}"
 
     @property
     def loads_as(self) -> int | None:
