@@ -33,7 +33,7 @@ def test_fused_experts_load(tmp_path: Path) -> None:
         num_local_experts=3, vocab_size=64,
     )  # fmt: skip
     options = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    get_peft_model(MixtralForCausalLM(config), options).save_pretrained(tmp_path / "adapter")
+    get_peft_model(MixtralForCausalLM(config), options).save_pretrained(str(tmp_path / "adapter"))
     adapter = open_adapter(tmp_path / "adapter")
     assert {module.kind.name for module in adapter.modules} == {"linear", "expert"}
     require_loadable(adapter)
