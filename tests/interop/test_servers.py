@@ -1,8 +1,8 @@
 """An adapter whose modules differ in rank, as servers load it: their rules, on the files that an export writes.
 
-vLLM (vllm/lora/peft_helper.py, lora_model.py and layers/base_linear.py, read at 0306474e): every module has the scale of `lora_alpha` and `r`
+vLLM (`peft_helper.py`, `lora_model.py` and `base_linear.py` of vllm/lora, read at 0306474e): every module has the scale of `lora_alpha` and `r`
 of the configuration, whatever `rank_pattern` and `alpha_pattern` say; factors of any rank up to `--max-lora-rank` are copied into slots of zeros.
-SGLang (python/sglang/srt/lora/mem_pool.py, read at 00639c4d): the same scale, and an assertion that every A has `r` rows and every B `r` columns.
+SGLang (`mem_pool.py` of sglang/srt/lora, read at 00639c4d): the same scale, and an assertion that every A has `r` rows and every B `r` columns.
 """
 
 from __future__ import annotations

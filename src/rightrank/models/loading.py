@@ -49,7 +49,7 @@ def require_loadable(adapter: AdapterFolder) -> None:
         if key not in beside
     }
     try:
-        # The load on the base shows the warnings; a training that goes on keeps its random state.
+        # The load on the base shows the warnings; the random state of a training that continues is kept.
         with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[]):
             model = inject_adapter_in_model(_lora_config(adapter), _skeleton(adapter, shapes), low_cpu_mem_usage=True)
             result: Any = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
