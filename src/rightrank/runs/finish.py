@@ -144,6 +144,24 @@ def _keep_own_files(run: Run) -> None:
         run.notice(f"{target} held files of your own ({', '.join(own)}) and was moved to {aside / target.name}")
 
 
+def _require_loadable(folder: Path) -> None:
+    """Load a LoRA adapter by PEFT; a custom trainer may save files of another kind, which are handed over as they are.
+
+    Raises:
+        ModelError: PEFT refuses it.
+    """
+    if not all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        return
+    from rightrank.models.adapter_files import open_adapter  # these bring torch, which a trainer may not need
+    from rightrank.models.loading import require_loadable
+
+    try:
+        adapter = open_adapter(folder)
+    except ModelError:
+        return
+    require_loadable(adapter)
+
+
 def _final_answer(run: Run, decision: Decision | None) -> AdapterAnswer:
     """The answer to the first question at the end of a run.
 
