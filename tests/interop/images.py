@@ -138,4 +138,4 @@ class ResNetTrain(TextToImageTrain):
     @torch.no_grad()
     def scored(self, model: Any, losses: Any) -> TrialResult:
         found = losses(model, range(len(self.held_out))).tolist()
-        return TrialResult(metrics={"loss": sum(found) / len(found)}, item_scores=found)
+        return TrialResult(metrics={"loss": sum(found) / len(found)}, example_scores=found)

@@ -99,9 +99,9 @@ def test_an_end_in_use_changes_nothing(model_folder: Path, rows: Rows, tmp_path:
     out, model = tmp_path / "run", peft_model(model_folder)
     keep_smallest(model, batches(rows[140:170]), out=out, margin=1.0)
     before = read_files(out)
-    with RunFolder(out).locked(), pytest.raises(RunFolderError, match="another process is using this folder"):
+    with RunFolder(out).lock(), pytest.raises(RunFolderError, match="another process is using this folder"):
         keep_smallest(model, batches(rows[140:170]), out=out, margin=1.0)
-    with RunFolder(out).locked(), pytest.raises(RunFolderError, match="another process is using this folder"):
+    with RunFolder(out).lock(), pytest.raises(RunFolderError, match="another process is using this folder"):
         require_end_folder(out)
     assert read_files(out) == before
 

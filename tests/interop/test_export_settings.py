@@ -23,10 +23,10 @@ from transformers import TrainingArguments
 from rightrank import export
 from rightrank.api.runs import status
 from rightrank.cli import cli
-from rightrank.cli.options import gather
+from rightrank.cli.options import gather_settings
 from rightrank.decision.adapter import Making
 from rightrank.interop.exports import SERVERS, TARGETS
-from rightrank.interop.recipe import OF_MEASURING, Recipe
+from rightrank.interop.recipe import EVALUATION_SETTINGS, Recipe
 from rightrank.models.ranks import peft_scaling
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.configs import stated_settings
@@ -248,10 +248,10 @@ def test_the_command_that_makes_a_smaller_adapter_again_has_the_settings(values:
     making = Making(2, 8, 0.003, 50, None, "K-FAC")
     comment = replace(recipe, making=making).comments()[-1]
     read = parsed(comment.partition("then: ")[2])
-    settings = gather(None, read["assignments"], {})
+    settings = gather_settings(None, read["assignments"], {})
     found, wanted = SelectSettings(**settings), recipe.settings
-    assert {name: getattr(found, name) for name in OF_MEASURING} == {
-        name: getattr(wanted, name) for name in OF_MEASURING
+    assert {name: getattr(found, name) for name in EVALUATION_SETTINGS} == {
+        name: getattr(wanted, name) for name in EVALUATION_SETTINGS
     }
 
 
@@ -308,7 +308,7 @@ def test_the_command_that_proves_an_estimate_has_the_settings_of_the_training(
 
 def _settings_of(parameters: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in parameters.items() if name in SelectSettings.model_fields}
-    return gather(None, parameters["assignments"], given)
+    return gather_settings(None, parameters["assignments"], given)
 
 
 def test_an_export_with_own_files_is_moved_aside_and_not_replaced(small_run: Path, tmp_path: Path) -> None:

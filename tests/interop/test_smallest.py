@@ -31,20 +31,20 @@ from transformers import (
 )
 
 from rightrank import SelectSettings, SmallestAdapter, compare, export, write_report
-from rightrank.adapters.held_out import truncation_curve
-from rightrank.adapters.live import LiveAdapter, trained_adapter
-from rightrank.adapters.live_scores import HeldOutBatches, batch_loss
+from rightrank.adapters.resize_by_data import truncation_curve
+from rightrank.adapters.in_memory import LiveAdapter, trained_adapter
+from rightrank.adapters.batch_scores import HeldOutBatches, batch_loss
 from rightrank.adapters.resize import candidate_ranks
 from rightrank.api.runs import status
 from rightrank.decision.comparison import INDEPENDENT
 from rightrank.interop.end_run import measure, measure_again
 from rightrank.interop.smallest import main
-from rightrank.models.adapter_files import open_adapter
+from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.trials import SplitName
 from rightrank.train.covariances import gather_unseen_moments
 from rightrank.train.evaluation import Scores
-from rightrank.train.runtime import adapter_attached
+from rightrank.train.runtime import attach_adapter
 from tests.helpers import make_runtime
 from tests.interop.trainings import Listed, Rows, peft_model, trained
 from tests.tiny import small_settings, write_completions, write_pairs
@@ -138,7 +138,7 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     steps = runtime.settings.training_steps(len(runtime.data.splits["train"]))
     seed = runtime.settings.seeds[0]
     order = [index for batch in runtime.batch_plan(seed, 2 * steps)[steps:] for index in batch]
-    with adapter_attached(runtime, adapter.path) as peft_model:
+    with attach_adapter(runtime, adapter.path) as peft_model:
         read = order[: gather_unseen_moments(runtime, peft_model, seed, steps).examples]
 
     def batches(split: SplitName, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
@@ -470,7 +470,7 @@ def test_a_search_for_hyperparameters_is_not_measured(model_folder: Path, rows: 
 def test_a_resumed_training_is_measured_as_the_whole_one(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rightrank.interop.smallest.MOMENT_SHARE", 0.5)  # several batches, of a training this short
+    monkeypatch.setattr("rightrank.interop.trainer_rows.MOMENT_SHARE", 0.5)  # several batches, of a training this short
     uninterrupted = SmallestAdapter(Listed(rows[140:]), margin=0.1)
     _, whole = trained(model_folder, rows, tmp_path, [uninterrupted], max_steps=8, save_strategy="steps", save_steps=4)
     callback = SmallestAdapter(Listed(rows[140:]), margin=0.1)
@@ -541,7 +541,7 @@ def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
 def test_the_head_sees_few_positions_at_a_time(model_folder: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels never reach the model, and no tensor of logits has more than a chunk's positions; the losses are the model's own."""
     model = peft_model(model_folder).eval()
-    monkeypatch.setattr("rightrank.train.loss.CHUNK_LOGITS", 8 * model.config.vocab_size)
+    monkeypatch.setattr("rightrank.train.loss.MAX_CHUNK_LOGITS", 8 * model.config.vocab_size)
     head = model.get_base_model().get_output_embeddings()
     seen: list[int] = []
     head.forward = lambda hidden: (

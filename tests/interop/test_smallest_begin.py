@@ -465,7 +465,7 @@ def test_the_scored_rows_are_a_random_sample(
     train = [{name: values[1:] for name, values in row.items()} for row in rows]
     trainer_of(peft_model(model_folder), model_folder, tmp_path, train, None, callback, max_steps=2).train()
     assert callback.result is not None
-    tokens = callback.result.top.item_tokens
+    tokens = callback.result.top.example_tokens
     assert len(tokens) == 20
     assert 4 <= sum(count > 35 for count in tokens) <= 16  # beyond this in 1 of 400 random samples
 
@@ -484,7 +484,7 @@ def test_the_sample_is_the_same_whatever_the_global_generators_have(
             peft_model(model_folder), model_folder, tmp_path / str(seed), Listed(rows[:140]), None, callback, seed=seed, max_steps=1,
         ).train()  # fmt: skip
         assert callback.result is not None
-        tokens.append(callback.result.top.item_tokens)
+        tokens.append(callback.result.top.example_tokens)
     assert tokens[0] == tokens[1]
 
 

@@ -23,9 +23,9 @@ from rightrank.cli import cli
 from rightrank.decision.records import records_of
 from rightrank.interop.exports import TARGETS, write_export
 from rightrank.interop.recipe import Recipe, recipe_of
-from rightrank.models.adapter_files import open_adapter
+from rightrank.models.adapter_reader import open_adapter
 from rightrank.models.ranks import SERVER_RANKS, max_module_rank
-from rightrank.report.html import model_card
+from rightrank.report.html import render_model_card
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
 from rightrank.schema.events import RunStarted
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.trains
 @pytest.fixture(scope="module")
 def selected(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
     """A run of two ranks over the last two layers, with the scale alpha/sqrt(r)."""
-    settings = small_settings(layers_to_transform=(1, 2), scaling="alpha/sqrt(r)", max_steps=4, eval_points=1)
+    settings = small_settings(layers_to_transform=(1, 2), scaling="alpha/sqrt(r)", max_steps=4, num_evaluations=1)
     return select_rank(str(model_folder), completion_file, tmp_path_factory.mktemp("run") / "run", settings=settings)
 
 
@@ -57,7 +57,7 @@ def recipe(selected: Selected) -> Recipe:
 def truncated(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Selected:
     """A run with the goal adapter: rank 4 trained, and so wide a margin that rank 1 is handed over."""
     settings = small_settings(
-        strategy="bracket", goal="adapter", margin=5.0, max_steps=20, eval_points=1, scaling="alpha/sqrt(r)"
+        strategy="bracket", goal="adapter", margin=5.0, max_steps=20, num_evaluations=1, scaling="alpha/sqrt(r)"
     )
     return select_rank(str(model_folder), completion_file, tmp_path_factory.mktemp("run") / "run", settings=settings)
 
@@ -214,7 +214,7 @@ def test_one_line_says_what_to_do(selected: Selected, truncated: Selected) -> No
     again = "To train again, start at rank 4 and truncate."
     assert truncated.advice == f"Use {truncated.run / 'adapter'} now (rank 1). {again}"
     assert selected.adapter is not None
-    assert selected.decided is not None
+    assert selected.decision_or_none is not None
     assert truncated.advice in str(truncated)
     assert selected.advice in str(selected)
 
@@ -235,12 +235,12 @@ def test_the_line_names_each_way_to_train_again(
 ) -> None:
     recorded = selected.answers.adapter
     assert recorded is not None
-    assert selected.decided is not None
+    assert selected.decision_or_none is not None
     given = recorded.handed_over.model_copy(update=handed_over | {"trained_rank": 16})
     answers = replace(
         selected.answers,
         adapter=recorded.model_copy(update={"handed_over": given}),
-        decision=selected.decided.model_copy(update={"rank": trained}),
+        decision=selected.decision_or_none.model_copy(update={"rank": trained}),
     )
     adapter = replace(selected.adapter, path=Path("my-run/adapter"))
     assert replace(selected, adapter=adapter, answers=answers).advice == text
@@ -249,7 +249,7 @@ def test_the_line_names_each_way_to_train_again(
 def test_with_goal_adapter_servers_get_the_small_adapter(truncated: Selected) -> None:
     from peft import AutoPeftModelForCausalLM
 
-    assert truncated.decided is None
+    assert truncated.decision_or_none is None
     assert truncated.handed_over is not None
     assert (truncated.handed_over.rank, truncated.handed_over.how) == (1, "truncated")
     folder = written(truncated, "peft")
@@ -370,7 +370,7 @@ def test_the_card_names_a_base_of_the_hub(selected: Selected) -> None:
     records = records_of(RunFolder(selected.run).journal.read(), "the run")
     settings = records.started.settings | {"model": "someone/a-model"}
     records.started = records.started.model_copy(update={"settings": settings})
-    card = ModelCard(model_card(records, selected.decided))
+    card = ModelCard(render_model_card(records, selected.decision_or_none))
     assert card.data.to_dict()["base_model"] == "someone/a-model"
 
 

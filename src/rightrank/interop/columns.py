@@ -25,7 +25,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "std_seeds": ("n_seeds", "num_seeds", "std_seeds", "n_runs", "n"),
     "item": ("item", "item_id", "example", "example_id", "sample_id", "question_id"),
     "group": ("group", "item_group", "group_id"),
-    "weight": ("tokens", "item_tokens", "label_tokens", "n_tokens", "num_tokens", "weight"),
+    "weight": ("tokens", "item_tokens", "example_tokens", "label_tokens", "n_tokens", "num_tokens", "weight"),
     "train_value": ("train_loss", "train_value", "training_loss", "train_train_loss"),
     "step": ("step", "global_step", "train_global_step", "training_iteration", "steps", "total_steps", "num_steps"),
     "seconds": ("train_seconds", "train_runtime", "runtime", "time_total_s", "duration", "wall_seconds", "seconds"),

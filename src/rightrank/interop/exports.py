@@ -16,7 +16,8 @@ import yaml
 from rightrank.data.files import replacing_folder
 from rightrank.data.rows import split_of
 from rightrank.interop.recipe import Recipe
-from rightrank.models.places import WEIGHTS_FILE, loading_lines, read_header
+from rightrank.models.adapter_folders import WEIGHTS_FILE
+from rightrank.models.loading_code import loading_lines
 from rightrank.models.ranks import (
     SERVER_RANKS,
     SERVING,
@@ -26,7 +27,8 @@ from rightrank.models.ranks import (
     rate_warning,
     slot_bytes,
 )
-from rightrank.report.format import size
+from rightrank.models.safetensors_files import read_header
+from rightrank.report.format import format_bytes
 from rightrank.schema.errors import ResultsError, SettingsError, did_you_mean
 from rightrank.schema.settings import TRAINER_FIELDS
 
@@ -145,7 +147,7 @@ def write_export(name: str, recipe: Recipe, folder: Path) -> Exported:
 def _write_served(adapter: Path, out: Path) -> None:
     """Write the adapter with one rank and one scale for all modules."""
     from rightrank.adapters.resize import write_uniform  # these bring torch, which other exports do not need
-    from rightrank.models.adapter_files import open_adapter
+    from rightrank.models.adapter_reader import open_adapter
 
     write_uniform(open_adapter(adapter), out)
 
@@ -343,7 +345,7 @@ def _vllm(recipe: Recipe) -> Written:
         )
     served = max_module_rank(rank)
     slot = (
-        f"a slot takes {size(slot_bytes(shapes, served))} at --max-lora-rank {served} (16 bits), whatever the rank of the adapter in it: this one "
+        f"a slot takes {format_bytes(slot_bytes(shapes, served))} at --max-lora-rank {served} (16 bits), whatever the rank of the adapter in it: this one "
         f"fills {recipe.r / served:.0%}, and the largest rank of all adapters of the server counts"
     )
     arguments = ["vllm", "serve", recipe.model, "--host", LOOPBACK, "--enable-lora"]

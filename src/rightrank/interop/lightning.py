@@ -12,11 +12,14 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 
-from rightrank.adapters.live import as_it_came, require_end
-from rightrank.adapters.live_scores import FAILURES, Batch, batch_loss
+from rightrank.adapters.batch_scores import Batch, batch_loss
+from rightrank.adapters.in_memory import require_end
+from rightrank.adapters.preserved_state import as_it_came
+from rightrank.adapters.processes import FAILURES
 from rightrank.interop.end_run import Ending
-from rightrank.interop.smallest import checked, keep_smallest, readable_copy
+from rightrank.interop.smallest import checked, keep_smallest
 from rightrank.interop.squeeze import LiveCut, cut_sentence, cut_step, require_cut, squeeze
+from rightrank.interop.trainer_rows import readable_copy
 from rightrank.schema.errors import DataError, ModelError, SettingsError, first_line
 
 log = logging.getLogger("rightrank")

@@ -15,7 +15,7 @@ from rightrank.models.ranks import peft_scaling
 from rightrank.schema.command import set_arguments
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunStarted
-from rightrank.schema.settings import OF_MEASURING, SelectSettings
+from rightrank.schema.settings import EVALUATION_SETTINGS, SelectSettings
 from rightrank.schema.trials import TrialFinished
 
 UNKNOWN_MODEL, UNKNOWN_DATA = "path/to/model", "path/to/data.jsonl"
@@ -108,7 +108,7 @@ class Recipe:
             return []
         rank, data = str(self.making.rank), self.data
         rule = ["--data", data, "--train", data, "--ranks", rank, "--base", self.model]
-        given = {name: value for name in OF_MEASURING if (value := getattr(self.settings, name)) is not None}
+        given = {name: value for name in EVALUATION_SETTINGS if (value := getattr(self.settings, name)) is not None}
         rule += set_arguments(given)
         rule = ["--rank", rank] if self.making.truncation == METHODS["svd"] else rule
         command = shlex.join(["rightrank", "resize", "TRAINED", "SMALLER", *rule])

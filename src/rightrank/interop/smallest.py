@@ -11,39 +11,24 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rightrank.adapters.live import LiveAdapter, as_it_came, copy_reader, require_end, trained_adapter
-from rightrank.adapters.live_scores import (
-    BETA,
-    FAILURES,
-    GROUP,
-    OWN_EVALUATION,
-    Batch,
-    batch_loss,
-    gather_objects,
-    is_partitioned,
-    positions,
-    process_index,
-    read_batch,
-    together,
-    world_size,
-)
+from rightrank.adapters.batch_scores import BETA, GROUP, OWN_EVALUATION, Batch, batch_loss, positions, read_batch
+from rightrank.adapters.in_memory import LiveAdapter, require_end, trained_adapter
+from rightrank.adapters.preserved_state import as_it_came, copy_reader
+from rightrank.adapters.processes import FAILURES, gather_objects, is_partitioned, process_index, together, world_size
 from rightrank.data.splits import sample_indices
-from rightrank.data.token_store import IGNORED
 from rightrank.hooks.report import Report
 from rightrank.interop.end_run import (
     KEPT,
@@ -55,6 +40,20 @@ from rightrank.interop.end_run import (
     peak_so_far,
     require_end_folder,
 )
+from rightrank.interop.trainer_rows import (
+    MIN_EXAMPLES,
+    MOMENT_BATCHES,
+    Reader,
+    find_group_key,
+    hash_inputs,
+    is_indexed,
+    number_groups,
+    read_moment_batches,
+    read_rows,
+    readable_copy,
+    require_mappings,
+    sample_batches,
+)
 from rightrank.runs import plugins
 from rightrank.runs.hook import Hook
 from rightrank.schema.command import measure_command
@@ -62,18 +61,12 @@ from rightrank.schema.configs import stated_settings
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, ModelError, RightrankError, SettingsError, first_line
 from rightrank.schema.settings import SelectSettings
-from rightrank.train.covariances import MOMENT_TOKENS
 
 log = logging.getLogger("rightrank")
 
-MIN_EXAMPLES = 30
 FEWEST, MOST = 100, 1000  # examples that are scored where nothing else is asked for
 MAX_SHARE = 0.1  # of the training's time, which the end may take where FEWEST examples allow it
-MOMENT_BATCHES = 64  # of a loop of the user's own
-MOMENT_SHARE = 0.02  # of the training's tokens, for second moments
 COMPARED_ROWS, COMPARED_SECONDS = 100_000, 2.0  # of the training set, to find held-out rows in it
-# Columns that say nothing of what an example is: what follows from its tokens, what is asked of it, and numbers of rows.
-NOT_CONTENT = re.compile(r"mask|labels?$|^(token_type|position)_ids$|^(idx|id|index|length|seq_lengths)$|_logps$")
 
 
 @dataclass(eq=False, repr=False)
@@ -195,10 +188,10 @@ class SmallestAdapter(TrainerCallback):
                 ) from None
         sample = Subset(rows, sample_indices(len(rows), self.max_examples or MOST))
         contents, keys = [], []
-        list(_require_mappings(read_rows(reader.rows, 1)))
-        for row in _require_mappings(read_rows(sample)):
-            contents.append(_content(row, reader.columns))
-            keys.append(_group_key(row, self.group))
+        list(require_mappings(read_rows(reader.rows, 1)))
+        for row in require_mappings(read_rows(sample)):
+            contents.append(hash_inputs(row, reader.columns))
+            keys.append(find_group_key(row, self.group))
         shared = self._shared_contents(contents, reader)
         unseen = [at for at, content in enumerate(contents) if content not in shared]
         if len(unseen) < len(contents):
@@ -213,7 +206,7 @@ class SmallestAdapter(TrainerCallback):
             )
         if len(unseen) < MIN_EXAMPLES:
             log.warning("rightrank: %d held-out examples can show little; give some hundred", len(unseen))
-        _group_numbers([keys[at] for at in unseen], self.group)  # refuses a column that groups nothing
+        number_groups([keys[at] for at in unseen], self.group)  # refuses a column that groups nothing
         return Subset(rows, [sample.indices[at] for at in unseen])
 
     def _shared_contents(self, contents: Sequence[int], reader: Reader) -> set[int]:
@@ -231,7 +224,7 @@ class SmallestAdapter(TrainerCallback):
             for index in order:
                 if time.monotonic() > end:
                     break
-                number = numbers.get(_content(reader.rows[index], reader.columns))
+                number = numbers.get(hash_inputs(reader.rows[index], reader.columns))
                 leaked |= set() if number is None else {number}
                 compared += 1
         by_process = gather_objects((compared, leaked))  # numbers of rows: processes have other hashes of strings
@@ -313,7 +306,7 @@ class SmallestAdapter(TrainerCallback):
                 reader = reader.completed(loader)
             # In evaluation mode no activation is recomputed, so a row at a time stays below the memory of checkpointed training.
             train_rows = Subset(reader.rows, sample_indices(len(reader.rows), MOMENT_BATCHES * size))
-            train, tokens, moment_tokens = _read_for_moments(
+            train, tokens, moment_tokens = read_moment_batches(
                 reader, train_rows, 1 if args.gradient_checkpointing else size, trained
             )
             rows = self._held_out
@@ -325,8 +318,8 @@ class SmallestAdapter(TrainerCallback):
                 count = max(FEWEST, int(2 * (MAX_SHARE * tokens - moment_tokens) / cost))
                 rows = Subset(rows.dataset, rows.indices[:count])  # in random order
             keys: list[Any] = []
-            held_out = list(reader.batches(rows, size, lambda row: keys.append(_group_key(row, self.group))))
-            groups = torch.tensor(_group_numbers(keys, self.group))
+            held_out = list(reader.batches(rows, size, lambda row: keys.append(find_group_key(row, self.group))))
+            groups = torch.tensor(number_groups(keys, self.group))
             held_out = [{**batch, GROUP: groups[at * size : (at + 1) * size]} for at, batch in enumerate(held_out)]
         beta = _beta(args, (held_out or train or [{}])[0])
         write = getattr(self._loaders.get("processing_class"), "save_pretrained", None)
@@ -366,7 +359,7 @@ def _ended(live: LiveAdapter, out: Path, training: Training, measures: bool = Tr
 
 def _hooks() -> list[Hook]:
     """What renders a selection; for the first process."""
-    return [] if process_index() else [Report(), *plugins.listed(lambda plugin: plugin.hooks())]
+    return [] if process_index() else [Report(), *plugins.collect_items(lambda plugin: plugin.hooks())]
 
 
 def keep_smallest(
@@ -412,21 +405,6 @@ def keep_smallest(
             "ZeRO-3 holds parts of each parameter, which no truncation can be written into; measure in a fresh process"
         )
     return ending
-
-
-def sample_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """Return a random sample of `MOMENT_BATCHES` batches of a list; of a loader, whose order is its own, the first ones."""
-    if isinstance(batches, list | tuple):
-        return [batches[index] for index in sample_indices(len(batches), MOMENT_BATCHES)]
-    return list(islice(readable_copy(batches), MOMENT_BATCHES))
-
-
-def readable_copy(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """Return a copy of a loader, or the loader itself where it cannot be copied, as a generator cannot."""
-    try:
-        return cast(Iterable[Batch], copy_reader(batches))
-    except DataError:
-        return batches
 
 
 def _trainer_of(callback: TrainerCallback, control: TrainerControl) -> Trainer | None:
@@ -479,182 +457,6 @@ def _stated(live: LiveAdapter, args: TrainingArguments | None) -> tuple[dict[str
     stated, unsaid = stated_settings(live.model.peft_config[live.name], args, **further)
     unsaid += [] if args is not None else ["the learning rate", "the steps", "the batch size of your loop"]
     return stated, [f"the select command does not say {', '.join(unsaid)}"] if unsaid else []
-
-
-def is_indexed(rows: Any) -> bool:
-    """Whether rows have a length and numbers, so that reading some takes none from another reader: not so of a stream."""
-    return not isinstance(rows, IterableDataset) and hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """Copies of a trainer's training set and collator, through which rows are read without a change of the training."""
-
-    rows: Any  # of the training set; empty where they are not read
-    rows_reason: str  # why they are not read; else empty
-    collate: Callable[[list[Any]], Batch] | None
-    reason: str  # why the collator is not used; else empty
-    columns: frozenset[str]  # that reach the collator in training; empty where they are not known
-
-    @classmethod
-    def copied(cls, loader: Any) -> Reader:
-        rows, collate, reasons = (), None, ["", ""]
-        if not is_indexed(loader.dataset):
-            reasons[0] = "the training set is a stream, which is not read"
-        else:
-            try:
-                rows = copy_reader(loader.dataset)
-            except DataError as error:
-                reasons[0] = f"the training set is not read before its end: {error}"
-        try:
-            collate = copy_reader(loader.collate_fn)
-        except DataError as error:
-            reasons[1] = f"the collator is not used before the training's end: {error}"
-        return cls(rows, reasons[0], collate, reasons[1], _columns(rows))
-
-    def completed(self, loader: Any) -> Reader:
-        """Return a reader that reads what could not be copied as it is, after the last step."""
-        rows = loader.dataset if self.rows_reason and is_indexed(loader.dataset) else self.rows
-        return Reader(rows, "", self.collate or loader.collate_fn, "", _columns(rows))
-
-    def batches(self, rows: Any, size: int, see: Callable[[Any], None] = lambda _: None) -> Iterator[Batch]:
-        """Yield batches by the trainer's own collator, in the order of the rows; `see` is called with each row.
-
-        Raises:
-            DataError: the collator does not take the rows.
-        """
-        assert self.collate is not None
-        pending = read_rows(rows)
-        while chunk := list(islice(pending, size)):
-            for row in chunk:
-                see(row)
-            inputs = [
-                {key: value for key, value in row.items() if not self.columns or key in self.columns} for row in chunk
-            ]
-            try:
-                batch = self.collate(inputs)
-            except (KeyError, ValueError, TypeError, AttributeError) as error:
-                raise DataError(
-                    f"SmallestAdapter: the trainer's collator does not take the held-out rows ({first_line(error)}); give "
-                    "trainer.eval_dataset, which the trainer has tokenized"
-                ) from None
-            yield batch
-
-
-def read_rows(rows: Any, count: int | None = None) -> Iterator[Any]:
-    """Yield rows, at most `count`, by their numbers: an IndexError of the data set is an error, not an end."""
-    return map(rows.__getitem__, range(len(rows) if count is None else min(count, len(rows))))
-
-
-def _require_mappings(rows: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
-    for row in rows:
-        if not isinstance(row, Mapping):
-            raise DataError(
-                f"SmallestAdapter: a row is a {type(row).__name__}; give rows that are mappings, with input_ids and labels"
-            )
-        yield row
-
-
-def _columns(rows: Any) -> frozenset[str]:
-    """Return the columns of the first row; none where there is none."""
-    return frozenset(next((row for row in read_rows(rows, 1) if isinstance(row, Mapping)), ()))
-
-
-def _read_for_moments(
-    reader: Reader, rows: Subset[Any], size: int, trained_rows: int
-) -> tuple[list[Batch], float, int]:
-    """Return batches for second moments, with estimates of the training's tokens and of the tokens for moments; no more rows are read."""
-    read: list[Batch] = []
-    tokens, moment_tokens, read_tokens = 0.0, 1, 0
-    for batch in reader.batches(rows, size):
-        read.append(batch)
-        read_tokens += positions(batch)
-        count = min(len(read) * size, len(rows))
-        tokens = trained_rows * read_tokens / count
-        moment_tokens = max(1, min(MOMENT_TOKENS, int(MOMENT_SHARE * tokens)))
-        if read_tokens >= moment_tokens and count >= MIN_EXAMPLES:
-            break
-    return read, tokens, moment_tokens
-
-
-def _content(row: Mapping[str, Any], columns: frozenset[str]) -> int:
-    """A hash of what makes two rows the same example: all bytes of its inputs."""
-    names = [name for name in sorted(row) if not columns or name in columns]
-    inputs = [name for name in names if not NOT_CONTENT.search(name)] or names
-    return hash(tuple((name, _plain(row[name])) for name in inputs))
-
-
-def _plain(value: Any) -> Hashable:
-    """A value that differs wherever its bytes do: of numbers in lists, arrays, tensors and images alike."""
-    if isinstance(value, Mapping):
-        return tuple((name, _plain(value[name])) for name in sorted(value))
-    if isinstance(value, list | tuple) and not all(isinstance(part, int | float) for part in value):
-        return tuple(map(_plain, value))
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        value = value.double() if value.is_floating_point() else value  # NumPy has no bfloat16
-    array = np.asarray(value)
-    if array.dtype.kind not in "biuf":
-        return repr(value)
-    return array.shape, array.astype(np.float64 if array.dtype.kind == "f" else np.int64).tobytes()
-
-
-def _group_key(row: Mapping[str, Any], column: str | None) -> Hashable:
-    """Return what rows that belong together share: the value of the column, or their prompt; None where a row stands for itself.
-
-    Raises:
-        DataError: the row has no value in the column.
-    """
-    value = row.get(column) if column else _prompt_of(row)
-    is_missing = value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
-    if column and is_missing:
-        raise DataError(
-            f"SmallestAdapter: a held-out row has no value in the column {column!r}; it has {', '.join(row)}: give eval_dataset with the "
-            "column, or leave group out"
-        )
-    return None if is_missing else (_plain(value),)
-
-
-def _group_numbers(keys: Sequence[Hashable], column: str | None) -> list[int]:
-    """Return a number for each row: those that share one belong together.
-
-    Raises:
-        DataError: a column that groups nothing.
-    """
-    numbers_by_key: dict[Hashable, int] = {}
-    numbers = [
-        numbers_by_key.setdefault(at if key is None else key, len(numbers_by_key)) for at, key in enumerate(keys)
-    ]
-    if column and len(numbers_by_key) in (1, len(keys)):
-        shared = "all held-out rows" if len(numbers_by_key) == 1 else "no two held-out rows"
-        raise DataError(
-            f"SmallestAdapter: {shared} share a value of the column {column!r}; give one with several values, each of several rows, or "
-            "leave group out"
-        )
-    return numbers
-
-
-def _prompt_of(row: Mapping[str, Any]) -> list[int] | None:
-    """The tokens before the first one that counts; None where all count, where it is not known, and of packed rows."""
-    for name in ("prompt_ids", "prompt_input_ids"):
-        if name in row:
-            return _listed(row[name])
-    ids = _listed(row.get("input_ids"))
-    for name in ("completion_mask", "assistant_masks", "labels"):
-        marks = _listed(row.get(name))
-        if "seq_lengths" not in row and marks is not None and ids is not None and len(marks) == len(ids):
-            skipped = IGNORED if name == "labels" else 0
-            return ids[: next((at for at, mark in enumerate(marks) if mark != skipped), 0)] or None
-    return None
-
-
-def _listed(value: Any) -> list[Any] | None:
-    """Return the values of a row's cell as a list, whatever format the data set gives them in; None where it holds one value or none."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().tolist()
-    elif hasattr(value, "__array__"):
-        value = np.asarray(value).tolist()
-    return list(value) if isinstance(value, list | tuple) else None
 
 
 def main(arguments: Sequence[str]) -> int:

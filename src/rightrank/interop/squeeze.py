@@ -23,15 +23,18 @@ from safetensors.torch import load_file
 from torch.utils.data import Subset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from rightrank.adapters.live import LiveAdapter, as_it_came, gather, require_end, save_trained
-from rightrank.adapters.live_scores import Batch, is_sharded, world_size
+from rightrank.adapters.batch_scores import Batch
+from rightrank.adapters.in_memory import LiveAdapter, gather, require_end, save_trained
+from rightrank.adapters.preserved_state import as_it_came
+from rightrank.adapters.processes import is_sharded, world_size
 from rightrank.adapters.resize import capped, write_truncated
 from rightrank.data.splits import sample_indices
 from rightrank.interop.end_run import Ending, measure
-from rightrank.interop.smallest import MIN_EXAMPLES, Reader, SmallestAdapter, checked, readable_copy, sample_batches
-from rightrank.models.adapter_files import PREFIX, AdapterFolder, open_adapter
+from rightrank.interop.smallest import SmallestAdapter, checked
+from rightrank.interop.trainer_rows import MIN_EXAMPLES, Reader, readable_copy, sample_batches
+from rightrank.models.adapter_reader import PREFIX, AdapterFolder, open_adapter
 from rightrank.schema.errors import DataError, ModelError, SettingsError
-from rightrank.train.multi_lora import lora_modules
+from rightrank.train.multi_lora import find_lora_modules
 
 log = logging.getLogger("rightrank")
 
@@ -245,7 +248,7 @@ def cut_live(live: LiveAdapter, optimizer: torch.optim.Optimizer, rank: int | No
         if rank is None:
             measured = measure(live, Path(working) / "run")
             rank, notes, lower = measured.answer.rank, measured.notes, measured.folder.adapter
-            before = open_adapter(measured.folder.trial_adapter(measured.answer.trained_id))
+            before = open_adapter(measured.folder.get_trial_folder(measured.answer.trained_id))
         else:
             before, lower = save_trained(live.model, live.name, Path(working) / "trained"), Path(working) / "lower"
             with as_it_came(live.model, live.name):
@@ -264,7 +267,7 @@ def _replace(live: LiveAdapter, optimizer: torch.optim.Optimizer, after: Adapter
     lora_alpha stays, so that the scale of every module is that of the new rank. The optimizer's state of them starts afresh, which ends better than one that is
     projected on the new factors (docs/explanation/science.md, archive).
     """
-    adapter, layers = live.name, lora_modules(live.model)
+    adapter, layers = live.name, find_lora_modules(live.model)
     lower, config = load_file(after.weights), live.model.peft_config[adapter]
     swap: Any = torch.utils.swap_tensors  # untyped in torch
     parameters = 0

@@ -3,45 +3,26 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import chain
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
-import numpy as np
-
-from rightrank.data.files import UnreadableError, parse_json, path_kind
-from rightrank.data.rows import FILE_TYPES, Row, cell_delimiter, read_rows, records_of_frame
+from rightrank.data.rows import Row
 from rightrank.interop.columns import (
-    SYNONYMS,
     Columns,
     direction_of,
     identify_columns,
-    import_rows,
     is_blank,
     listed,
     names_of,
     plain,
-    settings_of_name,
 )
+from rightrank.interop.table_cells import Key, Outcome, ResultRow, parse_row, to_float
+from rightrank.interop.table_rows import add_settings_from_names, flatten_rows, select_comparable_stages
 from rightrank.schema.decision import Result, ResultsTable
-from rightrank.schema.errors import MAX_WHOLE, DataError, ResultsError, quoted
+from rightrank.schema.errors import ResultsError, quoted
 from rightrank.schema.metrics import is_percent, metric_kind, unknown_direction
 from rightrank.schema.settings import TRAINER_FIELDS, PeftFields, SelectSettings
 
-FAILED = {"failed", "crashed", "killed", "error", "fail", "diverged", "collapsed", "oom", "out of memory"}
-NO_NUMBERS = {"nan", "inf", "+inf", "-inf", "infinity", "-infinity"}  # of a training that diverged
-UNFINISHED = {"running", "unfinished", "in_progress", "scheduled", "pending", "waiting", "queued", "preempting"}
-PRUNED = {"pruned"}  # stopped by a tuner because others were better: neither a result nor a failure
-DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+(e[-+]?\d+)?", re.IGNORECASE)
-DECIMAL_POINT = re.compile(r"[-+]?\d*\.\d+(e[-+]?\d+)?", re.IGNORECASE)
-THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+")
-MAX_DEPTH = 8
-STAGES = re.compile(r"base|whole|truncated|(annealed )?to step \d+")  # cells of the column `stage` of an exported run
-COMPARED_STAGES = {"base", "whole"}
 # Columns that say that trainings can't be compared: the task, the kind of adapter, and a setting of all trainings by any of its names.
 OF_ALL = ("batch_size", "seq_len", "num_train_epochs")
 KINDS = {
@@ -51,130 +32,6 @@ KINDS = {
     *TRAINER_FIELDS, *OF_ALL, *(other for name in OF_ALL for other in SelectSettings.model_fields[name].also),
 }  # fmt: skip
 ALPHAS = {"lora_alpha", "alpha", "network_alpha"}
-MAX_RANK = 2**20
-MAX_NUMBER = 1e60  # above what any metric is; squares and sums of such numbers are still finite
-WHOLE: tuple[str, Callable[[float], bool]] = ("a whole number from 0", lambda n: n.is_integer() and 0 <= n <= MAX_WHOLE)
-ABOVE_0: tuple[str, Callable[[float], bool]] = (
-    f"a number above 0 (from {1 / MAX_NUMBER:g} to {MAX_NUMBER:g})",
-    lambda n: 1 / MAX_NUMBER <= n <= MAX_NUMBER,
-)
-ROLES: dict[str, tuple[str, Callable[[float], bool]]] = {  # what a cell may hold, in words, and whether a number is it
-    "rank": (f"a whole number up to {MAX_RANK:,}; 0 is the base", lambda n: n.is_integer() and 0 <= n <= MAX_RANK),
-    **{"lr": ABOVE_0, "weight": ABOVE_0, "seed": WHOLE, "step": WHOLE},
-    "std": (f"a standard deviation, from 0 to {MAX_NUMBER:g}", lambda n: 0 <= n <= MAX_NUMBER),
-    "std_seeds": ("a whole number from 1", lambda n: n.is_integer() and n >= 1),
-}
-
-Key: TypeAlias = tuple[int, float, int]  # rank, learning rate, seed
-Outcome: TypeAlias = Literal["value", "blank", "failed", "unfinished", "pruned"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """A row of a training."""
-
-    row: Row
-    trial: str
-    key: Key
-    outcome: Outcome
-    value: float | None  # None: every other outcome
-    item: str  # empty: of all examples
-    group: str  # of the example; empty: it stands for itself
-    step: int
-    weight: float
-    details: dict[str, float]
-
-    @property
-    def where(self) -> str:
-        return self.row.where
-
-
-def raw_rows(source: Path) -> list[Row]:
-    """The rows of a file or folder of results; the name of a file in a folder may say `rank`, `lr` and `seed`.
-
-    Raises:
-        ResultsError: a path that is missing, too large or without rows.
-    """
-    if (imported := import_rows(source)) is not None:
-        return imported
-    if path_kind(source) not in ("file", "folder"):
-        raise ResultsError(f"{source}: no such file or folder; give a CSV or JSONL file of results, or a run folder")
-    inside = sorted(source.iterdir()) if source.is_dir() else []
-    files = [path for path in inside if path.is_file() and path.suffix.lower() in FILE_TYPES] or [source]
-    rows = [row for path in files for row in _file_rows(path, named=len(files) > 1)]
-    if not rows:
-        raise ResultsError(f"{source}: a header and no rows; give one row for each training")
-    return rows
-
-
-def _file_rows(path: Path, named: bool) -> list[Row]:
-    """The rows of one file, with the settings in its name that no column has where `named`."""
-    if path.stat().st_size == 0:
-        raise ResultsError(f"{path}: the file is empty; give a header and one row for each training")
-    try:
-        rows = [row for split in read_rows(path).values() for row in split]
-        if path.suffix.lower() in (".csv", ".tsv") and cell_delimiter(path) != ",":
-            rows = _with_decimal_points(rows)
-    except DataError as error:
-        raise ResultsError(str(error)) from None
-    if not named:
-        return rows
-    roles = set(map(plain, names_of(rows)))
-    settings = settings_of_name(path.stem, [name for name in ("rank", "lr", "seed") if not roles & set(SYNONYMS[name])])
-    return [Row({**settings, **row.fields}, row.where) for row in rows]
-
-
-def _with_decimal_points(rows: list[Row]) -> list[Row]:
-    """Return the rows of a table whose cells no comma separates, with decimal commas as points; of a column with both none is read."""
-    cells = {name: [str(row.fields.get(name) or "").strip() for row in rows] for name in names_of(rows)}
-    has_points = any(map(DECIMAL_POINT.fullmatch, chain.from_iterable(cells.values())))
-    comma_columns = set()
-    for name, texts in cells.items():
-        commas = [text for text in texts if DECIMAL_COMMA.fullmatch(text)]
-        may_be_thousands = has_points and all(map(THOUSANDS.fullmatch, commas))
-        if commas and not may_be_thousands and not any(map(DECIMAL_POINT.fullmatch, texts)):
-            comma_columns.add(name)
-
-    def read_cell(name: str, cell: Any) -> Any:
-        is_decimal = name in comma_columns and DECIMAL_COMMA.fullmatch(str(cell).strip())
-        return str(cell).replace(",", ".") if is_decimal else cell
-
-    return [Row({name: read_cell(name, cell) for name, cell in row.fields.items()}, row.where) for row in rows]
-
-
-def rows_of_mappings(mappings: Any) -> list[Row]:
-    """Rows of a table in memory: mappings, or a data frame, whose index is a column if it has a name, or names as entries.
-
-    Raises:
-        ResultsError: an entry that is not a mapping, or no entries.
-    """
-    index = getattr(mappings, "index", None)
-    if any(name is not None for name in getattr(index, "names", ())) or getattr(index, "inferred_type", "") == "string":
-        mappings = mappings.reset_index()
-    rows = []
-    for number, fields in enumerate(records_of_frame(mappings), start=1):
-        if not isinstance(fields, Mapping):
-            raise ResultsError(f"row {number}: got a {type(fields).__name__}; give a mapping with `rank` and `value`")
-        rows.append(Row(fields, f"row {number}"))
-    if not rows:
-        raise ResultsError("no rows: give one mapping for each training")
-    return _flat_rows(rows)
-
-
-def _flat_rows(rows: Iterable[Row]) -> list[Row]:
-    """Rows with nested mappings, and JSON objects in cells, as dotted names."""
-    return [Row(dict(_flat(row.fields)), row.where) for row in rows]
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    for name, value in fields.items():
-        if isinstance(value, str) and value[:1] == "{" and value[-1:] == "}":
-            with suppress(UnreadableError):
-                value = parse_json(value)
-        if isinstance(value, Mapping) and depth < MAX_DEPTH:
-            yield from _flat(value, f"{prefix}{name}.", depth + 1)
-        else:
-            yield f"{prefix}{name}", value
 
 
 def results_of_rows(
@@ -190,17 +47,17 @@ def results_of_rows(
     Raises:
         ResultsError: rows that can't be compared; the message names file and row.
     """
-    flat, num_partial = _compared_stages(_flat_rows(rows), where)
-    named = _rows_of_names(flat, mapping)
+    flat, num_partial = select_comparable_stages(flatten_rows(rows), where)
+    named = add_settings_from_names(flat, mapping)
     notes = ["rank from the names of the trainings"] if named is not flat else []
     columns = identify_columns(named, metric, mapping, where)
     _require_one_kind(named, where, columns.by_name["rank"])
     metric = columns.metric
     with_rank = [row for row in named if not is_blank(row.fields.get(columns.by_name["rank"]))]
-    lines = [_line(row, columns, metric) for row in with_rank]
+    lines = [parse_row(row, columns, metric) for row in with_rank]
     results, counts = _results(lines, columns)
     groups = _groups(lines, mapping.get("group"), where)
-    results = [run.model_copy(update={"item_groups": groups}) if run.item_values else run for run in results]
+    results = [run.model_copy(update={"example_groups": groups}) if run.example_values else run for run in results]
     _require_comparable(results, where)
     if groups is None:
         columns = replace(columns, by_name={name: title for name, title in columns.by_name.items() if name != "group"})
@@ -228,60 +85,6 @@ def results_of_rows(
     )
 
 
-def _compared_stages(rows: list[Row], where: str) -> tuple[list[Row], int]:
-    """Return the rows of complete trainings and of the base of an exported run, and the number of the others; another table as it is.
-
-    Raises:
-        ResultsError: a run whose complete trainings have fewer than two ranks.
-    """
-    column = next((name for name in names_of(rows) if plain(name) == "stage"), None)
-    if column is None:
-        return rows, 0
-    stages = [str(row.fields.get(column)).strip() for row in rows]
-    if not all(map(STAGES.fullmatch, stages)):
-        return rows, 0
-    complete_rows = [row for row, stage in zip(rows, stages, strict=True) if stage in COMPARED_STAGES]
-    rank = next((name for name in names_of(rows) if plain(name) in SYNONYMS["rank"]), "")
-    ranks = {str(row.fields.get(rank)) for row, stage in zip(rows, stages, strict=True) if stage == "whole"}
-    if rank and len(ranks) < 2 and len(complete_rows) < len(rows):
-        raise ResultsError(
-            f"{where}: column {column} says that {len(ranks) or 'no'} rank was trained to the end, and truncated and stopped trainings are "
-            "not compared; decide on the run folder itself, or continue its run with --goal training-rank"
-        )
-    return complete_rows, len(rows) - len(complete_rows)
-
-
-def _rows_of_names(rows: list[Row], mapping: Mapping[str, str]) -> list[Row]:
-    """Rows whose rank is in their name alone (`lora-r16-seed0`), with what the names say as columns; others as they are."""
-    names = names_of(rows)
-    roles = set(map(plain, names))
-    if "rank" in mapping or roles & set(SYNONYMS["rank"]):
-        return rows
-    wanted = ["rank", *(name for name in ("lr", "seed") if name not in mapping and not roles & set(SYNONYMS[name]))]
-    columns: dict[str, list[dict[str, str]]] = {}
-    unclear: ResultsError | None = None
-    for name in names:
-        try:
-            settings = [settings_of_name(str(row.fields.get(name) or ""), wanted) for row in rows]
-        except ResultsError as error:
-            unclear = unclear or error
-            continue
-        ranks = {by_name.get("rank") for by_name in settings}
-        if len(ranks) > 1 and None not in ranks:
-            columns[name] = settings
-    if not columns and unclear is not None:
-        raise unclear
-    if not columns:
-        return rows
-    (column, chosen), *others = columns.items()
-    for other, settings in others:
-        if [by_name["rank"] for by_name in settings] != [by_name["rank"] for by_name in chosen]:
-            raise ResultsError(
-                f"{rows[0].where}: columns {column} and {other} name other ranks; give a column rank, or leave one of them out"
-            )
-    return [Row({**by_name, **row.fields}, row.where) for by_name, row in zip(chosen, rows, strict=True)]
-
-
 def _texts_of(rows: Iterable[Row], column: str) -> list[str]:
     """The different texts of a column's cells that are not blank, sorted."""
     return sorted({str(row.fields.get(column)) for row in rows if not is_blank(row.fields.get(column))})
@@ -289,7 +92,7 @@ def _texts_of(rows: Iterable[Row], column: str) -> list[str]:
 
 def _is_one_scale(rows: Sequence[Row], column: str, rank: str) -> bool:
     """Whether alpha is constant, or in proportion to the rank or to its root; also where either is no number."""
-    pairs = [(_float(row.fields.get(column)), _float(row.fields.get(rank))) for row in rows]
+    pairs = [(to_float(row.fields.get(column)), to_float(row.fields.get(rank))) for row in rows]
     known = [(alpha, r) for alpha, r in pairs if alpha is not None and r is not None and r > 0]
     return any(len({round(alpha / r**power, 9) for alpha, r in known}) <= 1 for power in (0.0, 1.0, 0.5))
 
@@ -323,70 +126,7 @@ def _direction(metric: str, asked: bool | None, where: str) -> tuple[bool, str]:
     return known, f"from its name, {metric}"
 
 
-def _line(row: Row, columns: Columns, metric: str) -> _Line:
-    outcome = _outcome(row, columns)
-    value = _number(row, columns.value) if outcome == "value" else None
-    if value is not None and value <= 0 and ("perplexity" in metric.lower() or metric.lower() == "ppl"):
-        raise ResultsError(f"{row.where}: a perplexity of {value:g} is not possible; perplexities are above 0")
-    item, group = (_cell(row, columns, name) for name in ("item", "group"))
-    rank, seed, step = (int(_of_role(row, columns, name) or 0) for name in ("rank", "seed", "step"))
-    rate = _of_role(row, columns, "lr") if rank else None
-    # An example without a score may have no tokens.
-    weight = None if value is None else _of_role(row, columns, "weight")
-    return _Line(
-        row,
-        str(_cell(row, columns, "trial") or row.where),
-        (rank, rate or 0.0, seed),
-        outcome,
-        value,
-        "" if is_blank(item) else str(item),
-        "" if is_blank(group) else str(group),
-        step,
-        weight or 1.0,
-        _details(row, columns),
-    )
-
-
-def _outcome(row: Row, columns: Columns) -> Outcome:
-    status, value = str(_cell(row, columns, "status")).strip().lower(), row.fields.get(columns.value)
-    if status in UNFINISHED:
-        return "unfinished"
-    if status in PRUNED:
-        return "pruned"
-    if status in FAILED or str(value).strip().lower() in FAILED | NO_NUMBERS:
-        return "failed"
-    return "blank" if is_blank(value) else "value"
-
-
-def _cell(row: Row, columns: Columns, role: str) -> Any:
-    column = columns.by_name.get(role)
-    return None if column is None else row.fields.get(column)
-
-
-def _of_role(row: Row, columns: Columns, role: str) -> float | None:
-    """The number in the column of a role; None where there is none, or the cell is blank."""
-    value, (allowed, fits) = _cell(row, columns, role), ROLES[role]
-    if is_blank(value):
-        return None
-    number = _float(value)
-    if number is None or not math.isfinite(number) or not fits(number):
-        name, advice = "learning rate" if role == "lr" else role, _advice(str(value).strip())
-        raise ResultsError(f"{row.where}: {name} {quoted(value, 40)} is not allowed: give {allowed}{advice}")
-    return number
-
-
-def _details(row: Row, columns: Columns) -> dict[str, float]:
-    """Return the row's further numbers, also those that are not finite: by role, and those of other metrics by column."""
-    numbers = {name: _of_role(row, columns, name) for name in ("std", "std_seeds")}
-    numbers["train_value"] = _float(_cell(row, columns, "train_value"))
-    numbers |= {column: _float(row.fields.get(column)) for column in columns.others}
-    for name, number in numbers.items():
-        if number is not None and math.isfinite(number):
-            _require_size(row, columns.by_name.get(name, name), number)
-    return {name: number for name, number in numbers.items() if number is not None}
-
-
-def _merged_details(lines: Sequence[_Line]) -> dict[str, float]:
+def _merged_details(lines: Sequence[ResultRow]) -> dict[str, float]:
     """Return the further numbers of a training by its last evaluation; of rows of examples those that all of them share."""
     details: dict[str, float] = {}
     for line in sorted(lines, key=lambda line: line.step):
@@ -400,10 +140,10 @@ def _merged_details(lines: Sequence[_Line]) -> dict[str, float]:
     return {name: number for name, number in details.items() if math.isfinite(number)}
 
 
-def _results(lines: Sequence[_Line], columns: Columns) -> tuple[list[Result], list[str]]:
+def _results(lines: Sequence[ResultRow], columns: Columns) -> tuple[list[Result], list[str]]:
     """`(one result for each training, notes on what was left out)`."""
-    trainings: dict[Key, dict[tuple[str, int], _Line]] = {}
-    left: dict[Outcome, dict[Key, list[_Line]]] = {name: {} for name in ("failed", "unfinished", "pruned")}
+    trainings: dict[Key, dict[tuple[str, int], ResultRow]] = {}
+    left: dict[Outcome, dict[Key, list[ResultRow]]] = {name: {} for name in ("failed", "unfinished", "pruned")}
     repeated = 0
     for line in lines:
         if line.outcome != "value":
@@ -414,7 +154,7 @@ def _results(lines: Sequence[_Line], columns: Columns) -> tuple[list[Result], li
             raise _two_values(line, first, columns)
         repeated += first is not line
     steps = {step for training in trainings.values() for item, step in training if not item}
-    missing_scores: dict[Key, dict[str, _Line]] = {}
+    missing_scores: dict[Key, dict[str, ResultRow]] = {}
     for key, failures in left["failed"].items():
         training = trainings.get(key, {})
         if _ends_without_value(failures, list(training.values()), steps, "trial" in columns.by_name):
@@ -444,7 +184,7 @@ def _results(lines: Sequence[_Line], columns: Columns) -> tuple[list[Result], li
 
 
 def _ends_without_value(
-    failures: Sequence[_Line], evaluations: Sequence[_Line], steps: Collection[int], has_trials: bool
+    failures: Sequence[ResultRow], evaluations: Sequence[ResultRow], steps: Collection[int], has_trials: bool
 ) -> bool:
     """Whether the last evaluation of a training has no value, so that an earlier one is not its result.
 
@@ -459,7 +199,9 @@ def _ends_without_value(
     )
 
 
-def _unscored_examples(failures: Sequence[_Line], training: Mapping[tuple[str, int], _Line]) -> dict[str, _Line]:
+def _unscored_examples(
+    failures: Sequence[ResultRow], training: Mapping[tuple[str, int], ResultRow]
+) -> dict[str, ResultRow]:
     """Return the examples whose last row has no score, each with that row."""
     last: dict[str, int] = {}
     for item, step in training:
@@ -467,7 +209,7 @@ def _unscored_examples(failures: Sequence[_Line], training: Mapping[tuple[str, i
     return {line.item: line for line in failures if line.item and line.step > last.get(line.item, -1)}
 
 
-def _two_values(line: _Line, first: _Line, columns: Columns) -> ResultsError:
+def _two_values(line: ResultRow, first: ResultRow, columns: Columns) -> ResultsError:
     rank, learning_rate, seed = line.key
     rate = f", lr {learning_rate:g}" if learning_rate else ""
     what = f", example {line.item}" if line.item else f", step {line.step}" if columns.by_name.get("step") else ""
@@ -486,13 +228,13 @@ def _two_values(line: _Line, first: _Line, columns: Columns) -> ResultsError:
     )
 
 
-def _scored(lines: Iterable[_Line]) -> dict[str, _Line]:
+def _scored(lines: Iterable[ResultRow]) -> dict[str, ResultRow]:
     """By example, the row of its last look."""
     last = {line.item: line for line in sorted(lines, key=lambda line: line.step) if line.item}
     return dict(sorted(last.items()))
 
 
-def _result(lines: Sequence[_Line], columns: Columns) -> Result:
+def _result(lines: Sequence[ResultRow], columns: Columns) -> Result:
     """One training: the mean over its examples, or its last look."""
     (rank, learning_rate, seed), examples = lines[0].key, _scored(lines).values()
     points = sorted((line.step, line.value) for line in lines if not line.item and line.value is not None)
@@ -507,8 +249,8 @@ def _result(lines: Sequence[_Line], columns: Columns) -> Result:
         learning_rate=learning_rate,
         seed=seed,
         value=mean,
-        item_values=values,
-        item_weights=weights if columns.by_name.get("weight") else [],
+        example_values=values,
+        example_weights=weights if columns.by_name.get("weight") else [],
         std=details.get("std"),
         std_seeds=int(details.get("std_seeds", 1)) if "std" in details else 1,
         train_value=details.get("train_value"),
@@ -518,7 +260,7 @@ def _result(lines: Sequence[_Line], columns: Columns) -> Result:
     )
 
 
-def _groups(lines: Iterable[_Line], asked: str | None, where: str) -> list[int] | None:
+def _groups(lines: Iterable[ResultRow], asked: str | None, where: str) -> list[int] | None:
     """The groups of the examples, numbered in their order; None where the table has none."""
     by_item: dict[str, set[str]] = {}
     for line in lines:
@@ -542,7 +284,7 @@ def _groups(lines: Iterable[_Line], asked: str | None, where: str) -> list[int] 
 
 
 def _require_same_examples(
-    trainings: Mapping[Key, Mapping[tuple[str, int], _Line]], missing_scores: Mapping[Key, Mapping[str, _Line]]
+    trainings: Mapping[Key, Mapping[tuple[str, int], ResultRow]], missing_scores: Mapping[Key, Mapping[str, ResultRow]]
 ) -> None:
     scored_items = {item for training in trainings.values() for item, _ in training}
     before: dict[str, float] = {}
@@ -578,7 +320,10 @@ def _require_comparable(results: list[Result], where: str) -> None:
         raise ResultsError(f"{where}: no row has both a rank and a held-out value; give one row for each training")
     if len(ranks) < 2:
         raise ResultsError(f"{where}: one rank only ({ranks.pop()}); give two or more to compare")
-    if len({result.value for result in trained}) == 1 and len({tuple(result.item_values) for result in trained}) == 1:
+    if (
+        len({result.value for result in trained}) == 1
+        and len({tuple(result.example_values) for result in trained}) == 1
+    ):
         raise ResultsError(
             f"{where}: every training has the value {trained[0].value:g}, so there is nothing to compare; give the held-out metric"
         )
@@ -598,41 +343,3 @@ def _require_one_unit(results: list[Result], metric: str, where: str) -> None:
             f"{where}: {metric} is {values[0]:g} in one training and {values[-1]:g} in another; write all as fractions from 0 to 1, or all "
             "as percentages above 1"
         )
-
-
-def _number(row: Row, column: str) -> float:
-    """Return the finite number in a cell that is not blank."""
-    value: Any = row.fields.get(column)
-    number = _float(value)
-    if number is None:
-        raise ResultsError(f"{row.where}: {column} is {quoted(value, 40)}, not a number{_advice(str(value).strip())}")
-    _require_size(row, column, number)
-    return number
-
-
-def _require_size(row: Row, column: str, number: float) -> None:
-    if not abs(number) <= MAX_NUMBER:
-        raise ResultsError(
-            f"{row.where}: {column} is {number:g}; give a number from -{MAX_NUMBER:g} to {MAX_NUMBER:g}, or leave the cell empty where a "
-            "training ended without a result"
-        )
-
-
-def _advice(text: str) -> str:
-    """Return how to write a number with a decimal comma or a percent sign, or a truth value."""
-    if re.fullmatch(r"[-+]?\d*,\d+", text):
-        return f"; write it with a decimal point ({text.replace(',', '.')})"
-    if re.fullmatch(r"[-+]?[\d.,]+\s*%", text):
-        return f"; write it without the percent sign ({text.rstrip('% ').replace(',', '.')}), in every row alike"
-    if text.lower() in ("true", "false"):
-        return "; give the held-out number, or scores of 1 and 0 where a right answer counts"
-    return ""
-
-
-def _float(value: Any) -> float | None:
-    if isinstance(value, bool | np.bool_):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
