@@ -10,7 +10,7 @@ import pytest
 
 from rightrank import resize
 from rightrank.decision.adapter import SEARCH
-from rightrank.models.adapter_files import open_adapter
+from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.settings import SelectSettings
 from tests.adapters.adapters import (
     edit_config,

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from rightrank import resize
 from rightrank.adapters.spectra import inspect_adapter
-from rightrank.models.adapter_files import MLX_FILE, open_adapter
-from rightrank.models.places import find_adapter, find_model
+from rightrank.models.adapter_folders import find_adapter
+from rightrank.models.adapter_reader import MLX_FILE, open_adapter
+from rightrank.models.model_sources import find_model
 from rightrank.schema.errors import ModelError
 from tests.adapters.adapters import make_adapter, make_base, tensors_of
 

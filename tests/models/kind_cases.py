@@ -15,7 +15,7 @@ from rightrank.models.base_models import prepare_model
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.train.runtime import Runtime
-from rightrank.train.tokens import encode
+from rightrank.train.tokens import encode_splits
 from tests.tiny import GPT2_SIZES, SIZES, make_tokenizer, small_settings, write_completions
 
 STEPS, RANK = 3, 4
@@ -72,7 +72,7 @@ def make_model(name: str, vocabulary: int) -> Any:
 
 
 def settings_of(case: Case) -> SelectSettings:
-    return small_settings(max_steps=STEPS, eval_points=1, ranks=(2, RANK), dtype="float32", **case.settings)
+    return small_settings(max_steps=STEPS, num_evaluations=1, ranks=(2, RANK), dtype="float32", **case.settings)
 
 
 def make_runtime(case: Case, folder: Path) -> Runtime:
@@ -82,7 +82,7 @@ def make_runtime(case: Case, folder: Path) -> Runtime:
     model.save_pretrained(folder / "base")
     loaded = prepare_model(model, tokenizer, str(folder / "base"), torch.device("cpu"))
     data = write_completions(folder / "data.jsonl", 120)
-    return Runtime(loaded, encode(load_data(data, settings), loaded, settings), settings, STEPS, folder / "cache")
+    return Runtime(loaded, encode_splits(load_data(data, settings), loaded, settings), settings, STEPS, folder / "cache")
 
 
 def case_named(name: str) -> Case:

@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rightrank import inspect, resize
-from rightrank.models.adapter_files import open_adapter
+from rightrank.models.adapter_reader import open_adapter
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.train.loop import run_trial
-from rightrank.train.optimizer import learning_rate_schedule
-from rightrank.train.pace import multi_lora_obstacle
+from rightrank.train.optimizer import make_schedule
+from rightrank.train.pace import find_multi_lora_obstacle
 from rightrank.train.runtime import Runtime
-from rightrank.train.targets import without_peft_noise
+from rightrank.train.targets import suppress_peft_warnings
 from rightrank.train.trial import TrialFolders
 from tests.helpers import fresh_adapter, trainable_parameters
 from tests.models.kind_cases import ARM, RANK, STEPS, Trained, make_runtime, settings_of
@@ -56,7 +56,7 @@ class Suite:
         """PEFT loads the adapter on the saved base, and gives the losses that the run reported."""
         model = self._loaded(self.trained.adapter)
         found = example_losses(model, self.runtime)
-        largest = float(np.max(np.abs(np.array(found) / np.array(self.outcome.item_losses) - 1)))
+        largest = float(np.max(np.abs(np.array(found) / np.array(self.outcome.example_losses) - 1)))
         assert largest <= TOLERANCE, largest
         return f"{largest:.0e}"
 
@@ -70,12 +70,12 @@ class Suite:
     def is_planned(self) -> str:
         """The plan has the parameters and the bytes of the adapter, and traces its step."""
         from rightrank.plugins.plan.estimate import Estimator
-        from rightrank.plugins.plan.planner import plan_selection, step_settings
+        from rightrank.plugins.plan.planner import build_step_settings, plan_selection
 
         config = self.runtime.model.config
         settings, longest = settings_of(self.case), self.runtime.data.longest
         assert plan_selection(config, settings, longest, "cpu").peak_bytes[RANK] > 0
-        parts = Estimator(config, step_settings(config, settings, longest, "cpu", None)).inventory(RANK)
+        parts = Estimator(config, build_step_settings(config, settings, longest, "cpu", None)).inventory(RANK)
         assert parts.trainable_parameters == self.outcome.trainable_parameters
         if "embed_tokens" not in self.case.settings.get(
             "target_modules", ()
@@ -118,7 +118,7 @@ class Suite:
         outcome = run_trial(self.runtime, Trial(trial_id="cut", arm=arm), None, folders, Listener())
         assert isinstance(outcome, TrialFinished)
         found = example_losses(self._loaded(self.folder / "cut"), self.runtime)
-        assert np.allclose(found, outcome.item_losses, rtol=TOLERANCE)
+        assert np.allclose(found, outcome.example_losses, rtol=TOLERANCE)
         return f"{outcome.truncation}"
 
     def is_resumed(self) -> str:
@@ -137,12 +137,12 @@ class Suite:
         outcome = run_trial(self.runtime, trial, None, folders, Watch(on_event=note))
         assert steps == list(range(1, STEPS + 1))
         assert isinstance(outcome, TrialFinished)
-        assert outcome.item_losses == self.outcome.item_losses
+        assert outcome.example_losses == self.outcome.example_losses
         return "same"
 
     def shares_a_pass(self) -> str:
         """Two adapters in one pass, where the kind allows it; or a reason says why not."""
-        obstacle = multi_lora_obstacle(self.runtime, [ARM, ARM.model_copy(update={"seed": 1})])
+        obstacle = find_multi_lora_obstacle(self.runtime, [ARM, ARM.model_copy(update={"seed": 1})])
         assert (obstacle is None) == self.case.shares_a_pass, obstacle
         return "yes" if obstacle is None else "no: " + obstacle.rpartition("(")[2].rstrip(")")
 
@@ -192,12 +192,12 @@ def with_first_values(runtime: Runtime, arm: Arm, peft_model: Any) -> dict[str, 
 def plain_losses(runtime: Runtime, arm: Arm) -> list[float]:
     """The loop anyone would write: PEFT's model and forward pass, the model's own loss, torch's AdamW."""
     settings = runtime.settings
-    with without_peft_noise():
+    with suppress_peft_warnings():
         peft_model: Any = get_peft_model(copy.deepcopy(runtime.model), runtime.config(arm)).eval()
     named = with_first_values(runtime, arm, peft_model)
     optimizer = torch.optim.AdamW(named.values(), lr=arm.learning_rate, weight_decay=0.0)
     first = [group["lr"] for group in optimizer.param_groups]
-    factor = learning_rate_schedule(settings, arm.steps)
+    factor = make_schedule(settings, arm.steps)
     losses: list[float] = []
     for step, indices in enumerate(runtime.batch_plan(arm.seed)):
         batch = runtime.batch("train", indices)

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from rightrank import TrialResult, TrialTask, resize, select_rank_with
-from rightrank.models.adapter_files import open_adapter
+from rightrank.models.adapter_reader import open_adapter
 from rightrank.models.loading import require_loadable
 from rightrank.schema.errors import ModelError
 from tests.adapters.adapters import KINDS, LINEAR, edit_config, load_strictly, make_adapter, make_base

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 from rightrank.adapters.spectra import energy_rank, factored_distance, factored_singular_values
 from rightrank.data.files import creating, replacing_folder, require_absent
-from rightrank.models.adapter_files import AdapterFolder, AdapterModule, mlx_key, write_adapter
-from rightrank.models.places import CONFIG_FILE, MLX_FILE
+from rightrank.models.adapter_folders import CONFIG_FILE, MLX_FILE
+from rightrank.models.adapter_reader import AdapterFolder, AdapterModule, mlx_key
+from rightrank.models.adapter_writer import write_adapter
 from rightrank.models.ranks import equal_scale_alphas, equivalent_rank, exact_pattern, lora_scaling, max_module_rank
 from rightrank.models.truncation import Moments, new_tensors, shared_ranks
 from rightrank.schema.errors import ModelError, SettingsError

@@ -16,9 +16,10 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
 
-from rightrank.models.adapter_files import PREFIX, AdapterFolder, AdapterModule
+from rightrank.models.adapter_folders import CONFIG_FILE
+from rightrank.models.adapter_reader import PREFIX, AdapterFolder, AdapterModule
 from rightrank.models.kinds import WRAPPED
-from rightrank.models.places import CONFIG_FILE, read_header
+from rightrank.models.safetensors_files import read_header
 from rightrank.schema.errors import ModelError, first_line
 
 CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the dimensions of A

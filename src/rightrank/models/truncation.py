@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from rightrank.models.adapter_files import AdapterFolder, AdapterModule, open_adapter
+from rightrank.models.adapter_reader import AdapterFolder, AdapterModule, open_adapter
 from rightrank.models.ranks import equal_scale_alphas, exact_pattern, lora_scaling, max_module_rank, pattern_value
 from rightrank.schema.trials import Floats
 

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from rightrank.models.adapter_files import open_adapter
+from rightrank.models.adapter_folders import CONFIG_FILE, WEIGHTS_FILE
+from rightrank.models.adapter_reader import open_adapter
 from rightrank.models.kinds import MAGNITUDE
-from rightrank.models.places import BASE, CONFIG_FILE, WEIGHTS_FILE, is_mlx
+from rightrank.models.model_sources import BASE, is_mlx
 from rightrank.schema.trials import Floats, TrialFinished
 from rightrank.train.runtime import Runtime
 from rightrank.train.tokens import EncodedData
@@ -83,7 +84,7 @@ def _other_function(a: Side, b: Side, score: Score) -> str | None:
 
 
 def _losses(trial: TrialFinished) -> Floats:
-    return np.array(trial.item_losses)
+    return np.array(trial.example_losses)
 
 
 def _distance(left: Floats, right: Floats) -> float:

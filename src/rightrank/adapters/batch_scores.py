@@ -7,43 +7,37 @@ row for classification, else one label a token. Labels never reach the model, si
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
+from rightrank.adapters.processes import gather_objects, is_sharded, process_index, together, world_size
 from rightrank.data.token_store import IGNORED
-from rightrank.schema.errors import LIBRARY_ERRORS, DataError, RightrankError, RunError, described
+from rightrank.schema.errors import DataError, RightrankError, described
 from rightrank.train.evaluation import Scores
 from rightrank.train.loss import (
     BatchLoss,
     Likelihood,
     PreferenceLoss,
-    base_of,
     classification_loss,
-    own_pass_labels,
-    with_adapter,
+    compute_native_pass_losses,
+    get_base_model,
+    use_adapter,
 )
 
 Batch = Mapping[str, Any]  # as the trainer's collator makes it
 BETA = 0.1  # of preference pairs, as TRL's default
 
-# What a measurement in someone else's process can end in; all else ends the process anyway.
-FAILURES = (RightrankError, MemoryError, *LIBRARY_ERRORS)
 
-AGREED = "is_known_to_all"  # of an error: every process has raised
 GROUP = "group"  # of a batch's rows: numbers that say which of all rows belong together
 REFERENCE = "ref_chosen_logps", "ref_rejected_logps"  # of TRL's batches of pairs
 # What to do where examples cannot be scored here; see docs/how-to/own-trainers.md.
 OWN_EVALUATION = 'score adapters with a function of your own: rightrank.select_rank_with(train, "run", evaluate=evaluate, goal="adapter")'
 NOT_FOR_THE_MODEL = (GROUP, "labels", "num_items_in_batch", "completion_mask")
-LIKELIHOOD = Likelihood(own_pass_labels)
+LIKELIHOOD = Likelihood(compute_native_pass_losses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +81,7 @@ class TrainerBatch:
     def loss(self, model: Any, beta: float) -> BatchLoss:
         """By the objective of its form."""
         if self.is_pairs:
-            return PreferenceLoss(own_pass_labels, beta)(model, self, 1.0)
+            return PreferenceLoss(compute_native_pass_losses, beta)(model, self, 1.0)
         return (classification_loss if self.labels.dim() == 1 else LIKELIHOOD)(model, self, 1.0)
 
 
@@ -105,7 +99,7 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
             f"the batches have {nested} as a {type(batch[nested]).__name__} of tensors, without which the model would be another one; give a "
             f"collator that makes a tensor of it, or {OWN_EVALUATION}"
         )
-    base, device = base_of(model), next(model.parameters()).device
+    base, device = get_base_model(model), next(model.parameters()).device
     given = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor) and key not in REFERENCE}
     tensors = {key: value.to(device) for key, value in given.items()}
     inputs: dict[str, Any] = {key: value for key, value in tensors.items() if key not in NOT_FOR_THE_MODEL}
@@ -163,7 +157,7 @@ def batch_loss(model: Any, batch: Batch, beta: float = BETA) -> BatchLoss:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise DataError(
-            f"{type(base_of(model)).__name__}: these batches give no loss by example ({described(error)}); {OWN_EVALUATION}"
+            f"{type(get_base_model(model)).__name__}: these batches give no loss by example ({described(error)}); {OWN_EVALUATION}"
         ) from error
 
 
@@ -172,7 +166,7 @@ def with_reference(model: Any, batch: Batch) -> Batch:
     """Pairs with their log-probabilities under the reference: precomputed, of the adapter `ref`, or of the base."""
     if "completion_mask" not in batch or REFERENCE[0] in batch:
         return batch
-    with with_adapter(model, "ref" if "ref" in model.peft_config else None):
+    with use_adapter(model, "ref" if "ref" in model.peft_config else None):
         losses = LIKELIHOOD(model, read_batch(model, batch), 1.0).example_losses
     return {**batch, **dict(zip(REFERENCE, (-losses).chunk(2), strict=True))}
 
@@ -216,44 +210,6 @@ class HeldOutBatches:
         return Scores(losses, tokens, by_example, groups if len(groups) == len(losses) else None)
 
 
-@contextmanager
-def together() -> Iterator[None]:
-    """Where one of several processes fails in the block all of them raise: none may wait for the others.
-
-    Raises:
-        RunError: another process failed.
-    """
-    failure: Exception | None = None
-    try:
-        yield
-    except FAILURES as error:
-        if hasattr(error, AGREED):
-            raise  # in a block within this one
-        failure = error
-    failed = any(gather_objects(failure is not None))
-    if failed:
-        failure = failure or RunError("another process of the training failed")
-        setattr(failure, AGREED, True)
-        raise failure
-
-
-def gather_objects(mine: Any) -> list[Any]:
-    """Return the values of all processes, in the order of their numbers."""
-    every = [mine] * world_size()
-    if len(every) > 1:
-        dist.all_gather_object(every, mine)
-    return every
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def process_index() -> int:
-    """The number of this process; process 0 writes files."""
-    return dist.get_rank() if world_size() > 1 else 0
-
-
 def is_of_classes(batch: Batch) -> bool:
     """Whether the labels are one class a row."""
     labels = batch["labels"]
@@ -264,25 +220,3 @@ def positions(batch: Batch) -> int:
     """The positions that a pass computes: tokens with padding, or rows where there are none."""
     tokens = batch.get("input_ids")
     return len(batch["labels"]) if tokens is None else int(tokens.numel())
-
-
-def is_sharded(model: Any) -> bool:
-    """Whether a process holds parts of the parameters: FSDP2's `DTensor`s, or DeepSpeed's empty parameters."""
-    return is_partitioned(model) or any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def is_partitioned(model: Any) -> bool:
-    """Whether DeepSpeed's ZeRO-3 holds the parameters, which are then empty outside a pass."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-@contextmanager
-def gathered(model: Any) -> Iterator[None]:
-    """In the block the trained parameters of ZeRO-3 are whole; nothing happens for other models."""
-    parts = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if hasattr(parameter, "ds_id") and ("lora_" in name or parameter.requires_grad)
-    ]
-    with import_module("deepspeed").zero.GatheredParameters(parts) if parts else nullcontext():
-        yield

@@ -29,8 +29,8 @@ from rightrank.data.splits import DataSplits, load_all, load_data
 from rightrank.decision.adapter import SEARCH, Criterion, adapter_answer, trained_answer
 from rightrank.decision.comparison import bounds_of_files
 from rightrank.decision.table import minus, table_of
-from rightrank.models.adapter_files import AdapterFolder, open_adapter
-from rightrank.models.places import BASE_FILE
+from rightrank.models.adapter_folders import BASE_FILE
+from rightrank.models.adapter_reader import AdapterFolder, open_adapter
 from rightrank.models.truncation import Moments
 from rightrank.schema.command import reproduce_command
 from rightrank.schema.configs import stated_settings
@@ -39,12 +39,12 @@ from rightrank.schema.errors import DataError
 from rightrank.schema.events import Evaluating, Notice
 from rightrank.schema.results import HeldOut, Resized
 from rightrank.schema.setting_table import given_values
-from rightrank.schema.settings import OF_ANY_NUMBER, SelectSettings
+from rightrank.schema.settings import NO_SPLIT_OVERRIDES, SelectSettings
 from rightrank.schema.trials import TrialFinished
-from rightrank.train.adapter_runtime import DataUse, adapter_runtime, report_evaluations
-from rightrank.train.covariances import Gathered, gather_moments, gather_unseen_moments
+from rightrank.train.adapter_runtime import RuntimeInputs, make_adapter_runtime, report_evaluation_progress
+from rightrank.train.covariances import GatheredMoments, gather_moments, gather_unseen_moments
 from rightrank.train.evaluation import Scores
-from rightrank.train.runtime import Runtime, adapter_attached
+from rightrank.train.runtime import Runtime, attach_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
     trained, source = _trained(adapter, data, train, settings, classes)
     if trained is None and None not in read_rows(data):
         count = sum(len(list(rows)) for rows in read_rows(data).values())
-        every = settings.model_copy(update=OF_ANY_NUMBER | {"eval_items": max(2, count)})
+        every = settings.model_copy(update=NO_SPLIT_OVERRIDES | {"max_eval_examples": max(2, count)})
         splits = load_data(data, every, classes=classes)
         return _scored(splits, _at_most(splits.examples["selection"], settings), f"{data} (its validation split)")
     if trained is not None and source is not None and data.exists() and source.resolve() == data.resolve():
@@ -79,8 +79,8 @@ def scored_data(adapter: AdapterFolder, data: Path, train: Path | None, settings
         return _scored(whole, _at_most(every_row, settings), f"{data} (all rows); {unknown}", of_training=True)
     if whole.form != trained.form:
         raise DataError(f"{data}: has the form {whole.form}, and the adapter's training data {trained.form}")
-    seen = {example.item_id for example in trained.examples["train"]}
-    unseen = [example for example in every_row if example.item_id not in seen]
+    seen = {example.example_id for example in trained.examples["train"]}
+    unseen = [example for example in every_row if example.example_id not in seen]
     left_out = len(every_row) - len(unseen)
     if len(unseen) < 2:
         raise DataError(
@@ -97,8 +97,8 @@ def _scored(splits: DataSplits, scored: Sequence[Example], where: str, of_traini
 
 
 def _at_most(examples: Sequence[Example], settings: SelectSettings) -> Sequence[Example]:
-    """All examples; `eval_items` of them if that was given."""
-    return examples[: settings.eval_items] if "eval_items" in settings.model_fields_set else examples
+    """All examples; `max_eval_examples` of them if that was given."""
+    return examples[: settings.max_eval_examples] if "max_eval_examples" in settings.model_fields_set else examples
 
 
 def _trained(
@@ -122,7 +122,7 @@ class TruncationCurve:
 
     trials: list[TrialFinished]
     written: dict[int, Resized]
-    gathered: Gathered
+    gathered: GatheredMoments
     answer: AdapterAnswer
 
 
@@ -153,12 +153,12 @@ def resize_by_data(adapter: AdapterFolder, out: Path, rule: DataRule) -> Resized
     rule.on_event(Notice(text=scored.note))
     measured = ", ".join(map(str, sorted(ranks, reverse=True)))
     count = len(scored.splits.examples["selection"])
-    fewer = "" if count <= MANY_EXAMPLES else "; --set eval_items=1000 measures on fewer"
+    fewer = "" if count <= MANY_EXAMPLES else "; --set max_eval_examples=1000 measures on fewer"
     text = f"measuring the base, then ranks {measured}, each on {count:,} examples{fewer}"
     rule.on_event(Notice(text=text))
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-        use = DataUse(rule.data, rule.settings, Path(name) / "cache", splits=scored.splits)
-        runtime = adapter_runtime(adapter, rule.base, use)
+        use = RuntimeInputs(rule.data, rule.settings, Path(name) / "cache", splits=scored.splits)
+        runtime = make_adapter_runtime(adapter, rule.base, use)
         halves = scored.scores_training_examples
         curve = truncation_curve(adapter, runtime, ranks, Path(name), by_halves=halves, on_event=rule.on_event)
         chosen = open_adapter(Path(name) / curve.answer.trial_id)
@@ -237,21 +237,21 @@ def truncation_curve(
     settings = runtime.settings
     # Over the examples that `select` reads after a training with these settings: which ones another training saw is not known.
     steps = settings.training_steps(len(runtime.data.splits["train"]))
-    with adapter_attached(runtime, adapter.path) as peft_model:
+    with attach_adapter(runtime, adapter.path) as peft_model:
         gathered = gather_unseen_moments(runtime, peft_model, settings.seeds[0], steps)
     halves = _halves(adapter, runtime) if by_halves else []
-    report_evaluations(runtime, "the base", on_event)
+    report_evaluation_progress(runtime, "the base", on_event)
     trials = [finished_trial("base", 0, runtime.evaluate("selection"), settings.metric)]
     written: dict[int, Resized] = {}
     top = f"r{max(ranks)}"
     for rank in sorted(ranks, reverse=True):
         folder = working / f"r{rank}"
         written[rank] = write_resized(adapter, folder, capped(adapter, rank, gathered.moments), gathered.moments)
-        report_evaluations(runtime, f"rank {rank}", on_event)
+        report_evaluation_progress(runtime, f"rank {rank}", on_event)
         if halves:
             scores = _by_halves(adapter, runtime, halves, rank, working)
         else:
-            with adapter_attached(runtime, folder):
+            with attach_adapter(runtime, folder):
                 scores = runtime.evaluate("selection")
         parent = None if folder.name == top else top
         trials.append(finished_trial(folder.name, rank, scores, settings.metric, truncate_from=parent))
@@ -274,11 +274,11 @@ def _halves(adapter: AdapterFolder, runtime: Runtime) -> list[_Half]:
 
     The written adapter has moments over all examples, like each half's but of twice as many.
     """
-    held_out = [example.item_id for example in runtime.data.splits["selection"]]
+    held_out = [example.example_id for example in runtime.data.splits["selection"]]
     halves = [[index for index, name in enumerate(held_out) if int(name[:16], 16) % 2 == half] for half in (0, 1)]
     names = [{held_out[index] for index in half} for half in halves]
-    train = [example.item_id for example in runtime.data.splits["train"]]
-    with adapter_attached(runtime, adapter.path) as peft_model:
+    train = [example.example_id for example in runtime.data.splits["train"]]
+    with attach_adapter(runtime, adapter.path) as peft_model:
         return [
             (half, gather_moments(runtime, peft_model, [i for i, name in enumerate(train) if name in other]).moments)
             for half, other in zip(halves, reversed(names), strict=True)
@@ -291,6 +291,6 @@ def _by_halves(adapter: AdapterFolder, runtime: Runtime, halves: Sequence[_Half]
     for number, (scored, moments) in enumerate(halves):
         folder = working / f"r{rank}-half{number}"
         write_truncated(adapter, folder, capped(adapter, rank, moments), moments)
-        with adapter_attached(runtime, folder):
+        with attach_adapter(runtime, folder):
             halved.append(runtime.evaluate("selection", scored))
     return halved[0].with_others(halved[1])
